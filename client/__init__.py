@@ -1,0 +1,1 @@
+"""A client of any ggml RPC server: connections, graphs, tensors."""

@@ -1,0 +1,246 @@
+"""The server's reader: bytes of one connection in, requests out.
+
+The framing is the same in all versions, ``cmd u8 | size u64 | payload``; what a payload is, the
+dialect says. The reader never copies a large payload: it tells the transport where the next bytes
+belong. Small heads go through a staging buffer; the bytes of a SET_TENSOR go to the place that the
+owner names when the head has been read; a graph goes into a buffer of exactly its size.
+
+Use::
+
+    view = reader.receive_buffer()      # the transport fills it
+    reader.received(n)
+    while (event := reader.next_event()) is not None: ...
+
+Events come one at a time so that the owner may stop between two of them while it works on the
+first; what has arrived meanwhile stays staged.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import DIALECTS, Body, CommandSpec, Dialect
+from protocol.errors import ProtocolError
+from protocol.messages import CONN_CAPS_SIZE
+
+_FRAME = struct.Struct("<BQ")
+_STAGING = 64 << 10
+# A body whose rest is shorter is received through staging, together with what follows it.
+_DIRECT_FROM = 4 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may announce, bytes. Uploads are bounded by the buffer they go to."""
+
+    graph_bytes: int = 256 << 20
+
+
+@dataclass(slots=True)
+class Hello:
+    """The first message of a connection; ``caps`` are empty up to protocol 3."""
+
+    caps: bytes
+
+
+@dataclass(slots=True)
+class Request:
+    """A whole request: parsed head, and the graph's bytes if it carries one."""
+
+    command: Command
+    fields: Any
+    graph: memoryview | None = None
+
+
+@dataclass(slots=True)
+class UploadStart:
+    """The head of a SET_TENSOR; ``size`` bytes follow, call :meth:`RequestReader.direct` next."""
+
+    fields: Any
+    size: int
+
+
+@dataclass(slots=True)
+class UploadEnd:
+    """All bytes of the upload are in place."""
+
+
+Event = Hello | Request | UploadStart | UploadEnd
+
+
+class RequestReader:
+    """Reads the requests of one connection; the owner sets ``dialect`` when HELLO is answered."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.dialect: Dialect | None = None
+        self._limits = limits or Limits()
+        self._staging = bytearray(_STAGING)
+        self._view = memoryview(self._staging)
+        self._start = 0
+        self._end = 0
+        self._frame: tuple[Command, CommandSpec, int] | None = None
+        self._target: memoryview | None = None
+        self._filled = 0
+        self._graph: tuple[Command, Any] | None = None
+        self._awaiting_direct = 0
+        self._direct_given = True
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing can be received before events are taken."""
+        return not self._receives_directly and self._end == _STAGING and self._start == 0
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether all that came was whole messages: the end of the stream is then a clean one."""
+        return self._start == self._end and self._frame is None and self._target is None
+
+    @property
+    def within(self) -> str:
+        """What the reader is in the middle of, for messages."""
+        if self._frame is not None:
+            return self._frame[0].name
+        return "a message" if self._start != self._end else "nothing"
+
+    @property
+    def _receives_directly(self) -> bool:
+        return (
+            self._target is not None
+            and self._start == self._end
+            and len(self._target) - self._filled >= _DIRECT_FROM
+        )
+
+    def receive_buffer(self) -> memoryview:
+        """Where the next bytes of the stream belong; not empty unless :attr:`full`."""
+        if self._receives_directly:
+            assert self._target is not None
+            return self._target[self._filled :]
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == _STAGING or self._start > _STAGING // 2:
+            staged = self._end - self._start
+            self._staging[:staged] = self._staging[self._start : self._end]
+            self._start, self._end = 0, staged
+        return self._view[self._end :]
+
+    def received(self, n: int) -> None:
+        """``n`` bytes were written to the start of :meth:`receive_buffer`."""
+        if self._receives_directly:
+            self._filled += n
+        else:
+            self._end += n
+
+    def direct(self, destination: memoryview) -> None:
+        """Name the place of the announced upload's bytes; its length is the announced size."""
+        if self._direct_given or len(destination) != self._awaiting_direct:
+            raise ValueError("no upload of this size is waiting for its place")
+        self._direct_given = True
+        self._begin_body(destination)
+
+    def next_event(self) -> Event | None:
+        """The next event, None if more bytes are needed. Raises ProtocolError."""
+        if not self._direct_given:
+            raise ValueError("the last upload has no place yet")
+        if self._target is not None:
+            return self._continue_body()
+        if self._frame is None and not self._read_frame():
+            return None
+        assert self._frame is not None
+        command, spec, size = self._frame
+        head = codec(spec.request)
+        if self._end - self._start < head.size:
+            return None
+        if command is Command.HELLO:
+            return self._hello(size)
+        fields = head.parse(self._staging, self._start)
+        self._start += head.size
+        if spec.body is Body.DATA:
+            self._awaiting_direct = size - head.size
+            self._direct_given = False
+            return UploadStart(fields, size - head.size)
+        if spec.body is Body.GRAPH:
+            self._graph = (command, fields)
+            self._begin_body(memoryview(bytearray(size - head.size)))
+            return self._continue_body()
+        self._frame = None
+        return Request(command, fields)
+
+    def _read_frame(self) -> bool:
+        if self._end - self._start < _FRAME.size:
+            return False
+        number, size = _FRAME.unpack_from(self._staging, self._start)
+        self._start += _FRAME.size
+        if self.dialect is None:
+            self._frame = self._first_frame(number, size)
+            return True
+        try:
+            command = Command(number)
+        except ValueError:
+            raise ProtocolError(f"unknown command {number} with {size} bytes") from None
+        spec = self.dialect.commands.get(command)
+        if spec is None or command is Command.HELLO:
+            raise ProtocolError(
+                "a second HELLO"
+                if command is Command.HELLO
+                else f"{command.name} is no command of protocol {self.dialect.name}"
+            )
+        head = codec(spec.request).size
+        if spec.body is Body.NONE and size != head:
+            raise ProtocolError(f"{command.name} of {size} bytes, it takes {head}")
+        if size < head:
+            raise ProtocolError(f"{command.name} of {size} bytes, it takes {head} and more")
+        if spec.body is Body.GRAPH and size - head > self._limits.graph_bytes:
+            raise ProtocolError(
+                f"{command.name} of {size} bytes, the limit is {self._limits.graph_bytes}"
+            )
+        self._frame = (command, spec, size)
+        return True
+
+    def _first_frame(self, number: int, size: int) -> tuple[Command, CommandSpec, int]:
+        # Whichever version it is, the size tells what HELLO looks like.
+        if number != Command.HELLO:
+            raise ProtocolError(
+                f"command {number} of {size} bytes instead of HELLO: not ggml RPC, or a client "
+                "from before protocol 1.0"
+            )
+        if size not in (0, CONN_CAPS_SIZE):
+            raise ProtocolError(
+                f"HELLO of {size} bytes: a dialect that llama.cpp does not speak "
+                "(ik_llama.cpp or llama-box?)"
+            )
+        return (Command.HELLO, _HELLO_SPECS[size], size)
+
+    def _hello(self, size: int) -> Hello:
+        caps = bytes(self._staging[self._start : self._start + size])
+        self._start += size
+        self._frame = None
+        return Hello(caps)
+
+    def _begin_body(self, target: memoryview) -> None:
+        self._target = target
+        self._filled = 0
+
+    def _continue_body(self) -> Event | None:
+        target = self._target
+        assert target is not None
+        n = min(len(target) - self._filled, self._end - self._start)
+        if n:
+            target[self._filled : self._filled + n] = self._view[self._start : self._start + n]
+            self._filled += n
+            self._start += n
+        if self._filled < len(target):
+            return None
+        self._target = None
+        self._frame = None
+        if self._graph is None:
+            return UploadEnd()
+        command, fields = self._graph
+        self._graph = None
+        return Request(command, fields, target)
+
+
+_HELLO_SPECS = {d.hello_size: d.commands[Command.HELLO] for d in DIALECTS}

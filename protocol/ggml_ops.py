@@ -1,0 +1,177 @@
+"""ggml's ops by name, and how each protocol version numbers them.
+
+``enum ggml_op`` is renumbered whenever an op is inserted, and only the patch number of the protocol
+tells. Everywhere else in this project an op is its name; numbers exist on the wire only.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Op(enum.StrEnum):
+    """``enum ggml_op`` as of protocol 7.0, in its order."""
+
+    NONE = "NONE"
+    DUP = "DUP"
+    ADD = "ADD"
+    ADD_ID = "ADD_ID"
+    ADD1 = "ADD1"
+    ACC = "ACC"
+    SUB = "SUB"
+    MUL = "MUL"
+    DIV = "DIV"
+    SQR = "SQR"
+    SQRT = "SQRT"
+    LOG = "LOG"
+    SIN = "SIN"
+    COS = "COS"
+    SUM = "SUM"
+    SUM_ROWS = "SUM_ROWS"
+    CUMSUM = "CUMSUM"
+    MEAN = "MEAN"
+    ARGMAX = "ARGMAX"
+    COUNT_EQUAL = "COUNT_EQUAL"
+    REPEAT = "REPEAT"
+    REPEAT_BACK = "REPEAT_BACK"
+    CONCAT = "CONCAT"
+    SILU_BACK = "SILU_BACK"
+    NORM = "NORM"
+    RMS_NORM = "RMS_NORM"
+    RMS_NORM_BACK = "RMS_NORM_BACK"
+    GROUP_NORM = "GROUP_NORM"
+    L2_NORM = "L2_NORM"
+    MUL_MAT = "MUL_MAT"
+    MUL_MAT_ID = "MUL_MAT_ID"
+    OUT_PROD = "OUT_PROD"
+    SCALE = "SCALE"
+    SET = "SET"
+    CPY = "CPY"
+    CONT = "CONT"
+    RESHAPE = "RESHAPE"
+    VIEW = "VIEW"
+    PERMUTE = "PERMUTE"
+    TRANSPOSE = "TRANSPOSE"
+    GET_ROWS = "GET_ROWS"
+    GET_ROWS_BACK = "GET_ROWS_BACK"
+    SET_ROWS = "SET_ROWS"
+    DIAG = "DIAG"
+    DIAG_MASK_INF = "DIAG_MASK_INF"
+    DIAG_MASK_ZERO = "DIAG_MASK_ZERO"
+    SOFT_MAX = "SOFT_MAX"
+    SOFT_MAX_BACK = "SOFT_MAX_BACK"
+    ROPE = "ROPE"
+    ROPE_BACK = "ROPE_BACK"
+    CLAMP = "CLAMP"
+    CONV_TRANSPOSE_1D = "CONV_TRANSPOSE_1D"
+    IM2COL = "IM2COL"
+    IM2COL_BACK = "IM2COL_BACK"
+    IM2COL_3D = "IM2COL_3D"
+    COL2IM_1D = "COL2IM_1D"
+    CONV_2D = "CONV_2D"
+    CONV_3D = "CONV_3D"
+    CONV_2D_DW = "CONV_2D_DW"
+    CONV_TRANSPOSE_2D = "CONV_TRANSPOSE_2D"
+    POOL_1D = "POOL_1D"
+    POOL_2D = "POOL_2D"
+    POOL_2D_BACK = "POOL_2D_BACK"
+    UPSCALE = "UPSCALE"
+    PAD = "PAD"
+    PAD_REFLECT_1D = "PAD_REFLECT_1D"
+    ROLL = "ROLL"
+    ARANGE = "ARANGE"
+    TIMESTEP_EMBEDDING = "TIMESTEP_EMBEDDING"
+    ARGSORT = "ARGSORT"
+    TOP_K = "TOP_K"
+    LEAKY_RELU = "LEAKY_RELU"
+    TRI = "TRI"
+    FILL = "FILL"
+    FLASH_ATTN_EXT = "FLASH_ATTN_EXT"
+    FLASH_ATTN_BACK = "FLASH_ATTN_BACK"
+    SSM_CONV = "SSM_CONV"
+    SSM_SCAN = "SSM_SCAN"
+    WIN_PART = "WIN_PART"
+    WIN_UNPART = "WIN_UNPART"
+    GET_REL_POS = "GET_REL_POS"
+    ADD_REL_POS = "ADD_REL_POS"
+    RWKV_WKV6 = "RWKV_WKV6"
+    GATED_LINEAR_ATTN = "GATED_LINEAR_ATTN"
+    RWKV_WKV7 = "RWKV_WKV7"
+    SOLVE_TRI = "SOLVE_TRI"
+    GATED_DELTA_NET = "GATED_DELTA_NET"
+    LIGHTNING_INDEXER = "LIGHTNING_INDEXER"
+    DSV4_HC_COMB = "DSV4_HC_COMB"
+    DSV4_HC_PRE = "DSV4_HC_PRE"
+    DSV4_HC_POST = "DSV4_HC_POST"
+    UNARY = "UNARY"
+    MAP_CUSTOM1 = "MAP_CUSTOM1"
+    MAP_CUSTOM2 = "MAP_CUSTOM2"
+    MAP_CUSTOM3 = "MAP_CUSTOM3"
+    CUSTOM = "CUSTOM"
+    CROSS_ENTROPY_LOSS = "CROSS_ENTROPY_LOSS"
+    CROSS_ENTROPY_LOSS_BACK = "CROSS_ENTROPY_LOSS_BACK"
+    OPT_STEP_ADAMW = "OPT_STEP_ADAMW"
+    OPT_STEP_SGD = "OPT_STEP_SGD"
+    GLU = "GLU"
+
+
+def _without(*ops: Op) -> tuple[Op, ...]:
+    return tuple(op for op in Op if op not in ops)
+
+
+_DSV4 = (Op.DSV4_HC_COMB, Op.DSV4_HC_PRE, Op.DSV4_HC_POST)
+
+# A numbering: position = number on the wire. Named by how many ops it has.
+OPS_101: tuple[Op, ...] = tuple(Op)
+OPS_98: tuple[Op, ...] = _without(*_DSV4)
+OPS_97: tuple[Op, ...] = _without(*_DSV4, Op.LIGHTNING_INDEXER)
+OPS_96: tuple[Op, ...] = _without(*_DSV4, Op.LIGHTNING_INDEXER, Op.COL2IM_1D)
+
+
+class UnaryOp(enum.IntEnum):
+    """``enum ggml_unary_op``: op_params[0] of UNARY."""
+
+    ABS = 0
+    SGN = 1
+    NEG = 2
+    STEP = 3
+    TANH = 4
+    ELU = 5
+    RELU = 6
+    SIGMOID = 7
+    GELU = 8
+    GELU_QUICK = 9
+    SILU = 10
+    HARDSWISH = 11
+    HARDSIGMOID = 12
+    EXP = 13
+    EXPM1 = 14
+    SOFTPLUS = 15
+    GELU_ERF = 16
+    XIELU = 17
+    FLOOR = 18
+    CEIL = 19
+    ROUND = 20
+    TRUNC = 21
+
+
+class GluOp(enum.IntEnum):
+    """``enum ggml_glu_op``: op_params[0] of GLU."""
+
+    REGLU = 0
+    GEGLU = 1
+    SWIGLU = 2
+    SWIGLU_OAI = 3
+    GEGLU_ERF = 4
+    GEGLU_QUICK = 5
+    SWIGLU_CLAMP = 6
+
+
+class TensorFlag(enum.IntFlag):
+    """``enum ggml_tensor_flag``."""
+
+    INPUT = 1
+    OUTPUT = 2
+    PARAM = 4
+    LOSS = 8
+    COMPUTE = 16

@@ -1,0 +1,75 @@
+"""The payload of GRAPH_COMPUTE: node ids in execution order and the array of tensors.
+
+Layout (from protocol 3.0; before, ``device`` is missing), little-endian and packed::
+
+    device u32 | n_nodes u32 | nodes u64[n_nodes] | n_tensors u32 | rpc_tensor[n_tensors]
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.dialects import Dialect
+from protocol.errors import ProtocolError
+from protocol.messages import RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE
+
+
+@dataclass(slots=True)
+class GraphPayload:
+    """A graph as it was sent: ``nodes`` uint64[n_nodes], ``tensors`` RPC_TENSOR_DTYPE[n]."""
+
+    device: int
+    nodes: npt.NDArray[np.uint64]
+    tensors: npt.NDArray[Any]
+
+
+def decode_graph(payload: bytes | bytearray | memoryview, dialect: Dialect) -> GraphPayload:
+    """Read a payload without copying it; raises ProtocolError if its counts don't fill it."""
+    size = len(payload)
+    at = 0
+
+    def word() -> int:
+        nonlocal at
+        if at + 4 > size:
+            raise ProtocolError(f"graph of {size} bytes ends within a count")
+        value: int = struct.unpack_from("<I", payload, at)[0]
+        at += 4
+        return value
+
+    device = word() if dialect.graph_device else 0
+    n_nodes = word()
+    if at + 8 * n_nodes > size:
+        raise ProtocolError(f"graph of {size} bytes can't hold {n_nodes} nodes")
+    nodes = np.frombuffer(payload, "<u8", n_nodes, at)
+    at += 8 * n_nodes
+    n_tensors = word()
+    if at + RPC_TENSOR_SIZE * n_tensors != size:
+        raise ProtocolError(
+            f"graph of {size} bytes: {n_tensors} tensors take {RPC_TENSOR_SIZE * n_tensors}, "
+            f"{size - at} are left"
+        )
+    tensors = np.frombuffer(payload, RPC_TENSOR_DTYPE, n_tensors, at)
+    return GraphPayload(device, nodes, tensors)
+
+
+def encode_graph(graph: GraphPayload, dialect: Dialect) -> bytes:
+    """The payload's bytes; ``device`` must be 0 where the dialect has no room for it."""
+    if graph.device and not dialect.graph_device:
+        raise ValueError(f"protocol {dialect.name} has one device, not number {graph.device}")
+    head = struct.pack("<I", graph.device) if dialect.graph_device else b""
+    nodes = np.ascontiguousarray(graph.nodes, "<u8")
+    tensors = np.ascontiguousarray(graph.tensors, RPC_TENSOR_DTYPE)
+    return b"".join(
+        (
+            head,
+            struct.pack("<I", len(nodes)),
+            nodes.tobytes(),
+            struct.pack("<I", len(tensors)),
+            tensors.tobytes(),
+        )
+    )

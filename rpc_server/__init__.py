@@ -1,0 +1,1 @@
+"""The server: sockets, sessions, graphs and the devices that run them."""

@@ -1,0 +1,9 @@
+"""Lowerings of the CPU device, a file per op family; importing the package fills their table."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

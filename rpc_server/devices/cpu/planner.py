@@ -1,0 +1,155 @@
+"""Lowering: from the nodes of a validated graph to the records that compiled code runs.
+
+Each family of ops has a file in ``lower/`` whose functions, registered with :func:`lowers`, pick
+the kernels of a node and emit their records. What they decline runs as the op's array reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType, row_size
+from rpc_server.devices.cpu.abi import (
+    EXTRA_WORD,
+    N_EXTRA,
+    N_SLOTS,
+    PARAM_WORD,
+    RECORD_WORDS,
+    SLOT_WORDS,
+    Kernel,
+)
+from rpc_server.devices.cpu.scratch import ScratchArena
+from rpc_server.graph.tensor import Tensor
+
+Lowering = Callable[[Tensor, "Planner"], bool]
+LOWERINGS: dict[Op, Lowering] = {}
+
+# How a row of activations becomes rows of another type: filled by the family that owns the kernels.
+ROW_CONVERTERS: dict[GgmlType, Kernel] = {}
+
+
+def lowers(op: Op) -> Callable[[Lowering], Lowering]:
+    """Register the lowering of ``op``: returns False where it has no kernel for a node."""
+
+    def register(function: Lowering) -> Lowering:
+        if op in LOWERINGS:
+            raise RuntimeError(f"two lowerings for {op}")
+        LOWERINGS[op] = function
+        return function
+
+    return register
+
+
+@dataclass(slots=True)
+class Emitted:
+    """One record to be: the kernel, its words, and the node it belongs to (for messages)."""
+
+    kernel: Kernel
+    words: np.ndarray[Any, np.dtype[np.int64]]
+    node: Tensor
+
+
+class Planner:
+    """Collects the records of one graph.
+
+    ``n_threads`` is how many threads will run each record.
+    """
+
+    def __init__(self, n_threads: int, scratch: ScratchArena) -> None:
+        self.n_threads = n_threads
+        self.records: list[Emitted] = []
+        self._node: Tensor | None = None
+        self._arena = scratch
+        # Scratch has two ends: node-local at the top of what is shared within the graph.
+        self._shared_used = 0
+        self._local_used = 0
+        self.scratch_peak = 0
+        self._converted: dict[tuple[int, GgmlType], tuple[Tensor, int]] = {}
+
+    def begin(self, node: Tensor) -> None:
+        """Start lowering ``node``: scratch of the node before is given back."""
+        self._node = node
+        self._local_used = 0
+
+    def finish(self, node: Tensor) -> None:
+        """``node`` writes its memory: conversions of what lay there are no longer good."""
+        if node.empty:
+            return
+        start, end = node.address, node.address + node.nbytes
+        stale = [
+            key
+            for key, (source, _) in self._converted.items()
+            if source.address < end and start < source.address + source.nbytes
+        ]
+        for key in stale:
+            del self._converted[key]
+        if not self._converted:
+            self._shared_used = 0
+
+    def emit(
+        self,
+        kernel: Kernel,
+        t: Tensor,
+        *,
+        extra: Sequence[int] = (),
+        slots: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Append a record of ``kernel`` for node ``t``.
+
+        ``slots`` are the tensors of DST, SRC0, ... (default: the node and its sources); ``extra``
+        are the kernel's own words. Raises ValueError if there are too many of either.
+        """
+        tensors = (t, *t.src) if slots is None else slots
+        if len(tensors) > N_SLOTS or len(extra) > N_EXTRA:
+            raise ValueError(f"record of {kernel.name}: too many slots or extra words")
+        words = np.zeros(RECORD_WORDS, np.int64)
+        for slot, tensor in enumerate(tensors):
+            if tensor is not None:
+                word = slot * SLOT_WORDS
+                words[word : word + SLOT_WORDS] = (
+                    tensor.address,
+                    int(tensor.type),
+                    *tensor.ne,
+                    *tensor.nb,
+                )
+        words[PARAM_WORD : PARAM_WORD + 16] = t.op_params
+        words[EXTRA_WORD : EXTRA_WORD + len(extra)] = extra
+        assert self._node is not None
+        self.records.append(Emitted(kernel, words, self._node))
+
+    def scratch(self, size: int) -> int:
+        """Address of ``size`` bytes (64-byte aligned) that stay good until the next node.
+
+        Raises MemoryError if the graph needs more than the arena reserves.
+        """
+        aligned = -(-size // 64) * 64
+        address = self._arena.address(self._shared_used + self._local_used, aligned)
+        self._local_used += aligned
+        self.scratch_peak = max(self.scratch_peak, self._shared_used + self._local_used)
+        return address
+
+    def quantized_rows(self, t: Tensor, type_: GgmlType) -> int:
+        """Address of ``t``'s rows converted to ``type_``, dense in ne1, ne2, ne3 order.
+
+        Emits the conversion once for all products that read the same tensor; must be called before
+        :meth:`scratch` within a node. ``t`` is F32, its ne[0] a multiple of the type's block.
+        """
+        key = (id(t), type_)
+        known = self._converted.get(key)
+        if known is not None:
+            return known[1]
+        if self._local_used:
+            raise RuntimeError("quantized_rows after scratch in one node")
+        size = -(-row_size(type_, t.ne[0]) * t.nrows // 64) * 64
+        address = self._arena.address(self._shared_used, size)
+        self._shared_used += size
+        self.scratch_peak = max(self.scratch_peak, self._shared_used)
+        assert self._node is not None
+        self.emit(ROW_CONVERTERS[type_], self._node, slots=(None, t), extra=(address, int(type_)))
+        self._converted[key] = (t, address)
+        return address

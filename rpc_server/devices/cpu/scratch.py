@@ -1,0 +1,32 @@
+"""Scratch memory of a CPU device: one reserved range of addresses, committed as it is touched."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+
+class ScratchArena:
+    """A fixed range of address space, so that a plan can name scratch before its size is known.
+
+    Only touched pages take memory; :meth:`trim` gives pages above a level back.
+    """
+
+    def __init__(self, reserve: int = 1 << 36) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._map = mmap.mmap(-1, reserve, flags=flags)
+        self._base = int(np.frombuffer(self._map, np.uint8, 1).ctypes.data)
+        self.size = reserve
+
+    def address(self, offset: int, size: int) -> int:
+        """Host address of ``size`` bytes at ``offset``; MemoryError if beyond the reserve."""
+        if offset + size > self.size:
+            raise MemoryError(f"graph needs {offset + size} bytes of scratch, limit {self.size}")
+        return self._base + offset
+
+    def trim(self, keep: int) -> None:
+        """Return pages above ``keep`` bytes to the system."""
+        start = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < self.size:
+            self._map.madvise(mmap.MADV_DONTNEED, start, self.size - start)

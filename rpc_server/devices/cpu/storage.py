@@ -1,0 +1,50 @@
+"""Host memory of a buffer: an anonymous mapping, given back to the system when it is closed."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+from rpc_server.devices.base import Storage
+
+# Weights are read front to back at memory speed: large pages spare the TLB.
+_HUGE_FROM = 8 << 20
+
+
+class HostStorage:
+    """Zero-filled memory of ``size`` bytes; pages are committed as they are written."""
+
+    def __init__(self, size: int) -> None:
+        """Raises MemoryError if the system refuses the mapping."""
+        self.size = size
+        try:
+            self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryError(f"no mapping of {size} bytes: {error}") from None
+        if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        self.address = int(self._bytes.ctypes.data)
+
+    def view(self, offset: int, size: int) -> memoryview:
+        return memoryview(self._map)[offset : offset + size]
+
+    def fill(self, offset: int, size: int, value: int) -> None:
+        if value == 0 and offset == 0 and size == self.size:
+            # Untouched or not, a dropped private page reads as zero and costs nothing.
+            self._map.madvise(mmap.MADV_DONTNEED)
+            return
+        self._bytes[offset : offset + size] = value
+
+    def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        self.view(dst_offset, size)[:] = other.view(src_offset, size)
+
+    def close(self) -> None:
+        del self._bytes
+        self.address = 0
+        # Unmapping fails while somebody still holds a view; then the last of them ends the mapping.
+        try:
+            self._map.close()
+        except BufferError:
+            del self._map

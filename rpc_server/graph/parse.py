@@ -1,0 +1,219 @@
+"""From the wire's tensor array to linked tensors: references resolved, extents inside buffers.
+
+Everything later (contracts, plans, kernels) relies on what is established here:
+
+* every id that a node or tensor names is present, ids are unique;
+* references have no cycle, and a node reads only what earlier nodes or no node computes;
+* types and op numbers exist in the dialect, rows are whole blocks;
+* a tensor with an address lies wholly inside a live buffer of this client, counted in Python
+  integers; one whose data is not here has address 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from protocol.dialects import Dialect
+from protocol.ggml_ops import Op, TensorFlag
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.graph_payload import GraphPayload
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.tensor import Tensor
+
+_TYPES = {int(t): t for t in GgmlType}
+_COLUMNS = (
+    "id", "type", "buffer", "ne", "nb", "op", "op_params", "flags", "data", "name", "use_count",
+)  # fmt: skip
+
+
+class BufferLike(Protocol):
+    """What parsing needs of a buffer: where it lies on the wire and in memory, in bytes."""
+
+    @property
+    def base(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+
+
+Resolve = Callable[[int], BufferLike | None]
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes in execution order, views included; ``dialect`` is the numbering they were read by."""
+
+    nodes: list[Tensor]
+    dialect: Dialect
+
+
+def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Graph:
+    """Link and check the graph of a GRAPH_COMPUTE.
+
+    ``resolve`` maps a buffer handle off the wire to the client's buffer, None if it has no such.
+    Raises GraphError.
+    """
+    wire = payload.tensors
+    ids: list[int] = wire["id"].tolist()
+    index = {id_: i for i, id_ in enumerate(ids)}
+    if len(index) != len(ids):
+        raise GraphError("a tensor id occurs twice in the graph")
+    if 0 in index:
+        raise GraphError("a tensor has id 0")
+    node_ids: list[int] = payload.nodes.tolist()
+    missing = [id_ for id_ in node_ids if id_ not in index]
+    if missing:
+        raise GraphError(f"node {missing[0]:#x} is not among the graph's tensors")
+
+    tensors = _read_tensors(wire, dialect, resolve)
+    _link(tensors, wire, index)
+    nodes = [tensors[index[id_]] for id_ in node_ids]
+    _check_order(nodes)
+    return Graph(_to_compute(nodes, dialect), dialect)
+
+
+def _read_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> list[Tensor]:
+    ops = dialect.ops
+    buffers: dict[int, BufferLike | None] = {}
+    columns = [wire[name].tolist() for name in _COLUMNS]
+    tensors: list[Tensor] = []
+    for id_, type_, handle, ne, nb, op, params, flags, data, name, use_count in zip(
+        *columns, strict=True
+    ):
+        label = name.split(b"\0", 1)[0].decode("utf-8", "replace")
+        if type_ not in _TYPES:
+            raise GraphError(f"tensor '{label}': unknown type {type_}")
+        if op >= len(ops):
+            raise GraphError(f"tensor '{label}': unknown op {op}, {dialect.name} has {len(ops)}")
+        tensor_type = _TYPES[type_]
+        if ne[0] % TYPE_INFO[tensor_type].block_size:
+            raise GraphError(
+                f"tensor '{label}': rows of {ne[0]} {tensor_type.name} are not whole blocks"
+            )
+        tensor = Tensor(
+            id=id_,
+            name=label,
+            type=tensor_type,
+            op=ops[op],
+            ne=tuple(ne),
+            nb=tuple(nb),
+            op_params=tuple(params),
+            flags=flags,
+            use_count=use_count,
+        )
+        if handle or data:
+            if handle not in buffers:
+                buffers[handle] = resolve(handle) if handle else None
+            tensor.address = _locate(tensor, data, buffers[handle])
+        tensors.append(tensor)
+    return tensors
+
+
+def _locate(tensor: Tensor, data: int, buffer: BufferLike | None) -> int:
+    """Host address of a tensor's data; 0 where it has none here.
+
+    Up to protocol 6 clients name buffers that they have on other servers, for sources that nothing
+    here reads; a node that does read them is refused by its contract.
+    """
+    if buffer is None or not data:
+        return 0
+    offset = data - buffer.base
+    if offset < 0 or offset + tensor.nbytes > buffer.size:
+        raise GraphError(
+            f"tensor '{tensor.name}': bytes [{offset}, {offset + tensor.nbytes}) lie outside "
+            f"its buffer of {buffer.size}"
+        )
+    return buffer.address + offset
+
+
+def _link(tensors: list[Tensor], wire: Any, index: dict[int, int]) -> None:
+    sources: list[list[int]] = wire["src"].tolist()
+    views: list[int] = wire["view_src"].tolist()
+    ordered = True
+    for i, (tensor, source_ids, view_id) in enumerate(zip(tensors, sources, views, strict=True)):
+        linked: list[Tensor | None] = []
+        for id_ in (*source_ids, view_id):
+            if id_ == 0:
+                linked.append(None)
+                continue
+            at = index.get(id_)
+            if at is None:
+                raise GraphError(f"tensor '{tensor.name}': source {id_:#x} is not in the graph")
+            ordered = ordered and at < i
+            linked.append(tensors[at])
+        tensor.view_src = linked.pop()
+        tensor.src = tuple(linked)
+    # Clients write tensors after what they refer to, which rules cycles out; only another order
+    # needs the search.
+    if not ordered:
+        _refuse_cycles(tensors)
+
+
+def _refuse_cycles(tensors: list[Tensor]) -> None:
+    done: set[int] = set()
+    for root in tensors:
+        if id(root) in done:
+            continue
+        path: set[int] = set()
+        stack: list[tuple[Tensor, bool]] = [(root, False)]
+        while stack:
+            tensor, leaving = stack.pop()
+            key = id(tensor)
+            if leaving:
+                path.discard(key)
+                done.add(key)
+                continue
+            if key in path:
+                raise GraphError(f"tensor '{tensor.name}' depends on itself")
+            if key in done:
+                continue
+            path.add(key)
+            stack.append((tensor, True))
+            for other in (*tensor.src, tensor.view_src):
+                if other is not None and id(other) not in done:
+                    if id(other) in path:
+                        raise GraphError(f"tensor '{other.name}' depends on itself")
+                    stack.append((other, False))
+
+
+def _check_order(nodes: list[Tensor]) -> None:
+    position = {id(node): i for i, node in enumerate(nodes)}
+    for i, node in enumerate(nodes):
+        for source in (*node.src, node.view_src):
+            if source is not None and position.get(id(source), -1) > i:
+                raise GraphError(f"{node.label}: source '{source.name}' is computed after it")
+
+
+def _to_compute(nodes: list[Tensor], dialect: Dialect) -> list[Tensor]:
+    # The flag came in 2026-01; clients of protocol 3.6 exist with and without it.
+    chosen = [node for node in nodes if node.flags & TensorFlag.COMPUTE]
+    if not chosen and dialect.version < (4, 0, 0):
+        return nodes
+    return chosen
+
+
+def tensor_of_message(message: Any, dialect: Dialect) -> Tensor:
+    """A tensor from a single rpc_tensor message (GET_ALLOC_SIZE), without data and sources.
+
+    Raises GraphError for an unknown type, op or a row of broken blocks.
+    """
+    name = message.name.split(b"\0", 1)[0].decode("utf-8", "replace")
+    if message.type not in _TYPES:
+        raise GraphError(f"tensor '{name}': unknown type {message.type}")
+    type_ = _TYPES[message.type]
+    if message.ne[0] % TYPE_INFO[type_].block_size:
+        raise GraphError(f"tensor '{name}': rows are not whole {type_.name} blocks")
+    op = dialect.ops[message.op] if message.op < len(dialect.ops) else Op.NONE
+    return Tensor(
+        id=message.id,
+        name=name,
+        type=type_,
+        op=op,
+        ne=tuple(message.ne),
+        nb=tuple(message.nb),
+        op_params=tuple(message.op_params),
+        flags=message.flags,
+    )

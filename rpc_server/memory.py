@@ -1,0 +1,154 @@
+"""A client's buffers: opaque handles and addresses on the wire, storage of a device behind them.
+
+Nothing off the wire is ever a real pointer. A buffer has a handle (``remote_ptr``) and a range of
+opaque 64-bit addresses; both are handed out once per server process and looked up in the client's
+own table, so a client can neither guess its way into another's buffer nor reach a freed one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from rpc_server.devices.base import Device, Storage
+
+# Far from any mapping of a process, so that a confused address is recognised in a log.
+_FIRST_ADDRESS = 1 << 44
+_ADDRESS_LIMIT = 1 << 62
+# Ranges begin on a multiple of what any client may ask for as alignment, with a hole between them.
+_ALIGN = 1 << 16
+_FIRST_HANDLE = 0x1001
+
+
+class BadAddressError(Exception):
+    """A handle or a range off the wire is not the client's; the message says which."""
+
+
+class OutOfMemoryError(Exception):
+    """The device, or the limit given to it, has no room for a buffer."""
+
+
+@dataclass(slots=True, eq=False)
+class Buffer:
+    """``size`` bytes on ``device``; clients know them as addresses from ``base``."""
+
+    handle: int
+    base: int
+    size: int
+    device: int
+    storage: Storage
+
+    @property
+    def address(self) -> int:
+        """Where the device has it."""
+        return self.storage.address
+
+    def locate(self, data: int, offset: int, size: int) -> int:
+        """Offset in the buffer of ``size`` bytes at address ``data + offset``.
+
+        Raises BadAddressError if they are not all inside. Python integers: nothing wraps.
+        """
+        start = data + offset - self.base
+        if start < 0 or data < self.base or start + size > self.size:
+            raise BadAddressError(
+                f"bytes [{start}, {start + size}) are outside the buffer of {self.size}"
+            )
+        return start
+
+
+class AddressSpace:
+    """Hands out handles and address ranges; one for the whole server."""
+
+    def __init__(self) -> None:
+        self._handles = itertools.count(_FIRST_HANDLE)
+        self._next = _FIRST_ADDRESS
+
+    def reserve(self, size: int) -> tuple[int, int]:
+        """(handle, base) for a new buffer; OutOfMemoryError for a size beyond all addresses."""
+        if size > _ADDRESS_LIMIT - self._next - 2 * _ALIGN:
+            raise OutOfMemoryError(f"no addresses left for {size} bytes")
+        base = self._next
+        self._next += (size // _ALIGN + 2) * _ALIGN
+        return next(self._handles), base
+
+
+class Budget:
+    """What clients may take of one device, in all; ``limit`` is bytes, None for all it has."""
+
+    def __init__(self, device: Device, limit: int | None = None) -> None:
+        self.device = device
+        self.limit = limit
+        self.used = 0
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes as clients are told."""
+        free, total = self.device.memory()
+        if self.limit is None:
+            return free, total
+        return max(0, min(free, self.limit - self.used)), min(total, self.limit)
+
+    def allocate(self, size: int) -> Storage:
+        """Storage counted against the limit. Raises OutOfMemoryError."""
+        if self.limit is not None and self.used + size > self.limit:
+            left = self.limit - self.used
+            raise OutOfMemoryError(f"{size} bytes asked for, {left} left of --mem")
+        try:
+            storage = self.device.allocate(size)
+        except MemoryError as error:
+            raise OutOfMemoryError(str(error)) from None
+        self.used += size
+        return storage
+
+    def release(self, storage: Storage) -> None:
+        """Give storage back."""
+        self.used -= storage.size
+        storage.close()
+
+
+class Buffers:
+    """The buffers of one client."""
+
+    def __init__(self, space: AddressSpace, budgets: list[Budget]) -> None:
+        self._space = space
+        self._budgets = budgets
+        self._by_handle: dict[int, Buffer] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_handle)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.size for buffer in self._by_handle.values())
+
+    def allocate(self, device: int, size: int) -> Buffer:
+        """A new buffer. Raises OutOfMemoryError."""
+        handle, base = self._space.reserve(size)
+        storage = self._budgets[device].allocate(size)
+        buffer = Buffer(handle, base, size, device, storage)
+        self._by_handle[handle] = buffer
+        return buffer
+
+    def find(self, handle: int) -> Buffer | None:
+        """The buffer with this handle, None if this client has no such."""
+        return self._by_handle.get(handle)
+
+    def get(self, handle: int) -> Buffer:
+        """The buffer with this handle. Raises BadAddressError."""
+        buffer = self._by_handle.get(handle)
+        if buffer is None:
+            raise BadAddressError(f"{handle:#x} is no buffer of this client")
+        return buffer
+
+    def free(self, handle: int) -> None:
+        """Raises BadAddressError for a handle that is none."""
+        buffer = self.get(handle)
+        del self._by_handle[handle]
+        self._budgets[buffer.device].release(buffer.storage)
+
+    def free_all(self) -> int:
+        """Free every buffer; the number of bytes given back."""
+        freed = self.nbytes
+        for handle in list(self._by_handle):
+            self.free(handle)
+        return freed

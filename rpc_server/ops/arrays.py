@@ -1,0 +1,79 @@
+"""Tensors as arrays: how an op's reference reads its sources and writes its result."""
+
+from __future__ import annotations
+
+import ctypes
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from protocol.ggml_types import GgmlType
+from rpc_server.graph.tensor import Tensor
+from rpc_server.types import from_f32, to_f32
+
+NATIVE: dict[GgmlType, Any] = {
+    GgmlType.F32: np.float32,
+    GgmlType.F16: np.float16,
+    GgmlType.F64: np.float64,
+    GgmlType.I8: np.int8,
+    GgmlType.I16: np.int16,
+    GgmlType.I32: np.int32,
+    GgmlType.I64: np.int64,
+    # numpy has no bfloat16: views of it are the raw 16-bit patterns.
+    GgmlType.BF16: np.uint16,
+}
+
+
+class ArrayContext:
+    """Gives references their arrays on one device; this class is the one for host memory.
+
+    ``xp`` is the array module the arrays belong to.
+    """
+
+    xp: ModuleType = np
+
+    def memory(self, address: int, size: int) -> Any:
+        """uint8[size] over device memory at ``address``."""
+        if size == 0:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(address)), np.uint8)
+
+    def view(self, t: Tensor) -> Any:
+        """The tensor's memory through its strides, shape (ne3, ne2, ne1, ne0), native dtype.
+
+        Quantized tensors come as uint8 (ne3, ne2, ne1, row bytes); BF16 as uint16 bit patterns.
+        """
+        memory = self.memory(t.address, t.nbytes)
+        shape = t.ne[::-1]
+        strides = t.nb[::-1]
+        dtype = np.dtype(NATIVE.get(t.type, np.uint8))
+        if t.type not in NATIVE:
+            shape = (*shape[:3], t.row_size)
+            strides = (*strides[:3], 1)
+        if 0 in shape:
+            return self.xp.empty(shape, dtype)
+        return self.xp.ndarray(shape, dtype, memory, 0, strides)
+
+    def f32(self, t: Tensor) -> Any:
+        """float32 values, shape (ne3, ne2, ne1, ne0); a view of the memory if it is F32."""
+        values = self.view(t)
+        if t.type is GgmlType.F32:
+            return values
+        if t.type in NATIVE and t.type is not GgmlType.BF16:
+            return values.astype(np.float32)
+        if t.type is GgmlType.BF16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return to_f32(t.type, values, self.xp)
+
+    def store(self, t: Tensor, values: Any) -> None:
+        """Write ``values``, broadcast to (ne3, ne2, ne1, ne0), in the tensor's type."""
+        if t.empty:
+            return
+        target = self.view(t)
+        if t.type in NATIVE and t.type is not GgmlType.BF16:
+            target[...] = values
+            return
+        full = self.xp.broadcast_to(self.xp.asarray(values, np.float32), t.ne[::-1])
+        blocks = from_f32(t.type, self.xp.ascontiguousarray(full), self.xp)
+        target[...] = blocks.view(np.uint16) if t.type is GgmlType.BF16 else blocks

