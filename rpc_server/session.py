@@ -37,7 +37,7 @@ REFUSALS = (ProtocolError, BadAddressError, GraphError)
 # Answers up to this size are copied; of larger ones the transport sends the buffer itself.
 _COPY_ANSWER = 64 << 10
 # Graphs remembered per device. llama.cpp alternates between a few (prefill, decode, per KV size).
-_PLANS = 4
+_PLANS = 8
 
 
 class PlanCache:
@@ -458,7 +458,8 @@ class Session:
         await asyncio.wrap_future(device.submit(job))
         self.graphs += 1
         self.graph_seconds += time.perf_counter() - started
-        self._answer(command, {"result": 1})
+        # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
+        self._answer(command, {"result": 0})
 
 
 def _label(tensor: Any) -> str:

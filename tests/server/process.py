@@ -175,7 +175,8 @@ class Wire:
     def compute(self, nodes: list[dict[str, Any]], leaves: list[dict[str, Any]]) -> None:
         """Send a graph: tensors are the leaves and then the nodes."""
         self.send(Command.GRAPH_COMPUTE, self.graph(nodes, leaves))
-        self.answer(Command.GRAPH_COMPUTE)
+        answer = self.answer(Command.GRAPH_COMPUTE)
+        assert answer is None or answer.result == 0, "not GGML_STATUS_SUCCESS"
 
     def graph(self, nodes: list[dict[str, Any]], leaves: list[dict[str, Any]]) -> bytes:
         tensors = [*leaves, *nodes]

@@ -1,0 +1,126 @@
+"""Parsing a graph off the wire: references, order, extents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.dialects import DIALECTS, Dialect
+from protocol.ggml_ops import Op
+from protocol.graph_payload import GraphPayload
+from protocol.messages import RPC_TENSOR_DTYPE
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.parse import Graph, parse_graph
+from tests.server.process import sources, tensor
+
+NEWEST = DIALECTS[0]
+HANDLE, BASE, SIZE, HOST = 5, 1 << 44, 4096, 0x7000_0000
+
+
+@dataclass
+class FakeBuffer:
+    base: int = BASE
+    size: int = SIZE
+    address: int = HOST
+
+
+def parse(
+    nodes: list[dict[str, Any]], leaves: list[dict[str, Any]], dialect: Dialect = NEWEST
+) -> Graph:
+    tensors = [*leaves, *nodes]
+    array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
+    for row, fields in zip(array, tensors, strict=True):
+        for name, value in fields.items():
+            row[name] = value
+    ids = np.array([node["id"] for node in nodes], "<u8")
+    buffers = {HANDLE: FakeBuffer()}
+    return parse_graph(GraphPayload(0, ids, array), dialect, buffers.get)
+
+
+def leaf(id: int, ne: tuple[int, ...] = (8,), at: int = 0, **fields: Any) -> dict[str, Any]:
+    return tensor(id, ne, HANDLE, BASE + at, **fields)
+
+
+def node(id: int, op: Op, *src: int, dialect: Dialect = NEWEST, **fields: Any) -> dict[str, Any]:
+    return leaf(id, op=dialect.op_number(op), src=sources(*src), **fields)
+
+
+def test_links_and_addresses() -> None:
+    view = node(3, Op.VIEW, 1, at=16, view_src=1, view_offs=16, ne=(4,))
+    graph = parse([view, node(2, Op.ADD, 3, 3, at=64, ne=(4,))], [leaf(1)])
+    added = graph.nodes[1]
+    assert added.op is Op.ADD
+    assert added.src[0] is added.src[1] is graph.nodes[0]
+    assert added.src[2:] == (None,) * 8
+    assert graph.nodes[0].address == HOST + 16
+    assert graph.nodes[0].view_src is graph.nodes[0].src[0]
+    assert added.address == HOST + 64
+    assert (added.ne, added.nb) == ((4, 1, 1, 1), (4, 16, 16, 16))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
+def test_ops_are_numbered_by_the_dialect(dialect: Dialect) -> None:
+    late = node(2, Op.GLU, 1, at=64, dialect=dialect)
+    assert parse([late], [leaf(1)], dialect).nodes[0].op is Op.GLU
+    with pytest.raises(GraphError, match=f"unknown op {len(dialect.ops)}"):
+        parse([leaf(2, op=len(dialect.ops), src=sources(1))], [leaf(1)], dialect)
+
+
+def test_nodes_without_the_compute_flag_are_skipped() -> None:
+    graph = parse([node(2, Op.SQR, 1, flags=0), node(3, Op.SQR, 1)], [leaf(1)])
+    assert [n.id for n in graph.nodes] == [3]
+
+
+def test_clients_older_than_the_compute_flag_run_all_nodes() -> None:
+    old = next(d for d in DIALECTS if d.version == (3, 6, 1))
+    nodes = [node(2, Op.SQR, 1, flags=0, dialect=old), node(3, Op.SQR, 1, flags=0, dialect=old)]
+    assert len(parse(nodes, [leaf(1)], old).nodes) == 2
+
+
+def test_order_of_the_tensors_does_not_matter() -> None:
+    graph = parse([node(3, Op.ADD, 2, 1, at=64)], [node(2, Op.SQR, 1, at=32), leaf(1)])
+    assert graph.nodes[0].src[0] is not None
+    assert graph.nodes[0].src[0].id == 2
+
+
+def test_a_long_chain_is_no_recursion() -> None:
+    """Written from its end, as no client does, so that the cycle search has to walk it."""
+    chain = [node(i, Op.SQR, i - 1) for i in range(2, 5000)]
+    graph = parse([chain[-1]], [*reversed(chain[:-1]), leaf(1)])
+    assert len(graph.nodes) == 1
+
+
+def test_nodes_out_of_order_are_refused() -> None:
+    with pytest.raises(GraphError, match="source 't3' is computed after it"):
+        parse([node(2, Op.SQR, 3, at=64), node(3, Op.SQR, 1, at=32)], [leaf(1)])
+
+
+def test_absent_data_has_no_address() -> None:
+    elsewhere = {**leaf(1), "buffer": 77, "data": 0x1234}
+    nowhere = {**leaf(4), "buffer": 0, "data": 0}
+    graph = parse([node(2, Op.ADD, 1, 4, at=64)], [elsewhere, nowhere])
+    assert [s.address for s in graph.nodes[0].src if s] == [0, 0]
+
+
+@given(
+    ne=st.lists(st.integers(0, 0xFFFFFFFF), min_size=4, max_size=4),
+    nb=st.lists(st.integers(0, 0xFFFFFFFF), min_size=4, max_size=4),
+    data=st.integers(0, (1 << 64) - 1) | st.integers(BASE - 64, BASE + SIZE + 64),
+)
+def test_what_has_an_address_lies_inside(ne: list[int], nb: list[int], data: int) -> None:
+    wire = {**leaf(1), "ne": ne, "nb": nb, "data": data}
+    try:
+        graph = parse([node(2, Op.SQR, 1, at=64)], [wire])
+    except GraphError:
+        return
+    source = graph.nodes[0].src[0]
+    assert source is not None
+    if source.address:
+        last = sum((n - 1) * b for n, b in zip(ne, nb, strict=True)) + 4 if 0 not in ne else 0
+        assert source.address >= HOST
+        assert source.address + last <= HOST + SIZE

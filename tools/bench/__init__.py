@@ -1,0 +1,1 @@
+"""Measurements, never part of the tests: this server beside upstream's in one run."""

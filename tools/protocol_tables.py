@@ -1,0 +1,122 @@
+"""Writes the tables of docs/protocol.md from the declarations in protocol/.
+
+python -m tools.protocol_tables            # rewrite the tables
+python -m tools.protocol_tables --check    # fail if they are out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from construct import Array, Bytes, FormatField, Struct
+
+from protocol import messages
+from protocol.commands import Command
+from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "protocol.md"
+BEGIN = "<!-- tables: written by tools.protocol_tables -->"
+END = "<!-- end of tables -->"
+
+_BODY = {Body.NONE: "", Body.DATA: "data", Body.GRAPH: "graph"}
+
+
+def _type_name(declaration: Any) -> str:
+    if declaration is messages.RpcTensor:
+        return "rpc_tensor"
+    if isinstance(declaration, Array):
+        return f"{_type_name(declaration.subcon)}[{declaration.count}]"
+    if isinstance(declaration, Bytes):
+        return f"u8[{declaration.length}]"
+    if isinstance(declaration, FormatField):
+        kind = "i" if declaration.fmtstr[-1].islower() else "u"
+        return f"{kind}{declaration.length * 8}"
+    raise TypeError(f"no name for {declaration!r}")
+
+
+def fields(struct: Any) -> Iterator[tuple[int, str, str]]:
+    """(offset, type, name) of each field of a declaration."""
+    at = 0
+    for field in struct.subcons:
+        inner = field.subcon if field.name else field
+        name = field.name or "(zero)"
+        kind = _type_name(inner) if field.name else f"u8[{inner.length}]"
+        yield at, kind, name
+        at += field.sizeof()
+
+
+def _layout(struct: Struct, tail: str = "") -> str:
+    parts = [f"{name} {kind}" for _, kind, name in fields(struct)]
+    return " · ".join([*parts, *([tail] if tail else [])]) or "(empty)"
+
+
+def _answer(spec: CommandSpec) -> str:
+    if spec.answer is Answer.NEVER:
+        return "none"
+    return "data" if spec.answer is Answer.DATA else _layout(spec.response)
+
+
+def _rows(command: Command) -> Iterator[str]:
+    """One row for each form a command has had, newest first."""
+    forms: list[tuple[CommandSpec, list[Dialect]]] = []
+    for dialect in DIALECTS:
+        spec = dialect.commands.get(command)
+        if spec is None:
+            continue
+        if forms and forms[-1][0] == spec:
+            forms[-1][1].append(dialect)
+        else:
+            forms.append((spec, [dialect]))
+    for spec, dialects in forms:
+        newest, oldest = dialects[0].version, dialects[-1].version
+        since = f"{oldest[0]}.{oldest[1]}"
+        until = "" if newest == DIALECTS[0].version else f"{newest[0]}.{newest[1]}"
+        versions = f"{since} to {until}" if until and until != since else (until or f"from {since}")
+        request = _layout(spec.request, _BODY[spec.body])
+        yield f"| {int(command)} | {command.name} | {versions} | {request} | {_answer(spec)} |"
+
+
+def tables() -> str:
+    """The generated part of the document."""
+    lines = ["### rpc_tensor", "", "| offset | type | field |", "|---|---|---|"]
+    lines += [f"| {at} | {kind} | {name} |" for at, kind, name in fields(messages.RpcTensor)]
+    lines += ["", "### Commands", ""]
+    lines += ["| number | command | protocol | request | answer |", "|---|---|---|---|---|"]
+    for command in Command:
+        lines += _rows(command)
+    lines += ["", "### Versions", "", "| protocol | HELLO | ops |", "|---|---|---|"]
+    lines += [f"| {d.name} | {d.hello_size} bytes | {len(d.ops)} |" for d in DIALECTS]
+    return "\n".join(lines)
+
+
+def _split(text: str) -> tuple[str, str]:
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"{DOCUMENT} lacks the marks that its tables stand between")
+    return before, after
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.protocol_tables")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    options = parser.parse_args(arguments)
+    text = DOCUMENT.read_text()
+    before, after = _split(text)
+    made = f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    if options.check:
+        if made != text:
+            print(f"{DOCUMENT} is out of date: run python -m tools.protocol_tables")
+            return 1
+        return 0
+    DOCUMENT.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
