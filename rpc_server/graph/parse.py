@@ -135,13 +135,21 @@ def _link(tensors: list[Tensor], wire: Any, index: dict[int, int]) -> None:
     ordered = True
     for i, (tensor, source_ids, view_id) in enumerate(zip(tensors, sources, views, strict=True)):
         linked: list[Tensor | None] = []
-        for id_ in (*source_ids, view_id):
+        for k, id_ in enumerate((*source_ids, view_id)):
             if id_ == 0:
                 linked.append(None)
                 continue
             at = index.get(id_)
             if at is None:
                 raise GraphError(f"tensor '{tensor.name}': source {id_:#x} is not in the graph")
+            if at == i and k == 1 and tensor.op is Op.CPY:
+                # ggml_cast: a copy whose destination is its own result.
+                linked.append(None)
+                continue
+            if at == i and tensor.op is Op.CPY and len(linked) == 1:
+                # ggml_cast names its result as the destination, too.
+                linked.append(None)
+                continue
             ordered = ordered and at < i
             linked.append(tensors[at])
         tensor.view_src = linked.pop()

@@ -1,0 +1,492 @@
+"""One connection to a server: any protocol version, commands pipelined, answers in order.
+
+Requests are written in the order in which they are made, and each may be made before the earlier
+ones are answered; the server answers in the same order. What a command looks like and whether it is
+answered at all, the dialect's table says.
+
+Large payloads are not copied: SET_TENSOR hands the caller's memory to the transport piece by piece,
+waiting for each to leave before the next, and GET_TENSOR receives into an array made for the
+answer. So a call of ``set_tensor`` returns when its bytes are in the kernel's hands, and the memory
+may be changed from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from client.errors import (
+    AllocationFailed,
+    ConnectionLost,
+    GraphFailed,
+    UnsupportedCommand,
+    VersionMismatch,
+)
+from client.tensors import Tensor
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import (
+    DIALECTS,
+    Answer,
+    Body,
+    CommandSpec,
+    Dialect,
+    Version,
+    find_dialects,
+)
+from protocol.errors import ProtocolError
+from protocol.graph_payload import GraphPayload, encode_graph
+from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES, RPC_TENSOR_SIZE, RpcTensor
+from protocol.responses import ResponseReader
+
+Bytes = bytes | bytearray | memoryview
+# A tensor of this client, or the fields of an rpc_tensor as they are to be sent.
+TensorLike = Tensor | Mapping[str, Any]
+
+_FRAME = struct.Struct("<BQ")
+# A payload up to this goes out in one write with its head; longer ones in pieces of _PIECE.
+_JOIN_UP_TO = 64 << 10
+_PIECE = 1 << 20
+_LINGER = 2.0
+# Fields that older versions lack and that change no result: left out where there is no room for
+# them. Any other field without room has to be 0.
+_HINTS = frozenset({"srcs", "cache_flag", "conn_caps"})
+
+_NO_TENSOR: Mapping[str, Any] = codec(RpcTensor).parse(bytes(RPC_TENSOR_SIZE)).__dict__
+
+
+async def connect(
+    host: str,
+    port: int,
+    *,
+    version: str | Dialect = DIALECTS[0],
+    timeout: float | None = 10.0,
+) -> Connection:
+    """Connect, and agree on the protocol as llama.cpp does.
+
+    ``version`` is a Dialect or a version such as '7', '5.1' or '4.0.2'; where it leaves the choice
+    between several, the newest that is not above the server's is spoken. ``timeout`` (seconds) is
+    for both steps. Raises VersionMismatch if the server's major number is another or its minor
+    number is above ours, ConnectionLost if it hangs up, TimeoutError, OSError.
+    """
+    candidates = [version] if isinstance(version, Dialect) else find_dialects(version)
+    async with asyncio.timeout(timeout):
+        connection = await _open(host, port, candidates[0])
+        try:
+            await connection._hello(candidates)
+        except BaseException:
+            connection.abort()
+            raise
+    return connection
+
+
+async def _open(host: str, port: int, dialect: Dialect) -> Connection:
+    connection = Connection(dialect)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_connection(lambda: _Wire(connection), host, port)
+    # Small requests must not wait for the answer to the one before.
+    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # The limit of 0 makes "may write" mean "all has left": what is sent is the caller's memory.
+    transport.set_write_buffer_limits(high=0)
+    return connection
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """What asyncio calls; everything goes to the connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._reader = connection._reader
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._connection._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.receive_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._reader.received(nbytes)
+        self._connection._take_answers()
+
+    def pause_writing(self) -> None:
+        self._connection._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._connection._writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection._lost(exc)
+
+
+class Connection:
+    """A connection after HELLO; made by :func:`connect`.
+
+    Every command is a coroutine that returns with the answer, or for a command without one when it
+    has been sent. Several may be in flight (``asyncio.gather``); they are sent in the order in
+    which the coroutines first ran. Every one raises ConnectionLost when the server has hung up,
+    ProtocolError when it answered with what is no answer, and UnsupportedCommand when the protocol
+    version doesn't have it.
+    """
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.server_version: Version = (0, 0, 0)
+        self.server_caps = b""
+        self._transport: asyncio.Transport
+        self._reader = ResponseReader()
+        self._answers: deque[asyncio.Future[Any]] = deque()
+        self._writing = asyncio.Lock()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._ended = asyncio.Event()
+        self._error: Exception | None = None
+
+    # -- life
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._error is not None
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait for their answers."""
+        return len(self._answers)
+
+    async def close(self) -> None:
+        """Hang up, after what has been written is sent; pending calls raise ConnectionLost.
+
+        A server that doesn't take it within _LINGER seconds is left without it.
+        """
+        self._fail(ConnectionLost("this client closed the connection"))
+        self._transport.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                await self._ended.wait()
+        self._transport.abort()
+        await self._ended.wait()
+
+    def abort(self) -> None:
+        """Hang up at once; pending calls raise ConnectionLost."""
+        self._fail(ConnectionLost("this client closed the connection"))
+        self._transport.abort()
+
+    async def wait_closed(self) -> Exception:
+        """Wait until the connection has ended, and return why."""
+        await self._ended.wait()
+        assert self._error is not None
+        return self._error
+
+    async def _hello(self, candidates: Sequence[Dialect]) -> None:
+        ours = candidates[0].version
+        answer = await self.request(Command.HELLO, conn_caps=bytes(CONN_CAPS_SIZE))
+        theirs = (answer.major, answer.minor, answer.patch)
+        if theirs[0] != ours[0] or theirs[1] > ours[1]:
+            raise VersionMismatch(ours, theirs)
+        self.server_version = theirs
+        self.server_caps = getattr(answer, "conn_caps", b"")
+        self.dialect = next((d for d in candidates if d.version <= theirs), candidates[0])
+
+    # -- sending and receiving
+
+    async def request(
+        self,
+        command: Command,
+        *,
+        data: Bytes | None = None,
+        destination: memoryview | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Send a command and wait for its answer: a Record, ``destination``, or None.
+
+        ``fields`` are those of the request's declaration in protocol.messages, ``data`` what
+        follows them (SET_TENSOR, GRAPH_COMPUTE), ``destination`` takes the bytes of an answer with
+        data (GET_TENSOR). Fields that this version has no room for must be 0.
+        """
+        return await (await self.start(command, data=data, destination=destination, **fields))
+
+    async def start(
+        self,
+        command: Command,
+        *,
+        data: Bytes | None = None,
+        destination: memoryview | None = None,
+        **fields: Any,
+    ) -> asyncio.Future[Any]:
+        """Send a command; returns when it is sent, with the future of its answer.
+
+        Parameters and results as in :meth:`request`.
+        """
+        spec = self._spec(command)
+        head = self._head(command, spec, fields)
+        if (spec.body is Body.NONE) != (data is None):
+            raise ValueError(f"{command.name} carries {spec.body.value}")
+        body = memoryview(b"" if data is None else data).cast("B")
+        frame = _FRAME.pack(command, len(head) + len(body))
+        async with self._writing:
+            await self._flushed()
+            answer = self._expect(command, spec, destination)
+            await self._write(frame + head, body)
+        return answer
+
+    async def send_raw(self, data: Bytes) -> None:
+        """Write bytes as they are; announce what they will be answered with by :meth:`expect`."""
+        async with self._writing:
+            await self._flushed()
+            await self._write(b"", memoryview(data).cast("B"))
+
+    def expect(
+        self, command: Command, destination: memoryview | None = None
+    ) -> asyncio.Future[Any]:
+        """Announce an answer to what :meth:`send_raw` is about to send; its future."""
+        return self._expect(command, self._spec(command), destination)
+
+    def _spec(self, command: Command) -> CommandSpec:
+        spec = self.dialect.commands.get(command)
+        if spec is None:
+            raise UnsupportedCommand(
+                f"{command.name} is no command of protocol {self.dialect.name}"
+            )
+        return spec
+
+    def _head(self, command: Command, spec: CommandSpec, fields: Mapping[str, Any]) -> bytes:
+        names = {field.name for field in spec.request.subcons}
+        for name in fields.keys() - names - _HINTS:
+            if fields[name]:
+                raise UnsupportedCommand(
+                    f"{command.name} of protocol {self.dialect.name} has no room for "
+                    f"{name} = {fields[name]}"
+                )
+        try:
+            return codec(spec.request).build(fields)
+        except struct.error as error:
+            raise ValueError(f"{command.name}: a field is out of range ({error})") from None
+
+    def _expect(
+        self, command: Command, spec: CommandSpec, destination: memoryview | None
+    ) -> asyncio.Future[Any]:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if spec.answer is Answer.NEVER:
+            answer.set_result(None)
+        else:
+            self._reader.expect(command, spec, destination)
+            self._answers.append(answer)
+        return answer
+
+    async def _flushed(self) -> None:
+        """Wait until everything written has left. Raises what has ended the connection."""
+        await self._writable.wait()
+        if self._error is not None:
+            raise _copy(self._error)
+
+    async def _write(self, head: bytes, body: memoryview) -> None:
+        """Write one message. Cut short (cancelled), it takes the connection with it."""
+        try:
+            if len(body) <= _JOIN_UP_TO:
+                self._transport.write(head + bytes(body))
+                return
+            if head:
+                self._transport.write(head)
+            for at in range(0, len(body), _PIECE):
+                await self._flushed()
+                self._transport.write(body[at : at + _PIECE])
+            await self._flushed()
+        except asyncio.CancelledError:
+            self._fail(ConnectionLost("a request was cancelled while it was being sent"))
+            self._transport.abort()
+            raise
+
+    def _take_answers(self) -> None:
+        try:
+            while (received := self._reader.next_answer()) is not None:
+                future = self._answers.popleft()
+                if not future.done():
+                    future.set_result(received.answer)
+        except ProtocolError as error:
+            self._fail(error)
+            self._transport.abort()
+
+    def _lost(self, cause: Exception | None) -> None:
+        reason = f" ({cause})" if cause else ""
+        self._fail(
+            ConnectionLost(f"the server hung up while {self._reader.within} was due{reason}")
+        )
+        self._ended.set()
+
+    def _fail(self, error: Exception) -> None:
+        """End all pending calls, and all later ones, with ``error``; the first one counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._writable.set()
+        while self._answers:
+            future = self._answers.popleft()
+            if not future.done():
+                future.set_exception(_copy(error))
+                # Whoever started it may wait for another one that fails for the same reason.
+                future.exception()
+
+    def wire_tensor(self, tensor: TensorLike) -> Mapping[str, Any]:
+        """The rpc_tensor of ``tensor`` with this version's op number; ValueError if it has none."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return {**tensor.fields(), "op": self.dialect.op_number(tensor.op)}
+
+    # -- commands
+
+    async def device_count(self) -> int:
+        """How many devices the server has."""
+        answer = await self.request(Command.DEVICE_COUNT)
+        return int(answer.device_count)
+
+    async def get_alignment(self, device: int = 0) -> int:
+        """What the addresses of tensors must be multiples of, bytes."""
+        answer = await self.request(Command.GET_ALIGNMENT, device=device)
+        return int(answer.alignment)
+
+    async def get_max_size(self, device: int = 0) -> int:
+        """The size of the largest buffer, bytes."""
+        answer = await self.request(Command.GET_MAX_SIZE, device=device)
+        return int(answer.max_size)
+
+    async def get_device_memory(self, device: int = 0) -> tuple[int, int]:
+        """Free and total memory, bytes."""
+        answer = await self.request(Command.GET_DEVICE_MEMORY, device=device)
+        return int(answer.free_mem), int(answer.total_mem)
+
+    async def alloc_buffer(self, size: int, device: int = 0) -> tuple[int, int]:
+        """A new buffer's handle and size in bytes. Raises AllocationFailed."""
+        answer = await self.request(Command.ALLOC_BUFFER, device=device, size=size)
+        if answer.remote_ptr == 0:
+            raise AllocationFailed(f"the server has no room for a buffer of {size} bytes")
+        return int(answer.remote_ptr), int(answer.remote_size)
+
+    async def buffer_get_base(self, buffer: int) -> int:
+        """The address of a buffer's first byte."""
+        answer = await self.request(Command.BUFFER_GET_BASE, remote_ptr=buffer)
+        return int(answer.base_ptr)
+
+    async def free_buffer(self, buffer: int) -> None:
+        """Give a buffer back."""
+        await self.request(Command.FREE_BUFFER, remote_ptr=buffer)
+
+    async def buffer_clear(self, buffer: int, value: int = 0) -> None:
+        """Fill a buffer with one byte value."""
+        await self.request(Command.BUFFER_CLEAR, remote_ptr=buffer, value=value)
+
+    async def init_tensor(self, tensor: TensorLike) -> None:
+        """Let the server prepare a new tensor (llama.cpp does for padded quantized ones)."""
+        await self.request(Command.INIT_TENSOR, tensor=self.wire_tensor(tensor))
+
+    async def get_alloc_size(self, tensor: TensorLike, device: int = 0) -> int:
+        """How many bytes the server wants for ``tensor``; its sources count in newer versions."""
+        sources: list[Mapping[str, Any]] = [_NO_TENSOR] * MAX_SOURCES
+        if isinstance(tensor, Tensor):
+            for i, source in enumerate(tensor.src):
+                if source is not None:
+                    sources[i] = self.wire_tensor(source)
+        answer = await self.request(
+            Command.GET_ALLOC_SIZE, device=device, tensor=self.wire_tensor(tensor), srcs=sources
+        )
+        return int(answer.alloc_size)
+
+    async def set_tensor(
+        self, tensor: TensorLike, data: Bytes, offset: int = 0, *, cache_flag: int = 0
+    ) -> None:
+        """Write ``data`` to the tensor's memory from byte ``offset`` on.
+
+        ``cache_flag`` 1 asks the server to keep the data for :meth:`set_tensor_hash`.
+        """
+        await self.request(
+            Command.SET_TENSOR,
+            data=data,
+            tensor=self.wire_tensor(tensor),
+            offset=offset,
+            cache_flag=cache_flag,
+        )
+
+    async def set_tensor_hash(self, tensor: TensorLike, hash: int, offset: int = 0) -> bool:
+        """Let the server fill in data that it has by their hash (fnv1a_64); whether it had them."""
+        answer = await self.request(
+            Command.SET_TENSOR_HASH, tensor=self.wire_tensor(tensor), offset=offset, hash=hash
+        )
+        return bool(answer.result)
+
+    async def get_tensor(
+        self, tensor: TensorLike, offset: int = 0, size: int | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """``size`` bytes of the tensor's memory from byte ``offset`` on (default: to its end)."""
+        if size is None:
+            if not isinstance(tensor, Tensor):
+                raise ValueError("the size of a tensor given by its fields must be said")
+            size = tensor.nbytes - offset
+        data = np.empty(size, np.uint8)
+        await self.request(
+            Command.GET_TENSOR,
+            destination=data.data,
+            tensor=self.wire_tensor(tensor),
+            offset=offset,
+            size=size,
+        )
+        return data
+
+    async def memset_tensor(
+        self, tensor: TensorLike, value: int, offset: int = 0, size: int | None = None
+    ) -> None:
+        """Fill ``size`` bytes of the tensor's memory with one byte value (default: to its end)."""
+        if size is None:
+            if not isinstance(tensor, Tensor):
+                raise ValueError("the size of a tensor given by its fields must be said")
+            size = tensor.nbytes - offset
+        await self.request(
+            Command.MEMSET_TENSOR,
+            tensor=self.wire_tensor(tensor),
+            offset=offset,
+            size=size,
+            value=value,
+        )
+
+    async def copy_tensor(self, src: TensorLike, dst: TensorLike) -> bool:
+        """Copy one tensor's memory to another's on the server; whether the server did."""
+        answer = await self.request(
+            Command.COPY_TENSOR, src=self.wire_tensor(src), dst=self.wire_tensor(dst)
+        )
+        return bool(answer.result)
+
+    async def graph_compute(self, graph: GraphPayload | Bytes) -> None:
+        """Compute a graph. Returns when it is sent; versions before 3.5 wait for the result.
+
+        Bytes are sent as they are. Raises GraphFailed where the version answers with a failure.
+        """
+        data = encode_graph(graph, self.dialect) if isinstance(graph, GraphPayload) else graph
+        answer = await self.request(Command.GRAPH_COMPUTE, data=data)
+        if answer is not None and answer.result:
+            raise GraphFailed(f"the server could not compute the graph: status {answer.result}")
+
+    async def graph_recompute(self, device: int = 0) -> None:
+        """Compute the device's last graph again. Returns when the request is sent."""
+        await self.request(Command.GRAPH_RECOMPUTE, device=device)
+
+
+def _copy(error: Exception) -> Exception:
+    # One object raised in many tasks would collect all their tracebacks.
+    return type(error)(*error.args)

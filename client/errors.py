@@ -1,0 +1,35 @@
+"""What can go wrong between this client and a server."""
+
+# ruff: noqa: N818 - each name says what happened
+
+from __future__ import annotations
+
+from protocol.dialects import Version
+
+
+class ConnectionLost(ConnectionError):
+    """The connection ended, by the server or by us; nothing more can be asked on it."""
+
+
+class VersionMismatch(ConnectionError):
+    """The server speaks another protocol version than this connection asked for."""
+
+    def __init__(self, ours: Version, theirs: Version) -> None:
+        self.ours = ours
+        self.theirs = theirs
+        super().__init__(
+            f"the server speaks protocol {'.'.join(map(str, theirs))}, "
+            f"this client {'.'.join(map(str, ours))}"
+        )
+
+
+class UnsupportedCommand(ValueError):
+    """The connection's protocol version has no such command, or no room for what was asked."""
+
+
+class AllocationFailed(MemoryError):
+    """The server has no room for a buffer of that size."""
+
+
+class GraphFailed(RuntimeError):
+    """The server answered a graph with a failure (versions up to 3.0; later ones hang up)."""

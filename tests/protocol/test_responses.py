@@ -1,0 +1,124 @@
+"""The client's reader against answers of every command of every version."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import DIALECTS, Answer, Dialect
+from protocol.errors import ProtocolError
+from protocol.responses import Received, ResponseReader
+
+NEWEST = DIALECTS[0]
+
+
+def feed(reader: ResponseReader, stream: bytes, cuts: list[int]) -> list[Received]:
+    """Give ``stream`` to the reader in segments that end at ``cuts``."""
+    answers = []
+    for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        segment = stream[start:stop]
+        while segment:
+            place = reader.receive_buffer()
+            n = min(len(place), len(segment))
+            assert n > 0
+            place[:n] = segment[:n]
+            reader.received(n)
+            segment = segment[n:]
+            while (answer := reader.next_answer()) is not None:
+                answers.append(answer)
+    return answers
+
+
+def framed(payload: bytes) -> bytes:
+    return struct.pack("<Q", len(payload)) + payload
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(DIALECTS))
+def test_every_answer_in_any_segments(data: st.DataObject, dialect: Dialect) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    reader = ResponseReader()
+    stream = b""
+    sent: list[tuple[Command, bytes]] = []
+    for command, spec in dialect.commands.items():
+        if spec.answer is Answer.NEVER:
+            continue
+        if spec.answer is Answer.DATA:
+            # Below and above the size from which data are received in place.
+            for size in (0, 1, 5000):
+                payload = rng.bytes(size)
+                reader.expect(command, spec, memoryview(bytearray(size)))
+                sent.append((command, payload))
+                stream += framed(payload)
+            continue
+        payload = codec(spec.response).build(
+            codec(spec.response).parse(rng.bytes(codec(spec.response).size))
+        )
+        reader.expect(command, spec)
+        sent.append((command, payload))
+        stream += framed(payload)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=30)))
+    answers = feed(reader, stream, cuts)
+    assert [a.command for a in answers] == [command for command, _ in sent]
+    for received, (command, payload) in zip(answers, sent, strict=True):
+        spec = dialect.commands[command]
+        if spec.answer is Answer.DATA:
+            assert bytes(received.answer) == payload
+        else:
+            assert codec(spec.response).build(received.answer) == payload
+    assert reader.pending == 0
+    assert reader.within == "nothing"
+
+
+def test_large_data_are_received_where_they_belong() -> None:
+    reader = ResponseReader()
+    destination = bytearray(1 << 20)
+    reader.expect(Command.GET_TENSOR, NEWEST.commands[Command.GET_TENSOR], memoryview(destination))
+    feed(reader, struct.pack("<Q", 1 << 20), [])
+    place = reader.receive_buffer()
+    assert len(place) == 1 << 20
+    place[0] = 77
+    assert destination[0] == 77
+
+
+@pytest.mark.parametrize("wrong", [0, 7, 9, 2**63])
+def test_an_answer_of_another_size_is_refused(wrong: int) -> None:
+    reader = ResponseReader()
+    reader.expect(Command.GET_ALIGNMENT, NEWEST.commands[Command.GET_ALIGNMENT])
+    with pytest.raises(ProtocolError, match=f"GET_ALIGNMENT has {wrong} bytes, not 8"):
+        feed(reader, struct.pack("<Q", wrong), [])
+
+
+def test_an_answer_to_nothing_is_refused() -> None:
+    reader = ResponseReader()
+    with pytest.raises(ProtocolError, match="answer no request"):
+        feed(reader, b"\0", [])
+    reader = ResponseReader()
+    reader.expect(Command.GET_ALIGNMENT, NEWEST.commands[Command.GET_ALIGNMENT])
+    with pytest.raises(ProtocolError, match="1 bytes that answer no request"):
+        feed(reader, framed(bytes(8)) + b"\0", [])
+
+
+def test_what_is_due_is_told() -> None:
+    reader = ResponseReader()
+    destination = memoryview(bytearray(10000))
+    reader.expect(Command.GET_TENSOR, NEWEST.commands[Command.GET_TENSOR], destination)
+    assert reader.within == "the answer to GET_TENSOR"
+    feed(reader, framed(bytes(10000))[:5008], [])
+    assert reader.within == "the answer to GET_TENSOR (5000 of 10000 bytes)"
+
+
+def test_announcements_fit_the_command() -> None:
+    reader = ResponseReader()
+    with pytest.raises(ValueError, match="no answer"):
+        reader.expect(Command.SET_TENSOR, NEWEST.commands[Command.SET_TENSOR])
+    with pytest.raises(ValueError, match="bytes of a tensor"):
+        reader.expect(Command.GET_TENSOR, NEWEST.commands[Command.GET_TENSOR])
+    with pytest.raises(ValueError, match="a fixed struct"):
+        reader.expect(Command.COPY_TENSOR, NEWEST.commands[Command.COPY_TENSOR], memoryview(b""))
