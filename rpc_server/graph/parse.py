@@ -146,10 +146,6 @@ def _link(tensors: list[Tensor], wire: Any, index: dict[int, int]) -> None:
                 # ggml_cast: a copy whose destination is its own result.
                 linked.append(None)
                 continue
-            if at == i and tensor.op is Op.CPY and len(linked) == 1:
-                # ggml_cast names its result as the destination, too.
-                linked.append(None)
-                continue
             ordered = ordered and at < i
             linked.append(tensors[at])
         tensor.view_src = linked.pop()

@@ -95,6 +95,11 @@ def test_a_long_chain_is_no_recursion() -> None:
     assert len(graph.nodes) == 1
 
 
+def test_a_cast_names_itself_as_its_destination() -> None:
+    graph = parse([node(2, Op.CPY, 1, 2, at=64)], [leaf(1)])
+    assert graph.nodes[0].src[1] is None
+
+
 def test_nodes_out_of_order_are_refused() -> None:
     with pytest.raises(GraphError, match="source 't3' is computed after it"):
         parse([node(2, Op.SQR, 3, at=64), node(3, Op.SQR, 1, at=32)], [leaf(1)])

@@ -6,14 +6,14 @@ the kernels of a node and emit their records. What they decline runs as the op's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml_types import GgmlType
 from rpc_server.devices.cpu.abi import (
     EXTRA_WORD,
     N_EXTRA,
@@ -23,14 +23,15 @@ from rpc_server.devices.cpu.abi import (
     SLOT_WORDS,
     Kernel,
 )
+from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.tensor import Tensor
+from rpc_server.graph.tensor import Dims, Tensor
 
 Lowering = Callable[[Tensor, "Planner"], bool]
 LOWERINGS: dict[Op, Lowering] = {}
 
-# How a row of activations becomes rows of another type: filled by the family that owns the kernels.
-ROW_CONVERTERS: dict[GgmlType, Kernel] = {}
+# What makes two tensors the same rows: address, type, ne, nb.
+_Rows = tuple[int, GgmlType, Dims, Dims]
 
 
 def lowers(op: Op) -> Callable[[Lowering], Lowering]:
@@ -69,7 +70,8 @@ class Planner:
         self._shared_used = 0
         self._local_used = 0
         self.scratch_peak = 0
-        self._converted: dict[tuple[int, GgmlType], tuple[Tensor, int]] = {}
+        # What is kept between nodes: key -> (tensors it was made of, address, end of its scratch).
+        self._shared: dict[Hashable, tuple[Sequence[Tensor], int, int]] = {}
 
     def begin(self, node: Tensor) -> None:
         """Start lowering ``node``: scratch of the node before is given back."""
@@ -77,19 +79,18 @@ class Planner:
         self._local_used = 0
 
     def finish(self, node: Tensor) -> None:
-        """``node`` writes its memory: conversions of what lay there are no longer good."""
+        """``node`` writes its memory: what was made of what lay there is no longer good."""
         if node.empty:
             return
         start, end = node.address, node.address + node.nbytes
         stale = [
             key
-            for key, (source, _) in self._converted.items()
-            if source.address < end and start < source.address + source.nbytes
+            for key, (sources, _, _) in self._shared.items()
+            if any(s.address < end and start < s.address + s.nbytes for s in sources)
         ]
         for key in stale:
-            del self._converted[key]
-        if not self._converted:
-            self._shared_used = 0
+            del self._shared[key]
+        self._shared_used = max((used for _, _, used in self._shared.values()), default=0)
 
     def emit(
         self,
@@ -133,23 +134,23 @@ class Planner:
         self.scratch_peak = max(self.scratch_peak, self._shared_used + self._local_used)
         return address
 
-    def quantized_rows(self, t: Tensor, type_: GgmlType) -> int:
-        """Address of ``t``'s rows converted to ``type_``, dense in ne1, ne2, ne3 order.
+    def converted_rows(self, t: Tensor, form: RowForm) -> int:
+        """Address of ``t``'s rows in ``form``, row_bytes apart in ne1, ne2, ne3 order.
 
-        Emits the conversion once for all products that read the same tensor; must be called before
-        :meth:`scratch` within a node. ``t`` is F32, its ne[0] a multiple of the type's block.
+        Emits the conversion once for all products that read the same rows; must be called before
+        :meth:`scratch` within a node. Q8 takes F32 of whole runs of 32, F32 takes F16 or BF16.
         """
-        key = (id(t), type_)
+        key = ((t.address, t.type, t.ne, t.nb), form)
         known = self._converted.get(key)
         if known is not None:
             return known[1]
         if self._local_used:
-            raise RuntimeError("quantized_rows after scratch in one node")
-        size = -(-row_size(type_, t.ne[0]) * t.nrows // 64) * 64
-        address = self._arena.address(self._shared_used, size)
-        self._shared_used += size
+            raise RuntimeError("converted_rows after scratch in one node")
+        stride = row_bytes(form, t.ne[0])
+        address = self._arena.address(self._shared_used, stride * t.nrows)
+        self._shared_used += stride * t.nrows
         self.scratch_peak = max(self.scratch_peak, self._shared_used)
         assert self._node is not None
-        self.emit(ROW_CONVERTERS[type_], self._node, slots=(None, t), extra=(address, int(type_)))
+        self.emit(CONVERTERS[form], self._node, slots=(None, t), extra=(address, stride))
         self._converted[key] = (t, address)
         return address
