@@ -69,6 +69,12 @@ class Kernel:
     __slots__ = ("_address", "_compiled", "function", "name")
 
     def __init__(self, function: Callable[[int, int, int], int]) -> None:
+        # Kernels made by one factory share a place in the source, from which numba names the files
+        # of its cache; two processes that compile at once would overwrite each other's. So the
+        # constants a kernel is made with become part of its name.
+        for cell in function.__closure__ or ():
+            function.__name__ += f"_{cell.cell_contents}"
+            function.__qualname__ += f"_{cell.cell_contents}"
         self.function = function
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         self._compiled: Any = None
@@ -94,15 +100,24 @@ def kernel(function: Callable[[int, int, int], int]) -> Kernel:
 
 
 def helper(function: Callable[..., Any]) -> Any:
-    """Declare a function that kernels call; compiled with the kernel that uses it."""
-    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)(function)
+    """Declare a function that kernels call; compiled with the kernel that uses it.
+
+    Helpers are not cached by themselves: the kernel contains them.
+    """
+    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
 
 
 def inline_helper(function: Callable[..., Any]) -> Any:
     """A helper small enough that LLVM must always inline it."""
-    return numba.njit(
-        nogil=True, fastmath=FASTMATH, error_model="numpy", forceinline=True, cache=True
-    )(function)
+    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", forceinline=True)(
+        function
+    )
+
+
+def exact_helper(function: Callable[..., Any]) -> Any:
+    """A helper whose float operations are each rounded on their own, none contracted."""
+    # Said explicitly: what is left unsaid numba inherits from the caller.
+    return numba.njit(nogil=True, fastmath=False, error_model="numpy")(function)
 
 
 # -- memory access ---------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
 from rpc_server.devices.cpu.abi import (
     EXTRA_WORD,
     N_EXTRA,
@@ -25,13 +24,10 @@ from rpc_server.devices.cpu.abi import (
 )
 from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.tensor import Dims, Tensor
+from rpc_server.graph.tensor import Tensor
 
 Lowering = Callable[[Tensor, "Planner"], bool]
 LOWERINGS: dict[Op, Lowering] = {}
-
-# What makes two tensors the same rows: address, type, ne, nb.
-_Rows = tuple[int, GgmlType, Dims, Dims]
 
 
 def lowers(op: Op) -> Callable[[Lowering], Lowering]:
@@ -134,23 +130,36 @@ class Planner:
         self.scratch_peak = max(self.scratch_peak, self._shared_used + self._local_used)
         return address
 
+    def shared_scratch(
+        self, key: Hashable, sources: Sequence[Tensor], size: int
+    ) -> tuple[int, bool]:
+        """(address, fresh) of ``size`` bytes that later nodes find again under ``key``.
+
+        They stay good until one of ``sources``, which they are made of, is written to. ``fresh``:
+        the caller must emit what fills them. To be called before :meth:`scratch` within a node.
+        """
+        known = self._shared.get(key)
+        if known is not None:
+            return known[1], False
+        if self._local_used:
+            raise RuntimeError("shared scratch asked for after scratch in one node")
+        aligned = -(-size // 64) * 64
+        address = self._arena.address(self._shared_used, aligned)
+        self._shared_used += aligned
+        self.scratch_peak = max(self.scratch_peak, self._shared_used)
+        self._shared[key] = (sources, address, self._shared_used)
+        return address, True
+
     def converted_rows(self, t: Tensor, form: RowForm) -> int:
         """Address of ``t``'s rows in ``form``, row_bytes apart in ne1, ne2, ne3 order.
 
         Emits the conversion once for all products that read the same rows; must be called before
         :meth:`scratch` within a node. Q8 takes F32 of whole runs of 32, F32 takes F16 or BF16.
         """
-        key = ((t.address, t.type, t.ne, t.nb), form)
-        known = self._converted.get(key)
-        if known is not None:
-            return known[1]
-        if self._local_used:
-            raise RuntimeError("converted_rows after scratch in one node")
         stride = row_bytes(form, t.ne[0])
-        address = self._arena.address(self._shared_used, stride * t.nrows)
-        self._shared_used += stride * t.nrows
-        self.scratch_peak = max(self.scratch_peak, self._shared_used)
-        assert self._node is not None
-        self.emit(CONVERTERS[form], self._node, slots=(None, t), extra=(address, stride))
-        self._converted[key] = (t, address)
+        key = (form, t.address, t.type, t.ne, t.nb)
+        address, fresh = self.shared_scratch(key, (t,), stride * t.nrows)
+        if fresh:
+            assert self._node is not None
+            self.emit(CONVERTERS[form], self._node, slots=(None, t), extra=(address, stride))
         return address

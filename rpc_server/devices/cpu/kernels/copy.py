@@ -1,0 +1,231 @@
+"""Kernels that copy: elements in order from one tensor to another of any layout, or repeated."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.abi import (
+    DST,
+    SRC0,
+    Kernel,
+    data,
+    extra,
+    ggml_type,
+    inline_helper,
+    kernel,
+    load_f32,
+    load_i8,
+    load_i16,
+    load_i32,
+    load_i64,
+    memory_copy,
+    memory_set,
+    nb,
+    ne,
+    param_i32,
+    row_address,
+    store_f32,
+    store_i8,
+    store_i16,
+    store_i32,
+    store_i64,
+)
+from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
+from rpc_server.devices.cpu.kernels.quantize import quantize_row
+from rpc_server.devices.cpu.kernels.rows import convert_row
+from rpc_server.devices.cpu.kernels.typed import (
+    F32,
+    FLOAT_TYPES,
+    load_scalar,
+    share_rows,
+    store_scalar,
+)
+
+# Elements that are worth a second thread.
+_GRAIN = 4096
+# Shares of a dense run are whole blocks of every type.
+_CHUNK = 256
+
+
+@inline_helper
+def _share_chunks(n, ith, nth):  # type: ignore[no-untyped-def]
+    each = max(-(-n // nth), _GRAIN)
+    each = -(-each // _CHUNK) * _CHUNK
+    begin = min(n, ith * each)
+    return begin, min(n, begin + each)
+
+
+@kernel
+def copy_same_type(rec, ith, nth):  # type: ignore[no-untyped-def]
+    """Rows whose bytes are dense: extra words are rows and bytes of a row."""
+    rows, size = extra(rec, 0), extra(rec, 1)
+    if rows == 1:
+        begin, end = _share_chunks(size, ith, nth)
+        memory_copy(data(rec, DST) + begin, data(rec, SRC0) + begin, end - begin)
+        return 0
+    row, row_end = share_rows(rows, ith, nth)
+    while row < row_end:
+        memory_copy(row_address(rec, DST, row), row_address(rec, SRC0, row), size)
+        row += 1
+    return 0
+
+
+@functools.cache
+def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> Kernel:
+    """Dense rows of one type to another: floats among each other, F32 to blocks and back.
+
+    Extra words: rows, elements of a row, address of scratch: a float32 row for each thread, needed
+    where F16 or BF16 is quantized.
+    """
+    number_x, number_y = int(type_x), int(type_y)
+    block_x, size_x = TYPE_INFO[type_x].block_size, TYPE_INFO[type_x].type_size
+    block_y, size_y = TYPE_INFO[type_y].block_size, TYPE_INFO[type_y].type_size
+    floats = type_x in FLOAT_TYPES and type_y in FLOAT_TYPES
+    quantizing = block_y > 1
+    through_f32 = quantizing and type_x != GgmlType.F32
+    dequantizing = block_x > 1
+
+    @kernel
+    def convert(rec, ith, nth):  # type: ignore[no-untyped-def]
+        rows, width = extra(rec, 0), extra(rec, 1)
+        row, row_end, begin, end = 0, 1, 0, width
+        if rows == 1:
+            begin, end = _share_chunks(width, ith, nth)
+        else:
+            row, row_end = share_rows(rows, ith, nth)
+        while row < row_end:
+            x = row_address(rec, SRC0, row) + begin // block_x * size_x
+            y = row_address(rec, DST, row) + begin // block_y * size_y
+            n = end - begin
+            row += 1
+            if floats:
+                convert_row(number_x, number_y, x, y, n)
+            elif through_f32:
+                # A piece at a time: the scratch is small whatever the row.
+                buffer = extra(rec, 2) + ith * _CHUNK * 4
+                for i in range(0, n, _CHUNK):
+                    count = min(_CHUNK, n - i)
+                    convert_row(number_x, F32, x + i * size_x, buffer, count)
+                    quantize_row(number_y, buffer, y + i // block_y * size_y, count)
+            elif quantizing:
+                quantize_row(number_y, x, y, n)
+            elif dequantizing:
+                dequantize_row(number_x, x, y, n)
+            else:
+                for i in range(n):
+                    value = load_scalar(number_x, x + i * size_x)
+                    store_scalar(number_y, y + i * size_y, value)
+        return 0
+
+    return convert
+
+
+@inline_helper
+def _copy_run(rec, x, y, n, step_x, step_y):  # type: ignore[no-untyped-def]
+    """``n`` elements at any strides; of one type they are copied as they are."""
+    type_x, type_y, size = ggml_type(rec, SRC0), ggml_type(rec, DST), extra(rec, 0)
+    if type_x != type_y:
+        for i in range(n):
+            store_scalar(type_y, y + i * step_y, load_scalar(type_x, x + i * step_x))
+    elif size == 4:
+        for i in range(n):
+            store_i32(y + i * step_y, load_i32(x + i * step_x))
+    elif size == 2:
+        for i in range(n):
+            store_i16(y + i * step_y, load_i16(x + i * step_x))
+    elif size == 8:
+        for i in range(n):
+            store_i64(y + i * step_y, load_i64(x + i * step_x))
+    else:
+        for i in range(n):
+            store_i8(y + i * step_y, load_i8(x + i * step_x))
+
+
+@inline_helper
+def _element(rec, slot, i):  # type: ignore[no-untyped-def]
+    """(address, elements left in its row) of element ``i`` in ggml's order."""
+    ne0, ne1, ne2 = ne(rec, slot, 0), ne(rec, slot, 1), ne(rec, slot, 2)
+    i0, rest = i % ne0, i // ne0
+    i1, rest = rest % ne1, rest // ne1
+    i2, i3 = rest % ne2, rest // ne2
+    at = data(rec, slot) + i0 * nb(rec, slot, 0) + i1 * nb(rec, slot, 1)
+    return at + i2 * nb(rec, slot, 2) + i3 * nb(rec, slot, 3), ne0 - i0
+
+
+@kernel
+def copy_strided(rec, ith, nth):  # type: ignore[no-untyped-def]
+    """Elements in ggml's order whatever shape and strides; plain types or F32/F16/BF16/I32 mixed.
+
+    Extra word 0: bytes of an element.
+    """
+    n = ne(rec, DST, 0) * ne(rec, DST, 1) * ne(rec, DST, 2) * ne(rec, DST, 3)
+    i, end = _share_chunks(n, ith, nth)
+    step_x, step_y = nb(rec, SRC0, 0), nb(rec, DST, 0)
+    while i < end:
+        x, left_x = _element(rec, SRC0, i)
+        y, left_y = _element(rec, DST, i)
+        run = min(end - i, min(left_x, left_y))
+        _copy_run(rec, x, y, run, step_x, step_y)
+        i += run
+    return 0
+
+
+@kernel
+def repeat(rec, ith, nth):  # type: ignore[no-untyped-def]
+    """dst = copies of src0 along every dimension; extra word 0: bytes of an element."""
+    ne0, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)
+    n, size = ne(rec, SRC0, 0), extra(rec, 0)
+    step_x, step_y = nb(rec, SRC0, 0), nb(rec, DST, 0)
+    row, end = share_rows(ne1 * ne2 * ne(rec, DST, 3), ith, nth)
+    while row < end:
+        i1, rest = row % ne1, row // ne1
+        x = data(rec, SRC0) + i1 % ne(rec, SRC0, 1) * nb(rec, SRC0, 1)
+        x += rest % ne2 % ne(rec, SRC0, 2) * nb(rec, SRC0, 2)
+        x += rest // ne2 % ne(rec, SRC0, 3) * nb(rec, SRC0, 3)
+        y = row_address(rec, DST, row)
+        row += 1
+        if n == 1:
+            # One value all along the row: a source that doesn't move.
+            _copy_run(rec, x, y, ne0, 0, step_y)
+        elif step_x == size and step_y == size:
+            for i in range(0, ne0, n):
+                memory_copy(y + i * size, x, n * size)
+        else:
+            for i in range(0, ne0, n):
+                _copy_run(rec, x, y + i * step_y, n, step_x, step_y)
+    return 0
+
+
+@kernel
+def pad(rec, ith, nth):  # type: ignore[no-untyped-def]
+    """F32 rows of dst: src0's with zeros around, or src0 again and again if op_params[8] is set."""
+    left0, left1 = param_i32(rec, 0), param_i32(rec, 2)
+    left2, left3 = param_i32(rec, 4), param_i32(rec, 6)
+    ne0, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)
+    n0, n1, n2, n3 = ne(rec, SRC0, 0), ne(rec, SRC0, 1), ne(rec, SRC0, 2), ne(rec, SRC0, 3)
+    around = param_i32(rec, 8) != 0
+    row, end = share_rows(ne1 * ne2 * ne(rec, DST, 3), ith, nth)
+    while row < end:
+        i1, rest = row % ne1 - left1, row // ne1
+        i2, i3 = rest % ne2 - left2, rest // ne2 - left3
+        y = row_address(rec, DST, row)
+        row += 1
+        if around:
+            i1, i2, i3 = i1 % n1, i2 % n2, i3 % n3
+        elif i1 < 0 or i1 >= n1 or i2 < 0 or i2 >= n2 or i3 < 0 or i3 >= n3:
+            memory_set(y, 0, ne0 * 4)
+            continue
+        x = data(rec, SRC0)
+        x += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
+        for i in range(ne0):
+            i0 = i - left0
+            value = np.float32(0.0)
+            if around:
+                value = load_f32(x + i0 % n0 * nb(rec, SRC0, 0))
+            elif i0 >= 0 and i0 < n0:
+                value = load_f32(x + i0 * nb(rec, SRC0, 0))
+            store_f32(y + i * 4, value)
+    return 0

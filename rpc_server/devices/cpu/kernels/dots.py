@@ -1,0 +1,482 @@
+"""The inner loops of matrix products, emitted for one weight format and one instruction set.
+
+Few columns: :func:`row_dots` reads each weight once, straight from memory, and multiplies it with
+one column. Many columns: :func:`unpack_tile` turns 16 rows into a *tile*, in which a vector holds
+the same four codes (or one float) of all 16 rows, and :func:`tile_product` multiplies it with
+several columns at a time; sums then need no shuffling, and a format's decoding is paid once.
+
+A tile of a quantized format is a record for each run of 32 elements: 8 vectors of codes, then for
+each group of the run a vector of scales and one of minima (F32, a lane for each row). A tile of
+floats is a vector of F32 for each element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.kernels.activations import (
+    HALF_SUMS_AT,
+    SCALES_AT,
+    SUMS_AT,
+    UNIT,
+    UNIT_BYTES,
+)
+from rpc_server.devices.cpu.kernels.formats import FORMATS, Plain, Quantized, Unpacked
+from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, LANES, Emit, Isa, vector
+
+_RUN = 32
+_VECTOR_BYTES = 64
+
+# Unpacked rows of one unit before they are turned: codes, scales and minima of 16 rows.
+_STAGE_SCALES = LANES * UNIT
+_STAGE_MINIMA = _STAGE_SCALES + LANES * _VECTOR_BYTES
+STAGE_BYTES = _STAGE_MINIMA + LANES * _VECTOR_BYTES
+
+
+def rows_at_once(type_: GgmlType) -> int:
+    """How many rows :func:`row_dots` does: each has sums and an unpacked block in registers."""
+    return 2 if isinstance(FORMATS[type_], Quantized) else 4
+
+
+def columns_at_once(type_: GgmlType, isa: Isa) -> int:
+    """How many columns :func:`tile_product` does: one register each, and one more for bytes."""
+    return 8 if isa >= Isa.AVX512 else 4
+
+
+def tile_columns_from(type_: GgmlType) -> int:
+    """From how many columns on tiles are worth being made."""
+    return 4 if isinstance(FORMATS[type_], Quantized) else 6
+
+
+def k_chunk(type_: GgmlType) -> int:
+    """Elements of a row that a tile holds at most: it should stay in the cache next to a core."""
+    return 2048 if isinstance(FORMATS[type_], Quantized) else 512
+
+
+def tile_bytes(type_: GgmlType) -> int:
+    """Size of a tile with the stage before it."""
+    format_ = FORMATS[type_]
+    if isinstance(format_, Quantized):
+        return STAGE_BYTES + k_chunk(type_) // _RUN * _record_bytes(format_)
+    return STAGE_BYTES + k_chunk(type_) * _VECTOR_BYTES
+
+
+def _groups(format_: Quantized) -> int:
+    """Groups of a run."""
+    return _RUN // format_.group
+
+
+def _record_bytes(format_: Quantized) -> int:
+    return (8 + 2 * _groups(format_)) * _VECTOR_BYTES
+
+
+def _emitter(builder: Any, sig: Any) -> tuple[Emit, Quantized | Plain, GgmlType]:
+    type_ = GgmlType(sig.args[0].literal_value)
+    return Emit(builder, Isa(sig.args[1].literal_value)), FORMATS[type_], type_
+
+
+def _literals(*args: Any) -> bool:
+    return all(isinstance(a, types.IntegerLiteral) for a in args)
+
+
+# -- few columns -----------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def row_dots(
+    typingctx: Any,
+    type_: Any,
+    isa: Any,
+    weights: Any,
+    stride: Any,
+    row: Any,
+    last: Any,
+    k: Any,
+    activations: Any,
+    target: Any,
+) -> Any:
+    """Rows ``row``, ... (rows_at_once of them, none beyond ``last``) times one column.
+
+    ``weights`` is row 0, ``stride`` bytes on is row 1; element ``row`` of the F32 at ``target`` is
+    set, and those after it.
+    """
+    if not _literals(type_, isa):
+        return None
+    signature = types.void(type_, isa, *[types.int64] * 7)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        e, format_, kind = _emitter(builder, sig)
+        weights, stride, row, last, k, activations, target = args[2:]
+        numbers = [e.call_vector("smin", e.at(row, i), last) for i in range(rows_at_once(kind))]
+        rows = [e.b.add(weights, e.b.mul(n, stride)) for n in numbers]
+        if isinstance(format_, Plain):
+            sums = _plain_dots(e, format_, rows, k, activations)
+        else:
+            sums = _quantized_dots(e, format_, rows, k, activations)
+        for number, value in zip(numbers, sums, strict=True):
+            e.store(value, e.b.add(target, e.shift_left(number, 2)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _plain_dots(e: Emit, format_: Plain, rows: list[Any], k: Any, activations: Any) -> list[Any]:
+    kind = vector(format_.element, LANES)
+    zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
+    whole = e.b.and_(k, e.i64(-LANES))
+
+    def body(i: Any, sums: list[Any]) -> list[Any]:
+        x = e.load(e.b.add(activations, e.shift_left(i, 2)), vector(F32, LANES))
+        offset = e.b.mul(i, e.i64(format_.size))
+        return [
+            e.fma(e.widen(e.load(e.b.add(r, offset), kind)), x, s)
+            for r, s in zip(rows, sums, strict=True)
+        ]
+
+    def rest(i: Any, sums: list[Any]) -> list[Any]:
+        n = e.b.sub(k, i)
+        x = e.load_part(e.b.add(activations, e.shift_left(i, 2)), vector(F32, LANES), n)
+        offset = e.b.mul(i, e.i64(format_.size))
+        return [
+            e.fma(e.widen(e.load_part(e.b.add(r, offset), kind, n)), x, s)
+            for r, s in zip(rows, sums, strict=True)
+        ]
+
+    sums = e.loop(e.i64(0), whole, LANES, zeros, body)
+    return [e.sum(s) for s in e.loop(whole, k, LANES, sums, rest)]
+
+
+# Of a row: products in two vectors, so that additions needn't wait for each other, and minima.
+_TOTALS = 3
+
+
+def _dot_blocks(
+    e: Emit,
+    format_: Quantized,
+    unpacked: Unpacked,
+    codes: list[Any],
+    d: Any,
+    sums: Any,
+    totals: list[Any],
+) -> list[Any]:
+    """``totals`` of one row with the products of some runs added.
+
+    ``codes`` are the column's, ``d`` its scales and ``sums`` its sums, as many as the weights'.
+    """
+    *products, minima = totals
+    scales = e.b.fmul(unpacked.scales, d)
+    for run, (code, value) in enumerate(zip(unpacked.codes, codes, strict=True)):
+        ints = e.dot4(e.constant(I32, 0, 8), code, value, format_.largest)
+        if format_.group == _RUN:
+            scale = e.splat(e.lane(scales, run), 8)
+        else:
+            scale = e.shuffle(scales, [2 * run] * 4 + [2 * run + 1] * 4)
+        value = e.b.sitofp(ints, vector(F32, 8))
+        products[run % 2] = e.fma(value, scale, products[run % 2])
+    if isinstance(sums.type, ir.VectorType):
+        return [*products, e.fma(unpacked.minima, sums, minima)]
+    # A single one goes to lane 0.
+    lane = ir.Constant(I32, 0)
+    added = e.fma(unpacked.minima, sums, e.b.extract_element(minima, lane))
+    return [*products, e.b.insert_element(minima, added, lane)]
+
+
+def _quantized_dots(
+    e: Emit, format_: Quantized, rows: list[Any], k: Any, activations: Any
+) -> list[Any]:
+    groups = _groups(format_)
+    zeros = [e.constant(F32, 0.0, 8), e.constant(F32, 0.0, 8)]
+    start = [*zeros, e.constant(F32, 0.0, 8 * groups)] * len(rows)
+
+    def runs(block: Any, n_blocks: int, column: Any, totals: list[Any]) -> list[Any]:
+        """``n_blocks`` from number ``block`` on; the column's unit, moved on to their first run."""
+        codes_at, factors_at = column
+        n = n_blocks * format_.block // _RUN
+        codes = [e.load(codes_at, vector(I8, _RUN), _RUN * i) for i in range(n)]
+        d = e.load(factors_at, vector(F32, n) if n > 1 else F32, SCALES_AT)
+        if groups == 1:
+            sums = e.load(factors_at, d.type, SUMS_AT)
+        else:
+            d = e.shuffle(d, [i // 2 for i in range(2 * n)])
+            sums = e.load(factors_at, d.type, HALF_SUMS_AT)
+        offset = e.b.mul(block, e.i64(format_.size))
+        new: list[Any] = []
+        for i, row in enumerate(rows):
+            unpacked = format_.unpack(e, e.b.add(row, offset), n_blocks)
+            old = totals[_TOTALS * i : _TOTALS * (i + 1)]
+            new += _dot_blocks(e, format_, unpacked, codes, d, sums, old)
+        return new
+
+    def unit_body(i: Any, totals: list[Any]) -> list[Any]:
+        unit = e.b.add(activations, e.b.mul(i, e.i64(UNIT_BYTES)))
+        return runs(e.b.mul(i, e.i64(per_unit)), per_unit, (unit, unit), totals)
+
+    def rest_body(i: Any, totals: list[Any]) -> list[Any]:
+        within = e.b.sub(i, whole_blocks)
+        codes_at = e.b.add(rest, e.shift_left(within, 5))
+        return runs(i, 1, (codes_at, e.b.add(rest, e.shift_left(within, 2))), totals)
+
+    per_unit = UNIT // format_.block
+    whole = e.b.sdiv(k, e.i64(UNIT))
+    totals = e.loop(e.i64(0), whole, 1, start, unit_body)
+    if per_unit > 1:
+        whole_blocks = e.b.mul(whole, e.i64(per_unit))
+        rest = e.b.add(activations, e.b.mul(whole, e.i64(UNIT_BYTES)))
+        n_blocks = e.b.sdiv(k, e.i64(format_.block))
+        totals = e.loop(whole_blocks, n_blocks, 1, totals, rest_body)
+    sums = []
+    for i in range(len(rows)):
+        first, second, minima = totals[_TOTALS * i : _TOTALS * (i + 1)]
+        sums.append(e.b.fadd(e.sum(e.b.fadd(first, second)), e.sum(minima)))
+    return sums
+
+
+# -- many columns ----------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def unpack_tile(
+    typingctx: Any,
+    type_: Any,
+    isa: Any,
+    weights: Any,
+    stride: Any,
+    row: Any,
+    last: Any,
+    begin: Any,
+    end: Any,
+    tile: Any,
+) -> Any:
+    """Elements ``begin`` to ``end`` of 16 rows from ``row`` on into the tile at ``tile``.
+
+    Rows beyond ``last`` are copies of it. ``begin`` is a multiple of 256.
+    """
+    if not _literals(type_, isa):
+        return None
+    signature = types.void(type_, isa, *[types.int64] * 7)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        e, format_, _ = _emitter(builder, sig)
+        weights, stride, row, last, begin, end, tile = args[2:]
+
+        def row_start(i: Any) -> Any:
+            number = e.call_vector("smin", e.b.add(row, i), last)
+            return e.b.add(weights, e.b.mul(number, stride))
+
+        first = e.at(tile, STAGE_BYTES)
+        if isinstance(format_, Plain):
+            _unpack_plain(e, format_, row_start, begin, end, first)
+        else:
+            _unpack_quantized(e, format_, row_start, begin, end, tile, first)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any, tile: Any) -> None:
+    kind = vector(format_.element, 8)
+    rows = [row_start(e.i64(i)) for i in range(LANES)]
+
+    def turn(i: Any, loaded: list[Any]) -> None:
+        out = e.b.add(tile, e.shift_left(e.b.sub(i, begin), 6))
+        for lane, value in enumerate(e.transpose([e.widen(v) for v in loaded])):
+            e.store(value, out, lane * _VECTOR_BYTES)
+
+    def body(i: Any, _: list[Any]) -> list[Any]:
+        offset = e.b.mul(i, e.i64(format_.size))
+        turn(i, [e.load(e.b.add(r, offset), kind) for r in rows])
+        return []
+
+    def rest(i: Any, _: list[Any]) -> list[Any]:
+        offset, n = e.b.mul(i, e.i64(format_.size)), e.b.sub(end, i)
+        turn(i, [e.load_part(e.b.add(r, offset), kind, n) for r in rows])
+        return []
+
+    whole = e.b.and_(end, e.i64(-8))
+    e.loop(begin, whole, 8, [], body)
+    e.loop(whole, end, 8, [], rest)
+
+
+def _unpack_quantized(
+    e: Emit, format_: Quantized, row_start: Any, begin: Any, end: Any, stage: Any, tile: Any
+) -> None:
+    runs, groups = format_.block // _RUN, _groups(format_)
+    record = _record_bytes(format_)
+
+    def unit_body(start: Any, _: list[Any]) -> list[Any]:
+        count = e.call_vector("smin", e.b.sub(end, start), e.i64(UNIT))
+        count = e.b.sdiv(count, e.i64(format_.block))
+        first_block = e.b.sdiv(start, e.i64(format_.block))
+
+        def row_body(i: Any, _: list[Any]) -> list[Any]:
+            at = e.b.add(row_start(i), e.b.mul(first_block, e.i64(format_.size)))
+            codes = e.b.add(stage, e.shift_left(i, 8))
+            factors = e.b.add(stage, e.shift_left(i, 6))
+
+            def block_body(j: Any, _: list[Any]) -> list[Any]:
+                unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), 1)
+                to = e.b.add(codes, e.shift_left(j, 5))
+                for run, code in enumerate(unpacked.codes):
+                    e.store(code, to, _RUN * run)
+                to = e.b.add(factors, e.shift_left(j, 2))
+                e.store(unpacked.scales, to, _STAGE_SCALES)
+                e.store(unpacked.minima, to, _STAGE_MINIMA)
+                return []
+
+            if runs > 1:
+                block_body(e.i64(0), [])
+            else:
+                e.loop(e.i64(0), count, 1, [], block_body)
+            return []
+
+        e.loop(e.i64(0), e.i64(LANES), 1, [], row_body)
+        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(_RUN)), e.i64(record))
+        out = e.b.add(tile, out)
+
+        def run_body(j: Any, _: list[Any]) -> list[Any]:
+            at = e.b.add(stage, e.shift_left(j, 5))
+            loaded = [e.load(at, vector(I32, 8), UNIT * i) for i in range(LANES)]
+            to = e.b.add(out, e.b.mul(j, e.i64(record)))
+            for i, value in enumerate(e.transpose(loaded)):
+                e.store(value, to, i * _VECTOR_BYTES)
+            return []
+
+        e.loop(e.i64(0), e.b.mul(count, e.i64(runs)), 1, [], run_body)
+        # Factors of runs that a short last unit lacks are written too: the tile has the room.
+        for which, stage_at in enumerate((_STAGE_SCALES, _STAGE_MINIMA)):
+            for half in range(groups):
+                at = e.at(stage, stage_at + 32 * half)
+                loaded = [e.load(at, vector(F32, 8), _VECTOR_BYTES * i) for i in range(LANES)]
+                for i, value in enumerate(e.transpose(loaded)):
+                    group = 8 * half + i
+                    run, within = divmod(group, groups)
+                    offset = run * record + (8 + 2 * within + which) * _VECTOR_BYTES
+                    e.store(value, out, offset)
+        return []
+
+    e.loop(begin, end, UNIT, [], unit_body)
+
+
+@intrinsic(prefer_literal=True)
+def tile_product(
+    typingctx: Any,
+    type_: Any,
+    isa: Any,
+    tile: Any,
+    row: Any,
+    rows: Any,
+    begin: Any,
+    end: Any,
+    columns: Any,
+) -> Any:
+    """Elements ``begin`` to ``end`` of a tile times columns_at_once columns.
+
+    ``columns`` are pairs of int64: a column's activations and its F32 results, of which ``rows``
+    (at most 16) from ``row`` on are set, or added to where ``begin`` isn't 0.
+    """
+    if not _literals(type_, isa):
+        return None
+    signature = types.void(type_, isa, *[types.int64] * 6)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        e, format_, kind = _emitter(builder, sig)
+        tile, row, rows, begin, end, columns = args[2:]
+        n = columns_at_once(kind, e.isa)
+        sources = [e.load(columns, I64, 16 * i) for i in range(n)]
+        targets = [e.load(columns, I64, 16 * i + 8) for i in range(n)]
+        first = e.at(tile, STAGE_BYTES)
+        product = _plain_product if isinstance(format_, Plain) else _quantized_product
+        sums = product(e, format_, first, begin, end, sources)
+        results = [e.b.add(t, e.shift_left(row, 2)) for t in targets]
+        lanes = vector(F32, LANES)
+        fresh = e.b.icmp_signed("==", begin, e.i64(0))
+        with e.b.if_else(fresh) as (then, otherwise):
+            with then:
+                for value, at in zip(sums, results, strict=True):
+                    e.store_part(value, at, rows)
+            with otherwise:
+                # All are read before any is written: the last columns may be one and the same.
+                added = [
+                    e.b.fadd(value, e.load_part(at, lanes, rows))
+                    for value, at in zip(sums, results, strict=True)
+                ]
+                for value, at in zip(added, results, strict=True):
+                    e.store_part(value, at, rows)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _plain_product(
+    e: Emit, format_: Plain, tile: Any, begin: Any, end: Any, sources: list[Any]
+) -> list[Any]:
+    def body(i: Any, sums: list[Any]) -> list[Any]:
+        at = e.b.add(tile, e.shift_left(e.b.sub(i, begin), 6))
+        weights = e.load(at, vector(F32, LANES))
+        offset = e.shift_left(i, 2)
+        return [
+            e.fma(weights, e.splat(e.load(e.b.add(s, offset), F32), LANES), total)
+            for s, total in zip(sources, sums, strict=True)
+        ]
+
+    return e.loop(begin, end, 1, [e.constant(F32, 0.0, LANES) for _ in sources], body)
+
+
+def _quantized_product(
+    e: Emit, format_: Quantized, tile: Any, begin: Any, end: Any, sources: list[Any]
+) -> list[Any]:
+    groups, record = _groups(format_), _record_bytes(format_)
+    words = 8 // groups
+    sums_at = SUMS_AT if groups == 1 else HALF_SUMS_AT
+    lanes = vector(F32, LANES)
+
+    def run_body(run: Any, unit: Any, at: Any, totals: list[Any]) -> list[Any]:
+        """Run ``run`` of the unit at offset ``unit`` of the columns; its record is ``at``."""
+        codes_at = e.b.add(unit, e.shift_left(run, 5))
+        factor_at = e.b.add(unit, e.shift_left(run, 2))
+        sum_at = e.b.add(unit, e.shift_left(run, 1 + groups))
+        partial: list[Any] = [None] * len(sources)
+        totals = list(totals)
+        for group in range(groups):
+            ints = [e.constant(I32, 0, LANES) for _ in sources]
+            for word in range(words * group, words * (group + 1)):
+                codes = e.load(at, vector(I8, 4 * LANES), word * _VECTOR_BYTES)
+                for c, source in enumerate(sources):
+                    value = e.load(e.b.add(source, codes_at), I32, 4 * word)
+                    spread = e.b.bitcast(e.splat(value, LANES), vector(I8, 4 * LANES))
+                    ints[c] = e.dot4(ints[c], codes, spread, format_.largest)
+            scales = e.load(at, lanes, (8 + 2 * group) * _VECTOR_BYTES)
+            minima = e.load(at, lanes, (9 + 2 * group) * _VECTOR_BYTES)
+            for c, source in enumerate(sources):
+                value = e.b.sitofp(ints[c], lanes)
+                known = partial[c]
+                partial[c] = (
+                    e.b.fmul(value, scales) if known is None else e.fma(value, scales, known)
+                )
+                total = e.load(e.b.add(source, sum_at), F32, sums_at + 4 * group)
+                totals[c] = e.fma(minima, e.splat(total, LANES), totals[c])
+        for c, source in enumerate(sources):
+            d = e.splat(e.load(e.b.add(source, factor_at), F32, SCALES_AT), LANES)
+            totals[c] = e.fma(partial[c], d, totals[c])
+        return totals
+
+    def unit_body(start: Any, totals: list[Any]) -> list[Any]:
+        count = e.call_vector("smin", e.b.sub(end, start), e.i64(UNIT))
+        unit = e.b.mul(e.b.sdiv(start, e.i64(UNIT)), e.i64(UNIT_BYTES))
+        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(_RUN)), e.i64(record))
+        out = e.b.add(tile, out)
+        return e.loop(
+            e.i64(0),
+            e.b.sdiv(count, e.i64(_RUN)),
+            1,
+            totals,
+            lambda j, t: run_body(j, unit, e.b.add(out, e.b.mul(j, e.i64(record))), t),
+        )
+
+    zeros = [e.constant(F32, 0.0, LANES) for _ in sources]
+    return e.loop(begin, end, UNIT, zeros, unit_body)

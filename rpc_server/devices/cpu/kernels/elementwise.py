@@ -1,0 +1,462 @@
+"""Kernels of ops that treat each element alone: functions of one value, of two, and gated units.
+
+A kernel is made per function and per 'all F32 or not', on first use. Extra words: 0 the number of
+rows, 1 the elements of a row. Tensors that are dense throughout come as one row, whose elements the
+threads share; others share rows.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+
+import numpy as np
+
+from protocol.ggml_ops import GluOp, Op, UnaryOp
+from rpc_server.devices.cpu.abi import (
+    DST,
+    SRC0,
+    SRC1,
+    Kernel,
+    data,
+    extra,
+    ggml_type,
+    inline_helper,
+    kernel,
+    nb,
+    ne,
+    param_f32,
+    row_address,
+)
+from rpc_server.devices.cpu.kernels import functions as f
+from rpc_server.devices.cpu.kernels.lanes import (
+    LANES,
+    absolute,
+    ceil,
+    copysign,
+    floor,
+    fma,
+    load_f32s,
+    load_f32s_part,
+    minimum,
+    round_away,
+    select,
+    splat,
+    sqrt,
+    store_f32s,
+    store_f32s_part,
+    trunc,
+)
+from rpc_server.devices.cpu.kernels.typed import (
+    load_lanes,
+    load_lanes_part,
+    load_scalar,
+    share,
+    share_rows,
+    size_of,
+    store_lanes,
+    store_lanes_part,
+    store_scalar,
+)
+
+# Elements that one thread does faster than two can agree on.
+_GRAIN = 2048
+
+
+class Function(enum.IntEnum):
+    """Functions of one element that are ops of their own, behind those of UNARY."""
+
+    SCALE = 100
+    CLAMP = 101
+    SQR = 102
+    SQRT = 103
+    LOG = 104
+    LEAKY_RELU = 105
+    SIN = 106
+    COS = 107
+
+
+_SCALE, _CLAMP, _SQR, _SQRT, _LOG, _LEAKY_RELU, _SIN, _COS = (int(code) for code in Function)
+(
+    _ABS,
+    _SGN,
+    _NEG,
+    _STEP,
+    _TANH,
+    _ELU,
+    _RELU,
+    _SIGMOID,
+    _GELU,
+    _GELU_QUICK,
+    _SILU,
+    _HARDSWISH,
+    _HARDSIGMOID,
+    _EXP,
+    _EXPM1,
+    _SOFTPLUS,
+    _GELU_ERF,
+    _XIELU,
+    _FLOOR,
+    _CEIL,
+    _ROUND,
+    _TRUNC,
+) = (int(code) for code in UnaryOp)
+
+
+@inline_helper
+def _sign(x):  # type: ignore[no-untyped-def]
+    one = copysign(splat(np.float32(1.0)), x)
+    return select(absolute(x) > np.float32(0.0), one, splat(np.float32(0.0)))
+
+
+@inline_helper
+def _step(x):  # type: ignore[no-untyped-def]
+    return select(x > np.float32(0.0), splat(np.float32(1.0)), splat(np.float32(0.0)))
+
+
+@inline_helper
+def _elu(x):  # type: ignore[no-untyped-def]
+    return select(x > np.float32(0.0), x, f.expm1(x))
+
+
+@inline_helper
+def _xielu(x, alpha_n, alpha_p, beta, eps):  # type: ignore[no-untyped-def]
+    above = x * x * alpha_p + x * beta
+    below = (f.expm1(minimum(x, splat(eps))) - x) * alpha_n + x * beta
+    return select(x > np.float32(0.0), above, below)
+
+
+@inline_helper
+def _clamp(x, low, high):  # type: ignore[no-untyped-def]
+    """As C's MIN and MAX do it: a NaN becomes ``high``."""
+    x = select(x < high, x, splat(high))
+    return select(x > low, x, splat(low))
+
+
+@inline_helper
+def _at_most(x, limit):  # type: ignore[no-untyped-def]
+    return select(x > limit, splat(limit), x)
+
+
+@inline_helper
+def _within(x, limit):  # type: ignore[no-untyped-def]
+    """From -limit to limit; NaN stays NaN."""
+    return select(x < -limit, splat(-limit), _at_most(x, limit))
+
+
+@inline_helper
+def _leaky_relu(x, slope):  # type: ignore[no-untyped-def]
+    return f.relu(x) + select(x < np.float32(0.0), x, splat(np.float32(0.0))) * slope
+
+
+@functools.cache
+def unary_kernel(code: int, f32: bool) -> Kernel:
+    """The kernel of a function of one element: a UnaryOp or a :class:`Function`.
+
+    ``f32``: source and result are F32; otherwise each may be F32, F16 or BF16.
+    """
+
+    # The choice is an integer that numba takes for a constant: only its branch is compiled, and the
+    # disk cache knows the kernel again (which it doesn't where a function is captured).
+    @kernel
+    def unary(rec, ith, nth):  # type: ignore[no-untyped-def]
+        rows, width = extra(rec, 0), extra(rec, 1)
+        type_d, type_s = ggml_type(rec, DST), ggml_type(rec, SRC0)
+        size_d, size_s = size_of(type_d), size_of(type_s)
+        row, row_end, begin, end = 0, 1, 0, width
+        if rows == 1:
+            begin, end = share(width, ith, nth, _GRAIN)
+        else:
+            row, row_end = share_rows(rows, ith, nth)
+        p0, p1, p2 = param_f32(rec, 0), param_f32(rec, 1), param_f32(rec, 2)
+        p3, p4 = param_f32(rec, 3), param_f32(rec, 4)
+        while row < row_end:
+            to, source = row_address(rec, DST, row), row_address(rec, SRC0, row)
+            row += 1
+            i = begin
+            while i < end:
+                n = end - i
+                if f32:
+                    at = source + i * 4
+                    x = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
+                else:
+                    at = source + i * size_s
+                    x = load_lanes(type_s, at) if n >= LANES else load_lanes_part(type_s, at, n)
+                if code == _SILU:
+                    y = f.silu(x)
+                elif code == _GELU:
+                    y = f.gelu(x)
+                elif code == _GELU_ERF:
+                    y = f.gelu_erf(x)
+                elif code == _GELU_QUICK:
+                    y = f.gelu_quick(x)
+                elif code == _RELU:
+                    y = f.relu(x)
+                elif code == _SIGMOID:
+                    y = f.sigmoid(x)
+                elif code == _TANH:
+                    y = f.tanh(x)
+                elif code == _EXP:
+                    y = f.exp(x)
+                elif code == _EXPM1:
+                    y = f.exp(x) - np.float32(1.0)
+                elif code == _SOFTPLUS:
+                    y = f.softplus(x)
+                elif code == _ELU:
+                    y = _elu(x)
+                elif code == _XIELU:
+                    y = _xielu(x, p1, p2, p3, p4)
+                elif code == _HARDSIGMOID:
+                    y = f.hardsigmoid(x)
+                elif code == _HARDSWISH:
+                    y = x * f.hardsigmoid(x)
+                elif code == _NEG:
+                    y = -x
+                elif code == _ABS:
+                    y = absolute(x)
+                elif code == _SGN:
+                    y = _sign(x)
+                elif code == _STEP:
+                    y = _step(x)
+                elif code == _FLOOR:
+                    y = floor(x)
+                elif code == _CEIL:
+                    y = ceil(x)
+                elif code == _ROUND:
+                    y = round_away(x)
+                elif code == _TRUNC:
+                    y = trunc(x)
+                elif code == _SCALE:
+                    # Adding a bias of 0 would turn -0 into 0.
+                    y = x * p0 if p1 == np.float32(0.0) else fma(x, splat(p0), splat(p1))
+                elif code == _CLAMP:
+                    y = _clamp(x, p0, p1)
+                elif code == _SQR:
+                    y = x * x
+                elif code == _SQRT:
+                    y = sqrt(x)
+                elif code == _LOG:
+                    y = f.log(x)
+                else:
+                    y = _leaky_relu(x, p0)
+                if f32:
+                    if n >= LANES:
+                        store_f32s(to + i * 4, y)
+                    else:
+                        store_f32s_part(to + i * 4, y, n)
+                elif n >= LANES:
+                    store_lanes(type_d, to + i * size_d, y)
+                else:
+                    store_lanes_part(type_d, to + i * size_d, y, n)
+                i += LANES
+        return 0
+
+    return unary
+
+
+@functools.cache
+def trigonometric_kernel(code: int) -> Kernel:
+    """SIN or COS: by the C library, whose argument reduction is good for any value."""
+
+    @kernel
+    def trigonometric(rec, ith, nth):  # type: ignore[no-untyped-def]
+        rows, width = extra(rec, 0), extra(rec, 1)
+        type_d, type_s = ggml_type(rec, DST), ggml_type(rec, SRC0)
+        size_d, size_s = size_of(type_d), size_of(type_s)
+        row, row_end, begin, end = 0, 1, 0, width
+        if rows == 1:
+            begin, end = share(width, ith, nth, 256)
+        else:
+            row, row_end = share_rows(rows, ith, nth)
+        while row < row_end:
+            to, source = row_address(rec, DST, row), row_address(rec, SRC0, row)
+            row += 1
+            for i in range(begin, end):
+                x = load_scalar(type_s, source + i * size_s)
+                y = math.sin(x) if code == _SIN else math.cos(x)
+                store_scalar(type_d, to + i * size_d, y)
+        return 0
+
+    return trigonometric
+
+
+class Binary(enum.IntEnum):
+    """Functions of two elements."""
+
+    ADD = 0
+    SUB = 1
+    MUL = 2
+    DIV = 3
+
+
+_ADD, _SUB, _MUL, _DIV = (int(code) for code in Binary)
+BINARY_CODES = {Op.ADD: _ADD, Op.SUB: _SUB, Op.MUL: _MUL, Op.DIV: _DIV, Op.ADD1: _ADD}
+
+
+@inline_helper
+def _combine(code, x, y):  # type: ignore[no-untyped-def]
+    """On lanes or scalars; ``code`` is a constant where it is called."""
+    if code == _ADD:
+        return x + y
+    if code == _SUB:
+        return x - y
+    if code == _MUL:
+        return x * y
+    return x / y
+
+
+@functools.cache
+def binary_kernel(code: int, f32: bool) -> Kernel:
+    """dst = src0 op src1, src1 repeated along every dimension; rows of src0 and dst dense.
+
+    Extra word 2: 0 if src1's rows are dense and as long as dst's, 1 if they are one element, 2 if
+    they repeat within a row or have a stride of their own.
+    """
+
+    @kernel
+    def binary(rec, ith, nth):  # type: ignore[no-untyped-def]
+        rows, width, form = extra(rec, 0), extra(rec, 1), extra(rec, 2)
+        type_d, type_x, type_y = ggml_type(rec, DST), ggml_type(rec, SRC0), ggml_type(rec, SRC1)
+        size_d, size_x, size_y = size_of(type_d), size_of(type_x), size_of(type_y)
+        row, row_end, begin, end = 0, 1, 0, width
+        if rows == 1:
+            begin, end = share(width, ith, nth, _GRAIN)
+        else:
+            row, row_end = share_rows(rows, ith, nth)
+        ne1, ne2 = ne(rec, DST, 1), ne(rec, DST, 2)
+        while row < row_end:
+            i1, rest = row % ne1, row // ne1
+            i2, i3 = rest % ne2, rest // ne2
+            row += 1
+            to = data(rec, DST) + i1 * nb(rec, DST, 1) + i2 * nb(rec, DST, 2) + i3 * nb(rec, DST, 3)
+            x_row = data(rec, SRC0)
+            x_row += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
+            y_row = data(rec, SRC1) + i1 % ne(rec, SRC1, 1) * nb(rec, SRC1, 1)
+            y_row += i2 % ne(rec, SRC1, 2) * nb(rec, SRC1, 2)
+            y_row += i3 % ne(rec, SRC1, 3) * nb(rec, SRC1, 3)
+            if form == 2:
+                for i in range(begin, end):
+                    at = y_row + i % ne(rec, SRC1, 0) * nb(rec, SRC1, 0)
+                    value = _combine(
+                        code, load_scalar(type_x, x_row + i * size_x), load_scalar(type_y, at)
+                    )
+                    store_scalar(type_d, to + i * size_d, value)
+                continue
+            y = splat(load_scalar(type_y, y_row))
+            i = begin
+            while i < end:
+                n = end - i
+                if f32:
+                    at = x_row + i * 4
+                    x = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
+                    if form == 0:
+                        at = y_row + i * 4
+                        y = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
+                    z = _combine(code, x, y)
+                    if n >= LANES:
+                        store_f32s(to + i * 4, z)
+                    else:
+                        store_f32s_part(to + i * 4, z, n)
+                else:
+                    at = x_row + i * size_x
+                    x = load_lanes(type_x, at) if n >= LANES else load_lanes_part(type_x, at, n)
+                    if form == 0:
+                        at = y_row + i * size_y
+                        y = load_lanes(type_y, at) if n >= LANES else load_lanes_part(type_y, at, n)
+                    z = _combine(code, x, y)
+                    if n >= LANES:
+                        store_lanes(type_d, to + i * size_d, z)
+                    else:
+                        store_lanes_part(type_d, to + i * size_d, z, n)
+                i += LANES
+        return 0
+
+    return binary
+
+
+(
+    _REGLU,
+    _GEGLU,
+    _SWIGLU,
+    _SWIGLU_OAI,
+    _GEGLU_ERF,
+    _GEGLU_QUICK,
+    _SWIGLU_CLAMP,
+) = (int(code) for code in GluOp)
+
+
+@inline_helper
+def _swiglu_oai(x, g, alpha, limit):  # type: ignore[no-untyped-def]
+    x, g = _at_most(x, limit), _within(g, limit)
+    return x / (f.exp(x * -alpha) + np.float32(1.0)) * (g + np.float32(1.0))
+
+
+@inline_helper
+def _swiglu_clamp(x, g, limit):  # type: ignore[no-untyped-def]
+    return f.silu(_at_most(x, limit)) * _within(g, limit)
+
+
+@functools.cache
+def glu_kernel(code: int, f32: bool) -> Kernel:
+    """dst = activation(x) * g for a GluOp.
+
+    Slots 1 and 2 hold x and g with the shape of dst (a halved tensor gives two views).
+    """
+
+    @kernel
+    def glu(rec, ith, nth):  # type: ignore[no-untyped-def]
+        rows, width = extra(rec, 0), extra(rec, 1)
+        type_d, type_x, type_g = ggml_type(rec, DST), ggml_type(rec, SRC0), ggml_type(rec, SRC1)
+        size_d, size_x, size_g = size_of(type_d), size_of(type_x), size_of(type_g)
+        row, row_end, begin, end = 0, 1, 0, width
+        if rows == 1:
+            # The exponential makes smaller shares worth while.
+            begin, end = share(width, ith, nth, 512)
+        else:
+            row, row_end = share_rows(rows, ith, nth)
+        alpha, limit = param_f32(rec, 2), param_f32(rec, 3)
+        while row < row_end:
+            to = row_address(rec, DST, row)
+            x_row, g_row = row_address(rec, SRC0, row), row_address(rec, SRC1, row)
+            row += 1
+            i = begin
+            while i < end:
+                n = end - i
+                if f32:
+                    at = x_row + i * 4
+                    x = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
+                    at = g_row + i * 4
+                    g = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
+                else:
+                    at = x_row + i * size_x
+                    x = load_lanes(type_x, at) if n >= LANES else load_lanes_part(type_x, at, n)
+                    at = g_row + i * size_g
+                    g = load_lanes(type_g, at) if n >= LANES else load_lanes_part(type_g, at, n)
+                if code == _SWIGLU:
+                    y = f.silu(x) * g
+                elif code == _GEGLU:
+                    y = f.gelu(x) * g
+                elif code == _REGLU:
+                    y = select(x > np.float32(0.0), x * g, splat(np.float32(0.0)))
+                elif code == _GEGLU_ERF:
+                    y = f.gelu_erf(x) * g
+                elif code == _GEGLU_QUICK:
+                    y = f.gelu_quick(x) * g
+                elif code == _SWIGLU_OAI:
+                    y = _swiglu_oai(x, g, alpha, limit)
+                else:
+                    y = _swiglu_clamp(x, g, limit)
+                if f32:
+                    if n >= LANES:
+                        store_f32s(to + i * 4, y)
+                    else:
+                        store_f32s_part(to + i * 4, y, n)
+                elif n >= LANES:
+                    store_lanes(type_d, to + i * size_d, y)
+                else:
+                    store_lanes_part(type_d, to + i * size_d, y, n)
+                i += LANES
+        return 0
+
+    return glu

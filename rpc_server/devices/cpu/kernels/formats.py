@@ -1,0 +1,334 @@
+"""Weight formats: how a block of each type becomes unsigned codes, scales and minima.
+
+Everything the kernels know about a type is its row in :data:`FORMATS`. A quantized weight is
+``scale * code + minimum`` with a code of 0..255; symmetric types get their offset as a minimum, so
+that one dot product serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.kernels.vector import F16, F32, I1, I8, I16, I32, I64, Emit, vector
+from rpc_server.types.tables import FP4_VALUES, IQ4_VALUES
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A block, or several of 32 elements, in registers.
+
+    ``codes`` are vectors of 32 I8, one for each run of 32 elements; ``scales`` and ``minima`` F32,
+    a lane for each group (a scalar if that is one).
+    """
+
+    codes: Sequence[Any]
+    scales: Any
+    minima: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Blocks of ``block`` elements in ``size`` bytes, a scale for each ``group`` of 16 or 32.
+
+    ``largest`` is the largest code; ``unpack`` emits the decoding of the block at an address, or of
+    so many blocks from there on where they are small.
+    """
+
+    unpack: Callable[[Emit, Any, int], Unpacked]
+    largest: int
+    block: int
+    size: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Floats of ``size`` bytes, loaded as ``element`` and widened to F32."""
+
+    element: ir.Type
+    size: int
+
+
+# -- pieces of blocks ------------------------------------------------------------------------------
+
+
+def _half(e: Emit, address: Any, offset: int) -> Any:
+    """An F16 scale as F32."""
+    return e.widen(e.load(address, F16, offset))
+
+
+def _gather(e: Emit, blocks: Any, kind: ir.Type, offset: int, stride: int, n: int) -> Any:
+    """The values at ``offset`` of ``n`` blocks; a scalar if it is one."""
+    if n == 1:
+        return e.load(blocks, kind, offset)
+    joined = ir.Constant(vector(kind, n), ir.Undefined)
+    for i in range(n):
+        value = e.load(blocks, kind, offset + stride * i)
+        joined = e.b.insert_element(joined, value, ir.Constant(I32, i))
+    return joined
+
+
+def _nibbles(e: Emit, address: Any, offset: int) -> Any:
+    """32 codes from 16 bytes: low nibbles first."""
+    packed = e.load(address, vector(I8, 16), offset)
+    twice = e.b.bitcast(e.concat(packed, packed), vector(I64, 4))
+    shifted = e.b.lshr(twice, e.constant(I64, [0, 0, 4, 4], 4))
+    return e.and_(e.b.bitcast(shifted, vector(I8, 32)), 15)
+
+
+def _shifted(e: Emit, bytes_: Any, shift: int, mask: int) -> Any:
+    return e.and_(e.shift_right(bytes_, shift), mask)
+
+
+def _bits(e: Emit, word: Any, weight: int) -> Any:
+    """32 bytes that are ``weight`` where the I32 has a bit."""
+    mask = e.b.bitcast(word, vector(I1, 32))
+    return e.b.select(mask, e.constant(I8, weight, 32), e.constant(I8, 0, 32))
+
+
+def _bytes_as_f32(e: Emit, low: Any, high: Any | None = None, *, signed: bool = False) -> Any:
+    """The bytes of one I64, or of two, as F32 lanes."""
+    pieces = [e.b.bitcast(w, vector(I8, 8)) for w in (low, high) if w is not None]
+    joined = pieces[0] if len(pieces) == 1 else e.concat(*pieces)
+    ints = vector(I32, joined.type.count)
+    wide = e.b.sext(joined, ints) if signed else e.b.zext(joined, ints)
+    return e.b.sitofp(wide, vector(F32, joined.type.count))
+
+
+def _join(e: Emit, low: Any, high: Any) -> Any:
+    """Two I32 as an I64."""
+    return e.b.or_(e.b.zext(low, I64), e.shift_left(e.b.zext(high, I64), 32))
+
+
+def _scaled(e: Emit, d: Any, values: Any) -> Any:
+    return e.b.fmul(values, e.splat(d, values.type.count))
+
+
+def _centred(e: Emit, scales: Any, offset: int) -> Any:
+    """The minima of symmetric codes whose zero is ``offset``."""
+    return e.b.fmul(scales, e.like(scales, float(-offset)))
+
+
+# -- blocks of 32 ----------------------------------------------------------------------------------
+
+
+def _small(
+    type_: GgmlType,
+    code: Callable[[Emit, Any, int], Any],
+    *,
+    centre: int | None = None,
+    scales: Callable[[Emit, Any, int, int], Any] | None = None,
+) -> Callable[[Emit, Any, int], Unpacked]:
+    """Unpacking of a type with blocks of 32, whose codes ``code(e, address, offset)`` decodes.
+
+    Codes are symmetric around ``centre``, or their minimum is an F16 behind the scale. ``scales``
+    stands in for F16 scales.
+    """
+    size = TYPE_INFO[type_].type_size
+
+    def unpack(e: Emit, blocks: Any, n: int) -> Unpacked:
+        codes = [code(e, blocks, size * i) for i in range(n)]
+        if centre is not None:
+            if scales is None:
+                d = e.widen(_gather(e, blocks, F16, 0, size, n))
+            else:
+                d = scales(e, blocks, size, n)
+            return Unpacked(codes, d, _centred(e, d, centre))
+        # Both factors in one load of 4 bytes.
+        pair = _gather(e, blocks, I32, 0, size, n)
+        short, half = (vector(I16, n), vector(F16, n)) if n > 1 else (I16, F16)
+        factors = [
+            e.widen(e.b.bitcast(e.b.trunc(e.shift_right(pair, shift), short), half))
+            for shift in (0, 16)
+        ]
+        return Unpacked(codes, *factors)
+
+    return unpack
+
+
+def _nibbles_at(at: int) -> Callable[[Emit, Any, int], Any]:
+    return lambda e, address, offset: _nibbles(e, address, offset + at)
+
+
+def _five_bits_at(at: int) -> Callable[[Emit, Any, int], Any]:
+    """A bit field of 32 fifth bits, then nibbles."""
+
+    def code(e: Emit, address: Any, offset: int) -> Any:
+        high = _bits(e, e.load(address, I32, offset + at), 16)
+        return e.b.or_(_nibbles(e, address, offset + at + 4), high)
+
+    return code
+
+
+def _looked_up(table: Sequence[int], at: int) -> Callable[[Emit, Any, int], Any]:
+    return lambda e, address, offset: e.look_up(table, _nibbles(e, address, offset + at))
+
+
+def _signed_bytes(e: Emit, address: Any, offset: int) -> Any:
+    return e.b.xor(e.load(address, vector(I8, 32), offset + 2), e.constant(I8, -128, 32))
+
+
+_IQ4_CODES = [int(v) + 128 for v in IQ4_VALUES]
+_FP4_CODES = [int(v) + 12 for v in FP4_VALUES]
+
+
+def _exponents(e: Emit, blocks: Any, size: int, n: int) -> Any:
+    """E8M0 scales, halved as the codes are doubled; the two smallest are no normal floats."""
+    byte = _gather(e, blocks, I8, 0, size, n)
+    wide, floats = (vector(I32, n), vector(F32, n)) if n > 1 else (I32, F32)
+    exponent = e.b.zext(byte, wide)
+    normal = e.shift_left(e.b.sub(exponent, e.like(exponent, 1)), 23)
+    small = e.b.shl(e.like(exponent, 0x200000), e.and_(exponent, 1))
+    is_small = e.b.icmp_unsigned("<", exponent, e.like(exponent, 2))
+    return e.b.bitcast(e.b.select(is_small, small, normal), floats)
+
+
+# -- blocks of 256 ---------------------------------------------------------------------------------
+
+
+def _six_bit_pairs(e: Emit, block: Any, offset: int) -> tuple[Any, Any]:
+    """8 scales and 8 minima of 6 bits in 12 bytes (Q4_K, Q5_K), F32 lanes."""
+    b = e.b
+    low, mid, high = (e.load(block, I32, offset + 4 * i) for i in range(3))
+    first_scales, first_minima = e.and_(low, 0x3F3F3F3F), e.and_(mid, 0x3F3F3F3F)
+    scales = b.or_(e.and_(high, 0x0F0F0F0F), _shifted(e, low, 2, 0x30303030))
+    minima = b.or_(_shifted(e, high, 4, 0x0F0F0F0F), _shifted(e, mid, 2, 0x30303030))
+    return (
+        _bytes_as_f32(e, _join(e, first_scales, scales)),
+        _bytes_as_f32(e, _join(e, first_minima, minima)),
+    )
+
+
+def _scales_and_minima(e: Emit, block: Any, d_at: int, pairs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Codes of scales and of minima times the block's two F16 factors."""
+    d, dmin = _half(e, block, d_at), _half(e, block, d_at + 2)
+    return _scaled(e, d, pairs[0]), _scaled(e, e.b.fneg(dmin), pairs[1])
+
+
+def _q4_k(e: Emit, block: Any, _: int) -> Unpacked:
+    codes = []
+    for pair in range(4):
+        packed = e.load(block, vector(I8, 32), 16 + 32 * pair)
+        codes += [e.and_(packed, 15), e.shift_right(packed, 4)]
+    return Unpacked(codes, *_scales_and_minima(e, block, 0, _six_bit_pairs(e, block, 4)))
+
+
+def _q5_k(e: Emit, block: Any, _: int) -> Unpacked:
+    high = e.load(block, vector(I8, 32), 16)
+    codes = []
+    for pair in range(4):
+        packed = e.load(block, vector(I8, 32), 48 + 32 * pair)
+        for i, low in enumerate((e.and_(packed, 15), e.shift_right(packed, 4))):
+            codes.append(e.b.or_(low, e.shift_left(_shifted(e, high, 2 * pair + i, 1), 4)))
+    return Unpacked(codes, *_scales_and_minima(e, block, 0, _six_bit_pairs(e, block, 4)))
+
+
+def _q6_k(e: Emit, block: Any, _: int) -> Unpacked:
+    codes = []
+    for half in range(2):
+        low = [e.load(block, vector(I8, 32), 64 * half + 32 * i) for i in range(2)]
+        high = e.load(block, vector(I8, 32), 128 + 32 * half)
+        for run in range(4):
+            nibbles = _shifted(e, low[run % 2], 4 * (run // 2), 15)
+            codes.append(e.b.or_(nibbles, e.shift_left(_shifted(e, high, 2 * run, 3), 4)))
+    packed = [e.load(block, I64, 192 + 8 * i) for i in range(2)]
+    scales = _scaled(e, _half(e, block, 208), _bytes_as_f32(e, *packed, signed=True))
+    return Unpacked(codes, scales, _centred(e, scales, 32))
+
+
+def _two_bits(e: Emit, block: Any, offset: int) -> list[Any]:
+    """256 codes of 2 bits: a run of 32 bytes holds four runs of codes."""
+    codes = []
+    for half in range(2):
+        packed = e.load(block, vector(I8, 32), offset + 32 * half)
+        codes += [_shifted(e, packed, 2 * run, 3) for run in range(4)]
+    return codes
+
+
+def _q2_k(e: Emit, block: Any, _: int) -> Unpacked:
+    packed = [e.load(block, I64, 8 * i) for i in range(2)]
+    scales = _bytes_as_f32(e, *(e.and_(w, 0x0F0F0F0F0F0F0F0F) for w in packed))
+    minima = _bytes_as_f32(e, *(_shifted(e, w, 4, 0x0F0F0F0F0F0F0F0F) for w in packed))
+    return Unpacked(_two_bits(e, block, 16), *_scales_and_minima(e, block, 80, (scales, minima)))
+
+
+def _q3_k(e: Emit, block: Any, _: int) -> Unpacked:
+    third = e.load(block, vector(I8, 32))
+    codes = [
+        e.b.or_(low, e.shift_left(_shifted(e, third, run, 1), 2))
+        for run, low in enumerate(_two_bits(e, block, 32))
+    ]
+    # 16 scales of 6 bits: the low four in 8 bytes of nibbles, the upper two in 4 bytes.
+    low, upper = e.load(block, I64, 96), e.load(block, I32, 104)
+    upper_parts = [_shifted(e, upper, 2 * i, 0x03030303) for i in range(4)]
+    nibbles = [_shifted(e, low, 4 * i, 0x0F0F0F0F0F0F0F0F) for i in range(2)]
+    words = [
+        e.b.or_(n, e.shift_left(_join(e, *upper_parts[2 * i : 2 * i + 2]), 4))
+        for i, n in enumerate(nibbles)
+    ]
+    centred = e.b.fsub(_bytes_as_f32(e, *words), e.constant(F32, 32.0, 16))
+    scales = _scaled(e, _half(e, block, 108), centred)
+    return Unpacked(codes, scales, _centred(e, scales, 4))
+
+
+def _iq4_xs(e: Emit, block: Any, _: int) -> Unpacked:
+    codes = [e.look_up(_IQ4_CODES, _nibbles(e, block, 8 + 16 * run)) for run in range(8)]
+    lanes = vector(I32, 8)
+    high = e.splat(e.b.zext(e.load(block, I16, 2), I32), 8)
+    low = e.splat(e.load(block, I32, 4), 8)
+    low = e.and_(e.b.lshr(low, e.constant(I32, range(0, 32, 4), 8)), 15)
+    high = e.and_(e.b.lshr(high, e.constant(I32, range(0, 16, 2), 8)), 3)
+    code = e.b.or_(low, e.shift_left(high, 4))
+    centred = e.b.sitofp(e.b.sub(code, ir.Constant(lanes, [32] * 8)), vector(F32, 8))
+    scales = _scaled(e, _half(e, block, 0), centred)
+    return Unpacked(codes, scales, _centred(e, scales, 128))
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def _quantized(
+    type_: GgmlType, unpack: Callable[[Emit, Any, int], Unpacked], largest: int, group: int = 32
+) -> tuple[GgmlType, Quantized]:
+    info = TYPE_INFO[type_]
+    return type_, Quantized(unpack, largest, info.block_size, info.type_size, group)
+
+
+def _quantized_small(
+    type_: GgmlType, code: Callable[[Emit, Any, int], Any], largest: int, **how: Any
+) -> tuple[GgmlType, Quantized]:
+    return _quantized(type_, _small(type_, code, **how), largest)
+
+
+_IQ4, _FP4 = _looked_up(_IQ4_CODES, 2), _looked_up(_FP4_CODES, 1)
+
+QUANTIZED: dict[GgmlType, Quantized] = dict(
+    (
+        _quantized_small(GgmlType.Q4_0, _nibbles_at(2), 15, centre=8),
+        _quantized_small(GgmlType.Q4_1, _nibbles_at(4), 15),
+        _quantized_small(GgmlType.Q5_0, _five_bits_at(2), 31, centre=16),
+        _quantized_small(GgmlType.Q5_1, _five_bits_at(4), 31),
+        _quantized_small(GgmlType.Q8_0, _signed_bytes, 255, centre=128),
+        _quantized_small(GgmlType.IQ4_NL, _IQ4, max(_IQ4_CODES), centre=128),
+        _quantized_small(GgmlType.MXFP4, _FP4, max(_FP4_CODES), centre=12, scales=_exponents),
+        _quantized(GgmlType.Q2_K, _q2_k, 3, group=16),
+        _quantized(GgmlType.Q3_K, _q3_k, 7, group=16),
+        _quantized(GgmlType.Q4_K, _q4_k, 15),
+        _quantized(GgmlType.Q5_K, _q5_k, 31),
+        _quantized(GgmlType.Q6_K, _q6_k, 63, group=16),
+        _quantized(GgmlType.IQ4_XS, _iq4_xs, max(_IQ4_CODES)),
+    )
+)
+
+PLAIN: dict[GgmlType, Plain] = {
+    GgmlType.F32: Plain(F32, 4),
+    GgmlType.F16: Plain(F16, 2),
+    GgmlType.BF16: Plain(I16, 2),
+}
+
+FORMATS: dict[GgmlType, Quantized | Plain] = {**QUANTIZED, **PLAIN}

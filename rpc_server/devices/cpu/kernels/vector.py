@@ -1,0 +1,347 @@
+"""Vector code for the dot products: an emitter over llvmlite, and the one instruction that matters.
+
+Kernels of matrix products are loops whose bodies are vectors of 4-byte groups; here are the few
+operations that they are built of. Everything is generic vector IR, which LLVM cuts to any
+processor's registers, but :meth:`Emit.dot4`: multiplying bytes and adding them up in fours has an
+instruction of its own on most processors and no spelling in IR, so it is chosen by :class:`Isa`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import cgutils
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+# Rows of weights are handled in tiles of so many: one vector lane each.
+LANES = 16
+
+
+class Isa(enum.IntEnum):
+    """How four byte products are added up; each needs what its name says."""
+
+    GENERIC = 0
+    AVX2 = 1
+    AVX_VNNI = 2
+    AVX512 = 3
+    AVX512_VNNI = 4
+
+
+_NEEDS: dict[Isa, tuple[str, ...]] = {
+    Isa.GENERIC: (),
+    Isa.AVX2: ("avx2", "fma"),
+    Isa.AVX_VNNI: ("avx2", "fma", "avxvnni"),
+    Isa.AVX512: ("avx2", "fma", "avx512f", "avx512bw", "avx512vl"),
+    Isa.AVX512_VNNI: ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni"),
+}
+
+
+@functools.cache
+def host_isas() -> tuple[Isa, ...]:
+    """What this processor can run, the best last."""
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:
+        # LLVM knows no features of some processors.
+        features = {}
+    return tuple(i for i, needs in _NEEDS.items() if all(features.get(n) for n in needs))
+
+
+def chosen_isa() -> Isa:
+    """The best of :func:`host_isas`, or what ``GGML_RPC_ISA`` names; ValueError if it can't run."""
+    name = os.environ.get("GGML_RPC_ISA")
+    if not name:
+        return host_isas()[-1]
+    for isa in host_isas():
+        if isa.name == name.upper():
+            return isa
+    raise ValueError(f"GGML_RPC_ISA={name}: this processor runs {', '.join(map(str, host_isas()))}")
+
+
+def vector(element: ir.Type, n: int) -> ir.VectorType:
+    return ir.VectorType(element, n)
+
+
+class Emit:
+    """Emits code at the end of ``builder``'s block. Addresses are i64 values, counts too."""
+
+    def __init__(self, builder: Any, isa: Isa) -> None:
+        self.b = builder
+        self.isa = isa
+
+    # -- values
+
+    def i64(self, value: int) -> ir.Constant:
+        return ir.Constant(I64, value)
+
+    def constant(self, element: ir.Type, values: int | float | Sequence[Any], n: int) -> Any:
+        """A vector constant: ``n`` times a number, or ``n`` numbers."""
+        listed = list(values) if isinstance(values, Sequence) else [values] * n
+        return ir.Constant(vector(element, n), listed)
+
+    def splat(self, value: Any, n: int) -> Any:
+        """``value`` in each of ``n`` lanes."""
+        kind = vector(value.type, n)
+        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+        return self.shuffle(one, [0] * n)
+
+    def shuffle(self, a: Any, order: Sequence[int], b: Any = None) -> Any:
+        """Lanes ``order`` of ``a``, counted on into ``b``."""
+        second = ir.Constant(a.type, ir.Undefined) if b is None else b
+        index = ir.Constant(vector(I32, len(order)), list(order))
+        return self.b.shuffle_vector(a, second, index)
+
+    def concat(self, a: Any, b: Any) -> Any:
+        return self.shuffle(a, range(2 * a.type.count), b)
+
+    def lane(self, value: Any, i: int) -> Any:
+        """Lane ``i``; a scalar is its own only lane."""
+        if not isinstance(value.type, ir.VectorType):
+            return value
+        return self.b.extract_element(value, ir.Constant(I32, i))
+
+    def like(self, value: Any, number: int | float) -> Any:
+        """``number`` in the type of ``value``, scalar or vector."""
+        if isinstance(value.type, ir.VectorType):
+            return self.constant(value.type.element, number, value.type.count)
+        return ir.Constant(value.type, number)
+
+    # -- memory
+
+    def at(self, address: Any, offset: int) -> Any:
+        return self.b.add(address, self.i64(offset)) if offset else address
+
+    def load(self, address: Any, kind: ir.Type, offset: int = 0) -> Any:
+        pointer = self.b.inttoptr(self.at(address, offset), kind.as_pointer())
+        return self.b.load(pointer, align=1)
+
+    def store(self, value: Any, address: Any, offset: int = 0) -> None:
+        pointer = self.b.inttoptr(self.at(address, offset), value.type.as_pointer())
+        self.b.store(value, pointer, align=1)
+
+    def load_part(self, address: Any, kind: ir.VectorType, n: Any) -> Any:
+        """The first ``n`` (i64) lanes from memory, zeros elsewhere."""
+        slot = cgutils.alloca_once(self.b, kind)
+        self.b.store(ir.Constant(kind, None), slot)
+        self._copy(self.b.ptrtoint(slot, I64), address, kind.element, n)
+        return self.b.load(slot)
+
+    def store_part(self, value: Any, address: Any, n: Any) -> None:
+        """Store the first ``n`` (i64) lanes."""
+        whole = self.b.icmp_signed("==", n, self.i64(value.type.count))
+        with self.b.if_else(whole, likely=True) as (then, otherwise):
+            with then:
+                self.store(value, address)
+            with otherwise:
+                slot = cgutils.alloca_once(self.b, value.type)
+                self.b.store(value, slot)
+                self._copy(address, self.b.ptrtoint(slot, I64), value.type.element, n)
+
+    def _copy(self, to: Any, source: Any, element: ir.Type, n: Any) -> None:
+        size = self.i64({F32: 4, F16: 2, I16: 2}[element])
+
+        def body(i: Any, _: list[Any]) -> list[Any]:
+            offset = self.b.mul(i, size)
+            value = self.load(self.b.add(source, offset), element)
+            self.store(value, self.b.add(to, offset))
+            return []
+
+        self.loop(self.i64(0), n, 1, [], body)
+
+    # -- arithmetic
+
+    def _call(self, name: str, result: ir.Type, args: Sequence[Any], **flags: Any) -> Any:
+        signature = ir.FunctionType(result, [a.type for a in args])
+        function = cgutils.get_or_insert_function(self.b.module, signature, name)
+        return self.b.call(function, args, **flags)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c, fused where the processor can."""
+        return self._call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, [a, b, c])
+
+    def call_vector(self, name: str, *args: Any) -> Any:
+        """An LLVM intrinsic of one overloaded type."""
+        return self._call(f"llvm.{name}.{_suffix(args[0].type)}", args[0].type, args)
+
+    def to_int(self, value: Any) -> Any:
+        """Floats to I32, towards zero; NaN becomes 0 and what is too large the nearest."""
+        kind = vector(I32, value.type.count)
+        return self._call(f"llvm.fptosi.sat.{_suffix(kind)}.{_suffix(value.type)}", kind, [value])
+
+    def fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """Lanes of a vector combined to one by a tree; a scalar as it is."""
+        if not isinstance(value.type, ir.VectorType):
+            return value
+        width = value.type.count
+        while width > 1:
+            width //= 2
+            low = self.shuffle(value, range(width))
+            value = combine(low, self.shuffle(value, range(width, 2 * width)))
+        return self.lane(value, 0)
+
+    def sum(self, value: Any) -> Any:
+        add = self.b.fadd if _element(value.type) == F32 else self.b.add
+        return self.fold(value, add)
+
+    def shift_right(self, value: Any, bits: int) -> Any:
+        """Unsigned."""
+        return self.b.lshr(value, self.like(value, bits)) if bits else value
+
+    def shift_left(self, value: Any, bits: int) -> Any:
+        return self.b.shl(value, self.like(value, bits)) if bits else value
+
+    def and_(self, value: Any, mask: int) -> Any:
+        return self.b.and_(value, self.like(value, mask))
+
+    def widen(self, value: Any) -> Any:
+        """F16, BF16 (as I16) or F32 values to F32."""
+        element = _element(value.type)
+        if element == F32:
+            return value
+        n = value.type.count if isinstance(value.type, ir.VectorType) else 0
+        wide = vector(F32, n) if n else F32
+        if element == F16:
+            return self.b.fpext(value, wide)
+        bits = self.b.zext(value, vector(I32, n) if n else I32)
+        return self.b.bitcast(self.shift_left(bits, 16), wide)
+
+    def look_up(self, table: Sequence[int], index: Any) -> Any:
+        """Bytes of a 16-entry table by the bytes of ``index``, which are below 16."""
+        n = index.type.count
+        if self.isa >= Isa.AVX2 and n == 32:
+            entries = self.constant(I8, [*table, *table], 32)
+            return self._call("llvm.x86.avx2.pshuf.b", index.type, [entries, index])
+        # A tree of choices by the index's bits.
+        values = [self.constant(I8, entry, n) for entry in table]
+        for bit in range(4):
+            mask = self.constant(I8, 1 << bit, n)
+            chosen = self.b.icmp_signed("!=", self.b.and_(index, mask), self.like(index, 0))
+            values = [
+                self.b.select(chosen, values[i + 1], values[i]) for i in range(0, len(values), 2)
+            ]
+        return values[0]
+
+    def dot4(self, total: Any, codes: Any, values: Any, largest: int) -> Any:
+        """``total`` plus products of bytes, summed in groups of four.
+
+        ``total`` I32[n], ``codes`` unsigned I8[4 * n] of at most ``largest``, ``values`` signed
+        I8[4 * n] above -128; n is 8 or 16.
+        """
+        n = total.type.count
+        ints, words = vector(I32, n), vector(I16, 2 * n)
+        vnni = self.isa in (Isa.AVX512_VNNI, Isa.AVX_VNNI)
+        if n == 16 and self.isa in (Isa.AVX2, Isa.AVX_VNNI):
+            halves = [
+                self.dot4(
+                    self.shuffle(total, range(at, at + 8)),
+                    self.shuffle(codes, range(4 * at, 4 * at + 32)),
+                    self.shuffle(values, range(4 * at, 4 * at + 32)),
+                    largest,
+                )
+                for at in (0, 8)
+            ]
+            return self.concat(*halves)
+        if vnni:
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"
+            args = [self.b.bitcast(codes, ints), self.b.bitcast(values, ints)]
+            return self._call(name, ints, [total, *args])
+        if self.isa == Isa.GENERIC:
+            return self._dot4_generic(total, codes, values)
+        by_bytes, by_words = (
+            ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")
+            if n == 16
+            else ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
+        )
+        # Pairs of products are summed in 16 bits and saturate there: 2 * 127 * 127 just fits.
+        if largest <= 127:
+            pairs = self._call(by_bytes, words, [codes, values])
+            sums = self._call(by_words, ints, [pairs, self.constant(I16, 1, 2 * n)])
+            return self.b.add(total, sums)
+        c, v = self.b.bitcast(codes, words), self.b.bitcast(values, words)
+        eight = self.constant(I16, 8, 2 * n)
+        even = [self.and_(c, 255), self.b.ashr(self.b.shl(v, eight), eight)]
+        odd = [self.b.lshr(c, eight), self.b.ashr(v, eight)]
+        total = self.b.add(total, self._call(by_words, ints, even))
+        return self.b.add(total, self._call(by_words, ints, odd))
+
+    def _dot4_generic(self, total: Any, codes: Any, values: Any) -> Any:
+        n = total.type.count
+        c, v = self.b.bitcast(codes, total.type), self.b.bitcast(values, total.type)
+        for byte in range(4):
+            code = self.and_(self.shift_right(c, 8 * byte), 255)
+            top = self.constant(I32, 24, n)
+            value = self.b.ashr(self.shift_left(v, 24 - 8 * byte), top)
+            total = self.b.add(total, self.b.mul(code, value))
+        return total
+
+    def transpose(self, rows: Sequence[Any]) -> list[Any]:
+        """16 vectors of 8 lanes to 8 vectors of 16 lanes."""
+        pairs = [self.concat(rows[i], rows[i + 8]) for i in range(8)]
+        # Each half is an 8 x 8 matrix: three rounds swap blocks of 4, 2 and 1 across the diagonal.
+        for size in (4, 2, 1):
+            swapped = list(pairs)
+            for i in range(8):
+                if i & size:
+                    continue
+                a, b = pairs[i], pairs[i + size]
+                low, high = [], []
+                for lane in range(16):
+                    if lane & size:
+                        low.append(16 + lane - size)
+                        high.append(16 + lane)
+                    else:
+                        low.append(lane)
+                        high.append(lane + size)
+                swapped[i] = self.shuffle(a, low, b)
+                swapped[i + size] = self.shuffle(a, high, b)
+            pairs = swapped
+        return pairs
+
+    # -- control
+
+    def loop(
+        self,
+        start: Any,
+        stop: Any,
+        step: int,
+        carried: Sequence[Any],
+        body: Callable[[Any, list[Any]], Sequence[Any]],
+    ) -> list[Any]:
+        """``for i in range(start, stop, step): carried = body(i, carried)``; the last carried."""
+        b = self.b
+        before = b.block
+        head, inside, after = (b.append_basic_block(n) for n in ("head", "inside", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(I64)
+        index.add_incoming(start, before)
+        values = [b.phi(v.type) for v in carried]
+        for phi, value in zip(values, carried, strict=True):
+            phi.add_incoming(value, before)
+        b.cbranch(b.icmp_signed("<", index, stop), inside, after)
+        b.position_at_end(inside)
+        new = body(index, values)
+        index.add_incoming(b.add(index, self.i64(step)), b.block)
+        for phi, value in zip(values, new, strict=True):
+            phi.add_incoming(value, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        return list(values)
+
+
+def _element(kind: ir.Type) -> ir.Type:
+    return kind.element if isinstance(kind, ir.VectorType) else kind
+
+
+def _suffix(kind: ir.Type) -> str:
+    """How LLVM names an overload of this type."""
+    element = _element(kind)
+    name = {F32: "f32", F16: "f16"}.get(element) or f"i{element.width}"
+    return f"v{kind.count}{name}" if isinstance(kind, ir.VectorType) else name

@@ -1,0 +1,52 @@
+"""Lowering of FLASH_ATTN_EXT."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.kernels.attention import (
+    BLOCK,
+    attention_kernel,
+    merge_attention,
+    partial_floats,
+    thread_floats,
+)
+from rpc_server.devices.cpu.kernels.dequantize import ROWS
+from rpc_server.devices.cpu.planner import Planner, lowers
+from rpc_server.graph.tensor import Tensor
+
+# Rows of a task: enough to make up for turning a block to float32, and few enough for the cache.
+_ROWS = 64
+
+
+@lowers(Op.FLASH_ATTN_EXT)
+def lower_attention(t: Tensor, planner: Planner) -> bool:
+    q, k, v, mask = t.src[0], t.src[1], t.src[2], t.src[3]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    if q.type is not GgmlType.F32 or t.type is not GgmlType.F32:
+        return False
+    if k.type not in ROWS or v.type not in ROWS or k.ne[2:] != v.ne[2:]:
+        return False
+    if not all(x.contiguous_rows for x in (t, q, k, v)) or 0 in k.ne or q.ne[2] % k.ne[2]:
+        return False
+    if mask is not None and (mask.type is not GgmlType.F16 or not mask.contiguous_rows):
+        return False
+    group = q.ne[2] // k.ne[2]
+    tile = min(q.ne[1], max(1, _ROWS // group))
+    tasks = -(-q.ne[1] // tile) * k.ne[2] * q.ne[3]
+    blocks = -(-k.ne[1] // BLOCK)
+    # Whole tasks are dealt out one by one; below a few for each thread the last would wait long.
+    split = planner.n_threads > 1 and tasks < 4 * planner.n_threads and tasks * blocks > 1
+    rows, threads = tile * group, planner.n_threads
+    thread_bytes = -(-thread_floats(rows, k.ne[0], v.ne[0]) * 4 // 64) * 64
+    scratch = planner.scratch(threads * thread_bytes)
+    partials = 0
+    if split:
+        partials = planner.scratch(tasks * threads * partial_floats(rows, v.ne[0]) * 4)
+    words = (scratch, thread_bytes, tile, int(split), partials)
+    planner.emit(attention_kernel(k.type, v.type), t, extra=words)
+    if split:
+        planner.emit(merge_attention, t, extra=words)
+    return True

@@ -1,0 +1,121 @@
+"""Lowerings of ops that treat each element alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from protocol.ggml_ops import GluOp, Op, UnaryOp
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.abi import Kernel
+from rpc_server.devices.cpu.kernels.elementwise import (
+    BINARY_CODES,
+    Function,
+    binary_kernel,
+    glu_kernel,
+    trigonometric_kernel,
+    unary_kernel,
+)
+from rpc_server.devices.cpu.kernels.typed import FLOAT_TYPES
+from rpc_server.devices.cpu.planner import Planner, lowers
+from rpc_server.graph.tensor import Tensor
+
+
+def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
+    """How a kernel walks tensors of one shape: (1, all elements) if all are dense."""
+    if t.contiguous and all(o.contiguous for o in others):
+        return 1, t.nelements
+    return t.nrows, t.ne[0]
+
+
+def float_rows(*tensors: Tensor) -> bool:
+    """Whether all are F32, F16 or BF16 with dense rows."""
+    return all(t.type in FLOAT_TYPES and t.contiguous_rows for t in tensors)
+
+
+def all_f32(*tensors: Tensor) -> bool:
+    return all(t.type is GgmlType.F32 for t in tensors)
+
+
+def _lower_function(t: Tensor, planner: Planner, choose: Callable[[int, bool], Kernel]) -> bool:
+    source = t.src[0]
+    assert source is not None
+    if not float_rows(t, source) or not t.same_shape(source):
+        return False
+    code = t.param_i32(0) if t.op is Op.UNARY else int(Function[t.op.name])
+    planner.emit(choose(code, all_f32(t, source)), t, extra=rows_and_width(t, source))
+    return True
+
+
+@lowers(Op.UNARY)
+def lower_unary(t: Tensor, planner: Planner) -> bool:
+    if t.param_i32(0) not in set(UnaryOp):
+        return False
+    return _lower_function(t, planner, unary_kernel)
+
+
+def _lower_own_function(t: Tensor, planner: Planner) -> bool:
+    return _lower_function(t, planner, unary_kernel)
+
+
+for _op in (Op.SCALE, Op.CLAMP, Op.SQR, Op.SQRT, Op.LOG, Op.LEAKY_RELU):
+    lowers(_op)(_lower_own_function)
+
+
+def _lower_trigonometric(t: Tensor, planner: Planner) -> bool:
+    return _lower_function(t, planner, lambda code, f32: trigonometric_kernel(code))
+
+
+for _op in (Op.SIN, Op.COS):
+    lowers(_op)(_lower_trigonometric)
+
+
+def _lower_binary(t: Tensor, planner: Planner) -> bool:
+    x, y = t.src[0], t.src[1]
+    assert x is not None
+    assert y is not None
+    if not float_rows(t, x) or y.type not in FLOAT_TYPES or not t.same_shape(x):
+        return False
+    if y.ne[0] == 1:
+        form = 1
+    elif y.ne[0] == t.ne[0] and y.contiguous_rows:
+        form = 0
+    else:
+        form = 2
+    rows, width = t.nrows, t.ne[0]
+    # One row of everything: where src1 doesn't repeat, or is a single value.
+    if (y.same_shape(t) and form == 0) or y.nelements == 1:
+        rows, width = rows_and_width(t, x, *(() if y.nelements == 1 else (y,)))
+    planner.emit(binary_kernel(BINARY_CODES[t.op], all_f32(t, x, y)), t, extra=(rows, width, form))
+    return True
+
+
+for _op in BINARY_CODES:
+    lowers(_op)(_lower_binary)
+
+
+def _half(t: Tensor, second: bool) -> Tensor:
+    """A view on one half of every row."""
+    width = t.ne[0] // 2
+    offset = width * t.type_size if second else 0
+    return replace(t, ne=(width, *t.ne[1:]), address=t.address + offset)
+
+
+@lowers(Op.GLU)
+def lower_glu(t: Tensor, planner: Planner) -> bool:
+    x, gate = t.src[0], t.src[1]
+    assert x is not None
+    if t.param_i32(0) not in set(GluOp) or not float_rows(t, x):
+        return False
+    if gate is None:
+        swapped = bool(t.param_i32(1))
+        x, gate = _half(x, swapped), _half(x, not swapped)
+    if not float_rows(gate) or not t.same_shape(x) or not t.same_shape(gate):
+        return False
+    planner.emit(
+        glu_kernel(t.param_i32(0), all_f32(t, x, gate)),
+        t,
+        slots=(t, x, gate),
+        extra=rows_and_width(t, x, gate),
+    )
+    return True

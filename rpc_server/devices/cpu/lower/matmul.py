@@ -1,0 +1,107 @@
+"""Lowerings of matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
+from rpc_server.devices.cpu.kernels.formats import FORMATS, QUANTIZED
+from rpc_server.devices.cpu.kernels.matmul import (
+    panel_columns,
+    product_kernel,
+    route_columns,
+    routing_bytes,
+    scratch_bytes,
+)
+from rpc_server.devices.cpu.kernels.vector import chosen_isa
+from rpc_server.devices.cpu.planner import Planner, lowers
+from rpc_server.graph.tensor import Tensor
+
+_FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
+
+
+def _supported(t: Tensor) -> bool:
+    weights, activations = t.src[0], t.src[1]
+    assert weights is not None
+    assert activations is not None
+    if weights.type in QUANTIZED and activations.type is not GgmlType.F32:
+        return False
+    return (
+        weights.type in FORMATS
+        and activations.type in _FLOATS
+        and weights.contiguous_rows
+        and activations.contiguous_rows
+        and t.type is GgmlType.F32
+        and t.contiguous_rows
+    )
+
+
+def _activations(
+    weights: Tensor, activations: Tensor, planner: Planner
+) -> tuple[int, int, int, int]:
+    """Where the columns lie as the weights' type wants them, and their strides: 4 extra words."""
+    if weights.type in QUANTIZED:
+        form = RowForm.Q8
+    elif activations.type is GgmlType.F32:
+        return activations.address, *activations.nb[1:]
+    else:
+        form = RowForm.F32
+    nb1 = row_bytes(form, activations.ne[0])
+    nb2 = nb1 * activations.ne[1]
+    return planner.converted_rows(activations, form), nb1, nb2, nb2 * activations.ne[2]
+
+
+def _emit_product(
+    t: Tensor, planner: Planner, columns: tuple[int, int, int, int], n: int, routed: int
+) -> None:
+    """``n`` is the most columns that one matrix may have."""
+    weights = t.src[0]
+    assert weights is not None
+    isa = chosen_isa()
+    size = scratch_bytes(weights.type, isa, n)
+    scratch = planner.scratch(size * planner.n_threads)
+    panel = panel_columns(weights.type, isa, columns[1])
+    extra = (*columns, routed, scratch, size, panel)
+    planner.emit(product_kernel(weights.type, isa), t, extra=extra)
+
+
+@lowers(Op.MUL_MAT)
+def lower_mul_mat(t: Tensor, planner: Planner) -> bool:
+    if not _supported(t):
+        return False
+    weights, activations = t.src[0], t.src[1]
+    assert weights is not None
+    assert activations is not None
+    columns = _activations(weights, activations, planner)
+    n = t.ne[1] * (t.ne[2] // weights.ne[2]) * (t.ne[3] // weights.ne[3])
+    _emit_product(t, planner, columns, n, routed=0)
+    return True
+
+
+@lowers(Op.MUL_MAT_ID)
+def lower_mul_mat_id(t: Tensor, planner: Planner) -> bool:
+    if not _supported(t):
+        return False
+    weights, activations = t.src[0], t.src[1]
+    assert weights is not None
+    assert activations is not None
+    columns = _activations(weights, activations, planner)
+    n = t.ne[1] * t.ne[2]
+    routed = planner.scratch(routing_bytes(weights.ne[2], n))
+    planner.emit(route_columns, t, extra=(*columns, routed))
+    _emit_product(t, planner, columns, n, routed)
+    return True
+
+
+def warm(types: Iterable[GgmlType]) -> None:
+    """Compile (or load) the kernels of products with weights of these types, ahead of a graph.
+
+    Types without kernels are passed over.
+    """
+    for type_ in types:
+        if type_ in FORMATS:
+            _ = product_kernel(type_, chosen_isa()).address
+        if type_ in QUANTIZED:
+            _ = CONVERTERS[RowForm.Q8].address

@@ -1,0 +1,79 @@
+"""Lowerings of ops that sum, search or sort along rows."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.kernels.reduce import (
+    TOP_K_INSERT,
+    argmax,
+    argsort,
+    cumulative_sum,
+    sum_all,
+    sum_rows,
+    top_k,
+)
+from rpc_server.devices.cpu.lower.norm import f32_rows
+from rpc_server.devices.cpu.planner import Planner, lowers
+from rpc_server.graph.tensor import Tensor
+
+
+def _lower_row_sums(t: Tensor, planner: Planner) -> bool:
+    if not f32_rows(t, t.src[0]):
+        return False
+    planner.emit(sum_rows, t, extra=(int(t.op is Op.MEAN),))
+    return True
+
+
+for _op in (Op.SUM_ROWS, Op.MEAN):
+    lowers(_op)(_lower_row_sums)
+
+
+@lowers(Op.SUM)
+def lower_sum(t: Tensor, planner: Planner) -> bool:
+    if not f32_rows(t, t.src[0]):
+        return False
+    planner.emit(sum_all, t)
+    return True
+
+
+@lowers(Op.CUMSUM)
+def lower_cumsum(t: Tensor, planner: Planner) -> bool:
+    if not f32_rows(t, t.src[0]):
+        return False
+    planner.emit(cumulative_sum, t)
+    return True
+
+
+def _indices_of(t: Tensor) -> bool:
+    return t.type is GgmlType.I32 and f32_rows(t.src[0])
+
+
+@lowers(Op.ARGMAX)
+def lower_argmax(t: Tensor, planner: Planner) -> bool:
+    if not _indices_of(t):
+        return False
+    planner.emit(argmax, t)
+    return True
+
+
+@lowers(Op.ARGSORT)
+def lower_argsort(t: Tensor, planner: Planner) -> bool:
+    if not _indices_of(t) or not t.contiguous_rows:
+        return False
+    scratch = planner.scratch(planner.n_threads * t.ne[0] * 4)
+    planner.emit(argsort, t, extra=(t.param_i32(0), scratch))
+    return True
+
+
+@lowers(Op.TOP_K)
+def lower_top_k(t: Tensor, planner: Planner) -> bool:
+    source = t.src[0]
+    assert source is not None
+    if not _indices_of(t) or not t.contiguous_rows:
+        return False
+    scratch = 0
+    if t.ne[0] > TOP_K_INSERT:
+        scratch = planner.scratch(planner.n_threads * source.ne[0] * 8)
+    planner.emit(top_k, t, extra=(scratch,))
+    return True

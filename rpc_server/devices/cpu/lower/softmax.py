@@ -1,0 +1,36 @@
+"""Lowerings of SOFT_MAX and the diagonal masks."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.kernels.softmax import diagonal_mask, soft_max
+from rpc_server.devices.cpu.lower.norm import f32_rows
+from rpc_server.devices.cpu.planner import Planner, lowers
+from rpc_server.graph.tensor import Tensor
+
+
+@lowers(Op.SOFT_MAX)
+def lower_soft_max(t: Tensor, planner: Planner) -> bool:
+    mask, sinks = t.src[1], t.src[2]
+    if not f32_rows(t, t.src[0]):
+        return False
+    if mask is not None and (
+        mask.type not in (GgmlType.F32, GgmlType.F16) or not mask.contiguous_rows
+    ):
+        return False
+    if sinks is not None and not f32_rows(sinks):
+        return False
+    planner.emit(soft_max, t)
+    return True
+
+
+def _lower_diagonal_mask(t: Tensor, planner: Planner) -> bool:
+    if not f32_rows(t, t.src[0]):
+        return False
+    planner.emit(diagonal_mask, t, extra=(int(t.op is Op.DIAG_MASK_INF),))
+    return True
+
+
+for _op in (Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO):
+    lowers(_op)(_lower_diagonal_mask)

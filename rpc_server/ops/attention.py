@@ -1,0 +1,128 @@
+"""FLASH_ATTN_EXT: softmax(q k^T) v without the scores ever being a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.arrays import ArrayContext
+from rpc_server.ops.checks import (
+    F32_ONLY,
+    require_distinct,
+    require_result,
+    require_shape,
+    require_source,
+    require_whole_copies,
+    source,
+)
+from rpc_server.ops.masks import alibi_slopes, require_mask, require_sinks
+from rpc_server.ops.slices import rows_of, tiles
+from rpc_server.ops.table import contract, reference, require
+from rpc_server.types import DECODABLE
+
+
+@contract(Op.FLASH_ATTN_EXT, sources=(3, 5))
+def _attention_contract(t: Tensor) -> None:
+    """Queries (DK, tokens, heads, batches), keys (DK, positions, ...), values (DV, positions, ...).
+
+    Heads and batches of keys and values are shared by as many of the queries' as they divide.
+    src3: mask, F16. src4: sinks. op_params: scale, max_bias, softcap of the scores (0: none),
+    precision (float32 is used whatever it says). The result is (DV, heads, tokens, batches).
+    """
+    q = require_source(t, 0, F32_ONLY)
+    k, v = require_source(t, 1, DECODABLE), require_source(t, 2, DECODABLE)
+    require_result(t, F32_ONLY)
+    n_kv = k.ne[1]
+    require(t.empty or (n_kv > 0 and k.ne[0] > 0), "there are no keys")
+    require_shape(k, (q.ne[0], *k.ne[1:]), "source 1")
+    require_shape(v, (v.ne[0], n_kv, *v.ne[2:]), "source 2")
+    require_shape(t, (v.ne[0], q.ne[2], q.ne[1], q.ne[3]), "the result")
+    for i, s in ((1, k), (2, v)):
+        require_distinct(s, f"source {i}")
+        for dim in (2, 3):
+            require_whole_copies(q.ne[dim], s.ne[dim], f"dimension {dim} over source {i}")
+    require_mask(t, 3, {GgmlType.F16}, (n_kv, *q.ne[1:]))
+    require_sinks(t, 4, q.ne[2])
+
+
+@reference(Op.FLASH_ATTN_EXT)
+def _attention(ctx: ArrayContext, t: Tensor) -> None:
+    q, n_kv = source(t, 0), source(t, 1).ne[1]
+    target = ctx.view(t)
+    slopes = alibi_slopes(q.ne[2], t.param_f32(1))
+    for batch in range(q.ne[3]):
+        for head in range(q.ne[2]):
+            for tokens in tiles(q.ne[1], n_kv):
+                scores = _scores(ctx, t, batch, head, tokens)
+                if t.src[3] is not None:
+                    _add_mask(ctx, t, scores, (batch, head, tokens), slopes[head])
+                weights = _weights(ctx, t.src[4], scores, head)
+                out = _weighted_values(ctx, t, weights, batch, head)
+                target[batch, tokens.start : tokens.stop, head] = out
+
+
+def _shared(t: Tensor, s: Tensor, batch: int, head: int) -> tuple[int, int]:
+    """Batch and head of keys or values ``s`` that a batch and head of the queries uses."""
+    q = source(t, 0)
+    return batch // (q.ne[3] // s.ne[3]), head // (q.ne[2] // s.ne[2])
+
+
+def _scores(ctx: ArrayContext, t: Tensor, batch: int, head: int, tokens: range) -> Any:
+    """float32 (tokens, positions): scaled and capped products of queries and keys."""
+    q, k, xp = source(t, 0), source(t, 1), ctx.xp
+    scale, softcap = np.float32(t.param_f32(0)), np.float32(t.param_f32(2))
+    if softcap:
+        scale /= softcap
+    queries = ctx.f32(rows_of(q, batch, head, tokens))[0, 0]
+    i3, i2 = _shared(t, k, batch, head)
+    scores = xp.empty((len(tokens), k.ne[1]), xp.float32)
+    for rows in tiles(k.ne[1], k.ne[0]):
+        keys = ctx.f32(rows_of(k, i3, i2, rows))[0, 0]
+        scores[:, rows.start : rows.stop] = xp.matmul(queries, keys.T) * scale
+    return softcap * xp.tanh(scores) if softcap else scores
+
+
+def _add_mask(
+    ctx: ArrayContext, t: Tensor, scores: Any, at: tuple[int, int, range], slope: np.float32
+) -> None:
+    """Add the mask for a batch, head and tokens; a masked position is out whatever its key."""
+    mask = t.src[3]
+    assert mask is not None
+    batch, head, tokens = at
+    values = ctx.f32(rows_of(mask, batch % mask.ne[3], head % mask.ne[2], tokens))[0, 0]
+    values = slope * values
+    scores += values
+    scores[ctx.xp.isneginf(values)] = -np.inf
+
+
+def _weights(ctx: ArrayContext, sinks: Tensor | None, scores: Any, head: int) -> Any:
+    """Softmax of ``scores``; zeros where all positions are masked."""
+    xp = ctx.xp
+    top = scores.max(axis=1, keepdims=True)
+    total: Any = 0
+    if sinks is not None:
+        sink = ctx.f32(sinks)[0, 0, 0, head]
+        top = xp.maximum(top, sink)
+    top = xp.where(xp.isneginf(top), xp.float32(0), top)
+    if sinks is not None:
+        total = xp.exp(sink - top)
+    weights = xp.exp(scores - top)
+    total = total + weights.sum(axis=1, keepdims=True, dtype=xp.float64)
+    return weights * xp.where(total == 0, 0, 1 / total).astype(xp.float32)
+
+
+def _weighted_values(ctx: ArrayContext, t: Tensor, weights: Any, batch: int, head: int) -> Any:
+    v, xp = source(t, 2), ctx.xp
+    i3, i2 = _shared(t, v, batch, head)
+    total: Any = xp.zeros((len(weights), v.ne[0]), xp.float32)
+    for rows in tiles(v.ne[1], v.ne[0]):
+        part = weights[:, rows.start : rows.stop]
+        # What no token attends to may be anything, NaN included.
+        used = (part != 0).any(axis=0)
+        values = ctx.f32(rows_of(v, i3, i2, rows))[0, 0]
+        total += xp.matmul(part[:, used], values[used])
+    return total

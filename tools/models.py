@@ -1,0 +1,313 @@
+"""Writes small GGUF models with random weights, one for each architecture a server must compute.
+
+    python -m tools.models DIR                  # every architecture, F16 and Q8_0
+    python -m tools.models DIR --only qwen3 --only gemma2
+
+A model here answers nonsense, but computes every operation its architecture is made of. Weights
+come from a fixed seed, scaled so that activations stay near one through the layers and logits
+spread by a few units: an error then shows in the logits, and is not hidden by a flat output.
+Every row length is a multiple of 256, so llama.cpp can quantize a model to any type, K-quants
+included. The vocabulary is made of all bytes and some English fragments.
+
+Also here, for tests that need them: a random LoRA adapter for any model file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+VOCABULARY_SIZE = 512
+CONTEXT_LENGTH = 512
+# Weight types a model file is written in: the matrices' type, by the name in the file's name.
+WEIGHT_TYPES: dict[str, gguf.GGMLQuantizationType] = {
+    "F16": gguf.GGMLQuantizationType.F16,
+    "F32": gguf.GGMLQuantizationType.F32,
+    "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of one model, and what sets its architecture apart from plain llama.
+
+    ``name``: llama.cpp's name of the architecture. ``query_gain`` scales the query projection:
+    above one it makes attention choose between tokens instead of averaging them.
+    """
+
+    name: str
+    layers: int = 2
+    width: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 64
+    ffn_width: int = 512
+    experts: int = 0
+    experts_used: int = 0
+    query_gain: float = 2.0
+    tied_output: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    qkv_bias: bool = False
+    # One fused q, k, v matrix, layer norms with biases, and no gate in the FFN.
+    falcon: bool = False
+    metadata: Mapping[str, float | int | Sequence[bool]] = field(default_factory=dict)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama-gqa": Architecture("llama", heads=8, kv_heads=2, head_width=32),
+    "llama-mqa": Architecture("llama", heads=4, kv_heads=1),
+    "falcon-mqa": Architecture("falcon", heads=4, kv_heads=1, falcon=True),
+    "qwen2": Architecture("qwen2", qkv_bias=True),
+    # The heads together are wider than the model, as in Qwen3's small sizes.
+    "qwen3": Architecture("qwen3", heads=4, head_width=128, qk_norm=True),
+    "qwen3moe": Architecture(
+        "qwen3moe", heads=4, ffn_width=256, experts=8, experts_used=3, qk_norm=True
+    ),
+    "llama-moe": Architecture("llama", ffn_width=256, experts=4, experts_used=2),
+    # Softcaps low enough, and a window short enough, to matter within a short test.
+    "gemma2": Architecture(
+        "gemma2",
+        tied_output=True,
+        post_norms=True,
+        metadata={
+            "attention.sliding_window": 32,
+            "attn_logit_softcapping": 10.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma3": Architecture(
+        "gemma3",
+        layers=3,
+        kv_heads=1,
+        tied_output=True,
+        post_norms=True,
+        qk_norm=True,
+        metadata={
+            "attention.sliding_window": 32,
+            "attention.sliding_window_pattern": (True, False, True),
+            "rope.freq_base_swa": 10000.0,
+        },
+    ),
+}
+
+
+def model_path(folder: Path, architecture: str, weight_type: str) -> Path:
+    """Where ``write_model`` puts a model, or would."""
+    return folder / f"random-{architecture}-{weight_type}.gguf"
+
+
+def write_model(folder: Path, architecture: str, weight_type: str = "F16") -> Path:
+    """Writes one model and returns its path.
+
+    ``architecture``: a key of ARCHITECTURES; ``weight_type``: a key of WEIGHT_TYPES. The same
+    arguments always give the same file.
+    """
+    shape = ARCHITECTURES[architecture]
+    path = model_path(folder, architecture, weight_type)
+    writer = gguf.GGUFWriter(path, shape.name)
+    _add_metadata(writer, architecture, shape)
+    _add_vocabulary(writer)
+    for name, values in _weights(architecture, shape).items():
+        # Vectors, and the small router of a mixture, are always kept exact.
+        exact = values.ndim == 1 or name.endswith("ffn_gate_inp.weight")
+        kind = gguf.GGMLQuantizationType.F32 if exact else WEIGHT_TYPES[weight_type]
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_lora(model: Path, path: Path, rank: int = 8, strength: float = 1.0) -> Path:
+    """Writes a random LoRA adapter for the attention and FFN matrices of a model file.
+
+    ``strength`` is the size of the adapter's part of an activation beside the matrix's own, if
+    that has entries near one over the root of its input's length.
+    """
+    reader = gguf.GGUFReader(model)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
+    random = np.random.default_rng(20240229)
+    for tensor in reader.tensors:
+        if not tensor.name.endswith(_LORA_TARGETS):
+            continue
+        columns, rows = (int(length) for length in tensor.shape)
+        down = random.standard_normal((rank, columns)) / np.sqrt(columns)
+        up = random.standard_normal((rows, rank)) * (strength / np.sqrt(rank))
+        writer.add_tensor(f"{tensor.name}.lora_a", down.astype(np.float32))
+        writer.add_tensor(f"{tensor.name}.lora_b", up.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+_LORA_TARGETS = (
+    "attn_q.weight",
+    "attn_v.weight",
+    "attn_output.weight",
+    "ffn_up.weight",
+    "ffn_down.weight",
+)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, name: str, shape: Architecture) -> None:
+    writer.add_name(f"random {name}")
+    writer.add_context_length(CONTEXT_LENGTH)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ffn_width)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_width)
+    writer.add_value_length(shape.head_width)
+    writer.add_rope_dimension_count(shape.head_width)
+    writer.add_rope_freq_base(10000.0)
+    if shape.falcon:
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-6)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_used)
+        writer.add_expert_feed_forward_length(shape.ffn_width)
+    for key, value in shape.metadata.items():
+        full = f"{shape.name}.{key}"
+        if isinstance(value, float):
+            writer.add_float32(full, value)
+        elif isinstance(value, int):
+            writer.add_uint32(full, value)
+        else:
+            writer.add_array(full, list(value))
+
+
+_FRAGMENTS = """
+th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me
+de hi ri ro ic ne ea ra ce li ch ll be ma si om ur the and ing her ere ent tha nth was eth for dth
+▁a ▁b ▁c ▁d ▁e ▁f ▁h ▁i ▁l ▁m ▁n ▁o ▁p ▁r ▁s ▁t ▁w ▁th ▁the ▁an ▁and ▁to ▁of ▁in ▁is ▁it ▁wa ▁was
+"""
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """A SentencePiece vocabulary: controls, bytes, characters, fragments, then unused tokens."""
+    pieces: list[tuple[str, gguf.TokenType]] = [
+        ("<unk>", gguf.TokenType.UNKNOWN),
+        ("<s>", gguf.TokenType.CONTROL),
+        ("</s>", gguf.TokenType.CONTROL),
+    ]
+    pieces += [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
+    characters = ["▁", *(chr(code) for code in range(33, 127))]
+    pieces += [(text, gguf.TokenType.NORMAL) for text in characters]
+    pieces += [(text, gguf.TokenType.NORMAL) for text in _FRAGMENTS.split()]
+    # Two capitals are spelled by no fragment above, so these are new words, all different.
+    spare = (a + b for a in "ABCDEFGHIJKLMNOP" for b in "QRSTUVWXYZABCDEF")
+    while len(pieces) < VOCABULARY_SIZE:
+        pieces.append((next(spare), gguf.TokenType.NORMAL))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in pieces])
+    # Merging prefers the higher score: longer pieces first, as a trained vocabulary has it.
+    writer.add_token_scores([float(len(text)) for text, _ in pieces])
+    writer.add_token_types([int(kind) for _, kind in pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+
+
+def _weights(name: str, shape: Architecture) -> dict[str, Array]:
+    """All tensors of a model by name, in F32, rows first as numpy has them."""
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+
+    def matrix(*lengths: int, gain: float = 1.0) -> Array:
+        values = random.standard_normal(lengths, dtype=np.float32)
+        return (values * np.float32(gain / np.sqrt(lengths[-1]))).astype(np.float32)
+
+    def scale(length: int) -> Array:
+        return (1.0 + 0.2 * random.standard_normal(length)).astype(np.float32)
+
+    def bias(length: int) -> Array:
+        return (0.2 * random.standard_normal(length)).astype(np.float32)
+
+    width, ffn = shape.width, shape.ffn_width
+    q_width = shape.heads * shape.head_width
+    kv_width = shape.kv_heads * shape.head_width
+    tensors: dict[str, Array] = {}
+    # A tied matrix serves as output too, so it takes the output's gain.
+    tensors["token_embd.weight"] = matrix(VOCABULARY_SIZE, width, gain=3.0)
+    tensors["output_norm.weight"] = scale(width)
+    if shape.falcon:
+        tensors["output_norm.bias"] = bias(width)
+    if not shape.tied_output:
+        tensors["output.weight"] = matrix(VOCABULARY_SIZE, width, gain=3.0)
+    for layer in range(shape.layers):
+        block = f"blk.{layer}."
+        tensors[block + "attn_norm.weight"] = scale(width)
+        q = matrix(q_width, width, gain=shape.query_gain)
+        k = matrix(kv_width, width)
+        v = matrix(kv_width, width)
+        if shape.falcon:
+            tensors[block + "attn_norm.bias"] = bias(width)
+            tensors[block + "attn_qkv.weight"] = np.concatenate([q, k, v])
+        else:
+            for letter, values in zip("qkv", (q, k, v), strict=True):
+                tensors[f"{block}attn_{letter}.weight"] = values
+                if shape.qkv_bias:
+                    tensors[f"{block}attn_{letter}.bias"] = bias(values.shape[0])
+        if shape.qk_norm:
+            # The norm undoes the projection's gain, so it carries it itself.
+            gain = np.float32(shape.query_gain)
+            tensors[block + "attn_q_norm.weight"] = scale(shape.head_width) * gain
+            tensors[block + "attn_k_norm.weight"] = scale(shape.head_width)
+        tensors[block + "attn_output.weight"] = matrix(width, q_width)
+        if shape.post_norms:
+            tensors[block + "post_attention_norm.weight"] = scale(width)
+            tensors[block + "post_ffw_norm.weight"] = scale(width)
+        if not shape.falcon:
+            tensors[block + "ffn_norm.weight"] = scale(width)
+        if shape.experts:
+            count = shape.experts
+            tensors[block + "ffn_gate_inp.weight"] = matrix(count, width, gain=2.0)
+            tensors[block + "ffn_gate_exps.weight"] = matrix(count, ffn, width)
+            tensors[block + "ffn_up_exps.weight"] = matrix(count, ffn, width)
+            tensors[block + "ffn_down_exps.weight"] = matrix(count, width, ffn)
+        else:
+            if not shape.falcon:
+                tensors[block + "ffn_gate.weight"] = matrix(ffn, width)
+            tensors[block + "ffn_up.weight"] = matrix(ffn, width)
+            tensors[block + "ffn_down.weight"] = matrix(width, ffn)
+    return tensors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", action="append", choices=list(ARCHITECTURES))
+    parser.add_argument("--type", action="append", choices=list(WEIGHT_TYPES))
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for architecture in options.only or ARCHITECTURES:
+        for weight_type in options.type or ("F16", "Q8_0"):
+            print(write_model(options.folder, architecture, weight_type))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
