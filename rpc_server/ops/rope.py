@@ -92,7 +92,7 @@ def _require_scaling(t: Tensor) -> None:
     if t.param_f32(7) != 0:
         require(t.param_f32(6) > 0, f"scale of frequencies is {t.param_f32(6)}")
         betas = t.param_f32(9), t.param_f32(10)
-        require(min(betas) > 0, f"correction range {betas}")
+        require(all(beta > 0 for beta in betas), f"correction range {betas}")
 
 
 def _sections(t: Tensor, pairs: int) -> tuple[list[int], list[int]]:

@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llvmlite import binding
+from numba.core.registry import cpu_target
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.kernels import vector
 from rpc_server.devices.cpu.kernels.formats import FORMATS, PLAIN, QUANTIZED
+from rpc_server.devices.cpu.kernels.matmul import product_kernel
 from rpc_server.devices.cpu.kernels.vector import Isa
+from rpc_server.devices.cpu.lower.matmul import warm
+from rpc_server.devices.cpu.planner import LOWERINGS, Planner
+from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import (
@@ -97,3 +103,201 @@ def test_every_type(type_: GgmlType, n: int) -> None:
     for rows, k in ((37, block), (16, 9 * block), (5, 11 * 256)):
         for n_threads in (1, 2, 3):
             check_product(weights(type_, (k, rows)), activations((k, n)), n_threads)
+
+
+# Codes below and above 128, looked-up ones, groups of 16: what an instruction set does differently.
+ISA_TYPES = (GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.Q6_K)
+
+
+@pytest.mark.parametrize("isa", vector.host_isas(), ids=lambda i: i.name)
+@pytest.mark.parametrize("type_", ISA_TYPES, ids=lambda t: t.name)
+def test_every_instruction_set(type_: GgmlType, isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of bytes are exact, so instruction sets differ by the rounding of float sums alone."""
+    a, b = weights(type_, (512, 17)), activations((512, 9))
+    results = []
+    for name in (Isa.GENERIC.name, isa.name):
+        monkeypatch.setenv("GGML_RPC_ISA", name)
+        for columns in (b, view(b, (512, 1), b.nb)):
+            t = node(Op.MUL_MAT, GgmlType.F32, (17, columns.ne[1]), [a, columns])
+            run(t, kernels=True)
+            results.append(values(t))
+    assert nmse(product(a, b), results[2]) < NMSE_LIMIT
+    assert nmse(results[0], results[2]) < 1e-11
+    assert nmse(results[1], results[3]) < 1e-11
+
+
+@pytest.mark.parametrize("code", [0, 255], ids=["lowest codes", "highest codes"])
+@pytest.mark.parametrize("isa", vector.host_isas(), ids=lambda i: i.name)
+@pytest.mark.parametrize("n", [1, 8])
+def test_sums_of_bytes_do_not_saturate(
+    code: int, isa: Isa, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest products of all types, in each lane."""
+    monkeypatch.setenv("GGML_RPC_ISA", isa.name)
+    for type_ in (GgmlType.Q8_0, GgmlType.Q6_K):
+        a = weights(type_, (256, 16))
+        blocks = CONTEXT.memory(a.address, a.nbytes).reshape(-1, a.type_size)
+        (at,) = SCALES_AT[type_]
+        scales = blocks[:, at : at + 2].copy()
+        blocks[...] = code
+        blocks[:, at : at + 2] = scales
+        b = tensor(GgmlType.F32, (256, n), np.ones((n, 256)))
+        expected, t = product(a, b), node(Op.MUL_MAT, GgmlType.F32, (16, n), [a, b])
+        run(t, kernels=True)
+        np.testing.assert_allclose(values(t), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GGML_RPC_ISA", "mmx")
+    with pytest.raises(ValueError, match="GGML_RPC_ISA=mmx"):
+        vector.chosen_isa()
+
+
+@pytest.mark.parametrize("type_", PLAIN, ids=lambda t: t.name)
+@pytest.mark.parametrize("k", [1, 5, 16, 31, 64, 515])
+@pytest.mark.parametrize("n", [1, 9])
+def test_any_length_of_float_rows(type_: GgmlType, k: int, n: int) -> None:
+    check_product(weights(type_, (k, 19)), activations((k, n)))
+
+
+@pytest.mark.parametrize("type_", [GgmlType.F16, GgmlType.F32, GgmlType.Q4_1, GgmlType.Q6_K])
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_weights_are_repeated_over_heads(type_: GgmlType, n: int, n_threads: int) -> None:
+    check_product(weights(type_, (256, 21, 2, 3)), activations((256, n, 6, 6)), n_threads)
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+@pytest.mark.parametrize("type_", PLAIN, ids=lambda t: t.name)
+def test_attention_without_flash(type_: GgmlType, n: int) -> None:
+    """K and V as views of a cache with room for more tokens, queries permuted."""
+    head, n_kv, room, kv_heads, heads = 32, 50, 64, 2, 6
+    cache = weights(type_, (head * kv_heads, room))
+    size = cache.nb[0]
+    k = permuted(
+        view(cache, (head, kv_heads, n_kv), (size, head * size, cache.nb[1], cache.nb[1] * n_kv)),
+        (0, 2, 1, 3),
+    )
+    q = permuted(activations((head, heads, n)), (0, 2, 1, 3))
+    check_product(k, q)
+    transposed = weights(type_, (room, head * kv_heads))
+    row = transposed.nb[1]
+    v = view(transposed, (n_kv, head, kv_heads), (size, row, row * head, row * head * kv_heads))
+    check_product(v, activations((n_kv, n, heads)))
+
+
+@pytest.mark.parametrize("type_", [GgmlType.F16, GgmlType.BF16, GgmlType.F32])
+@pytest.mark.parametrize("of", [GgmlType.F16, GgmlType.BF16])
+def test_activations_of_half_precision(type_: GgmlType, of: GgmlType) -> None:
+    check_product(weights(type_, (70, 18)), activations((70, 5, 2), of))
+
+
+def test_strided_rows() -> None:
+    a = weights(GgmlType.Q4_0, (128, 9))
+    a = view(a, (64, 9), (a.nb[0], *a.nb[1:]))
+    b = activations((160, 4, 2))
+    b = view(b, (64, 4, 2), b.nb, 32 * 4)
+    t_nb = (4, 16 * 4, 4 * 16 * 4, 8 * 16 * 4)
+    t = node(Op.MUL_MAT, GgmlType.F32, (9, 4, 2), [a, b], nb=t_nb)
+    run(t, kernels=True)
+    assert nmse(product(a, b), values(t)) < NMSE_LIMIT
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [1, 4])
+def test_what_is_not_finite_spreads(bad: float, n: int) -> None:
+    b = activations((64, n))
+    CONTEXT.view(b)[0, 0, 0, 40] = bad
+    for type_ in (GgmlType.Q8_0, GgmlType.F32):
+        t = node(Op.MUL_MAT, GgmlType.F32, (3, n), [weights(type_, (64, 3)), b])
+        run(t, kernels=True)
+        assert not np.isfinite(values(t)[0, 0, 0]).any()
+        assert np.isfinite(values(t)[0, 0, 1:]).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-30, 1e30])
+def test_extreme_activations(scale: float) -> None:
+    b = activations((64, 4))
+    CONTEXT.view(b)[...] *= np.float32(scale)
+    t = node(Op.MUL_MAT, GgmlType.F32, (5, 4), [weights(GgmlType.Q8_0, (64, 5)), b])
+    run(t, kernels=True)
+    expected = product(t.src[0], b) if scale else np.zeros((1, 1, 4, 5))
+    assert np.isfinite(values(t)).all()
+    # Of a denormal there is no eighth bit.
+    assert scale == 1e-41 or nmse(expected / (scale or 1), values(t) / (scale or 1)) < NMSE_LIMIT
+
+
+# -- MUL_MAT_ID ------------------------------------------------------------------------------------
+
+
+def routed_product(a: Tensor, b: Tensor, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """MUL_MAT_ID in float64, shape (1, tokens, used, rows)."""
+    w, x = values(a)[0].astype(np.float64), values(b)[0].astype(np.float64)
+    inputs = x[:, np.arange(ids.shape[1]) % b.ne[1]]
+    return np.einsum("turk,tuk->tur", w[ids], inputs)[None]
+
+
+@pytest.mark.parametrize("type_", FORMATS, ids=lambda t: t.name)
+@pytest.mark.parametrize(("n_tokens", "n_inputs"), [(1, 1), (1, 2), (40, 1), (17, 4)])
+def test_experts(type_: GgmlType, n_tokens: int, n_inputs: int) -> None:
+    k, n_used, n_experts = max(TYPE_INFO[type_].block_size, 32), 4, 7
+    rng = np.random.default_rng(5)
+    a, b = weights(type_, (k, 19, n_experts)), activations((k, n_inputs, n_tokens))
+    # One expert gets nothing; the list is a view of a wider one, as ggml's top-k makes it.
+    wide = tensor(GgmlType.I32, (n_experts, n_tokens))
+    CONTEXT.view(wide)[0, 0] = rng.permuted(np.tile(np.arange(7), (n_tokens, 1)), axis=1) % 6
+    ids = view(wide, (n_used, n_tokens), wide.nb)
+    expected = routed_product(a, b, CONTEXT.view(ids)[0, 0])
+    limit = NMSE_LIMIT if type_ in QUANTIZED else NMSE_LIMIT_FLOAT
+    for n_threads in (1, 2, 3):
+        t = node(Op.MUL_MAT_ID, GgmlType.F32, (19, n_used, n_tokens), [a, b, ids])
+        run(t, kernels=True, n_threads=n_threads)
+        assert nmse(expected, values(t)) < limit
+        assert guards_intact(t)
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 1 << 30, -(1 << 31)])
+def test_an_expert_that_is_not_there_is_refused(bad: int) -> None:
+    a, b = weights(GgmlType.Q4_1, (32, 4, 4)), activations((32, 1, 3))
+    ids = tensor(GgmlType.I32, (2, 3), np.zeros((3, 2)))
+    CONTEXT.view(ids)[0, 0, 2, 1] = bad
+    t = node(Op.MUL_MAT_ID, GgmlType.F32, (4, 2, 3), [a, b, ids])
+    with pytest.raises(GraphError, match="index"):
+        run(t, kernels=True)
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def test_products_share_quantized_rows_until_they_are_overwritten() -> None:
+    a, b = weights(GgmlType.Q8_0, (64, 64)), activations((64, 2))
+    first = node(Op.MUL_MAT, GgmlType.F32, (64, 2), [a, b])
+    second = node(Op.MUL_MAT, GgmlType.F32, (64, 2), [a, view(b, b.ne, b.nb)])
+    onto_b = node(Op.MUL_MAT, GgmlType.F32, (64, 2), [a, first], inplace=b)
+    third = node(Op.MUL_MAT, GgmlType.F32, (64, 2), [a, b])
+    planner = Planner(2, ScratchArena())
+    names = []
+    for t in (first, second, onto_b, third):
+        planner.begin(t)
+        assert LOWERINGS[Op.MUL_MAT](t, planner)
+        planner.finish(t)
+        names.append([r.kernel.name for r in planner.records])
+        planner.records = []
+    product_, quantize = "matmul.product_Q8_0", "activations.quantize_rows"
+    assert names == [[quantize, product_], [product_], [quantize, product_], [quantize, product_]]
+    run([first, second, onto_b, third], kernels=True)
+    assert nmse(values(first), values(second)) == 0
+    assert nmse(product(a, b), values(third)) < NMSE_LIMIT
+
+
+def test_cached_kernels_belong_to_a_processor() -> None:
+    """numba's cache must not serve code for another processor: its key names the processor."""
+    codegen = cpu_target.target_context.codegen()
+    key = codegen.magic_tuple()
+    assert binding.get_host_cpu_name() in key
+    assert any("sse" in str(part) or "neon" in str(part) for part in key)
+
+
+def test_warm_compiles_ahead() -> None:
+    warm([GgmlType.Q4_1, GgmlType.IQ1_S, GgmlType.I32])
+    assert product_kernel(GgmlType.Q4_1, vector.chosen_isa())._address

@@ -141,16 +141,16 @@ def test_sinks(masked: bool) -> None:
 
 def test_caches_as_llama_cpp_lays_them_out() -> None:
     # Heads side by side in each row, and more rows than are used.
-    q, k, v = heads()
+    _, k, v = heads()
     cells = 16
-    cached = []
+    cached: list[Tensor] = []
     for s in (k, v):
         cache = tensor(F16, (s.ne[0], HEADS, cells, BATCHES), np.nan)
         CONTEXT.view(cache)[:, :N_KV] = CONTEXT.view(s).swapaxes(1, 2)
         part = view(cache, (s.ne[0], HEADS, N_KV, BATCHES), cache.nb)
         cached.append(permuted(part, (0, 2, 1, 3)))
     rows = permuted(noise(F32, (DK, HEADS, TOKENS, BATCHES), 1), (0, 2, 1, 3))
-    check_values(attention(rows, *cached, causal_mask()))
+    check_values(attention(rows, cached[0], cached[1], causal_mask()))
 
 
 def test_values_that_are_a_part_of_the_keys() -> None:
@@ -219,9 +219,9 @@ def test_contract() -> None:
         columns = permuted(noise(s.type, (s.ne[1], s.ne[0], *s.ne[2:])), (1, 0, 2, 3))
         sources = [q, k, v]
         sources[i] = columns
-        refused(attention(*sources), f"source {i} must have dense rows")
+        refused(attention(sources[0], sources[1], sources[2]), f"source {i} must have dense rows")
     t = attention(q, k, v)
     t.ne = (DV, TOKENS, HEADS, BATCHES)
     refused(t, "the result must be 64x4x3x2")
     endless = [tensor(F16, (s.ne[0], 1 << 36, 1, 1), nb=(2, 0, 0, 0)) for s in (k, v)]
-    refused(attention(q, *endless), "elements of source 1 overlap")
+    refused(attention(q, endless[0], endless[1]), "elements of source 1 overlap")

@@ -66,6 +66,51 @@ VALID: dict[str, tuple[Op, Spec, Sequence[Spec], tuple[int, ...]]] = {
     "argsort": (Op.ARGSORT, (I32, (4, 3)), [(F32, (4, 3))], params(1)),
     "top k": (Op.TOP_K, (I32, (2, 3)), [(F32, (4, 3))], params()),
     "count equal": (Op.COUNT_EQUAL, (I64, (1,)), [(I32, (4, 3)), (I32, (4, 3))], params()),
+    "product": (Op.MUL_MAT, (F32, (3, 5, 4)), [(F32, (32, 3, 2)), (F32, (32, 5, 4))], params()),
+    "product of blocks": (Op.MUL_MAT, (F32, (3, 5)), [(Q8_0, (32, 3)), (F32, (32, 5))], params()),
+    "experts": (
+        Op.MUL_MAT_ID,
+        (F32, (3, 2, 5)),
+        [(Q8_0, (32, 3, 4)), (F32, (32, 2, 5)), (I32, (2, 5))],
+        params(),
+    ),
+    "outer product": (Op.OUT_PROD, (F32, (4, 3, 2)), [(F32, (4, 5)), (F32, (3, 5, 2))], params()),
+    "norm": (Op.NORM, (F32, (4, 3)), [(F32, (4, 3))], params(1e-5)),
+    "rms norm": (Op.RMS_NORM, (F32, (4, 3)), [(F32, (4, 3))], params(1e-5)),
+    "l2 norm": (Op.L2_NORM, (F32, (4, 3)), [(F32, (4, 3))], params(1e-5)),
+    "group norm": (Op.GROUP_NORM, (F32, (4, 3, 5)), [(F32, (4, 3, 5))], params(2, 1e-5)),
+    "rms norm back": (Op.RMS_NORM_BACK, (F32, (4, 3)), [(F32, (4, 3))] * 2, params(1e-5)),
+    "soft max": (
+        Op.SOFT_MAX,
+        (F32, (8, 3, 4, 2)),
+        [(F32, (8, 3, 4, 2)), (F16, (8, 3, 2)), (F32, (4,))],
+        params(0.5, 8.0),
+    ),
+    "soft max back": (Op.SOFT_MAX_BACK, (F32, (4, 3)), [(F32, (4, 3))] * 2, params(0.5, 0.0)),
+    "rope": (
+        Op.ROPE,
+        (F32, (8, 3, 4)),
+        [(F32, (8, 3, 4)), (I32, (4,)), (F32, (3,))],
+        params(0, 6, 2, 0, 64, 1e4, 0.5, 1.0, 1.0, 32.0, 1.0, 0, 0, 0, 0, 2),
+    ),
+    "rope of pictures": (
+        Op.ROPE,
+        (F16, (8, 3, 1)),
+        [(F16, (8, 3, 1)), (I32, (4,))],
+        params(0, 6, 40, 0, 64, 1e4, 0.5, 1.0, 1.0, 32.0, 1.0, 1, 1, 1, 0),
+    ),
+    "rope of vision": (
+        Op.ROPE_BACK,
+        (F32, (8, 3, 1)),
+        [(F32, (8, 3, 1)), (I32, (4,)), (F32, (4,))],
+        params(0, 4, 24, 0, 64, 1e4, 0.5, 0.0, 1.0, 32.0, 1.0, 2, 2, 0, 0),
+    ),
+    "attention": (
+        Op.FLASH_ATTN_EXT,
+        (F32, (32, 4, 3)),
+        [(F32, (32, 3, 4)), (F16, (32, 5, 2)), (Q8_0, (32, 5, 2)), (F16, (5, 3)), (F32, (4,))],
+        params(0.2, 8.0, 2.0),
+    ),
 }
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 32, 64, 256])
 STRIDES = st.sampled_from([0, 1, 2, 3, 4, 8, 12, 16, 24, 34, 36, 48, 128, 1000])

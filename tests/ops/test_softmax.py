@@ -43,8 +43,8 @@ def slope(head: int, n_heads: int, max_bias: float) -> float:
     if max_bias == 0:
         return 1.0
     power = 2 ** math.floor(math.log2(n_heads))
-    first = [2 ** (-max_bias * (i + 1) / power) for i in range(power)]
-    fine = [2 ** (-max_bias * (i + 1) / (2 * power)) for i in range(2 * power)]
+    first: list[float] = [2 ** (-max_bias * (i + 1) / power) for i in range(power)]
+    fine: list[float] = [2 ** (-max_bias * (i + 1) / (2 * power)) for i in range(2 * power)]
     return [*first, *fine[::2]][head]
 
 
@@ -132,7 +132,8 @@ def test_gradient() -> None:
 
     def total(x: Array) -> Array:
         terms = np.exp(scale * x)
-        return (terms / terms.sum(axis=3, keepdims=True) * values(flow)).sum(axis=3)
+        y = terms / terms.sum(axis=3, keepdims=True)
+        return np.asarray((y * values(flow)).sum(axis=3))
 
     expected = np.zeros(NE[::-1])
     for i in range(NE[0]):

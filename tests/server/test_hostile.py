@@ -84,8 +84,16 @@ def address_that_wraps(a: Attack) -> None:
 
 
 def huge_shape(a: Attack) -> None:
-    leaf = {**a.leaf(1), "ne": [0xFFFFFFFF] * 4, "nb": [0xFFFFFFFF] * 4}
+    leaf = {**a.leaf(1), "ne": [0xFFFFFFFF] * 4, "nb": [0xFFFFFFFC] * 4}
     a.graph([a.add(2, 1, 1)], [leaf])
+
+
+def odd_address(a: Attack) -> None:
+    a.graph([a.add(2, 1, 1)], [a.leaf(1, at=2)])
+
+
+def odd_stride(a: Attack) -> None:
+    a.graph([a.add(2, 1, 1)], [{**a.leaf(1, (4, 2)), "nb": [4, 17, 34, 34]}])
 
 
 def data_in_no_buffer(a: Attack) -> None:
@@ -201,6 +209,8 @@ ATTACKS: list[tuple[Callable[[Attack], None], str]] = [
     (tensor_behind_its_buffer, "outside its buffer"),
     (address_that_wraps, "outside its buffer"),
     (huge_shape, "outside its buffer"),
+    (odd_address, "F32 that is not aligned"),
+    (odd_stride, "F32 that is not aligned"),
     (data_in_no_buffer, "data of source 0 't1' not here"),
     (source_that_is_missing, "source 0x63 is not in the graph"),
     (node_that_is_missing, "node 0x3039 is not among"),

@@ -1,8 +1,8 @@
 """Runs the records of a plan in compiled code, on all threads at once, without Python in between.
 
-One call of :func:`_run_records` per thread walks the whole array of records; between two records
-the threads meet at a barrier made of atomics. A thread that waits spins for a bounded time and then
-gives its time slice away, so that a machine shared with the client does not stand still.
+One call of :func:`_run_records` per thread walks the whole array of records; where the schedule
+says so, the threads meet at a barrier made of atomics. A thread that waits spins for a bounded time
+and then gives its time slice away, so that a machine shared with the client does not stand still.
 
 The threads besides the caller's are started once per executor and sleep between graphs.
 """
@@ -19,6 +19,8 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from rpc_server.devices.cpu.schedule import Step
 
 # Words of the shared state, each on a cache line of its own.
 _ARRIVED = 0
@@ -112,19 +114,32 @@ def _barrier(sync, n_threads):  # type: ignore[no-untyped-def]
             _yield_slice()
 
 
-_RUN_SIGNATURE = types.void(*[types.int64] * 6)
+_RUN_SIGNATURE = types.void(*[types.int64] * 7)
+_SERIAL = int(Step.SERIAL)
+_BARRIER_AFTER = int(Step.BARRIER_AFTER)
 
 
 @numba.njit(nogil=True, cache=True)
-def _run_records(kernels, records, count, thread, n_threads, sync):  # type: ignore[no-untyped-def]
-    """Run ``count`` records; stops behind the first whose kernel returned a status."""
+def _run_records(kernels, records, steps, count, thread, n_threads, sync):  # type: ignore[no-untyped-def]
+    """Run ``count`` records; stops at the barrier behind the first that returned a status."""
+    failed = False
     for i in range(count):
-        status = _call_kernel(
-            _atomic_load(kernels + i * 8), _atomic_load(records + i * 8), thread, n_threads
-        )
-        if status != 0:
-            _atomic_store(sync + _FAILED_AT * 8, i)
-            _atomic_store(sync + _STATUS * 8, status)
+        step = _atomic_load(steps + i * 8)
+        # A serial record runs whole on the first thread: each thread's part, one after the other.
+        part, end = thread, thread + 1
+        if step & _SERIAL:
+            part, end = 0, n_threads if thread == 0 else 0
+        while part < end and not failed:
+            status = _call_kernel(
+                _atomic_load(kernels + i * 8), _atomic_load(records + i * 8), part, n_threads
+            )
+            if status != 0:
+                failed = True
+                _atomic_store(sync + _FAILED_AT * 8, i)
+                _atomic_store(sync + _STATUS * 8, status)
+            part += 1
+        if not step & _BARRIER_AFTER:
+            continue
         if n_threads > 1:
             _barrier(sync, n_threads)
         # A faster thread may have failed in the next record already: everybody must stop behind the
@@ -134,14 +149,26 @@ def _run_records(kernels, records, count, thread, n_threads, sync):  # type: ign
 
 
 class Program:
-    """Records laid out for the executor: pointers to kernels and to records, and the memory."""
+    """Records laid out for the executor: pointers to kernels and to records, and the memory.
 
-    def __init__(self, kernels: list[int], words: list[np.ndarray[Any, Any]]) -> None:
+    ``steps`` are the records' Step flags; by default all threads run and meet behind each record.
+    """
+
+    def __init__(
+        self,
+        kernels: list[int],
+        words: list[np.ndarray[Any, Any]],
+        steps: list[int] | None = None,
+    ) -> None:
         self.count = len(kernels)
         self._words = np.array(words, np.int64)
         self._kernels = np.array(kernels, np.int64)
         base, stride = self._words.ctypes.data, self._words.strides[0] if words else 0
         self._records = np.array([base + i * stride for i in range(self.count)], np.int64)
+        self._steps = np.full(self.count, _BARRIER_AFTER, np.int64)
+        if steps is not None:
+            self._steps[:] = steps
+        self.steps_address = int(self._steps.ctypes.data)
         self.kernels_address = int(self._kernels.ctypes.data)
         self.records_address = int(self._records.ctypes.data)
 
@@ -158,7 +185,7 @@ class Executor:
         address = int(self._sync.ctypes.data)
         self._sync_address = -(-address // 64) * 64
         self._state = self._sync[(self._sync_address - address) // 8 :]
-        self._job: tuple[int, int, int] | None = None
+        self._job: tuple[int, int, int, int] | None = None
         self._go = [threading.Semaphore(0) for _ in range(n_threads - 1)]
         self._done = threading.Semaphore(0)
         self._workers = [
@@ -178,7 +205,12 @@ class Executor:
         if not program.count:
             return 0, -1
         self._state[_STATUS] = 0
-        self._job = (program.kernels_address, program.records_address, program.count)
+        self._job = (
+            program.kernels_address,
+            program.records_address,
+            program.steps_address,
+            program.count,
+        )
         for go in self._go:
             go.release()
         _run_records(*self._job, 0, self.n_threads, self._sync_address)

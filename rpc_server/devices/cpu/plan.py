@@ -14,6 +14,7 @@ from protocol.dialects import Dialect
 from rpc_server.devices.cpu.abi import Status
 from rpc_server.devices.cpu.executor import Executor, Program
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
+from rpc_server.devices.cpu.schedule import schedule
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Graph
@@ -111,7 +112,9 @@ class PlanBuilder:
             planner.records = []
 
     def _program_step(self, records: list[Emitted]) -> Callable[[], None]:
-        program = Program([r.kernel.address for r in records], [r.words for r in records])
+        program = Program(
+            [r.kernel.address for r in records], [r.words for r in records], schedule(records)
+        )
         nodes = [r.node for r in records]
         executor = self._executor
 
@@ -133,7 +136,7 @@ class PlanBuilder:
             try:
                 with np.errstate(all="ignore"):
                     reference(context, node)
-            except ContractError as error:
-                raise GraphError(f"{node.label}: {error}") from None
+            except (ContractError, MemoryError) as error:
+                raise GraphError(f"{node.label}: {error or 'out of memory'}") from None
 
         return run

@@ -23,6 +23,7 @@ from rpc_server.devices.cpu.abi import (
     Kernel,
 )
 from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
+from rpc_server.devices.cpu.schedule import Span
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.tensor import Tensor
 
@@ -49,6 +50,10 @@ class Emitted:
     kernel: Kernel
     words: np.ndarray[Any, np.dtype[np.int64]]
     node: Tensor
+    # What it touches and how much it has to do, for the schedule.
+    reads: list[Span]
+    writes: list[Span]
+    work: int
 
 
 class Planner:
@@ -61,6 +66,10 @@ class Planner:
         self.n_threads = n_threads
         self.records: list[Emitted] = []
         self._node: Tensor | None = None
+        # Scratch of the node at hand: what its next record fills, what it reads, what is its own.
+        self._filling: list[Span] = []
+        self._reading: list[Span] = []
+        self._local: list[Span] = []
         self._arena = scratch
         # Scratch has two ends: node-local at the top of what is shared within the graph.
         self._shared_used = 0
@@ -73,6 +82,7 @@ class Planner:
         """Start lowering ``node``: scratch of the node before is given back."""
         self._node = node
         self._local_used = 0
+        self._filling, self._reading, self._local = [], [], []
 
     def finish(self, node: Tensor) -> None:
         """``node`` writes its memory: what was made of what lay there is no longer good."""
@@ -95,11 +105,14 @@ class Planner:
         *,
         extra: Sequence[int] = (),
         slots: Sequence[Tensor | None] | None = None,
+        work: int | None = None,
     ) -> None:
         """Append a record of ``kernel`` for node ``t``.
 
-        ``slots`` are the tensors of DST, SRC0, ... (default: the node and its sources); ``extra``
-        are the kernel's own words. Raises ValueError if there are too many of either.
+        ``slots`` are the tensors of DST, SRC0, ... (default: the node and its sources); the kernel
+        writes DST and scratch only. ``extra`` are the kernel's own words. ``work`` is how many
+        bytes it reads and writes where that isn't all of its tensors. Raises ValueError if there
+        are too many slots or extra words.
         """
         tensors = (t, *t.src) if slots is None else slots
         if len(tensors) > N_SLOTS or len(extra) > N_EXTRA:
@@ -117,7 +130,19 @@ class Planner:
         words[PARAM_WORD : PARAM_WORD + 16] = t.op_params
         words[EXTRA_WORD : EXTRA_WORD + len(extra)] = extra
         assert self._node is not None
-        self.records.append(Emitted(kernel, words, self._node))
+        spans = [
+            None if x is None or x.empty else (x.address, x.address + x.nbytes) for x in tensors
+        ]
+        reads = [span for span in spans[1:] if span] + self._reading
+        writes = [*spans[:1]] if spans[0] else []
+        if work is None:
+            work = sum(end - start for start, end in filter(None, spans))
+        self.records.append(
+            Emitted(kernel, words, self._node, reads, [*writes, *self._filling, *self._local], work)
+        )
+        # Whatever the node does next reads what this record has filled.
+        self._reading = self._reading + self._filling
+        self._filling = []
 
     def scratch(self, size: int) -> int:
         """Address of ``size`` bytes (64-byte aligned) that stay good until the next node.
@@ -127,6 +152,7 @@ class Planner:
         aligned = -(-size // 64) * 64
         address = self._arena.address(self._shared_used + self._local_used, aligned)
         self._local_used += aligned
+        self._local = [*self._local, (address, address + aligned)]
         self.scratch_peak = max(self.scratch_peak, self._shared_used + self._local_used)
         return address
 
@@ -140,6 +166,7 @@ class Planner:
         """
         known = self._shared.get(key)
         if known is not None:
+            self._reading = [*self._reading, (known[1], known[1] + size)]
             return known[1], False
         if self._local_used:
             raise RuntimeError("shared scratch asked for after scratch in one node")
@@ -148,6 +175,7 @@ class Planner:
         self._shared_used += aligned
         self.scratch_peak = max(self.scratch_peak, self._shared_used)
         self._shared[key] = (sources, address, self._shared_used)
+        self._filling = [*self._filling, (address, address + aligned)]
         return address, True
 
     def converted_rows(self, t: Tensor, form: RowForm) -> int:

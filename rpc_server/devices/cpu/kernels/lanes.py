@@ -227,6 +227,22 @@ store_bf16s, store_bf16s_part = _make_store(_I16, "bf16", F32S)
 store_f32s_as_i8, store_f32s_as_i8_part = _make_store(_I8, "i8", F32S)
 
 
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at ``address``, which may be any number."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer_type = _I8.as_pointer()
+        signature = ir.FunctionType(ir.VoidType(), [pointer_type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        # To read, into all levels, data.
+        words = [_I32(0), _I32(3), _I32(1)]
+        builder.call(function, [builder.inttoptr(args[0], pointer_type), *words])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 # -- functions of lanes ----------------------------------------------------------------------------
 
 

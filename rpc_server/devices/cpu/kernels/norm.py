@@ -100,7 +100,9 @@ def _statistics(code, row, n, eps):  # type: ignore[no-untyped-def]
         mean = row_sum(row, n) / np.float32(n)
     square_sum = row_square_sum(row, n, mean)
     if code == _L2:
-        return mean, np.float32(1.0) / max(np.float32(math.sqrt(square_sum)), eps)
+        length = np.float32(math.sqrt(square_sum))
+        # C's fmaxf: NaN doesn't count.
+        return mean, np.float32(1.0) / (length if length > eps else eps)
     return mean, np.float32(1.0) / np.float32(math.sqrt(square_sum / np.float32(n) + eps))
 
 

@@ -21,11 +21,11 @@ def lower_get_rows(t: Tensor, planner: Planner) -> bool:
     if index.type is not GgmlType.I32 or not (t.contiguous_rows and source.contiguous_rows):
         return False
     if source.type is GgmlType.I32 and t.type is GgmlType.I32:
-        planner.emit(get_rows_kernel(int(GgmlType.F32)), t)
+        planner.emit(get_rows_kernel(int(GgmlType.F32)), t, work=2 * t.nbytes)
         return True
     if t.type is not GgmlType.F32 or source.type not in ROWS:
         return False
-    planner.emit(get_rows_kernel(int(source.type)), t)
+    planner.emit(get_rows_kernel(int(source.type)), t, work=2 * t.nbytes)
     return True
 
 
@@ -43,14 +43,14 @@ def lower_set_rows(t: Tensor, planner: Planner) -> bool:
     if source.empty:
         return True
     if t.type in FLOAT_TYPES:
-        planner.emit(set_rows_kernel(None), t)
+        planner.emit(set_rows_kernel(None), t, work=2 * source.nbytes)
         return True
     if t.type not in QUANTIZERS:
         return False
     floats = 0
     if source.type is GgmlType.F16:
         floats = planner.scratch(planner.n_threads * source.ne[0] * 4)
-    planner.emit(set_rows_kernel(int(t.type)), t, extra=(floats,))
+    planner.emit(set_rows_kernel(int(t.type)), t, extra=(floats,), work=2 * source.nbytes)
     return True
 
 
