@@ -51,7 +51,13 @@ SCALES_AT: dict[GgmlType, Sequence[int]] = {
     GgmlType.Q5_K: (0, 2),
     GgmlType.Q6_K: (208,),
     GgmlType.IQ4_XS: (0,),
+    GgmlType.Q1_0: (0,),
+    GgmlType.Q2_0: (0,),
+    GgmlType.TQ1_0: (52,),
+    GgmlType.TQ2_0: (64,),
+    # Scales of other formats.
     GgmlType.MXFP4: (),
+    GgmlType.NVFP4: (),
 }
 
 
@@ -99,6 +105,7 @@ def check_product(a: Tensor, b: Tensor, n_threads: int = 2) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 33])
 def test_every_type(type_: GgmlType, n: int) -> None:
     block = max(TYPE_INFO[type_].block_size, 32)
+    assert type_ in SCALES_AT or type_ in PLAIN
     # Rows that are no multiple of a tile; an odd number of blocks; more than one chunk of k.
     for rows, k in ((37, block), (16, 9 * block), (5, 11 * 256)):
         for n_threads in (1, 2, 3):

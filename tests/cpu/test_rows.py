@@ -7,7 +7,7 @@ import pytest
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.kernels.dequantize import ROWS
+from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
 from rpc_server.devices.cpu.kernels.quantize import QUANTIZERS
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
@@ -25,7 +25,7 @@ from tests.ops.harness import (
 )
 
 F32, F16, BF16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64
-QUANTIZED = sorted(type_ for type_ in ROWS if TYPE_INFO[type_].quantized)
+QUANTIZED = sorted(type_ for type_ in DECODABLE if TYPE_INFO[type_].quantized)
 
 rng = np.random.default_rng(20261124)
 
@@ -47,6 +47,9 @@ def test_get_rows_of_blocks(type_: GgmlType) -> None:
     if type_ is GgmlType.MXFP4:
         # Scales are exponents: near 1, so that squares of values stay finite.
         CONTEXT.view(table).reshape(-1, 17)[:, 0] = rng.integers(110, 140, 11 * 16)
+    if type_ is GgmlType.Q8_K:
+        scales = rng.normal(0, 1, (22, 1)).astype(np.float32)
+        CONTEXT.view(table).reshape(-1, 292)[:, :4] = scales.view(np.uint8)
     ids = tensor(I32, (5,), [3, 0, 10, 3, 7])
     expected, actual = by_both(node(Op.GET_ROWS, F32, (512, 5), [table, ids]))
     assert np.isfinite(expected).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,27 @@ def reference(log_folder: Path) -> Iterator[list[llama.Token]]:
     local.stop()
 
 
-def generate(build: int, server: llama.RpcServer) -> str:
+def generate(build: int, server: llama.RpcServer) -> str | None:
+    """The text a client got from the server; None if it was refused.
+
+    A client that is refused ends with an error, or computes on its own, by its version.
+    """
     model = llama.smollm2(llama.SMOLLM2_TYPE)
-    return llama.completion(model, PROMPT, TOKENS, rpc=server.address, build=build)
+    before = computations(server)
+    try:
+        text = llama.completion(model, PROMPT, TOKENS, rpc=server.address, build=build)
+    except llama.ProgramError:
+        assert server.alive, server.log
+        return None
+    with contextlib.suppress(llama.ProgramError):
+        server.wait_until(lambda: computations(server) > before, 2, "graphs of the client")
+        return text
+    return None
+
+
+def computations(server: llama.RpcServer) -> int:
+    """How many connections have computed graphs and ended, by the server's log."""
+    return len(re.findall(r"disconnected; .* [1-9]\d* graphs in", server.log))
 
 
 def check(text: str, reference: list[llama.Token]) -> None:
@@ -68,13 +87,12 @@ def test_a_client_of_any_version_is_recognised(
 ) -> None:
     build = upstream.DIALECT_BUILDS[version]
     server = serve("--protocol", "auto")
-    for attempt in range(1, TRIES + 1):
-        try:
-            text = generate(build, server)
+    text = None
+    for _attempt in range(TRIES):
+        text = generate(build, server)
+        if text is not None:
             break
-        except llama.ProgramError:
-            assert server.alive, server.log
-            assert attempt < TRIES, f"refused {TRIES} times:\n{server.log}"
+    assert text is not None, f"refused {TRIES} times:\n{server.log}"
     check(text, reference)
     check_log(server.log, version)
     # Once it is known, this machine's next client isn't refused.
@@ -85,4 +103,6 @@ def test_a_pinned_version_is_accepted_at_once(
     version: str, serve: Serve, reference: list[llama.Token]
 ) -> None:
     server = serve("--protocol", version)
-    check(generate(upstream.DIALECT_BUILDS[version], server), reference)
+    text = generate(upstream.DIALECT_BUILDS[version], server)
+    assert text is not None, f"refused:\n{server.log}"
+    check(text, reference)

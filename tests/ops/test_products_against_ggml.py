@@ -1,4 +1,4 @@
-"""References of products, norms, rope and attention against ggml's own CPU backend.
+"""References of products, norms, rope, attention and recurrences against ggml's own CPU backend.
 
 The bounds are those that ggml's own tests hold its backends to: its products round activations to
 the weights' precision, which the references don't.
@@ -63,7 +63,7 @@ def products() -> Iterator[Case]:
     bound = MAX_NMSE_OF_PRODUCTS
     for type_ in (F32, F16, BF16, Q4_0, Q4_1, Q8_0):
         for n in (1, 9):
-            ab = ((type_, (64, 5, 2)), (F32, (64, n, 4, 3)))
+            ab: tuple[Spec, ...] = ((type_, (64, 5, 2)), (F32, (64, n, 4, 3)))
             yield Case(
                 Op.MUL_MAT, "ggml_mul_mat", (F32, (5, n, 4, 3)), ab, bound=bound, name=f"{n}"
             )
@@ -149,6 +149,74 @@ def attentions() -> Iterator[Case]:
                     )  # fmt: skip
 
 
+def recurrences() -> Iterator[Case]:
+    conv = ((F32, (7, 6, 3)), (F32, (4, 6)))
+    yield Case(Op.SSM_CONV, "ggml_ssm_conv", (F32, (6, 4, 3)), conv)
+    for n_state, n_decay, heads, groups, kept in (
+        (16, 16, 6, 1, 1), (32, 1, 6, 3, 1), (32, 1, 6, 2, 3), (32, 1, 4, 4, 5),
+    ):  # fmt: skip
+        x = (4, heads, 5, 2)
+        scan = (
+            (F32, (n_state, 4, heads, 3)), (F32, x), (F32, x[1:]), (F32, (n_decay, heads)),
+            (F32, (n_state, groups, 5, 2)), (F32, (n_state, groups, 5, 2)), (I32, (2,)),
+        )  # fmt: skip
+        size = 4 * heads * 5 * 2 + kept * n_state * 4 * heads * 2
+        yield Case(
+            Op.SSM_SCAN, "ggml_ssm_scan", (F32, (size,)), scan, (ctypes.c_int64(kept),), (kept,),
+            limit=3, name=f"{n_decay}-{groups}-{kept}",
+        )  # fmt: skip
+    for sequences in (1, 2):
+        rows, result = (F32, (64, 3, 4)), (F32, (192, 4 + 64 * sequences))
+        states = (F32, (64 * 64 * 3, sequences))
+        name = f"{sequences}"
+        wkv6 = (rows, rows, rows, (F32, (64, 3)), rows, states)
+        yield Case(Op.RWKV_WKV6, "ggml_rwkv_wkv6", result, wkv6, name=name)
+        yield Case(Op.RWKV_WKV7, "ggml_rwkv_wkv7", result, (*(rows,) * 6, states), name=name)
+        yield Case(
+            Op.GATED_LINEAR_ATTN, "ggml_gated_linear_attn", result, (*(rows,) * 4, states),
+            (0.25,), (0.25,), name=name,
+        )  # fmt: skip
+
+
+def signals() -> Iterator[Case]:
+    a = (9, 8, 3, 2)
+    for x, result in ((F32, F32), (F32, F16), (F16, F16)):
+        yield im2col((F16, (3, 2, 5, 4)), (x, (9, 7, 5, 2)), (result, (30, 4, 4, 2)), two=True)
+        yield im2col((F16, (3, 5)), (x, (9, 5, 2)), (result, (15, 4, 2)), two=False)
+    for kind in (0, 1):
+        for type_ in (F32, F16):
+            for k, s, p in ((2, 2, 0), (3, 1, 1), (1, 3, 1)):
+                ne0, ne1 = ((n + 2 * p - k) // s + 1 for n in a[:2])
+                of, name = ((type_, a),), f"{kind}-{k}"
+                line = (kind, k, s, p)
+                area = (kind, k, k, s, s, p, p)
+                floats = (*area[:5], float(p), float(p))
+                result_ = (F32, (ne0, 8, 3, 2))
+                yield Case(Op.POOL_1D, "ggml_pool_1d", result_, of, line, line, name=name)
+                result_ = (F32, (ne0, ne1, 3, 2))
+                yield Case(Op.POOL_2D, "ggml_pool_2d", result_, of, floats, area, name=name)
+    for mode in (0, 1, 2, 0x100, 0x101, 0x102, 0x201):
+        for size in ((18, 16, 3, 2), (5, 3, 6, 2), (1, 1, 3, 4)):
+            yield Case(
+                Op.UPSCALE, "ggml_interpolate", (F32, size), ((F32, a),),
+                (*map(ctypes.c_int64, size), mode), (mode,), name=f"{mode}-{size[0]}",
+            )  # fmt: skip
+    for dim in (8, 9):
+        yield Case(
+            Op.TIMESTEP_EMBEDDING, "ggml_timestep_embedding", (F32, (dim, 5)), ((F32, (5,)),),
+            (dim, 1000), (dim, 1000), name=f"{dim}",
+        )  # fmt: skip
+
+
+def im2col(kernel: Spec, x: Spec, result: Spec, *, two: bool) -> Case:
+    words = (2, 3, 1, 2, 2, 1) if two else (2, 0, 1, 0, 2, 1)
+    arguments = (*words, ctypes.c_bool(two), int(result[0]))
+    return Case(
+        Op.IM2COL, "ggml_im2col", result, (kernel, x), arguments, (*words, int(two)),
+        name=f"{1 + two}-{result[0].name}",
+    )  # fmt: skip
+
+
 def make(case: Case, i: int) -> Tensor | None:
     """Source ``i``: integers below the limit, a mask with holes, or normally distributed values."""
     spec = case.sources[i]
@@ -166,6 +234,9 @@ def make(case: Case, i: int) -> Tensor | None:
         values[..., 1:][rng.random((*shape[:3], shape[3] - 1)) < 0.3] = -np.inf
     if case.op in (Op.ROPE, Op.ROPE_BACK) and i == 2:
         values = 1 + abs(values)
+    if case.op is Op.SSM_SCAN and i == 3:
+        # Decays are negative exponents; positive ones would only show what overflows.
+        values = -abs(values)
     return tensor(type_, ne, values)
 
 
@@ -187,7 +258,7 @@ def by_ggml(ggml: Ggml, case: Case, sources: list[Tensor | None]) -> np.ndarray[
     return harness.values(copy)
 
 
-ALL = [*products(), *norms(), *softmaxes(), *ropes(), *attentions()]
+ALL = [*products(), *norms(), *softmaxes(), *ropes(), *attentions(), *recurrences(), *signals()]
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

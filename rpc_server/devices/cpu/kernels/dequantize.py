@@ -6,6 +6,9 @@ kernels of their own that never make the floats.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import numpy as np
 
 from protocol.ggml_types import GgmlType
@@ -13,6 +16,7 @@ from rpc_server.devices.cpu.abi import (
     helper,
     inline_helper,
     load_f16,
+    load_f32,
     load_i8,
     load_u8,
     load_u16,
@@ -31,11 +35,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
     store_f32s_part,
 )
 from rpc_server.devices.cpu.kernels.typed import choose_by_type
-
-_IQ4_VALUES = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
-)
-_MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+from rpc_server.types.tables import E8M0_VALUES, FP4_VALUES, IQ4_VALUES, UE4M3_VALUES
 
 
 @helper
@@ -128,16 +128,14 @@ def _table_block(qs, to, d, table):  # type: ignore[no-untyped-def]
 def _iq4_nl_row(x, y, n):  # type: ignore[no-untyped-def]
     for block in range(n // 32):
         at = x + block * 18
-        _table_block(at + 2, y + block * 128, load_f16(at), _IQ4_VALUES)
+        _table_block(at + 2, y + block * 128, load_f16(at), IQ4_VALUES)
 
 
 @helper
 def _mxfp4_row(x, y, n):  # type: ignore[no-untyped-def]
     for block in range(n // 32):
         at = x + block * 17
-        # The scale is a power of two; the table's values are doubled.
-        d = np.float32(2.0 ** (load_u8(at) - 128))
-        _table_block(at + 1, y + block * 128, d, _MXFP4_VALUES)
+        _table_block(at + 1, y + block * 128, E8M0_VALUES[load_u8(at)], FP4_VALUES)
 
 
 @helper
@@ -149,7 +147,7 @@ def _iq4_xs_row(x, y, n):  # type: ignore[no-untyped-def]
         for j in range(8):
             low = load_u8(at + 4 + j // 2) >> (4 * (j % 2)) & 15
             scale = low | (scales_high >> (2 * j) & 3) << 4
-            _table_block(at + 8 + 16 * j, to + 128 * j, d * np.float32(scale - 32), _IQ4_VALUES)
+            _table_block(at + 8 + 16 * j, to + 128 * j, d * np.float32(scale - 32), IQ4_VALUES)
 
 
 @helper
@@ -289,6 +287,43 @@ def _tq2_0_row(x, y, n):  # type: ignore[no-untyped-def]
 
 
 @helper
+def _q8_k_row(x, y, n):  # type: ignore[no-untyped-def]
+    for block in range(n // 256):
+        at, to = x + block * 292, y + block * 1024
+        d = load_f32(at)
+        for i in range(0, 256, LANES):
+            store_f32s(to + i * 4, load_i8s_as_f32(at + 4 + i) * d)
+
+
+@helper
+def _q1_0_row(x, y, n):  # type: ignore[no-untyped-def]
+    for block in range(n // 128):
+        at, to = x + block * 18, y + block * 512
+        d = load_f16(at)
+        for i in range(128):
+            store_f32(to + i * 4, d if load_u8(at + 2 + i // 8) >> (i % 8) & 1 else -d)
+
+
+@helper
+def _q2_0_row(x, y, n):  # type: ignore[no-untyped-def]
+    for block in range(n // 64):
+        at, to = x + block * 18, y + block * 256
+        d = load_f16(at)
+        for i in range(64):
+            q = load_u8(at + 2 + i // 4) >> (2 * (i % 4)) & 3
+            store_f32(to + i * 4, np.float32(q - 1) * d)
+
+
+@helper
+def _nvfp4_row(x, y, n):  # type: ignore[no-untyped-def]
+    for block in range(n // 64):
+        at, to = x + block * 36, y + block * 256
+        for i in range(64):
+            q = load_u8(at + 4 + i // 16 * 8 + i % 8) >> (4 * (i // 8 % 2)) & 15
+            store_f32(to + i * 4, FP4_VALUES[q] * UE4M3_VALUES[load_u8(at + i // 16)])
+
+
+@helper
 def _f32_row(x, y, n):  # type: ignore[no-untyped-def]
     memory_copy(y, x, n * 4)
 
@@ -312,14 +347,35 @@ ROWS = {
     GgmlType.IQ4_NL: _iq4_nl_row,
     GgmlType.IQ4_XS: _iq4_xs_row,
     GgmlType.MXFP4: _mxfp4_row,
+    GgmlType.NVFP4: _nvfp4_row,
     GgmlType.TQ1_0: _tq1_0_row,
     GgmlType.TQ2_0: _tq2_0_row,
+    GgmlType.Q1_0: _q1_0_row,
+    GgmlType.Q2_0: _q2_0_row,
+    GgmlType.Q8_K: _q8_k_row,
 }
+# Types whose functions are in a module that is imported when one of them is compiled.
+_GRID_TYPES = (
+    GgmlType.IQ1_S,
+    GgmlType.IQ1_M,
+    GgmlType.IQ2_XXS,
+    GgmlType.IQ2_XS,
+    GgmlType.IQ2_S,
+    GgmlType.IQ3_XXS,
+    GgmlType.IQ3_S,
+)
+DECODABLE = frozenset((*ROWS, *_GRID_TYPES))
+
+
+def _row_function(type_: GgmlType) -> Any:
+    if type_ in _GRID_TYPES:
+        return importlib.import_module("rpc_server.devices.cpu.kernels.grids").ROWS[type_]
+    return ROWS[type_]
 
 
 def dequantize_row(type_: int, x: int, y: int, n: int) -> None:
-    """In kernels: the function of ``ROWS`` for a type that is a constant where this is called."""
+    """In kernels: the function of DECODABLE ``type_``, a constant where this is called."""
     raise NotImplementedError("only compiled code can call this")
 
 
-choose_by_type(dequantize_row, ROWS)
+choose_by_type(dequantize_row, _row_function)

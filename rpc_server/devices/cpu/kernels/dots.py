@@ -97,27 +97,28 @@ def row_dots(
     row: Any,
     last: Any,
     k: Any,
+    ahead: Any,
     activations: Any,
     target: Any,
 ) -> Any:
     """Rows ``row``, ... (rows_at_once of them, none beyond ``last``) times one column.
 
     ``weights`` is row 0, ``stride`` bytes on is row 1; element ``row`` of the F32 at ``target`` is
-    set, and those after it.
+    set, and those after it. ``ahead`` bytes further on lie the weights to be asked for now.
     """
     if not _literals(type_, isa):
         return None
-    signature = types.void(type_, isa, *[types.int64] * 7)
+    signature = types.void(type_, isa, *[types.int64] * 8)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         e, format_, kind = _emitter(builder, sig)
-        weights, stride, row, last, k, activations, target = args[2:]
+        weights, stride, row, last, k, ahead, activations, target = args[2:]
         numbers = [e.call_vector("smin", e.at(row, i), last) for i in range(rows_at_once(kind))]
         rows = [e.b.add(weights, e.b.mul(n, stride)) for n in numbers]
         if isinstance(format_, Plain):
-            sums = _plain_dots(e, format_, rows, k, activations)
+            sums = _plain_dots(e, format_, rows, k, ahead, activations)
         else:
-            sums = _quantized_dots(e, format_, rows, k, activations)
+            sums = _quantized_dots(e, format_, rows, k, ahead, activations)
         for number, value in zip(numbers, sums, strict=True):
             e.store(value, e.b.add(target, e.shift_left(number, 2)))
         return context.get_dummy_value()
@@ -125,7 +126,9 @@ def row_dots(
     return signature, codegen
 
 
-def _plain_dots(e: Emit, format_: Plain, rows: list[Any], k: Any, activations: Any) -> list[Any]:
+def _plain_dots(
+    e: Emit, format_: Plain, rows: list[Any], k: Any, ahead: Any, activations: Any
+) -> list[Any]:
     kind = vector(format_.element, LANES)
     zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
     whole = e.b.and_(k, e.i64(-LANES))
@@ -133,6 +136,8 @@ def _plain_dots(e: Emit, format_: Plain, rows: list[Any], k: Any, activations: A
     def body(i: Any, sums: list[Any]) -> list[Any]:
         x = e.load(e.b.add(activations, e.shift_left(i, 2)), vector(F32, LANES))
         offset = e.b.mul(i, e.i64(format_.size))
+        for r in rows:
+            e.prefetch(e.b.add(e.b.add(r, offset), ahead), LANES * format_.size)
         return [
             e.fma(e.widen(e.load(e.b.add(r, offset), kind)), x, s)
             for r, s in zip(rows, sums, strict=True)
@@ -178,16 +183,22 @@ def _dot_blocks(
             scale = e.shuffle(scales, [2 * run] * 4 + [2 * run + 1] * 4)
         value = e.b.sitofp(ints, vector(F32, 8))
         products[run % 2] = e.fma(value, scale, products[run % 2])
-    if isinstance(sums.type, ir.VectorType):
-        return [*products, e.fma(unpacked.minima, sums, minima)]
-    # A single one goes to lane 0.
-    lane = ir.Constant(I32, 0)
-    added = e.fma(unpacked.minima, sums, e.b.extract_element(minima, lane))
-    return [*products, e.b.insert_element(minima, added, lane)]
+    lanes = minima.type.count
+    return [*products, e.fma(_padded(e, unpacked.minima, lanes), _padded(e, sums, lanes), minima)]
+
+
+def _padded(e: Emit, value: Any, lanes: int) -> Any:
+    """A scalar or a short vector with zeros behind it."""
+    if not isinstance(value.type, ir.VectorType):
+        return e.b.insert_element(e.constant(F32, 0.0, lanes), value, ir.Constant(I32, 0))
+    n = value.type.count
+    if n == lanes:
+        return value
+    return e.shuffle(value, [min(i, n) for i in range(lanes)], e.constant(F32, 0.0, n))
 
 
 def _quantized_dots(
-    e: Emit, format_: Quantized, rows: list[Any], k: Any, activations: Any
+    e: Emit, format_: Quantized, rows: list[Any], k: Any, ahead: Any, activations: Any
 ) -> list[Any]:
     groups = _groups(format_)
     zeros = [e.constant(F32, 0.0, 8), e.constant(F32, 0.0, 8)]
@@ -207,7 +218,10 @@ def _quantized_dots(
         offset = e.b.mul(block, e.i64(format_.size))
         new: list[Any] = []
         for i, row in enumerate(rows):
-            unpacked = format_.unpack(e, e.b.add(row, offset), n_blocks)
+            at = e.b.add(row, offset)
+            if n == UNIT // _RUN:
+                e.prefetch(e.b.add(at, ahead), n_blocks * format_.size)
+            unpacked = format_.unpack(e, at, n_blocks)
             old = totals[_TOTALS * i : _TOTALS * (i + 1)]
             new += _dot_blocks(e, format_, unpacked, codes, d, sums, old)
         return new
@@ -217,7 +231,7 @@ def _quantized_dots(
         return runs(e.b.mul(i, e.i64(per_unit)), per_unit, (unit, unit), totals)
 
     def rest_body(i: Any, totals: list[Any]) -> list[Any]:
-        within = e.b.sub(i, whole_blocks)
+        within = e.b.mul(e.b.sub(i, whole_blocks), e.i64(format_.block // _RUN))
         codes_at = e.b.add(rest, e.shift_left(within, 5))
         return runs(i, 1, (codes_at, e.b.add(rest, e.shift_left(within, 2))), totals)
 
@@ -268,17 +282,19 @@ def unpack_tile(
             number = e.call_vector("smin", e.b.add(row, i), last)
             return e.b.add(weights, e.b.mul(number, stride))
 
-        first = e.at(tile, STAGE_BYTES)
+        first, ahead = e.at(tile, STAGE_BYTES), e.b.mul(stride, e.i64(LANES))
         if isinstance(format_, Plain):
-            _unpack_plain(e, format_, row_start, begin, end, first)
+            _unpack_plain(e, format_, row_start, ahead, begin, end, first)
         else:
-            _unpack_quantized(e, format_, row_start, begin, end, tile, first)
+            _unpack_quantized(e, format_, row_start, ahead, begin, end, tile, first)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any, tile: Any) -> None:
+def _unpack_plain(
+    e: Emit, format_: Plain, row_start: Any, ahead: Any, begin: Any, end: Any, tile: Any
+) -> None:
     kind = vector(format_.element, 8)
     rows = [row_start(e.i64(i)) for i in range(LANES)]
 
@@ -289,6 +305,8 @@ def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any,
 
     def body(i: Any, _: list[Any]) -> list[Any]:
         offset = e.b.mul(i, e.i64(format_.size))
+        for r in rows:
+            e.prefetch(e.b.add(e.b.add(r, offset), ahead), 8 * format_.size)
         turn(i, [e.load(e.b.add(r, offset), kind) for r in rows])
         return []
 
@@ -303,7 +321,14 @@ def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any,
 
 
 def _unpack_quantized(
-    e: Emit, format_: Quantized, row_start: Any, begin: Any, end: Any, stage: Any, tile: Any
+    e: Emit,
+    format_: Quantized,
+    row_start: Any,
+    ahead: Any,
+    begin: Any,
+    end: Any,
+    stage: Any,
+    tile: Any,
 ) -> None:
     runs, groups = format_.block // _RUN, _groups(format_)
     record = _record_bytes(format_)
@@ -315,20 +340,21 @@ def _unpack_quantized(
 
         def row_body(i: Any, _: list[Any]) -> list[Any]:
             at = e.b.add(row_start(i), e.b.mul(first_block, e.i64(format_.size)))
+            e.prefetch(e.b.add(at, ahead), UNIT // format_.block * format_.size)
             codes = e.b.add(stage, e.shift_left(i, 8))
             factors = e.b.add(stage, e.shift_left(i, 6))
 
             def block_body(j: Any, _: list[Any]) -> list[Any]:
                 unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), 1)
-                to = e.b.add(codes, e.shift_left(j, 5))
+                to = e.b.add(codes, e.b.mul(j, e.i64(format_.block)))
                 for run, code in enumerate(unpacked.codes):
                     e.store(code, to, _RUN * run)
-                to = e.b.add(factors, e.shift_left(j, 2))
+                to = e.b.add(factors, e.b.mul(j, e.i64(4 * runs * groups)))
                 e.store(unpacked.scales, to, _STAGE_SCALES)
                 e.store(unpacked.minima, to, _STAGE_MINIMA)
                 return []
 
-            if runs > 1:
+            if format_.block == UNIT:
                 block_body(e.i64(0), [])
             else:
                 e.loop(e.i64(0), count, 1, [], block_body)

@@ -35,6 +35,8 @@ class Unpacked:
 class Quantized:
     """Blocks of ``block`` elements in ``size`` bytes, a scale for each ``group`` of 16 or 32.
 
+    A block is a divisor of 256, and at least 32.
+
     ``largest`` is the largest code; ``unpack`` emits the decoding of the block at an address, or of
     so many blocks from there on where they are small.
     """
@@ -188,6 +190,75 @@ def _exponents(e: Emit, blocks: Any, size: int, n: int) -> Any:
     return e.b.bitcast(e.b.select(is_small, small, normal), floats)
 
 
+# -- blocks of 64 and 128 --------------------------------------------------------------------------
+
+
+def _several(e: Emit, blocks: Any, n: int, size: int, one: Callable[[Any], Unpacked]) -> Unpacked:
+    """``n`` blocks, a power of two, each unpacked by ``one``."""
+    parts = [one(e.at(blocks, size * i)) for i in range(n)]
+    while len(parts) > 1:
+        parts = [
+            Unpacked(
+                [*a.codes, *b.codes], e.concat(a.scales, b.scales), e.concat(a.minima, b.minima)
+            )
+            for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
+
+
+def _q1_0(e: Emit, blocks: Any, n: int) -> Unpacked:
+    def one(block: Any) -> Unpacked:
+        scales = e.splat(_half(e, block, 0), 4)
+        codes = [_bits(e, e.load(block, I32, 2 + 4 * run), 2) for run in range(4)]
+        return Unpacked(codes, scales, _centred(e, scales, 1))
+
+    return _several(e, blocks, n, TYPE_INFO[GgmlType.Q1_0].type_size, one)
+
+
+def _q2_0(e: Emit, blocks: Any, n: int) -> Unpacked:
+    def one(block: Any) -> Unpacked:
+        scales = e.splat(_half(e, block, 0), 2)
+        codes = []
+        for run in range(2):
+            # A byte holds four neighbours.
+            packed = e.load(block, vector(I8, 8), 2 + 8 * run)
+            each = e.shuffle(packed, [i // 4 for i in range(32)])
+            shifts = e.constant(I8, [0, 2, 4, 6] * 8, 32)
+            codes.append(e.and_(e.b.lshr(each, shifts), 3))
+        return Unpacked(codes, scales, _centred(e, scales, 1))
+
+    return _several(e, blocks, n, TYPE_INFO[GgmlType.Q2_0].type_size, one)
+
+
+def _ue4m3(e: Emit, code: Any) -> Any:
+    """Half the values of unsigned E4M3 bytes, I32 lanes to F32; the format's NaN counts as 0."""
+    n = code.type.count
+    floats = vector(F32, n)
+    is_nan = e.b.icmp_unsigned("==", code, e.like(code, 0x7F))
+    code = e.and_(code, 0x7F)
+    # Moved into place, exponent and mantissa are a float but for the bias; that is 127 - 7 + 1
+    # for the halving. Below exponent 1 there is no leading one.
+    bits = e.b.add(e.shift_left(code, 20), e.like(code, (127 - 7 - 1) << 23))
+    small = e.b.fmul(e.b.uitofp(code, floats), e.constant(F32, 2.0**-10, n))
+    normal = e.b.icmp_unsigned(">=", code, e.like(code, 8))
+    value = e.b.select(normal, e.b.bitcast(bits, floats), small)
+    return e.b.select(is_nan, e.constant(F32, 0.0, n), value)
+
+
+def _nvfp4(e: Emit, blocks: Any, n: int) -> Unpacked:
+    def one(block: Any) -> Unpacked:
+        scales = _ue4m3(e, e.b.zext(e.load(block, vector(I8, 4)), vector(I32, 4)))
+        codes = []
+        for run in range(2):
+            # Nibbles of two groups of 16, each low ones first.
+            both = _nibbles(e, block, 4 + 16 * run)
+            order = [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)]
+            codes.append(e.look_up(_FP4_CODES, e.shuffle(both, order)))
+        return Unpacked(codes, scales, _centred(e, scales, 12))
+
+    return _several(e, blocks, n, TYPE_INFO[GgmlType.NVFP4].type_size, one)
+
+
 # -- blocks of 256 ---------------------------------------------------------------------------------
 
 
@@ -289,6 +360,32 @@ def _iq4_xs(e: Emit, block: Any, _: int) -> Unpacked:
     return Unpacked(codes, scales, _centred(e, scales, 128))
 
 
+def _tq2_0(e: Emit, block: Any, _: int) -> Unpacked:
+    scales = e.splat(_half(e, block, 64), 8)
+    return Unpacked(_two_bits(e, block, 0), scales, _centred(e, scales, 1))
+
+
+def _tq1_0(e: Emit, block: Any, _: int) -> Unpacked:
+    # A byte is a fraction whose digits to base 3 are the codes: multiplied by a power of 3, the
+    # next digit is what carries beyond the byte when it is multiplied once more.
+    def digits(packed: Any, place: int) -> Any:
+        n = packed.type.count
+        fraction = e.b.mul(packed, e.constant(I8, 3**place, n))
+        tripled = e.b.mul(e.b.zext(fraction, vector(I16, n)), e.constant(I16, 3, n))
+        return e.b.trunc(e.shift_right(tripled, 8), vector(I8, n))
+
+    first = e.load(block, vector(I8, 32))
+    codes = [digits(first, place) for place in range(5)]
+    second = e.load(block, vector(I8, 16), 32)
+    last = e.load(block, vector(I8, 4), 48)
+    pieces = [digits(second, place) for place in range(5)]
+    fours = [digits(last, place) for place in range(4)]
+    pieces.append(e.concat(e.concat(*fours[:2]), e.concat(*fours[2:])))
+    codes += [e.concat(*pieces[i : i + 2]) for i in (0, 2, 4)]
+    scales = e.splat(_half(e, block, 52), 8)
+    return Unpacked(codes, scales, _centred(e, scales, 1))
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -316,6 +413,11 @@ QUANTIZED: dict[GgmlType, Quantized] = dict(
         _quantized_small(GgmlType.Q8_0, _signed_bytes, 255, centre=128),
         _quantized_small(GgmlType.IQ4_NL, _IQ4, max(_IQ4_CODES), centre=128),
         _quantized_small(GgmlType.MXFP4, _FP4, max(_FP4_CODES), centre=12, scales=_exponents),
+        _quantized(GgmlType.Q1_0, _q1_0, 2),
+        _quantized(GgmlType.Q2_0, _q2_0, 3),
+        _quantized(GgmlType.NVFP4, _nvfp4, max(_FP4_CODES), group=16),
+        _quantized(GgmlType.TQ1_0, _tq1_0, 2),
+        _quantized(GgmlType.TQ2_0, _tq2_0, 3),
         _quantized(GgmlType.Q2_K, _q2_k, 3, group=16),
         _quantized(GgmlType.Q3_K, _q3_k, 7, group=16),
         _quantized(GgmlType.Q4_K, _q4_k, 15),

@@ -29,7 +29,7 @@ def _vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, LANES)
 
 
-class Lanes(types.Type):
+class Lanes(types.Type):  # type: ignore[misc]
     """numba's type of a vector of 16 elements."""
 
     def __init__(self, element: str) -> None:

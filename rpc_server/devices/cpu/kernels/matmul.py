@@ -54,6 +54,12 @@ INDEX_OUT_OF_RANGE = 1
     PANEL,
 ) = range(8)
 
+# Threads get whole groups of so many rows.
+_GRAIN = 4
+
+# Memory is asked for at least so many bytes before it is multiplied.
+_AHEAD = 4096
+
 # Bytes of activations that are multiplied with a tile before the next tile is unpacked.
 _PANEL_BYTES = 768 << 10
 
@@ -151,18 +157,20 @@ def product_kernel(type_: GgmlType, isa: Isa) -> Kernel:
         own_columns = tile + TILE_BYTES
         n_rows, k, stride = ne(rec, SRC0, 1), ne(rec, SRC0, 0), nb(rec, SRC0, 1)
         n_matrices = ne(rec, SRC0, 2) * ne(rec, SRC0, 3)
-        row_tiles = (n_rows + LANES - 1) // LANES
-        # Matrices of MUL_MAT are alike, and threads share the tiles of all of them; experts have
-        # each their number of columns, and threads share the tiles of each.
-        shared = row_tiles if routed != 0 else row_tiles * n_matrices
+        # Whole groups of rows ahead, so that each line is asked for once.
+        ahead = (_AHEAD // max(ROWS * stride, 1) + 1) * ROWS * stride
+        grains = (n_rows + _GRAIN - 1) // _GRAIN
+        # Matrices of MUL_MAT are alike, and threads share the rows of all of them; experts have
+        # each their number of columns, and threads share the rows of each.
+        shared = grains if routed != 0 else grains * n_matrices
         begin, end = shared * ith // nth, shared * (ith + 1) // nth
         for matrix in range(n_matrices):
             if routed != 0:
-                first_row = begin * LANES
-                end_row = min(end * LANES, n_rows)
+                first_row = begin * _GRAIN
+                end_row = min(end * _GRAIN, n_rows)
             else:
-                first_row = max(begin - matrix * row_tiles, 0) * LANES
-                end_row = min((end - matrix * row_tiles) * LANES, n_rows)
+                first_row = max(begin - matrix * grains, 0) * _GRAIN
+                end_row = min((end - matrix * grains) * _GRAIN, n_rows)
             if first_row >= end_row:
                 continue
             weights = data(rec, SRC0) + (
@@ -187,6 +195,7 @@ def product_kernel(type_: GgmlType, isa: Isa) -> Kernel:
                             row,
                             end_row - 1,
                             k,
+                            ahead,
                             load_i64(columns + 16 * c),
                             load_i64(columns + 16 * c + 8),
                         )

@@ -11,8 +11,6 @@ import numpy as np
 from rpc_server.devices.cpu.abi import (
     DST,
     SRC0,
-    SRC1,
-    SRC2,
     Kernel,
     data,
     extra,
@@ -128,44 +126,6 @@ def norm_kernel(code: int) -> Kernel:
         return 0
 
     return norm
-
-
-@functools.cache
-def norm_mul_kernel(code: int) -> Kernel:
-    """A norm and the MUL by weights that follows it; both results are written.
-
-    Slots: 0 the norm, 1 its source, 2 the weights (repeated along dims 1 to 3), 3 the product,
-    which may lie where the norm does.
-    """
-
-    @kernel
-    def norm_mul(rec, ith, nth):  # type: ignore[no-untyped-def]
-        n, eps = ne(rec, DST, 0), param_f32(rec, 0)
-        ne1, ne2 = ne(rec, DST, 1), ne(rec, DST, 2)
-        row, end = share_rows(n_rows(rec, DST), ith, nth)
-        while row < end:
-            source, between = row_address(rec, SRC0, row), row_address(rec, DST, row)
-            to = row_address(rec, SRC2, row)
-            i1, rest = row % ne1, row // ne1
-            weights = data(rec, SRC1) + i1 % ne(rec, SRC1, 1) * nb(rec, SRC1, 1)
-            weights += rest % ne2 % ne(rec, SRC1, 2) * nb(rec, SRC1, 2)
-            weights += rest // ne2 % ne(rec, SRC1, 3) * nb(rec, SRC1, 3)
-            row += 1
-            mean, factor = _statistics(code, source, n, eps)
-            i = 0
-            while i + LANES <= n:
-                x = (load_f32s(source + i * 4) - mean) * factor
-                store_f32s(between + i * 4, x)
-                store_f32s(to + i * 4, x * load_f32s(weights + i * 4))
-                i += LANES
-            if i < n:
-                x = (load_f32s_part(source + i * 4, n - i) - mean) * factor
-                store_f32s_part(between + i * 4, x, n - i)
-                y = load_f32s_part(weights + i * 4, n - i)
-                store_f32s_part(to + i * 4, x * y, n - i)
-        return 0
-
-    return norm_mul
 
 
 @kernel

@@ -27,13 +27,9 @@ from rpc_server.devices.cpu.kernels.lanes import (
     store_f32s_as_i8,
 )
 from rpc_server.devices.cpu.kernels.typed import choose_by_type
+from rpc_server.types.tables import IQ4_VALUES
 
 _BLOCK = 32
-
-# The 16 values of IQ4_NL.
-_IQ4_VALUES = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
-)
 
 
 @exact_helper
@@ -99,9 +95,8 @@ def _pack_codes(x, y, bits, scale, low, offset):  # type: ignore[no-untyped-def]
     high_bits = 0
     nibbles = y + 4 if bits == 5 else y
     for i in range(_BLOCK // 2):
-        first = np.int64((load_f32(x + i * 4) - low) * scale + offset)
-        second = np.int64((load_f32(x + (i + 16) * 4) - low) * scale + offset)
-        first, second = min(first, top), min(second, top)
+        first = min(top, np.int64((load_f32(x + i * 4) - low) * scale + offset))
+        second = min(top, np.int64((load_f32(x + (i + 16) * 4) - low) * scale + offset))
         store_i8(nibbles + i, (first & 15) | ((second & 15) << 4))
         high_bits |= ((first >> 4) & 1) << i
         high_bits |= ((second >> 4) & 1) << (i + 16)
@@ -112,18 +107,18 @@ def _pack_codes(x, y, bits, scale, low, offset):  # type: ignore[no-untyped-def]
 @exact_helper
 def _nearest_iq4(v):  # type: ignore[no-untyped-def]
     """Index of the IQ4_NL value nearest to ``v``; of two as near, the greater."""
-    if v <= _IQ4_VALUES[0]:
+    if v <= IQ4_VALUES[0]:
         return 0
-    if v >= _IQ4_VALUES[15]:
+    if v >= IQ4_VALUES[15]:
         return 15
     low, high = 0, 15
     while high - low > 1:
         middle = (low + high) // 2
-        if v < _IQ4_VALUES[middle]:
+        if v < IQ4_VALUES[middle]:
             high = middle
         else:
             low = middle
-    return low if v - _IQ4_VALUES[high - 1] < _IQ4_VALUES[high] - v else high
+    return low if v - IQ4_VALUES[high - 1] < IQ4_VALUES[high] - v else high
 
 
 @exact_helper
@@ -133,13 +128,13 @@ def _iq4_nl_block(x, y):  # type: ignore[no-untyped-def]
     if abs(extreme) < np.float32(1e-15):
         memory_set(y, 0, 18)
         return
-    scale = np.float32(1.0) / (extreme / _IQ4_VALUES[0])
+    scale = np.float32(1.0) / (extreme / IQ4_VALUES[0])
     sum_qx = np.float32(0.0)
     sum_q2 = np.float32(0.0)
     for i in range(_BLOCK):
         v = load_f32(x + i * 4)
         code = _nearest_iq4(scale * v)
-        q, w = _IQ4_VALUES[code], v * v
+        q, w = IQ4_VALUES[code], v * v
         sum_qx += w * q * v
         sum_q2 += w * q * q
         at = y + 2 + i % 16
@@ -199,4 +194,4 @@ def quantize_row(type_: int, x: int, y: int, n: int) -> None:
     raise NotImplementedError("only compiled code can call this")
 
 
-choose_by_type(quantize_row, QUANTIZERS)
+choose_by_type(quantize_row, QUANTIZERS.__getitem__)

@@ -5,7 +5,7 @@ The type is looked at once per vector: where that counts, kernels are made for F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,8 @@ I32 = int(GgmlType.I32)
 FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 
-def choose_by_type(stub: Callable[..., None], table: Mapping[GgmlType, Any]) -> None:
-    """Let compiled calls of ``stub(type_, x, y, n)`` be calls of ``table[type_](x, y, n)``.
+def choose_by_type(stub: Callable[..., None], choice: Callable[[GgmlType], Any]) -> None:
+    """Let compiled calls of ``stub(type_, x, y, n)`` be calls of ``choice(type_)(x, y, n)``.
 
     The type must be a constant where it is called, so that a kernel contains one function only.
     """
@@ -59,7 +59,7 @@ def choose_by_type(stub: Callable[..., None], table: Mapping[GgmlType, Any]) -> 
     def choose(type_, x, y, n):  # type: ignore[no-untyped-def]
         if not isinstance(type_, types.IntegerLiteral):
             return None
-        row = table[GgmlType(type_.literal_value)]
+        row = choice(GgmlType(type_.literal_value))
 
         def call(type_, x, y, n):  # type: ignore[no-untyped-def]
             row(x, y, n)

@@ -14,8 +14,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -45,13 +46,11 @@ _NEEDS: dict[Isa, tuple[str, ...]] = {
 
 @functools.cache
 def host_isas() -> tuple[Isa, ...]:
-    """What this processor can run, the best last."""
-    try:
-        features = binding.get_host_cpu_features()
-    except RuntimeError:
-        # LLVM knows no features of some processors.
-        features = {}
-    return tuple(i for i, needs in _NEEDS.items() if all(features.get(n) for n in needs))
+    """What code compiled here may use, the best last."""
+    # Not what the processor has but what numba compiles for: its settings may switch features off,
+    # and LLVM ends the process over an instruction that it was told not to use.
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return tuple(i for i, needs in _NEEDS.items() if all(f"+{n}" in features for n in needs))
 
 
 def chosen_isa() -> Isa:
@@ -154,6 +153,15 @@ class Emit:
             return []
 
         self.loop(self.i64(0), n, 1, [], body)
+
+    def prefetch(self, address: Any, size: int) -> None:
+        """Ask for the cache lines of ``size`` bytes, which need not be there."""
+        # To read, into all levels of the cache.
+        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]
+        for offset in range(0, size, 64):
+            pointer = self.b.inttoptr(self.at(address, offset), I8.as_pointer())
+            # Without a suffix LLVM finds its own spelling.
+            self._call("llvm.prefetch", ir.VoidType(), [pointer, *hints])
 
     # -- arithmetic
 

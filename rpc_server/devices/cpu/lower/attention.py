@@ -11,7 +11,7 @@ from rpc_server.devices.cpu.kernels.attention import (
     partial_floats,
     thread_floats,
 )
-from rpc_server.devices.cpu.kernels.dequantize import ROWS
+from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 
@@ -27,7 +27,7 @@ def lower_attention(t: Tensor, planner: Planner) -> bool:
     assert v is not None
     if q.type is not GgmlType.F32 or t.type is not GgmlType.F32:
         return False
-    if k.type not in ROWS or v.type not in ROWS or k.ne[2:] != v.ne[2:]:
+    if k.type not in DECODABLE or v.type not in DECODABLE or k.ne[2:] != v.ne[2:]:
         return False
     if not all(x.contiguous_rows for x in (t, q, k, v)) or 0 in k.ne or q.ne[2] % k.ne[2]:
         return False

@@ -13,7 +13,7 @@ from rpc_server.devices.cpu.kernels.copy import (
     pad,
     repeat,
 )
-from rpc_server.devices.cpu.kernels.dequantize import ROWS
+from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
 from rpc_server.devices.cpu.kernels.quantize import QUANTIZERS
 from rpc_server.devices.cpu.kernels.typed import FLOAT_TYPES
 from rpc_server.devices.cpu.planner import Planner, lowers
@@ -27,7 +27,7 @@ def _convertible(x: GgmlType, y: GgmlType) -> bool:
         return True
     if x in FLOAT_TYPES and y in QUANTIZERS:
         return True
-    return y is GgmlType.F32 and x in ROWS
+    return y is GgmlType.F32 and x in DECODABLE
 
 
 def copy_elements(t: Tensor, source: Tensor, planner: Planner) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.dequantize import ROWS
+from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
 from rpc_server.devices.cpu.kernels.quantize import QUANTIZERS
 from rpc_server.devices.cpu.kernels.rows import add_id, get_rows_kernel, set_rows_kernel
 from rpc_server.devices.cpu.kernels.typed import FLOAT_TYPES
@@ -23,7 +23,7 @@ def lower_get_rows(t: Tensor, planner: Planner) -> bool:
     if source.type is GgmlType.I32 and t.type is GgmlType.I32:
         planner.emit(get_rows_kernel(int(GgmlType.F32)), t, work=2 * t.nbytes)
         return True
-    if t.type is not GgmlType.F32 or source.type not in ROWS:
+    if t.type is not GgmlType.F32 or source.type not in DECODABLE:
         return False
     planner.emit(get_rows_kernel(int(source.type)), t, work=2 * t.nbytes)
     return True

@@ -1,0 +1,246 @@
+"""References of ops on pictures and signals against plain loops, and what contracts refuse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.signal import Pool, Scale
+from rpc_server.ops.table import ContractError, check
+from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values
+
+F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
+ALIGN_CORNERS, ANTIALIAS = 1 << 8, 1 << 9
+Array = np.ndarray[Any, Any]
+
+
+def noise(ne: tuple[int, ...], seed: int = 0, type_: GgmlType = F32) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return tensor(type_, ne, rng.standard_normal(tensor(F32, ne).ne[::-1]))
+
+
+def check_values(t: Tensor, expected: Array, tolerance: float = 1e-6) -> None:
+    run(t, kernels=False)
+    np.testing.assert_allclose(values(t), expected, rtol=tolerance, atol=tolerance)
+    assert guards_intact(t)
+
+
+def refused(t: Tensor, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        check(t)
+
+
+def pictures(
+    x: Tensor, width: int, height: int, words: tuple[int, ...], type_: GgmlType = F32
+) -> Tensor:
+    s0, s1, p0, p1, d0, d1 = words
+    columns = (x.ne[0] + 2 * p0 - d0 * (width - 1) - 1) // s0 + 1
+    rows = (x.ne[1] + 2 * p1 - d1 * (height - 1) - 1) // s1 + 1
+    ne = (width * height * x.ne[2], columns, rows, x.ne[3])
+    kernel = tensor(F16, (width, height, x.ne[2], 3))
+    return node(Op.IM2COL, type_, ne, [kernel, x], params(*words, 1))
+
+
+@pytest.mark.parametrize("words", [(1, 1, 0, 0, 1, 1), (2, 1, 1, 2, 1, 2), (1, 3, 0, 1, 2, 1)])
+@pytest.mark.parametrize("types", [(F32, F32), (F32, F16), (F16, F16)])
+def test_columns_of_pictures(words: tuple[int, ...], types: tuple[GgmlType, GgmlType]) -> None:
+    x, (width, height) = noise((7, 6, 3, 2), 0, types[0]), (3, 2)
+    t = pictures(x, width, height, words, types[1])
+    s0, s1, p0, p1, d0, d1 = words
+    expected = np.zeros(t.ne[::-1])
+    for n, oh, ow, c, kh, kw in np.ndindex(2, t.ne[2], t.ne[1], 3, height, width):
+        row, column = oh * s1 + kh * d1 - p1, ow * s0 + kw * d0 - p0
+        if 0 <= row < 6 and 0 <= column < 7:
+            at = (c * height + kh) * width + kw
+            expected[n, oh, ow, at] = values(x)[n, c, row, column]
+    check_values(t, expected, 1e-6 if types[1] is F32 else 1e-3)
+
+
+def test_columns_of_lines() -> None:
+    x, kernel = noise((9, 4, 2)), tensor(F16, (3, 4, 5))
+    t = node(Op.IM2COL, F32, (12, 5, 2), [kernel, x], params(2, 0, 1, 0, 1, 0, 0))
+    expected = np.zeros((1, 2, 5, 12))
+    for n, ow, c, kw in np.ndindex(2, 5, 4, 3):
+        if 0 <= 2 * ow + kw - 1 < 9:
+            expected[0, n, ow, c * 3 + kw] = values(x)[0, n, c, 2 * ow + kw - 1]
+    check_values(t, expected)
+
+
+def test_contract_of_im2col() -> None:
+    x, words = noise((7, 6, 3, 2)), (1, 1, 0, 0, 1, 1)
+    check(pictures(x, 3, 2, words))
+    for bad in ((0, 1, 0, 0, 1, 1), (1, 1, -1, 0, 1, 1), (1, 1, 0, 0, 0, 1), (1, -1, 0, 0, 1, 1)):
+        t = pictures(x, 3, 2, words)
+        t.op_params = params(*bad, 1)
+        refused(t, "stride, padding, dilation")
+    t = pictures(x, 3, 2, words)
+    t.op_params = params(2, 1, 0, 0, 1, 1, 1)
+    refused(t, "5 results for 3 places")
+    t = pictures(x, 3, 2, words)
+    t.src = (tensor(F16, (3, 2, 4)), *t.src[1:])
+    refused(t, "3 channels for a kernel of 4")
+    refused(pictures(noise((7, 6, 3, 2), 0, BF16), 3, 2, words), "source 1 must not be BF16")
+    refused(pictures(x, 3, 2, words, BF16), "the result must not be BF16")
+    refused(pictures(tensor(F32, (0, 6, 3, 2)), 1, 2, (1, 1, 1, 0, 1, 1)), "source 1 is empty")
+
+
+def pool(x: Tensor, kind: int, windows: list[tuple[int, int, int]]) -> Tensor:
+    ne = list(x.ne)
+    for i, (width, stride, padding) in enumerate(windows):
+        ne[i] = (x.ne[i] + 2 * padding - width) // max(stride, 1) + 1
+    op = Op.POOL_1D if len(windows) == 1 else Op.POOL_2D
+    words = [w[part] for part in range(3) for w in windows]
+    return node(op, F32, ne, [x], params(kind, *words))
+
+
+@pytest.mark.parametrize("kind", Pool)
+@pytest.mark.parametrize("type_", [F32, F16])
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [(3, 2, 1)],
+        [(1, 4, 2)],
+        [(2, 1, 0), (3, 2, 1)],
+        [(7, 1, 0), (1, 1, 1)],
+        [(9, 2, 7), (2, 2, 0)],
+    ],
+)
+def test_pools(kind: Pool, type_: GgmlType, windows: list[tuple[int, int, int]]) -> None:
+    x = noise((7, 6, 2, 2), 0, type_)
+    t = pool(x, kind, windows)
+    expected = np.zeros(t.ne[::-1])
+    for n, c, row, column in np.ndindex(*expected.shape):
+        starts = [at * w[1] - w[2] for at, w in zip((column, row), windows, strict=False)]
+        columns = [i for i in range(starts[0], starts[0] + windows[0][0]) if 0 <= i < 7]
+        rows, area = [row], len(columns)
+        if len(windows) == 2:
+            rows = [i for i in range(starts[1], starts[1] + windows[1][0]) if 0 <= i < 6]
+            area = windows[0][0] * windows[1][0]
+        seen = [values(x)[n, c, i, j] for i in rows for j in columns]
+        if kind is Pool.MAX:
+            expected[n, c, row, column] = max(seen, default=-np.finfo(np.float32).max)
+        else:
+            expected[n, c, row, column] = sum(seen) / area if seen else 0
+    check_values(t, expected)
+
+
+def test_contract_of_pools() -> None:
+    x = noise((7, 6, 2, 2))
+    check(pool(x, 0, [(3, 1, 1)]))
+    refused(pool(x, 2, [(3, 1, 1)]), "no pooling 2")
+    for window in ((0, 1, 0), (-1, 1, 0), (2, 0, 0), (2, 1, -1)):
+        refused(pool(x, 0, [window]), "width, stride, padding")
+        refused(pool(x, 0, [(2, 2, 0), window]), "width, stride, padding")
+    refused(pool(x, 0, [(8, 1, 8)]), "7 elements with a padding of 8")
+    t = pool(x, 0, [(3, 1, 1)])
+    t.op_params = params(0, 3, 2, 1)
+    refused(t, "the result must be 4x6x2x2")
+    refused(pool(permuted(noise((6, 7, 2, 2)), (1, 0, 2, 3)), 0, [(3, 1, 1)]), "dense rows")
+    refused(pool(noise((7, 6, 2, 2), 0, BF16), 0, [(3, 1, 1)]), "source 0 must not be BF16")
+
+
+def resized(x: Tensor, ne: tuple[int, ...], mode: int) -> Tensor:
+    return node(Op.UPSCALE, F32, ne, [x], params(mode))
+
+
+def test_nearest() -> None:
+    x = permuted(noise((4, 3, 2, 2)), (1, 0, 2, 3))
+    expected = values(x).repeat(2, axis=3).repeat(3, axis=2).repeat(2, axis=1)
+    check_values(resized(x, (6, 12, 4, 2), Scale.NEAREST), expected)
+    check_values(resized(x, (3, 2, 2, 1), Scale.NEAREST), values(x)[:1, :, ::2])
+
+
+def bilinear_weight(d: float) -> float:
+    return max(1 - abs(d), 0.0)
+
+
+def bicubic_weight(d: float) -> float:
+    d = abs(d)
+    if d <= 1:
+        return 1.25 * d**3 - 2.25 * d**2 + 1
+    return -0.75 * d**3 + 3.75 * d**2 - 6 * d + 3 if d < 2 else 0.0
+
+
+@pytest.mark.parametrize("mode", [Scale.BILINEAR, Scale.BICUBIC])
+@pytest.mark.parametrize("corners", [0, ALIGN_CORNERS])
+@pytest.mark.parametrize("ne", [(11, 9), (5, 6), (3, 14), (6, 5)])
+def test_interpolation(mode: int, corners: int, ne: tuple[int, int]) -> None:
+    x = noise((6, 5, 1, 1))
+    weight = bilinear_weight if mode == Scale.BILINEAR else bicubic_weight
+    at = [
+        [i * (n - 1) / (m - 1) if corners else (i + 0.5) * n / m - 0.5 for i in range(m)]
+        for n, m in zip((6, 5), ne, strict=True)
+    ]
+    expected = np.zeros((1, 1, ne[1], ne[0]))
+    for row, column in np.ndindex(ne[1], ne[0]):
+        # Elements beyond the edges are those at the edges.
+        for i, j in np.ndindex(12, 12):
+            value = values(x)[0, 0, min(max(i - 3, 0), 4), min(max(j - 3, 0), 5)]
+            factor = weight(at[1][row] - (i - 3)) * weight(at[0][column] - (j - 3))
+            expected[0, 0, row, column] += value * factor
+    check_values(resized(x, ne, mode | corners), expected, 1e-5)
+
+
+def test_antialiased() -> None:
+    # Twice as small: each element is the triangle 1 3 3 1 of those around it.
+    x = np.random.default_rng(0).standard_normal(8)
+    t = resized(tensor(F32, (8,), x), (4, 1), Scale.BILINEAR | ANTIALIAS)
+    expected = [np.dot(x[2 * i - 1 : 2 * i + 3], [0.125, 0.375, 0.375, 0.125]) for i in (1, 2)]
+    run(t, kernels=False)
+    np.testing.assert_allclose(values(t)[0, 0, 0, 1:3], expected, rtol=1e-5)
+    # At the edges the weights that are left are scaled up to 1.
+    edge = np.dot(x[:3], [0.375, 0.375, 0.125]) / 0.875
+    np.testing.assert_allclose(values(t)[0, 0, 0, 0], edge, rtol=1e-5)
+
+
+def test_both_orders_of_passes_are_small() -> None:
+    # A column to a row: between the passes lies one element, or a matrix larger than memory.
+    n = 1 << 17
+    for ne in ((1, n), (n, 1)):
+        x = tensor(F32, ne, 2.5)
+        t = resized(x, ne[::-1], Scale.BILINEAR)
+        run(t, kernels=False)
+        assert (values(t) == 2.5).all()
+
+
+def test_contract_of_upscale() -> None:
+    x = noise((4, 3))
+    check(resized(x, (8, 6), Scale.BILINEAR | ANTIALIAS | ALIGN_CORNERS))
+    refused(resized(x, (8, 6), 3), "no mode 3")
+    refused(resized(x, (8, 6), 1 << 10), "no flags 0x400")
+    refused(resized(x, (8, 6), Scale.BICUBIC | ANTIALIAS), "no antialiasing in mode 2")
+    refused(resized(tensor(F32, (0, 3)), (8, 6), 0), "source 0 is empty")
+    refused(resized(noise((4, 3), 0, F16), (8, 6), 0), "source 0 must not be F16")
+    refused(resized(tensor(F32, (4, 1 << 40), nb=(4, 0, 0, 0)), (8, 6), 0), "overlap")
+
+
+@pytest.mark.parametrize(("dim", "width"), [(8, 8), (9, 9), (9, 10), (1, 1)])
+def test_time_steps(dim: int, width: int) -> None:
+    steps = tensor(F32, (3,), [0, 1.5, 40])
+    expected = np.zeros((1, 1, 3, width))
+    for i, step in enumerate((0, 1.5, 40)):
+        for j in range(dim // 2):
+            angle = step * math.exp(-math.log(1000) * j / (dim // 2))
+            expected[0, 0, i, j], expected[0, 0, i, dim // 2 + j] = math.cos(angle), math.sin(angle)
+    t = node(Op.TIMESTEP_EMBEDDING, F32, (width, 3), [steps], params(dim, 1000))
+    check_values(t, expected, 1e-5)
+
+
+def test_contract_of_time_steps() -> None:
+    def embedding(ne: tuple[int, ...], dim: int, period: int, steps: Tensor) -> Tensor:
+        return node(Op.TIMESTEP_EMBEDDING, F32, ne, [steps], params(dim, period))
+
+    steps = tensor(F32, (3,), 0)
+    check(embedding((8, 3), 8, 10, steps))
+    refused(embedding((8, 3), 9, 10, steps), "8 elements for 9")
+    refused(embedding((9, 3), 8, 10, steps), "9 elements for 8")
+    refused(embedding((8, 3), -8, 10, steps), "8 elements for -8")
+    refused(embedding((8, 3), 8, 0, steps), "periods up to 0")
+    refused(embedding((8, 4), 8, 10, steps), "the result must be")
+    refused(embedding((8, 3), 8, 10, tensor(I32, (3,))), "source 0 must not be I32")
