@@ -11,6 +11,7 @@ from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from rpc_server.devices.cpu.kernels.quantize import QUANTIZERS
 from tests.ops.harness import (
+    CONTEXT,
     by_both,
     dense_strides,
     guards_intact,
@@ -88,12 +89,9 @@ def test_to_blocks_bit_for_bit(type_: GgmlType, source_type: GgmlType) -> None:
 
 @pytest.mark.parametrize("type_", [GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q6_K])
 def test_from_blocks(type_: GgmlType) -> None:
-    # Row of blocks copied as they are, and decoded.
+    """Decoded, and copied as they are."""
     blocks = tensor(type_, (512, 5, 3))
-    halves = raw(blocks)[: blocks.nbytes // 2 * 2].view(np.uint16)
-    assert halves.size
-    from tests.ops.harness import CONTEXT
-
+    # Bytes below 60 keep scales finite.
     CONTEXT.memory(blocks.address, blocks.nbytes)[...] = rng.integers(
         0, 60, blocks.nbytes, np.uint8
     )

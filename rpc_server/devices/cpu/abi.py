@@ -205,19 +205,40 @@ def bits_f32(typingctx: Any, value: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def round_f16(typingctx: Any, value: Any) -> Any:
+    """The nearest value that F16 has (ties to even), as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
 @inline_helper
 def load_bf16(address):  # type: ignore[no-untyped-def]
     return bits_f32(np.int32(load_u16(address) << 16))
 
 
 @inline_helper
-def store_bf16(address, value):  # type: ignore[no-untyped-def]
+def _bf16_bits(value):  # type: ignore[no-untyped-def]
     """Round to nearest even; NaN stays NaN (ggml_compute_fp32_to_bf16)."""
     bits = np.int64(f32_bits(value)) & 0xFFFFFFFF
     if (bits & 0x7FFFFFFF) > 0x7F800000:
-        store_i16(address, (bits >> 16) | 64)
-    else:
-        store_i16(address, (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16)
+        return (bits >> 16) | 64
+    return (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+
+
+@inline_helper
+def store_bf16(address, value):  # type: ignore[no-untyped-def]
+    """Store the nearest BF16."""
+    store_i16(address, _bf16_bits(value))
+
+
+@inline_helper
+def round_bf16(value):  # type: ignore[no-untyped-def]
+    """The nearest value that BF16 has, as float32."""
+    return bits_f32(np.int32(_bf16_bits(value) << 16))
 
 
 def _make_memory_op(name: str, second: Any) -> Any:

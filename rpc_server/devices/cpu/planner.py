@@ -134,7 +134,7 @@ class Planner:
             None if x is None or x.empty else (x.address, x.address + x.nbytes) for x in tensors
         ]
         reads = [span for span in spans[1:] if span] + self._reading
-        writes = [*spans[:1]] if spans[0] else []
+        writes = [spans[0]] if spans[0] is not None else []
         if work is None:
             work = sum(end - start for start, end in filter(None, spans))
         self.records.append(
@@ -155,6 +155,18 @@ class Planner:
         self._local = [*self._local, (address, address + aligned)]
         self.scratch_peak = max(self.scratch_peak, self._shared_used + self._local_used)
         return address
+
+    def thread_scratch(self, size: int) -> tuple[int, int]:
+        """(address, stride): ``size`` bytes for each thread, thread 0's first, ``stride`` apart.
+
+        They are good while a record runs. As no thread ever sees another's, records that use them
+        need not wait for one another. Raises MemoryError if a thread can't have so much.
+        """
+        start = self._arena.size // 2
+        stride = (self._arena.size - start) // self.n_threads // 4096 * 4096
+        if size > stride:
+            raise MemoryError(f"graph needs {size} bytes of scratch for a thread, limit {stride}")
+        return self._arena.address(start, stride * self.n_threads), stride
 
     def shared_scratch(
         self, key: Hashable, sources: Sequence[Tensor], size: int
@@ -182,12 +194,15 @@ class Planner:
         """Address of ``t``'s rows in ``form``, row_bytes apart in ne1, ne2, ne3 order.
 
         Emits the conversion once for all products that read the same rows; must be called before
-        :meth:`scratch` within a node. Q8 takes F32 of whole runs of 32, F32 takes F16 or BF16.
+        :meth:`scratch` within a node. Coded forms take F32 of whole runs of 32, the others any
+        float type.
         """
         stride = row_bytes(form, t.ne[0])
         key = (form, t.address, t.type, t.ne, t.nb)
         address, fresh = self.shared_scratch(key, (t,), stride * t.nrows)
         if fresh:
             assert self._node is not None
-            self.emit(CONVERTERS[form], self._node, slots=(None, t), extra=(address, stride))
+            self.emit(
+                CONVERTERS[form], self._node, slots=(None, t), extra=(address, stride, int(form))
+            )
         return address

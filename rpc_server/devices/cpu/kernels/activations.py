@@ -1,7 +1,10 @@
 """Rows of activations in the forms that products read, and the kernels that make them.
 
-``Q8``: 8-bit codes for weights that are quantized, in units of 256 elements (the last may be part
-filled), 384 bytes each:
+A product rounds its activations as ggml's CPU backend does, so that a model says the same here as
+it does there: each weight type has a *form* of activations (ggml's ``vec_dot_type``).
+
+Forms for quantized weights (``Q8_0``, ``Q8_1``, ``Q8_K``) differ in how codes and scales are found
+and lie in memory alike: units of 256 elements (the last may be part filled), 384 bytes each.
 
 ======  ==========================================================================================
 offset  content
@@ -12,7 +15,8 @@ offset  content
 320     16 F32: the same for runs of 16
 ======  ==========================================================================================
 
-``F32``: dense floats, for weights that are floats and activations that are not F32.
+The other forms are dense F32: values that F16, BF16 or blocks of Q8_0 (``Q8_0_FLOATS``) hold
+exactly, or (``F32``) any.
 """
 
 from __future__ import annotations
@@ -20,23 +24,30 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.abi import (
     SRC0,
     Kernel,
+    bits_f32,
     extra,
     ggml_type,
+    inline_helper,
     kernel,
+    load_f32,
     n_rows,
     ne,
+    round_bf16,
+    round_f16,
     row_address,
     store_f32,
 )
 from rpc_server.devices.cpu.kernels.typed import load_scalar, size_of
-from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, Emit, Isa, vector
+from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, Emit, Isa, vector
 
 UNIT = 256
 UNIT_BYTES = 384
@@ -46,91 +57,177 @@ HALF_SUMS_AT = 320
 
 
 class RowForm(enum.IntEnum):
-    """See the module."""
+    """See the module. Values are those of the type whose rounding it has, where they can be."""
 
-    Q8 = 0
-    F32 = 1
+    F32 = GgmlType.F32
+    F16 = GgmlType.F16
+    BF16 = GgmlType.BF16
+    Q8_0 = GgmlType.Q8_0
+    Q8_1 = GgmlType.Q8_1
+    Q8_K = GgmlType.Q8_K
+    Q8_0_FLOATS = 1000 + GgmlType.Q8_0
+
+
+# Weights whose activations ggml rounds to block_q8_1; of the other types see below.
+_WITH_SUMS = (GgmlType.Q4_1, GgmlType.Q5_1)
+
+
+def activation_form(weights: GgmlType) -> RowForm:
+    """The form of activations for a weight type: its vec_dot_type in ggml's CPU backend."""
+    info = TYPE_INFO[weights]
+    if not info.quantized:
+        return RowForm(weights)
+    if weights in _WITH_SUMS:
+        return RowForm.Q8_1
+    return RowForm.Q8_K if info.block_size == UNIT else RowForm.Q8_0
+
+
+_CODED = (RowForm.Q8_0, RowForm.Q8_1, RowForm.Q8_K)
 
 
 def row_bytes(form: RowForm, n: int) -> int:
     """Bytes of a row of ``n`` elements."""
-    if form is RowForm.Q8:
+    if form in _CODED:
         return -(-n // UNIT) * UNIT_BYTES
     return -(-n * 4 // 64) * 64
 
 
 @intrinsic
-def _quantize_run(typingctx: Any, source: Any, codes: Any, scale: Any, half_sums: Any) -> Any:
-    """32 F32 at ``source``: codes, scale (and sum, 32 bytes on) and the two sums of halves."""
+def _largest_bits(typingctx: Any, source: Any) -> Any:
+    """The bits of the largest magnitude of 32 F32, as int32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        e = Emit(builder, Isa.GENERIC)
+        halves = [e.load(args[0], vector(F32, 16), 64 * i) for i in range(2)]
+        # Compared as integers, of which a NaN is the largest: it makes the scale a NaN.
+        magnitudes = [e.and_(e.b.bitcast(h, vector(I32, 16)), 0x7FFFFFFF) for h in halves]
+        joined = e.call_vector("smax", *magnitudes)
+        return e.fold(joined, lambda x, y: e.call_vector("smax", x, y))
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def _quantize_run(typingctx: Any, source: Any, inverse: Any, codes: Any) -> Any:
+    """32 F32 at ``source`` times ``inverse`` as codes; sums of halves, the second in high bits."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         e = Emit(builder, Isa.GENERIC)
         b = e.b
-        source, codes, scale, half_sums = args
-        halves = [e.load(source, vector(F32, 16), 64 * i) for i in range(2)]
-        # Compared as integers, of which a NaN is the largest: it makes the scale a NaN.
-        magnitudes = [e.and_(b.bitcast(h, vector(I32, 16)), 0x7FFFFFFF) for h in halves]
-        bits = e.fold(e.call_vector("smax", *magnitudes), lambda x, y: e.call_vector("smax", x, y))
-        largest = b.bitcast(bits, F32)
-        d = b.fdiv(largest, ir.Constant(F32, 127.0))
-        zero = b.fcmp_ordered("==", largest, ir.Constant(F32, 0.0))
-        inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
-        inverse = e.splat(b.select(zero, ir.Constant(F32, 0.0), inverse), 16)
+        source, inverse, codes = args
+        wide = e.splat(inverse, 16)
         sums = []
-        for i, half in enumerate(halves):
-            ints = e.to_int(e.call_vector("rint", b.fmul(half, inverse)))
-            # The inverse of a denormal is infinite.
-            ints = e.call_vector("smin", ints, e.constant(I32, 127, 16))
-            ints = e.call_vector("smax", ints, e.constant(I32, -127, 16))
+        for i in range(2):
+            half = e.load(source, vector(F32, 16), 64 * i)
+            # Beyond 127: products with a denormal's infinite inverse, and what is not finite.
+            scaled = e.call_vector("maxnum", b.fmul(half, wide), e.like(half, -127.0))
+            scaled = e.call_vector("minnum", scaled, e.like(half, 127.0))
+            ints = b.fptosi(e.call_vector("rint", scaled), vector(I32, 16))
             e.store(b.trunc(ints, vector(I8, 16)), codes, 16 * i)
-            sums.append(b.fmul(b.sitofp(e.sum(ints), F32), d))
-            e.store(sums[i], half_sums, 4 * i)
-        e.store(d, scale)
-        e.store(b.fadd(*sums), scale, SUMS_AT - SCALES_AT)
-        return context.get_dummy_value()
+            sums.append(b.sext(e.sum(ints), I64))
+        return b.add(sums[0], b.shl(sums[1], ir.Constant(I64, 32)))
 
-    return types.void(*[types.int64] * 4), codegen
+    return types.int64(types.int64, types.float32, types.int64), codegen
+
+
+_F32, _F16, _BF16, _Q8_0, _Q8_1, _Q8_K, _Q8_0_FLOATS = (int(form) for form in RowForm)
+
+
+@inline_helper
+def _inverse(largest):  # type: ignore[no-untyped-def]
+    """What maps the largest magnitude to 127."""
+    return np.float32(0.0) if largest == 0 else np.float32(127.0) / largest
+
+
+@inline_helper
+def _store_run(form, source, unit, run, inverse, d):  # type: ignore[no-untyped-def]
+    """One run of a unit: codes, scale, sums. ``d`` is the scale before it is rounded."""
+    rounded = d if form == _Q8_K else round_f16(d)
+    packed = _quantize_run(source, inverse, unit + run * 32)
+    low = np.int64(np.int32(packed))
+    high = (packed - low) >> 32
+    total = np.float32(low + high) * d
+    store_f32(unit + SCALES_AT + run * 4, rounded)
+    # block_q8_1 keeps the sum that belongs to the scale before rounding, and rounds it.
+    store_f32(
+        unit + SUMS_AT + run * 4,
+        round_f16(total) if form == _Q8_1 else np.float32(low + high) * rounded,
+    )
+    store_f32(unit + HALF_SUMS_AT + run * 8, np.float32(low) * rounded)
+    store_f32(unit + HALF_SUMS_AT + run * 8 + 4, np.float32(high) * rounded)
 
 
 @kernel
 def quantize_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Rows of SRC0 (F32) to Q8 at extra 0, extra 1 bytes apart."""
+    """Rows of SRC0 (F32) in a coded form (extra 2) to extra 0, extra 1 bytes apart."""
+    form = extra(rec, 2)
     runs = ne(rec, SRC0, 0) // 32
-    total = runs * n_rows(rec, SRC0)
-    begin, end = total * ith // nth, total * (ith + 1) // nth
-    at = begin
-    while at < end:
-        row = at // runs
-        run = at - row * runs
-        stop = min(runs, run + end - at)
-        source = row_address(rec, SRC0, row)
-        target = extra(rec, 0) + row * extra(rec, 1)
-        at += stop - run
-        while run < stop:
-            unit = target + run // 8 * UNIT_BYTES
-            within = run % 8
-            _quantize_run(
-                source + run * 128,
-                unit + within * 32,
-                unit + SCALES_AT + within * 4,
-                unit + HALF_SUMS_AT + within * 8,
-            )
-            run += 1
+    units = (runs + 7) // 8
+    total = units * n_rows(rec, SRC0)
+    for at in range(total * ith // nth, total * (ith + 1) // nth):
+        row = at // units
+        first = (at - row * units) * 8
+        source = row_address(rec, SRC0, row) + first * 128
+        unit = extra(rec, 0) + row * extra(rec, 1) + first // 8 * UNIT_BYTES
+        count = min(runs - first, 8)
+        inverse = np.float32(0.0)
+        d = np.float32(0.0)
+        if form == _Q8_K:
+            bits = np.int32(0)
+            for run in range(count):
+                bits = max(bits, _largest_bits(source + run * 128))
+            largest = bits_f32(bits)
+            inverse = _inverse(largest)
+            d = np.float32(0.0) if largest == 0 else np.float32(1.0) / inverse
+        for run in range(count):
+            if form != _Q8_K:
+                largest = bits_f32(_largest_bits(source + run * 128))
+                inverse = _inverse(largest)
+                d = largest / np.float32(127.0)
+            _store_run(form, source + run * 128, unit, run, inverse, d)
     return 0
+
+
+@inline_helper
+def _round_run(source, target):  # type: ignore[no-untyped-def]
+    """32 F32 to the values of the Q8_0 block that they make."""
+    largest = bits_f32(_largest_bits(source))
+    inverse, d = _inverse(largest), round_f16(largest / np.float32(127.0))
+    for i in range(0, 128, 4):
+        store_f32(target + i, np.rint(load_f32(source + i) * inverse) * d)
 
 
 @kernel
-def widen_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Rows of SRC0 (F16, BF16) to F32 at extra 0, extra 1 bytes apart."""
-    type_ = ggml_type(rec, SRC0)
+def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
+    """Rows of SRC0 (F32, F16, BF16) in a float form (extra 2) to extra 0, extra 1 bytes apart.
+
+    Q8_0_FLOATS takes F32 of whole runs of 32.
+    """
+    type_, form = ggml_type(rec, SRC0), extra(rec, 2)
     step = size_of(type_)
-    rows = n_rows(rec, SRC0)
+    rows, n = n_rows(rec, SRC0), ne(rec, SRC0, 0)
     for row in range(rows * ith // nth, rows * (ith + 1) // nth):
         source = row_address(rec, SRC0, row)
         target = extra(rec, 0) + row * extra(rec, 1)
-        for i in range(ne(rec, SRC0, 0)):
-            store_f32(target + i * 4, load_scalar(type_, source + i * step))
+        if type_ == _F32 and form == _F16:
+            # The usual case, in a loop that becomes vector code.
+            for i in range(n):
+                store_f32(target + i * 4, round_f16(load_f32(source + i * 4)))
+            continue
+        if form == _Q8_0_FLOATS:
+            for i in range(0, n - 31, 32):
+                _round_run(source + i * 4, target + i * 4)
+            continue
+        for i in range(n):
+            value = load_scalar(type_, source + i * step)
+            if form == _F16:
+                value = round_f16(value)
+            elif form == _BF16:
+                value = round_bf16(value)
+            store_f32(target + i * 4, value)
     return 0
 
 
-CONVERTERS: dict[RowForm, Kernel] = {RowForm.Q8: quantize_rows, RowForm.F32: widen_rows}
+CONVERTERS: dict[RowForm, Kernel] = {
+    form: quantize_rows if form in _CODED else round_rows for form in RowForm
+}

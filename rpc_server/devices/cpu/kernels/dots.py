@@ -284,7 +284,7 @@ def unpack_tile(
 
         first, ahead = e.at(tile, STAGE_BYTES), e.b.mul(stride, e.i64(LANES))
         if isinstance(format_, Plain):
-            _unpack_plain(e, format_, row_start, ahead, begin, end, first)
+            _unpack_plain(e, format_, row_start, begin, end, first)
         else:
             _unpack_quantized(e, format_, row_start, ahead, begin, end, tile, first)
         return context.get_dummy_value()
@@ -292,9 +292,7 @@ def unpack_tile(
     return signature, codegen
 
 
-def _unpack_plain(
-    e: Emit, format_: Plain, row_start: Any, ahead: Any, begin: Any, end: Any, tile: Any
-) -> None:
+def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any, tile: Any) -> None:
     kind = vector(format_.element, 8)
     rows = [row_start(e.i64(i)) for i in range(LANES)]
 
@@ -305,8 +303,6 @@ def _unpack_plain(
 
     def body(i: Any, _: list[Any]) -> list[Any]:
         offset = e.b.mul(i, e.i64(format_.size))
-        for r in rows:
-            e.prefetch(e.b.add(e.b.add(r, offset), ahead), 8 * format_.size)
         turn(i, [e.load(e.b.add(r, offset), kind) for r in rows])
         return []
 
@@ -416,8 +412,10 @@ def tile_product(
         sources = [e.load(columns, I64, 16 * i) for i in range(n)]
         targets = [e.load(columns, I64, 16 * i + 8) for i in range(n)]
         first = e.at(tile, STAGE_BYTES)
-        product = _plain_product if isinstance(format_, Plain) else _quantized_product
-        sums = product(e, format_, first, begin, end, sources)
+        if isinstance(format_, Plain):
+            sums = _plain_product(e, first, begin, end, sources)
+        else:
+            sums = _quantized_product(e, format_, first, begin, end, sources)
         results = [e.b.add(t, e.shift_left(row, 2)) for t in targets]
         lanes = vector(F32, LANES)
         fresh = e.b.icmp_signed("==", begin, e.i64(0))
@@ -438,9 +436,7 @@ def tile_product(
     return signature, codegen
 
 
-def _plain_product(
-    e: Emit, format_: Plain, tile: Any, begin: Any, end: Any, sources: list[Any]
-) -> list[Any]:
+def _plain_product(e: Emit, tile: Any, begin: Any, end: Any, sources: list[Any]) -> list[Any]:
     def body(i: Any, sums: list[Any]) -> list[Any]:
         at = e.b.add(tile, e.shift_left(e.b.sub(i, begin), 6))
         weights = e.load(at, vector(F32, LANES))

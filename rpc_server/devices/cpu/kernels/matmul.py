@@ -50,7 +50,7 @@ INDEX_OUT_OF_RANGE = 1
     ACTIVATION_NB3,
     ROUTED,
     SCRATCH,
-    SCRATCH_BYTES,
+    SCRATCH_STRIDE,
     PANEL,
 ) = range(8)
 
@@ -72,8 +72,7 @@ def panel_columns(type_: GgmlType, isa: Isa, column_bytes: int) -> int:
 
 def scratch_bytes(type_: GgmlType, isa: Isa, n_columns: int) -> int:
     """Scratch of one thread for products of at most ``n_columns`` columns per matrix."""
-    size = tile_bytes(type_) + 16 * (n_columns + columns_at_once(type_, isa))
-    return -(-size // 64) * 64
+    return tile_bytes(type_) + 16 * (n_columns + columns_at_once(type_, isa))
 
 
 def routing_bytes(n_experts: int, n_columns: int) -> int:
@@ -153,7 +152,7 @@ def product_kernel(type_: GgmlType, isa: Isa) -> Kernel:
     def product(rec, ith, nth):  # type: ignore[no-untyped-def]
         """DST = SRC0 times the columns given by the extra words."""
         routed = extra(rec, ROUTED)
-        tile = extra(rec, SCRATCH) + ith * extra(rec, SCRATCH_BYTES)
+        tile = extra(rec, SCRATCH) + ith * extra(rec, SCRATCH_STRIDE)
         own_columns = tile + TILE_BYTES
         n_rows, k, stride = ne(rec, SRC0, 1), ne(rec, SRC0, 0), nb(rec, SRC0, 1)
         n_matrices = ne(rec, SRC0, 2) * ne(rec, SRC0, 3)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.kernels.activations import RowForm, activation_form, row_bytes
 from rpc_server.devices.cpu.kernels.attention import (
     BLOCK,
     attention_kernel,
@@ -17,6 +20,21 @@ from rpc_server.graph.tensor import Tensor
 
 # Rows of a task: enough to make up for turning a block to float32, and few enough for the cache.
 _ROWS = 64
+
+
+def _rounded_queries(q: Tensor, keys: GgmlType, planner: Planner) -> Tensor:
+    """Queries rounded as ggml rounds them for a product with keys of this type."""
+    form = activation_form(keys)
+    if form is RowForm.F32:
+        return q
+    if TYPE_INFO[keys].quantized:
+        form = RowForm.Q8_0_FLOATS
+    stride = row_bytes(form, q.ne[0])
+    return dataclasses.replace(
+        q,
+        address=planner.converted_rows(q, form),
+        nb=(4, stride, stride * q.ne[1], stride * q.ne[1] * q.ne[2]),
+    )
 
 
 @lowers(Op.FLASH_ATTN_EXT)
@@ -33,6 +51,7 @@ def lower_attention(t: Tensor, planner: Planner) -> bool:
         return False
     if mask is not None and (mask.type is not GgmlType.F16 or not mask.contiguous_rows):
         return False
+    q = _rounded_queries(q, k.type, planner)
     group = q.ne[2] // k.ne[2]
     tile = min(q.ne[1], max(1, _ROWS // group))
     tasks = -(-q.ne[1] // tile) * k.ne[2] * q.ne[3]
@@ -46,7 +65,8 @@ def lower_attention(t: Tensor, planner: Planner) -> bool:
     if split:
         partials = planner.scratch(tasks * threads * partial_floats(rows, v.ne[0]) * 4)
     words = (scratch, thread_bytes, tile, int(split), partials)
-    planner.emit(attention_kernel(k.type, v.type), t, extra=words)
+    slots = (t, q, *t.src[1:])
+    planner.emit(attention_kernel(k.type, v.type), t, extra=words, slots=slots)
     if split:
-        planner.emit(merge_attention, t, extra=words)
+        planner.emit(merge_attention, t, extra=words, slots=slots)
     return True

@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
+from rpc_server.devices.cpu.kernels.activations import (
+    CONVERTERS,
+    RowForm,
+    activation_form,
+    row_bytes,
+)
 from rpc_server.devices.cpu.kernels.formats import FORMATS, QUANTIZED
 from rpc_server.devices.cpu.kernels.matmul import (
     panel_columns,
@@ -42,12 +47,9 @@ def _activations(
     weights: Tensor, activations: Tensor, planner: Planner
 ) -> tuple[int, int, int, int]:
     """Where the columns lie as the weights' type wants them, and their strides: 4 extra words."""
-    if weights.type in QUANTIZED:
-        form = RowForm.Q8
-    elif activations.type is GgmlType.F32:
+    form = activation_form(weights.type)
+    if activations.type is GgmlType.F32 and form is RowForm.F32:
         return activations.address, *activations.nb[1:]
-    else:
-        form = RowForm.F32
     nb1 = row_bytes(form, activations.ne[0])
     nb2 = nb1 * activations.ne[1]
     return planner.converted_rows(activations, form), nb1, nb2, nb2 * activations.ne[2]
@@ -60,10 +62,9 @@ def _emit_product(
     weights = t.src[0]
     assert weights is not None
     isa = chosen_isa()
-    size = scratch_bytes(weights.type, isa, n)
-    scratch = planner.scratch(size * planner.n_threads)
+    scratch, stride = planner.thread_scratch(scratch_bytes(weights.type, isa, n))
     panel = panel_columns(weights.type, isa, columns[1])
-    extra = (*columns, routed, scratch, size, panel)
+    extra = (*columns, routed, scratch, stride, panel)
     planner.emit(product_kernel(weights.type, isa), t, extra=extra)
 
 
@@ -90,7 +91,8 @@ def lower_mul_mat_id(t: Tensor, planner: Planner) -> bool:
     columns = _activations(weights, activations, planner)
     n = t.ne[1] * t.ne[2]
     routed = planner.scratch(routing_bytes(weights.ne[2], n))
-    planner.emit(route_columns, t, extra=(*columns, routed))
+    # One thread's work: the indices are read twice.
+    planner.emit(route_columns, t, extra=(*columns, routed), work=8 * n)
     _emit_product(t, planner, columns, n, routed)
     return True
 
@@ -103,5 +105,4 @@ def warm(types: Iterable[GgmlType]) -> None:
     for type_ in types:
         if type_ in FORMATS:
             _ = product_kernel(type_, chosen_isa()).address
-        if type_ in QUANTIZED:
-            _ = CONVERTERS[RowForm.Q8].address
+            _ = CONVERTERS[activation_form(type_)].address
