@@ -8,7 +8,19 @@ import pytest
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from rpc_server.graph.tensor import Tensor
-from tests.ops.harness import CONTEXT, by_both, nmse, node, params, permuted, tensor
+from tests.ops.harness import (
+    CONTEXT,
+    by_both,
+    nmse,
+    node,
+    params,
+    permuted,
+    raw,
+    rounded,
+    run,
+    tensor,
+    values,
+)
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 
@@ -40,8 +52,12 @@ def attention(
     softcap: float = 0.0,
     with_sinks: bool = False,
     mask: np.ndarray | None = None,
+    exact_queries: bool = True,
 ) -> Tensor:
-    q_values = rng.normal(0, 1, (batches, tokens, heads, dk))
+    """``exact_queries``: such that the kernel's rounding of them changes nothing."""
+    q_values = rng.normal(0, 1, (batches, tokens, heads, dk)).astype(np.float32)
+    if exact_queries:
+        q_values = rounded(q_values, types[0])
     q = permuted(tensor(F32, (dk, heads, tokens, batches), q_values), (0, 2, 1, 3))
     k, v = (cache(t, d, n_kv, kv_heads, batches) for t, d in zip(types, (dk, dv), strict=True))
     m = None if mask is None else tensor(F16, mask.shape[::-1], mask)
@@ -151,3 +167,18 @@ def test_large_scores() -> None:
     assert q is not None
     CONTEXT.f32(q)[...] *= 100
     assert_close(t)
+
+
+@pytest.mark.parametrize("keys", [F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0])
+def test_queries_are_rounded_as_ggml_rounds_them(keys: GgmlType) -> None:
+    """As for a product with the keys: the result is that of the rounded ones."""
+    t = attention(tokens=3, heads=4, kv_heads=2, n_kv=70, types=(keys, F16), exact_queries=False)
+    run(t, kernels=True)
+    q = t.src[0]
+    assert q is not None
+    unrounded, given = values(t), raw(q)
+    CONTEXT.store(q, rounded(values(q), keys))
+    assert (raw(q) != given).any()
+    run(t, kernels=True)
+    # Coded forms: the test's encoder rounds halves the other way.
+    assert nmse(values(t), unrounded) < (1e-6 if keys in (GgmlType.Q8_0, GgmlType.Q4_0) else 1e-12)

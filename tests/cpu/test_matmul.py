@@ -13,7 +13,6 @@ from numba.core.registry import cpu_target
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.kernels import vector
-from rpc_server.devices.cpu.kernels.activations import activation_form
 from rpc_server.devices.cpu.kernels.formats import FORMATS, PLAIN, QUANTIZED
 from rpc_server.devices.cpu.kernels.matmul import product_kernel
 from rpc_server.devices.cpu.kernels.vector import Isa
@@ -22,7 +21,6 @@ from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
-from rpc_server.types import from_f32, to_f32
 from tests.ops.harness import (
     CONTEXT,
     GUARD_BYTE,
@@ -31,6 +29,7 @@ from tests.ops.harness import (
     node,
     permuted,
     raw,
+    rounded,
     run,
     tensor,
     values,
@@ -89,23 +88,6 @@ def activations(ne: Sequence[int], type_: GgmlType = GgmlType.F32) -> Tensor:
     t = tensor(type_, ne)
     CONTEXT.store(t, rng.standard_normal(t.ne[::-1], np.float32))
     return t
-
-
-def rounded(x: np.ndarray[Any, Any], weights: GgmlType) -> np.ndarray[Any, Any]:
-    """Activations as ggml's CPU backend rounds them for a product with this weight type."""
-    form = GgmlType(activation_form(weights))
-    if form is GgmlType.F32:
-        return x
-    if form is GgmlType.F16:
-        return x.astype(np.float16).astype(np.float32)
-    block, n = TYPE_INFO[form].block_size, x.shape[-1]
-    # Our units may be part filled where ggml's blocks may not.
-    whole = np.zeros((*x.shape[:-1], -(-n // block) * block), np.float32)
-    whole[..., :n] = x
-    codes = from_f32(form, whole, np)
-    if form is GgmlType.BF16:
-        return (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return to_f32(form, codes, np)[..., :n]
 
 
 def product(a: Tensor, b: Tensor) -> np.ndarray[Any, Any]:

@@ -14,11 +14,13 @@ from protocol.dialects import DIALECTS
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
 from rpc_server.devices.cpu.executor import Executor
+from rpc_server.devices.cpu.kernels.activations import activation_form
 from rpc_server.devices.cpu.plan import PlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
+from rpc_server.types import from_f32, to_f32
 
 _ids = itertools.count(1)
 CONTEXT = ArrayContext()
@@ -172,6 +174,26 @@ def by_both(t: Tensor, n_threads: int = 2) -> tuple[np.ndarray[Any, Any], np.nda
     if t.id in _memory and t.view_src is None:
         assert guards_intact(t), f"{t.label}: wrote outside its memory"
     return expected, values(t)
+
+
+def rounded(x: np.ndarray[Any, Any], weights: GgmlType) -> np.ndarray[Any, Any]:
+    """Activations (..., ne0) as ggml's CPU backend rounds them for a product with these weights.
+
+    Half a step more or less than its x86 code does: see the encoders in rpc_server/types.
+    """
+    form = GgmlType(activation_form(weights))
+    if form is GgmlType.F32:
+        return x
+    if form is GgmlType.F16:
+        return x.astype(np.float16).astype(np.float32)
+    block, n = TYPE_INFO[form].block_size, x.shape[-1]
+    # Our units may be part filled where ggml's blocks may not.
+    whole = np.zeros((*x.shape[:-1], -(-n // block) * block), np.float32)
+    whole[..., :n] = x
+    codes = from_f32(form, whole, np)
+    if form is GgmlType.BF16:
+        return (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return to_f32(form, codes, np)[..., :n]
 
 
 def nmse(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:

@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("-n", "--columns", type=int, default=128)
     parser.add_argument("-k", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=4096, help="rows of the many-column product")
-    parser.add_argument("--megabytes", type=int, default=128, help="weights of the matvec")
+    parser.add_argument("--megabytes", type=int, default=512, help="weights of the matvec")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each number")
     args = parser.parse_args()
     types = [GgmlType[name.upper()] for name in args.types] or list(FORMATS)
