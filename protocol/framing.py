@@ -141,6 +141,10 @@ class RequestReader:
         self._direct_given = True
         self._begin_body(destination)
 
+    def abandon(self) -> None:
+        """The stream has ended: let go of the place of an upload that will not be finished."""
+        self._target = None
+
     def next_event(self) -> Event | None:
         """The next event, None if more bytes are needed. Raises ProtocolError."""
         if not self._direct_given:

@@ -151,6 +151,8 @@ class Session:
         for plans in self._plans:
             plans.clear()
         self._upload = None
+        # A view of a buffer would keep its memory from being given back.
+        self.reader.abandon()
         self._meter.finish()
         count = len(self.buffers)
         freed = self.buffers.free_all()
@@ -329,7 +331,7 @@ class Session:
         self._upload = (buffer, start, upload.size, keep)
         self._meter.upload(upload.size, cached=False)
         self._context.weights_arrive(buffer.device, fields.tensor.type, upload.size)
-        self.reader.direct(buffer.storage.view(start, upload.size))
+        self.reader.direct(buffer.storage.place(start, upload.size))
 
     def _end_upload(self) -> None:
         assert self._upload is not None
@@ -370,7 +372,7 @@ class Session:
                 return 0
             size = len(content)
             with content:
-                buffer.storage.view(start, size)[:] = content
+                buffer.storage.place(start, size)[:] = content
             return size
 
         size = await asyncio.to_thread(load)

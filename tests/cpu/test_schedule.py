@@ -16,6 +16,7 @@ class Record:
     reads: list[Span]
     writes: list[Span]
     work: int = SERIAL_BELOW
+    private: bool = False
 
 
 def steps(*records: Record) -> list[Step]:
@@ -43,6 +44,10 @@ def test_small_records_stay_on_one_thread_without_meeting() -> None:
 def test_writing_over_what_is_still_read_waits() -> None:
     reader, writer = Record([(0, 10)], [(20, 30)]), Record([(40, 50)], [(5, 6)])
     assert steps(reader, writer) == [Step.BARRIER_AFTER, Step(0)]
+
+
+def test_scratch_of_a_thread_is_used_by_that_thread() -> None:
+    assert steps(Record([(0, 1)], [(1, 2)], SMALL, private=True)) == [Step(0)]
 
 
 def test_nothing_to_do() -> None:

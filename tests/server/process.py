@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import struct
@@ -31,20 +32,22 @@ class ServerProcess:
     """A running server; ``log`` is all it has printed so far."""
 
     def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
-        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        descriptor, name = tempfile.mkstemp(prefix="rpc-server-", suffix=".log")
+        self._log = Path(name)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rpc_server", "--port", "0", *options],
             cwd=REPOSITORY,
             env=env,
-            stdout=self._file,
+            stdout=descriptor,
             stderr=subprocess.STDOUT,
         )
+        # Read by its name: a shared descriptor has one position, the server would write there.
+        os.close(descriptor)
         self.port = int(self.wait_for(r"endpoint +: \S+:(\d+)")[1])
 
     @property
     def log(self) -> str:
-        self._file.seek(0)
-        return self._file.read()
+        return self._log.read_text()
 
     @property
     def alive(self) -> bool:
@@ -68,12 +71,14 @@ class ServerProcess:
         assert match is not None
         return int(match[1]) * 1024
 
+    def forget(self) -> None:
+        """Delete the log."""
+        self._log.unlink()
+
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.terminate()
-        code = self.process.wait(20)
-        self._file.close()
-        return code
+        return self.process.wait(20)
 
 
 @contextmanager
@@ -84,6 +89,7 @@ def running(*options: str, env: dict[str, str] | None = None) -> Iterator[Server
     finally:
         if server.alive:
             server.stop()
+        server.forget()
 
 
 class ClosedError(Exception):

@@ -51,6 +51,7 @@ def test_signals_stop_it_cleanly(number: signal.Signals) -> None:
         assert wire.closed_by_server()
     assert "stopping" in server.log
     assert "Traceback" not in server.log
+    server.forget()
 
 
 def test_port_in_use() -> None:

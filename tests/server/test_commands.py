@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
+from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
 from tests.server.process import ClosedError, ServerProcess, Wire, running, sources, tensor
@@ -99,8 +102,6 @@ def test_answers_come_in_order_when_requests_are_pipelined(server: ServerProcess
         whole = tensor(1, (size // 4,), handle, base)
         wire.call(Command.BUFFER_CLEAR, {"remote_ptr": handle, "value": 1})
         fields = {"tensor": whole, "offset": 0, "size": size}
-        from protocol.codec import codec
-
         get = codec(wire.dialect.commands[Command.GET_TENSOR].request).build(fields)
         for value in (2, 3, 4):
             wire.send(Command.GET_TENSOR, get)
@@ -135,8 +136,11 @@ def test_memory_of_a_client_that_dies_is_freed(server: ServerProcess) -> None:
     wire.call(Command.BUFFER_CLEAR, {"remote_ptr": handle, "value": 1})
     assert wire.get_tensor(tensor(1, (4,), handle, base), 16) == b"\x01" * 16
     assert server.rss() > before + size * 0.9
-    # The head of an upload, and then nothing more.
-    wire.socket.sendall(bytes([Command.SET_TENSOR]) + (1 << 20).to_bytes(8, "little"))
+    # An upload of which half comes.
+    fields = {"tensor": tensor(1, (size // 4,), handle, base), "offset": 0, "cache_flag": 0}
+    head = codec(wire.dialect.commands[Command.SET_TENSOR].request).build(fields)
+    wire.socket.sendall(struct.pack("<BQ", Command.SET_TENSOR, len(head) + size) + head)
+    wire.socket.sendall(bytes(size // 2))
     wire.socket.close()
     server.wait_for(r"hung up within SET_TENSOR")
     server.wait_for(r"freed 1 buffers, 256\.0 MiB")

@@ -2,7 +2,7 @@
 
 Compiled kernels are kept on disk. numba decides by a source file's own time stamp whether a cached
 kernel is still good and does not look at the helpers it calls in other files, so the folder is
-named by a digest of all kernel sources: a changed source starts a fresh folder.
+named by a digest of all that is compiled: a changed source starts a fresh folder.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import os
 from pathlib import Path
 
 _HERE = Path(__file__).parent
+# Beside the kernels; the last has tables that they hold as constants.
+_COMPILED = ("abi.py", "executor.py", "schedule.py", "../../types/tables.py")
 
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for source in sorted([*_HERE.glob("*.py"), *(_HERE / "kernels").glob("*.py")]):
+    compiled = [*(_HERE / "kernels").glob("*.py"), *(_HERE / name for name in _COMPILED)]
+    for source in sorted(compiled):
         digest.update(source.name.encode())
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

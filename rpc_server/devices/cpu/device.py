@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A graph may need scratch once that later ones don't; what is above this is given back after it.
-_KEEP_SCRATCH = 64 << 20
-
 
 class CpuDevice:
     """ggml's CPU backend, served by numba kernels and array references.

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 _STATUS_TEXT = {Status.INDEX_OUT_OF_RANGE: "an index in its data is out of range"}
 
 
+# A prompt may need scratch that later graphs don't; what is above this is given back after it.
+_KEEP_SCRATCH = 64 << 20
+
+
 class CpuPlan:
     """Steps that run a graph from end to end.
 
@@ -38,18 +42,22 @@ class CpuPlan:
         dialect: Dialect,
         steps: list[Callable[[], None]],
         scratch: int,
+        arena: ScratchArena,
         interpreted: dict[str, int],
     ) -> None:
         self.dialect = dialect
         self._steps = steps
         # Peak bytes of scratch, and how many nodes of which op run without a kernel.
         self.scratch = scratch
+        self._arena = arena
         self.interpreted = interpreted
 
     def run(self) -> None:
         """Run every step. Raises GraphError naming the node that failed."""
         for step in self._steps:
             step()
+        if self.scratch > _KEEP_SCRATCH:
+            self._arena.trim(_KEEP_SCRATCH)
 
 
 class PlanBuilder:
@@ -93,7 +101,7 @@ class PlanBuilder:
             planner.scratch_peak >> 10,
             interpreted or "none",
         )
-        return CpuPlan(graph.dialect, steps, planner.scratch_peak, interpreted)
+        return CpuPlan(graph.dialect, steps, planner.scratch_peak, self._scratch, interpreted)
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)

@@ -54,6 +54,8 @@ class Emitted:
     reads: list[Span]
     writes: list[Span]
     work: int
+    # Whether it uses scratch that belongs to the thread which runs it.
+    private: bool
 
 
 class Planner:
@@ -70,6 +72,7 @@ class Planner:
         self._filling: list[Span] = []
         self._reading: list[Span] = []
         self._local: list[Span] = []
+        self._private = False
         self._arena = scratch
         # Scratch has two ends: node-local at the top of what is shared within the graph.
         self._shared_used = 0
@@ -83,6 +86,7 @@ class Planner:
         self._node = node
         self._local_used = 0
         self._filling, self._reading, self._local = [], [], []
+        self._private = False
 
     def finish(self, node: Tensor) -> None:
         """``node`` writes its memory: what was made of what lay there is no longer good."""
@@ -137,9 +141,8 @@ class Planner:
         writes = [spans[0]] if spans[0] is not None else []
         if work is None:
             work = sum(end - start for start, end in filter(None, spans))
-        self.records.append(
-            Emitted(kernel, words, self._node, reads, [*writes, *self._filling, *self._local], work)
-        )
+        writes += [*self._filling, *self._local]
+        self.records.append(Emitted(kernel, words, self._node, reads, writes, work, self._private))
         # Whatever the node does next reads what this record has filled.
         self._reading = self._reading + self._filling
         self._filling = []
@@ -166,6 +169,7 @@ class Planner:
         stride = (self._arena.size - start) // self.n_threads // 4096 * 4096
         if size > stride:
             raise MemoryError(f"graph needs {size} bytes of scratch for a thread, limit {stride}")
+        self._private = True
         return self._arena.address(start, stride * self.n_threads), stride
 
     def shared_scratch(

@@ -28,7 +28,11 @@ class Step(enum.IntFlag):
 
 
 class Touching(Protocol):
-    """What scheduling needs of a record: memory it reads and writes, and bytes of work."""
+    """What scheduling needs of a record: memory it reads and writes, and bytes of work.
+
+    A ``private`` record has scratch for each thread that is not among what it writes; the first
+    thread can't do the others' parts, they may be using theirs.
+    """
 
     @property
     def reads(self) -> Sequence[Span]: ...
@@ -36,6 +40,8 @@ class Touching(Protocol):
     def writes(self) -> Sequence[Span]: ...
     @property
     def work(self) -> int: ...
+    @property
+    def private(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -66,7 +72,7 @@ def schedule(records: Sequence[Touching]) -> list[int]:
     steps = [Step(0)] * len(records)
     serial, parallel = _Touched(), _Touched()
     for i, record in enumerate(records):
-        alone = record.work < SERIAL_BELOW
+        alone = record.work < SERIAL_BELOW and not record.private
         # Records of the first thread keep their order among themselves without meeting anybody.
         meets = parallel.conflicts(record) or (not alone and serial.conflicts(record))
         if meets:

@@ -8,8 +8,9 @@ import numpy as np
 
 from rpc_server.devices.base import Storage
 
-# Weights are read front to back at memory speed: large pages spare the TLB.
-_HUGE_FROM = 8 << 20
+# Weights are read front to back at memory speed: large pages spare the TLB. Not for whole buffers:
+# a KV cache of which little is used would take large pages too.
+_HUGE_FROM = 4 << 20
 
 
 class HostStorage:
@@ -22,13 +23,17 @@ class HostStorage:
             self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"no mapping of {size} bytes: {error}") from None
-        if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
     def view(self, offset: int, size: int) -> memoryview:
         return memoryview(self._map)[offset : offset + size]
+
+    def place(self, offset: int, size: int) -> memoryview:
+        if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+            start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_HUGEPAGE, start, offset + size - start)
+        return self.view(offset, size)
 
     def fill(self, offset: int, size: int, value: int) -> None:
         if value == 0 and offset == 0 and size == self.size:
