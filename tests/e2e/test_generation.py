@@ -89,9 +89,10 @@ def test_llama_completion_prints_the_local_text(rpc: str, llama_server: StartLla
 # batches of 64 and of 512 differ by 1.1% with Q8_0 weights, over these by 0.2%.
 DOCUMENTED = (
     "argparse datetime difflib doctest email heapq inspect json locale logging optparse "
-    "pickletools platform random shelve socketserver statistics string subprocess textwrap threading timeit "
-    "tokenize trace turtle typing unittest urllib.request uuid zipfile bdb calendar codecs "
-    "collections configparser copy csv decimal fractions http.client http.cookies mimetypes"
+    "pickletools platform random shelve socketserver statistics string subprocess textwrap "
+    "threading timeit tokenize trace turtle typing unittest urllib.request uuid zipfile bdb "
+    "calendar codecs collections configparser copy csv decimal fractions http.client "
+    "http.cookies mimetypes"
 )
 TEXT_SIZE = 32_000
 
