@@ -53,7 +53,7 @@ class Request:
 
     command: Command
     fields: Any
-    graph: memoryview | None = None
+    graph: bytearray | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class RequestReader:
         self._frame: tuple[Command, CommandSpec, int] | None = None
         self._target: memoryview | None = None
         self._filled = 0
-        self._graph: tuple[Command, Any] | None = None
+        self._graph: tuple[Command, Any, bytearray] | None = None
         self._awaiting_direct = 0
         self._direct_given = True
 
@@ -167,8 +167,9 @@ class RequestReader:
             self._direct_given = False
             return UploadStart(fields, size - head.size)
         if spec.body is Body.GRAPH:
-            self._graph = (command, fields)
-            self._begin_body(memoryview(bytearray(size - head.size)))
+            graph = bytearray(size - head.size)
+            self._graph = (command, fields, graph)
+            self._begin_body(memoryview(graph))
             return self._continue_body()
         self._frame = None
         return Request(command, fields)
@@ -242,9 +243,9 @@ class RequestReader:
         self._frame = None
         if self._graph is None:
             return UploadEnd()
-        command, fields = self._graph
+        request = Request(*self._graph)
         self._graph = None
-        return Request(command, fields, target)
+        return request
 
 
 _HELLO_SPECS = {d.hello_size: d.commands[Command.HELLO] for d in DIALECTS}

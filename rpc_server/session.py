@@ -41,12 +41,15 @@ _PLANS = 8
 
 
 class PlanCache:
-    """The graphs a client sent last to one device, and their plans; the newest comes first."""
+    """The graphs a client sent last to one device, and their plans; the newest comes first.
+
+    Payloads are kept as bytearrays: those compare at memory speed, memoryviews item by item.
+    """
 
     def __init__(self) -> None:
-        self._plans: list[tuple[memoryview, Plan]] = []
+        self._plans: list[tuple[bytearray, Plan]] = []
 
-    def find(self, payload: memoryview) -> Plan | None:
+    def find(self, payload: bytearray) -> Plan | None:
         """The plan of a graph with exactly these bytes; it becomes the newest."""
         for i, (known, plan) in enumerate(self._plans):
             if known == payload:
@@ -54,7 +57,7 @@ class PlanCache:
                 return plan
         return None
 
-    def add(self, payload: memoryview, plan: Plan) -> None:
+    def add(self, payload: bytearray, plan: Plan) -> None:
         """``plan`` becomes the newest."""
         self._plans.insert(0, (payload, plan))
         del self._plans[_PLANS:]
@@ -234,11 +237,16 @@ class Session:
             following.name,
         )
 
+    @property
+    def _dialect(self) -> Dialect:
+        """What the connection speaks; there is nothing to do before HELLO."""
+        assert self.reader.dialect is not None
+        return self.reader.dialect
+
     # -- answers -------------------------------------------------------------------------------
 
     def _answer(self, command: Command, fields: dict[str, Any]) -> None:
-        assert self.reader.dialect is not None
-        spec = self.reader.dialect.commands[command]
+        spec = self._dialect.commands[command]
         if spec.answer is Answer.NEVER:
             return
         body = codec(spec.response).build(fields)
@@ -251,12 +259,12 @@ class Session:
 
     def _device_index(self, request: Request) -> int:
         # Before protocol 3.0 there was one device and no field for it.
-        index: int = getattr(request.fields, "device", 0)
-        if index >= len(self._context.budgets):
-            raise ProtocolError(
-                f"{request.command.name} for device {index}, "
-                f"this server has {len(self._context.budgets)}"
-            )
+        return self._existing_device(request.command, getattr(request.fields, "device", 0))
+
+    def _existing_device(self, command: Command, index: int) -> int:
+        count = len(self._context.budgets)
+        if index >= count:
+            raise ProtocolError(f"{command.name} for device {index}, this server has {count}")
         return index
 
     def _device(self, index: int) -> Device:
@@ -279,8 +287,7 @@ class Session:
 
     def _get_alloc_size(self, request: Request) -> None:
         device = self._device(self._device_index(request))
-        assert self.reader.dialect is not None
-        tensor = tensor_of_message(request.fields.tensor, self.reader.dialect)
+        tensor = tensor_of_message(request.fields.tensor, self._dialect)
         self._answer(request.command, {"alloc_size": device.alloc_size(tensor)})
 
     def _alloc_buffer(self, request: Request) -> None:
@@ -362,8 +369,7 @@ class Session:
     async def _load_cached(self, request: Request, buffer: Buffer, start: int) -> None:
         cache = self._context.cache
         assert cache is not None
-        assert self.reader.dialect is not None
-        tensor = tensor_of_message(request.fields.tensor, self.reader.dialect)
+        tensor = tensor_of_message(request.fields.tensor, self._dialect)
         room = min(buffer.size - start, max(0, tensor.nbytes - request.fields.offset))
 
         def load() -> int:
@@ -383,8 +389,7 @@ class Session:
 
     def _init_tensor(self, request: Request) -> None:
         # Our devices keep nothing beside a tensor's data and pad nothing.
-        assert self.reader.dialect is not None
-        tensor_of_message(request.fields.tensor, self.reader.dialect)
+        tensor_of_message(request.fields.tensor, self._dialect)
         self._answer_empty(request.command)
 
     def _memset_tensor(self, request: Request) -> None:
@@ -411,9 +416,8 @@ class Session:
         await self._writable.wait()
 
     def _copy_tensor(self, request: Request) -> None:
-        assert self.reader.dialect is not None
         fields = request.fields
-        tensor = tensor_of_message(fields.src, self.reader.dialect)
+        tensor = tensor_of_message(fields.src, self._dialect)
         src, src_start = self._locate(fields.src, 0, tensor.nbytes)
         dst, dst_start = self._locate(fields.dst, 0, tensor.nbytes)
         if src.device != dst.device:
@@ -427,11 +431,9 @@ class Session:
 
     def _graph_compute(self, request: Request) -> None:
         assert request.graph is not None
-        assert self.reader.dialect is not None
         payload = request.graph
-        graph = decode_graph(payload, self.reader.dialect)
-        request.fields.device = graph.device
-        index = self._device_index(request)
+        graph = decode_graph(payload, self._dialect)
+        index = self._existing_device(request.command, graph.device)
         device = self._device(index)
         plans = self._plans[index]
         plan = plans.find(payload)
