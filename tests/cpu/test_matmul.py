@@ -257,6 +257,24 @@ def test_activations_of_almost_nothing(type_: GgmlType, scale: float) -> None:
     assert (np.abs(actual) <= scale * 1e4).all()
 
 
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("type_", [GgmlType.Q8_0, GgmlType.Q4_0], ids=lambda t: t.name)
+def test_activations_are_those_of_ggmls_x86_code(type_: GgmlType, n: int) -> None:
+    """Codes rounded to even by the inverse of the exact scale, and then an F16 scale.
+
+    Without its rounding the scale alone would make an error of 5e-8.
+    """
+    a, b = weights(type_, (512, 16)), activations((512, n))
+    t = node(Op.MUL_MAT, GgmlType.F32, (16, n), [a, b])
+    run(t, kernels=True)
+    blocks = values(b).reshape(-1, 32)
+    largest = np.abs(blocks).max(1, keepdims=True)
+    codes = np.rint(blocks * (np.float32(127) / largest)).astype(np.float64)
+    scales = (largest / np.float32(127)).astype(np.float16).astype(np.float64)
+    expected = (codes * scales).reshape(n, 512) @ values(a)[0, 0].astype(np.float64).T
+    assert nmse(expected, values(t)[0, 0]) < 1e-12
+
+
 # -- MUL_MAT_ID ------------------------------------------------------------------------------------
 
 
