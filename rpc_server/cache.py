@@ -99,6 +99,8 @@ class TensorCache:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            # Readable for servers of other users, as upstream's files are.
+            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except OSError as error:
             if temporary is not None:

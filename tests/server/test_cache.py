@@ -38,6 +38,7 @@ def test_stores_under_the_hash_and_loads(tmp_path: Path, content: bytes) -> None
     assert loaded is not None
     assert loaded[:] == content
     assert [p.name for p in tmp_path.iterdir()] == [f"{digest:016x}"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_damaged_files_are_not_served(
