@@ -26,11 +26,9 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS, Body, CommandSpec, Dialect
 from protocol.errors import ProtocolError
 from protocol.messages import CONN_CAPS_SIZE
+from protocol.staging import Staging
 
 _FRAME = struct.Struct("<BQ")
-_STAGING = 64 << 10
-# A body whose rest is shorter is received through staging, together with what follows it.
-_DIRECT_FROM = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +76,8 @@ class RequestReader:
     def __init__(self, limits: Limits | None = None) -> None:
         self.dialect: Dialect | None = None
         self._limits = limits or Limits()
-        self._staging = bytearray(_STAGING)
-        self._view = memoryview(self._staging)
-        self._start = 0
-        self._end = 0
+        self._staging = Staging()
         self._frame: tuple[Command, CommandSpec, int] | None = None
-        self._target: memoryview | None = None
-        self._filled = 0
         self._graph: tuple[Command, Any, bytearray] | None = None
         self._awaiting_direct = 0
         self._direct_given = True
@@ -92,76 +85,55 @@ class RequestReader:
     @property
     def full(self) -> bool:
         """Whether nothing can be received before events are taken."""
-        return not self._receives_directly and self._end == _STAGING and self._start == 0
+        return self._staging.full
 
     @property
     def at_boundary(self) -> bool:
         """Whether all that came was whole messages: the end of the stream is then a clean one."""
-        return self._start == self._end and self._frame is None and self._target is None
+        return not self._staging and self._frame is None and not self._staging.in_body
 
     @property
     def within(self) -> str:
         """What the reader is in the middle of, for messages."""
         if self._frame is not None:
             return self._frame[0].name
-        return "a message" if self._start != self._end else "nothing"
-
-    @property
-    def _receives_directly(self) -> bool:
-        return (
-            self._target is not None
-            and self._start == self._end
-            and len(self._target) - self._filled >= _DIRECT_FROM
-        )
+        return "a message" if self._staging else "nothing"
 
     def receive_buffer(self) -> memoryview:
         """Where the next bytes of the stream belong; not empty unless :attr:`full`."""
-        if self._receives_directly:
-            assert self._target is not None
-            return self._target[self._filled :]
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._end == _STAGING or self._start > _STAGING // 2:
-            staged = self._end - self._start
-            self._staging[:staged] = self._staging[self._start : self._end]
-            self._start, self._end = 0, staged
-        return self._view[self._end :]
+        return self._staging.receive_buffer()
 
     def received(self, n: int) -> None:
         """``n`` bytes were written to the start of :meth:`receive_buffer`."""
-        if self._receives_directly:
-            self._filled += n
-        else:
-            self._end += n
+        self._staging.received(n)
 
     def direct(self, destination: memoryview) -> None:
         """Name the place of the announced upload's bytes; its length is the announced size."""
         if self._direct_given or len(destination) != self._awaiting_direct:
             raise ValueError("no upload of this size is waiting for its place")
         self._direct_given = True
-        self._begin_body(destination)
+        self._staging.begin(destination)
 
     def abandon(self) -> None:
         """The stream has ended: let go of the place of an upload that will not be finished."""
-        self._target = None
+        self._staging.abandon()
 
     def next_event(self) -> Event | None:
         """The next event, None if more bytes are needed. Raises ProtocolError."""
         if not self._direct_given:
             raise ValueError("the last upload has no place yet")
-        if self._target is not None:
+        if self._staging.in_body:
             return self._continue_body()
         if self._frame is None and not self._read_frame():
             return None
         assert self._frame is not None
         command, spec, size = self._frame
         head = codec(spec.request)
-        if self._end - self._start < head.size:
+        if len(self._staging) < head.size:
             return None
         if command is Command.HELLO:
             return self._hello(size)
-        fields = head.parse(self._staging, self._start)
-        self._start += head.size
+        fields = self._staging.parse(head)
         if spec.body is Body.DATA:
             self._awaiting_direct = size - head.size
             self._direct_given = False
@@ -169,16 +141,15 @@ class RequestReader:
         if spec.body is Body.GRAPH:
             graph = bytearray(size - head.size)
             self._graph = (command, fields, graph)
-            self._begin_body(memoryview(graph))
+            self._staging.begin(memoryview(graph))
             return self._continue_body()
         self._frame = None
         return Request(command, fields)
 
     def _read_frame(self) -> bool:
-        if self._end - self._start < _FRAME.size:
+        if len(self._staging) < _FRAME.size:
             return False
-        number, size = _FRAME.unpack_from(self._staging, self._start)
-        self._start += _FRAME.size
+        number, size = _FRAME.unpack(self._staging.take(_FRAME.size))
         if self.dialect is None:
             self._frame = self._first_frame(number, size)
             return True
@@ -220,26 +191,13 @@ class RequestReader:
         return (Command.HELLO, _HELLO_SPECS[size], size)
 
     def _hello(self, size: int) -> Hello:
-        caps = bytes(self._staging[self._start : self._start + size])
-        self._start += size
+        caps = self._staging.take(size)
         self._frame = None
         return Hello(caps)
 
-    def _begin_body(self, target: memoryview) -> None:
-        self._target = target
-        self._filled = 0
-
     def _continue_body(self) -> Event | None:
-        target = self._target
-        assert target is not None
-        n = min(len(target) - self._filled, self._end - self._start)
-        if n:
-            target[self._filled : self._filled + n] = self._view[self._start : self._start + n]
-            self._filled += n
-            self._start += n
-        if self._filled < len(target):
+        if not self._staging.fill():
             return None
-        self._target = None
         self._frame = None
         if self._graph is None:
             return UploadEnd()

@@ -24,12 +24,9 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, CommandSpec
 from protocol.errors import ProtocolError
+from protocol.staging import Staging
 
 _SIZE = struct.Struct("<Q")
-# Fixed answers are some 30 bytes: this holds all that a client has in flight, as a rule.
-_STAGING = 64 << 10
-# A body whose rest is shorter is received through staging, together with what follows it.
-_DIRECT_FROM = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +50,8 @@ class ResponseReader:
 
     def __init__(self) -> None:
         self._expected: deque[_Expected] = deque()
-        self._staging = bytearray(_STAGING)
-        self._view = memoryview(self._staging)
-        self._start = 0
-        self._end = 0
-        self._in_body = False
-        self._filled = 0
+        self._staging = Staging()
+        self._in_answer = False
 
     def expect(
         self, command: Command, spec: CommandSpec, destination: memoryview | None = None
@@ -91,82 +84,52 @@ class ResponseReader:
         if not self._expected:
             return "nothing"
         first = self._expected[0]
-        if self._in_body:
-            got = self._filled or self._end - self._start
+        if self._in_answer:
+            got = self._staging.filled if self._staging.in_body else len(self._staging)
             return f"the answer to {first.command.name} ({got} of {first.size} bytes)"
         return f"the answer to {first.command.name}"
 
-    @property
-    def _receives_directly(self) -> bool:
-        if not self._in_body or self._start != self._end:
-            return False
-        return len(self._expected[0].destination) - self._filled >= _DIRECT_FROM
-
     def receive_buffer(self) -> memoryview:
         """Where the next bytes of the stream belong; not empty once all answers are taken."""
-        if self._receives_directly:
-            return self._expected[0].destination[self._filled :]
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif self._start > _STAGING // 2:
-            staged = self._end - self._start
-            self._staging[:staged] = self._staging[self._start : self._end]
-            self._start, self._end = 0, staged
-        return self._view[self._end :]
+        return self._staging.receive_buffer()
 
     def received(self, n: int) -> None:
         """``n`` bytes were written to the start of :meth:`receive_buffer`."""
-        if self._receives_directly:
-            self._filled += n
-        else:
-            self._end += n
+        self._staging.received(n)
 
     def next_answer(self) -> Received | None:
         """The next answer, None if more bytes are needed.
 
         Raises ProtocolError for an answer of another size than announced, or to no request.
         """
-        if not self._in_body and not self._read_size():
+        if not self._in_answer and not self._read_size():
             return None
         first = self._expected[0]
         if first.spec.answer is Answer.DATA:
-            return self._continue_data(first)
-        if self._end - self._start < first.size:
+            return self._complete(first, first.destination) if self._staging.fill() else None
+        if len(self._staging) < first.size:
             return None
-        record = codec(first.spec.response).parse(self._staging, self._start)
-        self._start += first.size
-        return self._complete(first, record)
+        return self._complete(first, self._staging.parse(codec(first.spec.response)))
 
     def _read_size(self) -> bool:
-        if self._start == self._end:
+        if not self._staging:
             return False
         if not self._expected:
-            raise ProtocolError(f"{self._end - self._start} bytes that answer no request")
-        if self._end - self._start < _SIZE.size:
+            raise ProtocolError(f"{len(self._staging)} bytes that answer no request")
+        if len(self._staging) < _SIZE.size:
             return False
-        (size,) = _SIZE.unpack_from(self._staging, self._start)
+        (size,) = _SIZE.unpack(self._staging.take(_SIZE.size))
         first = self._expected[0]
         if size != first.size:
             raise ProtocolError(
                 f"the answer to {first.command.name} has {size} bytes, not {first.size}"
             )
-        self._start += _SIZE.size
-        self._in_body = True
-        self._filled = 0
+        self._in_answer = True
+        if first.spec.answer is Answer.DATA:
+            self._staging.begin(first.destination)
         return True
-
-    def _continue_data(self, first: _Expected) -> Received | None:
-        target = first.destination
-        n = min(len(target) - self._filled, self._end - self._start)
-        if n:
-            target[self._filled : self._filled + n] = self._view[self._start : self._start + n]
-            self._filled += n
-            self._start += n
-        if self._filled < len(target):
-            return None
-        return self._complete(first, target)
 
     def _complete(self, first: _Expected, answer: Any) -> Received:
         self._expected.popleft()
-        self._in_body = False
+        self._in_answer = False
         return Received(first.command, answer)
