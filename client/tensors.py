@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml_types import (
+    TYPE_INFO,
+    GgmlType,
+    has_contiguous_rows,
+    is_contiguous,
+    row_size,
+)
 from protocol.ggml_types import nbytes as tensor_nbytes
 
 Dims = tuple[int, int, int, int]
@@ -144,27 +150,16 @@ class Tensor:
     @property
     def contiguous(self) -> bool:
         """Dense and in order (ggml_is_contiguous)."""
-        return self.contiguous_above(0)
+        return is_contiguous(self.type, self.ne, self.nb)
 
     def contiguous_above(self, m: int) -> bool:
         """ggml_is_contiguous_<m>: dimensions 1 to ``m`` may have any stride."""
-        info = TYPE_INFO[self.type]
-        if not self.contiguous_rows:
-            return False
-        expected = info.type_size * (self.ne[0] // info.block_size)
-        for ne, nb in zip(self.ne[1 : m + 1], self.nb[1 : m + 1], strict=True):
-            expected = ne * nb
-        for ne, nb in zip(self.ne[m + 1 :], self.nb[m + 1 :], strict=True):
-            if ne != 1 and nb != expected:
-                return False
-            expected *= ne
-        return True
+        return is_contiguous(self.type, self.ne, self.nb, m)
 
     @property
     def contiguous_rows(self) -> bool:
         """Elements within a row are dense (ggml_is_contiguous_rows)."""
-        info = TYPE_INFO[self.type]
-        return self.ne[0] == info.block_size or self.nb[0] == info.type_size
+        return has_contiguous_rows(self.type, self.ne, self.nb)
 
     @property
     def transposed(self) -> bool:

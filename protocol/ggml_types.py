@@ -128,3 +128,28 @@ def nbytes(type: GgmlType, ne: Sequence[int], nb: Sequence[int]) -> int:
     else:
         size = ne[0] * nb[0] // info.block_size
     return size + (ne[1] - 1) * nb[1] + (ne[2] - 1) * nb[2] + (ne[3] - 1) * nb[3]
+
+
+def has_contiguous_rows(type: GgmlType, ne: Sequence[int], nb: Sequence[int]) -> bool:
+    """Whether the elements of a row are dense (ggml_is_contiguous_rows)."""
+    info = TYPE_INFO[type]
+    return ne[0] == info.block_size or nb[0] == info.type_size
+
+
+def is_contiguous(type: GgmlType, ne: Sequence[int], nb: Sequence[int], above: int = 0) -> bool:
+    """ggml_is_contiguous_<above>: dense in order; dimensions 1 to ``above`` may have any stride.
+
+    Strides of dimensions of one element don't matter where they aren't counted on from.
+    """
+    if not has_contiguous_rows(type, ne, nb):
+        return False
+    info = TYPE_INFO[type]
+    expected = info.type_size * (ne[0] // info.block_size)
+    for dim in range(1, 4):
+        if dim <= above:
+            expected = ne[dim] * nb[dim]
+            continue
+        if ne[dim] != 1 and nb[dim] != expected:
+            return False
+        expected *= ne[dim]
+    return True

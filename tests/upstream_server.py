@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.ports import free_port
 from tools.upstream import DEFAULT_BUILD, find_program
 
 PROGRAM = "ggml-rpc-server"
@@ -24,13 +25,6 @@ class Endpoint:
 
     host: str
     port: int
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _accepts(endpoint: Endpoint) -> bool:

@@ -6,7 +6,13 @@ import struct
 from dataclasses import dataclass, field
 
 from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml_types import (
+    TYPE_INFO,
+    GgmlType,
+    has_contiguous_rows,
+    is_contiguous,
+    row_size,
+)
 from protocol.ggml_types import nbytes as tensor_nbytes
 
 Dims = tuple[int, int, int, int]
@@ -68,28 +74,16 @@ class Tensor:
     @property
     def contiguous_rows(self) -> bool:
         """Elements within a row are dense (ggml_is_contiguous_rows)."""
-        return self.ne[0] == self.block_size or self.nb[0] == self.type_size
+        return has_contiguous_rows(self.type, self.ne, self.nb)
 
     @property
     def contiguous(self) -> bool:
         """Dense in memory order; strides of dimensions of one element don't matter."""
-        return self.contiguous_from(0)
+        return is_contiguous(self.type, self.ne, self.nb)
 
-    def contiguous_from(self, n: int) -> bool:
-        """ggml_is_contiguous_n: dimensions up to ``n`` may have any stride."""
-        expected = self.type_size
-        if self.ne[0] != self.block_size and self.nb[0] != expected:
-            return False
-        expected *= self.ne[0] // self.block_size
-        for dim in range(1, 4):
-            if dim > n:
-                if self.ne[dim] != 1 and self.nb[dim] != expected:
-                    return False
-                expected *= self.ne[dim]
-            else:
-                # Any stride is allowed here; dimensions above count on from it.
-                expected = self.ne[dim] * self.nb[dim]
-        return True
+    def contiguous_above(self, m: int) -> bool:
+        """ggml_is_contiguous_<m>: dimensions 1 to ``m`` may have any stride."""
+        return is_contiguous(self.type, self.ne, self.nb, m)
 
     @property
     def transposed(self) -> bool:

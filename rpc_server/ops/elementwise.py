@@ -323,10 +323,10 @@ def _glu_contract(t: Tensor) -> None:
     else:
         b = require_source(t, 1, {t.type})
         require_shape(b, a.ne, "source 1")
-        require(b.contiguous_from(1), "rows of source 1 must follow one another")
+        require(b.contiguous_above(1), "rows of source 1 must follow one another")
     require_shape(t, (ne0, *a.ne[1:]), "the result")
-    require(a.contiguous_from(1), "rows of source 0 must follow one another")
-    require(t.contiguous_from(1), "rows of the result must follow one another")
+    require(a.contiguous_above(1), "rows of source 0 must follow one another")
+    require(t.contiguous_above(1), "rows of the result must follow one another")
 
 
 @reference(Op.GLU)

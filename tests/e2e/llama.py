@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import models, upstream
+from tools.ports import free_port
 
 PROJECT = Path(__file__).parents[2]
 DATA = Path(__file__).parent / "data"
@@ -52,14 +53,6 @@ def program(name: str, build: int = upstream.DEFAULT_BUILD) -> Path:
     if path is None:
         raise ProgramError(f"{name} of build {build} is not in {upstream.cache_root()}")
     return path
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- models -----------------------------------------------------------------------------------

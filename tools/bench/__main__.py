@@ -28,6 +28,7 @@ from typing import Any
 from protocol.commands import Command
 from protocol.messages import CONN_CAPS_SIZE
 from tools import upstream
+from tools.ports import free_port
 
 OURS, UPSTREAM = "ours", "upstream"
 
@@ -47,13 +48,6 @@ class Samples:
 
     def median(self, name: str) -> float:
         return statistics.median(self.values[name])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _command(which: str, port: int, threads: int) -> list[str]:
@@ -84,7 +78,7 @@ def _peak_memory(pid: int) -> int:
 
 @contextmanager
 def _serving(which: str, threads: int, samples: Samples) -> Iterator[int]:
-    port = _free_port()
+    port = free_port()
     started = time.perf_counter()
     process = subprocess.Popen(
         _command(which, port, threads), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
