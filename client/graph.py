@@ -14,9 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from client.parts import PartOps
 from client.pointwise import PointwiseOps
-from client.products import ProductOps
+from client.recurrent import RecurrentOps
+from client.signals import SignalOps
 from client.tensors import FLAG_COMPUTE, FLAG_PARAM, Tensor
+from client.training import TrainingOps
+from client.windows import WindowOps
 from protocol.dialects import Dialect
 from protocol.ggml_ops import Op
 from protocol.graph_payload import GraphPayload, encode_graph
@@ -61,7 +65,7 @@ class Graph:
         return encode_graph(self.payload(dialect, device), dialect)
 
 
-class GraphBuilder(PointwiseOps, ProductOps):
+class GraphBuilder(PointwiseOps, PartOps, TrainingOps, RecurrentOps, WindowOps, SignalOps):
     """ggml's constructors as methods. Each checks its operands as ggml asserts (ShapeError)."""
 
     def build(self, outputs: Tensor | Iterable[Tensor]) -> Graph:

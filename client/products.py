@@ -1,4 +1,4 @@
-"""Products, rows by index, copies, positions, attention, images."""
+"""Products, rows by index, copies, positions, attention."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ ROPE_NEOX = 2
 ROPE_MROPE = 8
 ROPE_VISION = 24
 ROPE_IMROPE = 40
+
+# ggml_op_hint: source 0 of a product is a Hadamard matrix divided by the root of its size.
+HINT_NONE = 0
+HINT_SRC0_IS_HADAMARD = 1
 
 
 class ProductOps(NodeFactory):
@@ -45,15 +49,17 @@ class ProductOps(NodeFactory):
 
     # -- products
 
-    def mul_mat(self, a: Tensor, b: Tensor, *, prec: int = PREC_UNDEFINED) -> Tensor:
+    def mul_mat(
+        self, a: Tensor, b: Tensor, *, prec: int = PREC_UNDEFINED, hint: int = HINT_NONE
+    ) -> Tensor:
         """F32 (a.ne1, b.ne1, b.ne2, b.ne3): rows of ``a`` times rows of ``b``.
 
-        ``a`` is repeated in dimensions 2 and 3. ``prec`` as ggml_mul_mat_set_prec.
+        ``a`` is repeated in dimensions 2 and 3. ``prec`` as ggml_mul_mat_set_prec, ``hint`` as
+        ggml_mul_mat_set_hint.
         """
         self._require_product(Op.MUL_MAT, a, b)
-        return self.op(
-            Op.MUL_MAT, GgmlType.F32, (a.ne[1], b.ne[1], b.ne[2], b.ne[3]), (a, b), (prec,)
-        )
+        ne = (a.ne[1], b.ne[1], b.ne[2], b.ne[3])
+        return self.op(Op.MUL_MAT, GgmlType.F32, ne, (a, b), (prec, hint))
 
     def _require_product(self, op: Op, a: Tensor, b: Tensor) -> None:
         fits = (
@@ -221,39 +227,3 @@ class ProductOps(NodeFactory):
             (q, k, v, mask, sinks),
             (float(scale), float(max_bias), float(logit_softcap), prec),
         )
-
-    # -- images
-
-    def im2col(
-        self,
-        kernel: Tensor,
-        image: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        *,
-        is_2d: bool = True,
-        type: GgmlType = GgmlType.F16,
-    ) -> Tensor:
-        """The image's patches as rows, for a product with the kernel.
-
-        ``kernel`` (KW, KH, IC, OC) and ``image`` (W, H, IC, N) give (IC*KH*KW, OW, OH, N);
-        without ``is_2d`` (KW, IC, OC) and (W, IC, N) give (IC*KW, OW, N). Pairs are (x, y).
-        """
-        channels = 2 if is_2d else 1
-        fits = kernel.ne[channels] == image.ne[channels] and (is_2d or image.ne[3] == 1)
-        require(fits, f"im2col: {kernel!r} and {image!r} don't fit")
-
-        def output(d: int) -> int:
-            reach = dilation[d] * (kernel.ne[d] - 1) + 1
-            return (image.ne[d] + 2 * padding[d] - reach) // stride[d] + 1
-
-        width, height = output(0), output(1) if is_2d else 1
-        require(width > 0 and height > 0, f"im2col: {image!r} is too small for {kernel!r}")
-        if is_2d:
-            patch = kernel.ne[0] * kernel.ne[1] * kernel.ne[2]
-            ne = (patch, width, height, image.ne[3])
-        else:
-            ne = (kernel.ne[0] * kernel.ne[1], width, image.ne[2], 1)
-        params = (*stride, *padding, *dilation, int(is_2d))
-        return self.op(Op.IM2COL, type, ne, (kernel, image), params)

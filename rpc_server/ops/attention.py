@@ -20,6 +20,7 @@ from rpc_server.ops.checks import (
     source,
 )
 from rpc_server.ops.masks import alibi_slopes, require_mask, require_sinks
+from rpc_server.ops.rounding import rounded_activations
 from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference, require
 from rpc_server.types import DECODABLE
@@ -77,7 +78,7 @@ def _scores(ctx: ArrayContext, t: Tensor, batch: int, head: int, tokens: range) 
     scale, softcap = np.float32(t.param_f32(0)), np.float32(t.param_f32(2))
     if softcap:
         scale /= softcap
-    queries = ctx.f32(rows_of(q, batch, head, tokens))[0, 0]
+    queries = rounded_activations(ctx.f32(rows_of(q, batch, head, tokens))[0, 0], k.type, xp)
     i3, i2 = _shared(t, k, batch, head)
     scores = xp.empty((len(tokens), k.ne[1]), xp.float32)
     for rows in tiles(k.ne[1], k.ne[0]):

@@ -5,6 +5,7 @@ All raise ContractError. ``what`` is how the message calls the tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from protocol.ggml_types import GgmlType
@@ -57,7 +58,8 @@ def require_contiguous(t: Tensor, what: str) -> None:
 def require_blocks(t: Tensor, what: str) -> None:
     """Blocks follow one another, which the extent of a quantized tensor is counted by."""
     require(not t.quantized or t.nb[0] == t.type_size, f"{what} must have dense rows of blocks")
-    require(t.nelements <= _MAX_ELEMENTS, f"{what} has too many elements")
+    # Array modules multiply the other sizes of an array that has none, too.
+    require(math.prod(n or 1 for n in t.ne) <= _MAX_ELEMENTS, f"{what} has too many elements")
 
 
 def require_distinct(t: Tensor, what: str) -> None:

@@ -6,7 +6,7 @@ All compute in float32, whatever the types, and round once at the end, as ggml d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any
 
@@ -43,24 +43,25 @@ _BINARY_TYPES = frozenset(
         (BF16, F32, F32),
     }
 )
-_QUANTIZED_RESULTS = ENCODABLE - FLOATS
+# Sums of a quantized source 0 and F32.
+_ENCODED = ENCODABLE | {GgmlType.I32}
 
 
-def _require_binary_types(t: Tensor, a: Tensor, b: Tensor, *, quantized: bool) -> None:
-    if (a.type, b.type, t.type) in _BINARY_TYPES:
-        return
-    same = t.type is a.type and t.type in _QUANTIZED_RESULTS
-    if quantized and a.quantized and b.type is F32 and (same or t.type is F32):
-        return
-    refuse(f"not for {a.type.name} and {b.type.name} to {t.type.name}")
+def _require_binary_types(
+    t: Tensor, a: Tensor, b: Tensor, of_quantized: Collection[GgmlType] = ()
+) -> None:
+    """``of_quantized`` are the results there may be of a quantized source 0."""
+    plain = (a.type, b.type, t.type) in _BINARY_TYPES
+    if not plain and not (a.quantized and b.type is F32 and t.type in of_quantized):
+        refuse(f"not for {a.type.name} and {b.type.name} to {t.type.name}")
 
 
 def _binary_contract(t: Tensor) -> None:
     """Source 1 is repeated over source 0; only ADD takes a quantized source 0, unrepeated."""
     a = require_source(t, 0, DECODABLE)
     b = require_source(t, 1, FLOATS, dense=False)
-    _require_binary_types(t, a, b, quantized=t.op is Op.ADD)
-    require_result(t, ENCODABLE)
+    _require_binary_types(t, a, b, _ENCODED if t.op is Op.ADD else ())
+    require_result(t, _ENCODED)
     require_shape(a, t.ne, "source 0")
     require(b.can_repeat_to(t), "source 1 can't be repeated over source 0")
     if a.quantized:
@@ -97,7 +98,7 @@ for _op, _apply in (
 def _add1_contract(t: Tensor) -> None:
     a = require_source(t, 0, DECODABLE)
     b = require_source(t, 1, FLOATS)
-    _require_binary_types(t, a, b, quantized=True)
+    _require_binary_types(t, a, b, {a.type})
     require_result(t, {a.type} & ENCODABLE)
     require_shape(a, t.ne, "source 0")
     require_shape(b, (1, 1, 1, 1), "source 1")

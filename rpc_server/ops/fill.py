@@ -18,6 +18,7 @@ from rpc_server.ops.checks import (
     require_source,
     source,
 )
+from rpc_server.ops.sliding import Axis
 from rpc_server.ops.table import contract, reference, refuse, require
 
 
@@ -35,7 +36,6 @@ def _pad_contract(t: Tensor) -> None:
     require_result(t, F32_ONLY)
     require_contiguous(t, "the result")
     pads = t.op_params[:8]
-    require(min(pads) >= 0, f"negative padding {pads}")
     require_shape(
         t,
         [n + left + right for n, left, right in zip(s.ne, pads[::2], pads[1::2], strict=True)],
@@ -46,7 +46,10 @@ def _pad_contract(t: Tensor) -> None:
 
 @reference(Op.PAD)
 def _pad(ctx: ArrayContext, t: Tensor) -> None:
-    """Zeros around source 0, or with op_params[8] its own elements, as on a torus."""
+    """Zeros around source 0, or with op_params[8] its own elements, as on a torus.
+
+    Negative numbers cut off what is there.
+    """
     s, xp = source(t, 0), ctx.xp
     values, left = ctx.f32(s), t.op_params[6::-2]
     if t.param_i32(8):
@@ -57,8 +60,12 @@ def _pad(ctx: ArrayContext, t: Tensor) -> None:
         ctx.view(t)[...] = values[xp.ix_(*around)]
     else:
         padded = xp.zeros(t.ne[::-1], xp.float32)
-        inside = (slice(at, at + m) for at, m in zip(left, s.ne[::-1], strict=True))
-        padded[tuple(inside)] = values
+        axes = (
+            Axis(m, 1, n, padding=before)
+            for n, before, m in zip(t.ne[::-1], left, s.ne[::-1], strict=True)
+        )
+        places, samples = zip(*(axis.seen(0) for axis in axes), strict=True)
+        padded[places] = values[samples]
         ctx.view(t)[...] = padded
 
 
@@ -81,7 +88,6 @@ def _roll(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.FILL, sources=1)
 def _fill_contract(t: Tensor) -> None:
     require_result(t, {GgmlType.F32, GgmlType.F16})
-    require_contiguous(t, "the result")
     require_shape(require_source(t, 0, {t.type}), t.ne, "source 0")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
@@ -21,19 +22,25 @@ from rpc_server.ops.checks import (
     require_whole_copies,
     source,
 )
+from rpc_server.ops.rounding import rounded_activations
 from rpc_server.ops.rows import checked_indices
 from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference, require
 from rpc_server.types import DECODABLE, to_f32
 
+# What clients may have rounded activations to themselves, for products with quantized weights.
+_QUANTIZED_ACTIVATIONS = frozenset({GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K})
+
 
 def _require_factors(t: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and activations with rows of one length.
 
-    Activations of 16-bit types go with weights of unquantized types only.
+    Activations of 16-bit types go with weights of unquantized types only, 8-bit ones with those of
+    quantized types.
     """
     weights = require_source(t, 0, DECODABLE)
-    activations = require_source(t, 1, FLOATS if weights.type in FLOATS else F32_ONLY)
+    quantized = F32_ONLY | _QUANTIZED_ACTIVATIONS
+    activations = require_source(t, 1, quantized if weights.quantized else FLOATS)
     require_result(t, F32_ONLY)
     k = weights.ne[0]
     # A product over nothing would be zeros; it is refused so that no kernel has to write them.
@@ -64,6 +71,7 @@ def _mul_mat(ctx: ArrayContext, t: Tensor) -> None:
                 for i2 in range(w2 * repeat2, (w2 + 1) * repeat2):
                     for columns in tiles(n, max(k, len(rows))):
                         x = ctx.f32(rows_of(activations, i3, i2, columns))[0, 0]
+                        x = rounded_activations(x, weights.type, ctx.xp)
                         at = slice(columns.start, columns.stop), slice(rows.start, rows.stop)
                         target[i3, i2][at] = ctx.xp.matmul(x, tile)
 
@@ -102,6 +110,7 @@ def _mul_mat_id(ctx: ArrayContext, t: Tensor) -> None:
                 at = slice(columns.start, columns.stop)
                 x = inputs[token[at], slot[at] % activations.ne[1]]
                 x = to_f32(activations.type, xp.ascontiguousarray(x).view(xp.uint8), xp)
+                x = rounded_activations(x, weights.type, xp)
                 target[token[at], slot[at], rows.start : rows.stop] = xp.matmul(x, tile)
 
 

@@ -14,6 +14,7 @@ from rpc_server.ops.arrays import NATIVE, ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,
     FLOATS,
+    I32_ONLY,
     require_blocks,
     require_contiguous,
     require_distinct,
@@ -44,12 +45,9 @@ def _convertible(source_type: GgmlType, result_type: GgmlType) -> bool:
     if source_type is result_type:
         return True
     if source_type in FLOATS:
-        return result_type in ENCODABLE or (source_type, result_type) == (
-            GgmlType.F32,
-            GgmlType.I32,
-        )
+        return result_type in ENCODABLE | I32_ONLY
     if source_type is GgmlType.I32 or TYPE_INFO[source_type].quantized:
-        return result_type is GgmlType.F32 and source_type in DECODABLE | {GgmlType.I32}
+        return result_type is GgmlType.F32 and source_type in DECODABLE | I32_ONLY
     return False
 
 

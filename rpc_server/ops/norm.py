@@ -95,8 +95,19 @@ def _rms_norm_back_contract(t: Tensor) -> None:
 
 @reference(Op.RMS_NORM_BACK)
 def _rms_norm_back(ctx: ArrayContext, t: Tensor) -> None:
-    """Gradient of RMS_NORM's source, given its result's (src0) and that source (src1)."""
+    """Gradient of RMS_NORM's source, given its result's (src0) and that source (src1).
+
+    Of a row of one element next to nothing is left; what is, are ggml's roundings. Where it adds a
+    product, it rounds once.
+    """
     gradient, x, xp = ctx.f32(source(t, 0)), ctx.f32(source(t, 1)), ctx.xp
-    power = _mean(xp, x * x, 3) + np.float32(t.param_f32(0))
-    along = _mean(xp, x * gradient, 3) / power
-    ctx.store(t, (gradient - x * along) * (1 / xp.sqrt(power)))
+    eps, n = np.float32(t.param_f32(0)), np.float32(t.ne[0])
+
+    def total(values: Any) -> Any:
+        return values.sum(axis=3, keepdims=True, dtype=xp.float64).astype(xp.float32)
+
+    power = total(x * x)
+    scaled = (power + np.float64(eps) * np.float64(n)).astype(xp.float32)
+    along = (-total(x * gradient) / scaled).astype(xp.float64)
+    across = (gradient + x * along).astype(xp.float32)
+    ctx.store(t, across * (1 / xp.sqrt(power / n + eps)))

@@ -1,10 +1,11 @@
-"""Ops that carry a state from token to token: Mamba's, RWKV's, and gated linear attention.
+"""Ops that carry a state from token to token: Mamba's, RWKV's, gated linear attentions.
 
 Their results are the tokens' outputs, and behind them the states to go on from.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,35 @@ from rpc_server.ops.checks import (
 )
 from rpc_server.ops.rows import checked_indices
 from rpc_server.ops.table import contract, reference, require
+
+
+class _States:
+    """States (sequences, heads, rows, columns), changed in place.
+
+    They are by far the most memory that a token's step touches.
+    """
+
+    def __init__(self, xp: ModuleType, values: Any) -> None:
+        self.xp = xp
+        self.values = xp.array(values)
+        self._change = xp.empty_like(self.values)
+
+    def scale(self, factors: Any) -> None:
+        self.values *= factors
+
+    def add_outer(self, a: Any, b: Any) -> None:
+        """Add the products of elements of ``a``, the rows, and ``b``, the columns."""
+        self.xp.multiply(a[..., :, None], b[..., None, :], out=self._change)
+        self.values += self._change
+
+    def of_rows(self, x: Any) -> Any:
+        """Sums of rows with the weights ``x``."""
+        return self.xp.matmul(x[..., None, :], self.values)[..., 0, :]
+
+    def of_columns(self, x: Any) -> Any:
+        """Sums of columns with the weights ``x``."""
+        return self.xp.matmul(self.values, x[..., None])[..., 0]
+
 
 # -- SSM_CONV, SSM_SCAN ----------------------------------------------------------------------------
 
@@ -97,53 +127,55 @@ def _ssm_scan(ctx: ArrayContext, t: Tensor) -> None:
     dt, decays = ctx.f32(source(t, 2))[0], ctx.f32(source(t, 3))[0, 0]
     b, c = (ctx.f32(source(t, i)) for i in (4, 5))
     ids = checked_indices(ctx, source(t, 6), source(t, 0).ne[3])[0, 0, 0]
-    state = ctx.f32(source(t, 0))[ids]
+    state = _States(xp, ctx.f32(source(t, 0))[ids])
     n_tokens, n_heads = x.shape[1:3]
     groups = xp.arange(n_heads) // (n_heads // b.shape[2])
     result = ctx.view(t)[0, 0, 0]
     outputs = result[: x.size].reshape(x.shape)
-    kept = result[x.size :].reshape(_snapshots(t), *state.shape)
+    kept = result[x.size :].reshape(_snapshots(t), *state.values.shape)
     for token in range(n_tokens):
         step = _softplus(xp, dt[:, token])[..., None]
-        decay = xp.exp(step * decays)[:, :, None]
-        inputs = (x[:, token] * step)[..., None]
-        state = state * decay + inputs * b[:, token][:, groups, None]
-        outputs[:, token] = (state * c[:, token][:, groups, None]).sum(axis=3)
+        state.scale(xp.exp(step * decays)[:, :, None])
+        state.add_outer(x[:, token] * step, b[:, token][:, groups])
+        outputs[:, token] = state.of_columns(c[:, token][:, groups])
         # Counted from the last one, which is the first that is kept.
         age = n_tokens - 1 - token
         if age < len(kept):
-            kept[age] = state
+            kept[age] = state.values
 
 
 # -- RWKV_WKV6, RWKV_WKV7, GATED_LINEAR_ATTN -------------------------------------------------------
 
-# One token's step: (xp, node, state, the sources' rows) to (state, outputs). States are (sequences,
-# heads, S, S), rows (sequences, heads, S), each head on its own.
-Step = Callable[[ModuleType, Tensor, Any, Sequence[Any]], tuple[Any, Any]]
+
+# One token's step: (node, states, the sources' rows) to outputs. Rows are (sequences, heads, S),
+# each head on its own.
+Step = Callable[[Tensor, _States, Sequence[Any]], Any]
 
 
-def _outer(a: Any, b: Any) -> Any:
-    return a[..., :, None] * b[..., None, :]
-
-
-def _wkv6(xp: ModuleType, t: Tensor, state: Any, rows: Sequence[Any]) -> tuple[Any, Any]:
+def _wkv6(t: Tensor, states: _States, rows: Sequence[Any]) -> Any:
     k, v, r, first, decay = rows
-    kv = _outer(k, v)
-    output = ((kv * first[..., None] + state) * r[..., None]).sum(axis=2)
-    return state * decay[..., None] + kv, output
+    # What the token adds is seen with another weight than the states': a number for each head.
+    own = (r * first * k).sum(axis=-1, keepdims=True) * v
+    output = states.of_rows(r) + own
+    states.scale(decay[..., None])
+    states.add_outer(k, v)
+    return output
 
 
-def _wkv7(xp: ModuleType, t: Tensor, state: Any, rows: Sequence[Any]) -> tuple[Any, Any]:
+def _wkv7(t: Tensor, states: _States, rows: Sequence[Any]) -> Any:
     r, w, k, v, a, b = rows
-    removed = (state * a[..., None, :]).sum(axis=3)
-    state = state * w[..., None, :] + _outer(v, k) + _outer(removed, b)
-    return state, (state * r[..., None, :]).sum(axis=3)
+    removed = states.of_columns(a)
+    states.scale(w[..., None, :])
+    states.add_outer(v, k)
+    states.add_outer(removed, b)
+    return states.of_columns(r)
 
 
-def _gated_linear(xp: ModuleType, t: Tensor, state: Any, rows: Sequence[Any]) -> tuple[Any, Any]:
+def _gated_linear(t: Tensor, states: _States, rows: Sequence[Any]) -> Any:
     k, v, q, gate = rows
-    state = state * gate[..., None] + _outer(k, v)
-    return state, (state * (q * np.float32(t.param_f32(0)))[..., None]).sum(axis=2)
+    states.scale(gate[..., None])
+    states.add_outer(k, v)
+    return states.of_rows(q * np.float32(t.param_f32(0)))
 
 
 # op: its step, how many sources a token has, and which of them (if any) all tokens share.
@@ -190,15 +222,87 @@ def _linear(ctx: ArrayContext, t: Tensor) -> None:
         ctx.f32(source(t, i)).reshape((1, 1, n_heads, size) if i == shared else shape)
         for i in range(n_rows)
     ]
-    state = ctx.f32(states).reshape(n_sequences, n_heads, size, size)
+    state = _States(ctx.xp, ctx.f32(states).reshape(n_sequences, n_heads, size, size))
     result = ctx.view(t)[0, 0]
     outputs = result[:n_tokens].reshape(shape)
     for token in range(shape[1]):
         now = [r[:, 0 if i == shared else token] for i, r in enumerate(rows)]
-        state, outputs[:, token] = step(ctx.xp, t, state, now)
-    result[n_tokens:].reshape(state.shape)[...] = state
+        outputs[:, token] = step(t, state, now)
+    result[n_tokens:].reshape(state.values.shape)[...] = state.values
 
 
 for _op in _STEPS:
     contract(_op, sources=_STEPS[_op][1] + 1)(_linear_contract)
     reference(_op)(_linear)
+
+
+# -- GATED_DELTA_NET -------------------------------------------------------------------------------
+
+
+@contract(Op.GATED_DELTA_NET, sources=6)
+def _delta_net_contract(t: Tensor) -> None:
+    """Queries, keys, values, gates, rates and the states, one of S * S for each head and sequence.
+
+    Values are (S, heads, tokens, sequences). Queries and keys may have other numbers of heads,
+    which take turns, and of sequences, which are repeated. Gates are one for a head or for each of
+    its S elements. The result is (S * heads, tokens * sequences + S * sequences * snapshots): the
+    outputs, and behind them the states after the last tokens, the latest first.
+    """
+    v = require_source(t, 2, F32_ONLY)
+    size, n_heads, n_tokens, n_sequences = v.ne
+    for i in (0, 1):
+        s = require_source(t, i, F32_ONLY)
+        require_shape(s, (size, s.ne[1], n_tokens, s.ne[3]), f"source {i}")
+        require(t.empty or s.ne[1] > 0, f"source {i} has no heads")
+        require_whole_copies(n_sequences, s.ne[3], f"sequences over source {i}")
+    gates, rates, states = (require_source(t, i, F32_ONLY) for i in (3, 4, 5))
+    require(gates.ne[0] in (1, size), f"{gates.ne[0]} gates for {size} elements")
+    require_shape(gates, (gates.ne[0], *v.ne[1:]), "source 3")
+    require_shape(rates, (1, *v.ne[1:]), "source 4")
+    expected = size * size * n_heads * n_sequences
+    require(states.nelements == expected, f"states of {states.nelements} elements, not {expected}")
+    require_contiguous(states, "source 5")
+    kept = _snapshots(t)
+    require(kept >= 1, f"{kept} snapshots of states")
+    require_result(t, F32_ONLY)
+    require_contiguous(t, "the result")
+    n_rows = n_tokens * n_sequences + kept * size * n_sequences
+    require_shape(t, (size * n_heads, n_rows, 1, 1), "the result")
+
+
+@reference(Op.GATED_DELTA_NET)
+def _delta_net(ctx: ArrayContext, t: Tensor) -> None:
+    """What a state holds at a key is replaced by the value, as far as the rate says."""
+    xp, v = ctx.xp, ctx.f32(source(t, 2))
+    n_sequences, n_tokens, n_heads, size = v.shape
+    q, k = (_over_heads(ctx, source(t, i), n_sequences, n_heads) for i in (0, 1))
+    gates, rates = (ctx.f32(source(t, i)) for i in (3, 4))
+    # The last two axes are those of values and of keys.
+    shape = n_sequences, n_heads, size, size
+    state = _States(xp, ctx.f32(source(t, 5)).reshape(shape))
+    result = ctx.view(t).reshape(-1)
+    outputs = result[: v.size].reshape(v.shape)
+    # Of fewer tokens than snapshots the older ones stay as they are, the client's own.
+    kept = result[v.size :].reshape(_snapshots(t), *shape)
+    scale = np.float32(1 / math.sqrt(size))
+    for token in range(n_tokens):
+        key = k(token)
+        state.scale(xp.exp(gates[:, token])[:, :, None])
+        difference = v[:, token] - state.of_columns(key)
+        state.add_outer(difference * rates[:, token], key)
+        outputs[:, token] = state.of_columns(q(token)) * scale
+        age = n_tokens - 1 - token
+        if age < len(kept):
+            kept[age] = state.values
+    if not n_tokens and len(kept) == 1:
+        kept[0] = state.values
+
+
+def _over_heads(
+    ctx: ArrayContext, s: Tensor, n_sequences: int, n_heads: int
+) -> Callable[[int], Any]:
+    """Rows of ``s`` at a token, (sequences, heads, S): heads in turns, sequences repeated."""
+    values, xp = ctx.f32(s), ctx.xp
+    sequences = xp.arange(n_sequences) // (n_sequences // s.ne[3])
+    heads = xp.arange(n_heads) % s.ne[1]
+    return lambda token: values[sequences[:, None], token, heads]

@@ -23,9 +23,11 @@ from rpc_server.ops.table import contract, reference, require
 _MAX_INDEX = (1 << 31) - 1
 
 
-def _rows_to_reduce(t: Tensor, types: frozenset[GgmlType] = F32_ONLY) -> Tensor:
+def _rows_to_reduce(
+    t: Tensor, types: frozenset[GgmlType] = F32_ONLY, *, dense: bool = True
+) -> Tensor:
     """Source 0; its elements must not overlap, as no large result bounds their number."""
-    s = require_source(t, 0, types)
+    s = require_source(t, 0, types, dense=dense)
     require_distinct(s, "source 0")
     return s
 
@@ -84,8 +86,8 @@ def _cumsum(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.COUNT_EQUAL, sources=2)
 def _count_equal_contract(t: Tensor) -> None:
-    s = _rows_to_reduce(t, I32_ONLY)
-    require_shape(require_source(t, 1, I32_ONLY), s.ne, "source 1")
+    s = _rows_to_reduce(t, I32_ONLY, dense=False)
+    require_shape(require_source(t, 1, I32_ONLY, dense=False), s.ne, "source 1")
     require_result(t, {GgmlType.I64})
     require_shape(t, (1, 1, 1, 1), "the result")
 

@@ -159,7 +159,9 @@ def _scaled(xp: ModuleType, t: Tensor, angles: Any) -> tuple[Any, np.float32]:
     ramp = (pairs - low) / np.maximum(np.float32(0.001), high - low)
     mix = (1 - xp.clip(ramp, 0, 1)) * ext_factor
     magnitude *= 1 + np.float32(0.1) * np.log(1 / scale)
-    return scale * angles * (1 - mix) + angles * mix, magnitude
+    # Rounded once less, as ggml is compiled: far from position 0 it shows.
+    interpolated = (scale * angles).astype(xp.float64) * (1 - mix)
+    return (interpolated + angles * mix).astype(xp.float32), magnitude
 
 
 def _rope(ctx: ArrayContext, t: Tensor) -> None:

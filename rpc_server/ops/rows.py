@@ -87,7 +87,7 @@ def _set_rows_contract(t: Tensor) -> None:
     # Source 2, where a client sends it, is the tensor that the node is a view of.
     values = require_source(t, 0, {GgmlType.F32, GgmlType.F16})
     ids = require_source(t, 1, _INDICES, dense=False)
-    require_result(t, ENCODABLE)
+    require_result(t, ENCODABLE | I32_ONLY)
     require_distinct(values, "source 0")
     require_shape(values, (t.ne[0], values.ne[1], *t.ne[2:]), "source 0")
     require_shape(ids, (values.ne[1], *ids.ne[1:3], 1), "source 1")
@@ -106,9 +106,12 @@ def _set_rows(ctx: ArrayContext, t: Tensor) -> None:
     i3 = xp.arange(t.ne[3])[:, None, None]
     i2 = xp.arange(t.ne[2])[:, None]
     target = ctx.view(t)
-    rows = from_f32(t.type, ctx.f32(values), xp)
+    rows = ctx.f32(values)
+    if t.type is not GgmlType.I32:
+        rows = from_f32(t.type, rows, xp).view(target.dtype)
     planes = indices[i3[..., 0] % ids.ne[2], i2[:, 0] % ids.ne[1]]
-    target[i3, i2, planes] = rows.view(target.dtype)
+    # Rows of I32 are cut off to whole numbers here.
+    target[i3, i2, planes] = rows
 
 
 # -- ADD_ID ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ops on sampled signals and pictures: convolution's IM2COL, pooling, resizing, time steps."""
+"""Ops on sampled signals and pictures: pooling, resizing, mirrored ends, time steps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,
-    FLOATS,
-    require_contiguous,
     require_distinct,
     require_result,
     require_shape,
     require_source,
     source,
 )
+from rpc_server.ops.slices import tiles
+from rpc_server.ops.sliding import Axis, each_tap
 from rpc_server.ops.table import contract, reference, require
 
-_SAMPLES = frozenset({GgmlType.F32, GgmlType.F16})
+_HALVES = frozenset({GgmlType.F32, GgmlType.F16})
 
 # What works on the last axis of an array.
 Pass = Callable[[Any], Any]
@@ -46,66 +46,7 @@ def _both_axes(x: Any, ne: tuple[int, ...], rows: Pass, columns: Pass) -> Any:
     return rows(down(x))
 
 
-# -- IM2COL ----------------------------------------------------------------------------------------
-
-
-def _axes_of_im2col(t: Tensor) -> list[tuple[int, ...]]:
-    """(samples, kernel, results, stride, padding, dilation) of dimension 0, and 1 if there is."""
-    kernel, x, p = source(t, 0), source(t, 1), t.op_params
-    return [(x.ne[i], kernel.ne[i], t.ne[i + 1], *p[i:6:2]) for i in range(1 + (p[6] == 1))]
-
-
-@contract(Op.IM2COL, sources=2)
-def _im2col_contract(t: Tensor) -> None:
-    """src0, the kernel, only lends its sizes; src1 (width, [height,] channels, pictures).
-
-    The result is a row for each place of the kernel: its elements of all channels.
-    """
-    kernel, x = require_source(t, 0, FLOATS, dense=False), require_source(t, 1, _SAMPLES)
-    require_result(t, {x.type, GgmlType.F16})
-    require_contiguous(t, "the result")
-    n = 1 + (t.param_i32(6) == 1)
-    require(kernel.ne[n] == x.ne[n], f"{x.ne[n]} channels for a kernel of {kernel.ne[n]}")
-    size = kernel.ne[0] * kernel.ne[1] * (kernel.ne[2] if n == 2 else 1)
-    require_shape(x, (*x.ne[: n + 2], 1)[:4], "source 1")
-    require_shape(t, (size, *t.ne[1 : n + 1], x.ne[n + 1], 1)[:4], "the result")
-    require(t.empty or not x.empty, "source 1 is empty")
-    for samples, width, results, stride, padding, dilation in _axes_of_im2col(t):
-        steps = (stride, padding, dilation)
-        require(stride > 0 and padding >= 0 and dilation > 0, f"stride, padding, dilation {steps}")
-        places = (samples + 2 * padding - dilation * (width - 1) - 1) // stride + 1
-        require(results == places, f"{results} results for {places} places of the kernel")
-
-
-@reference(Op.IM2COL)
-def _im2col(ctx: ArrayContext, t: Tensor) -> None:
-    xp, x = ctx.xp, ctx.view(source(t, 1))
-    axes = _axes_of_im2col(t)
-    if len(axes) == 1:
-        # One line of each channel is a picture of height 1.
-        x = x[0][:, :, None]
-        axes.append((1, 1, 1, 1, 0, 1))
-    _, width, n_columns, *_ = axes[0]
-    _, height, n_rows, *_ = axes[1]
-    shape = (x.shape[0], n_rows, n_columns, x.shape[1], height, width)
-    target = ctx.view(t).reshape(shape)
-    for i1 in range(height):
-        for i0 in range(width):
-            (at0, inside0), (at1, inside1) = (
-                _places(xp, axis, i) for axis, i in zip(axes, (i0, i1), strict=True)
-            )
-            values = x[:, :, at1[:, None], at0] * (inside1[:, None] & inside0)
-            target[..., i1, i0] = xp.moveaxis(values, 1, 3)
-
-
-def _places(xp: ModuleType, axis: tuple[int, ...], i: int) -> tuple[Any, Any]:
-    """The sample under element ``i`` of each place of the kernel, and whether there is one."""
-    samples, _, results, stride, padding, dilation = axis
-    at = xp.arange(results) * stride + i * dilation - padding
-    return xp.clip(at, 0, samples - 1), (at >= 0) & (at < samples)
-
-
-# -- POOL_1D, POOL_2D ------------------------------------------------------------------------------
+# -- POOL_1D, POOL_2D, POOL_2D_BACK ----------------------------------------------------------------
 
 
 class Pool(enum.IntEnum):
@@ -115,71 +56,159 @@ class Pool(enum.IntEnum):
     AVG = 1
 
 
-def _windows(t: Tensor) -> list[tuple[int, int, int]]:
-    """(width, stride, padding) of the windows along each pooled dimension."""
-    p, n = t.op_params, 1 if t.op is Op.POOL_1D else 2
-    return [(p[1 + i], p[1 + n + i], p[1 + 2 * n + i]) for i in range(n)]
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+def _windows(t: Tensor, x: Tensor, places: Tensor) -> list[Axis]:
+    """The windows along dimension 0, and 1 if there is, of ``x``.
+
+    There are as many places as ``places`` has, whatever the numbers say: ggml's constructors take
+    fractions of paddings into account that the node then doesn't have.
+    """
+    p, n, axes = t.op_params, 1 if t.op is Op.POOL_1D else 2, []
+    for i in range(n):
+        width, stride = p[1 + i], p[1 + n + i]
+        require(width > 0 and stride > 0, f"width, stride {(width, stride)}")
+        axes.append(Axis(x.ne[i], width, places.ne[i], stride, p[1 + 2 * n + i]))
+    return axes
 
 
 def _pool_contract(t: Tensor) -> None:
-    s = require_source(t, 0, _SAMPLES)
+    s = require_source(t, 0, _HALVES)
     require_distinct(s, "source 0")
     require_result(t, F32_ONLY)
     require(t.param_i32(0) in set(Pool), f"no pooling {t.param_i32(0)}")
-    ne = list(s.ne)
-    for i, (width, stride, padding) in enumerate(_windows(t)):
-        steps = (width, stride, padding)
-        require(width > 0 and stride > 0 and padding >= 0, f"width, stride, padding {steps}")
-        # Wide padding would make wide windows, and long work, of few samples.
-        require(padding <= s.ne[i], f"{s.ne[i]} elements with a padding of {padding}")
-        ne[i] = (s.ne[i] + 2 * padding - width) // stride + 1
-    require_shape(t, ne, "the result")
+    n = len(_windows(t, s, t))
+    require_shape(t, (*t.ne[:n], *s.ne[n:]), "the result")
 
 
 for _op in (Op.POOL_1D, Op.POOL_2D):
     contract(_op, sources=1)(_pool_contract)
 
 
-def _pool_rows(xp: ModuleType, x: Any, n: int, window: tuple[int, int, int], kind: Pool) -> Any:
-    """Sums or maxima of ``n`` windows along the last axis; padding takes no part."""
-    width, stride, padding = window
-    samples = x.shape[-1]
-    empty = 0 if kind is Pool.AVG else -np.finfo(np.float32).max
-    total: Any = xp.full((*x.shape[:-1], n), empty, xp.float32)
-    starts = xp.arange(n) * stride - padding
-    # Elements of the window that lie in the padding wherever it is are left out from the start.
-    for i in range(max(0, padding - (n - 1) * stride), min(width, samples + padding)):
-        inside = (starts + i >= 0) & (starts + i < samples)
-        values = x[..., starts[inside] + i]
-        if kind is Pool.AVG:
-            total[..., inside] += values
-        else:
-            total[..., inside] = xp.maximum(total[..., inside], values)
+def _few_places(axis: Axis) -> bool:
+    """Whether to go from place to place and not from one element of the window to the next."""
+    return axis.places < axis.taps
+
+
+def _pool_rows(xp: ModuleType, x: Any, axis: Axis, kind: Pool) -> Any:
+    """Sums or maxima of the windows along the last axis; padding takes no part."""
+    empty, whole, each = (0, xp.sum, xp.add) if kind is Pool.AVG else (_LOWEST, xp.max, xp.maximum)
+    total: Any = xp.full((*x.shape[:-1], axis.places), empty, xp.float32)
+    if _few_places(axis):
+        for place in range(axis.places):
+            values = x[..., axis.under(place)]
+            if values.size:
+                total[..., place] = whole(values, axis=-1)
+    else:
+        for _, (places,), (samples,) in each_tap([axis]):
+            total[..., places] = each(total[..., places], x[..., samples])
     return total
 
 
 @reference(Op.POOL_1D)
 def _pool_1d(ctx: ArrayContext, t: Tensor) -> None:
-    xp, kind, (window,) = ctx.xp, Pool(t.param_i32(0)), _windows(t)
-    x, n = ctx.f32(source(t, 0)), t.ne[0]
-    pooled = _pool_rows(xp, x, n, window, kind)
+    xp, kind, (axis,) = ctx.xp, Pool(t.param_i32(0)), _windows(t, source(t, 0), t)
+    x = ctx.f32(source(t, 0))
+    pooled = _pool_rows(xp, x, axis, kind)
     if kind is Pool.AVG:
         # The mean of what is there, unlike in two dimensions.
-        counts = _pool_rows(xp, xp.ones(x.shape[-1], xp.float32), n, window, kind)
+        counts = _pool_rows(xp, xp.ones(x.shape[-1], xp.float32), axis, kind)
         pooled = pooled / xp.maximum(counts, 1)
     ctx.store(t, pooled)
 
 
 @reference(Op.POOL_2D)
 def _pool_2d(ctx: ArrayContext, t: Tensor) -> None:
-    kind, windows = Pool(t.param_i32(0)), _windows(t)
-    rows, columns = (
-        lambda x, i=i: _pool_rows(ctx.xp, x, t.ne[i], windows[i], kind) for i in (0, 1)
-    )
+    kind, axes = Pool(t.param_i32(0)), _windows(t, source(t, 0), t)
+    rows, columns = (lambda x, axis=axis: _pool_rows(ctx.xp, x, axis, kind) for axis in axes)
     pooled = _both_axes(ctx.f32(source(t, 0)), t.ne, rows, columns)
     if kind is Pool.AVG:
-        pooled = pooled / np.float32(windows[0][0] * windows[1][0])
+        pooled = pooled / np.float32(axes[0].taps * axes[1].taps)
     ctx.store(t, pooled)
+
+
+@contract(Op.POOL_2D_BACK, sources=2)
+def _pool_back_contract(t: Tensor) -> None:
+    """src0 are gradients of POOL_2D's result, src1 what it pooled."""
+    gradients, x = require_source(t, 0, F32_ONLY), require_source(t, 1, {t.type})
+    for i, s in enumerate((gradients, x)):
+        require_distinct(s, f"source {i}")
+    require_result(t, _HALVES)
+    require(t.param_i32(0) in set(Pool), f"no pooling {t.param_i32(0)}")
+    _windows(t, t, gradients)
+    require_shape(x, t.ne, "source 1")
+    require_shape(gradients, (*gradients.ne[:2], *t.ne[2:]), "source 0")
+
+
+def _spread_rows(xp: ModuleType, gradients: Any, axis: Axis) -> Any:
+    """To each sample the sum of the gradients of all windows that it is in, along the last axis."""
+    total: Any = xp.zeros((*gradients.shape[:-1], axis.samples), xp.float32)
+    if _few_places(axis):
+        for place in range(axis.places):
+            total[..., axis.under(place)] += gradients[..., place : place + 1]
+    else:
+        for _, (places,), (samples,) in each_tap([axis]):
+            total[..., samples] += gradients[..., places]
+    return total
+
+
+def _first_maxima(xp: ModuleType, x: Any, axis: Axis) -> tuple[Any, Any]:
+    """Each window's maximum along the last axis, and where it is first.
+
+    That is -1 where nothing is greater than the lowest number.
+    """
+    shape = (*x.shape[:-1], axis.places)
+    maxima: Any = xp.full(shape, _LOWEST, xp.float32)
+    at: Any = xp.full(shape, -1, xp.int64)
+
+    def update(places: slice, values: Any, indices: Any) -> None:
+        more = values > maxima[..., places]
+        maxima[..., places] = xp.where(more, values, maxima[..., places])
+        at[..., places] = xp.where(more, indices, at[..., places])
+
+    if _few_places(axis):
+        for place in range(axis.places):
+            under = axis.under(place)
+            values = x[..., under]
+            if values.size:
+                first = values.argmax(axis=-1)[..., None]
+                found = xp.take_along_axis(values, first, axis=-1)
+                update(slice(place, place + 1), found, first + under.start)
+    else:
+        numbers = xp.arange(axis.samples)
+        for _, (places,), (samples,) in each_tap([axis]):
+            update(places, x[..., samples], numbers[samples])
+    return maxima, at
+
+
+def _to_maxima(xp: ModuleType, gradients: Any, x: Any, axes: list[Axis]) -> Any:
+    """Each gradient added to the first maximum, row by row, of the window it comes from."""
+    across, down = axes
+    total: Any = xp.zeros(x.shape, xp.float32)
+    planes = x.shape[0] * x.shape[1]
+    for part in tiles(across.places, planes * (down.samples + down.places)):
+        some = gradients[..., part.start : part.stop]
+        in_rows, column = _first_maxima(xp, x, across.part(part))
+        _, row = _first_maxima(xp, in_rows.swapaxes(-1, -2), down)
+        row = row.swapaxes(-1, -2)
+        column = xp.take_along_axis(column, xp.maximum(row, 0), axis=-2)
+        i3, i2, *place = xp.nonzero(row >= 0)
+        at = (i3, i2, *place)
+        xp.add.at(total, (i3, i2, row[at], column[at]), some[at])
+    return total
+
+
+@reference(Op.POOL_2D_BACK)
+def _pool_2d_back(ctx: ArrayContext, t: Tensor) -> None:
+    xp, gradients = ctx.xp, ctx.f32(source(t, 0))
+    axes = _windows(t, t, source(t, 0))
+    if t.param_i32(0) == Pool.MAX:
+        ctx.store(t, _to_maxima(xp, gradients, ctx.f32(source(t, 1)), axes))
+        return
+    rows, columns = (lambda x, axis=axis: _spread_rows(xp, x, axis) for axis in axes)
+    area = np.float32(axes[0].taps * axes[1].taps)
+    ctx.store(t, _both_axes(gradients / area, t.ne, rows, columns))
 
 
 # -- UPSCALE ---------------------------------------------------------------------------------------
@@ -286,6 +315,26 @@ def _upscale(ctx: ArrayContext, t: Tensor) -> None:
             target[to3, to2] = _both_axes(x[from3, from2], t.ne, rows, columns)
 
 
+# -- PAD_REFLECT_1D --------------------------------------------------------------------------------
+
+
+@contract(Op.PAD_REFLECT_1D, sources=1)
+def _reflect_contract(t: Tensor) -> None:
+    """op_params: elements before and behind each row, mirrored at its ends."""
+    s, pads = require_source(t, 0, F32_ONLY), t.op_params[:2]
+    require_result(t, F32_ONLY)
+    require(min(pads) >= 0 and max(pads) < s.ne[0], f"pads of {pads} for rows of {s.ne[0]}")
+    require_shape(t, (s.ne[0] + sum(pads), *s.ne[1:]), "the result")
+
+
+@reference(Op.PAD_REFLECT_1D)
+def _reflect(ctx: ArrayContext, t: Tensor) -> None:
+    s, xp = source(t, 0), ctx.xp
+    last, (before, behind) = s.ne[0] - 1, t.op_params[:2]
+    at = last - abs(last - abs(xp.arange(-before, s.ne[0] + behind)))
+    ctx.view(t)[...] = ctx.f32(s)[..., at]
+
+
 # -- TIMESTEP_EMBEDDING ----------------------------------------------------------------------------
 
 
@@ -297,7 +346,8 @@ def _timestep_contract(t: Tensor) -> None:
     dim, period = t.op_params[:2]
     require(dim >= 0 and t.ne[0] in (dim, dim + dim % 2), f"{t.ne[0]} elements for {dim}")
     require(period > 0, f"periods up to {period}")
-    require_shape(steps, (steps.ne[0], 1, 1, 1), "source 0")
+    # As in ggml, what follows the first row is left out.
+    require(t.empty or not steps.empty, "source 0 is empty")
     require_shape(t, (t.ne[0], steps.ne[0], 1, 1), "the result")
 
 

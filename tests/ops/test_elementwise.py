@@ -129,13 +129,18 @@ def test_adding_to_quantized(op: Op, type_: GgmlType) -> None:
     np.testing.assert_array_equal(ran(t), to_f32(type_, from_f32(type_, total)))
 
 
-def test_adding_to_quantized_gives_f32_on_request() -> None:
+def test_adding_to_quantized_gives_what_is_asked_for() -> None:
     x = from_f32(GgmlType.Q8_0, random(32, 2))
     a = tensor(GgmlType.Q8_0, (32, 2))
     harness.CONTEXT.view(a)[...] = x
     y = random(32, 2)
+    total = to_f32(GgmlType.Q8_0, x) + y
     t = node(Op.ADD, F32, (32, 2), [a, tensor(F32, (32, 2), y)])
-    np.testing.assert_array_equal(ran(t), to_f32(GgmlType.Q8_0, x) + y)
+    np.testing.assert_array_equal(ran(t), total)
+    t = node(Op.ADD, GgmlType.Q4_0, (32, 2), [a, tensor(F32, (32, 2), y)])
+    np.testing.assert_array_equal(ran(t), to_f32(GgmlType.Q4_0, from_f32(GgmlType.Q4_0, total)))
+    t = node(Op.ADD, I32, (32, 2), [a, tensor(F32, (32, 2), y)])
+    np.testing.assert_array_equal(ran(t), np.trunc(total))
 
 
 def test_add1() -> None:
@@ -167,12 +172,13 @@ def test_binary_contracts(op: Op) -> None:
 
 
 def test_quantized_only_adds() -> None:
-    q, k = tensor(GgmlType.Q8_0, (32, 2)), tensor(GgmlType.Q4_K, (256,))
+    q, k = tensor(GgmlType.Q8_0, (32, 2)), tensor(GgmlType.IQ3_S, (256,))
     row = tensor(F32, (32,))
     refused(node(Op.MUL, GgmlType.Q8_0, (32, 2), [q, tensor(F32, (32, 2))]), "not for Q8_0")
     refused(node(Op.ADD, GgmlType.Q8_0, (32, 2), [q, row]), "source 1 must be 32x2")
-    refused(node(Op.ADD, GgmlType.Q4_K, (256,), [k, tensor(F32, (256,))]), "not for Q4_K")
-    refused(node(Op.ADD, GgmlType.Q4_0, (32, 2), [q, tensor(F32, (32, 2))]), "to Q4_0")
+    refused(node(Op.ADD, GgmlType.IQ3_S, (256,), [k, tensor(F32, (256,))]), "not for IQ3_S")
+    refused(node(Op.ADD, GgmlType.I64, (32, 2), [q, tensor(F32, (32, 2))]), "to I64")
+    refused(node(Op.ADD1, GgmlType.Q4_0, (32, 2), [q, tensor(F32, (1,))]), "to Q4_0")
 
 
 # -- functions of one element ----------------------------------------------------------------------

@@ -156,6 +156,24 @@ def test_outer_product_with_transposed_columns() -> None:
     check_values(out_prod(a, b), expected[None, None])
 
 
+@pytest.mark.parametrize("weights", [Q4_0, GgmlType.Q4_1, GgmlType.Q5_K, GgmlType.IQ2_S])
+@pytest.mark.parametrize("type_", [Q8_0, GgmlType.Q8_1, GgmlType.Q8_K])
+def test_activations_that_come_quantized(weights: GgmlType, type_: GgmlType) -> None:
+    a = tensor(weights, (256, 5, 2))
+    CONTEXT.memory(a.address, a.nbytes)[...] = np.resize(np.arange(0, 61, dtype=np.uint8), a.nbytes)
+    b, ids = noise(type_, (256, 2, 2)), indices([[0, 1], [1, 1]])
+    w, x = values(a)[0], values(b)[0]
+    t = mul_mat(a, b)
+    run(t, kernels=False)
+    assert nmse(x @ w.transpose(0, 2, 1), values(t)[0]) < LIMIT
+    t = mul_mat_id(a, b, ids)
+    run(t, kernels=False)
+    expected = [
+        [w[ids] @ x[i, j] for j, ids in enumerate(row)] for i, row in enumerate([[0, 1], [1, 1]])
+    ]
+    assert nmse(np.array(expected), values(t)[0]) < LIMIT
+
+
 def refused(t: Tensor, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check(t)
@@ -174,6 +192,9 @@ def test_contract_of_mul_mat() -> None:
     refused(mul_mat(tensor(F32, (0, 5)), tensor(F32, (0, 3))), "are empty")
     refused(mul_mat(tensor(I32, (32, 5)), b), "source 0 must not be I32")
     refused(mul_mat(noise(Q8_0, (32, 5)), noise(F16, (32, 3))), "source 1 must not be F16")
+    refused(mul_mat(noise(F32, (32, 5)), noise(Q8_0, (32, 3))), "source 1 must not be Q8_0")
+    q4_0 = noise(GgmlType.Q4_0, (32, 3))
+    refused(mul_mat(noise(Q8_0, (32, 5)), q4_0), "source 1 must not be Q4_0")
     refused(mul_mat(permuted(noise(F32, (5, 32)), (1, 0, 2, 3)), b), "source 0 must have dense")
     strided = tensor(F32, (32, 3), nb=(8, 256, 768, 768))
     refused(mul_mat(a, strided), "source 1 must have dense")

@@ -67,8 +67,9 @@ def test_copies_convert_between_floats(op: Op, of: GgmlType, to: GgmlType) -> No
     np.testing.assert_array_equal(ran(node(op, to, (5, 3, 2), [tensor(of, (5, 3, 2), x)])), x)
 
 
-def test_f32_to_i32_cuts_off_and_back_is_exact() -> None:
-    integers = node(Op.CPY, I32, (4,), [tensor(F32, (4,), [[[[1.9, -1.9, 0.5, 7]]]])])
+@pytest.mark.parametrize("of", FLOATS)
+def test_to_i32_cuts_off_and_back_is_exact(of: GgmlType) -> None:
+    integers = node(Op.CPY, I32, (4,), [tensor(of, (4,), [[[[1.9, -1.9, 0.5, 7]]]])])
     assert ran(integers).ravel().tolist() == [1, -1, 0, 7]
     assert ran(node(Op.CPY, F32, (4,), [integers])).ravel().tolist() == [1, -1, 0, 7]
 
@@ -115,7 +116,7 @@ def test_copy_onto_itself_reversed_reads_before_it_writes() -> None:
 def test_copy_contracts() -> None:
     refused(node(Op.CONT, F32, (5,), [tensor(F32, (4,))]), "4 elements")
     refused(node(Op.CPY, I64, (4,), [tensor(F32, (4,))]), "no conversion from F32 to I64")
-    refused(node(Op.CPY, GgmlType.Q4_K, (256,), [tensor(F32, (256,))]), "to Q4_K")
+    refused(node(Op.CPY, GgmlType.IQ3_S, (256,), [tensor(F32, (256,))]), "to IQ3_S")
     refused(node(Op.CPY, GgmlType.Q4_0, (32,), [tensor(GgmlType.Q8_0, (32,))]), "to Q4_0")
     refused(node(Op.CPY, F32, (4,), [None]), "source 0 is missing")
     refused(node(Op.CPY, F32, (8,), [tensor(F32, (8,))], nb=(0, 32, 32, 32)), "overlap")
@@ -312,6 +313,13 @@ def test_set_rows_into_every_type(type_: GgmlType, index_type: GgmlType) -> None
     np.testing.assert_array_equal(after[..., n:], before[..., n:])
 
 
+def test_set_rows_of_i32_cuts_off() -> None:
+    cache, x = tensor(I32, (3, 4), 9), [[1.9, -1.9, 0.5]]
+    sources = [tensor(F32, (3, 1), [[x]]), indices(I64, [2], 1)]
+    harness.run(node(Op.SET_ROWS, I32, cache.ne, sources, inplace=cache), kernels=False)
+    assert values(cache)[0, 0].tolist() == [[9] * 3, [9] * 3, [1, -1, 0], [9] * 3]
+
+
 def test_set_rows_with_index_planes_of_its_own_and_no_third_source() -> None:
     cache = tensor(F16, (4, 5, 4, 3), 0)
     x = random(4, 2, 4, 3)
@@ -345,7 +353,7 @@ def test_set_rows_contracts() -> None:
     refused(set_rows(tensor(I32, (4, 2)), tensor(I64, (2,))), "source 0 must not be I32")
     refused(set_rows(tensor(F32, (4, 2, 3)), tensor(I64, (2, 2)), ne=(4, 5, 3)), "index planes")
     refused(set_rows(tensor(F32, (4, 2, 3)), tensor(I64, (2, 0)), ne=(4, 5, 3)), "index planes")
-    refused(set_rows(tensor(F32, (256, 2)), tensor(I64, (2,)), GgmlType.Q4_K, (256, 5)), "Q4_K")
+    refused(set_rows(tensor(F32, (256, 2)), tensor(I64, (2,)), GgmlType.IQ3_S, (256, 5)), "IQ3_S")
 
 
 def test_add_id() -> None:
@@ -375,9 +383,25 @@ def test_pad(mode: Any) -> None:
     np.testing.assert_array_equal(ran(t), expected)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("around", [0, 1])
+def test_negative_pads_cut_off(around: int, kernels: bool) -> None:
+    x = random(4, 3)
+    t = node(
+        Op.PAD, F32, (5, 1), [tensor(F32, (4, 3), x)], params(-1, 2, -1, -1, 0, 0, 0, 0, around)
+    )
+    harness.run(t, kernels=kernels)
+    beyond = x[..., 1:2, :2] if around else np.zeros((1, 1, 1, 2))
+    np.testing.assert_array_equal(values(t), np.concatenate([x[..., 1:2, 1:], beyond], -1))
+    # What is cut off to the left of everything leaves nothing.
+    t = node(Op.PAD, F32, (2, 3), [tensor(F32, (4, 3), x)], params(-10, 8))
+    harness.run(t, kernels=kernels)
+    assert not values(t).any()
+
+
 def test_pad_contracts() -> None:
     refused(node(Op.PAD, F32, (5,), [tensor(F32, (4,))], params(0, 2)), "result must be 6x1")
-    refused(node(Op.PAD, F32, (4,), [tensor(F32, (4,))], params(-1, 1)), "negative")
+    refused(node(Op.PAD, F32, (4,), [tensor(F32, (4,))], params(-1, 0)), "result must be 3x1")
     words = params(0, 2, 0, 0, 0, 0, 0, 0, 1)
     refused(node(Op.PAD, F32, (2,), [tensor(F32, (0,))], words), "nothing to repeat")
 
@@ -401,6 +425,16 @@ def test_fill(type_: GgmlType) -> None:
     t = node(Op.FILL, type_, (4, 3), [tensor(type_, (4, 3))], params(-2.5))
     assert (ran(t) == -2.5).all()
     refused(node(Op.FILL, BF16, (4,), [tensor(BF16, (4,))]), "BF16")
+
+
+def test_fill_of_rows_apart() -> None:
+    whole = tensor(F32, (6, 3), 1)
+    part = harness.view(whole, (4, 3), whole.nb, 4)
+    t = node(Op.FILL, F32, (4, 3), [part], params(7.0), inplace=part)
+    harness.run(t, kernels=False)
+    expected = np.ones((1, 1, 3, 6))
+    expected[..., 1:5] = 7
+    np.testing.assert_array_equal(values(whole), expected)
 
 
 def test_arange() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,17 @@ from protocol.ggml_types import GgmlType
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import CONTEXT, guards_intact, nmse, node, params, run, tensor, values
+from tests.ops.harness import (
+    CONTEXT,
+    guards_intact,
+    nmse,
+    node,
+    params,
+    permuted,
+    run,
+    tensor,
+    values,
+)
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 LIMIT = 1e-11
@@ -217,4 +228,125 @@ def test_contract_of_linear_attentions(op: Op) -> None:
             refused(t, f"source {i}|source 1 must be|states of|the result must be")
     t = linear(op, n)
     t.ne = (SIZE * HEADS, N_TOKENS + SIZE, 1, 1)
+    refused(t, "the result must be")
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Sizes of a GATED_DELTA_NET."""
+
+    heads: int = 4
+    key_heads: int = 2
+    key_sequences: int = 2
+    n_gates: int = 1
+    kept: int = 1
+    tokens: int = 5
+
+    def sources(self) -> list[Tensor]:
+        v = (SIZE, self.heads, self.tokens, 2)
+        keys = (SIZE, self.key_heads, self.tokens, self.key_sequences)
+        gates = (self.n_gates, *v[1:])
+        return [
+            noise(keys, 1), noise(keys, 2), noise(v, 3),
+            tensor(F32, gates, -abs(doubles(noise(gates, 4)))),
+            tensor(F32, (1, *v[1:]), abs(doubles(noise((1, *v[1:]), 5)))),
+            noise((SIZE, SIZE, self.heads, 2), 6),
+        ]  # fmt: skip
+
+    def node(self, sources: list[Tensor]) -> Tensor:
+        ne = (SIZE * self.heads, 2 * self.tokens + 2 * SIZE * self.kept)
+        return node(Op.GATED_DELTA_NET, F32, ne, sources, params(self.kept))
+
+    def expected(self, sources: list[Tensor]) -> Array:
+        q, k, v, gates, rates, states = map(doubles, sources)
+        state = states.copy()
+        outputs = np.zeros(v.shape)
+        kept = np.zeros((self.kept, *state.shape))
+        for token, s, h in np.ndindex(self.tokens, 2, self.heads):
+            at = s // (2 // self.key_sequences), token, h % self.key_heads
+            matrix = state[s, h]
+            matrix *= np.exp(gates[s, token, h])
+            difference = rates[s, token, h] * (v[s, token, h] - matrix @ k[at])
+            matrix += np.outer(difference, k[at])
+            outputs[s, token, h] = matrix @ q[at] / math.sqrt(SIZE)
+            if self.tokens - 1 - token < self.kept:
+                kept[self.tokens - 1 - token, s, h] = matrix
+        return np.concatenate([outputs.ravel(), kept.ravel()])
+
+
+NETS = (
+    DeltaNet(),
+    DeltaNet(n_gates=SIZE),
+    DeltaNet(key_heads=3),
+    DeltaNet(key_heads=7),
+    DeltaNet(key_sequences=1),
+    DeltaNet(kept=3),
+    DeltaNet(kept=5, n_gates=SIZE),
+)
+
+
+@pytest.mark.parametrize("net", NETS, ids=str)
+def test_delta_net(net: DeltaNet) -> None:
+    sources = net.sources()
+    check_values(net.node(sources), net.expected(sources))
+
+
+def test_delta_net_of_views() -> None:
+    net = DeltaNet()
+    sources = net.sources()
+    expected = net.expected(sources)
+    for i in range(3):
+        dense = sources[i]
+        turned = tensor(F32, (SIZE, dense.ne[2], dense.ne[1], dense.ne[3]))
+        sources[i] = permuted(turned, (0, 2, 1, 3))
+        CONTEXT.store(sources[i], values(dense))
+    check_values(net.node(sources), expected)
+
+
+def test_delta_net_leaves_older_snapshots_alone() -> None:
+    net = DeltaNet(kept=4, tokens=2)
+    sources = net.sources()
+    t = net.node(sources)
+    CONTEXT.store(t, 7)
+    run(t, kernels=False)
+    size = 2 * net.heads * SIZE
+    written = (2 + 2 * SIZE) * size
+    got = values(t).ravel()
+    assert nmse(net.expected(sources)[:written], got[:written]) < LIMIT
+    assert (got[written:] == 7).all()
+
+
+def test_delta_net_without_tokens_keeps_the_state() -> None:
+    net = DeltaNet(tokens=0)
+    sources = net.sources()
+    t = net.node(sources)
+    run(t, kernels=False)
+    np.testing.assert_array_equal(values(t).ravel(), values(sources[5]).ravel())
+
+
+def test_delta_net_of_clients_that_know_no_snapshots() -> None:
+    net = DeltaNet()
+    sources = net.sources()
+    t = net.node(sources)
+    t.op_params = params(0)
+    check_values(t, net.expected(sources))
+
+
+def test_contract_of_delta_net() -> None:
+    net = DeltaNet()
+    check(net.node(net.sources()))
+    refused(DeltaNet(kept=-1).node(net.sources()), "-1 snapshots")
+    refused(net.node(DeltaNet(n_gates=2).sources()), "2 gates for 5 elements")
+    refused(net.node(DeltaNet(key_heads=0).sources()), "source 0 has no heads")
+    for i in range(6):
+        for bad in (noise((SIZE, 4, 6, 2)), noise((SIZE, 4, 5, 2), 0, F16)):
+            sources = net.sources()
+            sources[i] = bad
+            # All others are measured by the values, source 2.
+            refused(net.node(sources), "source [0-5] must|gates for|states of|is not a multiple")
+    three = net.sources()
+    three[0] = noise((SIZE, 2, 5, 3))
+    refused(net.node(three), "sequences over source 0: 2 is not a multiple of 3")
+    t = net.node(net.sources())
+    t.op_params = params(2)
     refused(t, "the result must be")

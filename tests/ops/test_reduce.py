@@ -106,6 +106,13 @@ def test_count_equal() -> None:
     assert ran(node(Op.COUNT_EQUAL, I64, (1,), sources)).ravel().tolist() == [expected]
 
 
+def test_count_equal_of_columns() -> None:
+    a, b = RNG.integers(0, 3, (4, 5)), RNG.integers(0, 3, (5, 4))
+    columns = permuted(integers(b, 4, 5), (1, 0, 2, 3))
+    t = node(Op.COUNT_EQUAL, I64, (1,), [integers(a, 5, 4), columns])
+    assert ran(t).ravel().tolist() == [int((a == b.T).sum())]
+
+
 # -- order -----------------------------------------------------------------------------------------
 
 

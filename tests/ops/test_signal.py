@@ -11,6 +11,7 @@ import pytest
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops import slices
 from rpc_server.ops.signal import Pool, Scale
 from rpc_server.ops.table import ContractError, check
 from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values
@@ -34,60 +35,6 @@ def check_values(t: Tensor, expected: Array, tolerance: float = 1e-6) -> None:
 def refused(t: Tensor, message: str) -> None:
     with pytest.raises(ContractError, match=message):
         check(t)
-
-
-def pictures(
-    x: Tensor, width: int, height: int, words: tuple[int, ...], type_: GgmlType = F32
-) -> Tensor:
-    s0, s1, p0, p1, d0, d1 = words
-    columns = (x.ne[0] + 2 * p0 - d0 * (width - 1) - 1) // s0 + 1
-    rows = (x.ne[1] + 2 * p1 - d1 * (height - 1) - 1) // s1 + 1
-    ne = (width * height * x.ne[2], columns, rows, x.ne[3])
-    kernel = tensor(F16, (width, height, x.ne[2], 3))
-    return node(Op.IM2COL, type_, ne, [kernel, x], params(*words, 1))
-
-
-@pytest.mark.parametrize("words", [(1, 1, 0, 0, 1, 1), (2, 1, 1, 2, 1, 2), (1, 3, 0, 1, 2, 1)])
-@pytest.mark.parametrize("types", [(F32, F32), (F32, F16), (F16, F16)])
-def test_columns_of_pictures(words: tuple[int, ...], types: tuple[GgmlType, GgmlType]) -> None:
-    x, (width, height) = noise((7, 6, 3, 2), 0, types[0]), (3, 2)
-    t = pictures(x, width, height, words, types[1])
-    s0, s1, p0, p1, d0, d1 = words
-    expected = np.zeros(t.ne[::-1])
-    for n, oh, ow, c, kh, kw in np.ndindex(2, t.ne[2], t.ne[1], 3, height, width):
-        row, column = oh * s1 + kh * d1 - p1, ow * s0 + kw * d0 - p0
-        if 0 <= row < 6 and 0 <= column < 7:
-            at = (c * height + kh) * width + kw
-            expected[n, oh, ow, at] = values(x)[n, c, row, column]
-    check_values(t, expected, 1e-6 if types[1] is F32 else 1e-3)
-
-
-def test_columns_of_lines() -> None:
-    x, kernel = noise((9, 4, 2)), tensor(F16, (3, 4, 5))
-    t = node(Op.IM2COL, F32, (12, 5, 2), [kernel, x], params(2, 0, 1, 0, 1, 0, 0))
-    expected = np.zeros((1, 2, 5, 12))
-    for n, ow, c, kw in np.ndindex(2, 5, 4, 3):
-        if 0 <= 2 * ow + kw - 1 < 9:
-            expected[0, n, ow, c * 3 + kw] = values(x)[0, n, c, 2 * ow + kw - 1]
-    check_values(t, expected)
-
-
-def test_contract_of_im2col() -> None:
-    x, words = noise((7, 6, 3, 2)), (1, 1, 0, 0, 1, 1)
-    check(pictures(x, 3, 2, words))
-    for bad in ((0, 1, 0, 0, 1, 1), (1, 1, -1, 0, 1, 1), (1, 1, 0, 0, 0, 1), (1, -1, 0, 0, 1, 1)):
-        t = pictures(x, 3, 2, words)
-        t.op_params = params(*bad, 1)
-        refused(t, "stride, padding, dilation")
-    t = pictures(x, 3, 2, words)
-    t.op_params = params(2, 1, 0, 0, 1, 1, 1)
-    refused(t, "5 results for 3 places")
-    t = pictures(x, 3, 2, words)
-    t.src = (tensor(F16, (3, 2, 4)), *t.src[1:])
-    refused(t, "3 channels for a kernel of 4")
-    refused(pictures(noise((7, 6, 3, 2), 0, BF16), 3, 2, words), "source 1 must not be BF16")
-    refused(pictures(x, 3, 2, words, BF16), "the result must not be BF16")
-    refused(pictures(tensor(F32, (0, 6, 3, 2)), 1, 2, (1, 1, 1, 0, 1, 1)), "source 1 is empty")
 
 
 def pool(x: Tensor, kind: int, windows: list[tuple[int, int, int]]) -> Tensor:
@@ -134,15 +81,115 @@ def test_contract_of_pools() -> None:
     x = noise((7, 6, 2, 2))
     check(pool(x, 0, [(3, 1, 1)]))
     refused(pool(x, 2, [(3, 1, 1)]), "no pooling 2")
-    for window in ((0, 1, 0), (-1, 1, 0), (2, 0, 0), (2, 1, -1)):
-        refused(pool(x, 0, [window]), "width, stride, padding")
-        refused(pool(x, 0, [(2, 2, 0), window]), "width, stride, padding")
-    refused(pool(x, 0, [(8, 1, 8)]), "7 elements with a padding of 8")
-    t = pool(x, 0, [(3, 1, 1)])
-    t.op_params = params(0, 3, 2, 1)
-    refused(t, "the result must be 4x6x2x2")
+    for window in ((0, 1, 0), (-1, 1, 0), (2, 0, 0), (2, -1, 0)):
+        refused(pool(x, 0, [window]), "width, stride")
+        refused(pool(x, 0, [(2, 2, 0), window]), "width, stride")
+    refused(node(Op.POOL_1D, F32, (5, 5, 2, 2), [x], params(0, 3, 1, 0)), "result must be 5x6x2x2")
+    refused(node(Op.POOL_2D, F32, (5, 5, 3, 2), [x], params(0, 3, 3, 1, 1)), "must be 5x5x2x2")
     refused(pool(permuted(noise((6, 7, 2, 2)), (1, 0, 2, 3)), 0, [(3, 1, 1)]), "dense rows")
     refused(pool(noise((7, 6, 2, 2), 0, BF16), 0, [(3, 1, 1)]), "source 0 must not be BF16")
+
+
+def test_wide_windows_are_quick() -> None:
+    """Work grows with samples and places, however wide windows and paddings are."""
+    huge = (1 << 31) - 1
+    x = noise((4, 3))
+    for kind, expected in ((Pool.MAX, values(x).max()), (Pool.AVG, values(x).sum() / huge / huge)):
+        t = node(Op.POOL_2D, F32, (2, 2), [x], params(kind, huge, huge, 1, 1, 9, 9))
+        check_values(t, np.full((1, 1, 2, 2), expected))
+        # Windows that lie beside everything.
+        t = node(Op.POOL_2D, F32, (2, 2), [x], params(kind, 2, 2, 1, 1, huge, 0))
+        check_values(t, np.full((1, 1, 2, 2), -np.finfo(np.float32).max if kind is Pool.MAX else 0))
+        t = node(
+            Op.POOL_2D_BACK, F32, (4, 3), [noise((2, 2)), x], params(kind, 2, 2, huge, 1, -9, 0)
+        )
+        check_values(t, np.zeros((1, 1, 3, 4)))
+
+
+def pool_back(
+    x: Tensor, gradients: Tensor, kind: int, windows: list[tuple[int, int, int]]
+) -> Tensor:
+    words = [w[part] for part in range(3) for w in windows]
+    return node(Op.POOL_2D_BACK, x.type, x.ne, [gradients, x], params(kind, *words))
+
+
+@pytest.mark.parametrize("kind", Pool)
+@pytest.mark.parametrize("type_", [F32, F16])
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [(2, 2, 0), (3, 2, 1)],
+        [(3, 1, 1), (2, 1, -1)],
+        [(7, 1, 0), (1, 1, 1)],
+        [(9, 2, 7), (6, 1, 0)],
+        [(1, 3, 0), (2, 5, 9)],
+    ],
+)
+def test_gradients_of_pools(
+    kind: Pool, type_: GgmlType, windows: list[tuple[int, int, int]]
+) -> None:
+    # Small integers: that the first of equal maxima takes the gradient shows.
+    x = tensor(type_, (7, 6, 2, 2), np.random.default_rng(0).integers(0, 4, (2, 2, 6, 7)))
+    gradients = noise((*pool(x, kind, windows).ne[:2], 2, 2), 1)
+    expected = np.zeros((2, 2, 6, 7))
+    for at in np.ndindex(*gradients.ne[::-1]):
+        start = [place * w[1] - w[2] for place, w in zip(at[:1:-1], windows, strict=True)]
+        ranges = [range(i, i + w[0]) for i, w in zip(start, windows, strict=True)]
+        inside = [
+            (*at[:2], i, j) for i in ranges[1] for j in ranges[0] if 0 <= i < 6 and 0 <= j < 7
+        ]
+        if kind is Pool.MAX and inside:
+            expected[max(inside, key=lambda i: values(x)[i])] += values(gradients)[at]
+        elif inside:
+            for i in inside:
+                expected[i] += values(gradients)[at] / (windows[0][0] * windows[1][0])
+    check_values(pool_back(x, gradients, kind, windows), expected, 1e-5 if type_ is F32 else 2e-3)
+
+
+def test_gradients_of_pools_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, windows = noise((7, 6, 2, 2)), [(3, 1, 1), (2, 1, 1)]
+    gradients = noise((*pool(x, 0, windows).ne[:2], 2, 2), 1)
+    whole, parts = (pool_back(x, gradients, 0, windows) for _ in range(2))
+    run(whole, kernels=False)
+    monkeypatch.setattr(slices, "_BYTES_AT_ONCE", 4 * 100)
+    check_values(parts, values(whole))
+
+
+def test_contract_of_gradients_of_pools() -> None:
+    x, gradients, windows = noise((7, 6, 2, 2)), noise((3, 3, 2, 2)), [(3, 2, 0), (2, 2, 0)]
+    check(pool_back(x, gradients, 1, windows))
+    refused(pool_back(x, gradients, 2, windows), "no pooling 2")
+    refused(pool_back(x, gradients, 0, [(3, 0, 0), (2, 2, 0)]), "width, stride")
+    refused(pool_back(x, gradients, 0, [(3, 2, 0), (-2, 2, 0)]), "width, stride")
+    refused(pool_back(x, noise((3, 3, 2, 1)), 0, windows), "source 0 must be 3x3x2x2")
+    refused(pool_back(x, noise((3, 3, 2, 2), 0, F16), 0, windows), "source 0 must not be F16")
+    refused(pool_back(noise((7, 6, 2, 2), 0, BF16), gradients, 0, windows), "must not be BF16")
+    t = pool_back(x, gradients, 0, windows)
+    t.src = (gradients, noise((7, 6, 2, 2), 0, F16), *t.src[2:])
+    refused(t, "source 1 must not be F16")
+    t.src = (gradients, noise((7, 6, 2)), *t.src[2:])
+    refused(t, "source 1 must be 7x6x2x2")
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (2, 1), (6, 6), (0, 5)])
+def test_mirrored_ends(pads: tuple[int, int]) -> None:
+    x = permuted(noise((7, 2, 3, 2)), (0, 2, 1, 3))
+    t = node(Op.PAD_REFLECT_1D, F32, (7 + sum(pads), *x.ne[1:]), [x], params(*pads))
+    check_values(t, np.pad(values(x), ((0, 0),) * 3 + (pads,), "reflect"), 0)
+
+
+def test_contract_of_mirrored_ends() -> None:
+    line = noise((7, 3))
+
+    def mirrored(*pads: int, x: Tensor = line) -> Tensor:
+        return node(Op.PAD_REFLECT_1D, F32, (10, 3), [x], params(*pads))
+
+    check(mirrored(2, 1))
+    for pads in ((7, -4), (-4, 7), (0, 7), (1 << 30, 0)):
+        refused(mirrored(*pads), "pads of")
+    refused(mirrored(2, 2), "the result must be 11x3")
+    refused(mirrored(2, 1, x=noise((7, 3), 0, F16)), "source 0 must not be F16")
+    refused(mirrored(0, 0, x=tensor(F32, (0, 3))), "pads of")
 
 
 def resized(x: Tensor, ne: tuple[int, ...], mode: int) -> Tensor:

@@ -1,0 +1,40 @@
+"""SOLVE_TRI: systems of linear equations with triangular matrices."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.arrays import ArrayContext
+from rpc_server.ops.checks import (
+    F32_ONLY,
+    require_distinct,
+    require_result,
+    require_shape,
+    require_source,
+    source,
+)
+from rpc_server.ops.table import contract, reference
+
+
+@contract(Op.SOLVE_TRI, sources=2)
+def _solve_tri_contract(t: Tensor) -> None:
+    """A X = B: src0 is A (n, n, ...), of which the lower triangle counts, src1 is B (k, n, ...).
+
+    ggml has names for other variants, and no node of them.
+    """
+    require_result(t, F32_ONLY)
+    _, n, *batches = t.ne
+    a = require_source(t, 0, F32_ONLY)
+    require_shape(a, (n, n, *batches), "source 0")
+    require_distinct(a, "source 0")
+    require_shape(require_source(t, 1, F32_ONLY), t.ne, "source 1")
+
+
+@reference(Op.SOLVE_TRI)
+def _solve_tri(ctx: ArrayContext, t: Tensor) -> None:
+    """Row by row: what the rows above contribute is subtracted, then the diagonal divides."""
+    a, b, x = ctx.f32(source(t, 0)), ctx.f32(source(t, 1)), ctx.view(t)
+    for row in range(t.ne[1]):
+        this = slice(row, row + 1)
+        known = ctx.xp.matmul(a[:, :, this, :row], x[:, :, :row])
+        x[:, :, this] = (b[:, :, this] - known) / a[:, :, this, this]

@@ -1,0 +1,127 @@
+"""Types of all ops: this server's results against those of llama.cpp's own, over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from client.backend import Backend
+from client.errors import ConnectionLost
+from client.tensors import Array
+from protocol.ggml_ops import Op
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.types import to_f32
+from tests.ops import harness
+from tests.ops.type_cases import EXACT, FAMILIES, MAX_NMSE, Case
+from tests.server.process import running
+from tests.upstream_server import Endpoint, running_upstream
+
+pytestmark = pytest.mark.upstream
+
+# ggml's CPU has vector code that rounds to these otherwise than its reference: a step apart in few
+# elements.
+ROUNDED_OTHERWISE = {GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K}
+MAX_ROUNDED_OTHERWISE = 0.01
+
+# ggml_op_hint of a product: source 0 is such a matrix.
+HADAMARD = 1
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    log = tmp_path_factory.mktemp("upstream") / "server.log"
+    with running_upstream(log, "-t", "2") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Endpoint]:
+    with running("--threads", "2") as process:
+        yield Endpoint("127.0.0.1", process.port)
+
+
+async def computed(backend: Backend, case: Case) -> Array:
+    """The bytes of the case's result."""
+    leaves = []
+    for i in range(len(case.sources)):
+        content = np.ascontiguousarray(case.content(i)).reshape(-1).view(np.uint8)
+        leaves.append(await backend.tensor(*case.leaf(i), content.tobytes()))
+    node = case.build(backend.graph, leaves)
+    plan = await backend.prepare(node)
+    await plan.run()
+    raw = await backend.connection.get_tensor(node)
+    await plan.free()
+    for leaf in leaves:
+        await backend.connection.free_buffer(leaf.buffer)
+    return raw
+
+
+def decoded(type_: GgmlType, raw: Array) -> Array:
+    if type_ in (GgmlType.I32, GgmlType.I64, GgmlType.I16, GgmlType.I8):
+        return raw.view(type_.name.replace("I", "int")).astype(np.float64)
+    values: Array = to_f32(type_, raw)
+    return values
+
+
+def difference(case: Case, expected: Array, actual: Array) -> str:
+    """What is wrong with the result, or nothing."""
+    type_ = case.result[0]
+    if np.array_equal(expected, actual):
+        return ""
+    x, y = decoded(type_, expected), decoded(type_, actual)
+    if case.bound == EXACT and not TYPE_INFO[type_].quantized:
+        # Zeros may differ in their sign.
+        return "" if np.array_equal(x, y, equal_nan=True) else f"{(x != y).sum()} values differ"
+    if case.bound == EXACT and type_ not in ROUNDED_OTHERWISE:
+        return f"{(expected != actual).sum()} of {len(actual)} bytes differ"
+    if case.bound == EXACT:
+        apart = np.abs(x - y)
+        few = (apart != 0).mean() < MAX_ROUNDED_OTHERWISE
+        near = apart.max() <= np.abs(x).max() / 127 * 1.01
+        return "" if few and near else f"{(apart != 0).mean():.2%} differ, by up to {apart.max()}"
+    error = harness.nmse(x, y)
+    return "" if error < case.bound else f"NMSE {error:.3g}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_types_of_ops(family: str, upstream: Endpoint, ours: Endpoint) -> None:
+    wrong = {}
+    async with (
+        Backend.connect(upstream.host, upstream.port) as theirs,
+        Backend.connect(ours.host, ours.port) as own,
+    ):
+        for case in FAMILIES[family]():
+            try:
+                results = [await computed(backend, case) for backend in (theirs, own)]
+            except ConnectionLost as error:
+                pytest.fail(f"{case}: {error}")
+            if what := difference(case, *results):
+                wrong[str(case)] = what
+    assert not wrong
+
+
+def hadamard(n: int) -> Array:
+    """The orthonormal Hadamard matrix of a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(np.float32(n))
+
+
+@pytest.mark.parametrize("type_", [GgmlType.F32, GgmlType.F16], ids=lambda t: t.name)
+async def test_product_said_to_be_by_a_hadamard_matrix(
+    type_: GgmlType, upstream: Endpoint, ours: Endpoint
+) -> None:
+    # Upstream then transforms source 1 by itself and reads nothing of source 0.
+    results = []
+    for endpoint in (upstream, ours):
+        async with Backend.connect(endpoint.host, endpoint.port) as backend:
+            matrix = await backend.tensor(GgmlType.F32, (64, 64), hadamard(64))
+            x = np.random.default_rng(1).standard_normal((5, 64))
+            inputs = await backend.tensor(type_, (64, 5), x)
+            product = (matrix, inputs)
+            node = backend.graph.op(Op.MUL_MAT, GgmlType.F32, (64, 5), product, (0, HADAMARD))
+            results.append(await backend.compute(node))
+    assert harness.nmse(*results) < MAX_NMSE
