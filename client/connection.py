@@ -47,6 +47,7 @@ from protocol.errors import ProtocolError
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES, RPC_TENSOR_SIZE, RpcTensor
 from protocol.responses import ResponseReader
+from protocol.split import caps_version, split_caps, with_split
 
 Bytes = bytes | bytearray | memoryview
 # A tensor of this client, or the fields of an rpc_tensor as they are to be sent.
@@ -70,6 +71,7 @@ async def connect(
     *,
     version: str | Dialect = DIALECTS[0],
     timeout: float | None = 10.0,
+    split: bool = False,
 ) -> Connection:
     """Connect, and agree on the protocol as llama.cpp does.
 
@@ -77,12 +79,16 @@ async def connect(
     between several, the newest that is not above the server's is spoken. ``timeout`` (seconds) is
     for both steps. Raises VersionMismatch if the server's major number is another or its minor
     number is above ours, ConnectionLost if it hangs up, TimeoutError, OSError.
+
+    ``split`` asks for the extension of protocol.split; Connection.split_version tells whether the
+    server has it.
     """
     candidates = [version] if isinstance(version, Dialect) else find_dialects(version)
+    caps = split_caps() if split and candidates[0].hello_size else bytes(CONN_CAPS_SIZE)
     async with asyncio.timeout(timeout):
         connection = await _open(host, port, candidates[0])
         try:
-            await connection._hello(candidates)
+            await connection._hello(candidates, caps)
         except BaseException:
             connection.abort()
             raise
@@ -98,6 +104,19 @@ async def _open(host: str, port: int, dialect: Dialect) -> Connection:
     # The limit of 0 makes "may write" mean "all has left": what is sent is the caller's memory.
     transport.set_write_buffer_limits(high=0)
     return connection
+
+
+def keep_alive(sock: Any, idle: int = 10, interval: int = 5, probes: int = 3) -> None:
+    """Probe an idle peer after ``idle`` seconds, and give up after ``probes`` without an answer."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", idle),
+        ("TCP_KEEPINTVL", interval),
+        ("TCP_KEEPCNT", probes),
+    ):
+        # Not every system has all three.
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class _Wire(asyncio.BufferedProtocol):
@@ -141,6 +160,8 @@ class Connection:
         self.dialect = dialect
         self.server_version: Version = (0, 0, 0)
         self.server_caps = b""
+        # Version of the split extension that both sides speak, 0 for none.
+        self.split_version = 0
         self._transport: asyncio.Transport
         self._reader = ResponseReader()
         self._answers: deque[asyncio.Future[Any]] = deque()
@@ -196,15 +217,42 @@ class Connection:
         assert self._error is not None
         return self._error
 
-    async def _hello(self, candidates: Sequence[Dialect]) -> None:
+    async def _hello(self, candidates: Sequence[Dialect], caps: bytes) -> None:
         ours = candidates[0].version
-        answer = await self.request(Command.HELLO, conn_caps=bytes(CONN_CAPS_SIZE))
+        answer = await self.request(Command.HELLO, conn_caps=caps)
         theirs = (answer.major, answer.minor, answer.patch)
         if theirs[0] != ours[0] or theirs[1] > ours[1]:
             raise VersionMismatch(ours, theirs)
         self.server_version = theirs
         self.server_caps = getattr(answer, "conn_caps", b"")
         self.dialect = next((d for d in candidates if d.version <= theirs), candidates[0])
+        self.split_version = min(caps_version(caps), caps_version(self.server_caps))
+        if self.split_version:
+            self.dialect = with_split(self.dialect)
+
+    # -- the socket itself
+
+    async def lend(self) -> int:
+        """Stop using the socket, so that the caller may read and write it: its file descriptor.
+
+        Everything asked before is answered by then. It is non-blocking and stays this connection's;
+        no other method may be called until :meth:`take_back`. Raises what has ended the connection.
+        """
+        while self._answers:
+            with contextlib.suppress(Exception):
+                await asyncio.shield(self._answers[-1])
+        await self._flushed()
+        self._transport.pause_reading()
+        return int(self._transport.get_extra_info("socket").fileno())
+
+    def enable_keepalive(self, idle: int = 10, interval: int = 5, probes: int = 3) -> None:
+        """Let the system notice a peer that is gone without a word; seconds, seconds, count."""
+        keep_alive(self._transport.get_extra_info("socket"), idle, interval, probes)
+
+    def take_back(self) -> None:
+        """Use the socket again; what was read and written meanwhile was whole messages."""
+        if not self.closed:
+            self._transport.resume_reading()
 
     # -- sending and receiving
 
@@ -237,16 +285,23 @@ class Connection:
         Parameters and results as in :meth:`request`.
         """
         spec = self._spec(command)
-        head = self._head(command, spec, fields)
         if (spec.body is Body.NONE) != (data is None):
             raise ValueError(f"{command.name} carries {spec.body.value}")
         body = memoryview(b"" if data is None else data).cast("B")
-        frame = _FRAME.pack(command, len(head) + len(body))
+        head = self.message(command, body_size=len(body), **fields)
         async with self._writing:
             await self._flushed()
             answer = self._expect(command, spec, destination)
-            await self._write(frame + head, body)
+            await self._write(head, body)
         return answer
+
+    def message(self, command: Command, *, body_size: int = 0, **fields: Any) -> bytes:
+        """A request as it goes out, up to the ``body_size`` bytes that are to follow it.
+
+        Fields and errors as in :meth:`request`; for those who send by themselves.
+        """
+        head = self._head(command, self._spec(command), fields)
+        return _FRAME.pack(command, len(head) + body_size) + head
 
     async def send_raw(self, data: Bytes) -> None:
         """Write bytes as they are; announce what they will be answered with by :meth:`expect`."""

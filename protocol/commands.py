@@ -6,7 +6,10 @@ import enum
 
 
 class Command(enum.IntEnum):
-    """First byte of a request; numbers have never been reused."""
+    """First byte of a request; numbers have never been reused.
+
+    From 0x80 on they are this project's own (protocol.split).
+    """
 
     ALLOC_BUFFER = 0
     GET_ALIGNMENT = 1
@@ -26,3 +29,9 @@ class Command(enum.IntEnum):
     DEVICE_COUNT = 15
     GRAPH_RECOMPUTE = 16
     MEMSET_TENSOR = 17
+
+    SPLIT_QUERY = 0x80
+    SPLIT_ALLOC_BUFFER = 0x81
+    SPLIT_PROGRAM = 0x82
+    SPLIT_RUN = 0x83
+    SPLIT_STATUS = 0x84

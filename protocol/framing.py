@@ -63,11 +63,16 @@ class UploadStart:
 
 
 @dataclass(slots=True)
+class UploadPart:
+    """The place that was given is full and more is to come: :meth:`RequestReader.direct` it."""
+
+
+@dataclass(slots=True)
 class UploadEnd:
     """All bytes of the upload are in place."""
 
 
-Event = Hello | Request | UploadStart | UploadEnd
+Event = Hello | Request | UploadStart | UploadPart | UploadEnd
 
 
 class RequestReader:
@@ -108,11 +113,22 @@ class RequestReader:
         self._staging.received(n)
 
     def direct(self, destination: memoryview) -> None:
-        """Name the place of the announced upload's bytes; its length is the announced size."""
-        if self._direct_given or len(destination) != self._awaiting_direct:
+        """Name the place of the announced upload's next bytes, of all that are left or of some."""
+        left = self._awaiting_direct
+        if self._direct_given or len(destination) > left or (left and not len(destination)):
             raise ValueError("no upload of this size is waiting for its place")
         self._direct_given = True
+        self._awaiting_direct = left - len(destination)
         self._staging.begin(destination)
+
+    def take_staged(self) -> bytes:
+        """What was received behind the last event, taken out of the stream."""
+        return self._staging.take(len(self._staging))
+
+    def put_back(self, data: bytes) -> None:
+        """Return to the stream what :meth:`take_staged` took; nothing was received since."""
+        self.receive_buffer()[: len(data)] = data
+        self.received(len(data))
 
     def abandon(self) -> None:
         """The stream has ended: let go of the place of an upload that will not be finished."""
@@ -198,6 +214,9 @@ class RequestReader:
     def _continue_body(self) -> Event | None:
         if not self._staging.fill():
             return None
+        if self._graph is None and self._awaiting_direct:
+            self._direct_given = False
+            return UploadPart()
         self._frame = None
         if self._graph is None:
             return UploadEnd()

@@ -15,6 +15,7 @@ from types import ModuleType
 from protocol.negotiation import Negotiator
 from rpc_server.cache import CacheError, TensorCache, default_cache_dir
 from rpc_server.context import ServerContext
+from rpc_server.devices.base import Device, DeviceError
 from rpc_server.devices.registry import Options, UnknownDeviceError, open_devices
 from rpc_server.memory import Budget
 from rpc_server.options import parse_options, server_version
@@ -66,12 +67,22 @@ def _banner(host: str, port: int, context: ServerContext, protocol: str | None) 
         _say(f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)")
 
 
-def _context(options: Namespace) -> ServerContext:
+async def _devices(options: Namespace) -> Sequence[Device]:
+    if not options.split:
+        return open_devices(options.device, Options(threads=options.threads))
+    from rpc_server.split.device import WIRE_TYPES, SplitDevice, SplitOptions
+
+    wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
+    split = SplitOptions(options.split, options.tensor_split, wire, timeout)
+    return [await SplitDevice.open(split, options.threads)]
+
+
+async def _context(options: Namespace) -> ServerContext:
     """Raises StartError."""
     try:
-        devices = open_devices(options.device, Options(threads=options.threads))
+        devices = await _devices(options)
         cache = TensorCache(default_cache_dir()) if options.cache else None
-    except (UnknownDeviceError, CacheError) as error:
+    except (UnknownDeviceError, CacheError, DeviceError) as error:
         raise StartError(str(error)) from None
     return ServerContext(
         budgets=[Budget(device, options.mem) for device in devices],
@@ -82,7 +93,7 @@ def _context(options: Namespace) -> ServerContext:
 
 async def _serve(options: Namespace) -> None:
     """Serve until SIGINT or SIGTERM. Raises StartError."""
-    context = _context(options)
+    context = await _context(options)
     server = Server(context)
     try:
         port = await server.start(options.host, options.port)

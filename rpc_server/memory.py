@@ -8,6 +8,7 @@ own table, so a client can neither guess its way into another's buffer nor reach
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rpc_server.devices.base import Device, Storage
@@ -87,13 +88,16 @@ class Budget:
             return free, total
         return max(0, min(free, self.limit - self.used)), min(total, self.limit)
 
-    def allocate(self, size: int) -> Storage:
-        """Storage counted against the limit. Raises OutOfMemoryError."""
+    def allocate(self, size: int, proportions: Sequence[float] = ()) -> Storage:
+        """Storage counted against the limit; ``proportions`` as of Device.allocate.
+
+        Raises OutOfMemoryError.
+        """
         if self.limit is not None and self.used + size > self.limit:
             left = self.limit - self.used
             raise OutOfMemoryError(f"{size} bytes asked for, {left} left of --mem")
         try:
-            storage = self.device.allocate(size)
+            storage = self.device.allocate(size, proportions)
         except MemoryError as error:
             raise OutOfMemoryError(str(error)) from None
         self.used += size
@@ -121,10 +125,10 @@ class Buffers:
         """Bytes of all buffers."""
         return sum(buffer.size for buffer in self._by_handle.values())
 
-    def allocate(self, device: int, size: int) -> Buffer:
-        """A new buffer. Raises OutOfMemoryError."""
+    def allocate(self, device: int, size: int, proportions: Sequence[float] = ()) -> Buffer:
+        """A new buffer; ``proportions`` as of Device.allocate. Raises OutOfMemoryError."""
         handle, base = self._space.reserve(size)
-        storage = self._budgets[device].allocate(size)
+        storage = self._budgets[device].allocate(size, proportions)
         buffer = Buffer(handle, base, size, device, storage)
         self._by_handle[handle] = buffer
         return buffer

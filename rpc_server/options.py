@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from protocol.dialects import DIALECTS, find_dialects
+from protocol.split import MAX_PARTS
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50052
@@ -65,6 +66,34 @@ def _protocol(text: str) -> str | None:
     return text
 
 
+def _split(text: str) -> tuple[tuple[str, int] | None, ...]:
+    parts: list[tuple[str, int] | None] = []
+    for name in filter(None, re.split(r"[,;\s]+", text)):
+        if name == "local":
+            parts.append(None)
+            continue
+        host, colon, port = name.rpartition(":")
+        host, number = (host, port) if colon else (name, str(DEFAULT_PORT))
+        if not host or not number.isdecimal() or not 0 < int(number) < 65536:
+            raise argparse.ArgumentTypeError(f"'{name}' is neither host:port nor 'local'")
+        parts.append((host.strip("[]"), int(number)))
+    if parts.count(None) > 1 or len(parts) > MAX_PARTS or not any(parts):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' must name 1 to {MAX_PARTS} parts, 'local' once at most and not alone"
+        )
+    return tuple(parts)
+
+
+def _proportions(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(n) for n in re.split(r"[,/]+", text))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 <= n < float("inf") for n in shares) or not sum(shares):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of shares such as 2,1")
+    return shares
+
+
 def _devices(text: str) -> list[str]:
     return [name for name in re.split(r"[,/]+", text) if name]
 
@@ -88,7 +117,38 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("-d", "--device", type=_devices, default=[], metavar="DEV[,DEV]", help="devices to offer")
     add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
     add("--mem", type=memory_size, metavar="SIZE", help="most memory for clients: 4096 (MiB), 8G")
+    add(
+        "--split",
+        type=_split,
+        metavar="HOST:PORT[,...]",
+        help="be one large device whose weights are cut by rows over these servers (upstream's or "
+        "ours); 'local' among them is a share of this machine's own",
+    )
+    add(
+        "--tensor-split",
+        type=_proportions,
+        metavar="N[,N]",
+        help="share of each of --split (default: by free memory)",
+    )
+    add(
+        "--split-wire",
+        choices=("f32", "f16", "q8_0"),
+        default="f32",
+        help="how activations travel to the workers (default: %(default)s)",
+    )
+    add(
+        "--split-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="longest that a worker may take for one exchange (default: %(default)s)",
+    )
     add("--protocol", type=_protocol, metavar="auto|X.Y", help="speak this version only (auto)")
     add("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
     add("--version", action="version", version=server_version())
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.tensor_split and len(options.tensor_split) != len(options.split or ()):
+        parser.error("--tensor-split needs one share for each part of --split")
+    if options.split and options.device:
+        parser.error("--split is a device of its own: leave out --device")
+    return options

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
+import socket
 from typing import cast
 
 from rpc_server.context import ServerContext
@@ -70,6 +72,9 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close at once; the session frees what it has."""
         if self._transport is not None:
+            if self._session is not None and self._session.streaming:
+                # A thread waits on the socket: closing it would not wake it.
+                shut_down(self._transport.get_extra_info("socket").fileno())
             self._transport.abort()
 
     def _pump(self) -> None:
@@ -87,12 +92,19 @@ class Connection(asyncio.BufferedProtocol):
             session.failed(error)
             transport.abort()
             return
-        if session.reader.full != self._paused:
+        # A program that runs reads the socket by itself.
+        if (session.reader.full or session.streaming) != self._paused:
             self._paused = not self._paused
             if self._paused:
                 transport.pause_reading()
             else:
                 transport.resume_reading()
+
+
+def shut_down(fd: int) -> None:
+    """End both directions of a socket that a transport owns; whoever waits on it wakes."""
+    with socket.socket(fileno=os.dup(fd)) as twin, contextlib.suppress(OSError):
+        twin.shutdown(socket.SHUT_RDWR)
 
 
 class Server:

@@ -8,31 +8,52 @@ the transport until it is done. That gives the order which clients rely on, and 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
+import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError
-from protocol.framing import Event, Hello, Request, RequestReader, UploadEnd, UploadStart
+from protocol.framing import (
+    Event,
+    Hello,
+    Request,
+    RequestReader,
+    UploadEnd,
+    UploadPart,
+    UploadStart,
+)
 from protocol.graph_payload import decode_graph
 from protocol.messages import CONN_CAPS_SIZE
 from protocol.negotiation import Offer
+from protocol.split import (
+    MAX_PARTS,
+    MAX_PROGRAMS,
+    VERSION,
+    caps_version,
+    decode_program,
+    split_caps,
+    with_split,
+)
 from rpc_server.cache import HASH_THRESHOLD
 from rpc_server.context import ServerContext
-from rpc_server.devices.base import Device, Plan
+from rpc_server.devices.base import Device, DeviceError, Plan, Relaying, Upload
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import tensor_of_message
+from rpc_server.graph.tensor import Tensor
 from rpc_server.memory import BadAddressError, Buffer, Buffers, OutOfMemoryError
 from rpc_server.progress import UploadMeter
+from rpc_server.split.programs import Programs
 
 log = logging.getLogger(__name__)
 
 # What ends a session with one line in the log; anything else is a bug and logged with its trace.
-REFUSALS = (ProtocolError, BadAddressError, GraphError)
+REFUSALS = (ProtocolError, BadAddressError, GraphError, DeviceError)
 
 # Answers up to this size are copied; of larger ones the transport sends the buffer itself.
 _COPY_ANSWER = 64 << 10
@@ -98,6 +119,10 @@ class Session:
         self._dialects: list[Dialect] = []
         self._plans = [PlanCache() for _ in context.budgets]
         self._upload: tuple[Buffer, int, int, bool] | None = None
+        self._relay: Upload | None = None
+        self._programs = Programs(name)
+        # While a program runs, its bytes on the socket are not for the reader.
+        self.streaming = False
         self._task: asyncio.Task[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
@@ -116,9 +141,11 @@ class Session:
         elif isinstance(event, UploadStart):
             self._go_on()
             self._begin_upload(event)
+        elif isinstance(event, UploadPart):
+            self._wait(self._relay_on())
         elif isinstance(event, UploadEnd):
             self._end_upload()
-        else:
+        elif isinstance(event, Hello):
             self._hello(event)
 
     def connection_lost(self) -> None:
@@ -153,7 +180,8 @@ class Session:
     def _free(self) -> None:
         for plans in self._plans:
             plans.clear()
-        self._upload = None
+        self._programs.clear()
+        self._upload = self._relay = None
         # A view of a buffer would keep its memory from being given back.
         self.reader.abandon()
         self._meter.finish()
@@ -173,12 +201,15 @@ class Session:
         """Do ``work`` before any further event."""
         self.busy = True
         self._task = asyncio.get_running_loop().create_task(work)
-        self._task.add_done_callback(self._finished)
+        self._task.add_done_callback(self._waited)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self.busy = False
+    def _waited(self, task: asyncio.Task[None]) -> None:
         self._task = None
-        error = None if task.cancelled() else task.exception()
+        self._finished(None if task.cancelled() else task.exception())
+
+    def _finished(self, error: BaseException | None) -> None:
+        """What made the session busy is done: go on, or end with what it raised."""
+        self.busy = False
         if self._ended:
             self._free()
             return
@@ -196,10 +227,14 @@ class Session:
         self.reader.dialect = offer.dialect
         self._dialects = list(offer.dialects)
         major, minor, patch = offer.version
-        # Capabilities are those of RDMA; all-zero caps keep the connection on plain TCP.
+        # Capabilities are those of RDMA, or of our own extension for those who asked for it;
+        # all-zero caps keep the connection on plain TCP.
+        caps = bytes(CONN_CAPS_SIZE)
+        if caps_version(hello.caps):
+            caps = split_caps()
+            self.reader.dialect = with_split(offer.dialect)
         self._answer(
-            Command.HELLO,
-            {"major": major, "minor": minor, "patch": patch, "conn_caps": bytes(CONN_CAPS_SIZE)},
+            Command.HELLO, {"major": major, "minor": minor, "patch": patch, "conn_caps": caps}
         )
 
     def _go_on(self) -> None:
@@ -291,10 +326,13 @@ class Session:
         self._answer(request.command, {"alloc_size": device.alloc_size(tensor)})
 
     def _alloc_buffer(self, request: Request) -> None:
+        self._allocate(request, ())
+
+    def _allocate(self, request: Request, proportions: Sequence[float]) -> None:
         index = self._device_index(request)
         size: int = request.fields.size
         try:
-            buffer = self.buffers.allocate(index, size)
+            buffer = self.buffers.allocate(index, size, proportions)
         except OutOfMemoryError as error:
             log.warning("%s: no buffer of %d bytes: %s", self.name, size, error)
             self._answer(request.command, {"remote_ptr": 0, "remote_size": 0})
@@ -311,6 +349,7 @@ class Session:
         # Plans hold addresses of the buffer: none of them may be run again.
         for plans in self._plans:
             plans.clear()
+        self._programs.buffer_freed(request.fields.remote_ptr)
         self._answer_empty(request.command)
 
     def _buffer_clear(self, request: Request) -> None:
@@ -331,6 +370,12 @@ class Session:
     def _begin_upload(self, upload: UploadStart) -> None:
         fields = upload.fields
         buffer, start = self._locate(fields.tensor, fields.offset, upload.size)
+        if isinstance(buffer.storage, Relaying):
+            tensor = tensor_of_message(fields.tensor, self._dialect)
+            if buffer.storage.concerns(start, upload.size, tensor):
+                self._meter.upload(upload.size, cached=False)
+                self._wait(self._begin_relay(buffer, tensor, start, fields.offset, upload.size))
+                return
         keep = False
         if self._context.cache is not None:
             flag = getattr(fields, "cache_flag", None)
@@ -340,7 +385,31 @@ class Session:
         self._context.weights_arrive(buffer.device, fields.tensor.type, upload.size)
         self.reader.direct(buffer.storage.place(start, upload.size))
 
+    async def _begin_relay(
+        self, buffer: Buffer, tensor: Tensor, start: int, offset: int, size: int
+    ) -> None:
+        assert isinstance(buffer.storage, Relaying)
+        self._relay = await buffer.storage.upload(tensor, start, offset, size)
+        if self._relay is None:
+            self._upload = (buffer, start, size, False)
+            self.reader.direct(buffer.storage.place(start, size))
+            return
+        self.reader.direct(self._relay.room())
+
+    async def _relay_on(self) -> None:
+        assert self._relay is not None
+        await self._relay.forward()
+        self.reader.direct(self._relay.room())
+
+    async def _end_relay(self, relay: Upload) -> None:
+        await relay.forward()
+        self._answer_empty(Command.SET_TENSOR)
+
     def _end_upload(self) -> None:
+        if self._relay is not None:
+            relay, self._relay = self._relay, None
+            self._wait(self._end_relay(relay))
+            return
         assert self._upload is not None
         buffer, start, size, keep = self._upload
         self._upload = None
@@ -361,7 +430,8 @@ class Session:
         fields = request.fields
         # How long the content is only the cache knows; it may fill the buffer to its end at most.
         buffer, start = self._locate(fields.tensor, fields.offset, 0)
-        if self._context.cache is None:
+        tensor = tensor_of_message(fields.tensor, self._dialect)
+        if self._context.cache is None or _elsewhere(buffer, start, tensor.nbytes, tensor):
             self._answer(request.command, {"result": 0})
             return
         self._wait(self._load_cached(request, buffer, start))
@@ -401,7 +471,18 @@ class Session:
     def _get_tensor(self, request: Request) -> None:
         fields = request.fields
         buffer, start = self._locate(fields.tensor, fields.offset, fields.size)
-        view = buffer.storage.view(start, fields.size)
+        if _elsewhere(buffer, start, fields.size):
+            self._wait(self._read_back(buffer, start, fields.size))
+            return
+        self._give(buffer.storage.view(start, fields.size))
+
+    async def _read_back(self, buffer: Buffer, start: int, size: int) -> None:
+        assert isinstance(buffer.storage, Relaying)
+        self._give(await buffer.storage.read(start, size))
+        await self._drain()
+
+    def _give(self, view: memoryview) -> None:
+        """Answer with these bytes; nothing else may happen until they are on their way."""
         header = len(view).to_bytes(8, "little")
         if len(view) <= _COPY_ANSWER:
             self._transport.write(header + bytes(view))
@@ -409,7 +490,7 @@ class Session:
         self._transport.write(header)
         self._transport.write(view)
         # The next request may change these bytes: first they have to be on their way.
-        if not self._writable.is_set():
+        if not self._writable.is_set() and not self.busy:
             self._wait(self._drain())
 
     async def _drain(self) -> None:
@@ -420,7 +501,8 @@ class Session:
         tensor = tensor_of_message(fields.src, self._dialect)
         src, src_start = self._locate(fields.src, 0, tensor.nbytes)
         dst, dst_start = self._locate(fields.dst, 0, tensor.nbytes)
-        if src.device != dst.device:
+        apart = src.device != dst.device
+        if apart or _elsewhere(src, src_start, tensor.nbytes):
             # llama.cpp then copies through itself.
             self._answer(request.command, {"result": 0})
             return
@@ -446,7 +528,7 @@ class Session:
             plans.add(payload, made)
             made.run()
 
-        self._wait(self._run(request.command, device, job))
+        self._run(request.command, device, job)
 
     def _graph_recompute(self, request: Request) -> None:
         index = self._device_index(request)
@@ -455,15 +537,84 @@ class Session:
             raise GraphError(
                 f"GRAPH_RECOMPUTE, but device {index} has no graph that is still valid"
             )
-        self._wait(self._run(request.command, self._device(index), plan.run))
+        self._run(request.command, self._device(index), plan.run)
 
-    async def _run(self, command: Command, device: Device, job: Callable[[], None]) -> None:
+    def _run(self, command: Command, device: Device, job: Callable[[], None]) -> None:
+        """Do ``job`` on the device's thread before any further event.
+
+        By plain callbacks: a small graph takes less time than the steps of a task around it.
+        """
         started = time.perf_counter()
-        await asyncio.wrap_future(device.submit(job))
-        self.graphs += 1
-        self.graph_seconds += time.perf_counter() - started
-        # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
-        self._answer(command, {"result": 0})
+        loop = asyncio.get_running_loop()
+
+        def done(future: concurrent.futures.Future[None]) -> None:
+            seconds = time.perf_counter() - started
+            loop.call_soon_threadsafe(self._ran, command, seconds, future.exception())
+
+        future = device.submit(job)
+        self.busy = True
+        future.add_done_callback(done)
+
+    def _ran(self, command: Command, seconds: float, error: BaseException | None) -> None:
+        if self.streaming:
+            self._end_stream()
+        if error is None:
+            self.graphs += 1
+            self.graph_seconds += seconds
+            # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
+            self._answer(command, {"result": 0})
+        self._finished(error)
+
+    # -- the split extension -------------------------------------------------------------------
+
+    def _split_query(self, request: Request) -> None:
+        device = self._device(self._device_index(request))
+        fields = {"version": VERSION, "max_programs": MAX_PROGRAMS, "n_parts": device.n_parts}
+        self._answer(request.command, fields)
+
+    def _split_alloc_buffer(self, request: Request) -> None:
+        fields = request.fields
+        n = fields.n_proportions
+        shares = fields.proportions[:n]
+        if n > MAX_PARTS or any(not 0 <= share < math.inf for share in shares):
+            raise ProtocolError(f"SPLIT_ALLOC_BUFFER with proportions {list(shares)}")
+        self._allocate(request, shares)
+
+    def _split_program(self, request: Request) -> None:
+        assert request.graph is not None
+        index = self._device_index(request)
+        number = request.fields.program
+        self._programs.check(number)
+        payload = decode_program(request.graph)
+        device, dialect, find = self._device(index), self._dialect, self.buffers.find
+
+        def job() -> None:
+            self._programs.make(device, index, number, payload, dialect, find)
+
+        self._run(request.command, device, job)
+
+    def _split_run(self, request: Request) -> None:
+        index = self._device_index(request)
+        plan = self._programs.find(index, request.fields.program)
+        if not self._writable.is_set():
+            raise ProtocolError("SPLIT_RUN from a client that has not taken its answers")
+        socket = self._transport.get_extra_info("socket")
+        self._programs.peer.stream.open(socket.fileno(), self.reader.take_staged())
+        self.streaming = True
+        self._run(request.command, self._device(index), plan.run)
+
+    def _end_stream(self) -> None:
+        self.streaming = False
+        self.reader.put_back(self._programs.peer.stream.early_left)
+
+    def _split_status(self, request: Request) -> None:
+        device = self._device(self._device_index(request))
+        self._answer(request.command, device.split_status())
+
+
+def _elsewhere(buffer: Buffer, start: int, size: int, tensor: Tensor | None = None) -> bool:
+    storage = buffer.storage
+    return isinstance(storage, Relaying) and storage.concerns(start, size, tensor)
 
 
 def _label(tensor: Any) -> str:
@@ -487,4 +638,9 @@ _HANDLERS: dict[Command, Callable[[Session, Request], None]] = {
     Command.COPY_TENSOR: Session._copy_tensor,
     Command.GRAPH_COMPUTE: Session._graph_compute,
     Command.GRAPH_RECOMPUTE: Session._graph_recompute,
+    Command.SPLIT_QUERY: Session._split_query,
+    Command.SPLIT_ALLOC_BUFFER: Session._split_alloc_buffer,
+    Command.SPLIT_PROGRAM: Session._split_program,
+    Command.SPLIT_RUN: Session._split_run,
+    Command.SPLIT_STATUS: Session._split_status,
 }

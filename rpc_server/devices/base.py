@@ -4,17 +4,57 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from protocol.dialects import Dialect
 from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
+from protocol.split import ProgramPayload
 from rpc_server.graph.parse import BufferLike, Resolve
 from rpc_server.graph.tensor import Tensor
 
+if TYPE_CHECKING:
+    from rpc_server.split.exchange import Peer
+
 T = TypeVar("T")
 
-__all__ = ["BufferLike", "Device", "Plan", "Resolve", "Storage"]
+__all__ = ["BufferLike", "Device", "DeviceError", "Plan", "Relaying", "Resolve", "Storage"]
+
+
+class DeviceError(Exception):
+    """The device can't go on with what a client has there; the message tells why."""
+
+
+class Upload(Protocol):
+    """Bytes on their way through this server: fill :meth:`room`, let :meth:`forward` take them."""
+
+    def room(self) -> memoryview:
+        """Where the next bytes belong; not more than are left."""
+        ...
+
+    async def forward(self) -> None:
+        """Take what was filled. Raises DeviceError."""
+        ...
+
+
+@runtime_checkable
+class Relaying(Protocol):
+    """A Storage of which some bytes lie elsewhere: these come and go by its own ways."""
+
+    def concerns(self, start: int, size: int, t: Tensor | None = None) -> bool:
+        """Whether bytes lie elsewhere, or belong there when ``t`` is uploaded to them."""
+        ...
+
+    async def upload(self, t: Tensor, start: int, offset: int, size: int) -> Upload | None:
+        """How to take ``size`` bytes from byte ``offset`` of ``t`` on; None: as any others.
+
+        Raises DeviceError.
+        """
+        ...
+
+    async def read(self, start: int, size: int) -> memoryview:
+        """Bytes from wherever they are. Raises DeviceError."""
+        ...
 
 
 class Storage(Protocol):
@@ -57,13 +97,25 @@ class Device(Protocol):
     description: str
     alignment: int
     max_size: int
+    @property
+    def n_parts(self) -> int:
+        """How many parts weights are cut into; 0 for a device that keeps them whole."""
+        ...
+
+    def split_status(self) -> dict[str, Any]:
+        """The fields of a SPLIT_STATUS answer."""
+        ...
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""
         ...
 
-    def allocate(self, size: int) -> Storage:
-        """Memory for a buffer, zero-filled. Raises MemoryError."""
+    def allocate(self, size: int, proportions: Sequence[float] = ()) -> Storage:
+        """Memory for a buffer, zero-filled.
+
+        ``proportions`` are for a device of several parts; empty: its own choice. Raises
+        MemoryError.
+        """
         ...
 
     def alloc_size(self, tensor: Tensor) -> int:
@@ -75,6 +127,12 @@ class Device(Protocol):
 
         Runs on the device's thread. Raises GraphError.
         """
+        ...
+
+    def program(
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
+    ) -> Plan:
+        """Plan a program of the split extension, whose stream is ``peer``'s; as prepare."""
         ...
 
     def expect_weights(self, type: GgmlType) -> None:

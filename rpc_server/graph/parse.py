@@ -12,7 +12,7 @@ Everything later (contracts, plans, kernels) relies on what is established here:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ Resolve = Callable[[int], BufferLike | None]
 class Graph:
     """Nodes in execution order, views included; ``dialect`` is the numbering they were read by."""
 
-    nodes: list[Tensor]
+    nodes: Sequence[Tensor]
     dialect: Dialect
 
 
@@ -57,23 +57,32 @@ def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Gr
     ``resolve`` maps a buffer handle off the wire to the client's buffer, None if it has no such.
     Raises GraphError.
     """
-    wire = payload.tensors
+    tensors = parse_tensors(payload.tensors, dialect, resolve)
+    node_ids: list[int] = payload.nodes.tolist()
+    nodes = [tensor_with_id(tensors, id_) for id_ in node_ids]
+    check_order(nodes)
+    return Graph(_to_compute(nodes, dialect), dialect)
+
+
+def parse_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> dict[int, Tensor]:
+    """Link and check an array of the wire's tensors; they by id. Raises GraphError."""
     ids: list[int] = wire["id"].tolist()
     index = {id_: i for i, id_ in enumerate(ids)}
     if len(index) != len(ids):
         raise GraphError("a tensor id occurs twice in the graph")
     if 0 in index:
         raise GraphError("a tensor has id 0")
-    node_ids: list[int] = payload.nodes.tolist()
-    missing = [id_ for id_ in node_ids if id_ not in index]
-    if missing:
-        raise GraphError(f"node {missing[0]:#x} is not among the graph's tensors")
-
     tensors = _read_tensors(wire, dialect, resolve)
     _link(tensors, wire, index)
-    nodes = [tensors[index[id_]] for id_ in node_ids]
-    _check_order(nodes)
-    return Graph(_to_compute(nodes, dialect), dialect)
+    return dict(zip(ids, tensors, strict=True))
+
+
+def tensor_with_id(tensors: dict[int, Tensor], id_: int) -> Tensor:
+    """The tensor that the graph names as a node. Raises GraphError."""
+    tensor = tensors.get(id_)
+    if tensor is None:
+        raise GraphError(f"node {id_:#x} is not among the graph's tensors")
+    return tensor
 
 
 def _read_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> list[Tensor]:
@@ -188,7 +197,8 @@ def _refuse_cycles(tensors: list[Tensor]) -> None:
                     stack.append((other, False))
 
 
-def _check_order(nodes: list[Tensor]) -> None:
+def check_order(nodes: list[Tensor]) -> None:
+    """Raises GraphError if a node reads what a later one computes."""
     position = {id(node): i for i, node in enumerate(nodes)}
     for i, node in enumerate(nodes):
         for source in (*node.src, node.view_src):

@@ -7,11 +7,12 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from protocol.dialects import Dialect
 from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
+from protocol.split import ProgramPayload, split_status_fields
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, parse_graph
@@ -19,6 +20,8 @@ from rpc_server.graph.tensor import Tensor
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.plan import CpuPlan, PlanBuilder
+    from rpc_server.split.device import SplitPlan
+    from rpc_server.split.exchange import Peer
 
 T = TypeVar("T")
 
@@ -41,15 +44,24 @@ class CpuDevice:
         self._builder: PlanBuilder | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="cpu-0")
 
+    @property
+    def n_parts(self) -> int:
+        """Weights are kept whole."""
+        return 0
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the machine."""
         return system_memory()
 
-    def allocate(self, size: int) -> HostStorage:
+    def allocate(self, size: int, proportions: Sequence[float] = ()) -> HostStorage:
         """Raises MemoryError when more is asked for than the machine has free."""
         if size > self.memory()[0]:
             raise MemoryError(f"{size} bytes asked for, {self.memory()[0]} free")
         return HostStorage(size)
+
+    def split_status(self) -> dict[str, Any]:
+        """Nothing is split here."""
+        return split_status_fields()
 
     def alloc_size(self, tensor: Tensor) -> int:
         """Same as ggml_nbytes: this device pads nothing."""
@@ -57,7 +69,7 @@ class CpuDevice:
 
     def prepare(
         self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
-    ) -> CpuPlan:
+    ) -> CpuPlan | SplitPlan:
         """Plan under the first of ``dialects`` whose op numbering makes the graph valid."""
         first: GraphError | None = None
         for dialect in dialects:
@@ -66,6 +78,15 @@ class CpuDevice:
             except GraphError as error:
                 first = first or error
         raise first or GraphError("no dialect to read the graph by")
+
+    def program(
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
+    ) -> CpuPlan | SplitPlan:
+        """A program of the split extension. Raises GraphError."""
+        from rpc_server.split.worker import program_items
+
+        items = program_items(payload, dialect, resolve, peer)
+        return self._plans().build_items(items, dialect)
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         return self._thread.submit(job)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 import rpc_server.devices.cpu.lower  # fills the table of lowerings
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
-from rpc_server.devices.cpu.abi import Status
 from rpc_server.devices.cpu.executor import Executor, Program
-from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
+from rpc_server.devices.cpu.planner import LOWERINGS, STATUS_TEXT, Emitted, PlanItem, Planner
 from rpc_server.devices.cpu.schedule import schedule
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
@@ -23,9 +22,6 @@ from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import ContractError, OpSpec, check
 
 log = logging.getLogger(__name__)
-
-_STATUS_TEXT = {Status.INDEX_OUT_OF_RANGE: "an index in its data is out of range"}
-
 
 # A prompt may need scratch that later graphs don't; what is above this is given back after it.
 _KEEP_SCRATCH = 64 << 20
@@ -51,6 +47,8 @@ class CpuPlan:
         self.scratch = scratch
         self._arena = arena
         self.interpreted = interpreted
+        # What records hold addresses of beside the client's buffers; its maker puts it here.
+        self.keep: object = None
 
     def run(self) -> None:
         """Run every step. Raises GraphError naming the node that failed."""
@@ -73,11 +71,19 @@ class PlanBuilder:
 
     def build(self, graph: Graph) -> CpuPlan:
         """Hold each node against its contract and lower it. Raises GraphError."""
+        return self.build_items(graph.nodes, graph.dialect)
+
+    def build_items(self, items: Sequence[Tensor | PlanItem], dialect: Dialect) -> CpuPlan:
+        """Like :meth:`build`, with what else is to be done between nodes."""
         started = time.perf_counter()
         planner = Planner(self._executor.n_threads, self._scratch)
         steps: list[Callable[[], None]] = []
         interpreted: dict[str, int] = {}
-        for node in graph.nodes:
+        for node in items:
+            if not isinstance(node, Tensor):
+                planner.begin(node)
+                node.emit(planner)
+                continue
             try:
                 spec = check(node)
                 if spec.is_view or node.empty:
@@ -95,13 +101,13 @@ class PlanBuilder:
         self._flush(planner, steps)
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
-            len(graph.nodes),
+            len(items),
             len(steps),
             (time.perf_counter() - started) * 1e3,
             planner.scratch_peak >> 10,
             interpreted or "none",
         )
-        return CpuPlan(graph.dialect, steps, planner.scratch_peak, self._scratch, interpreted)
+        return CpuPlan(dialect, steps, planner.scratch_peak, self._scratch, interpreted)
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)
@@ -129,7 +135,7 @@ class PlanBuilder:
         def run() -> None:
             status, at = executor.run(program)
             if status:
-                text = _STATUS_TEXT.get(Status(status), f"kernel status {status}")
+                text = STATUS_TEXT.get(status, f"kernel status {status}")
                 raise GraphError(f"{nodes[at].label}: {text}")
 
         return run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from rpc_server.devices.cpu.abi import (
     RECORD_WORDS,
     SLOT_WORDS,
     Kernel,
+    Status,
 )
 from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
 from rpc_server.devices.cpu.schedule import Span
@@ -43,13 +44,32 @@ def lowers(op: Op) -> Callable[[Lowering], Lowering]:
     return register
 
 
+# What a status says of the node whose kernel returned it.
+STATUS_TEXT: dict[int, str] = {Status.INDEX_OUT_OF_RANGE: "an index in its data is out of range"}
+
+
+class Labelled(Protocol):
+    """What messages name when a record fails."""
+
+    @property
+    def label(self) -> str: ...
+
+
+class PlanItem(Labelled, Protocol):
+    """Work of a plan that is no node of the graph."""
+
+    def emit(self, planner: Planner) -> None:
+        """Append its records."""
+        ...
+
+
 @dataclass(slots=True)
 class Emitted:
     """One record to be: the kernel, its words, and the node it belongs to (for messages)."""
 
     kernel: Kernel
     words: np.ndarray[Any, np.dtype[np.int64]]
-    node: Tensor
+    node: Labelled
     # What it touches and how much it has to do, for the schedule.
     reads: list[Span]
     writes: list[Span]
@@ -67,7 +87,7 @@ class Planner:
     def __init__(self, n_threads: int, scratch: ScratchArena) -> None:
         self.n_threads = n_threads
         self.records: list[Emitted] = []
-        self._node: Tensor | None = None
+        self._node: Labelled | None = None
         # Scratch of the node at hand: what its next record fills, what it reads, what is its own.
         self._filling: list[Span] = []
         self._reading: list[Span] = []
@@ -81,7 +101,7 @@ class Planner:
         # What is kept between nodes: key -> (tensors it was made of, address, end of its scratch).
         self._shared: dict[Hashable, tuple[Sequence[Tensor], int, int]] = {}
 
-    def begin(self, node: Tensor) -> None:
+    def begin(self, node: Labelled) -> None:
         """Start lowering ``node``: scratch of the node before is given back."""
         self._node = node
         self._local_used = 0
@@ -205,8 +225,5 @@ class Planner:
         key = (form, t.address, t.type, t.ne, t.nb)
         address, fresh = self.shared_scratch(key, (t,), stride * t.nrows)
         if fresh:
-            assert self._node is not None
-            self.emit(
-                CONVERTERS[form], self._node, slots=(None, t), extra=(address, stride, int(form))
-            )
+            self.emit(CONVERTERS[form], t, slots=(None, t), extra=(address, stride, int(form)))
         return address

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import mmap
-import sys
 
 import numpy as np
 
-# Python 3.11 has no name for this flag; without it Linux refuses to reserve more than it has.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+from rpc_server.devices.cpu.storage import NORESERVE
 
 
 class ScratchArena:
@@ -18,7 +16,7 @@ class ScratchArena:
     """
 
     def __init__(self, reserve: int = 1 << 36) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
         self._map = mmap.mmap(-1, reserve, flags=flags)
         self._base = int(np.frombuffer(self._map, np.uint8, 1).ctypes.data)
         self.size = reserve

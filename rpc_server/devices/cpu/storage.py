@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import sys
 
 import numpy as np
 
 from rpc_server.devices.base import Storage
+
+# Python 3.11 has no name for this flag; without it Linux refuses to reserve more than it has.
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 # Weights are read front to back at memory speed: large pages spare the TLB. Not for whole buffers:
 # a KV cache of which little is used would take large pages too.
@@ -16,11 +20,15 @@ _HUGE_FROM = 4 << 20
 class HostStorage:
     """Zero-filled memory of ``size`` bytes; pages are committed as they are written."""
 
-    def __init__(self, size: int) -> None:
-        """Raises MemoryError if the system refuses the mapping."""
+    def __init__(self, size: int, *, reserve_only: bool = False) -> None:
+        """``reserve_only``: more than the machine has may be asked for, if little of it is used.
+
+        Raises MemoryError if the system refuses the mapping.
+        """
         self.size = size
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (NORESERVE if reserve_only else 0)
         try:
-            self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = mmap.mmap(-1, max(size, 1), flags=flags)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"no mapping of {size} bytes: {error}") from None
         self._bytes = np.frombuffer(self._map, np.uint8)

@@ -204,9 +204,16 @@ def _quantized_dots(
     zeros = [e.constant(F32, 0.0, 8), e.constant(F32, 0.0, 8)]
     start = [*zeros, e.constant(F32, 0.0, 8 * groups)] * len(rows)
 
-    def runs(block: Any, n_blocks: int, column: Any, totals: list[Any]) -> list[Any]:
-        """``n_blocks`` from number ``block`` on; the column's unit, moved on to their first run."""
-        codes_at, factors_at = column
+    def runs(
+        block: Any, n_blocks: int, unit: Any, first: Any | None, totals: list[Any]
+    ) -> list[Any]:
+        """``n_blocks`` from number ``block`` on, and the column's ``unit`` from run ``first``."""
+
+        def moved(bits: int) -> Any:
+            """The unit's address moved on by ``first`` of 2**bits bytes."""
+            return unit if first is None else e.b.add(unit, e.shift_left(first, bits))
+
+        codes_at, factors_at = moved(5), moved(2)
         n = n_blocks * format_.block // _RUN
         codes = [e.load(codes_at, vector(I8, _RUN), _RUN * i) for i in range(n)]
         d = e.load(factors_at, vector(F32, n) if n > 1 else F32, SCALES_AT)
@@ -214,7 +221,8 @@ def _quantized_dots(
             sums = e.load(factors_at, d.type, SUMS_AT)
         else:
             d = e.shuffle(d, [i // 2 for i in range(2 * n)])
-            sums = e.load(factors_at, d.type, HALF_SUMS_AT)
+            # Of these there are two for each run.
+            sums = e.load(moved(3), d.type, HALF_SUMS_AT)
         offset = e.b.mul(block, e.i64(format_.size))
         new: list[Any] = []
         for i, row in enumerate(rows):
@@ -228,12 +236,11 @@ def _quantized_dots(
 
     def unit_body(i: Any, totals: list[Any]) -> list[Any]:
         unit = e.b.add(activations, e.b.mul(i, e.i64(UNIT_BYTES)))
-        return runs(e.b.mul(i, e.i64(per_unit)), per_unit, (unit, unit), totals)
+        return runs(e.b.mul(i, e.i64(per_unit)), per_unit, unit, None, totals)
 
     def rest_body(i: Any, totals: list[Any]) -> list[Any]:
         within = e.b.mul(e.b.sub(i, whole_blocks), e.i64(format_.block // _RUN))
-        codes_at = e.b.add(rest, e.shift_left(within, 5))
-        return runs(i, 1, (codes_at, e.b.add(rest, e.shift_left(within, 2))), totals)
+        return runs(i, 1, rest, within, totals)
 
     per_unit = UNIT // format_.block
     whole = e.b.sdiv(k, e.i64(UNIT))

@@ -78,11 +78,22 @@ def _section(rec, pair):  # type: ignore[no-untyped-def]
 
 
 @inline_helper
-def _section_start(rec, pair):  # type: ignore[no-untyped-def]
-    """Whether VISION counts the angles anew from this pair on."""
+def _begins(rec, pair):  # type: ignore[no-untyped-def]
+    """The position whose angles VISION counts anew from this pair on; -1 if none.
+
+    Where empty sections begin at the same pair, it is the first of them.
+    """
     s0, s1, s2 = param_i32(rec, 11), param_i32(rec, 12), param_i32(rec, 13)
     sector = pair % (s0 + s1 + s2 + param_i32(rec, 14))
-    return sector == 0 or sector == s0 or sector == s0 + s1 or sector == s0 + s1 + s2
+    if sector == 0:
+        return 0
+    if sector == s0:
+        return 1
+    if sector == s0 + s1:
+        return 2
+    if sector == s0 + s1 + s2:
+        return 3
+    return -1
 
 
 @kernel
@@ -116,14 +127,15 @@ def rope_table(rec, ith, nth):  # type: ignore[no-untyped-def]
             angle = angle0
             if multiple:
                 section = _section(rec, pair)
-                if mode == MODE_VISION and _section_start(rec, pair):
-                    if section == 0:
+                if mode == MODE_VISION:
+                    begins = _begins(rec, pair)
+                    if begins == 0:
                         angle0 = start0
-                    elif section == 1:
+                    elif begins == 1:
                         angle1 = start1
-                    elif section == 2:
+                    elif begins == 2:
                         angle2 = start2
-                    else:
+                    elif begins == 3:
                         angle3 = start3
                 if section == 0:
                     angle = angle0
@@ -139,7 +151,9 @@ def rope_table(rec, ith, nth):  # type: ignore[no-untyped-def]
             if ext_factor != np.float32(0.0):
                 ramp = (np.float32(pair) - low) / max(np.float32(0.001), high - low)
                 mix = (one - min(one, max(np.float32(0.0), ramp))) * ext_factor
-                theta = theta * (one - mix) + angle * mix
+                # Rounded once less, as ggml is compiled: far from position 0 it shows.
+                exact = np.float64(theta) * np.float64(one - mix) + np.float64(angle * mix)
+                theta = np.float32(exact)
             store_f32(row + pair * 4, np.float32(math.cos(theta)) * magnitude)
             store_f32(row + (pairs + pair) * 4, np.float32(math.sin(theta)) * magnitude * sign)
             angle0 *= ratio

@@ -47,6 +47,9 @@ def lower_attention(t: Tensor, planner: Planner) -> bool:
         return False
     if k.type not in DECODABLE or v.type not in DECODABLE or k.ne[2:] != v.ne[2:]:
         return False
+    if activation_form(k.type) is RowForm.Q8_K:
+        # No cache is of such types; there are no queries rounded so for this kernel.
+        return False
     if not all(x.contiguous_rows for x in (t, q, k, v)) or 0 in k.ne or q.ne[2] % k.ne[2]:
         return False
     if mask is not None and (mask.type is not GgmlType.F16 or not mask.contiguous_rows):

@@ -1,0 +1,79 @@
+"""Which rows of a weight go to which server.
+
+The cut is ggml's tensor_split: each part gets its share of the rows, in order, on boundaries that
+suit block formats and the kernels' tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Rows that kernels work on at once, on a processor's or a graphics card's tiles.
+ROW_MULTIPLE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows ``first`` to ``last`` - 1."""
+
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def partition(
+    n_rows: int, proportions: Sequence[float], multiple: int = ROW_MULTIPLE
+) -> list[Rows]:
+    """The rows of each part; cut where whole multiples are nearest to the exact share.
+
+    Proportions are non-negative and need not sum to anything. A part may come out empty, and the
+    last one that has a share takes what is no whole multiple. ValueError if no part has a share.
+    """
+    if not proportions or min(proportions) < 0 or not sum(proportions) > 0:
+        raise ValueError(f"no proportions: {list(proportions)}")
+    total, done, first = float(sum(proportions)), 0.0, 0
+    last_with_share = max(i for i, p in enumerate(proportions) if p > 0)
+    parts = []
+    for i, share in enumerate(proportions):
+        done += share
+        last = round(n_rows * done / total / multiple) * multiple
+        last = n_rows if i >= last_with_share else min(max(last, first), n_rows)
+        parts.append(Rows(first, last))
+        first = last
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of bytes of a weight that lies in a part: ``at`` in the part, ``start`` in the run."""
+
+    part: int
+    at: int
+    start: int
+    size: int
+
+
+def pieces(
+    parts: Sequence[Rows], row_bytes: int, n_rows: int, offset: int, size: int
+) -> list[Piece]:
+    """Where ``size`` bytes from byte ``offset`` of a dense weight on belong.
+
+    ``n_rows`` is ne1; a weight of three dimensions has every matrix cut alike. ``start`` counts
+    from ``offset``.
+    """
+    found: list[Piece] = []
+    matrix_bytes = row_bytes * n_rows
+    if not matrix_bytes:
+        return found
+    for matrix in range(offset // matrix_bytes, -(-(offset + size) // matrix_bytes)):
+        for i, rows in enumerate(parts):
+            begin = matrix * matrix_bytes + rows.first * row_bytes
+            end = begin + len(rows) * row_bytes
+            low, high = max(begin, offset), min(end, offset + size)
+            if low < high:
+                at = matrix * len(rows) * row_bytes + low - begin
+                found.append(Piece(i, at, low - offset, high - low))
+    return found

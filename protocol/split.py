@@ -1,0 +1,234 @@
+"""SPLIT_BUFFER, an extension of the wire: products of row-split weights in one round trip.
+
+Upstream doesn't know it. A client that would like to use it says so in the capability bytes of its
+HELLO, which upstream's servers ignore (they read RDMA's there); a server that has it answers with
+the same bytes and its version of the extension. Without them the session is an ordinary one.
+
+A *program* is what a client lets a server compute again and again: steps that each take some input
+tensors from the stream, compute nodes, and put some output tensors on it. It is sent once
+(SPLIT_PROGRAM); SPLIT_RUN then starts it, and from there until the last step is over nothing but
+the bytes of inputs and outputs are on the connection, in the order of the steps, without framing::
+
+    client -> server   SPLIT_RUN | inputs of step 0 | inputs of step 1 ...
+    server -> client             outputs of step 0  | outputs of step 1 ...
+
+Tensors lie in ordinary buffers: weights are allocated, uploaded (by hash too), read back and freed
+by the ordinary commands. SPLIT_ALLOC_BUFFER asks a server that splits over others for proportions
+of its own; for one that doesn't it is ALLOC_BUFFER.
+
+Layout of a program (little-endian, packed)::
+
+    n_steps u32 | step[n_steps] | ids u64[sum of all counts] | n_tensors u32 | rpc_tensor[n_tensors]
+
+``step`` is ``n_inputs u32 | n_nodes u32 | n_outputs u32``; ``ids`` are those of the steps one after
+the other, of each its inputs, nodes (in the order of execution) and outputs.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from construct import Array, Bytes, Float32l, Float64l, Int8ul, Int32ul, Int64ul, Struct
+
+from protocol.commands import Command
+from protocol.dialects import Answer, Body, CommandSpec, Dialect
+from protocol.errors import ProtocolError
+from protocol.messages import (
+    CONN_CAPS_SIZE,
+    RPC_TENSOR_DTYPE,
+    RPC_TENSOR_SIZE,
+    AllocBufferResponse,
+    numpy_dtype,
+)
+
+VERSION = 1
+MAX_PARTS = 16
+MAX_PROGRAMS = 64
+
+_MAGIC = b"ggml rpc SPLIT_BUFFER\0"
+
+# What both sides put into the capability bytes of HELLO.
+SplitCaps = Struct("magic" / Bytes(len(_MAGIC)), "version" / Int8ul, "reserved" / Int8ul)
+assert SplitCaps.sizeof() == CONN_CAPS_SIZE
+
+SplitQueryResponse = Struct("version" / Int32ul, "max_programs" / Int32ul, "n_parts" / Int32ul)
+
+SplitAllocBufferRequest = Struct(
+    "device" / Int32ul,
+    "size" / Int64ul,
+    "n_proportions" / Int32ul,
+    "proportions" / Array(MAX_PARTS, Float32l),
+)
+
+SplitProgramHead = Struct("device" / Int32ul, "program" / Int32ul)
+SplitProgramResponse = Struct("result" / Int8ul)
+SplitStep = Struct("n_inputs" / Int32ul, "n_nodes" / Int32ul, "n_outputs" / Int32ul)
+
+SplitRunRequest = Struct("device" / Int32ul, "program" / Int32ul)
+
+SplitPart = Struct(
+    "name" / Bytes(64),
+    "rows" / Int64ul,
+    "bytes" / Int64ul,
+    "exchanges" / Int64ul,
+    "bytes_sent" / Int64ul,
+    "bytes_received" / Int64ul,
+    "round_trip_seconds" / Float64l,
+    "wait_seconds" / Float64l,
+)
+SplitStatusResponse = Struct(
+    "graphs" / Int64ul,
+    "graph_seconds" / Float64l,
+    "tokens" / Int64ul,
+    "n_parts" / Int32ul,
+    "parts" / Array(MAX_PARTS, SplitPart),
+)
+_DEVICE = Struct("device" / Int32ul)
+
+SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+    Command.SPLIT_QUERY: CommandSpec(_DEVICE, Answer.FIXED, SplitQueryResponse),
+    Command.SPLIT_ALLOC_BUFFER: CommandSpec(
+        SplitAllocBufferRequest, Answer.FIXED, AllocBufferResponse
+    ),
+    Command.SPLIT_PROGRAM: CommandSpec(
+        SplitProgramHead, Answer.FIXED, SplitProgramResponse, Body.GRAPH
+    ),
+    Command.SPLIT_RUN: CommandSpec(SplitRunRequest, Answer.NEVER),
+    Command.SPLIT_STATUS: CommandSpec(_DEVICE, Answer.FIXED, SplitStatusResponse),
+}
+
+_STEP_DTYPE = numpy_dtype(SplitStep)
+_COUNT = struct.Struct("<I")
+
+
+def split_part_fields(
+    name: str,
+    *,
+    rows: int = 0,
+    bytes: int = 0,
+    exchanges: int = 0,
+    bytes_sent: int = 0,
+    bytes_received: int = 0,
+    round_trip_seconds: float = 0.0,
+    wait_seconds: float = 0.0,
+) -> dict[str, Any]:
+    """The fields of a SplitPart."""
+    return {
+        "name": name.encode()[:63],
+        "rows": rows,
+        "bytes": bytes,
+        "exchanges": exchanges,
+        "bytes_sent": bytes_sent,
+        "bytes_received": bytes_received,
+        "round_trip_seconds": round_trip_seconds,
+        "wait_seconds": wait_seconds,
+    }
+
+
+def split_status_fields(
+    parts: Sequence[dict[str, Any]] = (),
+    *,
+    graphs: int = 0,
+    graph_seconds: float = 0.0,
+    tokens: int = 0,
+) -> dict[str, Any]:
+    """The fields of a SplitStatusResponse; ``parts`` have those of SplitPart."""
+    return {
+        "graphs": graphs,
+        "graph_seconds": graph_seconds,
+        "tokens": tokens,
+        "n_parts": len(parts),
+        "parts": [*parts, *[split_part_fields("")] * (MAX_PARTS - len(parts))],
+    }
+
+
+def split_caps(version: int = VERSION) -> bytes:
+    """The capability bytes of a peer that has the extension."""
+    return bytes(SplitCaps.build({"magic": _MAGIC, "version": version, "reserved": 0}))
+
+
+def caps_version(caps: bytes) -> int:
+    """Which version of the extension these capability bytes announce, 0 for none."""
+    if len(caps) != CONN_CAPS_SIZE or not caps.startswith(_MAGIC):
+        return 0
+    return int(SplitCaps.parse(caps).version)
+
+
+def with_split(dialect: Dialect) -> Dialect:
+    """``dialect`` with the commands of the extension."""
+    return replace(dialect, commands=MappingProxyType({**dialect.commands, **SPLIT_COMMANDS}))
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramStep:
+    """Ids of the tensors a step takes, computes (in order) and gives, in a program's tensors."""
+
+    inputs: tuple[int, ...]
+    nodes: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramPayload:
+    """A program as it is sent: ``tensors`` RPC_TENSOR_DTYPE[n]."""
+
+    steps: tuple[ProgramStep, ...]
+    tensors: npt.NDArray[Any]
+
+
+def encode_program(steps: Sequence[ProgramStep], tensors: npt.NDArray[Any]) -> bytes:
+    """The body of a SPLIT_PROGRAM."""
+    counts = np.array([(len(s.inputs), len(s.nodes), len(s.outputs)) for s in steps], _STEP_DTYPE)
+    ids = [i for s in steps for i in (*s.inputs, *s.nodes, *s.outputs)]
+    return b"".join(
+        (
+            _COUNT.pack(len(steps)),
+            counts.tobytes(),
+            np.array(ids, "<u8").tobytes(),
+            _COUNT.pack(len(tensors)),
+            np.ascontiguousarray(tensors, RPC_TENSOR_DTYPE).tobytes(),
+        )
+    )
+
+
+def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
+    """Read the body of a SPLIT_PROGRAM; ProtocolError if its counts don't fill it."""
+    size = len(payload)
+    at = 0
+
+    def count(what: str, width: int) -> int:
+        nonlocal at
+        if at + _COUNT.size > size:
+            raise ProtocolError(f"program of {size} bytes ends within a count")
+        n: int = _COUNT.unpack_from(payload, at)[0]
+        at += _COUNT.size
+        if at + n * width > size:
+            raise ProtocolError(f"program of {size} bytes can't hold {n} {what}")
+        return n
+
+    n_steps = count("steps", _STEP_DTYPE.itemsize)
+    counts = np.frombuffer(payload, _STEP_DTYPE, n_steps, at).tolist()
+    at += n_steps * _STEP_DTYPE.itemsize
+    n_ids = sum(map(sum, counts))
+    if at + 8 * n_ids > size:
+        raise ProtocolError(f"program of {size} bytes can't hold {n_ids} ids")
+    ids = np.frombuffer(payload, "<u8", n_ids, at).tolist()
+    at += 8 * n_ids
+    n_tensors = count("tensors", RPC_TENSOR_SIZE)
+    if at + RPC_TENSOR_SIZE * n_tensors != size:
+        raise ProtocolError(f"program of {size} bytes: {n_tensors} tensors don't end it")
+    steps, first = [], 0
+    for n_inputs, n_nodes, n_outputs in counts:
+        middle, last = first + n_inputs, first + n_inputs + n_nodes
+        end = last + n_outputs
+        steps.append(
+            ProgramStep(tuple(ids[first:middle]), tuple(ids[middle:last]), tuple(ids[last:end]))
+        )
+        first = end
+    return ProgramPayload(tuple(steps), np.frombuffer(payload, RPC_TENSOR_DTYPE, n_tensors, at))

@@ -1,0 +1,65 @@
+"""The programs that one client keeps on this server, and the stream they run over."""
+
+from __future__ import annotations
+
+from protocol.dialects import Dialect
+from protocol.errors import ProtocolError
+from protocol.split import MAX_PROGRAMS, ProgramPayload
+from rpc_server.devices.base import BufferLike, Device, Plan, Resolve
+from rpc_server.split.exchange import Peer
+
+# A client may compute for long between two exchanges; one that is gone is noticed by keepalive.
+PATIENCE_SECONDS = 600.0
+# About 100 us of trying before a receive sleeps: what a client needs between two exchanges.
+_SPINS = 100
+
+
+class Programs:
+    """By device and number. Programs that use a buffer are forgotten with it."""
+
+    def __init__(self, name: str) -> None:
+        self.peer = Peer(name, PATIENCE_SECONDS, _SPINS)
+        self._plans: dict[tuple[int, int], tuple[Plan, frozenset[int]]] = {}
+
+    @staticmethod
+    def check(number: int) -> None:
+        """Raises ProtocolError for a number that no program may have."""
+        if number >= MAX_PROGRAMS:
+            raise ProtocolError(f"program {number}, there are {MAX_PROGRAMS}")
+
+    def make(
+        self,
+        device: Device,
+        index: int,
+        number: int,
+        payload: ProgramPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+    ) -> None:
+        """Plan a program in the place of one with the same number; on the device's thread.
+
+        Raises GraphError.
+        """
+        handles: set[int] = set()
+
+        def watched(handle: int) -> BufferLike | None:
+            handles.add(handle)
+            return resolve(handle)
+
+        self._plans.pop((index, number), None)
+        plan = device.program(payload, dialect, watched, self.peer)
+        self._plans[index, number] = (plan, frozenset(handles))
+
+    def find(self, index: int, number: int) -> Plan:
+        """Raises ProtocolError if there is no such program (any more)."""
+        known = self._plans.get((index, number))
+        if known is None:
+            raise ProtocolError(f"SPLIT_RUN of program {number}, which device {index} doesn't have")
+        return known[0]
+
+    def buffer_freed(self, handle: int) -> None:
+        """Forget programs that use this buffer."""
+        self._plans = {key: kept for key, kept in self._plans.items() if handle not in kept[1]}
+
+    def clear(self) -> None:
+        self._plans.clear()
