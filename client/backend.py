@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.connection import Connection
+from client.connection import Connection, connect_any
 from client.connection import connect as open_connection
 from client.graph import Graph, GraphBuilder
 from client.tensors import Array, Tensor, from_bytes, require, to_bytes
@@ -77,15 +77,20 @@ class Backend:
         host: str,
         port: int,
         *,
-        version: str | Dialect = DIALECTS[0],
+        version: str | Dialect | None = DIALECTS[0],
         device: int = 0,
         timeout: float | None = 10.0,
     ) -> AsyncIterator[Backend]:
         """A backend on a connection of its own; leaving the context closes it.
 
-        The server then frees all that was allocated. Errors as of client.connection.connect.
+        The server then frees all that was allocated. ``version`` None finds the newest that the
+        server speaks. Errors as of client.connection.connect.
         """
-        async with await open_connection(host, port, version=version, timeout=timeout) as c:
+        if version is None:
+            connection = await connect_any(host, port, timeout=timeout)
+        else:
+            connection = await open_connection(host, port, version=version, timeout=timeout)
+        async with connection as c:
             yield await cls.open(c, device)
 
     @classmethod

@@ -95,6 +95,35 @@ async def connect(
     return connection
 
 
+# Major versions by which a graph is answered with nothing and devices are numbered, newest first.
+NEWEST_MAJORS = ("7", "6", "5")
+
+
+async def connect_any(
+    host: str,
+    port: int,
+    *,
+    versions: Sequence[str] = NEWEST_MAJORS,
+    timeout: float | None = 10.0,
+    split: bool = False,
+) -> Connection:
+    """Connect by the newest of ``versions`` that the server speaks.
+
+    ``versions`` are as of :func:`connect`, newest first; ``timeout`` is for each try. Raises
+    VersionMismatch if it speaks none of them, else as :func:`connect`.
+    """
+    mismatch: VersionMismatch | None = None
+    for version in versions:
+        # Servers of older protocols can't have the extension.
+        ask = split and version == versions[0]
+        try:
+            return await connect(host, port, version=version, timeout=timeout, split=ask)
+        except VersionMismatch as error:
+            mismatch = error
+    assert mismatch is not None
+    raise mismatch
+
+
 async def _open(host: str, port: int, dialect: Dialect) -> Connection:
     connection = Connection(dialect)
     loop = asyncio.get_running_loop()
@@ -170,6 +199,8 @@ class Connection:
         self._writable.set()
         self._ended = asyncio.Event()
         self._error: Exception | None = None
+        # The last answer that comes in a frame.
+        self._framed: asyncio.Future[Any] | None = None
 
     # -- life
 
@@ -292,8 +323,35 @@ class Connection:
         async with self._writing:
             await self._flushed()
             answer = self._expect(command, spec, destination)
-            await self._write(head, body)
+            await self._write(memoryview(head), body)
         return answer
+
+    async def exchange(
+        self,
+        parts: Sequence[Bytes],
+        answers: Sequence[tuple[Command, memoryview]],
+        *,
+        framed: bool = True,
+    ) -> list[asyncio.Future[Any]]:
+        """Send prepared messages in one go; returns when they are sent, with the answers' futures.
+
+        ``parts`` are the messages' bytes in pieces (see :meth:`message`); ``answers`` are what
+        they will be answered with, each into its memory. With ``framed`` false the answers are
+        bytes of the stream (SPLIT_RUN); earlier answers are waited for first, since a server that
+        has not got rid of one refuses to run.
+        """
+        specs = [self._spec(command) for command, _ in answers]
+        bodies = [memoryview(part).cast("B") for part in parts]
+        async with self._writing:
+            while not framed and self._framed is not None and not self._framed.done():
+                await asyncio.wait([self._framed])
+            await self._flushed()
+            futures = [
+                self._expect(command, spec, destination, framed)
+                for (command, destination), spec in zip(answers, specs, strict=True)
+            ]
+            await self._write(*bodies)
+        return futures
 
     def message(self, command: Command, *, body_size: int = 0, **fields: Any) -> bytes:
         """A request as it goes out, up to the ``body_size`` bytes that are to follow it.
@@ -307,7 +365,7 @@ class Connection:
         """Write bytes as they are; announce what they will be answered with by :meth:`expect`."""
         async with self._writing:
             await self._flushed()
-            await self._write(b"", memoryview(data).cast("B"))
+            await self._write(memoryview(data).cast("B"))
 
     def expect(
         self, command: Command, destination: memoryview | None = None
@@ -337,14 +395,23 @@ class Connection:
             raise ValueError(f"{command.name}: a field is out of range ({error})") from None
 
     def _expect(
-        self, command: Command, spec: CommandSpec, destination: memoryview | None
+        self,
+        command: Command,
+        spec: CommandSpec,
+        destination: memoryview | None,
+        framed: bool = True,
     ) -> asyncio.Future[Any]:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if spec.answer is Answer.NEVER:
+        if not framed:
+            assert destination is not None
+            self._reader.expect_raw(command, spec, destination)
+            self._answers.append(answer)
+        elif spec.answer is Answer.NEVER:
             answer.set_result(None)
         else:
             self._reader.expect(command, spec, destination)
             self._answers.append(answer)
+            self._framed = answer
         return answer
 
     async def _flushed(self) -> None:
@@ -353,18 +420,23 @@ class Connection:
         if self._error is not None:
             raise _copy(self._error)
 
-    async def _write(self, head: bytes, body: memoryview) -> None:
-        """Write one message. Cut short (cancelled), it takes the connection with it."""
+    async def _write(self, *parts: memoryview) -> None:
+        """Write whole messages. Cut short (cancelled), it takes the connection with it."""
         try:
-            if len(body) <= _JOIN_UP_TO:
-                self._transport.write(head + bytes(body))
-                return
-            if head:
-                self._transport.write(head)
-            for at in range(0, len(body), _PIECE):
+            joined = bytearray()
+            for part in parts:
+                if len(joined) + len(part) > _JOIN_UP_TO and joined:
+                    self._transport.write(joined)
+                    joined = bytearray()
+                if len(part) <= _JOIN_UP_TO:
+                    joined += part
+                    continue
+                for at in range(0, len(part), _PIECE):
+                    await self._flushed()
+                    self._transport.write(part[at : at + _PIECE])
                 await self._flushed()
-                self._transport.write(body[at : at + _PIECE])
-            await self._flushed()
+            if joined:
+                self._transport.write(joined)
         except asyncio.CancelledError:
             self._fail(ConnectionLost("a request was cancelled while it was being sent"))
             self._transport.abort()

@@ -33,3 +33,15 @@ class AllocationFailed(MemoryError):
 
 class GraphFailed(RuntimeError):
     """The server answered a graph with a failure (versions up to 3.0; later ones hang up)."""
+
+
+class ServerLost(ConnectionError):
+    """One of several servers can't be reached, or its connection ended.
+
+    The message begins with ``server``, its host:port, and says why.
+    """
+
+    def __init__(self, server: str, reason: str) -> None:
+        self.server = server
+        self.reason = reason
+        super().__init__(f"server {server}: {reason}")

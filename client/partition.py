@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 # Rows that kernels work on at once, on a processor's or a graphics card's tiles.
 ROW_MULTIPLE = 32
 
@@ -54,6 +57,50 @@ class Piece:
     at: int
     start: int
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` pieces of ``size`` bytes, dense from ``at`` on in a part.
+
+    In what they are cut from the first begins at ``start`` and the next ``distance`` further on.
+    """
+
+    part: int
+    at: int
+    start: int
+    count: int
+    size: int
+    distance: int
+
+    def of(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The pieces in what they are cut from: a view (count, size)."""
+        return np.lib.stride_tricks.as_strided(
+            data[self.start :], (self.count, self.size), (self.distance, 1)
+        )
+
+
+def column_runs(edges: Sequence[Rows], row_bytes: int, offset: int, size: int) -> list[Run]:
+    """Where ``size`` bytes from byte ``offset`` on of rows of ``row_bytes`` belong.
+
+    ``edges`` are the bytes of a row that each part has; its rows are dense in the part. Bytes
+    before the first whole row and behind the last are runs of their own.
+    """
+    found: list[Run] = []
+    at, end = offset, offset + size
+    while at < end:
+        row, inner = divmod(at, row_bytes)
+        whole = (end - at) // row_bytes if inner == 0 else 0
+        stop = at + whole * row_bytes if whole else min(end, (row + 1) * row_bytes)
+        for i, edge in enumerate(edges):
+            low = max(edge.first, inner)
+            high = edge.last if whole else min(edge.last, inner + stop - at)
+            if low < high:
+                place = row * len(edge) + low - edge.first
+                start = at - inner + low - offset
+                found.append(Run(i, place, start, max(whole, 1), high - low, row_bytes))
+        at = stop
+    return found
 
 
 def pieces(

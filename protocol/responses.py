@@ -5,6 +5,9 @@ the requests, so the owner announces each answer (:meth:`ResponseReader.expect`)
 is sent. As in the server's reader a large payload is never copied: the bytes of a GET_TENSOR are
 received straight into the place that was announced with it.
 
+Where an extension lets a server send bytes without a frame (the outputs of a SPLIT_RUN), the owner
+announces where they belong by :meth:`ResponseReader.expect_raw`, in the same order as answers.
+
 Use::
 
     reader.expect(command, spec, destination)
@@ -43,6 +46,13 @@ class _Expected:
     spec: CommandSpec
     destination: memoryview
     size: int
+    # Whether the payload comes without its size before it.
+    raw: bool = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the payload goes to the destination, rather than being parsed."""
+        return self.raw or self.spec.answer is Answer.DATA
 
 
 class ResponseReader:
@@ -72,6 +82,18 @@ class ResponseReader:
             target = destination.cast("B")
             size = len(target)
         self._expected.append(_Expected(command, spec, target, size))
+
+    def expect_raw(self, command: Command, spec: CommandSpec, destination: memoryview) -> None:
+        """Announce bytes that come next without a frame and fill ``destination``.
+
+        ``command`` is what makes the server send them. Not to be called between receive_buffer and
+        received: the first of them may belong elsewhere from here on. ValueError for no bytes.
+        """
+        target = destination.cast("B")
+        if not len(target):
+            raise ValueError(f"{command.name} without bytes to expect")
+        self._expected.append(_Expected(command, spec, target, len(target), raw=True))
+        self._begin_raw()
 
     @property
     def pending(self) -> int:
@@ -105,7 +127,7 @@ class ResponseReader:
         if not self._in_answer and not self._read_size():
             return None
         first = self._expected[0]
-        if first.spec.answer is Answer.DATA:
+        if first.in_place:
             return self._complete(first, first.destination) if self._staging.fill() else None
         if len(self._staging) < first.size:
             return None
@@ -132,4 +154,11 @@ class ResponseReader:
     def _complete(self, first: _Expected, answer: Any) -> Received:
         self._expected.popleft()
         self._in_answer = False
+        self._begin_raw()
         return Received(first.command, answer)
+
+    def _begin_raw(self) -> None:
+        """Let bytes that are due without a frame go straight to their place."""
+        if not self._in_answer and self._expected and self._expected[0].raw:
+            self._in_answer = True
+            self._staging.begin(self._expected[0].destination)

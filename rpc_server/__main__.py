@@ -16,6 +16,8 @@ from protocol.negotiation import Negotiator
 from rpc_server.cache import CacheError, TensorCache, default_cache_dir
 from rpc_server.context import ServerContext
 from rpc_server.devices.base import Device, DeviceError
+from rpc_server.devices.cpu.catalog import end_compilers
+from rpc_server.devices.cpu.hashing import compiled_hash
 from rpc_server.devices.registry import Options, UnknownDeviceError, open_devices
 from rpc_server.memory import Budget
 from rpc_server.options import parse_options, server_version
@@ -73,7 +75,8 @@ async def _devices(options: Namespace) -> Sequence[Device]:
     from rpc_server.split.device import WIRE_TYPES, SplitDevice, SplitOptions
 
     wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
-    split = SplitOptions(options.split, options.tensor_split, wire, timeout)
+    by_columns = options.split_mode == "tensor"
+    split = SplitOptions(options.split, options.tensor_split, wire, by_columns, timeout)
     return [await SplitDevice.open(split, options.threads)]
 
 
@@ -81,7 +84,7 @@ async def _context(options: Namespace) -> ServerContext:
     """Raises StartError."""
     try:
         devices = await _devices(options)
-        cache = TensorCache(default_cache_dir()) if options.cache else None
+        cache = TensorCache(default_cache_dir(), compiled_hash()) if options.cache else None
     except (UnknownDeviceError, CacheError, DeviceError) as error:
         raise StartError(str(error)) from None
     return ServerContext(
@@ -116,6 +119,7 @@ async def _serve(options: Namespace) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     await stop.wait()
     log.info("stopping")
+    end_compilers()
     await server.stop()
 
 
@@ -128,8 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for noisy in ("numba", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:

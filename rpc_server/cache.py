@@ -15,9 +15,12 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from protocol.hashing import fnv1a_64
+
+Hash = Callable[[memoryview], int]
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +48,14 @@ def default_cache_dir() -> Path:
 class TensorCache:
     """Files in ``folder``. Methods block on the disk: call them off the event loop.
 
+    ``fnv`` is another implementation of the hash than protocol's, which loads a compiler.
+
     Raises CacheError if the folder can't be made or written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fnv: Hash = fnv1a_64) -> None:
         self.folder = folder
+        self._hash = fnv
         # What has been verified in this process, by name: a file is hashed once, not per client.
         self._verified: dict[int, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
@@ -81,7 +87,7 @@ class TensorCache:
         with self._lock:
             known = self._verified.get(digest) == identity
         if not known:
-            if fnv1a_64(memoryview(content)) != digest:
+            if self._hash(memoryview(content)) != digest:
                 log.warning("cache file %s is damaged: its content has another hash", path)
                 content.close()
                 return None
@@ -91,7 +97,7 @@ class TensorCache:
 
     def store(self, data: memoryview) -> Path | None:
         """Keep ``data``; the file's path, None if it could not be written (logged)."""
-        path = self._path(fnv1a_64(data))
+        path = self._path(self._hash(data))
         temporary: str | None = None
         try:
             descriptor, temporary = tempfile.mkstemp(prefix=".partial-", dir=self.folder)

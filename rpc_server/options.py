@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 from protocol.dialects import DIALECTS, find_dialects
 from protocol.split import MAX_PARTS
+from rpc_server import __version__
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50052
@@ -28,11 +29,7 @@ Exit codes: 0 stopped by a signal, 1 could not start (the reason is printed), 2 
 
 def server_version() -> str:
     """This package's version, with the newest protocol it speaks."""
-    try:
-        package = version("ggml-rpc-server")
-    except PackageNotFoundError:
-        package = "from source"
-    return f"ggml-rpc-server {package} (ggml RPC protocol {DIALECTS[0].name} and older)"
+    return f"ggml-rpc-server {__version__} (ggml RPC protocol {DIALECTS[0].name} and older)"
 
 
 def memory_size(text: str) -> int:
@@ -84,13 +81,17 @@ def _split(text: str) -> tuple[tuple[str, int] | None, ...]:
     return tuple(parts)
 
 
-def _proportions(text: str) -> tuple[float, ...]:
+def _proportions(text: str) -> tuple[float, ...] | Literal["auto"]:
+    if text == "auto":
+        return "auto"
     try:
         shares = tuple(float(n) for n in re.split(r"[,/]+", text))
     except ValueError:
         shares = ()
     if not shares or not all(0 <= n < float("inf") for n in shares) or not sum(shares):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of shares such as 2,1")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a list of shares such as 2,1 nor auto"
+        )
     return shares
 
 
@@ -127,8 +128,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--tensor-split",
         type=_proportions,
-        metavar="N[,N]",
-        help="share of each of --split (default: by free memory)",
+        metavar="N[,N]|auto",
+        help="share of each of --split (default: by free memory); auto measures how fast each is",
+    )
+    add(
+        "--split-mode",
+        choices=("row", "tensor"),
+        default="row",
+        help="row: cut every weight by rows; tensor: whole attention heads and feed-forward "
+        "columns on each server, two exchanges a layer (default: %(default)s)",
     )
     add(
         "--split-wire",
@@ -147,7 +155,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
     add("--version", action="version", version=server_version())
     options = parser.parse_args(arguments)
-    if options.tensor_split and len(options.tensor_split) != len(options.split or ()):
+    shares = options.tensor_split
+    if shares and (not options.split or (shares != "auto" and len(shares) != len(options.split))):
         parser.error("--tensor-split needs one share for each part of --split")
     if options.split and options.device:
         parser.error("--split is a device of its own: leave out --device")

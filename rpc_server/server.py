@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import socket
 from typing import cast
 
+from client.connection import keep_alive
 from rpc_server.context import ServerContext
 from rpc_server.session import Session
+from rpc_server.sockets import shut_down
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Connection(asyncio.BufferedProtocol):
         name = f"client {next(self._numbers)} ({address}:{peer[1] if peer else '?'})"
         # Any unsent byte counts as full: see Session, which must not change what is being sent.
         transport.set_write_buffer_limits(high=0)
+        # A client whose machine is gone must not keep memory, or a thread that reads its stream.
+        keep_alive(transport.get_extra_info("socket"))
         self._session = Session(self._context, transport, address, name, self._pump)
         self._connections.add(self)
         log.debug("%s: connected", name)
@@ -99,12 +101,6 @@ class Connection(asyncio.BufferedProtocol):
                 transport.pause_reading()
             else:
                 transport.resume_reading()
-
-
-def shut_down(fd: int) -> None:
-    """End both directions of a socket that a transport owns; whoever waits on it wakes."""
-    with socket.socket(fileno=os.dup(fd)) as twin, contextlib.suppress(OSError):
-        twin.shutdown(socket.SHUT_RDWR)
 
 
 class Server:

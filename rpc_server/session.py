@@ -42,7 +42,7 @@ from protocol.split import (
 )
 from rpc_server.cache import HASH_THRESHOLD
 from rpc_server.context import ServerContext
-from rpc_server.devices.base import Device, DeviceError, Plan, Relaying, Upload
+from rpc_server.devices.base import Device, DeviceError, NotReadyError, Plan, Relaying, Upload
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
@@ -465,7 +465,16 @@ class Session:
     def _memset_tensor(self, request: Request) -> None:
         fields = request.fields
         buffer, start = self._locate(fields.tensor, fields.offset, fields.size)
+        if _elsewhere(buffer, start, fields.size):
+            self._wait(self._memset_elsewhere(request, buffer, start))
+            return
         buffer.storage.fill(start, fields.size, fields.value)
+        self._answer_empty(request.command)
+
+    async def _memset_elsewhere(self, request: Request, buffer: Buffer, start: int) -> None:
+        assert isinstance(buffer.storage, Relaying)
+        await buffer.storage.give_way(start, request.fields.size)
+        buffer.storage.fill(start, request.fields.size, request.fields.value)
         self._answer_empty(request.command)
 
     def _get_tensor(self, request: Request) -> None:
@@ -501,8 +510,9 @@ class Session:
         tensor = tensor_of_message(fields.src, self._dialect)
         src, src_start = self._locate(fields.src, 0, tensor.nbytes)
         dst, dst_start = self._locate(fields.dst, 0, tensor.nbytes)
+        places = ((src, src_start), (dst, dst_start))
         apart = src.device != dst.device
-        if apart or _elsewhere(src, src_start, tensor.nbytes):
+        if apart or any(_elsewhere(*place, tensor.nbytes) for place in places):
             # llama.cpp then copies through itself.
             self._answer(request.command, {"result": 0})
             return
@@ -548,19 +558,30 @@ class Session:
         loop = asyncio.get_running_loop()
 
         def done(future: concurrent.futures.Future[None]) -> None:
+            error = future.exception()
+            if isinstance(error, NotReadyError):
+                loop.call_soon_threadsafe(again, error)
+                return
             seconds = time.perf_counter() - started
-            loop.call_soon_threadsafe(self._ran, command, seconds, future.exception())
+            loop.call_soon_threadsafe(self._ran, command, seconds, error)
 
-        future = device.submit(job)
+        def again(not_ready: NotReadyError) -> None:
+            waiting = loop.run_in_executor(None, not_ready.wait)
+            waiting.add_done_callback(lambda _: submit())
+
+        def submit() -> None:
+            device.submit(job).add_done_callback(done)
+
         self.busy = True
-        future.add_done_callback(done)
+        submit()
 
     def _ran(self, command: Command, seconds: float, error: BaseException | None) -> None:
         if self.streaming:
             self._end_stream()
         if error is None:
-            self.graphs += 1
-            self.graph_seconds += seconds
+            if command is not Command.SPLIT_PROGRAM:
+                self.graphs += 1
+                self.graph_seconds += seconds
             # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
             self._answer(command, {"result": 0})
         self._finished(error)
@@ -576,7 +597,8 @@ class Session:
         fields = request.fields
         n = fields.n_proportions
         shares = fields.proportions[:n]
-        if n > MAX_PARTS or any(not 0 <= share < math.inf for share in shares):
+        sound = n <= MAX_PARTS and all(0 <= share < math.inf for share in shares)
+        if not sound or (n and not sum(shares)):
             raise ProtocolError(f"SPLIT_ALLOC_BUFFER with proportions {list(shares)}")
         self._allocate(request, shares)
 

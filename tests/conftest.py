@@ -6,6 +6,11 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about what else the machine does.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 # CI has llama.cpp's programs: there, a test that was skipped for want of them has failed.
 REQUIRE_UPSTREAM = bool(os.environ.get("REQUIRE_UPSTREAM"))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from tools.ports import free_port
-from tools.upstream import DEFAULT_BUILD, find_program
-
-PROGRAM = "ggml-rpc-server"
+from tools.serving import HOST, Process, listens, upstream_command
+from tools.upstream import DEFAULT_BUILD
 
 
 @dataclass(frozen=True)
@@ -25,12 +20,6 @@ class Endpoint:
 
     host: str
     port: int
-
-
-def _accepts(endpoint: Endpoint) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((endpoint.host, endpoint.port), 1):
-        return True
-    return False
 
 
 @contextlib.contextmanager
@@ -42,25 +31,13 @@ def running_upstream(
     ``options`` go to the program (such as -t 2, -c), its output to ``log``; a cache (-c) is kept
     beside it.
     """
-    program = find_program(PROGRAM, build)
-    if program is None:
-        pytest.skip(f"no {PROGRAM} of llama.cpp b{build}: run python -m tools.upstream")
-    endpoint = Endpoint("127.0.0.1", free_port())
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [program, "-H", endpoint.host, "-p", str(endpoint.port), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "LLAMA_CACHE": str(log.parent)},
-        )
+    endpoint = Endpoint(HOST, free_port())
+    command = upstream_command(endpoint.port, *options, build=build)
+    if command is None:
+        pytest.skip(f"no ggml-rpc-server of llama.cpp b{build}: run python -m tools.upstream")
+    process = Process(command, log, {"LLAMA_CACHE": str(log.parent)})
     try:
-        deadline = time.monotonic() + patience
-        while not _accepts(endpoint):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{PROGRAM} did not start:\n{log.read_text(errors='replace')}")
-            time.sleep(0.02)
+        process.wait_until(lambda: listens(endpoint.port), patience, "listening socket")
         yield endpoint
     finally:
         process.kill()
-        process.wait()

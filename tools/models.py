@@ -18,8 +18,9 @@ import argparse
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -115,19 +116,52 @@ def write_model(folder: Path, architecture: str, weight_type: str = "F16") -> Pa
     """
     shape = ARCHITECTURES[architecture]
     path = model_path(folder, architecture, weight_type)
-    writer = gguf.GGUFWriter(path, shape.name)
-    _add_metadata(writer, architecture, shape)
-    _add_vocabulary(writer)
-    for name, values in _weights(architecture, shape).items():
+    _write(path, architecture, shape, _encoded(architecture, shape, weight_type))
+    return path
+
+
+def write_large_model(path: Path, nbytes: int, weight_type: str = "Q8_0") -> Path:
+    """Writes a llama of about ``nbytes``, shaped as a real one of a billion parameters.
+
+    For measuring what moves weights: all its layers are the same, so it is made in seconds. It
+    appears under its name in one rename, complete.
+    """
+    shape = Architecture("llama", 1, 2048, heads=32, kv_heads=8, ffn_width=8192)
+    tensors = _encoded("llama-large", shape, weight_type)
+    layer = {name: entry for name, entry in tensors.items() if name.startswith("blk.0.")}
+    layers = max(1, round(nbytes / sum(values.nbytes for values, _ in layer.values())))
+    for number in range(1, layers):
+        for name, entry in layer.items():
+            tensors[name.replace("blk.0.", f"blk.{number}.")] = entry
+    scratch = path.with_suffix(".part")
+    _write(scratch, path.stem, replace(shape, layers=layers), tensors)
+    return scratch.replace(path)
+
+
+_Encoded = dict[str, tuple[npt.NDArray[Any], gguf.GGMLQuantizationType]]
+
+
+def _encoded(name: str, shape: Architecture, weight_type: str) -> _Encoded:
+    """All tensors of a model as a file holds them."""
+    tensors: _Encoded = {}
+    for tensor, values in _weights(name, shape).items():
         # Vectors, and the small router of a mixture, are always kept exact.
-        exact = values.ndim == 1 or name.endswith("ffn_gate_inp.weight")
+        exact = values.ndim == 1 or tensor.endswith("ffn_gate_inp.weight")
         kind = gguf.GGMLQuantizationType.F32 if exact else WEIGHT_TYPES[weight_type]
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        tensors[tensor] = gguf.quants.quantize(values, kind), kind
+    return tensors
+
+
+def _write(path: Path, name: str, shape: Architecture, tensors: _Encoded) -> None:
+    writer = gguf.GGUFWriter(path, shape.name)
+    _add_metadata(writer, name, shape)
+    _add_vocabulary(writer)
+    for tensor, (values, kind) in tensors.items():
+        writer.add_tensor(tensor, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def write_lora(model: Path, path: Path, rank: int = 8, strength: float = 1.0) -> Path:

@@ -18,11 +18,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["BufferLike", "Device", "DeviceError", "Plan", "Relaying", "Resolve", "Storage"]
+__all__ = [
+    "BufferLike",
+    "Device",
+    "DeviceError",
+    "NotReadyError",
+    "Plan",
+    "Relaying",
+    "Resolve",
+    "Storage",
+]
 
 
 class DeviceError(Exception):
     """The device can't go on with what a client has there; the message tells why."""
+
+
+class NotReadyError(Exception):
+    """A plan needs what is still being made; after ``wait()``, off the device's thread, try again.
+
+    Meanwhile the device can run the graphs of others.
+    """
+
+    def __init__(self, wait: Callable[[], object]) -> None:
+        super().__init__("not ready")
+        self.wait = wait
 
 
 class Upload(Protocol):
@@ -54,6 +74,13 @@ class Relaying(Protocol):
 
     async def read(self, start: int, size: int) -> memoryview:
         """Bytes from wherever they are. Raises DeviceError."""
+        ...
+
+    async def give_way(self, start: int, size: int) -> None:
+        """Before bytes are overwritten by any other way: what they are part of comes here.
+
+        Raises DeviceError.
+        """
         ...
 
 
@@ -97,6 +124,7 @@ class Device(Protocol):
     description: str
     alignment: int
     max_size: int
+
     @property
     def n_parts(self) -> int:
         """How many parts weights are cut into; 0 for a device that keeps them whole."""
@@ -125,7 +153,7 @@ class Device(Protocol):
     def prepare(self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve) -> Plan:
         """Parse, validate and plan a graph; the first dialect that fits is taken.
 
-        Runs on the device's thread. Raises GraphError.
+        Runs on the device's thread. Raises GraphError, NotReadyError.
         """
         ...
 

@@ -38,7 +38,7 @@ def _attention_contract(t: Tensor) -> None:
     k, v = require_source(t, 1, DECODABLE), require_source(t, 2, DECODABLE)
     require_result(t, F32_ONLY)
     n_kv = k.ne[1]
-    require(t.empty or (n_kv > 0 and k.ne[0] > 0), "there are no keys")
+    require(t.empty or k.ne[0] > 0, "keys have no elements")
     require_shape(k, (q.ne[0], *k.ne[1:]), "source 1")
     require_shape(v, (v.ne[0], n_kv, *v.ne[2:]), "source 2")
     require_shape(t, (v.ne[0], q.ne[2], q.ne[1], q.ne[3]), "the result")
@@ -54,6 +54,10 @@ def _attention_contract(t: Tensor) -> None:
 def _attention(ctx: ArrayContext, t: Tensor) -> None:
     q, n_kv = source(t, 0), source(t, 1).ne[1]
     target = ctx.view(t)
+    if not n_kv:
+        # Nothing to attend to.
+        target[...] = 0
+        return
     slopes = alibi_slopes(q.ne[2], t.param_f32(1))
     for batch in range(q.ne[3]):
         for head in range(q.ne[2]):
@@ -78,7 +82,8 @@ def _scores(ctx: ArrayContext, t: Tensor, batch: int, head: int, tokens: range) 
     scale, softcap = np.float32(t.param_f32(0)), np.float32(t.param_f32(2))
     if softcap:
         scale /= softcap
-    queries = rounded_activations(ctx.f32(rows_of(q, batch, head, tokens))[0, 0], k.type, xp)
+    queries = ctx.f32(rows_of(q, batch, head, tokens))[0, 0]
+    queries = rounded_activations(queries, q.type, k.type, xp)
     i3, i2 = _shared(t, k, batch, head)
     scores = xp.empty((len(tokens), k.ne[1]), xp.float32)
     for rows in tiles(k.ne[1], k.ne[0]):

@@ -15,6 +15,7 @@ import numpy as np
 from protocol.ggml_ops import GluOp, Op, UnaryOp
 from protocol.ggml_types import GgmlType
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops import gelu
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     FLOATS,
@@ -127,13 +128,6 @@ def _erf(xp: ModuleType, x: Any) -> Any:
     return total.astype(xp.float32)
 
 
-def _gelu(xp: ModuleType, x: Any) -> Any:
-    inner = xp.float32(0.79788456080286535588) * x * (1 + xp.float32(0.044715) * x * x)
-    # Infinities would make the formula NaN; ggml cuts it off at 10 on both sides, too.
-    y = xp.where(x >= 10, x, xp.float32(0.5) * x * (1 + xp.tanh(inner)))
-    return xp.where(x <= -10, xp.float32(0), y)
-
-
 def _gelu_erf(xp: ModuleType, x: Any) -> Any:
     return xp.float32(0.5) * x * (1 + _erf(xp, x * xp.float32(math.sqrt(0.5))))
 
@@ -156,11 +150,7 @@ def _round(xp: ModuleType, x: Any) -> Any:
     return xp.where(abs(x - whole) >= 0.5, whole + xp.copysign(xp.float32(1), x), whole)
 
 
-def _gelu_quick(xp: ModuleType, x: Any) -> Any:
-    return x * (1 / (1 + xp.exp(xp.float32(-1.702) * x)))
-
-
-# XIELU is not here: it has parameters.
+# XIELU is not here, which has parameters, nor what is looked up in tables (gelu.py).
 UNARY: dict[UnaryOp, Function] = {
     UnaryOp.ABS: lambda xp, x: abs(x),
     UnaryOp.SGN: lambda xp, x: xp.where(x > 0, 1, xp.where(x < 0, -1, 0)),
@@ -170,8 +160,6 @@ UNARY: dict[UnaryOp, Function] = {
     UnaryOp.ELU: lambda xp, x: xp.where(x > 0, x, xp.expm1(x)),
     UnaryOp.RELU: lambda xp, x: xp.where(x > 0, x, xp.float32(0)),
     UnaryOp.SIGMOID: _sigmoid,
-    UnaryOp.GELU: _gelu,
-    UnaryOp.GELU_QUICK: _gelu_quick,
     UnaryOp.SILU: _silu,
     UnaryOp.HARDSWISH: lambda xp, x: x * _hard_sigmoid(xp, x),
     UnaryOp.HARDSIGMOID: _hard_sigmoid,
@@ -219,7 +207,12 @@ def _unary_contract(t: Tensor) -> None:
 @reference(Op.UNARY)
 def _unary(ctx: ArrayContext, t: Tensor) -> None:
     kind, x = UnaryOp(t.param_i32(0)), ctx.f32(source(t, 0))
-    y = _xielu(ctx.xp, x, t) if kind is UnaryOp.XIELU else UNARY[kind](ctx.xp, x)
+    if kind is UnaryOp.XIELU:
+        y = _xielu(ctx.xp, x, t)
+    elif kind in UNARY:
+        y = UNARY[kind](ctx.xp, x)
+    else:
+        y = gelu.look_up(ctx.xp, x, source(t, 0).type, quick=kind is UnaryOp.GELU_QUICK)
     ctx.store(t, y)
 
 
@@ -289,6 +282,16 @@ def _gated(function: Function) -> Glu:
     return lambda xp, x, g, t: function(xp, x) * g
 
 
+def _geglu(xp: ModuleType, x: Any, g: Any, t: Tensor) -> Any:
+    y = gelu.look_up(xp, x, t.type, quick=False) * g
+    # Far below 0 ggml doesn't look at g of F32: what it is, NaN or infinite, is lost.
+    return xp.where(x <= -gelu.FAR, xp.float32(0), y) if t.type is F32 else y
+
+
+def _geglu_quick(xp: ModuleType, x: Any, g: Any, t: Tensor) -> Any:
+    return gelu.look_up(xp, x, t.type, quick=True) * g
+
+
 def _swiglu_oai(xp: ModuleType, x: Any, g: Any, t: Tensor) -> Any:
     alpha, limit = xp.float32(t.param_f32(2)), xp.float32(t.param_f32(3))
     x = xp.minimum(x, limit)
@@ -302,11 +305,11 @@ def _swiglu_clamp(xp: ModuleType, x: Any, g: Any, t: Tensor) -> Any:
 
 GLU: dict[GluOp, Glu] = {
     GluOp.REGLU: lambda xp, x, g, t: xp.where(x > 0, x * g, xp.float32(0)),
-    GluOp.GEGLU: _gated(_gelu),
+    GluOp.GEGLU: _geglu,
     GluOp.SWIGLU: _gated(_silu),
     GluOp.SWIGLU_OAI: _swiglu_oai,
     GluOp.GEGLU_ERF: _gated(_gelu_erf),
-    GluOp.GEGLU_QUICK: _gated(_gelu_quick),
+    GluOp.GEGLU_QUICK: _geglu_quick,
     GluOp.SWIGLU_CLAMP: _swiglu_clamp,
 }
 
@@ -319,7 +322,7 @@ def _glu_contract(t: Tensor) -> None:
     a = require_source(t, 0, {t.type})
     ne0 = a.ne[0]
     if t.src[1] is None:
-        require(ne0 % 2 == 0, f"rows of {ne0} have no halves")
+        # The last column of an odd number takes no part.
         ne0 //= 2
     else:
         b = require_source(t, 1, {t.type})
@@ -336,6 +339,6 @@ def _glu(ctx: ArrayContext, t: Tensor) -> None:
     if t.src[1] is not None:
         gate = ctx.f32(t.src[1])
     else:
-        halves = x[..., : t.ne[0]], x[..., t.ne[0] :]
+        halves = x[..., : t.ne[0]], x[..., t.ne[0] : 2 * t.ne[0]]
         x, gate = reversed(halves) if t.param_i32(1) else halves
     ctx.store(t, GLU[GluOp(t.param_i32(0))](ctx.xp, x, gate, t))

@@ -71,7 +71,7 @@ def _mul_mat(ctx: ArrayContext, t: Tensor) -> None:
                 for i2 in range(w2 * repeat2, (w2 + 1) * repeat2):
                     for columns in tiles(n, max(k, len(rows))):
                         x = ctx.f32(rows_of(activations, i3, i2, columns))[0, 0]
-                        x = rounded_activations(x, weights.type, ctx.xp)
+                        x = rounded_activations(x, activations.type, weights.type, ctx.xp)
                         at = slice(columns.start, columns.stop), slice(rows.start, rows.stop)
                         target[i3, i2][at] = ctx.xp.matmul(x, tile)
 
@@ -110,7 +110,7 @@ def _mul_mat_id(ctx: ArrayContext, t: Tensor) -> None:
                 at = slice(columns.start, columns.stop)
                 x = inputs[token[at], slot[at] % activations.ne[1]]
                 x = to_f32(activations.type, xp.ascontiguousarray(x).view(xp.uint8), xp)
-                x = rounded_activations(x, weights.type, xp)
+                x = rounded_activations(x, activations.type, weights.type, xp)
                 target[token[at], slot[at], rows.start : rows.stop] = xp.matmul(x, tile)
 
 

@@ -112,11 +112,19 @@ def _argmax_contract(t: Tensor) -> None:
 
 @reference(Op.ARGMAX)
 def _argmax(ctx: ArrayContext, t: Tensor) -> None:
-    rows = ctx.f32(source(t, 0))[0, 0]
-    n = rows.shape[1]
-    # Of equals, ggml takes the last; of an empty row, 0.
-    last = n - 1 - rows[:, ::-1].argmax(axis=1) if n else ctx.xp.zeros(len(rows))
-    ctx.view(t)[0, 0, 0] = last
+    rows, xp = ctx.f32(source(t, 0))[0, 0], ctx.xp
+    if not rows.shape[1]:
+        ctx.view(t)[0, 0, 0] = 0
+        return
+    # A NaN starts ggml's search anew, so what counts are the numbers behind the last but those that
+    # end the row. Of equals it is the last; without numbers, 0.
+    at = xp.arange(rows.shape[1])
+    nan = rows != rows
+    end = xp.where(nan, -1, at).max(axis=1, keepdims=True)
+    start = xp.where(nan & (at < end), at, -1).max(axis=1, keepdims=True)
+    counts = (at > start) & (at <= end)
+    best = xp.where(counts, rows, -xp.inf).max(axis=1, keepdims=True)
+    ctx.view(t)[0, 0, 0] = xp.where(counts & (rows == best), at, 0).max(axis=1)
 
 
 @contract(Op.ARGSORT, sources=1)

@@ -22,9 +22,12 @@ def activation_type(weights: GgmlType) -> GgmlType:
     return GgmlType.Q8_K if TYPE_INFO[weights].block_size == 256 else GgmlType.Q8_0
 
 
-def rounded_activations(x: Any, weights: GgmlType, xp: ModuleType) -> Any:
-    """float32 ``x`` (..., elements of a row) rounded; unquantized weights take it as it is."""
-    if not TYPE_INFO[weights].quantized or not x.size:
+def rounded_activations(x: Any, type: GgmlType, weights: GgmlType, xp: ModuleType) -> Any:
+    """float32 ``x`` (..., elements of a row), which was of ``type``, rounded for ``weights``.
+
+    Unquantized weights take it as it is; so do others what is quantized already.
+    """
+    if TYPE_INFO[type].quantized or not TYPE_INFO[weights].quantized or not x.size:
         return x
-    type = activation_type(weights)
-    return to_f32(type, from_f32(type, x, xp), xp)
+    blocks = activation_type(weights)
+    return to_f32(blocks, from_f32(blocks, x, xp), xp)

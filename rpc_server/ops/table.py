@@ -46,13 +46,19 @@ class OpSpec:
     reference: Reference | None = None
     # No-ops (VIEW, RESHAPE, ...) only describe memory; nothing runs and nothing is written.
     is_view: bool = False
+    # Sources that are written beside the node's own memory.
+    writes: tuple[int, ...] = ()
 
 
 OPS: dict[Op, OpSpec] = {}
 
 
 def contract(
-    op: Op, *, sources: int | tuple[int, int], is_view: bool = False
+    op: Op,
+    *,
+    sources: int | tuple[int, int],
+    is_view: bool = False,
+    writes: tuple[int, ...] = (),
 ) -> Callable[[Contract], Contract]:
     """Register the contract of ``op``; ``sources`` is how many src entries it has (or min, max)."""
     low, high = (sources, sources) if isinstance(sources, int) else sources
@@ -60,7 +66,7 @@ def contract(
     def register(function: Contract) -> Contract:
         if op in OPS:
             raise RuntimeError(f"two contracts for {op}")
-        OPS[op] = OpSpec(op, low, high, function, is_view=is_view)
+        OPS[op] = OpSpec(op, low, high, function, is_view=is_view, writes=writes)
         return function
 
     return register

@@ -104,7 +104,7 @@ def _settings(ctx: ArrayContext, s: Tensor) -> list[np.float32]:
     return [np.float32(value) for value in ctx.f32(s).ravel()]
 
 
-@contract(Op.OPT_STEP_ADAMW, sources=5)
+@contract(Op.OPT_STEP_ADAMW, sources=5, writes=(2, 3))
 def _adamw_contract(t: Tensor) -> None:
     _step_contract(t, n_states=2, n_params=7)
 

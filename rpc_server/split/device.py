@@ -12,28 +12,23 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
-from client.tensors import Tensor as RemoteTensor
-from client.tensors import contiguous_strides
 from protocol.dialects import Dialect
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
-from protocol.messages import MAX_SOURCES
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split.exchange import Peer, Receive, Send, Transfer
-from rpc_server.split.link import Frames, Link, Program, Step, WorkerLost, open_links
-from rpc_server.split.rewrite import Group, Product, WeightIndex, rewrite
-from rpc_server.split.weights import SplitStorage
+from rpc_server.split.assemble import Assembler, Programmed
+from rpc_server.split.exchange import Peer, Transfer
+from rpc_server.split.link import PREPARE_TIMEOUT, Link, WorkerLost, open_links
+from rpc_server.split.segments import Found, WeightIndex, find_segments
+from rpc_server.split.weights import SplitStorage, SplitWeight
 from rpc_server.split.worker import program_items
 
 if TYPE_CHECKING:
@@ -44,9 +39,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOCAL = "local"
+# The first protocol whose tensors say how often they are used.
+COUNTED_FROM = (5, 1, 0)
 _RETRY_SECONDS = 1.0
 # Longest that preparing a graph on the workers may take.
-_PREPARE_SECONDS = 120.0
+_PREPARE_SECONDS = 2 * PREPARE_TIMEOUT
 WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
 
 
@@ -55,42 +52,61 @@ class SplitOptions:
     """``parts``: addresses of workers, None where this server takes a share itself.
 
     ``proportions`` are by part, None for each one's free memory; ``timeout`` (seconds) is how long
-    a worker may take for one exchange.
+    a worker may take for one exchange. ``by_columns`` is tensor mode: whole blocks of a layer on
+    the parts.
     """
 
     parts: tuple[tuple[str, int] | None, ...]
     proportions: tuple[float, ...] | None = None
     wire: GgmlType = GgmlType.F32
+    by_columns: bool = False
     timeout: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Programmed:
-    """What a worker was made ready for, and the frames of each group that it takes part in."""
+class Exchanging:
+    """A plan, what workers were made ready for it, and how many tokens it computes."""
 
-    link: Link
-    program: Program
-    frames: dict[Group, Frames]
+    inner: CpuPlan
+    programs: list[Programmed]
+    tokens: int = 0
 
 
 class SplitPlan:
-    """A plan with exchanges: it borrows the workers' sockets while it runs."""
+    """A plan with exchanges: it borrows the workers' sockets while it runs.
+
+    ``make`` plans; it does so again when weights in ``storages`` were moved meanwhile.
+    """
 
     def __init__(
-        self, device: SplitDevice, inner: CpuPlan, programs: list[Programmed], tokens: int
+        self,
+        device: SplitDevice,
+        make: Callable[[], Exchanging],
+        storages: Sequence[SplitStorage],
     ) -> None:
-        self.dialect = inner.dialect
         self._device = device
-        self._inner = inner
-        self._programs = programs
-        self._tokens = tokens
+        self._make = make
+        self._storages = storages
+        self._plan = make()
+        self.dialect = self._plan.inner.dialect
+        self._made_at = self._changes()
+
+    def _changes(self) -> int:
+        return sum(storage.changes for storage in self._storages)
 
     def run(self) -> None:
         """Raises GraphError or WorkerLost; the message names the worker if one is to blame."""
+        if self._made_at != self._changes():
+            self._plan = self._make()
+            self._made_at = self._changes()
+        plan = self._plan
+        if not plan.programs:
+            plan.inner.run()
+            return
         started = time.perf_counter()
-        with self._device.lent(self._programs):
-            self._inner.run()
-        self._device.count(time.perf_counter() - started, self._tokens)
+        with self._device.lent(plan.programs):
+            plan.inner.run()
+        self._device.count(time.perf_counter() - started, plan.tokens)
 
 
 class SplitDevice(CpuDevice):
@@ -186,14 +202,21 @@ class SplitDevice(CpuDevice):
 
         Raises MemoryError when a worker is missing, or for more than all have.
         """
-        if self._missing:
-            raise MemoryError(next(iter(self._missing.values())))
+        lost = [f"worker {link.name} was lost" for link in self.links if link.lost]
+        if self._missing or lost:
+            raise MemoryError([*self._missing.values(), *lost][0])
         proportions = proportions or self.proportions()
         if len(proportions) != len(self._links):
             raise MemoryError(f"{len(proportions)} proportions for {len(self._links)} parts")
         if size > self.memory()[0]:
             raise MemoryError(f"{size} bytes asked for, {self.memory()[0]} free in all")
-        storage = SplitStorage(size, list(self._links), proportions, self._in_background)
+        storage = SplitStorage(
+            size,
+            list(self._links),
+            proportions,
+            self._in_background,
+            by_columns=self._options.by_columns,
+        )
         self._storages.add(storage)
         return storage
 
@@ -201,7 +224,7 @@ class SplitDevice(CpuDevice):
 
     def prepare(
         self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
-    ) -> CpuPlan | SplitPlan:
+    ) -> SplitPlan:
         """Plan under the first dialect that fits; makes the workers ready too."""
         storages: dict[int, SplitStorage] = {}
         watched = _watching(resolve, storages)
@@ -209,41 +232,85 @@ class SplitDevice(CpuDevice):
         for dialect in dialects:
             try:
                 nodes = parse_graph(payload, dialect, watched).nodes
-                return self._plan(nodes, dialect, WeightIndex(storages.values()))
+                return self._plan(nodes, dialect, list(storages.values()))
             except GraphError as error:
                 first = first or error
         raise first or GraphError("no dialect to read the graph by")
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
-    ) -> CpuPlan | SplitPlan:
+    ) -> SplitPlan:
         """A program of the split extension; its products go on to the workers."""
         storages: dict[int, SplitStorage] = {}
         items = program_items(payload, dialect, _watching(resolve, storages), peer)
-        return self._plan(items, dialect, WeightIndex(storages.values()))
+        return self._plan(items, dialect, list(storages.values()))
 
     def _plan(
-        self, items: Sequence[Tensor | Transfer], dialect: Dialect, index: WeightIndex
-    ) -> CpuPlan | SplitPlan:
-        if not index:
-            return self._plans().build_items(items, dialect)
-        found = rewrite(items, index)
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+    ) -> SplitPlan:
+        return SplitPlan(self, lambda: self._exchanging(items, dialect, storages), storages)
+
+    def _exchanging(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+    ) -> Exchanging:
+        found = self._found(items, dialect, storages)
         for storage, weight in found.whole:
             log.warning("'%s' is needed whole: bringing its rows here", weight.tensor.name)
             self._on_loop(storage.gather(weight))
-        for group in found.groups:
-            for product in group.products:
-                product.weight.require()
-        if not found.groups:
-            return self._plans().build_items(items, dialect)
-        programs = self._on_loop(self._program(found.groups))
-        memory = _WireMemory(g.inputs[0] for g in found.groups)
-        made = self._items(items, found.groups, programs, memory)
+        for weight in found.weights.values():
+            weight.require()
+        if not found.segments:
+            return Exchanging(self._plans().build_items(items, dialect), [])
+        # The weights know them: a link that was lost since may have been replaced here already.
+        assembler = Assembler(
+            found, next(s.links for s in storages if s.weights), self._options.wire
+        )
+        programs = self._on_loop(assembler.program())
+        made = assembler.items(items, programs)
         inner = self._plans().build_items(made, dialect)
         # Records hold addresses of what these own.
-        inner.keep = (made, memory)
-        tokens = max(g.inputs[0].ne[1] for g in found.groups)
-        return SplitPlan(self, inner, list(programs.values()), tokens)
+        inner.keep = (made, assembler)
+        tokens = max(s.nodes[0].ne[1] for s in found.segments)
+        return Exchanging(inner, programs, tokens)
+
+    def _found(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+    ) -> Found:
+        """The segments; split tensors are moved as the graph wants them."""
+        # Caches that would be cut: whether the graph can do with that shows when it is tried.
+        tried: dict[int, tuple[SplitStorage, SplitWeight]] = {}
+        while True:
+            found = find_segments(
+                items,
+                WeightIndex(storages, tried.values()),
+                chain=self._options.by_columns,
+                counted=dialect.version >= COUNTED_FROM,
+            )
+            for storage, weight in found.written:
+                if tried.pop(weight.address, None) is not None:
+                    storage.refuse(weight)
+                    continue
+                log.warning("a graph uses '%s' as a whole: it comes here", weight.tensor.name)
+                self._on_loop(storage.bring_home([weight]))
+            if found.written:
+                continue
+            if not found.caches and not tried:
+                return found
+            for storage, leaf, shard in found.caches:
+                tried[leaf.address] = (storage, storage.imagine(leaf, shard.bounds))
+            if not found.caches:
+                for storage, weight in tried.values():
+                    self._on_loop(storage.cut_cache(weight))
+                tried.clear()
 
     def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` on the event loop, from the device's thread."""
@@ -253,83 +320,6 @@ class SplitDevice(CpuDevice):
         except TimeoutError:
             future.cancel()
             raise WorkerLost("the workers did not get ready in time") from None
-
-    async def _program(self, groups: Sequence[Group]) -> dict[Link, Programmed]:
-        """Make each worker ready for its part of all groups."""
-
-        async def one(link: Link) -> Programmed | None:
-            mine = {g: step for g in groups if (step := await self._step(link, g)) is not None}
-            if not mine:
-                return None
-            program = await link.program(list(mine.values()))
-            return Programmed(link, program, dict(zip(mine, program.frames, strict=True)))
-
-        made = await asyncio.gather(*map(one, self.links))
-        return {p.link: p for p in made if p is not None}
-
-    async def _step(self, link: Link, group: Group) -> Step | None:
-        """What one worker does of a group, None if it has no rows of it."""
-        g = link.backend.graph
-        wire = self._wire(group.inputs[0])
-        inputs = [
-            g.new_tensor(wire if i == 0 else t.type, t.ne, t.name)
-            for i, t in enumerate(group.inputs)
-        ]
-        x = inputs[0] if wire is GgmlType.F32 else g.cast(inputs[0], GgmlType.F32)
-        outputs: list[RemoteTensor] = []
-        for product in group.products:
-            part = next((p for p in product.weight.parts if p and p.link is link), None)
-            if part is not None:
-                node = product.node
-                ne = (part.tensor.ne[1], *node.ne[1:])
-                sources = (part.tensor, x, *inputs[1:])
-                outputs.append(
-                    g.op(node.op, node.type, ne, sources, node.op_params, name=node.name)
-                )
-        if not outputs:
-            return None
-        between = [] if x is inputs[0] else [x]
-        await link.place_step([*inputs, *between, *outputs])
-        return Step(tuple(inputs), g.build(outputs), tuple(outputs))
-
-    def _items(
-        self,
-        items: Sequence[Tensor | Transfer],
-        groups: Sequence[Group],
-        programs: dict[Link, Programmed],
-        memory: _WireMemory,
-    ) -> list[Tensor | Transfer]:
-        """The items with products replaced by exchanges."""
-        starts = {id(g.products[0].node): g for g in groups}
-        products = {id(p.node): (g, p) for g in groups for p in g.products}
-        made: list[Tensor | Transfer] = []
-        for item in items:
-            if id(item) in starts:
-                group = starts[id(item)]
-                inputs = list(group.inputs)
-                wire = self._wire(inputs[0])
-                if wire is not inputs[0].type:
-                    inputs[0] = memory.converted(inputs[0], wire)
-                    made.append(inputs[0])
-                for link, programmed in programs.items():
-                    if group in programmed.frames:
-                        made += _sends(link, inputs, programmed.frames[group])
-            if id(item) not in products:
-                made.append(item)
-                continue
-            group, product = products[id(item)]
-            local = _local_product(product)
-            if local is not None:
-                made.append(local)
-            for link, programmed in programs.items():
-                if group in programmed.frames:
-                    made += _receives(link, product, programmed.frames[group].head)
-        return made
-
-    def _wire(self, x: Tensor) -> GgmlType:
-        """How these activations travel; rows that aren't whole blocks go as F16."""
-        wire = self._options.wire
-        return wire if x.ne[0] % TYPE_INFO[wire].block_size == 0 else GgmlType.F16
 
     # -- running
 
@@ -345,20 +335,20 @@ class SplitDevice(CpuDevice):
             for p in programs:
                 p.link.take_back()
 
-        def hang_up() -> None:
+        def hang_up(reason: str) -> None:
             for p in programs:
-                p.link.abort()
+                p.link.abort(reason)
 
         try:
             self._on_loop(lend())
-        except WorkerLost:
+        except BaseException:
             self._loop.call_soon_threadsafe(give_back)
             raise
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             # In the middle of an exchange nobody can say what the next bytes belong to.
-            self._loop.call_soon_threadsafe(hang_up)
+            self._loop.call_soon_threadsafe(hang_up, f"given up after: {error}")
             raise
         self._loop.call_soon_threadsafe(give_back)
 
@@ -370,8 +360,8 @@ class SplitDevice(CpuDevice):
                 parts.append(link.status())
                 continue
             own = [w for s in self._storages for w in s.weights if w.local == i]
-            rows = sum(len(w.local_rows) * w.tensor.ne[2] for w in own)
-            size = sum(len(w.local_rows) * w.tensor.ne[2] * w.tensor.nb[1] for w in own)
+            rows = sum(w.local_row_count for w in own)
+            size = sum(w.local_bytes for w in own)
             parts.append(split_part_fields(LOCAL, rows=rows, bytes=size))
         return split_status_fields(
             parts, graphs=self.graphs, graph_seconds=self.graph_seconds, tokens=self.tokens
@@ -388,7 +378,7 @@ class SplitDevice(CpuDevice):
         if self._keeper is not None:
             self._loop.call_soon_threadsafe(self._keeper.cancel)
         for link in self.links:
-            self._loop.call_soon_threadsafe(link.abort)
+            self._loop.call_soon_threadsafe(link.close)
         super().close()
 
 
@@ -403,69 +393,3 @@ def _watching(resolve: Resolve, storages: dict[int, SplitStorage]) -> Resolve:
         return buffer
 
     return watched
-
-
-class _WireMemory:
-    """Memory for activations on their way, used by one exchange after the other."""
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        # No wire type takes more bytes than F32.
-        self._memory = np.empty(max((4 * t.nelements for t in inputs), default=0) + 64, np.uint8)
-
-    def converted(self, x: Tensor, wire: GgmlType) -> Tensor:
-        """A node that copies ``x`` into this memory as ``wire``."""
-        nb = contiguous_strides(wire, x.ne)
-        address = -(-int(self._memory.ctypes.data) // 64) * 64
-        node = Tensor(x.id, x.name, wire, Op.CPY, x.ne, nb, address=address)
-        node.src = (x, *(None,) * (MAX_SOURCES - 1))
-        return node
-
-
-def _sends(link: Link, inputs: Sequence[Tensor], frames: Frames) -> Iterator[Send]:
-    for i, t in enumerate(inputs):
-        suffix = frames.suffix if i == len(inputs) - 1 else b""
-        yield Send.whole(link.peer, t, frames.prefixes[i], suffix)
-
-
-def _local_product(product: Product) -> Tensor | None:
-    """The product of the rows that are here; None if there are none."""
-    rows, node = product.weight.local_rows, product.node
-    weight = node.src[0]
-    if weight is None or not len(rows):
-        return None
-    part = Tensor(
-        id=weight.id,
-        name=weight.name,
-        type=weight.type,
-        op=weight.op,
-        ne=(weight.ne[0], len(rows), weight.ne[2], weight.ne[3]),
-        nb=weight.nb,
-        address=weight.address + rows.first * weight.nb[1],
-    )
-    return Tensor(
-        id=node.id,
-        name=node.name,
-        type=node.type,
-        op=node.op,
-        ne=(len(rows), *node.ne[1:]),
-        nb=node.nb,
-        op_params=node.op_params,
-        flags=node.flags,
-        src=(part, *node.src[1:]),
-        address=node.address + rows.first * node.nb[0],
-    )
-
-
-def _receives(link: Link, product: Product, head: int) -> Iterator[Receive]:
-    node = product.node
-    for rows, part in zip(product.weight.rows, product.weight.parts, strict=True):
-        if part is not None and part.link is link:
-            yield Receive(
-                link.peer,
-                node,
-                node.address + rows.first * node.nb[0],
-                len(rows) * node.nb[0],
-                node.nrows,
-                node.nb[1],
-                head,
-            )

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from rpc_server.devices.cpu.catalog import stream_receive, stream_send
 from rpc_server.devices.cpu.planner import STATUS_TEXT as PLAN_STATUS_TEXT
 from rpc_server.devices.cpu.planner import Planner
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split.stream import STATUS_TEXT, Stream, stream_receive, stream_send
+from rpc_server.split.stream import STATUS_TEXT, Stream
 
 PLAN_STATUS_TEXT.update(STATUS_TEXT)
 

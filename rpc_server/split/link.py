@@ -8,49 +8,45 @@ GRAPH_COMPUTE, outputs by GET_TENSOR. Either way an exchange is one message ther
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from client.backend import Backend, Buffer
-from client.connection import connect
+from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
-from client.graph import Graph
+from client.steps import (
+    Frames,
+    Region,
+    Step,
+    command_frames,
+    encode_steps,
+    program_frames,
+)
 from client.tensors import Tensor
 from protocol.commands import Command
+from protocol.errors import ProtocolError
 from protocol.ggml_types import GgmlType
-from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program, split_part_fields
+from protocol.split import MAX_PROGRAMS, split_part_fields
 from rpc_server.devices.base import DeviceError
+from rpc_server.sockets import shut_down
 from rpc_server.split.exchange import Peer
 from rpc_server.split.stream import BYTES_RECEIVED, BYTES_SENT, EXCHANGES, WAIT_NS
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
-# Protocols of workers: what a step needs is there from 5 on, tried newest first.
-_VERSIONS = ("7", "6", "5")
+# Longest that a worker may take to plan a graph: the first one compiles kernels.
+PREPARE_TIMEOUT = 120.0
 # Tries before a receive goes to sleep: about 100 us, more than a worker takes for a small product.
 _SPINS = 100
-_ALIGN = 128
-_FIRST_REGION = 4 << 20
 
 
 class WorkerLost(DeviceError):  # noqa: N818 - says what happened
     """The worker can't be reached, or its connection ended; the message names it and says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """What surrounds the inputs of one step on their way: a prefix for each, and what follows."""
-
-    prefixes: tuple[bytes, ...]
-    suffix: bytes
-    # Framing before each output on the way back.
-    head: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,17 +58,13 @@ class Program:
     number: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One exchange as a worker sees it; all tensors have memory there."""
-
-    inputs: tuple[Tensor, ...]
-    graph: Graph
-    outputs: tuple[Tensor, ...]
-
-
 class Link:
-    """One connection to one worker. All methods run on the event loop's thread."""
+    """One connection to one worker. All methods run on the event loop's thread.
+
+    Clients share it: requests of one wait while the socket is lent for a graph of another, and a
+    graph waits for the request that is on its way. Whatever a worker doesn't answer in time ends
+    the connection, as what would come later couldn't be told from the next answer.
+    """
 
     def __init__(self, name: str, backend: Backend, timeout: float) -> None:
         self.name = name
@@ -82,10 +74,16 @@ class Link:
         self.round_trip = 0.0
         self.rows = 0
         self.bytes = 0
-        self._region: Buffer | None = None
+        self._region = Region(backend)
+        self._kept = Region(backend)
         self._programs: dict[int, Program] = {}
         self._programmed = 0
+        self._timeout = timeout
+        self._turn = asyncio.Lock()
         self._lent = False
+        self._fd = -1
+        # Why we hung up, if we did.
+        self._reason = ""
 
     @classmethod
     async def open(cls, host: str, port: int, timeout: float) -> Link:
@@ -94,35 +92,41 @@ class Link:
         ``timeout`` (seconds) is how long one exchange may take. Raises WorkerLost.
         """
         name = f"{host}:{port}"
-        mismatch = ""
-        for version in _VERSIONS:
-            try:
-                connection = await connect(
-                    host, port, version=version, timeout=CONNECT_TIMEOUT, split=version == "7"
-                )
-            except VersionMismatch as error:
-                mismatch = str(error)
-                continue
-            except TimeoutError:
-                raise WorkerLost(
-                    f"worker {name} accepts but does not answer (does another client hold it?)"
-                ) from None
-            except OSError as error:
-                raise WorkerLost(f"worker {name}: {error.strerror or error}") from None
-            connection.enable_keepalive()
-            link = cls(name, await Backend.open(connection), timeout)
-            await link.refresh()
-            await link._measure()
-            log.info(
-                "worker %s: protocol %s, %s, %d of %d MiB free",
-                name,
-                connection.dialect.name,
-                "split extension" if connection.split_version else "ordinary commands",
-                link.free >> 20,
-                link.total >> 20,
-            )
-            return link
-        raise WorkerLost(f"worker {name}: {mismatch}")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                connection = await connect_any(host, port, timeout=None, split=True)
+                try:
+                    link = await cls._begin(name, connection, timeout)
+                except BaseException:
+                    connection.abort()
+                    raise
+        except TimeoutError:
+            raise WorkerLost(
+                f"worker {name} accepts but does not answer (does another client hold it?)"
+            ) from None
+        except VersionMismatch as error:
+            raise WorkerLost(f"worker {name}: {error}") from None
+        except ProtocolError as error:
+            raise WorkerLost(f"worker {name} speaks something else: {error}") from None
+        except OSError as error:
+            raise WorkerLost(f"worker {name}: {error.strerror or error}") from None
+        log.info(
+            "worker %s: protocol %s, %s, %d of %d MiB free",
+            name,
+            connection.dialect.name,
+            "split extension" if connection.split_version else "ordinary commands",
+            link.free >> 20,
+            link.total >> 20,
+        )
+        return link
+
+    @classmethod
+    async def _begin(cls, name: str, connection: Connection, timeout: float) -> Link:
+        connection.enable_keepalive()
+        link = cls(name, await Backend.open(connection), timeout)
+        link.free, link.total = await connection.get_device_memory()
+        await link._measure()
+        return link
 
     @property
     def extended(self) -> bool:
@@ -136,18 +140,50 @@ class Link:
     def require(self) -> None:
         """Raises WorkerLost if the connection has ended."""
         if self.lost:
-            raise WorkerLost(f"worker {self.name} was lost")
+            raise WorkerLost(f"worker {self.name} was lost{self._why()}")
 
-    def abort(self) -> None:
-        """Hang up at once: the stream is out of step, or nobody needs it."""
+    def _why(self) -> str:
+        return f" ({self._reason})" if self._reason else ""
+
+    def abort(self, reason: str) -> None:
+        """Hang up at once, and say why to those who need it later; nobody uses a lent socket."""
+        if not self.lost:
+            self._reason = reason
         self.backend.connection.abort()
+        self.take_back()
 
-    async def refresh(self) -> None:
-        """Ask for the memory the worker has."""
+    def close(self) -> None:
+        """Hang up; a thread that the socket is lent to gets to know."""
+        if self._lent:
+            shut_down(self._fd)
+        else:
+            self.abort("this server stops")
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Name the worker in what ends a request: raises WorkerLost."""
         try:
-            self.free, self.total = await self.backend.connection.get_device_memory()
-        except ConnectionLost as error:
-            raise WorkerLost(f"worker {self.name}: {error}") from None
+            yield
+        except (ConnectionLost, ProtocolError) as error:
+            raise WorkerLost(f"worker {self.name}: {self._reason or error}") from None
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, seconds: float) -> AsyncIterator[None]:
+        """Have the connection for a request, which may take ``seconds``. Raises WorkerLost."""
+        async with self._turn:
+            with self._blamed():
+                async with self._within(seconds):
+                    yield
+
+    @contextlib.asynccontextmanager
+    async def _within(self, seconds: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            reason = f"no answer within {seconds:g} s"
+            self.abort(reason)
+            raise WorkerLost(f"worker {self.name}: {reason}") from None
 
     async def _measure(self) -> None:
         """Round trip of a small request; the least of a few, since anything may delay one."""
@@ -177,127 +213,95 @@ class Link:
     async def place(self, type: GgmlType, ne: Sequence[int], name: str) -> tuple[Tensor, Buffer]:
         """Memory for a part of a weight. Raises WorkerLost, also when the worker has no room."""
         tensor = self.backend.graph.new_tensor(type, ne, name)
-        try:
-            buffers = await self.backend.allocate([tensor])
-        except AllocationFailed:
-            raise WorkerLost(
-                f"worker {self.name} has no room for {tensor.nbytes} bytes of '{name}'"
-            ) from None
-        except ConnectionLost as error:
-            raise WorkerLost(f"worker {self.name}: {error}") from None
+        buffer = await self._allocate(tensor)
         self.rows += tensor.ne[1] * tensor.ne[2]
         self.bytes += tensor.nbytes
-        return tensor, buffers[0]
+        return tensor, buffer
+
+    async def _allocate(self, tensor: Tensor) -> Buffer:
+        try:
+            async with self._asking(self._timeout):
+                return (await self.backend.allocate([tensor]))[0]
+        except AllocationFailed:
+            raise WorkerLost(
+                f"worker {self.name} has no room for {tensor.nbytes} bytes of '{tensor.name}'"
+            ) from None
+
+    async def clear(self, buffer: Buffer, value: int = 0) -> None:
+        """Set all bytes of a buffer. Raises WorkerLost."""
+        async with self._asking(self._timeout):
+            await self.backend.connection.buffer_clear(buffer.handle, value)
 
     async def release(self, tensor: Tensor, buffer: Buffer) -> None:
         """Give back what :meth:`place` got; nothing to do when the worker is lost."""
         self.rows -= tensor.ne[1] * tensor.ne[2]
         self.bytes -= tensor.nbytes
-        if not self.lost:
-            await self.backend.free([buffer], [tensor])
+        if self.lost:
+            return
+        # A worker that is lost meanwhile has freed it.
+        with contextlib.suppress(WorkerLost):
+            async with self._asking(self._timeout):
+                await self.backend.free([buffer], [tensor])
 
     async def write(self, tensor: Tensor, data: memoryview, offset: int) -> None:
         """Raises WorkerLost."""
-        try:
+        async with self._asking(self._timeout):
             await self.backend.connection.set_tensor(tensor, data, offset)
-        except ConnectionLost as error:
-            raise WorkerLost(f"worker {self.name}: {error}") from None
 
     async def read(self, tensor: Tensor, offset: int, size: int) -> memoryview:
         """Raises WorkerLost."""
-        try:
+        async with self._asking(self._timeout):
             return (await self.backend.connection.get_tensor(tensor, offset, size)).data
-        except ConnectionLost as error:
-            raise WorkerLost(f"worker {self.name}: {error}") from None
 
     # -- programs
 
     async def place_step(self, tensors: Sequence[Tensor]) -> None:
-        """Give tensors of one step memory that all steps share; outputs come last, adjacent."""
-        offsets, at = [], 0
-        for t in tensors:
-            offsets.append(at)
-            at = -(-(at + t.nbytes) // _ALIGN) * _ALIGN
-        if self._region is None or at > self._region.size:
-            # Programs made before keep the old region; each new one is twice as large.
-            size = max(_FIRST_REGION, 2 * at)
-            probe = self.backend.graph.new_tensor_1d(GgmlType.I8, size, "exchange")
-            try:
-                self._region = (await self.backend.allocate([probe]))[0]
-            except AllocationFailed:
-                raise WorkerLost(f"worker {self.name} has no room for {size} bytes") from None
-        for t, offset in zip(tensors, offsets, strict=True):
-            t.place(self._region.handle, self._region.base + offset)
+        """Give tensors of one step memory that all steps share; outputs come last, adjacent.
+
+        Raises WorkerLost.
+        """
+        try:
+            async with self._asking(self._timeout):
+                # Programs made before keep the region they have.
+                await self._region.place(tensors)
+        except (AllocationFailed, ConnectionLost) as error:
+            raise WorkerLost(f"worker {self.name}: {error}") from None
+
+    async def place_kept(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors memory that is theirs for a whole run; see :meth:`place_step`."""
+        try:
+            async with self._asking(self._timeout):
+                await self._kept.place(tensors)
+        except (AllocationFailed, ConnectionLost) as error:
+            raise WorkerLost(f"worker {self.name}: {error}") from None
 
     async def program(self, steps: Sequence[Step]) -> Program:
         """Make the worker ready to run ``steps`` in this order, again and again.
 
         Raises WorkerLost.
         """
+        connection = self.backend.connection
         if not self.extended:
-            return Program(tuple(steps), tuple(self._commands(steps)), None)
+            made = [command_frames(connection, s) for s in steps]
+            return Program(tuple(steps), tuple(made), None)
         number = self._programmed % MAX_PROGRAMS
         self._programmed += 1
-        run = self.backend.connection.message(Command.SPLIT_RUN, device=0, program=number)
-        frames = [Frames((b"",) * len(s.inputs), b"", 0) for s in steps]
-        # The command that starts the program goes out with the first input.
-        frames[0] = Frames((run, *frames[0].prefixes[1:]), b"", 0)
+        frames = program_frames(connection, number, steps)
         program = Program(tuple(steps), tuple(frames), number)
-        await self._send_program(program)
+        async with self._asking(PREPARE_TIMEOUT):
+            await self._send_program(program)
         return program
 
     async def _send_program(self, program: Program) -> None:
         assert program.number is not None
         connection = self.backend.connection
-        tensors = np.concatenate(
-            [s.graph.payload(connection.dialect).tensors for s in program.steps]
+        await connection.request(
+            Command.SPLIT_PROGRAM,
+            data=encode_steps(connection, program.steps),
+            device=0,
+            program=program.number,
         )
-        # Weights may be part of several steps.
-        _, first = np.unique(tensors["id"], return_index=True)
-        steps = [
-            ProgramStep(
-                tuple(t.id for t in s.inputs),
-                tuple(t.id for t in s.graph.nodes),
-                tuple(t.id for t in s.outputs),
-            )
-            for s in program.steps
-        ]
-        try:
-            await connection.request(
-                Command.SPLIT_PROGRAM,
-                data=encode_program(steps, tensors[np.sort(first)]),
-                device=0,
-                program=program.number,
-            )
-        except ConnectionLost as error:
-            raise WorkerLost(f"worker {self.name} refused a graph: {error}") from None
         self._programs[program.number] = program
-
-    def _commands(self, steps: Sequence[Step]) -> list[Frames]:
-        connection = self.backend.connection
-        made = []
-        for step in steps:
-            prefixes = tuple(
-                connection.message(
-                    Command.SET_TENSOR,
-                    body_size=t.nbytes,
-                    tensor=connection.wire_tensor(t),
-                    offset=0,
-                    cache_flag=0,
-                )
-                for t in step.inputs
-            )
-            payload = step.graph.encode(connection.dialect)
-            suffix = connection.message(Command.GRAPH_COMPUTE, body_size=len(payload)) + payload
-            for t in step.outputs:
-                suffix += connection.message(
-                    Command.GET_TENSOR,
-                    tensor=connection.wire_tensor(t),
-                    offset=0,
-                    size=t.nbytes,
-                )
-            made.append(Frames(prefixes, suffix, 8))
-        return made
 
     # -- the socket
 
@@ -306,20 +310,26 @@ class Link:
 
         Raises WorkerLost.
         """
-        if program.number is not None and self._programs.get(program.number) is not program:
-            # A newer one took its number.
-            await self._send_program(program)
-        try:
-            fd = await self.backend.connection.lend()
-        except ConnectionLost as error:
-            raise WorkerLost(f"worker {self.name}: {error}") from None
-        self.peer.stream.open(fd)
+        await self._turn.acquire()
         self._lent = True
+        try:
+            with self._blamed():
+                if program.number is not None and self._programs.get(program.number) is not program:
+                    # A newer one took its number.
+                    async with self._within(PREPARE_TIMEOUT):
+                        await self._send_program(program)
+                async with self._within(self._timeout):
+                    self._fd = await self.backend.connection.lend()
+        except BaseException:
+            self.take_back()
+            raise
+        self.peer.stream.open(self._fd)
 
     def take_back(self) -> None:
         """After :meth:`lend`."""
         if self._lent:
             self._lent = False
+            self._turn.release()
             self.backend.connection.take_back()
 
 

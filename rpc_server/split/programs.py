@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
 from protocol.split import MAX_PROGRAMS, ProgramPayload
 from rpc_server.devices.base import BufferLike, Device, Plan, Resolve
-from rpc_server.split.exchange import Peer
+
+if TYPE_CHECKING:
+    from rpc_server.split.exchange import Peer
 
 # A client may compute for long between two exchanges; one that is gone is noticed by keepalive.
 PATIENCE_SECONDS = 600.0
@@ -18,8 +23,16 @@ class Programs:
     """By device and number. Programs that use a buffer are forgotten with it."""
 
     def __init__(self, name: str) -> None:
-        self.peer = Peer(name, PATIENCE_SECONDS, _SPINS)
+        self._name = name
         self._plans: dict[tuple[int, int], tuple[Plan, frozenset[int]]] = {}
+
+    @cached_property
+    def peer(self) -> Peer:
+        """The client, as programs see it."""
+        # Brings numba, which takes long to import: not before somebody needs it.
+        from rpc_server.split.exchange import Peer
+
+        return Peer(self._name, PATIENCE_SECONDS, _SPINS)
 
     @staticmethod
     def check(number: int) -> None:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from client.backend import Buffer
-from client.partition import Piece, Rows, partition, pieces
+from client.partition import ROW_MULTIPLE, Rows, Run, column_runs, partition, pieces
 from client.tensors import Tensor as RemoteTensor
 from protocol.ggml_ops import Op
 from rpc_server.devices.base import Storage
@@ -36,6 +38,10 @@ _LEAST_ROWS = 64
 _NO_PRODUCT = re.compile(r"norm|rope|conv|position_embd|pos_embd|token_types|rel_pos|ssm_[ad]\b")
 
 
+_BY_COLUMNS = re.compile(r"\.(ffn_down|attn_output)(_exps|_shexp)?\.weight$")
+_ATTENTION = re.compile(r"\.attn_(q|k|v|output)\.weight$")
+
+
 def is_split(t: Tensor) -> bool:
     """Whether a tensor that is uploaded is a weight to be cut: by name, shape and size."""
     return (
@@ -49,9 +55,26 @@ def is_split(t: Tensor) -> bool:
     )
 
 
+def is_cut_by_columns(name: str) -> bool:
+    """Whether a weight multiplies what other products make, so that parts can go on with theirs."""
+    return _BY_COLUMNS.search(name) is not None
+
+
+def cut_multiple(t: Tensor, axis: int) -> int:
+    """What cuts of a weight are multiples of, in rows or columns.
+
+    Weights of one block (gate, up and down; q, k, v and output) have to be cut alike although they
+    arrive one by one: the same share of each, in eighths where attention's heads allow it.
+    """
+    block = max(ROW_MULTIPLE, t.block_size)
+    if _ATTENTION.search(t.name) and t.ne[axis] % (8 * block) == 0:
+        return t.ne[axis] // 8
+    return block
+
+
 @dataclass(slots=True)
 class Part:
-    """The rows of a weight on one worker."""
+    """The slice of a split tensor on one worker."""
 
     link: Link
     tensor: RemoteTensor
@@ -60,29 +83,68 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class SplitWeight:
-    """One weight: ``rows`` of each part; its ``parts`` (None: no rows, or this server's).
+    """One split tensor: ``cuts`` of each part along ``axis`` (1: rows, 0: columns).
 
-    ``start`` is its offset in the buffer. ``gathered`` once all rows are here too.
+    ``start`` is its offset in the buffer, ``address`` the host's, ``parts`` where the slices are
+    (None: empty, or this server's). ``gathered`` once all of it is here too; ``dropped`` when the
+    client wrote something else there. ``is_cache`` tells a tensor that graphs write.
     """
 
     tensor: Tensor
     start: int
-    rows: list[Rows]
+    axis: int
+    cuts: list[Rows]
     parts: list[Part | None]
     local: int | None
+    address: int
+    is_cache: bool = False
     gathered: bool = False
+    dropped: bool = False
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes of the slice that this server works on itself."""
+        if self.local is None:
+            return 0
+        return self.tensor.nbytes * len(self.cuts[self.local]) // self.tensor.ne[self.axis]
+
+    @property
+    def rows(self) -> list[Rows]:
+        """The rows of each part, of a tensor that is cut by rows."""
+        return self.cuts
 
     @property
     def local_rows(self) -> Rows:
         """The rows that this server multiplies itself."""
-        return self.rows[self.local] if self.local is not None else Rows(0, 0)
+        return self.cuts[self.local] if self.local is not None else Rows(0, 0)
 
-    def pieces(self, offset: int, size: int) -> list[Piece]:
-        """Where bytes of the weight lie."""
-        return pieces(self.rows, self.tensor.row_size, self.tensor.ne[1], offset, size)
+    @property
+    def local_row_count(self) -> int:
+        """How many rows, or parts of rows, this server works on itself."""
+        if self.local is None or not len(self.cuts[self.local]):
+            return 0
+        rows = len(self.cuts[self.local]) if self.axis else self.tensor.ne[1]
+        return rows * self.tensor.ne[2]
+
+    def shape(self, part: int) -> tuple[int, int, int, int]:
+        """ne of a part's slice."""
+        ne = list(self.tensor.ne)
+        ne[self.axis] = len(self.cuts[part])
+        return (ne[0], ne[1], ne[2], ne[3])
+
+    def runs(self, offset: int, size: int) -> list[Run]:
+        """Where bytes of the tensor lie."""
+        t = self.tensor
+        if self.axis:
+            found = pieces(self.cuts, t.row_size, t.ne[1], offset, size)
+            return [Run(p.part, p.at, p.start, 1, p.size, p.size) for p in found]
+        edges = [
+            Rows(*(t.type_size * n // t.block_size for n in (c.first, c.last))) for c in self.cuts
+        ]
+        return column_runs(edges, t.row_size, offset, size)
 
     def require(self) -> None:
-        """Raises WorkerLost if rows of it are gone."""
+        """Raises WorkerLost if slices of it are gone."""
         for part in self.parts:
             if part is not None:
                 part.link.require()
@@ -100,24 +162,30 @@ class Upload:
 
     def room(self) -> memoryview:
         """Where the next bytes of the upload belong."""
-        self._chunk = self.storage.chunk(min(self.left, CHUNK))
+        row = self.weight.tensor.row_size
+        # Whole rows, so that slices of rows are found by strides.
+        most = max(CHUNK // row * row, row)
+        head = -self.offset % row
+        self._chunk = self.storage.chunk(min(self.left, head or most))
         return self._chunk
 
     async def forward(self) -> None:
-        """Send what was filled to the workers, all at once; rows of this server are copied.
+        """Send what was filled to the workers, all at once; this server's slice is copied.
 
         Raises WorkerLost.
         """
-        data, weight = self._chunk, self.weight
+        data, weight = np.frombuffer(self._chunk, np.uint8), self.weight
         writes = []
-        for piece in weight.pieces(self.offset, len(data)):
-            run = data[piece.start : piece.start + piece.size]
-            part = weight.parts[piece.part]
+        for run in weight.runs(self.offset, len(data)):
+            part = weight.parts[run.part]
             if part is None or weight.gathered:
-                at = weight.start + self.offset + piece.start
-                self.storage.view(at, piece.size)[:] = run
+                begin = weight.start + self.offset
+                run.of(np.frombuffer(self.storage.view(begin, len(data)), np.uint8))[...] = run.of(
+                    data
+                )
             if part is not None:
-                writes.append(part.link.write(part.tensor, run, piece.at))
+                dense = np.ascontiguousarray(run.of(data)).reshape(-1)
+                writes.append(part.link.write(part.tensor, dense.data, run.at))
         self.offset += len(data)
         self.left -= len(data)
         await asyncio.gather(*writes)
@@ -136,13 +204,21 @@ class SplitStorage(HostStorage):
         links: Sequence[Link | None],
         proportions: Sequence[float],
         background: Callable[[Coroutine[Any, Any, None]], None],
+        *,
+        by_columns: bool = False,
     ) -> None:
+        """``by_columns``: cut weights of which a segment ends by columns (tensor mode)."""
         super().__init__(size, reserve_only=True)
-        self._links = links
+        self.links = links
         self._proportions = proportions
         self._background = background
+        self._by_columns = by_columns
         self._weights: dict[int, SplitWeight] = {}
+        # Where a cache was cut that some graph needs whole.
+        self._refused: set[int] = set()
         self._chunk = bytearray()
+        # How often weights came, went or moved: plans made before are out of date.
+        self.changes = 0
 
     @property
     def weights(self) -> list[SplitWeight]:
@@ -177,40 +253,118 @@ class SplitStorage(HostStorage):
         """
         begin = start - offset
         known = self._weights.get(begin)
-        if known is not None and (known.tensor.type, known.tensor.ne) == (t.type, t.ne):
+        inside = offset + size <= t.nbytes
+        if known is not None and inside and (known.tensor.type, known.tensor.ne) == (t.type, t.ne):
             known.require()
             return Upload(self, known, offset, size)
-        for stale in self.overlapping(start, size):
-            self.forget(stale)
-        if not is_split(t) or begin < 0 or begin + t.nbytes > self.size:
+        await self.give_way(start, size)
+        if not is_split(t) or not inside or begin < 0 or begin + t.nbytes > self.size:
             return None
+        await self.bring_home(self.overlapping(begin, t.nbytes))
         weight = await self._place(t, begin)
         self._weights[begin] = weight
+        self.changes += 1
+        # What the upload leaves out keeps the bytes that it had.
+        await self._forward(weight, 0, offset)
+        await self._forward(weight, offset + size, t.nbytes - offset - size)
         return Upload(self, weight, offset, size)
 
-    async def _place(self, t: Tensor, begin: int) -> SplitWeight:
-        rows = partition(t.ne[1], self._proportions)
+    async def _forward(self, weight: SplitWeight, offset: int, size: int) -> None:
+        """Send bytes that are here to where they belong now."""
+        upload = Upload(self, weight, offset, size)
+        while upload.left:
+            room = upload.room()
+            at = weight.start + upload.offset
+            room[:] = self.view(at, len(room))
+            await upload.forward()
 
-        async def part(link: Link | None, own: Rows) -> Part | None:
-            if link is None or not len(own):
+    async def give_way(self, start: int, size: int) -> None:
+        """Before bytes are overwritten by any other way: weights that they are part of come here.
+
+        Those that are overwritten as a whole need not. Raises WorkerLost.
+        """
+        weights = self.overlapping(start, size)
+        end = start + size
+        kept = [w for w in weights if w.start < start or w.start + w.tensor.nbytes > end]
+        await self.bring_home(kept)
+        for weight in weights:
+            if weight not in kept:
+                self.forget(weight)
+
+    async def bring_home(self, weights: Sequence[SplitWeight]) -> None:
+        """Make weights ordinary memory of this server. Raises WorkerLost."""
+        for weight in weights:
+            await self.gather(weight)
+            if weight.is_cache:
+                # Or the next graph would cut it again.
+                self.refuse(weight)
+            self.forget(weight)
+
+    async def _place(self, t: Tensor, begin: int) -> SplitWeight:
+        axis = 0 if self._by_columns and is_cut_by_columns(t.name) else 1
+        cuts = partition(t.ne[axis], self._proportions, cut_multiple(t, axis))
+        return await self._new(t, begin, axis, cuts)
+
+    async def _new(self, t: Tensor, begin: int, axis: int, cuts: list[Rows]) -> SplitWeight:
+        local = next((i for i, link in enumerate(self.links) if link is None), None)
+        weight = SplitWeight(t, begin, axis, cuts, [], local, self.address + begin)
+
+        async def part(i: int, link: Link | None) -> Part | None:
+            if link is None or not len(cuts[i]):
                 return None
             link.require()
-            tensor, buffer = await link.place(t.type, (t.ne[0], len(own), t.ne[2]), t.name)
-            return Part(link, tensor, buffer)
+            return Part(link, *await link.place(t.type, weight.shape(i), t.name))
 
-        made = await asyncio.gather(*map(part, self._links, rows), return_exceptions=True)
-        parts: list[Part | None] = []
+        made = await asyncio.gather(
+            *(part(i, link) for i, link in enumerate(self.links)), return_exceptions=True
+        )
         failure: BaseException | None = None
         for result in made:
             if isinstance(result, BaseException):
                 failure = failure or result
             else:
-                parts.append(result)
+                weight.parts.append(result)
         if failure is not None:
-            await self._release(parts)
+            await self._release(weight.parts)
             raise failure
-        local = next((i for i, link in enumerate(self._links) if link is None), None)
-        return SplitWeight(t, begin, rows, parts, local)
+        return weight
+
+    # -- caches
+
+    def may_cut(self, t: Tensor) -> bool:
+        """Whether a tensor that graphs write may live on the parts."""
+        start = t.address - self.address
+        return (
+            self._by_columns
+            and t.op is Op.NONE
+            and t.contiguous
+            and start not in self._refused
+            and not self.overlapping(start, t.nbytes)
+        )
+
+    def imagine(self, t: Tensor, cuts: Sequence[Rows]) -> SplitWeight:
+        """What :meth:`cut_cache` would make of a tensor, without memory on the parts."""
+        start = t.address - self.address
+        return SplitWeight(t, start, 0, list(cuts), [], None, t.address, is_cache=True)
+
+    def refuse(self, weight: SplitWeight) -> None:
+        """Never cut this cache: graphs need it whole."""
+        self._refused.add(weight.start)
+
+    async def cut_cache(self, imagined: SplitWeight) -> None:
+        """Move a tensor that graphs write to the parts, by columns. Raises WorkerLost."""
+        t, start = imagined.tensor, imagined.start
+        weight = await self._new(t, start, 0, imagined.cuts)
+        weight.is_cache = True
+        content = self.view(start, t.nbytes)
+        # A cache that nothing was written to yet is empty on the workers too.
+        for part in weight.parts:
+            if part is not None:
+                await part.link.clear(part.buffer)
+        if np.frombuffer(content, np.uint8).any():
+            await self._forward(weight, 0, t.nbytes)
+        self._weights[start] = weight
+        self.changes += 1
 
     # -- reading back
 
@@ -235,29 +389,47 @@ class SplitStorage(HostStorage):
 
     @staticmethod
     async def _fetch(weight: SplitWeight, offset: int, target: memoryview) -> None:
-        """Overwrite ``target``, the bytes of the weight from ``offset`` on, with workers' rows."""
+        """Overwrite ``target``, the bytes from ``offset`` on, with what workers have of them."""
+        row = weight.tensor.row_size
 
-        async def fetch(part: Part, piece: Piece) -> None:
-            run = target[piece.start : piece.start + piece.size]
-            for at in range(0, piece.size, CHUNK):
-                part.link.require()
-                n = min(CHUNK, piece.size - at)
-                run[at : at + n] = await part.link.read(part.tensor, piece.at + at, n)
+        async def fetch(part: Part, run: Run, into: np.ndarray[Any, Any]) -> None:
+            part.link.require()
+            got = await part.link.read(part.tensor, run.at, run.count * run.size)
+            run.of(into)[...] = np.frombuffer(got, np.uint8).reshape(run.count, run.size)
 
-        await asyncio.gather(
-            *(
-                fetch(part, piece)
-                for piece in weight.pieces(offset, len(target))
-                if (part := weight.parts[piece.part]) is not None
+        step = max(CHUNK // row * row, row)
+        at = 0
+        while at < len(target):
+            # As for uploads: whole rows where it is possible.
+            n = min(len(target) - at, -(offset + at) % row or step)
+            into = np.frombuffer(target[at : at + n], np.uint8)
+            await asyncio.gather(
+                *(
+                    fetch(part, run, into)
+                    for run in weight.runs(offset + at, n)
+                    if (part := weight.parts[run.part]) is not None
+                )
             )
-        )
+            at += n
 
     # -- the rest of a Storage
 
     def fill(self, offset: int, size: int, value: int) -> None:
         for weight in self.overlapping(offset, size):
-            self.forget(weight)
+            end = weight.start + weight.tensor.nbytes
+            if weight.is_cache and offset <= weight.start and end <= offset + size:
+                self._background(self._fill_parts(weight, value))
+            else:
+                self.forget(weight)
         super().fill(offset, size, value)
+
+    @staticmethod
+    async def _fill_parts(weight: SplitWeight, value: int) -> None:
+        for part in weight.parts:
+            if part is not None:
+                # A worker that is lost says so when the cache is used.
+                with contextlib.suppress(WorkerLost, ConnectionError):
+                    await part.link.clear(part.buffer, value)
 
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
         for weight in self.overlapping(dst_offset, size):
@@ -267,15 +439,15 @@ class SplitStorage(HostStorage):
     def forget(self, weight: SplitWeight) -> None:
         """The client wrote something else there: the rows on the workers are no longer needed."""
         del self._weights[weight.start]
+        weight.dropped = True
+        self.changes += 1
         self._background(self._release(weight.parts))
 
     @staticmethod
     async def _release(parts: Sequence[Part | None]) -> None:
         for part in parts:
             if part is not None:
-                # A worker that is lost has freed it.
-                with contextlib.suppress(WorkerLost, ConnectionError):
-                    await part.link.release(part.tensor, part.buffer)
+                await part.link.release(part.tensor, part.buffer)
 
     def close(self) -> None:
         for weight in self.weights:

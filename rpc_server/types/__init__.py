@@ -1,9 +1,9 @@
 """ggml's types to float32 and back, as array code: what op references read and write.
 
-``to_f32`` knows every type that ggml can decode. ``from_f32`` knows the types whose encoders are
-deterministic and simple (see ENCODABLE); it is bit-equal to ggml's reference encoders. The K- and
-IQ-types are searches over candidate scales, made once when a model file is written, and no graph
-has to produce them.
+``to_f32`` knows every type that ggml can decode. ``from_f32`` knows every type that a graph can
+write (see ENCODABLE); it is bit-equal to ggml's encoders on x86 for all but NaN. It lacks the IQ1-,
+IQ2- and IQ3-types, which ggml's graphs can't write either: their encoders need tables that are made
+for quantizing files, and most need an importance matrix.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.types import decode, encode, floats
+from rpc_server.types import decode, encode, encode_iq4, encode_k, floats
 
 # Types that graphs may read or write through float32.
 DECODABLE: frozenset[GgmlType] = frozenset(floats.DECODERS) | decode.TYPES
-ENCODABLE: frozenset[GgmlType] = frozenset(floats.ENCODERS) | frozenset(encode.ENCODERS)
+_BLOCK_ENCODERS = encode.ENCODERS | encode_iq4.ENCODERS | encode_k.ENCODERS
+ENCODABLE: frozenset[GgmlType] = frozenset(floats.ENCODERS) | frozenset(_BLOCK_ENCODERS)
 
 # Encoders and decoders work on this many elements at a time, to keep what they allocate small.
 _CHUNK = 1 << 20
@@ -53,15 +54,16 @@ def from_f32(type: GgmlType, values: Any, xp: ModuleType = np) -> Any:
     Raises NotImplementedError for types outside ENCODABLE.
     """
     if type in floats.ENCODERS:
-        return floats.ENCODERS[type](values, xp)
-    if type not in encode.ENCODERS:
+        with np.errstate(all="ignore"):
+            return floats.ENCODERS[type](values, xp)
+    if type not in _BLOCK_ENCODERS:
         raise NotImplementedError(f"no encoder for {type.name}")
     info = TYPE_INFO[type]
     host = _to_host(values, xp)
     shape = (*host.shape[:-1], host.shape[-1] // info.block_size * info.type_size)
     blocks = np.ascontiguousarray(host, np.float32).reshape(-1, info.block_size)
     encoded = np.empty((len(blocks), info.type_size), np.uint8)
-    encoder = encode.ENCODERS[type]
+    encoder = _BLOCK_ENCODERS[type]
     step = max(_CHUNK // info.block_size, 1)
     with np.errstate(all="ignore"):
         for start in range(0, len(blocks), step):

@@ -1,76 +1,51 @@
 """Encoders of block types: float32 (blocks, block size) to uint8 (blocks, type size).
 
-They follow ggml's reference encoders to the bit, which decides details that look arbitrary: sums
-run in float32 from left to right, of equal extremes the first counts, and "round" is to nearest
-with ties away from zero, to nearest even, or adding a half and cutting off, as the type has it.
+They follow ggml's CPU on x86 to the bit: its reference encoders, but for Q8_0 and Q8_1, for which
+it has vector code. That decides details that look arbitrary: sums run in float32 from left to
+right, of equal extremes the first counts, and "round" is to nearest with ties away from zero, to
+nearest even, or adding a half and cutting off, as the type has it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from protocol.ggml_types import GgmlType
-from rpc_server.types.tables import E8M0_VALUES, FP4_VALUES, IQ4_VALUES, UE4M3_VALUES
-
-# uint8 and float32, a row for each block.
-Bytes = np.ndarray[Any, Any]
-Floats = np.ndarray[Any, Any]
-Encoder = Callable[[Floats], Bytes]
-
-# Below this an IQ4_NL block counts as zero.
-_IQ4_EPSILON = np.float32(1e-15)
-
-
-def _round_away(x: Floats) -> Floats:
-    # Adding a half first would round the largest float below 0.5 up.
-    whole = np.trunc(x)
-    return np.where(np.abs(x - whole) >= 0.5, whole + np.copysign(np.float32(1), x), whole)
-
-
-def _inverse(d: Floats) -> Floats:
-    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
-
-
-def _extreme(x: Floats) -> Floats:
-    """The element farthest from zero, sign kept; +0 if all are zero."""
-    at = np.abs(x).argmax(axis=-1, keepdims=True)
-    value = np.take_along_axis(x, at, axis=-1)
-    return np.where(value == 0, np.float32(0), value)
-
-
-def _sum_in_order(x: Floats) -> Floats:
-    return np.add.accumulate(x, axis=-1, dtype=np.float32)[:, -1:]
-
-
-def _f16(x: Floats) -> Bytes:
-    return x.astype(np.float16).view(np.uint8)
-
-
-def _nibbles(codes: Bytes, group: int = 32) -> Bytes:
-    """Codes below 16: those of the first half of each group go to the low nibbles."""
-    halves = codes.reshape(len(codes), -1, 2, group // 2)
-    packed: Bytes = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    return packed.reshape(len(codes), -1)
+from rpc_server.types.blocks import (
+    Bytes,
+    Encoder,
+    Floats,
+    Integers,
+    extreme,
+    f16,
+    fields,
+    in_parts,
+    inverse,
+    nearest_int,
+    nibbles,
+    round_away,
+    sum_in_order,
+)
+from rpc_server.types.tables import E8M0_VALUES, FP4_VALUES, UE4M3_VALUES
 
 
 def _low_and_high(codes: Bytes, bits: int) -> list[Bytes]:
     """The code fields of a block: for 5 bits, the fifth ones come first as a bit field."""
     if bits == 4:
-        return [_nibbles(codes)]
-    return [np.packbits(codes >> 4, axis=-1, bitorder="little"), _nibbles(codes & 15)]
+        return [nibbles(codes)]
+    return [np.packbits(codes >> 4, axis=-1, bitorder="little"), nibbles(codes & 15)]
 
 
 def _symmetric(x: Floats, bits: int) -> Bytes:
     # Q4_0, Q5_0: the extreme is mapped to the lowest code, whichever sign it has.
     half = 1 << (bits - 1)
-    d = _extreme(x) / np.float32(-half)
-    codes = (x * _inverse(d) + np.float32(half + 0.5)).astype(np.int8)
+    d = extreme(x) / np.float32(-half)
+    codes = (x * inverse(d) + np.float32(half + 0.5)).astype(np.int8)
     codes = np.minimum(codes, 2 * half - 1).astype(np.uint8)
-    return np.concatenate([_f16(d), *_low_and_high(codes, bits)], axis=-1)
+    return np.concatenate([f16(d), *_low_and_high(codes, bits)], axis=-1)
 
 
 def _affine(x: Floats, bits: int) -> Bytes:
@@ -79,53 +54,75 @@ def _affine(x: Floats, bits: int) -> Bytes:
     low = np.take_along_axis(x, x.argmin(axis=-1, keepdims=True), axis=-1)
     high = np.take_along_axis(x, x.argmax(axis=-1, keepdims=True), axis=-1)
     d = (high - low) / np.float32(top)
-    codes = ((x - low) * _inverse(d) + np.float32(0.5)).astype(np.int8)
+    codes = ((x - low) * inverse(d) + np.float32(0.5)).astype(np.int8)
     codes = np.minimum(codes, top).astype(np.uint8)
-    return np.concatenate([_f16(d), _f16(low), *_low_and_high(codes, bits)], axis=-1)
+    return np.concatenate([f16(d), f16(low), *_low_and_high(codes, bits)], axis=-1)
 
 
-def _eight_bits(x: Floats) -> tuple[Floats, np.ndarray[Any, Any]]:
-    d = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
-    return d, _round_away(x * _inverse(d)).astype(np.int8)
+def _eight_bits(x: Floats) -> tuple[Floats, Integers]:
+    """Scales and codes; not by ggml's reference, but by its vector code for x86.
+
+    What is not finite is the smallest int32 there, which later saturates.
+    """
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    scale = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest != 0)
+    scaled = np.rint(x * scale)
+    finite = np.isfinite(scaled)
+    codes = np.where(finite, scaled, np.float32(0)).astype(np.int32)
+    codes[~finite] = np.iinfo(np.int32).min
+    return largest / np.float32(127), codes
+
+
+def _saturated(codes: Integers) -> Bytes:
+    return np.clip(codes, -128, 127).astype(np.int8).view(np.uint8)
 
 
 def _q8_0(x: Floats) -> Bytes:
-    d, q = _eight_bits(x)
-    return np.concatenate([_f16(d), q.view(np.uint8)], axis=-1)
+    d, codes = _eight_bits(x)
+    return np.concatenate([f16(d), _saturated(codes)], axis=-1)
 
 
 def _q8_1(x: Floats) -> Bytes:
     # The sum uses d before it is rounded to half precision.
-    d, q = _eight_bits(x)
-    total = q.sum(axis=-1, keepdims=True, dtype=np.int32).astype(np.float32)
-    return np.concatenate([_f16(d), _f16(total * d), q.view(np.uint8)], axis=-1)
+    d, codes = _eight_bits(x)
+    total = codes.sum(axis=-1, keepdims=True, dtype=np.int32).astype(np.float32)
+    return np.concatenate([f16(d), f16(total * d), _saturated(codes)], axis=-1)
 
 
 def _q8_k(x: Floats) -> Bytes:
-    extreme = _extreme(x)
-    zero = extreme == 0
-    scale = np.where(zero, np.float32(0), np.float32(-127) / extreme)
-    q = np.minimum(np.rint(scale * x).astype(np.int32), 127).astype(np.int8)
+    largest = extreme(x)
+    zero = largest == 0
+    scale = np.where(zero, np.float32(0), np.float32(-127) / largest)
+    q = np.minimum(nearest_int(scale * x), 127).astype(np.int8)
     sums = q.reshape(len(q), 16, 16).sum(axis=-1, dtype=np.int16)
-    d = _inverse(scale)
+    d = np.where(zero, np.float32(0), np.float32(1) / scale)
     return np.concatenate([d.view(np.uint8), q.view(np.uint8), sums.view(np.uint8)], axis=-1)
 
 
 def _q1_0(x: Floats) -> Bytes:
-    d = _sum_in_order(np.abs(x)) / np.float32(128)
-    return np.concatenate([_f16(d), np.packbits(x >= 0, axis=-1, bitorder="little")], axis=-1)
+    d = sum_in_order(np.abs(x)) / np.float32(128)
+    return np.concatenate([f16(d), np.packbits(x >= 0, axis=-1, bitorder="little")], axis=-1)
+
+
+def _whole_parts(x: Floats, overflow: int) -> tuple[Floats, Integers]:
+    """The largest magnitude and the elements as whole multiples of it: -1, 0 or 1.
+
+    The inverse of a subnormal may be infinite; then ``overflow`` stands for what isn't finite.
+    """
+    d = np.abs(x).max(axis=-1, keepdims=True)
+    parts = round_away(x * inverse(d))
+    return d, np.where(np.isfinite(parts), parts, np.float32(overflow)).astype(np.int32)
 
 
 def _q2_0(x: Floats) -> Bytes:
-    d = np.abs(x).max(axis=-1, keepdims=True)
-    codes = np.clip(_round_away(x * _inverse(d)) + 1, 0, 3).astype(np.uint8)
-    codes = codes.reshape(len(x), -1, 4) << np.array([0, 2, 4, 6], np.uint8)
-    return np.concatenate([_f16(d), np.bitwise_or.reduce(codes, axis=-1)], axis=-1)
+    d, parts = _whole_parts(x, overflow=-1)
+    codes = (parts + 1).astype(np.uint8)
+    return np.concatenate([f16(d), fields(codes.reshape(len(x), -1, 4, 1), 2)], axis=-1)
 
 
-def _ternary(x: Floats) -> tuple[Floats, np.ndarray[Any, Any]]:
-    d = np.abs(x).max(axis=-1, keepdims=True)
-    return d, (_round_away(x * _inverse(d)) + 1).astype(np.int32)
+def _ternary(x: Floats) -> tuple[Floats, Integers]:
+    d, parts = _whole_parts(x, overflow=0)
+    return d, parts + 1
 
 
 def _tq1_0(x: Floats) -> Bytes:
@@ -139,37 +136,23 @@ def _tq1_0(x: Floats) -> Bytes:
         weights = 3 ** np.arange(4, 4 - count, -1)
         fields.append((group * weights[:, None]).sum(axis=1))
     packed = (np.concatenate(fields, axis=-1) * 256 + 242) // 243
-    return np.concatenate([packed.astype(np.uint8), _f16(d)], axis=-1)
+    return np.concatenate([packed.astype(np.uint8), f16(d)], axis=-1)
 
 
 def _tq2_0(x: Floats) -> Bytes:
     d, digits = _ternary(x)
-    groups = digits.reshape(len(x), 2, 4, 32) << np.array([0, 2, 4, 6])[:, None]
-    codes = np.bitwise_or.reduce(groups, axis=2).reshape(len(x), 64).astype(np.uint8)
-    return np.concatenate([codes, _f16(d)], axis=-1)
-
-
-def _iq4_nl(x: Floats) -> Bytes:
-    # A least-squares scale for the codes that the extreme element's scale gives.
-    extreme = _extreme(x)
-    d = extreme / IQ4_VALUES[0]
-    zero = np.abs(extreme) < _IQ4_EPSILON
-    scaled = x * np.where(zero, np.float32(0), np.float32(1) / d)
-    above = np.clip(np.searchsorted(IQ4_VALUES, scaled, side="right"), 1, 15)
-    lower_is_nearer = scaled - IQ4_VALUES[above - 1] < IQ4_VALUES[above] - scaled
-    codes = np.where(lower_is_nearer, above - 1, above)
-    q, weight = IQ4_VALUES[codes], x * x
-    sum_qx = _sum_in_order(weight * q * x)
-    sum_q2 = _sum_in_order(weight * q * q)
-    fitted = np.where((sum_q2 > 0) & ~zero, sum_qx / sum_q2, np.float32(0))
-    # ggml leaves the codes of a zero block as they happened to be; its scale makes them zeros.
-    codes = np.where(zero, 0, codes).astype(np.uint8)
-    return np.concatenate([_f16(fitted), _nibbles(codes)], axis=-1)
+    return np.concatenate([fields(digits.reshape(len(x), 2, 4, 32), 2), f16(d)], axis=-1)
 
 
 def _nearest_fp4(x: Floats, scale: Floats) -> Bytes:
-    errors = np.abs(FP4_VALUES * scale[..., None] - x[..., None])
-    codes: Bytes = errors.argmin(axis=-1).astype(np.uint8)
+    """Codes of the values nearest to ``x``, of equally near ones the first."""
+    codes = np.zeros(x.shape, np.uint8)
+    best = np.full(x.shape, np.inf, np.float32)
+    for code, value in enumerate(FP4_VALUES):
+        error = np.abs(value * scale - x)
+        nearer = error < best
+        codes[nearer] = code
+        np.copyto(best, error, where=nearer)
     return codes
 
 
@@ -178,7 +161,7 @@ def _mxfp4(x: Floats) -> Bytes:
     # Rounded to float32 before the floor: just below a power of two counts as that power.
     exponent = np.floor(np.log2(largest.astype(np.float64)).astype(np.float32))
     e = np.where(largest > 0, exponent - 2 + 127, 0).astype(np.int32).astype(np.uint8)
-    return np.concatenate([e, _nibbles(_nearest_fp4(x, E8M0_VALUES[e]))], axis=-1)
+    return np.concatenate([e, nibbles(_nearest_fp4(x, E8M0_VALUES[e]))], axis=-1)
 
 
 def _to_ue4m3(x: Floats) -> Bytes:
@@ -198,7 +181,7 @@ def _nvfp4(x: Floats) -> Bytes:
     groups = x.reshape(len(x), 4, 16)
     scales = _to_ue4m3(np.abs(groups).max(axis=-1) / np.float32(6))
     codes = _nearest_fp4(groups, UE4M3_VALUES[scales][..., None])
-    return np.concatenate([scales, _nibbles(codes.reshape(len(x), 64), 16)], axis=-1)
+    return np.concatenate([scales, nibbles(codes.reshape(len(x), 64), 16)], axis=-1)
 
 
 ENCODERS: dict[GgmlType, Encoder] = {
@@ -213,7 +196,6 @@ ENCODERS: dict[GgmlType, Encoder] = {
     GgmlType.Q2_0: _q2_0,
     GgmlType.TQ1_0: _tq1_0,
     GgmlType.TQ2_0: _tq2_0,
-    GgmlType.IQ4_NL: _iq4_nl,
-    GgmlType.MXFP4: _mxfp4,
-    GgmlType.NVFP4: _nvfp4,
+    GgmlType.MXFP4: in_parts(_mxfp4),
+    GgmlType.NVFP4: in_parts(_nvfp4),
 }

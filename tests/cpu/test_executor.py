@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-import rpc_server.devices.cpu  # noqa: F401  (sets the kernel cache before numba is imported)
 from rpc_server.devices.cpu.abi import (
     DST,
     RECORD_WORDS,
@@ -20,6 +19,9 @@ from rpc_server.devices.cpu.abi import (
     store_i64,
 )
 from rpc_server.devices.cpu.executor import Executor, Program
+from rpc_server.native.folder import Folder
+from rpc_server.native.library import Library
+from rpc_server.native.routine import Routine
 
 
 @kernel
@@ -47,6 +49,16 @@ def record(words: np.ndarray, *, n: int = 0, extra0: int = 0) -> np.ndarray:
     return made
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+    """Addresses of the two kernels above."""
+    library = Library(Folder(tmp_path_factory.mktemp("kernels"), "0"), 2)
+    wanted = [Routine(__name__, name) for name in ("append_if_predecessor", "fail_on_thread")]
+    library.request(wanted)
+    yield library.address(wanted[0]), library.address(wanted[1])
+    library.close()
+
+
 @pytest.fixture(params=[1, 2, 3])
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     made = Executor(request.param)
@@ -54,28 +66,28 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     made.close()
 
 
-def test_threads_meet_between_records(executor: Executor) -> None:
+def test_threads_meet_between_records(executor: Executor, kernels: tuple[int, int]) -> None:
     words = np.zeros(8, np.int64)
     records = [record(words, extra0=i + 1) for i in range(200)]
-    program = Program([append_if_predecessor.address] * 200, records)
+    program = Program([kernels[0]] * 200, records)
     assert executor.run(program) == (0, -1)
     assert words[: executor.n_threads].tolist() == [200] * executor.n_threads
 
 
-def test_failing_record_stops_the_program(executor: Executor) -> None:
+def test_failing_record_stops_the_program(executor: Executor, kernels: tuple[int, int]) -> None:
     words = np.zeros(8, np.int64)
     last = executor.n_threads - 1
-    kernels = [append_if_predecessor.address] * 3 + [fail_on_thread.address]
-    kernels += [append_if_predecessor.address] * 3
+    append, fail = kernels
+    program_kernels = [append] * 3 + [fail] + [append] * 3
     records = [record(words, n=last, extra0=i + 1) for i in range(7)]
-    program = Program(kernels, records)
+    program = Program(program_kernels, records)
     for _ in range(200):
         words[:] = 0
         assert executor.run(program) == (Status.INDEX_OUT_OF_RANGE, 3)
         assert words.max() == 3
     # The state of the failure is gone with the next program.
     words[:] = 0
-    assert executor.run(Program(kernels[:3], records[:3])) == (0, -1)
+    assert executor.run(Program([append] * 3, records[:3])) == (0, -1)
 
 
 def test_empty_program_runs(executor: Executor) -> None:

@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llvmlite import binding
-from numba.core.registry import cpu_target
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.kernels import vector
-from rpc_server.devices.cpu.kernels.formats import FORMATS, PLAIN, QUANTIZED
-from rpc_server.devices.cpu.kernels.matmul import product_kernel
-from rpc_server.devices.cpu.kernels.vector import Isa
-from rpc_server.devices.cpu.lower.matmul import warm
+from rpc_server.devices.cpu.catalog import FLOAT_TYPES, product_kernel
+from rpc_server.devices.cpu.isa import Isa, chosen_isa, host_isas
+from rpc_server.devices.cpu.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
@@ -70,7 +66,7 @@ def weights(type_: GgmlType, ne: Sequence[int], seed: int = 0) -> Tensor:
     """Random weights: any codes, scales of both signs."""
     rng = np.random.default_rng([seed, int(type_), *ne])
     t = tensor(type_, ne)
-    if type_ not in QUANTIZED:
+    if type_ not in SCALE_GROUPS:
         CONTEXT.store(t, rng.standard_normal(t.ne[::-1], np.float32))
         return t
     blocks = CONTEXT.memory(t.address, t.nbytes).reshape(-1, t.type_size)
@@ -101,16 +97,16 @@ def check_product(a: Tensor, b: Tensor, n_threads: int = 2) -> None:
     expected = product(a, b)
     t = node(Op.MUL_MAT, GgmlType.F32, (a.ne[1], *b.ne[1:]), [a, b])
     run(t, kernels=True, n_threads=n_threads)
-    limit = NMSE_LIMIT if a.type in QUANTIZED else NMSE_LIMIT_FLOAT
+    limit = NMSE_LIMIT if a.type in SCALE_GROUPS else NMSE_LIMIT_FLOAT
     assert nmse(expected, values(t)) < limit
     assert guards_intact(t)
 
 
-@pytest.mark.parametrize("type_", FORMATS, ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", sorted(PRODUCT_TYPES), ids=lambda t: t.name)
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 33])
 def test_every_type(type_: GgmlType, n: int) -> None:
     block = max(TYPE_INFO[type_].block_size, 32)
-    assert type_ in SCALES_AT or type_ in PLAIN
+    assert type_ in SCALES_AT or type_ in FLOAT_TYPES
     # Rows that are no multiple of a tile; an odd number of blocks; more than one chunk of k.
     for rows, k in ((37, block), (16, 9 * block), (5, 11 * 256)):
         for n_threads in (1, 2, 3):
@@ -121,7 +117,7 @@ def test_every_type(type_: GgmlType, n: int) -> None:
 ISA_TYPES = (GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.Q6_K)
 
 
-@pytest.mark.parametrize("isa", vector.host_isas(), ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)
 @pytest.mark.parametrize("type_", ISA_TYPES, ids=lambda t: t.name)
 def test_every_instruction_set(type_: GgmlType, isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of bytes are exact, so instruction sets differ by the rounding of float sums alone."""
@@ -139,7 +135,7 @@ def test_every_instruction_set(type_: GgmlType, isa: Isa, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("code", [0, 255], ids=["lowest codes", "highest codes"])
-@pytest.mark.parametrize("isa", vector.host_isas(), ids=lambda i: i.name)
+@pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)
 @pytest.mark.parametrize("n", [1, 8])
 def test_sums_of_bytes_do_not_saturate(
     code: int, isa: Isa, n: int, monkeypatch: pytest.MonkeyPatch
@@ -162,10 +158,10 @@ def test_sums_of_bytes_do_not_saturate(
 def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGML_RPC_ISA", "mmx")
     with pytest.raises(ValueError, match="GGML_RPC_ISA=mmx"):
-        vector.chosen_isa()
+        chosen_isa()
 
 
-@pytest.mark.parametrize("type_", PLAIN, ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", FLOAT_TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize("k", [1, 5, 16, 31, 64, 515])
 @pytest.mark.parametrize("n", [1, 9])
 def test_any_length_of_float_rows(type_: GgmlType, k: int, n: int) -> None:
@@ -180,7 +176,7 @@ def test_weights_are_repeated_over_heads(type_: GgmlType, n: int, n_threads: int
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
-@pytest.mark.parametrize("type_", PLAIN, ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", FLOAT_TYPES, ids=lambda t: t.name)
 def test_attention_without_flash(type_: GgmlType, n: int) -> None:
     """K and V as views of a cache with room for more tokens, queries permuted."""
     head, n_kv, room, kv_heads, heads = 32, 50, 64, 2, 6
@@ -285,7 +281,7 @@ def routed_product(a: Tensor, b: Tensor, ids: np.ndarray[Any, Any]) -> np.ndarra
     return np.einsum("turk,tuk->tur", w[ids], inputs)[None]
 
 
-@pytest.mark.parametrize("type_", FORMATS, ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", sorted(PRODUCT_TYPES), ids=lambda t: t.name)
 @pytest.mark.parametrize(("n_tokens", "n_inputs"), [(1, 1), (1, 2), (40, 1), (17, 4)])
 def test_experts(type_: GgmlType, n_tokens: int, n_inputs: int) -> None:
     k, n_used, n_experts = max(TYPE_INFO[type_].block_size, 32), 4, 7
@@ -296,7 +292,7 @@ def test_experts(type_: GgmlType, n_tokens: int, n_inputs: int) -> None:
     CONTEXT.view(wide)[0, 0] = rng.permuted(np.tile(np.arange(7), (n_tokens, 1)), axis=1) % 6
     ids = view(wide, (n_used, n_tokens), wide.nb)
     expected = routed_product(a, b, CONTEXT.view(ids)[0, 0])
-    limit = NMSE_LIMIT if type_ in QUANTIZED else NMSE_LIMIT_FLOAT
+    limit = NMSE_LIMIT if type_ in SCALE_GROUPS else NMSE_LIMIT_FLOAT
     for n_threads in (1, 2, 3):
         t = node(Op.MUL_MAT_ID, GgmlType.F32, (19, n_used, n_tokens), [a, b, ids])
         run(t, kernels=True, n_threads=n_threads)
@@ -331,23 +327,11 @@ def test_products_share_quantized_rows_until_they_are_overwritten() -> None:
         planner.begin(t)
         assert LOWERINGS[Op.MUL_MAT](t, planner)
         planner.finish(t)
-        names.append([r.kernel.name for r in planner.records])
+        names.append([r.kernel.label for r in planner.records])
         planner.records = []
-    product_, quantize = "matmul.product_Q8_0", "activations.quantize_rows"
+    product_ = product_kernel(GgmlType.Q8_0, chosen_isa()).label
+    quantize = "activations.quantize_rows"
     assert names == [[quantize, product_], [product_], [quantize, product_], [quantize, product_]]
     run([first, second, onto_b, third], kernels=True)
     assert nmse(values(first), values(second)) == 0
     assert nmse(product(a, b), values(third)) < NMSE_LIMIT
-
-
-def test_cached_kernels_belong_to_a_processor() -> None:
-    """numba's cache must not serve code for another processor: its key names the processor."""
-    codegen = cpu_target.target_context.codegen()
-    key = codegen.magic_tuple()
-    assert binding.get_host_cpu_name() in key
-    assert any("sse" in str(part) or "neon" in str(part) for part in key)
-
-
-def test_warm_compiles_ahead() -> None:
-    warm([GgmlType.Q4_1, GgmlType.IQ1_S, GgmlType.I32])
-    assert product_kernel(GgmlType.Q4_1, vector.chosen_isa())._address

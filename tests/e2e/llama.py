@@ -11,22 +11,19 @@ import json
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools import models, upstream
 from tools.ports import free_port
+from tools.serving import Process, ProgramError, listens, tail
 
-PROJECT = Path(__file__).parents[2]
 DATA = Path(__file__).parent / "data"
 THREADS = 2
 # SmolLM2's type as it is distributed; the others are made from it.
@@ -41,10 +38,6 @@ IS_OWN_SERVER = "E2E_SERVER_COMMAND" not in os.environ
 NEAR_TIE = 0.1
 # The first start on a machine compiles kernels.
 START_SECONDS = 120.0
-
-
-class ProgramError(RuntimeError):
-    """A program failed, or didn't print what it should; the message has the end of its log."""
 
 
 def program(name: str, build: int = upstream.DEFAULT_BUILD) -> Path:
@@ -129,15 +122,11 @@ def run(
         )
     except subprocess.TimeoutExpired as expired:
         log = (expired.stderr or b"").decode(errors="replace")
-        raise ProgramError(f"{name} took over {timeout} s:\n{_tail(log)}") from None
+        raise ProgramError(f"{name} took over {timeout} s:\n{tail(log)}") from None
     output, log = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     if done.returncode:
-        raise ProgramError(f"{name} ended with status {done.returncode}:\n{_tail(log)}")
+        raise ProgramError(f"{name} ended with status {done.returncode}:\n{tail(log)}")
     return output, log
-
-
-def _tail(log: str, lines: int = 25) -> str:
-    return "\n".join(log.splitlines()[-lines:])
 
 
 def completion(
@@ -156,7 +145,7 @@ def completion(
         # ends. The timings come after the text: where they are, all of the text is.
         if "total time" in log:
             return output.rstrip("\n")
-    raise ProgramError(f"llama-completion's output is incomplete:\n{_tail(log)}")
+    raise ProgramError(f"llama-completion's output is incomplete:\n{tail(log)}")
 
 
 def completion_arguments(
@@ -180,71 +169,11 @@ def perplexity(model: Path, text: Path, *, rpc: str | None = None) -> float:
     )
     found = re.search(r"Final estimate: PPL = ([0-9.]+)", output + log)
     if not found:
-        raise ProgramError(f"llama-perplexity printed no estimate:\n{_tail(log)}")
+        raise ProgramError(f"llama-perplexity printed no estimate:\n{tail(log)}")
     return float(found[1])
 
 
 # --- processes that stay ----------------------------------------------------------------------
-
-
-class Process:
-    """A server program: started, waited for, read, killed.
-
-    ``log_path`` receives its stdout and stderr.
-    """
-
-    def __init__(self, command: Sequence[str], log_path: Path) -> None:
-        self.command = list(command)
-        self.log_path = log_path
-        with log_path.open("wb") as log:
-            self.child = subprocess.Popen(
-                self.command,
-                cwd=PROJECT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
-
-    @property
-    def alive(self) -> bool:
-        return self.child.poll() is None
-
-    def rss(self) -> int:
-        """Bytes of memory in use by the process now."""
-        status = Path(f"/proc/{self.child.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        if not found:
-            raise ProgramError(f"no VmRSS of process {self.child.pid}")
-        return int(found[1]) * 1024
-
-    def wait_until(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
-        """Waits for a condition; raises ProgramError when the process ends or time is over."""
-        end = time.monotonic() + seconds
-        while not ready():
-            if not self.alive:
-                raise ProgramError(f"{self.command[0]} ended before {what}:\n{_tail(self.log)}")
-            if time.monotonic() > end:
-                raise ProgramError(f"no {what} within {seconds} s:\n{_tail(self.log)}")
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        """Ends the process at once, as a crash or a power cut would."""
-        self.child.send_signal(signal.SIGKILL)
-        self.child.wait()
-
-    def stop(self) -> None:
-        """Asks the process to end, and ends it if it doesn't."""
-        if self.alive:
-            self.child.terminate()
-            try:
-                self.child.wait(10)
-            except subprocess.TimeoutExpired:
-                self.kill()
 
 
 class RpcServer(Process):
@@ -256,7 +185,7 @@ class RpcServer(Process):
         self.port = port
         super().__init__([*words, *options], folder / f"rpc-{port}.log")
         try:
-            self.wait_until(self._listening, START_SECONDS, "listening socket")
+            self.wait_until(lambda: listens(self.port), START_SECONDS, "listening socket")
         except ProgramError:
             self.stop()
             raise
@@ -264,11 +193,6 @@ class RpcServer(Process):
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
-
-    def _listening(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-            return True
-        return False
 
 
 @dataclass(frozen=True)
@@ -326,7 +250,7 @@ class LlamaServer(Process):
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return json.load(answer)
         except OSError as error:
-            raise ProgramError(f"{path}: {error}\n{_tail(self.log)}") from None
+            raise ProgramError(f"{path}: {error}\n{tail(self.log)}") from None
 
     def generate(self, prompt: str, count: int) -> list[Token]:
         """``count`` greedy tokens."""

@@ -14,7 +14,7 @@ from protocol.dialects import DIALECTS
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.kernels.activations import activation_form
+from rpc_server.devices.cpu.layout import activation_form
 from rpc_server.devices.cpu.plan import PlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import Graph
@@ -194,6 +194,14 @@ def rounded(x: np.ndarray[Any, Any], weights: GgmlType) -> np.ndarray[Any, Any]:
     if form is GgmlType.BF16:
         return (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return to_f32(form, codes, np)[..., :n]
+
+
+def rounded_source(t: Tensor, weights: GgmlType) -> np.ndarray[Any, Any]:
+    """The float64 values of ``t`` as references multiply them: rounded for quantized weights."""
+    x = values(t)
+    if TYPE_INFO[weights].quantized and not t.quantized:
+        x = rounded(x, weights)
+    return x.astype(np.float64)
 
 
 def nmse(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:

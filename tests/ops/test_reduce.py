@@ -122,6 +122,13 @@ def test_argmax_takes_the_last_of_equals() -> None:
     assert ran(t).ravel().tolist() == [3, 1, 3, 3]
 
 
+def test_argmax_starts_anew_after_nan() -> None:
+    nan = math.nan
+    rows = [[9, nan, 1, 2], [9, 8, nan, nan], [nan, 3, nan, -math.inf], [nan] * 4, [1, nan, 5, nan]]
+    t = node(Op.ARGMAX, I32, (5,), [tensor(F32, (4, 5), np.reshape(rows, (1, 1, 5, 4)))])
+    assert ran(t).ravel().tolist() == [3, 0, 3, 0, 2]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=12), st.integers(0, 1))
 def test_argsort_sorts(row: list[float], order: int) -> None:

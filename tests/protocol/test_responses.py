@@ -14,6 +14,7 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect
 from protocol.errors import ProtocolError
 from protocol.responses import Received, ResponseReader
+from protocol.split import SPLIT_COMMANDS
 
 NEWEST = DIALECTS[0]
 
@@ -112,6 +113,49 @@ def test_what_is_due_is_told() -> None:
     assert reader.within == "the answer to GET_TENSOR"
     feed(reader, framed(bytes(10000))[:5008], [])
     assert reader.within == "the answer to GET_TENSOR (5000 of 10000 bytes)"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_bytes_without_a_frame_between_answers(data: st.DataObject) -> None:
+    spec, fixed = NEWEST.commands[Command.GET_TENSOR], NEWEST.commands[Command.GET_ALIGNMENT]
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    reader = ResponseReader()
+    stream, due = b"", []
+    for kind in data.draw(st.lists(st.sampled_from(["raw", "data", "fixed"]), max_size=8)):
+        size = 8 if kind == "fixed" else data.draw(st.sampled_from([1, 100, 5000, 70_000]))
+        payload, destination = rng.bytes(size), memoryview(bytearray(size))
+        if kind == "raw":
+            reader.expect_raw(Command.SPLIT_RUN, SPLIT_COMMANDS[Command.SPLIT_RUN], destination)
+        elif kind == "data":
+            reader.expect(Command.GET_TENSOR, spec, destination)
+        else:
+            reader.expect(Command.GET_ALIGNMENT, fixed)
+        stream += payload if kind == "raw" else framed(payload)
+        due.append((kind, payload))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
+    answers = feed(reader, stream, cuts)
+    assert len(answers) == len(due)
+    for received, (kind, payload) in zip(answers, due, strict=True):
+        if kind == "fixed":
+            assert codec(fixed.response).build(received.answer) == payload
+        else:
+            assert bytes(received.answer) == payload
+    assert reader.within == "nothing"
+
+
+def test_large_bytes_without_a_frame_are_received_where_they_belong() -> None:
+    reader = ResponseReader()
+    destination = bytearray(1 << 20)
+    spec = SPLIT_COMMANDS[Command.SPLIT_RUN]
+    reader.expect_raw(Command.SPLIT_RUN, spec, memoryview(destination))
+    assert reader.within == "the answer to SPLIT_RUN (0 of 1048576 bytes)"
+    place = reader.receive_buffer()
+    assert len(place) == 1 << 20
+    place[0] = 77
+    assert destination[0] == 77
+    with pytest.raises(ValueError, match="without bytes"):
+        reader.expect_raw(Command.SPLIT_RUN, spec, memoryview(b""))
 
 
 def test_announcements_fit_the_command() -> None:

@@ -46,8 +46,8 @@ def test_signals_stop_it_cleanly(number: signal.Signals) -> None:
     server = ServerProcess()
     with Wire(server.port) as wire:
         wire.alloc(1 << 20)
-        server.process.send_signal(number)
-        assert server.process.wait(20) == 0
+        server.child.send_signal(number)
+        assert server.child.wait(20) == 0
         assert wire.closed_by_server()
     assert "stopping" in server.log
     assert "Traceback" not in server.log
@@ -119,5 +119,5 @@ def test_hello_is_answered_soon_after_start() -> None:
     started = time.monotonic()
     with running() as server, Wire(server.port):
         assert time.monotonic() - started < 10
-        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+        maps = Path(f"/proc/{server.child.pid}/maps").read_text()
     assert "llvmlite" not in maps, "numba was loaded before a client needed it"

@@ -120,6 +120,29 @@ def test_round_trip_is_as_near_as_the_type_allows(
     assert (np.abs(x - y) <= largest * step + (2**-25 if step else 0)).all()
 
 
+# Squares left over of normally distributed values, in parts of all: about a quarter for each bit.
+LEFT_OVER = {
+    GgmlType.Q2_K: 0.1,
+    GgmlType.Q3_K: 0.03,
+    GgmlType.Q4_K: 0.007,
+    GgmlType.Q5_K: 0.0017,
+    GgmlType.Q6_K: 0.0005,
+    GgmlType.IQ4_NL: 0.008,
+    GgmlType.IQ4_XS: 0.008,
+}
+
+
+@pytest.mark.parametrize("type_", LEFT_OVER, ids=lambda t: t.name)
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-3, 3), mean=st.integers(-1, 1))
+def test_searched_scales_leave_little_over(
+    type_: GgmlType, seed: int, exponent: int, mean: int
+) -> None:
+    x = np.random.default_rng(seed).normal(mean, 1, (4, 256)).astype(np.float32)
+    x *= np.float32(2.0) ** exponent
+    y = to_f32(type_, from_f32(type_, x))
+    assert ((x - y) ** 2).sum() < LEFT_OVER[type_] * (x**2).sum()
+
+
 @pytest.mark.parametrize("type_", [GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q5_0, GgmlType.IQ4_NL])
 def test_encoding_again_changes_nothing(type_: GgmlType) -> None:
     # Values that the block can hold exactly, its extreme code among them.

@@ -1,170 +1,219 @@
-"""Compares this server with upstream's ggml-rpc-server, driven by the same llama-bench.
+"""Compares this server with upstream's ggml-rpc-server, both driven by the same programs.
 
-    python -m tools.bench --model model.gguf
-    python -m tools.bench --model model.gguf -p 256 -n 64 --rounds 5 --json result.json
+    python -m tools.bench                                     # single parts of a server's work
+    python -m tools.bench --model a.gguf --model b.gguf       # and models, a table each
+    python -m tools.bench --model a.gguf -d 0,4096 --flash    # generation with a full context, too
+    python -m tools.bench --model a.gguf --cold               # and the first start of all
+    python -m tools.bench --show result.json --picture result.svg
 
-The two servers run alternately in one go, never at the same time, so that what else the machine
-does falls on both; figures are medians over the rounds, and what counts is their ratio. Also told:
-time from start to the first answered HELLO, and the server's peak memory.
+The two servers run in turn in one go, never at the same time, so that what else the machine does
+falls on both. Figures are medians over the rounds; what counts is their ratio, ours over
+upstream's, which is taken round by round. `pp` is a prompt, `tg` generation, both by llama-bench;
+`load` and `first token` are seconds that llama-completion takes on a server that has just started.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import socket
-import statistics
-import struct
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from protocol.commands import Command
-from protocol.messages import CONN_CAPS_SIZE
-from tools import upstream
-from tools.ports import free_port
+from tools import models, upstream
+from tools.bench import llama, micro, picture, report
+from tools.bench.machine import describe_machine, describe_versions
+from tools.bench.results import OURS, SERVERS, Result, Sample, Table
+from tools.bench.servers import serving
+from tools.serving import ProgramError
 
-OURS, UPSTREAM = "ours", "upstream"
-
-
-class BenchError(RuntimeError):
-    """A program that is measured did not do its part."""
+# What one server did in one round.
+Measure = Callable[[str], list[Sample]]
 
 
-@dataclass
-class Samples:
-    """What was measured of one server, by name of the figure, a value a round."""
-
-    values: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, value: float) -> None:
-        self.values.setdefault(name, []).append(value)
-
-    def median(self, name: str) -> float:
-        return statistics.median(self.values[name])
-
-
-def _command(which: str, port: int, threads: int) -> list[str]:
-    options = ["-p", str(port), "-t", str(threads)]
-    if which == OURS:
-        return [sys.executable, "-m", "rpc_server", *options, "--log-level", "warning"]
-    return [str(upstream.bin_dir() / "ggml-rpc-server"), *options]
-
-
-def _hello(port: int) -> bool:
-    """Whether a server answers HELLO on this port."""
+def numbers(text: str) -> tuple[int, ...]:
+    """'0,4096' as numbers; ArgumentTypeError for anything else."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1) as peer:
-            peer.settimeout(5)
-            request = struct.pack("<BQ", Command.HELLO, CONN_CAPS_SIZE) + bytes(CONN_CAPS_SIZE)
-            # A second command shows that this was no client which dislikes the version.
-            peer.sendall(request + struct.pack("<BQ", Command.DEVICE_COUNT, 0))
-            return len(peer.recv(1)) == 1
-    except OSError:
-        return False
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from None
 
 
-def _peak_memory(pid: int) -> int:
-    """Peak resident bytes of a process."""
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(match[1]) * 1024 if match else 0
+def _micro(options: argparse.Namespace) -> Measure:
+    sizes = micro.MicroOptions(upload_bytes=options.upload << 20)
+
+    def measure(server: str) -> list[Sample]:
+        with serving(server, options.threads) as running:
+            return running.startup() + micro.measure(running.port, running.process.child.pid, sizes)
+
+    return measure
 
 
-@contextmanager
-def _serving(which: str, threads: int, samples: Samples) -> Iterator[int]:
-    port = free_port()
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        _command(which, port, threads), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+def _model(options: argparse.Namespace, model: Path) -> Measure:
+    tests = llama.BenchOptions(
+        options.prompt,
+        options.generate,
+        options.depth,
+        options.repetitions,
+        options.threads,
+        options.flash,
     )
-    try:
-        while not _hello(port):
-            if process.poll() is not None:
-                raise BenchError(f"the server ({which}) ended with status {process.returncode}")
-            time.sleep(0.01)
-        samples.add("start to HELLO, s", time.perf_counter() - started)
-        yield port
-        samples.add("peak memory, MiB", _peak_memory(process.pid) / (1 << 20))
-    finally:
-        process.terminate()
-        process.wait(20)
+
+    def measure(server: str) -> list[Sample]:
+        samples = _cold(server, options, model) if options.cold else []
+        # A server for each program: the first token is one of a server that has just started.
+        with serving(server, options.threads) as running:
+            samples += llama.first_token(running.port, model, options.threads)
+        with serving(server, options.threads) as running:
+            samples += llama.bench(running.port, model, tests)
+            return samples + running.memory()
+
+    return measure
 
 
-def _llama_bench(port: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    command = [
-        str(upstream.bin_dir() / "llama-bench"),
-        *("-m", str(options.model), "--rpc", f"127.0.0.1:{port}", "-ngl", "99"),
-        *("-t", str(options.threads), "-p", str(options.prompt), "-n", str(options.generate)),
-        *("-r", str(options.repetitions), "-o", "json", "-fa", "1" if options.flash else "0"),
-        *(("-d", str(options.depth)) if options.depth else ()),
+def _cold(server: str, options: argparse.Namespace, model: Path) -> list[Sample]:
+    """The first token of a server that has to compile its kernels; upstream's has none."""
+    with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
+        # numba's own variable: it wins over the folder that the device would choose.
+        env = {"NUMBA_CACHE_DIR": folder} if server == OURS else None
+        with serving(server, options.threads, env) as running:
+            samples = llama.first_token(running.port, model, options.threads)
+    return [
+        replace(sample, name=f"{sample.name}, no compiled kernels")
+        for sample in samples
+        if sample.name == "first token"
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchError(f"llama-bench failed:\n{done.stderr[-2000:]}")
-    results: list[dict[str, Any]] = json.loads(done.stdout)
-    return results
 
 
-def _figure(result: dict[str, Any]) -> str:
-    kind = f"pp{result['n_prompt']}" if result["n_prompt"] else f"tg{result['n_gen']}"
-    return f"{kind}, tokens/s"
+def _load(options: argparse.Namespace, model: Path) -> Measure:
+    def measure(server: str) -> list[Sample]:
+        with serving(server, options.threads) as running:
+            samples = llama.first_token(running.port, model, options.threads)
+            return samples + running.memory()
+
+    return measure
 
 
-def measure(options: argparse.Namespace) -> dict[str, Samples]:
-    """Run all rounds; what was measured, by server."""
-    measured = {OURS: Samples(), UPSTREAM: Samples()}
+def _large_model(megabytes: int) -> Path:
+    """A random model of this size, made unless the cache has it."""
+    folder = upstream.cache_root() / "models"
+    path = folder / f"random-llama-large-{megabytes}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        models.write_large_model(path, megabytes << 20)
+    return path
+
+
+def _get_ready(options: argparse.Namespace, model: Path) -> None:
+    """Have the kernels of a model compiled and its file in memory: neither is measured."""
+    print(f"getting ready: {model.stem}", file=sys.stderr, flush=True)
+    llama.read_once(model)
+    with serving(OURS, options.threads) as running:
+        llama.first_token(running.port, model, options.threads)
+
+
+def plan(options: argparse.Namespace) -> list[tuple[str, Measure]]:
+    """Get everything ready; what to measure: titles of tables, and what fills them."""
+    subjects: list[tuple[str, Measure]] = []
+    if options.upload:
+        with serving(OURS, options.threads) as running:
+            micro.measure(running.port, running.process.child.pid, micro.LEAST)
+        subjects.append(("The server by itself", _micro(options)))
+    for model in options.model:
+        _get_ready(options, model)
+        subjects.append((model.stem, _model(options, model)))
+    if options.load:
+        model = _large_model(options.load)
+        _get_ready(options, model)
+        subjects.append((f"Random model of {options.load} MiB, Q8_0", _load(options, model)))
+    return subjects
+
+
+def run(options: argparse.Namespace) -> Result:
+    """Measure all rounds. Raises ProgramError where a program fails, OSError for no such model."""
+    said = {name: value for name, value in vars(options).items() if value is not None}
+    said["model"] = [model.name for model in options.model]
+    result = Result(
+        describe_machine(),
+        describe_versions(),
+        {name: said[name] for name in sorted(said) if name not in _OUTPUTS},
+    )
+    subjects = plan(options)
+    result.tables = [Table(title) for title, _ in subjects]
     for number in range(options.rounds):
         # Neither always comes second.
-        order = (OURS, UPSTREAM) if number % 2 == 0 else (UPSTREAM, OURS)
-        for which in order:
-            print(f"round {number + 1} of {options.rounds}: {which}", file=sys.stderr, flush=True)
-            with _serving(which, options.threads, measured[which]) as port:
-                for result in _llama_bench(port, options):
-                    measured[which].add(_figure(result), result["avg_ts"])
-    return measured
+        order = SERVERS if number % 2 == 0 else SERVERS[::-1]
+        for table, (title, measure) in zip(result.tables, subjects, strict=True):
+            for server in order:
+                print(
+                    f"round {number + 1} of {options.rounds}: {title}, {server}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                table.add(server, measure(server))
+    return result
 
 
-def report(measured: dict[str, Samples]) -> str:
-    """A table of medians and their ratio."""
-    lines = [f"{'':24} {OURS:>10} {UPSTREAM:>10} {'ratio':>8}"]
-    for name in measured[OURS].values:
-        ours, theirs = measured[OURS].median(name), measured[UPSTREAM].median(name)
-        lines.append(f"{name:24} {ours:10.2f} {theirs:10.2f} {ours / theirs:8.2f}")
-    return "\n".join(lines)
+_OUTPUTS = ("json", "picture", "markdown", "show")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--model", type=Path, required=True, help="GGUF file")
+    add = made.add_argument
+    add("--model", type=Path, action="append", default=[], help="GGUF file, may be repeated")
     add("-p", "--prompt", type=int, default=128, help="tokens of the prompt (%(default)s)")
     add("-n", "--generate", type=int, default=32, help="tokens to generate (%(default)s)")
-    add("-d", "--depth", type=int, default=0, help="tokens in the KV cache before (%(default)s)")
+    add(
+        *("-d", "--depth"),
+        type=numbers,
+        default=(0,),
+        help="tokens in the KV cache before, commas between several (0)",
+    )
     add("-t", "--threads", type=int, default=2, help="threads of the server (%(default)s)")
     add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
     add("--rounds", type=int, default=3, help="starts of each server (%(default)s)")
     add("--flash", action="store_true", help="flash attention")
-    add("--json", type=Path, metavar="FILE", help="write all values to this file")
-    options = parser.parse_args(arguments)
+    add("--cold", action="store_true", help="also the first token without compiled kernels")
+    add(
+        "--upload",
+        type=int,
+        default=1000,
+        metavar="MiB",
+        help="uploaded when a server is measured by itself (%(default)s); 0 leaves that out",
+    )
+    add(
+        "--load",
+        type=int,
+        default=0,
+        metavar="MiB",
+        help="also load a random model of this size by llama.cpp (1000 takes 1 GB of disk)",
+    )
+    add("--show", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
+    add("--json", type=Path, metavar="FILE", help="write all samples to this file")
+    add("--picture", type=Path, metavar="FILE", help="draw the ratios in this SVG file")
+    add("--markdown", action="store_true", help="print tables in Markdown")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = parser().parse_args(arguments)
     try:
-        measured = measure(options)
-    except BenchError as error:
+        result = Result.load(options.show) if options.show else run(options)
+    except (ProgramError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(report(measured))
+    print(report.markdown(result) if options.markdown else report.text(result))
     if options.json:
-        options.json.write_text(json.dumps({k: v.values for k, v in measured.items()}, indent=1))
+        result.save(options.json)
+    if options.picture:
+        options.picture.write_text(picture.svg(result))
     return 0
 
 

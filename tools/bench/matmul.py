@@ -17,10 +17,10 @@ import numpy as np
 import rpc_server.devices.cpu.lower  # noqa: F401  (fills the table of lowerings)
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
-from rpc_server.devices.cpu.device import available_cores
 from rpc_server.devices.cpu.executor import Executor, Program
-from rpc_server.devices.cpu.kernels.formats import FORMATS
-from rpc_server.devices.cpu.kernels.vector import chosen_isa
+from rpc_server.devices.cpu.isa import chosen_isa
+from rpc_server.devices.cpu.layout import PRODUCT_TYPES
+from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.tensor import Tensor
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=512, help="weights of the matvec")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each number")
     args = parser.parse_args()
-    types = [GgmlType[name.upper()] for name in args.types] or list(FORMATS)
+    types = [GgmlType[name.upper()] for name in args.types] or sorted(PRODUCT_TYPES)
     k, n = args.k, args.columns
     print(f"{chosen_isa().name}, {args.threads} threads, k {k}, {n} columns")
 

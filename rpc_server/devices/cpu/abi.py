@@ -1,31 +1,11 @@
-"""The kernel ABI of the CPU device: what a compiled kernel is given and how it reads it.
+"""How kernels are written: what they are declared with, and how they read and write memory.
 
-A kernel is a function ``int64 kernel(record, thread, n_threads)``. All kernels share that one
-signature so that a plan is an array of (function pointer, record address) pairs which compiled
-code runs from end to end, without Python between nodes (see ``executor``).
-
-A *record* is a row of int64 words, filled once when the plan is made:
-
-====================  ==========================================================================
-word                  meaning
-====================  ==========================================================================
-``10*s + 0``          slot ``s``: host address of element 0 (slot 0 = dst, 1.. = src0..src9)
-``10*s + 1``          ggml type number
-``10*s + 2 .. 5``     ne[0..3], elements
-``10*s + 6 .. 9``     nb[0..3], bytes
-``110 .. 125``        op_params[0..15], int32 sign-extended
-``128 .. 151``        extra words, their meaning is the kernel's own
-====================  ==========================================================================
-
-A kernel returns 0, or a status from :class:`Status`; it must not allocate, raise, wait or touch
-Python objects. It gets addresses whose extents the parser has checked against their buffers and
-shapes that the op's contract has accepted; values read from tensors (row indices) are its own to
-check.
+What a kernel is given is told in ``record``. This module, like those of kernels, needs numba: it is
+for the processes that compile (see ``rpc_server.native``), not for the server.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -36,73 +16,57 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-DST = 0
-SRC0, SRC1, SRC2, SRC3, SRC4, SRC5, SRC6, SRC7, SRC8, SRC9 = range(1, 11)
+from rpc_server.devices.cpu.record import (
+    DST,
+    EXTRA_WORD,
+    PARAM_WORD,
+    RECORD_WORDS,
+    SLOT_WORDS,
+    SRC0,
+    SRC1,
+    SRC2,
+    SRC3,
+    SRC4,
+    SRC5,
+    SRC6,
+    SRC7,
+    SRC8,
+    SRC9,
+    Status,
+)
+from rpc_server.native.source import FASTMATH, routine
 
-SLOT_WORDS = 10
-N_SLOTS = 11
-PARAM_WORD = SLOT_WORDS * N_SLOTS
-EXTRA_WORD = 128
-N_EXTRA = 24
-RECORD_WORDS = EXTRA_WORD + N_EXTRA
+__all__ = [
+    "DST",
+    "EXTRA_WORD",
+    "PARAM_WORD",
+    "RECORD_WORDS",
+    "SLOT_WORDS",
+    "SRC0",
+    "SRC1",
+    "SRC2",
+    "SRC3",
+    "SRC4",
+    "SRC5",
+    "SRC6",
+    "SRC7",
+    "SRC8",
+    "SRC9",
+    "Status",
+]
 
-
-class Status(enum.IntEnum):
-    """What a kernel returns; everything but OK ends the graph with an error naming the node."""
-
-    OK = 0
-    INDEX_OUT_OF_RANGE = 1
-
-
-SIGNATURE = types.int64(types.int64, types.int64, types.int64)
-
-# 'nnan' and 'ninf' are left out on purpose: ggml graphs carry -inf masks and expect NaN to spread.
-FASTMATH = {"contract", "nsz"}
-
-
-class Kernel:
-    """A kernel that is compiled (or loaded from the disk cache) when its address is first needed.
-
-    Importing a module of kernels must stay cheap: a server offers all ops but a model uses some.
-    """
-
-    __slots__ = ("_address", "_compiled", "function", "name")
-
-    def __init__(self, function: Callable[[int, int, int], int]) -> None:
-        # Kernels made by one factory share a place in the source, from which numba names the files
-        # of its cache; two processes that compile at once would overwrite each other's. So the
-        # constants a kernel is made with become part of its name.
-        for cell in function.__closure__ or ():
-            function.__name__ += f"_{cell.cell_contents}"
-            function.__qualname__ += f"_{cell.cell_contents}"
-        self.function = function
-        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        self._compiled: Any = None
-        self._address = 0
-
-    @property
-    def address(self) -> int:
-        """Address of the compiled function; compiles on first use."""
-        if not self._address:
-            compiled = numba.cfunc(SIGNATURE, cache=True, fastmath=FASTMATH, error_model="numpy")(
-                self.function
-            )
-            self._compiled, self._address = compiled, int(compiled.address)
-        return self._address
-
-    def __repr__(self) -> str:
-        return f"<kernel {self.name}>"
+KernelFunction = Callable[[int, int, int], int]
 
 
-def kernel(function: Callable[[int, int, int], int]) -> Kernel:
+def kernel(function: KernelFunction) -> KernelFunction:
     """Declare ``function(record, thread, n_threads)`` as a kernel."""
-    return Kernel(function)
+    return routine(function)
 
 
 def helper(function: Callable[..., Any]) -> Any:
     """Declare a function that kernels call; compiled with the kernel that uses it.
 
-    Helpers are not cached by themselves: the kernel contains them.
+    Helpers have no code of their own: the kernel contains it.
     """
     return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy")(function)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import platform
+import logging
+import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from protocol.dialects import Dialect
 from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
+from rpc_server.devices.cpu.isa import chosen_isa, host_isas
+from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
+from rpc_server.native.routine import CompileError
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.plan import CpuPlan, PlanBuilder
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class CpuDevice:
-    """ggml's CPU backend, served by numba kernels and array references.
+    """ggml's CPU backend, served by compiled kernels and array references.
 
     ``use_kernels=False`` runs every op by its array reference: slow, for comparison.
     """
@@ -74,7 +78,8 @@ class CpuDevice:
         first: GraphError | None = None
         for dialect in dialects:
             try:
-                return self._plans().build(parse_graph(payload, dialect, resolve))
+                graph = parse_graph(payload, dialect, resolve)
+                return self._plans().build(graph, wait=False)
             except GraphError as error:
                 first = first or error
         raise first or GraphError("no dialect to read the graph by")
@@ -92,61 +97,37 @@ class CpuDevice:
         return self._thread.submit(job)
 
     def expect_weights(self, type: GgmlType) -> None:
-        """Compile (or load) the kernels of this weight type, and at first what all graphs need."""
-
-        def compile_kernels() -> None:
-            self._plans()
-            if self._use_kernels:
-                from rpc_server.devices.cpu.lower.matmul import warm
-
-                warm([type])
-
-        self.submit(compile_kernels)
+        """Have the kernels of this weight type loaded or compiled, and what most graphs need."""
+        if self._use_kernels:
+            # Neither the caller nor graphs of other clients are to wait for a compiler.
+            threading.Thread(target=_request_kernels, args=(type,), daemon=True).start()
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
 
     def _plans(self) -> PlanBuilder:
-        # numba takes half a second to import: not before the server listens.
+        # Not before the server listens: it takes a moment, or long if there is much to compile.
         if self._builder is None:
             from rpc_server.devices.cpu.executor import Executor
             from rpc_server.devices.cpu.plan import PlanBuilder
             from rpc_server.devices.cpu.scratch import ScratchArena
 
-            Executor.compile()
-            self._builder = PlanBuilder(
-                Executor(self.n_threads), ScratchArena(), use_kernels=self._use_kernels
-            )
+            executor = None
+            if self._use_kernels:
+                try:
+                    host_isas()
+                    executor = Executor(self.n_threads)
+                except CompileError as error:
+                    log.error("running without kernels, which is very slow: %s", error)
+            self._builder = PlanBuilder(executor, ScratchArena())
         return self._builder
 
 
-def available_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _request_kernels(type_: GgmlType) -> None:
+    from rpc_server.devices.cpu.catalog import kernels_of_weights, library
 
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def system_memory() -> tuple[int, int]:
-    """Available and total bytes of RAM."""
-    try:
-        fields = {}
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, rest = line.partition(":")
-            fields[key] = int(rest.split()[0]) * 1024
-        return fields["MemAvailable"], fields["MemTotal"]
-    except (OSError, KeyError, ValueError):
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return free, pages
+        library().request(kernels_of_weights(type_, chosen_isa()))
+    except (CompileError, ValueError) as error:
+        # The first graph that needs them tells its client.
+        log.debug("no kernels ahead of the first graph: %s", error)

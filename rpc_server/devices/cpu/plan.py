@@ -11,17 +11,29 @@ import numpy as np
 import rpc_server.devices.cpu.lower  # fills the table of lowerings
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
+from protocol.ggml_ops import Op
+from rpc_server.devices.base import NotReadyError
+from rpc_server.devices.cpu.catalog import Kernel, library
 from rpc_server.devices.cpu.executor import Executor, Program
-from rpc_server.devices.cpu.planner import LOWERINGS, STATUS_TEXT, Emitted, PlanItem, Planner
+from rpc_server.devices.cpu.planner import (
+    LOWERINGS,
+    STATUS_TEXT,
+    Emitted,
+    Labelled,
+    PlanItem,
+    Planner,
+)
 from rpc_server.devices.cpu.schedule import schedule
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.table import ContractError, OpSpec, check
+from rpc_server.ops.table import OPS, ContractError, check, require
 
 log = logging.getLogger(__name__)
+
+_NOT_IMPLEMENTED = "this combination is not implemented"
 
 # A prompt may need scratch that later graphs don't; what is above this is given back after it.
 _KEEP_SCRATCH = 64 << 20
@@ -58,47 +70,89 @@ class CpuPlan:
             self._arena.trim(_KEEP_SCRATCH)
 
 
+class _DeclinedError(Exception):
+    """Kernels of these ops can't be had; the graph is to be lowered without them."""
+
+    def __init__(self, ops: set[Op]) -> None:
+        super().__init__(ops)
+        self.ops = ops
+
+
 class PlanBuilder:
-    """Makes plans for one executor; not shared between threads."""
+    """Makes plans for one executor; not shared between threads.
+
+    Without an executor, or with ``use_kernels=False``, every node runs by its array reference.
+    """
 
     def __init__(
-        self, executor: Executor, scratch: ScratchArena, *, use_kernels: bool = True
+        self, executor: Executor | None, scratch: ScratchArena, *, use_kernels: bool = True
     ) -> None:
         self._executor = executor
         self._scratch = scratch
         self._use_kernels = use_kernels
         self._context = ArrayContext()
+        # Ops whose kernels could not be compiled.
+        self._without: set[Op] = set()
 
-    def build(self, graph: Graph) -> CpuPlan:
-        """Hold each node against its contract and lower it. Raises GraphError."""
-        return self.build_items(graph.nodes, graph.dialect)
+    def build(self, graph: Graph, *, wait: bool = True) -> CpuPlan:
+        """Hold each node against its contract and lower it. Raises GraphError.
 
-    def build_items(self, items: Sequence[Tensor | PlanItem], dialect: Dialect) -> CpuPlan:
+        Waits for kernels that are being compiled, of this graph alone; with ``wait=False`` raises
+        NotReadyError instead.
+        """
+        return self.build_items(graph.nodes, graph.dialect, wait=wait)
+
+    def build_items(
+        self, items: Sequence[Tensor | PlanItem], dialect: Dialect, *, wait: bool = True
+    ) -> CpuPlan:
         """Like :meth:`build`, with what else is to be done between nodes."""
+        while True:
+            try:
+                return self._build(items, dialect, wait)
+            except _DeclinedError as declined:
+                self._without |= declined.ops
+
+    def _build(self, items: Sequence[Tensor | PlanItem], dialect: Dialect, wait: bool) -> CpuPlan:
+        """Raises GraphError, NotReadyError, _DeclinedError."""
         started = time.perf_counter()
-        planner = Planner(self._executor.n_threads, self._scratch)
-        steps: list[Callable[[], None]] = []
+        n_threads = self._executor.n_threads if self._executor else 1
+        planner = Planner(n_threads, self._scratch, items)
+        # Runs of records, and between them nodes that have none.
+        parts: list[list[Emitted] | Tensor] = []
         interpreted: dict[str, int] = {}
         for node in items:
             if not isinstance(node, Tensor):
+                if self._executor is None:
+                    raise GraphError(f"{node.label} can't be reached without kernels")
                 planner.begin(node)
                 node.emit(planner)
                 continue
             try:
+                planner.begin(node)
                 spec = check(node)
                 if spec.is_view or node.empty:
                     continue
-                planner.begin(node)
                 if not self._lower(node, planner):
-                    self._flush(planner, steps)
-                    steps.append(self._reference_step(node, spec))
+                    require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
+                    parts.append(planner.take())
+                    parts.append(node)
                     interpreted[node.op] = interpreted.get(node.op, 0) + 1
-                planner.finish(node)
+                for written in (node, *(node.src[i] for i in spec.writes)):
+                    if written is not None:
+                        planner.finish(written)
             except ContractError as error:
                 raise GraphError(str(error)) from None
             except MemoryError as error:
                 raise GraphError(f"{node.label}: {error}") from None
-        self._flush(planner, steps)
+        parts.append(planner.take())
+        addresses = self._addresses(parts, wait)
+        steps = [
+            self._reference_step(part)
+            if isinstance(part, Tensor)
+            else self._program_step(part, addresses)
+            for part in parts
+            if isinstance(part, Tensor) or part
+        ]
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(items),
@@ -111,7 +165,9 @@ class PlanBuilder:
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)
-        if lowering is None or not self._use_kernels:
+        if lowering is None or self._executor is None or not self._use_kernels:
+            return False
+        if node.op in self._without:
             return False
         before = len(planner.records)
         if lowering(node, planner):
@@ -120,30 +176,51 @@ class PlanBuilder:
             raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
         return False
 
-    def _flush(self, planner: Planner, steps: list[Callable[[], None]]) -> None:
-        if planner.records:
-            steps.append(self._program_step(planner.records))
-            planner.records = []
+    def _addresses(self, parts: list[list[Emitted] | Tensor], wait: bool) -> dict[Kernel, int]:
+        """Where the code of all kernels is. Raises GraphError, NotReadyError, _DeclinedError."""
+        users: dict[Kernel, list[Labelled]] = {}
+        for part in parts:
+            if not isinstance(part, Tensor):
+                for record in part:
+                    users.setdefault(record.kernel, []).append(record.node)
+        if not wait and not library().ready(users):
+            raise NotReadyError(lambda: library().addresses(users))
+        found: dict[Kernel, int] = {}
+        failed: set[Op] = set()
+        for kernel, address in library().addresses(users).items():
+            if isinstance(address, int):
+                found[kernel] = address
+                continue
+            for user in users[kernel]:
+                if not isinstance(user, Tensor):
+                    raise GraphError(f"{user.label}: no compiled {kernel.label}: {address}")
+                failed.add(user.op)
+        if failed:
+            raise _DeclinedError(failed)
+        return found
 
-    def _program_step(self, records: list[Emitted]) -> Callable[[], None]:
-        program = Program(
-            [r.kernel.address for r in records], [r.words for r in records], schedule(records)
-        )
-        nodes = [r.node for r in records]
+    def _program_step(
+        self, records: list[Emitted], addresses: dict[Kernel, int]
+    ) -> Callable[[], None]:
         executor = self._executor
+        assert executor is not None
+        program = Program(
+            [addresses[r.kernel] for r in records], [r.words for r in records], schedule(records)
+        )
+        # Not the nodes: of several plans they would take more memory than the records.
+        labels = [r.node.label for r in records]
 
         def run() -> None:
             status, at = executor.run(program)
             if status:
                 text = STATUS_TEXT.get(status, f"kernel status {status}")
-                raise GraphError(f"{nodes[at].label}: {text}")
+                raise GraphError(f"{labels[at]}: {text}")
 
         return run
 
-    def _reference_step(self, node: Tensor, spec: OpSpec) -> Callable[[], None]:
-        reference, context = spec.reference, self._context
-        if reference is None:
-            raise ContractError(f"{node.label}: this combination is not implemented")
+    def _reference_step(self, node: Tensor) -> Callable[[], None]:
+        reference, context = OPS[node.op].reference, self._context
+        assert reference is not None
 
         def run() -> None:
             # Infinities and NaNs travel through graphs as data, they are no reason to warn.

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
 
 from protocol.ggml_ops import Op
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.catalog import CONVERTERS, Kernel
+from rpc_server.devices.cpu.layout import RowForm, row_bytes
+from rpc_server.devices.cpu.record import (
     EXTRA_WORD,
     N_EXTRA,
     N_SLOTS,
     PARAM_WORD,
     RECORD_WORDS,
     SLOT_WORDS,
-    Kernel,
     Status,
 )
-from rpc_server.devices.cpu.kernels.activations import CONVERTERS, RowForm, row_bytes
 from rpc_server.devices.cpu.schedule import Span
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.tensor import Tensor
@@ -78,13 +79,29 @@ class Emitted:
     private: bool
 
 
+@dataclass(slots=True)
+class _Kept:
+    """Scratch that later nodes may find again: from ``start`` to ``end`` of the arena.
+
+    It is good until one of ``sources`` is written to, and of no use behind node number ``until``.
+    """
+
+    sources: Sequence[Tensor]
+    start: int
+    end: int
+    until: float
+
+
 class Planner:
     """Collects the records of one graph.
 
-    ``n_threads`` is how many threads will run each record.
+    ``n_threads`` is how many threads will run each record. ``items`` are what will begin,
+    in this order; without them, what is kept between nodes is kept as long as it is good.
     """
 
-    def __init__(self, n_threads: int, scratch: ScratchArena) -> None:
+    def __init__(
+        self, n_threads: int, scratch: ScratchArena, items: Sequence[Tensor | PlanItem] = ()
+    ) -> None:
         self.n_threads = n_threads
         self.records: list[Emitted] = []
         self._node: Labelled | None = None
@@ -94,16 +111,25 @@ class Planner:
         self._local: list[Span] = []
         self._private = False
         self._arena = scratch
-        # Scratch has two ends: node-local at the top of what is shared within the graph.
-        self._shared_used = 0
+        # Scratch of the node at hand lies on top of what is kept between nodes.
         self._local_used = 0
         self.scratch_peak = 0
-        # What is kept between nodes: key -> (tensors it was made of, address, end of its scratch).
-        self._shared: dict[Hashable, tuple[Sequence[Tensor], int, int]] = {}
+        self._shared: dict[Hashable, _Kept] = {}
+        self._begun = -1
+        # The number of the last node that reads what lies at an address.
+        self._last_use = {
+            source.address: number
+            for number, item in enumerate(items)
+            if isinstance(item, Tensor)
+            for source in item.src
+            if source is not None
+        }
 
     def begin(self, node: Labelled) -> None:
         """Start lowering ``node``: scratch of the node before is given back."""
         self._node = node
+        self._begun += 1
+        self._drop([key for key, kept in self._shared.items() if kept.until < self._begun])
         self._local_used = 0
         self._filling, self._reading, self._local = [], [], []
         self._private = False
@@ -113,14 +139,35 @@ class Planner:
         if node.empty:
             return
         start, end = node.address, node.address + node.nbytes
-        stale = [
-            key
-            for key, (sources, _, _) in self._shared.items()
-            if any(s.address < end and start < s.address + s.nbytes for s in sources)
-        ]
-        for key in stale:
+        self._drop(
+            [
+                key
+                for key, kept in self._shared.items()
+                if any(s.address < end and start < s.address + s.nbytes for s in kept.sources)
+            ]
+        )
+
+    def _drop(self, keys: list[Hashable]) -> None:
+        for key in keys:
             del self._shared[key]
-        self._shared_used = max((used for _, _, used in self._shared.values()), default=0)
+
+    def _gap(self, size: int) -> int:
+        """The first place where ``size`` bytes fit beside what is kept."""
+        at = 0
+        for kept in sorted(self._shared.values(), key=lambda k: k.start):
+            if kept.start - at >= size:
+                break
+            at = kept.end
+        return at
+
+    @property
+    def _shared_end(self) -> int:
+        return max((kept.end for kept in self._shared.values()), default=0)
+
+    def take(self) -> list[Emitted]:
+        """The records since the last time."""
+        records, self.records = self.records, []
+        return records
 
     def emit(
         self,
@@ -140,7 +187,7 @@ class Planner:
         """
         tensors = (t, *t.src) if slots is None else slots
         if len(tensors) > N_SLOTS or len(extra) > N_EXTRA:
-            raise ValueError(f"record of {kernel.name}: too many slots or extra words")
+            raise ValueError(f"record of {kernel.label}: too many slots or extra words")
         words = np.zeros(RECORD_WORDS, np.int64)
         for slot, tensor in enumerate(tensors):
             if tensor is not None:
@@ -173,10 +220,10 @@ class Planner:
         Raises MemoryError if the graph needs more than the arena reserves.
         """
         aligned = -(-size // 64) * 64
-        address = self._arena.address(self._shared_used + self._local_used, aligned)
+        address = self._arena.address(self._shared_end + self._local_used, aligned)
         self._local_used += aligned
         self._local = [*self._local, (address, address + aligned)]
-        self.scratch_peak = max(self.scratch_peak, self._shared_used + self._local_used)
+        self.scratch_peak = max(self.scratch_peak, self._shared_end + self._local_used)
         return address
 
     def thread_scratch(self, size: int) -> tuple[int, int]:
@@ -202,15 +249,17 @@ class Planner:
         """
         known = self._shared.get(key)
         if known is not None:
-            self._reading = [*self._reading, (known[1], known[1] + size)]
-            return known[1], False
+            address = self._arena.address(known.start, size)
+            self._reading = [*self._reading, (address, address + size)]
+            return address, False
         if self._local_used:
             raise RuntimeError("shared scratch asked for after scratch in one node")
         aligned = -(-size // 64) * 64
-        address = self._arena.address(self._shared_used, aligned)
-        self._shared_used += aligned
-        self.scratch_peak = max(self.scratch_peak, self._shared_used)
-        self._shared[key] = (sources, address, self._shared_used)
+        start = self._gap(aligned)
+        address = self._arena.address(start, aligned)
+        until = max(self._last_use.get(source.address, inf) for source in sources)
+        self._shared[key] = _Kept(sources, start, start + aligned, until)
+        self.scratch_peak = max(self.scratch_peak, self._shared_end)
         self._filling = [*self._filling, (address, address + aligned)]
         return address, True
 

@@ -1,27 +1,7 @@
-"""Rows of activations in the forms that products read, and the kernels that make them.
-
-A product rounds its activations as ggml's CPU backend does, so that a model says the same here as
-it does there: each weight type has a *form* of activations (ggml's ``vec_dot_type``).
-
-Forms for quantized weights (``Q8_0``, ``Q8_1``, ``Q8_K``) differ in how codes and scales are found
-and lie in memory alike: units of 256 elements (the last may be part filled), 384 bytes each.
-
-======  ==========================================================================================
-offset  content
-======  ==========================================================================================
-0       256 signed codes, -127..127
-256     8 F32 scales, one for each run of 32 elements
-288     8 F32: the sum of a run's codes times its scale
-320     16 F32: the same for runs of 16
-======  ==========================================================================================
-
-The other forms are dense F32: values that F16, BF16 or blocks of Q8_0 (``Q8_0_FLOATS``) hold
-exactly, or (``F32``) any.
-"""
+"""Kernels that turn rows of activations to the forms that products read (see ``layout``)."""
 
 from __future__ import annotations
 
-import enum
 from typing import Any
 
 import numpy as np
@@ -29,10 +9,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.abi import (
     SRC0,
-    Kernel,
     bits_f32,
     extra,
     ggml_type,
@@ -46,50 +24,16 @@ from rpc_server.devices.cpu.abi import (
     row_address,
     store_f32,
 )
+from rpc_server.devices.cpu.isa import Isa
 from rpc_server.devices.cpu.kernels.typed import load_scalar, size_of
-from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, Emit, Isa, vector
-
-UNIT = 256
-UNIT_BYTES = 384
-SCALES_AT = 256
-SUMS_AT = 288
-HALF_SUMS_AT = 320
-
-
-class RowForm(enum.IntEnum):
-    """See the module. Values are those of the type whose rounding it has, where they can be."""
-
-    F32 = GgmlType.F32
-    F16 = GgmlType.F16
-    BF16 = GgmlType.BF16
-    Q8_0 = GgmlType.Q8_0
-    Q8_1 = GgmlType.Q8_1
-    Q8_K = GgmlType.Q8_K
-    Q8_0_FLOATS = 1000 + GgmlType.Q8_0
-
-
-# Weights whose activations ggml rounds to block_q8_1; of the other types see below.
-_WITH_SUMS = (GgmlType.Q4_1, GgmlType.Q5_1)
-
-
-def activation_form(weights: GgmlType) -> RowForm:
-    """The form of activations for a weight type: its vec_dot_type in ggml's CPU backend."""
-    info = TYPE_INFO[weights]
-    if not info.quantized:
-        return RowForm(weights)
-    if weights in _WITH_SUMS:
-        return RowForm.Q8_1
-    return RowForm.Q8_K if info.block_size == UNIT else RowForm.Q8_0
-
-
-_CODED = (RowForm.Q8_0, RowForm.Q8_1, RowForm.Q8_K)
-
-
-def row_bytes(form: RowForm, n: int) -> int:
-    """Bytes of a row of ``n`` elements."""
-    if form in _CODED:
-        return -(-n // UNIT) * UNIT_BYTES
-    return -(-n * 4 // 64) * 64
+from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, Emit, vector
+from rpc_server.devices.cpu.layout import (
+    HALF_SUMS_AT,
+    SCALES_AT,
+    SUMS_AT,
+    UNIT_BYTES,
+    RowForm,
+)
 
 
 @intrinsic
@@ -226,8 +170,3 @@ def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
                 value = round_bf16(value)
             store_f32(target + i * 4, value)
     return 0
-
-
-CONVERTERS: dict[RowForm, Kernel] = {
-    form: quantize_rows if form in _CODED else round_rows for form in RowForm
-}

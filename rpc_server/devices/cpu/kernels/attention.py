@@ -27,7 +27,7 @@ from rpc_server.devices.cpu.abi import (
     SRC2,
     SRC3,
     SRC4,
-    Kernel,
+    KernelFunction,
     data,
     extra,
     inline_helper,
@@ -61,9 +61,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
 )
 from rpc_server.devices.cpu.kernels.softmax import alibi_slope
 from rpc_server.devices.cpu.kernels.typed import share_rows
-
-# Positions of a block: keys and values of one stay in the first-level cache while rows use them.
-BLOCK = 64
+from rpc_server.devices.cpu.layout import BLOCK
 
 _Q, _K, _V, _MASK, _SINKS = SRC0, SRC1, SRC2, SRC3, SRC4
 
@@ -81,23 +79,6 @@ class Words(enum.IntEnum):
 
 
 _SCRATCH, _THREAD_BYTES, _TILE, _SPLIT, _PARTIALS = (int(word) for word in Words)
-
-
-def padded(n: int) -> int:
-    """Floats of a row of ``n`` in scratch: whole vectors."""
-    return -(-n // LANES) * LANES
-
-
-def thread_floats(rows: int, dk: int, dv: int) -> int:
-    """Floats of scratch a thread needs: a block of keys and values, and for each row queries,
-    scores, sums and what else there is of it."""
-    dk, dv = padded(dk), padded(dv)
-    return BLOCK * (dk + dv + 1) + rows * (dk + dv + BLOCK + 3)
-
-
-def partial_floats(rows: int, dv: int) -> int:
-    """Floats that one thread leaves of one task: sums, then largest scores, then totals."""
-    return rows * (padded(dv) + 2)
 
 
 @inline_helper
@@ -242,7 +223,7 @@ def _finish_row(rec, token, head, batch, top, total, sums, dv):  # type: ignore[
 
 
 @functools.cache
-def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> Kernel:
+def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
     """FLASH_ATTN_EXT over keys and values of these types; queries are F32."""
     number_k, number_v = int(type_k), int(type_v)
 

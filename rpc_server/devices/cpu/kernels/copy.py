@@ -10,7 +10,7 @@ from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.abi import (
     DST,
     SRC0,
-    Kernel,
+    KernelFunction,
     data,
     extra,
     ggml_type,
@@ -33,12 +33,12 @@ from rpc_server.devices.cpu.abi import (
     store_i32,
     store_i64,
 )
+from rpc_server.devices.cpu.catalog import FLOAT_TYPES
 from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
 from rpc_server.devices.cpu.kernels.quantize import quantize_row
 from rpc_server.devices.cpu.kernels.rows import convert_row
 from rpc_server.devices.cpu.kernels.typed import (
     F32,
-    FLOAT_TYPES,
     load_scalar,
     share_rows,
     store_scalar,
@@ -74,7 +74,7 @@ def copy_same_type(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> Kernel:
+def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> KernelFunction:
     """Dense rows of one type to another: floats among each other, F32 to blocks and back.
 
     Extra words: rows, elements of a row, address of scratch: a float32 row for each thread, needed

@@ -355,7 +355,7 @@ ROWS = {
     GgmlType.Q8_K: _q8_k_row,
 }
 # Types whose functions are in a module that is imported when one of them is compiled.
-_GRID_TYPES = (
+GRID_TYPES = (
     GgmlType.IQ1_S,
     GgmlType.IQ1_M,
     GgmlType.IQ2_XXS,
@@ -364,17 +364,16 @@ _GRID_TYPES = (
     GgmlType.IQ3_XXS,
     GgmlType.IQ3_S,
 )
-DECODABLE = frozenset((*ROWS, *_GRID_TYPES))
 
 
 def _row_function(type_: GgmlType) -> Any:
-    if type_ in _GRID_TYPES:
+    if type_ in GRID_TYPES:
         return importlib.import_module("rpc_server.devices.cpu.kernels.grids").ROWS[type_]
     return ROWS[type_]
 
 
 def dequantize_row(type_: int, x: int, y: int, n: int) -> None:
-    """In kernels: the function of DECODABLE ``type_``, a constant where this is called."""
+    """In kernels: the function of a decodable ``type_``, a constant where this is called."""
     raise NotImplementedError("only compiled code can call this")
 
 

@@ -19,23 +19,24 @@ from numba import types
 from numba.extending import intrinsic
 
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.activations import (
+from rpc_server.devices.cpu.isa import Isa
+from rpc_server.devices.cpu.kernels.formats import FORMATS, Plain, Quantized, Unpacked
+from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, LANES, Emit, vector
+from rpc_server.devices.cpu.layout import (
     HALF_SUMS_AT,
+    RUN,
     SCALES_AT,
+    STAGE_BYTES,
+    STAGE_MINIMA,
+    STAGE_SCALES,
     SUMS_AT,
     UNIT,
     UNIT_BYTES,
+    columns_at_once,
+    run_bytes,
 )
-from rpc_server.devices.cpu.kernels.formats import FORMATS, Plain, Quantized, Unpacked
-from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, LANES, Emit, Isa, vector
 
-_RUN = 32
 _VECTOR_BYTES = 64
-
-# Unpacked rows of one unit before they are turned: codes, scales and minima of 16 rows.
-_STAGE_SCALES = LANES * UNIT
-_STAGE_MINIMA = _STAGE_SCALES + LANES * _VECTOR_BYTES
-STAGE_BYTES = _STAGE_MINIMA + LANES * _VECTOR_BYTES
 
 
 def rows_at_once(type_: GgmlType) -> int:
@@ -43,36 +44,14 @@ def rows_at_once(type_: GgmlType) -> int:
     return 2 if isinstance(FORMATS[type_], Quantized) else 4
 
 
-def columns_at_once(type_: GgmlType, isa: Isa) -> int:
-    """How many columns :func:`tile_product` does: one register each, and one more for bytes."""
-    return 8 if isa >= Isa.AVX512 else 4
-
-
 def tile_columns_from(type_: GgmlType) -> int:
     """From how many columns on tiles are worth being made."""
     return 4 if isinstance(FORMATS[type_], Quantized) else 6
 
 
-def k_chunk(type_: GgmlType) -> int:
-    """Elements of a row that a tile holds at most: it should stay in the cache next to a core."""
-    return 2048 if isinstance(FORMATS[type_], Quantized) else 512
-
-
-def tile_bytes(type_: GgmlType) -> int:
-    """Size of a tile with the stage before it."""
-    format_ = FORMATS[type_]
-    if isinstance(format_, Quantized):
-        return STAGE_BYTES + k_chunk(type_) // _RUN * _record_bytes(format_)
-    return STAGE_BYTES + k_chunk(type_) * _VECTOR_BYTES
-
-
 def _groups(format_: Quantized) -> int:
     """Groups of a run."""
-    return _RUN // format_.group
-
-
-def _record_bytes(format_: Quantized) -> int:
-    return (8 + 2 * _groups(format_)) * _VECTOR_BYTES
+    return RUN // format_.group
 
 
 def _emitter(builder: Any, sig: Any) -> tuple[Emit, Quantized | Plain, GgmlType]:
@@ -177,7 +156,7 @@ def _dot_blocks(
     scales = e.b.fmul(unpacked.scales, d)
     for run, (code, value) in enumerate(zip(unpacked.codes, codes, strict=True)):
         ints = e.dot4(e.constant(I32, 0, 8), code, value, format_.largest)
-        if format_.group == _RUN:
+        if format_.group == RUN:
             scale = e.splat(e.lane(scales, run), 8)
         else:
             scale = e.shuffle(scales, [2 * run] * 4 + [2 * run + 1] * 4)
@@ -214,8 +193,8 @@ def _quantized_dots(
             return unit if first is None else e.b.add(unit, e.shift_left(first, bits))
 
         codes_at, factors_at = moved(5), moved(2)
-        n = n_blocks * format_.block // _RUN
-        codes = [e.load(codes_at, vector(I8, _RUN), _RUN * i) for i in range(n)]
+        n = n_blocks * format_.block // RUN
+        codes = [e.load(codes_at, vector(I8, RUN), RUN * i) for i in range(n)]
         d = e.load(factors_at, vector(F32, n) if n > 1 else F32, SCALES_AT)
         if groups == 1:
             sums = e.load(factors_at, d.type, SUMS_AT)
@@ -227,7 +206,7 @@ def _quantized_dots(
         new: list[Any] = []
         for i, row in enumerate(rows):
             at = e.b.add(row, offset)
-            if n == UNIT // _RUN:
+            if n == UNIT // RUN:
                 e.prefetch(e.b.add(at, ahead), n_blocks * format_.size)
             unpacked = format_.unpack(e, at, n_blocks)
             old = totals[_TOTALS * i : _TOTALS * (i + 1)]
@@ -239,7 +218,7 @@ def _quantized_dots(
         return runs(e.b.mul(i, e.i64(per_unit)), per_unit, unit, None, totals)
 
     def rest_body(i: Any, totals: list[Any]) -> list[Any]:
-        within = e.b.mul(e.b.sub(i, whole_blocks), e.i64(format_.block // _RUN))
+        within = e.b.mul(e.b.sub(i, whole_blocks), e.i64(format_.block // RUN))
         return runs(i, 1, rest, within, totals)
 
     per_unit = UNIT // format_.block
@@ -333,8 +312,8 @@ def _unpack_quantized(
     stage: Any,
     tile: Any,
 ) -> None:
-    runs, groups = format_.block // _RUN, _groups(format_)
-    record = _record_bytes(format_)
+    runs, groups = format_.block // RUN, _groups(format_)
+    record = run_bytes(format_.group)
 
     def unit_body(start: Any, _: list[Any]) -> list[Any]:
         count = e.call_vector("smin", e.b.sub(end, start), e.i64(UNIT))
@@ -351,10 +330,10 @@ def _unpack_quantized(
                 unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), 1)
                 to = e.b.add(codes, e.b.mul(j, e.i64(format_.block)))
                 for run, code in enumerate(unpacked.codes):
-                    e.store(code, to, _RUN * run)
+                    e.store(code, to, RUN * run)
                 to = e.b.add(factors, e.b.mul(j, e.i64(4 * runs * groups)))
-                e.store(unpacked.scales, to, _STAGE_SCALES)
-                e.store(unpacked.minima, to, _STAGE_MINIMA)
+                e.store(unpacked.scales, to, STAGE_SCALES)
+                e.store(unpacked.minima, to, STAGE_MINIMA)
                 return []
 
             if format_.block == UNIT:
@@ -364,7 +343,7 @@ def _unpack_quantized(
             return []
 
         e.loop(e.i64(0), e.i64(LANES), 1, [], row_body)
-        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(_RUN)), e.i64(record))
+        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(RUN)), e.i64(record))
         out = e.b.add(tile, out)
 
         def run_body(j: Any, _: list[Any]) -> list[Any]:
@@ -377,7 +356,7 @@ def _unpack_quantized(
 
         e.loop(e.i64(0), e.b.mul(count, e.i64(runs)), 1, [], run_body)
         # Factors of runs that a short last unit lacks are written too: the tile has the room.
-        for which, stage_at in enumerate((_STAGE_SCALES, _STAGE_MINIMA)):
+        for which, stage_at in enumerate((STAGE_SCALES, STAGE_MINIMA)):
             for half in range(groups):
                 at = e.at(stage, stage_at + 32 * half)
                 loaded = [e.load(at, vector(F32, 8), _VECTOR_BYTES * i) for i in range(LANES)]
@@ -413,9 +392,9 @@ def tile_product(
     signature = types.void(type_, isa, *[types.int64] * 6)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        e, format_, kind = _emitter(builder, sig)
+        e, format_, _ = _emitter(builder, sig)
         tile, row, rows, begin, end, columns = args[2:]
-        n = columns_at_once(kind, e.isa)
+        n = columns_at_once(e.isa)
         sources = [e.load(columns, I64, 16 * i) for i in range(n)]
         targets = [e.load(columns, I64, 16 * i + 8) for i in range(n)]
         first = e.at(tile, STAGE_BYTES)
@@ -459,7 +438,7 @@ def _plain_product(e: Emit, tile: Any, begin: Any, end: Any, sources: list[Any])
 def _quantized_product(
     e: Emit, format_: Quantized, tile: Any, begin: Any, end: Any, sources: list[Any]
 ) -> list[Any]:
-    groups, record = _groups(format_), _record_bytes(format_)
+    groups, record = _groups(format_), run_bytes(format_.group)
     words = 8 // groups
     sums_at = SUMS_AT if groups == 1 else HALF_SUMS_AT
     lanes = vector(F32, LANES)
@@ -497,11 +476,11 @@ def _quantized_product(
     def unit_body(start: Any, totals: list[Any]) -> list[Any]:
         count = e.call_vector("smin", e.b.sub(end, start), e.i64(UNIT))
         unit = e.b.mul(e.b.sdiv(start, e.i64(UNIT)), e.i64(UNIT_BYTES))
-        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(_RUN)), e.i64(record))
+        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(RUN)), e.i64(record))
         out = e.b.add(tile, out)
         return e.loop(
             e.i64(0),
-            e.b.sdiv(count, e.i64(_RUN)),
+            e.b.sdiv(count, e.i64(RUN)),
             1,
             totals,
             lambda j, t: run_body(j, unit, e.b.add(out, e.b.mul(j, e.i64(record))), t),

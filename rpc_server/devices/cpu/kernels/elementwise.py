@@ -1,24 +1,23 @@
 """Kernels of ops that treat each element alone: functions of one value, of two, and gated units.
 
 A kernel is made per function and per 'all F32 or not', on first use. Extra words: 0 the number of
-rows, 1 the elements of a row. Tensors that are dense throughout come as one row, whose elements the
-threads share; others share rows.
+rows, 1 the elements of a row, 2 the address of the table that GELU is looked up in. Tensors that
+are dense throughout come as one row, whose elements the threads share; others share rows.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
 
 import numpy as np
 
-from protocol.ggml_ops import GluOp, Op, UnaryOp
+from protocol.ggml_ops import GluOp, UnaryOp
 from rpc_server.devices.cpu.abi import (
     DST,
     SRC0,
     SRC1,
-    Kernel,
+    KernelFunction,
     data,
     extra,
     ggml_type,
@@ -29,16 +28,20 @@ from rpc_server.devices.cpu.abi import (
     param_f32,
     row_address,
 )
+from rpc_server.devices.cpu.catalog import Binary, Function
 from rpc_server.devices.cpu.kernels import functions as f
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     absolute,
+    bf16_bits,
     ceil,
     copysign,
+    f16_bits,
     floor,
     fma,
     load_f32s,
     load_f32s_part,
+    look_up,
     minimum,
     round_away,
     select,
@@ -49,6 +52,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
     trunc,
 )
 from rpc_server.devices.cpu.kernels.typed import (
+    BF16,
     load_lanes,
     load_lanes_part,
     load_scalar,
@@ -62,19 +66,6 @@ from rpc_server.devices.cpu.kernels.typed import (
 
 # Elements that one thread does faster than two can agree on.
 _GRAIN = 2048
-
-
-class Function(enum.IntEnum):
-    """Functions of one element that are ops of their own, behind those of UNARY."""
-
-    SCALE = 100
-    CLAMP = 101
-    SQR = 102
-    SQRT = 103
-    LOG = 104
-    LEAKY_RELU = 105
-    SIN = 106
-    COS = 107
 
 
 _SCALE, _CLAMP, _SQR, _SQRT, _LOG, _LEAKY_RELU, _SIN, _COS = (int(code) for code in Function)
@@ -150,15 +141,22 @@ def _leaky_relu(x, slope):  # type: ignore[no-untyped-def]
     return f.relu(x) + select(x < np.float32(0.0), x, splat(np.float32(0.0))) * slope
 
 
+@inline_helper
+def _table_index(type, x):  # type: ignore[no-untyped-def]
+    """Where a table for 16-bit arguments has ``x``: BF16 has its own, others round to F16."""
+    if type == BF16:
+        return bf16_bits(x)
+    return f16_bits(x)
+
+
 @functools.cache
-def unary_kernel(code: int, f32: bool) -> Kernel:
+def unary_kernel(code: int, f32: bool) -> KernelFunction:
     """The kernel of a function of one element: a UnaryOp or a :class:`Function`.
 
     ``f32``: source and result are F32; otherwise each may be F32, F16 or BF16.
     """
 
-    # The choice is an integer that numba takes for a constant: only its branch is compiled, and the
-    # disk cache knows the kernel again (which it doesn't where a function is captured).
+    # The choice is an integer that numba takes for a constant: only its branch is compiled.
     @kernel
     def unary(rec, ith, nth):  # type: ignore[no-untyped-def]
         rows, width = extra(rec, 0), extra(rec, 1)
@@ -171,6 +169,7 @@ def unary_kernel(code: int, f32: bool) -> Kernel:
             row, row_end = share_rows(rows, ith, nth)
         p0, p1, p2 = param_f32(rec, 0), param_f32(rec, 1), param_f32(rec, 2)
         p3, p4 = param_f32(rec, 3), param_f32(rec, 4)
+        table = extra(rec, 2)
         while row < row_end:
             to, source = row_address(rec, DST, row), row_address(rec, SRC0, row)
             row += 1
@@ -186,11 +185,14 @@ def unary_kernel(code: int, f32: bool) -> Kernel:
                 if code == _SILU:
                     y = f.silu(x)
                 elif code == _GELU:
-                    y = f.gelu(x)
+                    if f32:  # noqa: SIM108  (only a statement's other branch is not compiled)
+                        y = f.gelu_of_f32(x, table)
+                    else:
+                        y = look_up(table, _table_index(type_s, x))
                 elif code == _GELU_ERF:
                     y = f.gelu_erf(x)
                 elif code == _GELU_QUICK:
-                    y = f.gelu_quick(x)
+                    y = look_up(table, _table_index(type_s, x))
                 elif code == _RELU:
                     y = f.relu(x)
                 elif code == _SIGMOID:
@@ -256,7 +258,7 @@ def unary_kernel(code: int, f32: bool) -> Kernel:
 
 
 @functools.cache
-def trigonometric_kernel(code: int) -> Kernel:
+def trigonometric_kernel(code: int) -> KernelFunction:
     """SIN or COS: by the C library, whose argument reduction is good for any value."""
 
     @kernel
@@ -281,17 +283,7 @@ def trigonometric_kernel(code: int) -> Kernel:
     return trigonometric
 
 
-class Binary(enum.IntEnum):
-    """Functions of two elements."""
-
-    ADD = 0
-    SUB = 1
-    MUL = 2
-    DIV = 3
-
-
 _ADD, _SUB, _MUL, _DIV = (int(code) for code in Binary)
-BINARY_CODES = {Op.ADD: _ADD, Op.SUB: _SUB, Op.MUL: _MUL, Op.DIV: _DIV, Op.ADD1: _ADD}
 
 
 @inline_helper
@@ -307,7 +299,7 @@ def _combine(code, x, y):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def binary_kernel(code: int, f32: bool) -> Kernel:
+def binary_kernel(code: int, f32: bool) -> KernelFunction:
     """dst = src0 op src1, src1 repeated along every dimension; rows of src0 and dst dense.
 
     Extra word 2: 0 if src1's rows are dense and as long as dst's, 1 if they are one element, 2 if
@@ -398,7 +390,7 @@ def _swiglu_clamp(x, g, limit):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def glu_kernel(code: int, f32: bool) -> Kernel:
+def glu_kernel(code: int, f32: bool) -> KernelFunction:
     """dst = activation(x) * g for a GluOp.
 
     Slots 1 and 2 hold x and g with the shape of dst (a halved tensor gives two views).
@@ -416,6 +408,7 @@ def glu_kernel(code: int, f32: bool) -> Kernel:
         else:
             row, row_end = share_rows(rows, ith, nth)
         alpha, limit = param_f32(rec, 2), param_f32(rec, 3)
+        table = extra(rec, 2)
         while row < row_end:
             to = row_address(rec, DST, row)
             x_row, g_row = row_address(rec, SRC0, row), row_address(rec, SRC1, row)
@@ -436,13 +429,18 @@ def glu_kernel(code: int, f32: bool) -> Kernel:
                 if code == _SWIGLU:
                     y = f.silu(x) * g
                 elif code == _GEGLU:
-                    y = f.gelu(x) * g
+                    if f32:
+                        # ggml doesn't look at g there: what it is, NaN or infinite, is lost.
+                        zero = splat(np.float32(0.0))
+                        y = select(x <= np.float32(-10.0), zero, f.gelu_of_f32(x, table) * g)
+                    else:
+                        y = look_up(table, _table_index(type_x, x)) * g
                 elif code == _REGLU:
                     y = select(x > np.float32(0.0), x * g, splat(np.float32(0.0)))
                 elif code == _GEGLU_ERF:
                     y = f.gelu_erf(x) * g
                 elif code == _GEGLU_QUICK:
-                    y = f.gelu_quick(x) * g
+                    y = look_up(table, _table_index(type_x, x)) * g
                 elif code == _SWIGLU_OAI:
                     y = _swiglu_oai(x, g, alpha, limit)
                 else:

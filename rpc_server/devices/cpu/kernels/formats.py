@@ -15,6 +15,7 @@ from llvmlite import ir
 
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.kernels.vector import F16, F32, I1, I8, I16, I32, I64, Emit, vector
+from rpc_server.devices.cpu.layout import SCALE_GROUPS
 from rpc_server.types.tables import FP4_VALUES, IQ4_VALUES
 
 
@@ -390,10 +391,10 @@ def _tq1_0(e: Emit, block: Any, _: int) -> Unpacked:
 
 
 def _quantized(
-    type_: GgmlType, unpack: Callable[[Emit, Any, int], Unpacked], largest: int, group: int = 32
+    type_: GgmlType, unpack: Callable[[Emit, Any, int], Unpacked], largest: int
 ) -> tuple[GgmlType, Quantized]:
     info = TYPE_INFO[type_]
-    return type_, Quantized(unpack, largest, info.block_size, info.type_size, group)
+    return type_, Quantized(unpack, largest, info.block_size, info.type_size, SCALE_GROUPS[type_])
 
 
 def _quantized_small(
@@ -415,14 +416,14 @@ QUANTIZED: dict[GgmlType, Quantized] = dict(
         _quantized_small(GgmlType.MXFP4, _FP4, max(_FP4_CODES), centre=12, scales=_exponents),
         _quantized(GgmlType.Q1_0, _q1_0, 2),
         _quantized(GgmlType.Q2_0, _q2_0, 3),
-        _quantized(GgmlType.NVFP4, _nvfp4, max(_FP4_CODES), group=16),
+        _quantized(GgmlType.NVFP4, _nvfp4, max(_FP4_CODES)),
         _quantized(GgmlType.TQ1_0, _tq1_0, 2),
         _quantized(GgmlType.TQ2_0, _tq2_0, 3),
-        _quantized(GgmlType.Q2_K, _q2_k, 3, group=16),
-        _quantized(GgmlType.Q3_K, _q3_k, 7, group=16),
+        _quantized(GgmlType.Q2_K, _q2_k, 3),
+        _quantized(GgmlType.Q3_K, _q3_k, 7),
         _quantized(GgmlType.Q4_K, _q4_k, 15),
         _quantized(GgmlType.Q5_K, _q5_k, 31),
-        _quantized(GgmlType.Q6_K, _q6_k, 63, group=16),
+        _quantized(GgmlType.Q6_K, _q6_k, 63),
         _quantized(GgmlType.IQ4_XS, _iq4_xs, max(_IQ4_CODES)),
     )
 )

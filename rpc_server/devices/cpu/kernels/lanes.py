@@ -286,6 +286,40 @@ def from_bits(typingctx: Any, value: Any) -> Any:
     return F32S(I32S), codegen
 
 
+def _make_bits(conversion: str) -> Any:
+    def bits(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            narrow = builder.bitcast(_narrow(builder, args[0], conversion), _vector(_I16))
+            return builder.zext(narrow, _vector(_I32))
+
+        return I32S(F32S), codegen
+
+    return intrinsic(bits)
+
+
+# The bit patterns, 0 to 65535, of float lanes rounded to a type of 16 bits.
+f16_bits = _make_bits("f16")
+bf16_bits = _make_bits("bf16")
+
+
+@intrinsic
+def look_up(typingctx: Any, table: Any, indices: Any) -> Any:
+    """The float32s of ``table``, an address, at these places."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        table, indices = args
+        pointer = builder.inttoptr(table, _F32.as_pointer())
+        lanes = ir.Constant(_vector(_F32), None)
+        for i in range(LANES):
+            lane = _I32(i)
+            at = builder.zext(builder.extract_element(indices, lane), _I64)
+            value = builder.load(builder.gep(pointer, [at]), align=4)
+            lanes = builder.insert_element(lanes, value, lane)
+        return lanes
+
+    return F32S(types.int64, I32S), codegen
+
+
 @intrinsic
 def to_float(typingctx: Any, value: Any) -> Any:
     """Integer lanes as floats."""
@@ -342,6 +376,10 @@ copysign = _make_function("copysign", 2)
 floor = _make_function("floor", 1)
 ceil = _make_function("ceil", 1)
 trunc = _make_function("trunc", 1)
+# Halves to even numbers.
+round_even = _make_function("rint", 1)
+# Halves to even numbers.
+round_even = _make_function("rint", 1)
 # Halves away from zero, as C's roundf.
 round_away = _make_function("round", 1)
 # Of a number and a NaN: the number.

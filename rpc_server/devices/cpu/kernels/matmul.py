@@ -17,7 +17,7 @@ from rpc_server.devices.cpu.abi import (
     SRC0,
     SRC1,
     SRC2,
-    Kernel,
+    KernelFunction,
     data,
     extra,
     inline_helper,
@@ -28,17 +28,15 @@ from rpc_server.devices.cpu.abi import (
     ne,
     store_i64,
 )
+from rpc_server.devices.cpu.isa import Isa
 from rpc_server.devices.cpu.kernels.dots import (
-    columns_at_once,
-    k_chunk,
     row_dots,
     rows_at_once,
-    tile_bytes,
     tile_columns_from,
     tile_product,
     unpack_tile,
 )
-from rpc_server.devices.cpu.kernels.vector import LANES, Isa
+from rpc_server.devices.cpu.layout import LANES, columns_at_once, k_chunk, tile_bytes
 
 INDEX_OUT_OF_RANGE = 1
 
@@ -59,25 +57,6 @@ _GRAIN = 4
 
 # Memory is asked for at least so many bytes before it is multiplied.
 _AHEAD = 4096
-
-# Bytes of activations that are multiplied with a tile before the next tile is unpacked.
-_PANEL_BYTES = 768 << 10
-
-
-def panel_columns(type_: GgmlType, isa: Isa, column_bytes: int) -> int:
-    """How many columns are done per unpacking of the weights: what the second-level cache holds."""
-    at_once = columns_at_once(type_, isa)
-    return max(_PANEL_BYTES // max(column_bytes, 1) // at_once, 4) * at_once
-
-
-def scratch_bytes(type_: GgmlType, isa: Isa, n_columns: int) -> int:
-    """Scratch of one thread for products of at most ``n_columns`` columns per matrix."""
-    return tile_bytes(type_) + 16 * (n_columns + columns_at_once(type_, isa))
-
-
-def routing_bytes(n_experts: int, n_columns: int) -> int:
-    """Size of what :func:`route_columns` writes."""
-    return 8 * (n_experts + 1) + 16 * n_columns
 
 
 @kernel
@@ -142,13 +121,14 @@ def _list_columns(rec, matrix, columns):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def product_kernel(type_: GgmlType, isa: Isa) -> Kernel:
+def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
     """The product of weights of one type, for MUL_MAT and MUL_MAT_ID."""
-    # numba knows a kernel again by its code and these numbers: plain ones, or its cache misses.
+    # Plain numbers, which numba takes for constants.
     TYPE, ISA = int(type_), int(isa)
-    ROWS, COLUMNS = rows_at_once(type_), columns_at_once(type_, isa)
+    ROWS, COLUMNS = rows_at_once(type_), columns_at_once(isa)
     TILES_FROM, CHUNK, TILE_BYTES = tile_columns_from(type_), k_chunk(type_), tile_bytes(type_)
 
+    @kernel
     def product(rec, ith, nth):  # type: ignore[no-untyped-def]
         """DST = SRC0 times the columns given by the extra words."""
         routed = extra(rec, ROUTED)
@@ -222,6 +202,4 @@ def product_kernel(type_: GgmlType, isa: Isa) -> Kernel:
                             )
         return 0
 
-    made = kernel(product)
-    made.name = f"matmul.product_{type_.name}"
-    return made
+    return product

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
 
@@ -11,7 +10,7 @@ import numpy as np
 from rpc_server.devices.cpu.abi import (
     DST,
     SRC0,
-    Kernel,
+    KernelFunction,
     data,
     extra,
     inline_helper,
@@ -22,6 +21,7 @@ from rpc_server.devices.cpu.abi import (
     param_f32,
     row_address,
 )
+from rpc_server.devices.cpu.catalog import Norm
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     fma,
@@ -35,15 +35,6 @@ from rpc_server.devices.cpu.kernels.lanes import (
     sum_lanes,
 )
 from rpc_server.devices.cpu.kernels.typed import share_rows
-
-
-class Norm(enum.IntEnum):
-    """What a row is divided by."""
-
-    RMS_NORM = 0
-    NORM = 1
-    L2_NORM = 2
-
 
 _RMS, _NORM, _L2 = (int(code) for code in Norm)
 
@@ -105,7 +96,7 @@ def _statistics(code, row, n, eps):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def norm_kernel(code: int) -> Kernel:
+def norm_kernel(code: int) -> KernelFunction:
     """dst = (src0 - mean) * factor along rows, for a :class:`Norm`."""
 
     @kernel

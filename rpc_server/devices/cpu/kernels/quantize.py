@@ -1,4 +1,6 @@
-"""Quantizers of rows, bit for bit those that ggml defines as the reference of each type.
+"""Quantizers of rows, bit for bit those that ggml's CPU runs on x86.
+
+These are its references of each type but for Q8_0, which has vector code that rounds otherwise.
 
 Compiled without contraction: a fused multiply-add would round where the reference doesn't.
 """
@@ -23,7 +25,9 @@ from rpc_server.devices.cpu.kernels.lanes import (
     load_f32s,
     max_lanes,
     maximum,
-    round_away,
+    round_even,
+    select,
+    splat,
     store_f32s_as_i8,
 )
 from rpc_server.devices.cpu.kernels.typed import choose_by_type
@@ -51,13 +55,20 @@ def _inverse(d):  # type: ignore[no-untyped-def]
 
 
 @exact_helper
+def _eight_bits(scaled):  # type: ignore[no-untyped-def]
+    """Rounded; what the infinite scale of a tiny block makes infinite or NaN becomes the lowest."""
+    finite = absolute(scaled) <= np.float32(3.4028235e38)
+    return select(finite, round_even(scaled), splat(np.float32(-128.0)))
+
+
+@exact_helper
 def _q8_0_block(x, y):  # type: ignore[no-untyped-def]
     low, high = load_f32s(x), load_f32s(x + LANES * 4)
-    d = max_lanes(maximum(absolute(low), absolute(high))) / np.float32(127.0)
-    scale = _inverse(d)
-    store_f16(y, d)
-    store_f32s_as_i8(y + 2, round_away(low * scale))
-    store_f32s_as_i8(y + 2 + LANES, round_away(high * scale))
+    largest = max_lanes(maximum(absolute(low), absolute(high)))
+    scale = np.float32(127.0) / largest if largest != np.float32(0.0) else np.float32(0.0)
+    store_f16(y, largest / np.float32(127.0))
+    store_f32s_as_i8(y + 2, _eight_bits(low * scale))
+    store_f32s_as_i8(y + 2 + LANES, _eight_bits(high * scale))
 
 
 @exact_helper

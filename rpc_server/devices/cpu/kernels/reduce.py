@@ -21,11 +21,9 @@ from rpc_server.devices.cpu.abi import (
     store_f32,
     store_i32,
 )
+from rpc_server.devices.cpu.catalog import TOP_K_INSERT
 from rpc_server.devices.cpu.kernels.norm import row_sum
 from rpc_server.devices.cpu.kernels.typed import share_rows
-
-# Up to so many largest are kept in order while a row is read; more are sorted.
-TOP_K_INSERT = 64
 
 
 @kernel
@@ -69,15 +67,17 @@ def cumulative_sum(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def argmax(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Index of the largest of each row, of equals the last."""
+    """Index of the largest of each row, of equals the last; a NaN starts the search anew."""
     row, end = share_rows(n_rows(rec, SRC0), ith, nth)
     while row < end:
         x = row_address(rec, SRC0, row)
         best, at = np.float32(-np.inf), 0
         for i in range(ne(rec, SRC0, 0)):
             value = load_f32(x + i * 4)
-            if value >= best:
-                best, at = value, i
+            if not best > value:
+                best = value
+            if best == value:
+                at = i
         store_i32(data(rec, DST) + row * nb(rec, DST, 0), at)
         row += 1
     return 0

@@ -16,7 +16,7 @@ from rpc_server.devices.cpu.abi import (
     SRC0,
     SRC1,
     SRC2,
-    Kernel,
+    KernelFunction,
     bits_f32,
     data,
     extra,
@@ -32,6 +32,7 @@ from rpc_server.devices.cpu.abi import (
     param_i32,
     store_f32,
 )
+from rpc_server.devices.cpu.catalog import MODE_IMROPE, MODE_MROPE, MODE_VISION
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     even_lanes,
@@ -51,8 +52,6 @@ from rpc_server.devices.cpu.kernels.typed import (
     store_lanes_part,
     store_scalar,
 )
-
-MODE_NORMAL, MODE_NEOX, MODE_MROPE, MODE_VISION, MODE_IMROPE = 0, 2, 8, 24, 40
 
 
 @inline_helper
@@ -209,7 +208,7 @@ def rotate_neighbours(type_, x, y, cosines, sines, pairs):  # type: ignore[no-un
 
 
 @functools.cache
-def rope_kernel(neighbours: bool) -> Kernel:
+def rope_kernel(neighbours: bool) -> KernelFunction:
     """Rotate src0 by the table at extra(0) of extra(1) pairs.
 
     Extra words 2: first rotated element of a row, 3: how far the members of a pair are apart. The

@@ -10,7 +10,7 @@ from rpc_server.devices.cpu.abi import (
     SRC0,
     SRC1,
     SRC2,
-    Kernel,
+    KernelFunction,
     Status,
     data,
     extra,
@@ -49,7 +49,7 @@ _I64 = int(GgmlType.I64)
 
 
 @functools.cache
-def get_rows_kernel(type_: int) -> Kernel:
+def get_rows_kernel(type_: int) -> KernelFunction:
     """dst row i = row src1[i] of src0, of ``type_``, as F32 (I32 stays as it is)."""
 
     @kernel
@@ -115,7 +115,7 @@ def indices_valid(rec):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def set_rows_kernel(blocks: int | None) -> Kernel:
+def set_rows_kernel(blocks: int | None) -> KernelFunction:
     """Row src1[i] of dst = row i of src0: to F32, F16 or BF16, or to ``blocks`` of a type.
 
     src0 is F32 or F16; extra word 0 is an address of scratch: a float32 row for each thread, needed

@@ -45,9 +45,6 @@ F16 = int(GgmlType.F16)
 BF16 = int(GgmlType.BF16)
 I32 = int(GgmlType.I32)
 
-# What kernels of float rows take besides F32.
-FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
-
 
 def choose_by_type(stub: Callable[..., None], choice: Callable[[GgmlType], Any]) -> None:
     """Let compiled calls of ``stub(type_, x, y, n)`` be calls of ``choice(type_)(x, y, n)``.

@@ -3,14 +3,11 @@
 Kernels of matrix products are loops whose bodies are vectors of 4-byte groups; here are the few
 operations that they are built of. Everything is generic vector IR, which LLVM cuts to any
 processor's registers, but :meth:`Emit.dot4`: multiplying bytes and adding them up in fours has an
-instruction of its own on most processors and no spelling in IR, so it is chosen by :class:`Isa`.
+instruction of its own on most processors and no spelling in IR, so it is chosen by Isa.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,22 +15,14 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
+from rpc_server.devices.cpu.isa import Isa
+from rpc_server.devices.cpu.layout import LANES
+from rpc_server.native.source import routine
+
+__all__ = ["LANES"]
+
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-
-# Rows of weights are handled in tiles of so many: one vector lane each.
-LANES = 16
-
-
-class Isa(enum.IntEnum):
-    """How four byte products are added up; each needs what its name says."""
-
-    GENERIC = 0
-    AVX2 = 1
-    AVX_VNNI = 2
-    AVX512 = 3
-    AVX512_VNNI = 4
-
 
 _NEEDS: dict[Isa, tuple[str, ...]] = {
     Isa.GENERIC: (),
@@ -44,24 +33,21 @@ _NEEDS: dict[Isa, tuple[str, ...]] = {
 }
 
 
-@functools.cache
-def host_isas() -> tuple[Isa, ...]:
-    """What code compiled here may use, the best last."""
+def _compilable() -> list[Isa]:
+    """What code compiled here may use."""
     # Not what the processor has but what numba compiles for: its settings may switch features off,
     # and LLVM ends the process over an instruction that it was told not to use.
     features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return tuple(i for i, needs in _NEEDS.items() if all(f"+{n}" in features for n in needs))
+    return [i for i, needs in _NEEDS.items() if all(f"+{n}" in features for n in needs)]
 
 
-def chosen_isa() -> Isa:
-    """The best of :func:`host_isas`, or what ``GGML_RPC_ISA`` names; ValueError if it can't run."""
-    name = os.environ.get("GGML_RPC_ISA")
-    if not name:
-        return host_isas()[-1]
-    for isa in host_isas():
-        if isa.name == name.upper():
-            return isa
-    raise ValueError(f"GGML_RPC_ISA={name}: this processor runs {', '.join(map(str, host_isas()))}")
+_COMPILABLE = sum(1 << isa for isa in _compilable())
+
+
+@routine
+def instruction_sets():  # type: ignore[no-untyped-def]
+    """A bit for each Isa that compiled code may use: tells it to processes without a compiler."""
+    return _COMPILABLE
 
 
 def vector(element: ir.Type, n: int) -> ir.VectorType:

@@ -6,15 +6,15 @@ import dataclasses
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.kernels.activations import RowForm, activation_form, row_bytes
-from rpc_server.devices.cpu.kernels.attention import (
+from rpc_server.devices.cpu.catalog import DECODABLE, attention_kernel, merge_attention
+from rpc_server.devices.cpu.layout import (
     BLOCK,
-    attention_kernel,
-    merge_attention,
+    RowForm,
+    activation_form,
     partial_floats,
+    row_bytes,
     thread_floats,
 )
-from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType, row_size
-from rpc_server.devices.cpu.kernels.copy import (
+from rpc_server.devices.cpu.catalog import (
+    DECODABLE,
+    FLOAT_TYPES,
+    QUANTIZABLE,
     convert_kernel,
     copy_same_type,
     copy_strided,
     pad,
     repeat,
 )
-from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
-from rpc_server.devices.cpu.kernels.quantize import QUANTIZERS
-from rpc_server.devices.cpu.kernels.typed import FLOAT_TYPES
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 
@@ -25,7 +25,7 @@ _SCALARS = FLOAT_TYPES | {GgmlType.I32}
 def _convertible(x: GgmlType, y: GgmlType) -> bool:
     if x in _SCALARS and y in _SCALARS:
         return True
-    if x in FLOAT_TYPES and y in QUANTIZERS:
+    if x in FLOAT_TYPES and y in QUANTIZABLE:
         return True
     return y is GgmlType.F32 and x in DECODABLE
 

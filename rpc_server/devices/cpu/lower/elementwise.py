@@ -7,18 +7,27 @@ from dataclasses import replace
 
 from protocol.ggml_ops import GluOp, Op, UnaryOp
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import Kernel
-from rpc_server.devices.cpu.kernels.elementwise import (
+from rpc_server.devices.cpu.catalog import (
     BINARY_CODES,
+    FLOAT_TYPES,
     Function,
+    Kernel,
     binary_kernel,
     glu_kernel,
     trigonometric_kernel,
     unary_kernel,
 )
-from rpc_server.devices.cpu.kernels.typed import FLOAT_TYPES
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops import gelu
+
+# What is looked up in a table; whether in that of the quick form.
+_LOOKED_UP = {
+    (Op.UNARY, int(UnaryOp.GELU)): False,
+    (Op.UNARY, int(UnaryOp.GELU_QUICK)): True,
+    (Op.GLU, int(GluOp.GEGLU)): False,
+    (Op.GLU, int(GluOp.GEGLU_QUICK)): True,
+}
 
 
 def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
@@ -37,13 +46,25 @@ def all_f32(*tensors: Tensor) -> bool:
     return all(t.type is GgmlType.F32 for t in tensors)
 
 
+def _table(t: Tensor, type: GgmlType) -> int:
+    """The address of the table in which the node's function of ``type`` is looked up, or 0."""
+    kind = (t.op, t.param_i32(0))
+    if kind not in _LOOKED_UP:
+        return 0
+    # F32 is looked up by its half precision.
+    return gelu.table(
+        _LOOKED_UP[kind], GgmlType.BF16 if type is GgmlType.BF16 else GgmlType.F16
+    ).ctypes.data
+
+
 def _lower_function(t: Tensor, planner: Planner, choose: Callable[[int, bool], Kernel]) -> bool:
     source = t.src[0]
     assert source is not None
     if not float_rows(t, source) or not t.same_shape(source):
         return False
     code = t.param_i32(0) if t.op is Op.UNARY else int(Function[t.op.name])
-    planner.emit(choose(code, all_f32(t, source)), t, extra=rows_and_width(t, source))
+    kernel, extra = choose(code, all_f32(t, source)), rows_and_width(t, source)
+    planner.emit(kernel, t, extra=(*extra, _table(t, source.type)))
     return True
 
 
@@ -116,6 +137,6 @@ def lower_glu(t: Tensor, planner: Planner) -> bool:
         glu_kernel(t.param_i32(0), all_f32(t, x, gate)),
         t,
         slots=(t, x, gate),
-        extra=rows_and_width(t, x, gate),
+        extra=(*rows_and_width(t, x, gate), _table(t, x.type)),
     )
     return True

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.activations import (
-    CONVERTERS,
+from rpc_server.devices.cpu.catalog import product_kernel, route_columns
+from rpc_server.devices.cpu.isa import chosen_isa
+from rpc_server.devices.cpu.layout import (
+    PRODUCT_TYPES,
+    SCALE_GROUPS,
     RowForm,
     activation_form,
+    panel_columns,
+    product_scratch,
+    routing_bytes,
     row_bytes,
 )
-from rpc_server.devices.cpu.kernels.formats import FORMATS, QUANTIZED
-from rpc_server.devices.cpu.kernels.matmul import (
-    panel_columns,
-    product_kernel,
-    route_columns,
-    routing_bytes,
-    scratch_bytes,
-)
-from rpc_server.devices.cpu.kernels.vector import chosen_isa
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 
@@ -31,10 +26,10 @@ def _supported(t: Tensor) -> bool:
     weights, activations = t.src[0], t.src[1]
     assert weights is not None
     assert activations is not None
-    if weights.type in QUANTIZED and activations.type is not GgmlType.F32:
+    if weights.type in SCALE_GROUPS and activations.type is not GgmlType.F32:
         return False
     return (
-        weights.type in FORMATS
+        weights.type in PRODUCT_TYPES
         and activations.type in _FLOATS
         and weights.contiguous_rows
         and activations.contiguous_rows
@@ -62,8 +57,8 @@ def _emit_product(
     weights = t.src[0]
     assert weights is not None
     isa = chosen_isa()
-    scratch, stride = planner.thread_scratch(scratch_bytes(weights.type, isa, n))
-    panel = panel_columns(weights.type, isa, columns[1])
+    scratch, stride = planner.thread_scratch(product_scratch(weights.type, isa, n))
+    panel = panel_columns(isa, columns[1])
     extra = (*columns, routed, scratch, stride, panel)
     planner.emit(product_kernel(weights.type, isa), t, extra=extra)
 
@@ -95,14 +90,3 @@ def lower_mul_mat_id(t: Tensor, planner: Planner) -> bool:
     planner.emit(route_columns, t, extra=(*columns, routed), work=8 * n)
     _emit_product(t, planner, columns, n, routed)
     return True
-
-
-def warm(types: Iterable[GgmlType]) -> None:
-    """Compile (or load) the kernels of products with weights of these types, ahead of a graph.
-
-    Types without kernels are passed over.
-    """
-    for type_ in types:
-        if type_ in FORMATS:
-            _ = product_kernel(type_, chosen_isa()).address
-            _ = CONVERTERS[activation_form(type_)].address

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.reduce import (
+from rpc_server.devices.cpu.catalog import (
     TOP_K_INSERT,
     argmax,
     argsort,

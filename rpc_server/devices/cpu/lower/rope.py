@@ -8,7 +8,7 @@ import numpy as np
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.rope import (
+from rpc_server.devices.cpu.catalog import (
     MODE_IMROPE,
     MODE_MROPE,
     MODE_NEOX,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.kernels.dequantize import DECODABLE
-from rpc_server.devices.cpu.kernels.quantize import QUANTIZERS
-from rpc_server.devices.cpu.kernels.rows import add_id, get_rows_kernel, set_rows_kernel
-from rpc_server.devices.cpu.kernels.typed import FLOAT_TYPES
+from rpc_server.devices.cpu.catalog import (
+    DECODABLE,
+    FLOAT_TYPES,
+    QUANTIZABLE,
+    add_id,
+    get_rows_kernel,
+    set_rows_kernel,
+)
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -45,7 +49,7 @@ def lower_set_rows(t: Tensor, planner: Planner) -> bool:
     if t.type in FLOAT_TYPES:
         planner.emit(set_rows_kernel(None), t, work=2 * source.nbytes)
         return True
-    if t.type not in QUANTIZERS:
+    if t.type not in QUANTIZABLE:
         return False
     floats = 0
     if source.type is GgmlType.F16:

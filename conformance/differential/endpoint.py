@@ -1,0 +1,95 @@
+"""A server to drive: one that listens somewhere, or one started (again) by a command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import subprocess
+from pathlib import Path
+
+from client.connection import Connection, connect
+from client.errors import ConnectionLost
+from protocol.dialects import Dialect
+from tools.ports import free_port
+
+
+class ServerUnavailable(RuntimeError):
+    """No server answers, and none can be started."""
+
+
+class Endpoint:
+    """Connections to one server. ``command`` holds ``{port}``; without one ``address`` is used.
+
+    What a started server writes goes to ``log``.
+    """
+
+    def __init__(
+        self,
+        *,
+        address: tuple[str, int] | None = None,
+        command: str = "",
+        log: Path | None = None,
+        version: str | Dialect = "7",
+        patience: float = 30.0,
+    ) -> None:
+        if (address is None) == (not command):
+            raise ValueError("an endpoint is an address or a command that starts a server")
+        self._address = address
+        self._command = command
+        self._log = log
+        self._version = version
+        self._patience = patience
+        self._process: subprocess.Popen[bytes] | None = None
+        self.starts = 0
+
+    async def connect(self) -> Connection:
+        """A new connection; starts the server if it is ours to start and not running.
+
+        Raises ServerUnavailable.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        while True:
+            if self._command and (self._process is None or self._process.poll() is not None):
+                self._start()
+            assert self._address is not None
+            try:
+                return await connect(*self._address, version=self._version)
+            except (OSError, ConnectionLost, TimeoutError) as error:
+                if loop.time() > deadline:
+                    raise ServerUnavailable(f"{self}: {error or 'no answer'}") from None
+            await asyncio.sleep(0.02)
+
+    def _start(self) -> None:
+        self.starts += 1
+        port = free_port()
+        self._address = ("127.0.0.1", port)
+        with contextlib.ExitStack() as stack:
+            output = stack.enter_context(self._log.open("ab")) if self._log else subprocess.DEVNULL
+            self._process = subprocess.Popen(
+                shlex.split(self._command.replace("{port}", str(port))),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    async def died(self, patience: float = 0.5) -> bool:
+        """Whether the process that we started has ended (a crash shows a moment later)."""
+        if self._process is None:
+            return False
+        for _ in range(max(int(patience / 0.02), 1)):
+            if self._process.poll() is not None:
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    def close(self) -> None:
+        """End a server that was started here."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __str__(self) -> str:
+        return self._command or "{}:{}".format(*(self._address or ("", 0)))

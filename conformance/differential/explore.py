@@ -1,0 +1,148 @@
+"""Searches for a case on which two servers differ, shrinks it, and counts what was tried."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Flaky
+
+from conformance.differential.case import Case
+from conformance.differential.compare import Memory, difference
+from conformance.differential.endpoint import Endpoint
+from conformance.differential.runner import Image, Refused, Runner
+from conformance.differential.sketch import Family, label
+
+T = TypeVar("T")
+
+# A case that upstream refuses proves nothing; a strategy that draws little else is wrong.
+MOST_REFUSED = 0.5
+
+
+class Mismatch(AssertionError):
+    """The server under test did something else than the reference; the message says what."""
+
+
+@dataclass(slots=True)
+class Finding:
+    """The smallest case found that differs."""
+
+    family: str
+    variant: str
+    case: Case
+    reason: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was tried of one family's variant; sums of several are tallies too."""
+
+    cases: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+    keys: set[str] = field(default_factory=set)
+    reasons: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.cases += other.cases
+        self.refused += other.refused
+        self.seconds += other.seconds
+        self.keys |= other.keys
+        self.reasons += other.reasons
+        self.findings += other.findings
+
+
+class Judge:
+    """Holds the server under test against the reference, case by case.
+
+    With ``stepwise`` graphs of several nodes run a second time on the server under test, node by
+    node: what its planner makes of neighbours must not show.
+    """
+
+    def __init__(self, tested: Endpoint, reference: Endpoint, *, timeout: float = 60.0) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._tested = Runner(tested, timeout=timeout)
+        self._reference = Runner(reference, timeout=timeout)
+
+    def close(self) -> None:
+        """Hang up on both."""
+        self._wait(self._tested.close())
+        self._wait(self._reference.close())
+        self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(work)
+
+    def judge(self, case: Case) -> str:
+        """Raises Mismatch if the servers differ; why the reference refused, empty if it didn't."""
+        image = Image.of(case)
+        try:
+            expected = self._wait(self._reference.run(case, image))
+        except (Refused, TimeoutError) as error:
+            return str(error) or "no answer in time"
+        several = len([t for t, _ in case.outputs]) and len(case.graph.nodes) > 1
+        for stepwise in (False, True) if several else (False,):
+            how = "node by node: " if stepwise else ""
+            try:
+                actual = self._wait(self._tested.run(case, image, stepwise=stepwise))
+            except Refused as error:
+                raise Mismatch(f"{how}refused: {error}") from None
+            except TimeoutError:
+                raise Mismatch(f"{how}no answer in time") from None
+            self._compare(case, image, expected, actual, how)
+        return ""
+
+    @staticmethod
+    def _compare(case: Case, image: Image, expected: Memory, actual: Memory, how: str) -> None:
+        quiet = image.untouched(case)
+        changed = np.flatnonzero(quiet & (actual.image != image.data))
+        if len(changed):
+            raise Mismatch(f"{how}wrote outside its tensors: byte {int(changed[0])} of the image")
+        for i, (t, check) in enumerate(case.outputs):
+            wrong = difference(check, t, expected, actual)
+            if wrong:
+                raise Mismatch(f"{how}output {i}: {wrong}")
+
+    def explore(self, family: Family, variant: Any, examples: int, seed: int) -> Tally:
+        """Draw ``examples`` cases; a difference is shrunk and becomes a finding."""
+        tally = Tally()
+        last: list[tuple[Case, str]] = []
+
+        def attempt(case: Case) -> None:
+            tally.cases += 1
+            tally.keys.add(case.key())
+            try:
+                refusal = self.judge(case)
+            except Mismatch as error:
+                last.append((case, str(error)))
+                raise
+            if refusal:
+                tally.refused += 1
+                tally.reasons[refusal] += 1
+
+        search = settings(
+            max_examples=examples,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+            report_multiple_bugs=False,
+            print_blob=False,
+        )
+        run = hypothesis.seed(seed)(search(given(family.strategy(variant))(attempt)))
+        started = time.perf_counter()
+        try:
+            run()
+        except (Mismatch, Flaky):
+            case, reason = last[-1]
+            tally.findings.append(Finding(family.name, label(variant), case, reason))
+        tally.seconds = time.perf_counter() - started
+        return tally

@@ -1,0 +1,257 @@
+"""The kernels of the CPU device by name, and the constants that some are made with.
+
+Lowerings choose kernels from here. Nothing in this file needs the compiler: a kernel is the name of
+a function in ``kernels/``, which another process compiles if its code is not on disk already.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from protocol.ggml_ops import GluOp, Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.isa import Isa
+from rpc_server.devices.cpu.layout import CODED, PRODUCT_TYPES, RowForm, activation_form
+from rpc_server.devices.cpu.machine import available_cores
+from rpc_server.native.folder import Folder, cache_base, fingerprint
+from rpc_server.native.library import Library
+from rpc_server.native.routine import Constant, Routine
+
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parents[2]
+# Beside the kernels: what is compiled into them, or decides how.
+_COMPILED = (
+    *(_HERE / name for name in ("abi.py", "catalog.py", "isa.py", "layout.py", "record.py")),
+    *(_ROOT / "rpc_server/native" / name for name in ("compiler.py", "elf.py", "image.py")),
+    _HERE / "schedule.py",
+    _HERE / "sync.py",
+    _ROOT / "rpc_server/native/source.py",
+    _ROOT / "rpc_server/split/stream.py",
+    _ROOT / "rpc_server/types/tables.py",
+    _ROOT / "protocol/hashing.py",
+    _ROOT / "protocol/ggml_types.py",
+    _ROOT / "protocol/ggml_ops.py",
+)
+
+# Compilers beside this process: each takes a core for seconds and 200 MiB.
+_MOST_COMPILERS = 8
+
+_library: Library | None = None
+_library_lock = threading.Lock()
+
+
+def library() -> Library:
+    """The compiled kernels of this process."""
+    global _library
+    with _library_lock:
+        if _library is None:
+            sources = [*(_HERE / "kernels").glob("*.py"), *_COMPILED]
+            folder = Folder(cache_base(), fingerprint(sources))
+            _library = Library(folder, min(available_cores(), _MOST_COMPILERS))
+        return _library
+
+
+def end_compilers() -> None:
+    """Before the process ends: nobody is to wait for a kernel any more."""
+    with _library_lock:
+        if _library is not None:
+            _library.close()
+
+
+class Kernel(Routine):
+    """A kernel, see ``record``, or another routine in compiled code."""
+
+    @property
+    def address(self) -> int:
+        """Address of the compiled function; waits if it has to be compiled. CompileError."""
+        return library().address(self)
+
+
+def _one(path: str) -> Kernel:
+    module, _, name = path.partition(".")
+    return Kernel(f"rpc_server.devices.cpu.kernels.{module}", name)
+
+
+def _family(path: str) -> Callable[..., Kernel]:
+    """A function of constants that gives the kernel made with them."""
+    whole = _one(path)
+
+    @functools.cache
+    def made(*constants: Constant) -> Kernel:
+        plain = tuple(None if c is None else int(c) for c in constants)
+        return Kernel(whole.module, whole.name, plain)
+
+    return made
+
+
+# -- what is not a node of a graph -----------------------------------------------------------------
+
+# Runs the records of a plan; see ``executor``.
+run_records = _one("run.run_records")
+# Its result has a bit for each Isa that compiled code may use.
+instruction_sets = _one("vector.instruction_sets")
+# FNV-1a 64 of (address, size), begun with a value.
+fnv1a = _one("hashing.fnv1a")
+
+# Of the exchanges of a split model.
+stream_send = _one("stream.stream_send")
+stream_receive = _one("stream.stream_receive")
+
+# -- products --------------------------------------------------------------------------------------
+
+# Of a weight type, and an Isa.
+product_kernel = _family("matmul.product_kernel")
+route_columns = _one("matmul.route_columns")
+_quantize_rows, _round_rows = _one("activations.quantize_rows"), _one("activations.round_rows")
+CONVERTERS: dict[RowForm, Kernel] = {
+    form: _quantize_rows if form in CODED else _round_rows for form in RowForm
+}
+
+# -- copies and rows -------------------------------------------------------------------------------
+
+# What kernels of float rows take.
+FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
+# Types whose rows can be turned to float32, and those that float32 can be turned to.
+DECODABLE = frozenset(GgmlType) - {
+    GgmlType.I8,
+    GgmlType.I16,
+    GgmlType.I32,
+    GgmlType.I64,
+    GgmlType.F64,
+}
+QUANTIZABLE = frozenset(
+    {
+        GgmlType.Q4_0,
+        GgmlType.Q4_1,
+        GgmlType.Q5_0,
+        GgmlType.Q5_1,
+        GgmlType.Q8_0,
+        GgmlType.IQ4_NL,
+    }
+)
+
+copy_same_type = _one("copy.copy_same_type")
+copy_strided = _one("copy.copy_strided")
+# From a type to a type.
+convert_kernel = _family("copy.convert_kernel")
+repeat = _one("copy.repeat")
+pad = _one("copy.pad")
+# Of a type.
+get_rows_kernel = _family("rows.get_rows_kernel")
+# Of a quantized type, None for any float type.
+set_rows_kernel = _family("rows.set_rows_kernel")
+add_id = _one("rows.add_id")
+
+# -- elements --------------------------------------------------------------------------------------
+
+
+class Function(enum.IntEnum):
+    """Functions of one element that are ops of their own, behind those of UNARY."""
+
+    SCALE = 100
+    CLAMP = 101
+    SQR = 102
+    SQRT = 103
+    LOG = 104
+    LEAKY_RELU = 105
+    SIN = 106
+    COS = 107
+
+
+class Binary(enum.IntEnum):
+    """Functions of two elements."""
+
+    ADD = 0
+    SUB = 1
+    MUL = 2
+    DIV = 3
+
+
+BINARY_CODES = {
+    Op.ADD: Binary.ADD,
+    Op.SUB: Binary.SUB,
+    Op.MUL: Binary.MUL,
+    Op.DIV: Binary.DIV,
+    Op.ADD1: Binary.ADD,
+}
+
+# Of a UnaryOp or Function, and whether all is F32.
+unary_kernel = _family("elementwise.unary_kernel")
+trigonometric_kernel = _family("elementwise.trigonometric_kernel")
+# Of a Binary, or a GluOp, and whether all is F32.
+binary_kernel = _family("elementwise.binary_kernel")
+glu_kernel = _family("elementwise.glu_kernel")
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+class Norm(enum.IntEnum):
+    """What a row is divided by."""
+
+    RMS_NORM = 0
+    NORM = 1
+    L2_NORM = 2
+
+
+# Up to so many largest are kept in order while a row is read; more are sorted.
+TOP_K_INSERT = 64
+
+norm_kernel = _family("norm.norm_kernel")
+group_norm = _one("norm.group_norm")
+soft_max = _one("softmax.soft_max")
+diagonal_mask = _one("softmax.diagonal_mask")
+sum_rows = _one("reduce.sum_rows")
+sum_all = _one("reduce.sum_all")
+cumulative_sum = _one("reduce.cumulative_sum")
+argmax = _one("reduce.argmax")
+argsort = _one("reduce.argsort")
+top_k = _one("reduce.top_k")
+
+# -- attention -------------------------------------------------------------------------------------
+
+MODE_NORMAL, MODE_NEOX, MODE_MROPE, MODE_VISION, MODE_IMROPE = 0, 2, 8, 24, 40
+
+rope_table = _one("rope.rope_table")
+# Of whether the members of a pair are neighbours.
+rope_kernel = _family("rope.rope_kernel")
+# Of the types of keys and values.
+attention_kernel = _family("attention.attention_kernel")
+merge_attention = _one("attention.merge_attention")
+
+
+# -- ahead of a graph ------------------------------------------------------------------------------
+
+# What language models are made of besides their weights.
+_USUAL = (
+    run_records,
+    norm_kernel(Norm.RMS_NORM),
+    rope_table,
+    rope_kernel(False),
+    rope_kernel(True),
+    soft_max,
+    binary_kernel(Binary.ADD, True),
+    binary_kernel(Binary.MUL, True),
+    glu_kernel(GluOp.SWIGLU, True),
+    # Keys and values are F16, and attention without its own op multiplies them as matrices.
+    set_rows_kernel(None),
+    _round_rows,
+    copy_strided,
+    copy_same_type,
+    convert_kernel(GgmlType.F32, GgmlType.F16),
+    attention_kernel(GgmlType.F16, GgmlType.F16),
+    merge_attention,
+)
+
+
+def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
+    """Kernels that a graph with weights of ``type_`` is likely to need, its own first."""
+    own: list[Kernel] = []
+    if type_ in PRODUCT_TYPES:
+        own += [product_kernel(type_, isa), CONVERTERS[activation_form(type_)]]
+    if type_ in DECODABLE:
+        own.append(get_rows_kernel(type_))
+    return [*own, product_kernel(GgmlType.F16, isa), *_USUAL]

@@ -1,0 +1,45 @@
+"""The kernel ABI of the CPU device: what a compiled kernel is given.
+
+A kernel is a function ``int64 kernel(record, thread, n_threads)``. All kernels share that one
+signature so that a plan is an array of (function pointer, record address) pairs which compiled
+code runs from end to end, without Python between nodes (see ``executor``).
+
+A *record* is a row of int64 words, filled once when the plan is made:
+
+====================  ==========================================================================
+word                  meaning
+====================  ==========================================================================
+``10*s + 0``          slot ``s``: host address of element 0 (slot 0 = dst, 1.. = src0..src9)
+``10*s + 1``          ggml type number
+``10*s + 2 .. 5``     ne[0..3], elements
+``10*s + 6 .. 9``     nb[0..3], bytes
+``110 .. 125``        op_params[0..15], int32 sign-extended
+``128 .. 151``        extra words, their meaning is the kernel's own
+====================  ==========================================================================
+
+A kernel returns 0, or a status from :class:`Status`; it must not allocate, raise, wait or touch
+Python objects. It gets addresses whose extents the parser has checked against their buffers and
+shapes that the op's contract has accepted; values read from tensors (row indices) are its own to
+check.
+"""
+
+from __future__ import annotations
+
+import enum
+
+DST = 0
+SRC0, SRC1, SRC2, SRC3, SRC4, SRC5, SRC6, SRC7, SRC8, SRC9 = range(1, 11)
+
+SLOT_WORDS = 10
+N_SLOTS = 11
+PARAM_WORD = SLOT_WORDS * N_SLOTS
+EXTRA_WORD = 128
+N_EXTRA = 24
+RECORD_WORDS = EXTRA_WORD + N_EXTRA
+
+
+class Status(enum.IntEnum):
+    """What a kernel returns; everything but OK ends the graph with an error naming the node."""
+
+    OK = 0
+    INDEX_OUT_OF_RANGE = 1

@@ -1,0 +1,156 @@
+"""Folders of compiled code: what one is named by, and when it is deleted.
+
+Code is good for the sources it was made from, the compiler that made it and the processor it was
+made for. A folder is named by all of these, so a change of any starts a fresh one; old ones are
+deleted by the next server that compiles, but for the last few and those that are in use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+if sys.platform != "win32":
+    import fcntl
+
+_PREFIX = "kernels-"
+_LOCK = "in-use"
+# Enough for a few versions side by side; a folder with the code of all kernels has some 20 MiB.
+KEPT = 4
+
+
+def _compilers() -> list[bytes]:
+    """What tells versions of numba and LLVM apart, without importing them."""
+    told = []
+    for package in ("numba", "llvmlite"):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            version = Path(place) / "_version.py"
+            if version.exists():
+                told.append(version.read_bytes())
+    return told
+
+
+def _processor() -> list[str]:
+    """What tells processors apart, as far as code for one may not run on another."""
+    told = [platform.system(), platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return told
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part", "isa")
+    seen = set()
+    for line in lines:
+        key = line.partition(":")[0].strip()
+        if key in wanted and key not in seen:
+            seen.add(key)
+            told.append(line)
+    return told
+
+
+def fingerprint(sources: Iterable[Path]) -> str:
+    """16 hex digits for all that compiled code depends on."""
+    parts = [
+        *(
+            part
+            for source in sorted(sources)
+            for part in (source.name.encode(), source.read_bytes())
+        ),
+        *_compilers(),
+        *(text.encode() for text in _processor()),
+        sys.version.encode(),
+        # numba's own settings of the processor to compile for, and the like.
+        *(f"{k}={v}".encode() for k, v in sorted(os.environ.items()) if k.startswith("NUMBA_")),
+    ]
+    crc, adler = 0, 1
+    for part in parts:
+        framed = len(part).to_bytes(8, "little") + part
+        crc, adler = zlib.crc32(framed, crc), zlib.adler32(framed, adler)
+    return f"{crc:08x}{adler:08x}"
+
+
+def cache_base() -> Path:
+    """Where folders of compiled code are, for this user."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home())
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "ggml-rpc-server"
+
+
+class Folder:
+    """One folder, marked as in use as long as this process runs.
+
+    Where nothing can be written it is a folder of this process alone, deleted at its end.
+    """
+
+    def __init__(self, base: Path, digest: str) -> None:
+        self.path = base / f"{_PREFIX}{digest}"
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            self._lock = _lock_in_use(self.path)
+        except OSError:
+            self._temporary = tempfile.TemporaryDirectory(prefix="ggml-rpc-server-")
+            self.path = Path(self._temporary.name) / self.path.name
+            self._lock = _lock_in_use(self.path)
+
+    def prune(self, keep: int = KEPT) -> list[Path]:
+        """Delete folders beside this one that nobody uses, but for the ``keep`` used last."""
+        others = [p for p in self.path.parent.glob(f"{_PREFIX}*") if p != self.path]
+        others.sort(key=_last_use, reverse=True)
+        return [path for path in others[keep:] if _delete_unused(path)]
+
+    def close(self) -> None:
+        self._lock.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _last_use(path: Path) -> float:
+    for file in (path / _LOCK, path):
+        try:
+            return file.stat().st_mtime
+        except OSError:
+            continue
+    return 0.0
+
+
+def _lock_in_use(path: Path) -> IO[bytes]:
+    """An open file that shows to others that the folder is in use. Raises OSError."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        name = path / _LOCK
+        file = name.open("ab")
+        os.utime(name)
+        if sys.platform == "win32":
+            # An open file can't be deleted there.
+            return file
+        fcntl.flock(file, fcntl.LOCK_SH)
+        # Whoever deleted the folder meanwhile had the lock; then this is not the file there any
+        # more.
+        try:
+            if os.stat(name).st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+def _delete_unused(path: Path) -> bool:
+    """Delete a folder unless a process uses it; whether it was."""
+    try:
+        with (path / _LOCK).open("ab") as file:
+            if sys.platform != "win32":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,124 @@
+"""Compiled routines by name: loaded from their folder, or compiled first.
+
+Nothing here blocks but :meth:`Library.address` and :meth:`Library.addresses`, which wait for what
+they were asked for and nothing else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from rpc_server.native.folder import Folder
+from rpc_server.native.image import Loaded, load
+from rpc_server.native.processes import TIMEOUT, Compilers
+from rpc_server.native.routine import CompileError, Routine
+
+R = TypeVar("R", bound=Routine)
+
+log = logging.getLogger(__name__)
+
+
+class Library:
+    """The routines of one folder. May be used by any thread.
+
+    ``compilers`` is how many processes may compile at once.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        compilers: int,
+        *,
+        command: Sequence[str] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self._folder = folder
+        self._compilers = Compilers(folder.path, compilers, command=command, timeout=timeout)
+        self._lock = threading.Lock()
+        self._routines: dict[Routine, Future[Loaded]] = {}
+        self._pruned = False
+        atexit.register(self.close)
+
+    def file(self, routine: Routine) -> Path:
+        """Where the code of a routine is kept."""
+        return self._folder.path / f"{routine.label}.bin"
+
+    def request(self, routines: Iterable[Routine]) -> None:
+        """Load routines, or have them compiled: they will be asked for soon."""
+        for routine in routines:
+            self._find(routine)
+
+    def address(self, routine: Routine) -> int:
+        """Address of the compiled function. Raises CompileError, each time once it has failed."""
+        return self._find(routine).result().address
+
+    def addresses(self, routines: Iterable[R]) -> dict[R, int | CompileError]:
+        """Addresses of all these, or why there is none; compiled side by side if need be."""
+        found = {routine: self._find(routine) for routine in routines}
+        return {routine: _outcome(future) for routine, future in found.items()}
+
+    def ready(self, routines: Iterable[Routine]) -> bool:
+        """Whether nobody would have to wait for these, requested by this if they were not."""
+        found = [self._find(routine) for routine in routines]
+        return all(future.done() for future in found)
+
+    def close(self) -> None:
+        """End compilers. What is loaded stays loaded."""
+        atexit.unregister(self.close)
+        self._compilers.close()
+        self._folder.close()
+
+    def _find(self, routine: Routine) -> Future[Loaded]:
+        with self._lock:
+            known = self._routines.get(routine)
+            if known is not None:
+                return known
+            future: Future[Loaded] = Future()
+            self._routines[routine] = future
+        path = self.file(routine)
+        try:
+            future.set_result(load(path.read_bytes()))
+        except FileNotFoundError:
+            self._compile(routine, future)
+        except CompileError as error:
+            self._failed(routine, future, error)
+        except Exception as error:
+            # Whatever is wrong with a file, a new one can be made.
+            log.warning("%s: %s; compiling it anew", path, error)
+            self._compile(routine, future)
+        return future
+
+    def _compile(self, routine: Routine, future: Future[Loaded]) -> None:
+        def done(error: CompileError | None) -> None:
+            if error is not None:
+                self._failed(routine, future, error)
+                return
+            try:
+                future.set_result(load(self.file(routine).read_bytes()))
+            except Exception as problem:
+                self._failed(routine, future, CompileError(str(problem)))
+
+        with self._lock:
+            first, self._pruned = not self._pruned, True
+        if first:
+            # A folder that grows is the time to see to the others.
+            self._folder.prune()
+            log.info("compiling kernels to %s, once for this machine", self._folder.path)
+        self._compilers.submit(routine, self.file(routine).name, done)
+
+    def _failed(self, routine: Routine, future: Future[Loaded], error: CompileError) -> None:
+        log.warning("no compiled %s: %s", routine.label, error)
+        future.set_exception(error)
+
+
+def _outcome(future: Future[Loaded]) -> int | CompileError:
+    try:
+        return future.result().address
+    except CompileError as error:
+        return error

@@ -1,0 +1,190 @@
+"""Compilers at work: processes beside the server, as many as there is work for.
+
+Each is fed by a thread of its own, which waits for an answer most of the time. Both end when there
+has been nothing to compile for a while: a compiler holds some 200 MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rpc_server.native.routine import CompileError, Routine
+
+# One routine takes seconds; what takes this long hangs.
+TIMEOUT = 300.0
+_IDLE = 3.0
+# A process may have been ended for reasons that have nothing to do with the routine.
+_ATTEMPTS = 2
+
+Done = Callable[[CompileError | None], None]
+
+
+class _Process:
+    """One compiler."""
+
+    def __init__(self, command: Sequence[str], timeout: float) -> None:
+        self._timeout = timeout
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
+        # It has to find the modules that are found here.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def compile(self, request: dict[str, Any]) -> None:
+        """Raises CompileError if it says no, OSError if it is gone."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watchdog = threading.Timer(self._timeout, process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        if not answer:
+            raise OSError(f"the compiler ended (status {process.wait()}){self._last_words()}")
+        refusal = json.loads(answer)
+        if refusal is not None:
+            raise CompileError(refusal)
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+    def kill(self) -> None:
+        """From any thread: who waits for an answer learns that it is gone."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End it, by the thread that feeds it."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                # What it didn't read any more can't be flushed.
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+class Compilers:
+    """Compiles routines into files of ``folder``, at most ``limit`` at a time.
+
+    ``command`` starts a compiler, for tests.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        *,
+        command: Sequence[str] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        module = "rpc_server.native.compiler"
+        self._command = [*(command or (sys.executable, "-m", module)), str(folder)]
+        self._limit = limit
+        self._timeout = timeout
+        self._work: queue.SimpleQueue[tuple[dict[str, Any], Done] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._threads = 0
+        self._processes: set[_Process] = set()
+        self._closed = False
+
+    def submit(self, routine: Routine, file: str, done: Done) -> None:
+        """Compile ``routine`` into ``file``; then ``done`` is called, on another thread."""
+        request = {
+            "module": routine.module,
+            "name": routine.name,
+            "constants": routine.constants,
+            "file": file,
+        }
+        with self._lock:
+            self._work.put((request, done))
+            # Threads that wait will see it, unless there is more to do than there are of them.
+            start = self._work.qsize() > self._waiting and self._threads < self._limit
+            self._threads += start
+        if start:
+            threading.Thread(target=self._run, name="compiler", daemon=True).start()
+
+    def _run(self) -> None:
+        process: _Process | None = None
+        while True:
+            with self._lock:
+                self._waiting += 1
+            try:
+                item = self._work.get(timeout=_IDLE)
+            except queue.Empty:
+                item = None
+            with self._lock:
+                self._waiting -= 1
+                if item is None and self._work.empty():
+                    # Whoever submits from here on starts another thread.
+                    self._threads -= 1
+                    break
+            if item is not None:
+                process = self._compile(process, *item)
+        if process is not None:
+            self._end(process)
+
+    def _compile(
+        self, process: _Process | None, request: dict[str, Any], done: Done
+    ) -> _Process | None:
+        """Compile with ``process`` or a new one; the process that is left."""
+        result: CompileError | None = None
+        for _ in range(_ATTEMPTS):
+            try:
+                process = process or self._start()
+                process.compile(request)
+                result = None
+                break
+            except CompileError as error:
+                result = error
+                break
+            except OSError as error:
+                result = CompileError(str(error))
+                if process is not None:
+                    self._end(process)
+                    process = None
+        done(result)
+        return process
+
+    def _start(self) -> _Process:
+        with self._lock:
+            if self._closed:
+                raise OSError("the server is stopping")
+            process = _Process(self._command, self._timeout)
+            self._processes.add(process)
+            return process
+
+    def _end(self, process: _Process) -> None:
+        with self._lock:
+            self._processes.discard(process)
+        process.close()
+
+    def close(self) -> None:
+        """End the processes; what they were asked for fails."""
+        with self._lock:
+            self._closed = True
+            processes = list(self._processes)
+        for process in processes:
+            process.kill()

@@ -1,0 +1,329 @@
+"""From segments to a plan: programs for the workers, and what this server does at each node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from client.graph import GraphBuilder
+from client.steps import Frames, Step
+from client.tensors import Dims, contiguous_strides
+from client.tensors import Tensor as PartTensor
+from protocol.ggml_ops import Op
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.messages import MAX_SOURCES
+from rpc_server.graph.tensor import Tensor
+from rpc_server.split.exchange import Receive, Send, Transfer
+from rpc_server.split.link import Link, Program
+from rpc_server.split.parts import Built, LocalTensors, PartBuilder
+from rpc_server.split.segments import VIEWS, Found, Input, Segment
+from rpc_server.split.shard import Shard
+from rpc_server.split.weights import SplitWeight
+
+_ALIGN = 64
+# Inputs of fewer elements travel as they are.
+_LEAST_CONVERTED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Programmed:
+    """What a worker was made ready for, and the frames of each segment that it takes part in."""
+
+    link: Link
+    program: Program
+    built: dict[Segment, Built]
+    frames: dict[Segment, Frames]
+
+
+@dataclass(slots=True)
+class Memory:
+    """Host memory that a plan owns: it lives as long as the plan's records."""
+
+    blocks: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = field(default_factory=list)
+
+    def take(self, size: int) -> int:
+        """Address of ``size`` new bytes."""
+        block = np.empty(size + _ALIGN, np.uint8)
+        self.blocks.append(block)
+        return -(-int(block.ctypes.data) // _ALIGN) * _ALIGN
+
+
+class Assembler:
+    """Turns one graph's segments into the items of a plan.
+
+    ``links`` are the workers by part, None where this server is meant. ``wire`` is the type in
+    which activations travel.
+    """
+
+    def __init__(self, found: Found, links: Sequence[Link | None], wire: GgmlType) -> None:
+        self._found = found
+        self._links = links
+        self._wire = wire
+        self.memory = Memory()
+        self._local: dict[Segment, Built] = {}
+        self._local_tensors = LocalTensors()
+        self._converted: dict[int, Tensor] = {}
+
+    # -- the workers
+
+    async def program(self) -> list[Programmed]:
+        """Make each worker ready for its part. Raises WorkerLost."""
+        made = await asyncio.gather(
+            *(self._program(i, link) for i, link in enumerate(self._links) if link is not None)
+        )
+        return [p for p in made if p is not None]
+
+    async def _program(self, number: int, link: Link) -> Programmed | None:
+        g = link.backend.graph
+
+        def weight(split: SplitWeight) -> PartTensor | None:
+            part = split.parts[number]
+            return None if part is None else part.tensor
+
+        def leaf(made: Input, ne: Dims) -> PartTensor:
+            return g.new_tensor(self._wire_type(made), ne, made.tensor.name)
+
+        builder = PartBuilder(number, self._found, g, weight, leaf)
+        built = {s: builder.build(s) for s in self._found.segments if builder.takes_part(s)}
+        built = {s: b for s, b in built.items() if b.outputs}
+        if not built:
+            return None
+        kept = [t for b in built.values() for made, t in b.inputs if made.kept]
+        await link.place_kept(kept)
+        steps = []
+        for b in built.values():
+            await link.place_step(b.memory)
+            graph = g.build([t for _, t in b.nodes])
+            steps.append(Step(tuple(t for _, t in b.inputs), graph, tuple(t for _, t in b.outputs)))
+        program = await link.program(steps)
+        return Programmed(link, program, built, dict(zip(built, program.frames, strict=True)))
+
+    def _wire_type(self, made: Input) -> GgmlType:
+        """How an input travels: what was computed may be rounded, what the client wrote not."""
+        t = made.tensor
+        if made.kept or t.type is not GgmlType.F32 or t.op is Op.NONE:
+            return t.type
+        if self._wire is GgmlType.F32 or t.nelements < _LEAST_CONVERTED:
+            return t.type
+        # Rows that aren't whole blocks go as F16.
+        edges = [r.first for r in made.shard.bounds] if made.shard is not None else []
+        block = TYPE_INFO[self._wire].block_size
+        return self._wire if not any(n % block for n in (t.ne[0], *edges)) else GgmlType.F16
+
+    # -- this server
+
+    def items(
+        self, items: Sequence[Tensor | Transfer], programs: Sequence[Programmed]
+    ) -> list[Tensor | Transfer]:
+        """The graph's items with those of segments replaced."""
+        self._build_local()
+        home = {id(t): s for s in self._found.segments for t in s.nodes}
+        starts = {id(s.nodes[0]): s for s in self._found.segments}
+        made: list[Tensor | Transfer] = []
+        for item in items:
+            segment = home.get(id(item))
+            if segment is None:
+                made.append(item)
+                continue
+            assert isinstance(item, Tensor)
+            if starts.get(id(item)) is segment:
+                for p in programs:
+                    if segment in p.frames:
+                        made += self._sends(p, segment)
+            made += self._results(item, segment, programs)
+        return made
+
+    def _sends(self, p: Programmed, segment: Segment) -> Iterator[Send | Tensor]:
+        frames, inputs = p.frames[segment], p.built[segment].inputs
+        number = self._links.index(p.link)
+        for i, (made, t) in enumerate(inputs):
+            source = made.tensor
+            if t.type is not source.type:
+                known = self._converted.get(id(made))
+                if known is None:
+                    known = self._converted[id(made)] = self._convert(source, t.type)
+                    yield known
+                source = known
+            suffix = frames.suffix if i == len(inputs) - 1 else b""
+            yield _send(p.link, source, made.shard, number, frames.prefixes[i], suffix)
+
+    def _convert(self, x: Tensor, wire: GgmlType) -> Tensor:
+        """A node that copies ``x`` as ``wire`` into memory of the plan."""
+        nb = contiguous_strides(wire, x.ne)
+        node = Tensor(
+            x.id, x.name, wire, Op.CPY, x.ne, nb, address=self.memory.take(nb[3] * x.ne[3])
+        )
+        node.src = (x, *(None,) * (MAX_SOURCES - 1))
+        return node
+
+    def _results(
+        self, node: Tensor, segment: Segment, programs: Sequence[Programmed]
+    ) -> Iterator[Tensor | Transfer]:
+        """What is done where the graph has a node of a segment."""
+        partial = id(node) in self._found.partial
+        summed = False
+        local = self._local.get(segment)
+        if local is not None:
+            for made, t in local.nodes:
+                if made is not node or t.op in VIEWS:
+                    continue
+                converted = self._local_tensors.convert(t)
+                yield converted
+                summed = True
+                if any(o is node for o, _ in local.outputs) and not _at_home(t, node):
+                    yield self._copy_home(node, converted)
+        for p in programs:
+            if segment not in p.built or not any(o is node for o, _ in p.built[segment].outputs):
+                continue
+            head = p.frames[segment].head
+            if not partial:
+                shard = self._found.shards[id(node)]
+                yield _receive(p.link, node, shard, self._links.index(p.link), head)
+            elif not summed:
+                yield Receive(p.link.peer, node, node.address, node.nbytes, 1, node.nbytes, head)
+                summed = True
+            else:
+                yield from self._add(p.link, node, head)
+
+    def _add(self, link: Link, node: Tensor, head: int) -> Iterator[Tensor | Transfer]:
+        """Add a part's sum to what is in the node's memory."""
+        nb = contiguous_strides(GgmlType.F32, node.ne)
+        address = self.memory.take(node.nbytes)
+        other = Tensor(node.id, node.name, GgmlType.F32, Op.NONE, node.ne, nb, address=address)
+        yield Receive(link.peer, other, address, node.nbytes, 1, node.nbytes, head)
+        so_far = Tensor(
+            node.id, node.name, GgmlType.F32, Op.NONE, node.ne, node.nb, address=node.address
+        )
+        total = Tensor(
+            node.id, node.name, GgmlType.F32, Op.ADD, node.ne, node.nb, address=node.address
+        )
+        total.src = (so_far, other, *(None,) * (MAX_SOURCES - 2))
+        total.view_src = so_far
+        yield total
+
+    def _copy_home(self, node: Tensor, converted: Tensor) -> Tensor:
+        """A copy of this server's slice to where the graph has it."""
+        assert self._own is not None
+        shard = self._found.shards[id(node)]
+        copy = Tensor(
+            node.id,
+            node.name,
+            node.type,
+            Op.CPY,
+            converted.ne,
+            node.nb,
+            address=_slice_address(node, shard, self._own),
+        )
+        copy.src = (converted, *(None,) * (MAX_SOURCES - 1))
+        return copy
+
+    # -- this server's own share
+
+    @property
+    def _own(self) -> int | None:
+        return next((i for i, link in enumerate(self._links) if link is None), None)
+
+    def _build_local(self) -> None:
+        own = self._own
+        if own is None:
+            return
+        g = GraphBuilder()
+
+        def weight(split: SplitWeight) -> PartTensor | None:
+            t = split.tensor
+            if not len(split.cuts[own]):
+                return None
+            made = g.new_tensor(t.type, split.shape(own), t.name)
+            made.nb = t.nb
+            return _put(
+                made, _slice_address(self._at(split), Shard(split.axis, tuple(split.cuts)), own)
+            )
+
+        def leaf(made: Input, ne: Dims) -> PartTensor:
+            t = made.tensor
+            view = g.new_tensor(t.type, ne, t.name)
+            view.nb = t.nb
+            address = t.address if made.shard is None else _slice_address(t, made.shard, own)
+            return _put(view, address)
+
+        builder = PartBuilder(own, self._found, g, weight, leaf)
+        places: list[tuple[PartTensor, int]] = []
+        size = 0
+        for segment in self._found.segments:
+            if not builder.takes_part(segment):
+                continue
+            built = self._local[segment] = builder.build(segment)
+            at = 0
+            outputs = {id(t): node for node, t in built.outputs}
+            used = {id(s) for _, t in built.nodes for s in t.src}
+            for _, t in built.nodes:
+                if t.view_src is not None:
+                    continue
+                node = outputs.get(id(t))
+                if node is not None and id(node) in self._found.partial:
+                    _put(t, node.address)
+                elif node is not None and node.op in _STRIDED and id(t) not in used:
+                    t.nb = node.nb
+                    _put(t, _slice_address(node, self._found.shards[id(node)], own))
+                else:
+                    places.append((t, at))
+                    at += -(-t.nbytes // _ALIGN) * _ALIGN
+            size = max(size, at)
+        base = self.memory.take(size)
+        for t, at in places:
+            _put(t, base + at)
+
+    def _at(self, split: SplitWeight) -> Tensor:
+        """The split tensor with the address that it has in this process."""
+        t = split.tensor
+        return Tensor(t.id, t.name, t.type, t.op, t.ne, t.nb, address=split.address)
+
+
+# Ops whose results may have any stride between rows.
+_STRIDED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
+
+
+def _put(t: PartTensor, address: int) -> PartTensor:
+    # Any buffer will do: this server's own slices are never sent.
+    t.place(1, address)
+    return t
+
+
+def _at_home(t: PartTensor, node: Tensor) -> bool:
+    """Whether a slice was computed where the graph has it."""
+    return t.nb == node.nb and node.address <= t.location[1] < node.address + node.nbytes
+
+
+def _dim_bytes(t: Tensor, n: int, dim: int) -> int:
+    return n * t.type_size // t.block_size if dim == 0 else n * t.nb[dim]
+
+
+def _slice_address(t: Tensor, shard: Shard, part: int) -> int:
+    return t.address + _dim_bytes(t, shard.bounds[part].first, shard.dim)
+
+
+def _send(
+    link: Link, t: Tensor, shard: Shard | None, part: int, prefix: bytes, suffix: bytes
+) -> Send:
+    ne, address, row_bytes = list(t.ne), t.address, t.row_size
+    if shard is not None:
+        width = len(shard.bounds[part])
+        address = _slice_address(t, shard, part)
+        if shard.dim == 0:
+            row_bytes = _dim_bytes(t, width, 0)
+        ne[shard.dim] = width
+    shape = (ne[1], ne[2], ne[3])
+    return Send(link.peer, [t], address, row_bytes, shape, t.nb[1:], prefix, suffix)
+
+
+def _receive(link: Link, node: Tensor, shard: Shard, part: int, head: int) -> Receive:
+    dim = shard.dim
+    above = 1
+    for n in node.ne[dim + 1 :]:
+        above *= n
+    run = _dim_bytes(node, len(shard.bounds[part]), dim)
+    distance = _dim_bytes(node, node.ne[dim], dim)
+    return Receive(link.peer, node, _slice_address(node, shard, part), run, above, distance, head)

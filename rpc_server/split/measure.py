@@ -1,0 +1,67 @@
+"""How fast the parts are, for shares by time (--tensor-split auto)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from client.balance import FILL, Speed, least_seconds, measure, sample_product
+from client.errors import AllocationFailed, ConnectionLost
+from client.graph import GraphBuilder
+from protocol.dialects import DIALECTS
+from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.devices.cpu.plan import CpuPlan
+from rpc_server.devices.cpu.storage import HostStorage
+from rpc_server.split.link import Link, WorkerLost
+
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A buffer that no client has; its addresses are this machine's."""
+
+    base: int
+    size: int
+    address: int
+
+
+async def measure_parts(device: CpuDevice, links: Sequence[Link | None]) -> list[Speed]:
+    """The speed of each part, all at once as they will work; None is this machine.
+
+    Raises WorkerLost.
+    """
+
+    async def one(link: Link | None) -> Speed:
+        if link is None:
+            return await _measure_local(device)
+        try:
+            return await measure(link.backend)
+        except (AllocationFailed, ConnectionLost) as error:
+            raise WorkerLost(f"worker {link.name}: {error}") from None
+
+    return list(await asyncio.gather(*map(one, links)))
+
+
+async def _measure_local(device: CpuDevice) -> Speed:
+    weight, x, product = sample_product(GraphBuilder())
+    storage = HostStorage(weight.nbytes + x.nbytes + product.nbytes + 2 * _ALIGN)
+    storage.fill(0, storage.size, FILL)
+    at = storage.address
+    for t in (weight, x, product):
+        t.place(1, at)
+        at += -(-t.nbytes // _ALIGN) * _ALIGN
+    memory = _Memory(storage.address, storage.size, storage.address)
+    dialect = DIALECTS[0]
+    payload = GraphBuilder().build(product).payload(dialect)
+
+    def prepare() -> CpuPlan:
+        plan = CpuDevice.prepare(device, payload, [dialect], lambda _: memory)
+        assert isinstance(plan, CpuPlan)
+        return plan
+
+    plan = await asyncio.wrap_future(device.submit(prepare))
+    seconds = await least_seconds(lambda: asyncio.wrap_future(device.submit(plan.run)))
+    storage.close()
+    return Speed(weight.nbytes / seconds, 0.0, float("inf"))

@@ -1,0 +1,208 @@
+"""A segment as one part computes it: the graph's nodes on slices, in memory of that part.
+
+The same for a worker and for this server's own share: tensors are built with the client's graph
+builder; where they lie differs. Slices that nodes compute are dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from client.graph import GraphBuilder
+from client.tensors import Dims
+from client.tensors import Tensor as PartTensor
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from protocol.messages import MAX_SOURCES
+from rpc_server.graph.tensor import Tensor
+from rpc_server.split.segments import VIEWS, Found, Input, Segment
+from rpc_server.split.shard import Shard
+from rpc_server.split.weights import SplitWeight
+
+
+@dataclass(slots=True)
+class Built:
+    """A segment on one part. ``inputs`` are those that have to come with it.
+
+    ``nodes`` pairs what the part computes with the graph's node (None: an input made F32 again);
+    ``outputs`` are those that come back.
+    """
+
+    inputs: list[tuple[Input, PartTensor]] = field(default_factory=list)
+    nodes: list[tuple[Tensor | None, PartTensor]] = field(default_factory=list)
+    outputs: list[tuple[Tensor, PartTensor]] = field(default_factory=list)
+
+    @property
+    def memory(self) -> list[PartTensor]:
+        """What needs memory for this segment alone; outputs last."""
+        inputs = [t for made, t in self.inputs if not made.kept]
+        given = {id(t) for _, t in self.outputs}
+        made = [t for _, t in self.nodes if t.view_src is None and id(t) not in given]
+        return [*inputs, *made, *(t for _, t in self.outputs)]
+
+
+class PartBuilder:
+    """Builds one part's segments, one after the other.
+
+    ``weight`` gives the part's slice of a split tensor, ``leaf`` makes the part's tensor for an
+    input of a type and shape.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        found: Found,
+        g: GraphBuilder,
+        weight: Callable[[SplitWeight], PartTensor | None],
+        leaf: Callable[[Input, Dims], PartTensor],
+    ) -> None:
+        self._number = number
+        self._found = found
+        self._g = g
+        self._weight = weight
+        self._leaf = leaf
+        self._kept: dict[int, PartTensor] = {}
+
+    def takes_part(self, segment: Segment) -> bool:
+        """Whether this part has anything to do in a segment."""
+        return any(self._width(self._found.shards[id(t)]) for t in segment.nodes)
+
+    def build(self, segment: Segment) -> Built:
+        """The segment on this part; it must take part in it."""
+        built = Built()
+        have: dict[int, PartTensor] = {}
+        sliced: dict[tuple[int, Shard | None], PartTensor] = {}
+        for key, made in segment.inputs.items():
+            known = self._kept.get(id(made))
+            if known is None:
+                known = self._leaf(made, self._ne(made.tensor, made.shard))
+                built.inputs.append((made, known))
+                if made.kept:
+                    self._kept[id(made)] = known
+            value = known
+            if made.tensor.type is GgmlType.F32 and known.type is not GgmlType.F32:
+                value = self._g.cast(known, GgmlType.F32)
+                built.nodes.append((None, value))
+            sliced[key] = value
+            have[id(made.tensor)] = value
+        outputs = {id(t) for t in segment.outputs}
+        for node in segment.nodes:
+            shard = self._found.shards[id(node)]
+            if not self._width(shard):
+                continue
+            t = self._node(node, shard, have, sliced)
+            if t is None:
+                continue
+            have[id(node)] = t
+            built.nodes.append((node, t))
+            if id(node) in outputs:
+                built.outputs.append((node, t))
+        return built
+
+    def _width(self, shard: Shard) -> int:
+        return len(shard.bounds[self._number])
+
+    def _ne(self, t: Tensor, shard: Shard | None) -> Dims:
+        ne = list(t.ne)
+        if shard is not None:
+            ne[shard.dim] = self._width(shard)
+        return ne[0], ne[1], ne[2], ne[3]
+
+    def _node(
+        self,
+        node: Tensor,
+        shard: Shard,
+        have: dict[int, PartTensor],
+        sliced: dict[tuple[int, Shard | None], PartTensor],
+    ) -> PartTensor | None:
+        split = self._found.weights.get(id(node))
+        weight = self._weight(split) if split is not None else None
+        if split is not None and weight is None:
+            return None
+        if node.op is Op.SET_ROWS:
+            assert weight is not None
+            rows, ids = self._sources(node, shard, have, sliced)[:2]
+            return self._g.view_of(weight, Op.SET_ROWS, (rows, ids, weight), node.op_params)
+        if node.op in VIEWS:
+            return self._view(node, shard, have)
+        partial = id(node) in self._found.partial
+        ne = node.ne if partial else self._ne(node, shard)
+        sources = self._sources(node, shard, have, sliced)
+        if weight is not None:
+            sources[0] = weight
+        return self._g.op(node.op, node.type, ne, sources, node.op_params, name=node.name)
+
+    def _sources(
+        self,
+        node: Tensor,
+        shard: Shard,
+        have: dict[int, PartTensor],
+        sliced: dict[tuple[int, Shard | None], PartTensor],
+    ) -> list[PartTensor | None]:
+        found: list[PartTensor | None] = []
+        for s in node.src:
+            if s is None:
+                found.append(None)
+                continue
+            # Of an input that is there both whole and cut, the op's own cut is the one it needs.
+            cut = next((t for (i, c), t in sliced.items() if i == id(s) and c is not None), None)
+            found.append(cut if cut is not None else have.get(id(s)))
+        while found and found[-1] is None:
+            found.pop()
+        return found
+
+    def _view(self, node: Tensor, shard: Shard, have: dict[int, PartTensor]) -> PartTensor:
+        source, whole = have.get(id(node.src[0])), node.src[0]
+        assert whole is not None
+        if source is None:
+            # A cache, seen for the first time.
+            source = self._cache(whole)
+        ne = self._ne(node, shard)
+        if node.op is Op.PERMUTE:
+            return self._g.permute(source, *node.op_params[:4])
+        same_place = node.address == whole.address and node.nelements == whole.nelements
+        if node.op is Op.RESHAPE or (same_place and node.contiguous and whole.contiguous):
+            return self._g.reshape(source, *ne)
+        # Rows of a cut matrix: what was a whole row there is the part's shorter row here.
+        row, part_row = whole.nb[1], source.nb[1]
+        nb = [n if n < row else n // row * part_row for n in node.nb]
+        offset = (node.address - whole.address) // row * part_row
+        return self._g.view_of(
+            source, Op.VIEW, (source,), (offset, offset >> 32), ne=ne,
+            nb=(nb[0], nb[1], nb[2], nb[3]), offset=offset,
+        )  # fmt: skip
+
+    def _cache(self, leaf: Tensor) -> PartTensor:
+        t = self._weight(self._found.weights[id(leaf)])
+        assert t is not None
+        return t
+
+
+class LocalTensors:
+    """A part's tensors as tensors of this server; all of them have host addresses by now."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[PartTensor, Tensor]] = {}
+
+    def convert(self, t: PartTensor) -> Tensor:
+        """The same tensor, with its sources."""
+        known = self._made.get(id(t))
+        if known is not None:
+            return known[1]
+        made = Tensor(
+            id=t.id,
+            name=t.name,
+            type=t.type,
+            op=t.op,
+            ne=t.ne,
+            nb=t.nb,
+            op_params=t.op_params,
+            address=t.location[1],
+        )
+        # Kept with what it was made of: an id() is good while its object lives.
+        self._made[id(t)] = (t, made)
+        sources = [None if s is None else self.convert(s) for s in t.src]
+        made.src = (*sources, *(None,) * (MAX_SOURCES - len(sources)))
+        made.view_src = None if t.view_src is None else self.convert(t.view_src)
+        return made

@@ -1,0 +1,211 @@
+"""How a tensor lies over the parts, and what each op makes of sources that lie so.
+
+A *shard* says: cut along one dimension, in these runs of elements, one for each part. A product of
+a weight that is cut by rows is sharded along dimension 0; each rule below carries a shard through
+one op, or gives up, and then the tensor is gathered. A rule may only say yes where every part can
+compute its slice from its slices alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from client.partition import Rows
+from protocol.ggml_ops import Op
+from protocol.ggml_types import TYPE_INFO
+from rpc_server.graph.tensor import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Cut along ``dim``; ``bounds`` in elements, one for each part."""
+
+    dim: int
+    bounds: tuple[Rows, ...]
+
+    def scaled(self, dim: int, numerator: int, denominator: int) -> Shard | None:
+        """The same cut counted in other units; None where it falls between two of them."""
+        edges = [(rows.first * numerator, rows.last * numerator) for rows in self.bounds]
+        if any(edge % denominator for pair in edges for edge in pair):
+            return None
+        bounds = tuple(Rows(a // denominator, b // denominator) for a, b in edges)
+        return Shard(dim, bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A source that is whole here and is needed by the parts: all of it, or cut as ``shard``."""
+
+    source: int
+    shard: Shard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a rule gives: the result's shard, and which whole sources the parts need."""
+
+    shard: Shard
+    needs: tuple[Slice, ...] = ()
+
+
+Shards = Sequence[Shard | None]
+Rule = Callable[[Tensor, Shards], Carried | None]
+
+
+def carry(node: Tensor, shards: Shards) -> Carried | None:
+    """Apply the rule of the node's op; ``shards`` are those of its sources (None: whole)."""
+    rule = _RULES.get(node.op)
+    return rule(node, shards) if rule is not None else None
+
+
+def _present(node: Tensor) -> list[int]:
+    return [i for i, s in enumerate(node.src) if s is not None]
+
+
+def _others_whole(node: Tensor, shards: Shards) -> tuple[Slice, ...] | None:
+    """All sources but the first, if none of them is cut."""
+    others = [i for i in _present(node) if i]
+    if any(shards[i] is not None for i in others):
+        return None
+    return tuple(Slice(i) for i in others)
+
+
+def _elementwise(node: Tensor, shards: Shards) -> Carried | None:
+    shard = next((s for s in shards if s is not None), None)
+    if shard is None:
+        return None
+    needs = []
+    for i in _present(node):
+        source = node.src[i]
+        assert source is not None
+        if shards[i] is not None:
+            if shards[i] != shard or source.ne[shard.dim] != node.ne[shard.dim]:
+                return None
+        elif source.ne[shard.dim] == 1:
+            needs.append(Slice(i))
+        elif source.ne[shard.dim] == node.ne[shard.dim] and _whole_blocks(source, shard):
+            needs.append(Slice(i, shard))
+        else:
+            return None
+    return Carried(shard, tuple(needs))
+
+
+def _whole_blocks(t: Tensor, shard: Shard) -> bool:
+    if shard.dim:
+        return True
+    block = TYPE_INFO[t.type].block_size
+    return all(r.first % block == 0 and r.last % block == 0 for r in shard.bounds)
+
+
+def _glu(node: Tensor, shards: Shards) -> Carried | None:
+    # Without a second source both halves lie in one row, which a cut along rows doesn't respect.
+    if node.src[1] is None and shards[0] is not None and shards[0].dim == 0:
+        return None
+    return _elementwise(node, shards)
+
+
+def _copy(node: Tensor, shards: Shards) -> Carried | None:
+    # A copy into another tensor writes memory that is whole here; ggml_cast and ggml_cont don't.
+    if node.src[1] is not None or node.view_src is not None:
+        return None
+    source, shard = node.src[0], shards[0]
+    if source is None or shard is None or source.ne != node.ne or not _whole_blocks(node, shard):
+        return None
+    return Carried(shard)
+
+
+def _by_rows(node: Tensor, shards: Shards) -> Carried | None:
+    """Each row by itself, with parameters that all rows share."""
+    needs = _others_whole(node, shards)
+    if shards[0] is None or shards[0].dim == 0 or needs is None:
+        return None
+    return Carried(shards[0], needs)
+
+
+def _rope(node: Tensor, shards: Shards) -> Carried | None:
+    # Dimension 2 counts positions.
+    return _by_rows(node, shards) if shards[0] is not None and shards[0].dim == 1 else None
+
+
+def _reshape(node: Tensor, shards: Shards) -> Carried | None:
+    source, shard = node.src[0], shards[0]
+    if source is None or shard is None or not (source.contiguous and node.contiguous):
+        return None
+    unit = math.prod(source.ne[: shard.dim])
+    block = unit * source.ne[shard.dim]
+    for dim in range(4):
+        inner = math.prod(node.ne[:dim])
+        if node.ne[dim] > 1 and inner * node.ne[dim] == block:
+            scaled = shard.scaled(dim, unit, inner)
+            return Carried(scaled) if scaled is not None else None
+    return None
+
+
+def _permute(node: Tensor, shards: Shards) -> Carried | None:
+    if shards[0] is None:
+        return None
+    return Carried(Shard(node.op_params[shards[0].dim], shards[0].bounds))
+
+
+def _view(node: Tensor, shards: Shards) -> Carried | None:
+    source, shard = node.src[0], shards[0]
+    if source is None or shard is None:
+        return None
+    if node.address == source.address and node.nelements == source.nelements:
+        return _reshape(node, shards)
+    # Whole rows of a cut matrix (a KV cache), each seen as heads: dimension 0 or 1 is cut.
+    if shard.dim or not source.contiguous or (node.address - source.address) % source.nb[1]:
+        return None
+    if node.nb[0] != source.nb[0] or node.quantized != source.quantized:
+        return None
+    if node.ne[0] == source.ne[0]:
+        whole_rows = all(nb % source.nb[1] == 0 for nb in node.nb[1:])
+        return Carried(shard) if whole_rows else None
+    heads = node.ne[0] * node.ne[1] == source.ne[0] and node.nb[1] == node.row_size
+    if not heads or any(nb % source.nb[1] for nb in node.nb[2:]):
+        return None
+    scaled = shard.scaled(1, 1, node.ne[0])
+    return Carried(scaled) if scaled is not None else None
+
+
+def _flash_attention(node: Tensor, shards: Shards) -> Carried | None:
+    q, k, v, mask, sinks = node.src[:5]
+    if q is None or k is None or v is None or any(s is None or s.dim != 2 for s in shards[:3]):
+        return None
+    heads, kv = shards[0], shards[1]
+    assert heads is not None
+    assert kv is not None
+    # With ALiBi what a head computes depends on its number.
+    if shards[2] != kv or node.param_f32(1) != 0.0 or kv.scaled(2, q.ne[2], k.ne[2]) != heads:
+        return None
+    needs = []
+    if mask is not None:
+        if shards[3] is not None or mask.ne[2] != 1:
+            return None
+        needs.append(Slice(3))
+    if sinks is not None:
+        if shards[4] is not None:
+            return None
+        needs.append(Slice(4, Shard(0, heads.bounds)))
+    return Carried(Shard(1, heads.bounds), tuple(needs))
+
+
+_RULES: dict[Op, Rule] = {
+    **dict.fromkeys(
+        (Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.UNARY, Op.SCALE, Op.CLAMP, Op.SQR, Op.SQRT),
+        _elementwise,
+    ),
+    Op.GLU: _glu,
+    Op.CPY: _copy,
+    Op.CONT: _copy,
+    Op.NORM: _by_rows,
+    Op.RMS_NORM: _by_rows,
+    Op.L2_NORM: _by_rows,
+    Op.ROPE: _rope,
+    Op.RESHAPE: _reshape,
+    Op.PERMUTE: _permute,
+    Op.VIEW: _view,
+    Op.FLASH_ATTN_EXT: _flash_attention,
+}

@@ -1,0 +1,52 @@
+"""What the catalog says of kernels, without having any, is what there is."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from rpc_server.devices.cpu import catalog, kernels
+from rpc_server.devices.cpu.kernels import dequantize, formats, quantize
+from rpc_server.devices.cpu.layout import PRODUCT_TYPES, SCALE_GROUPS
+from rpc_server.native.source import is_routine
+
+
+def _catalogued() -> set[tuple[str, str]]:
+    """(module, name) of all kernels and families of kernels."""
+    plain = {k for k in vars(catalog).values() if isinstance(k, catalog.Kernel)}
+    plain |= set(catalog.CONVERTERS.values())
+    # A family is known by what it makes.
+    families = [v for name, v in vars(catalog).items() if name.endswith("_kernel")]
+    return {(k.module, k.name) for k in plain | {family(0) for family in families}}
+
+
+def test_every_kernel_is_in_the_catalog_and_nothing_else() -> None:
+    written = set()
+    for info in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", None) == module.__name__
+            if own and name[0] != "_" and (is_routine(value) or name.endswith("_kernel")):
+                written.add((module.__name__, name))
+    assert written == _catalogued()
+
+
+def test_types_with_kernels() -> None:
+    assert set(formats.FORMATS) == PRODUCT_TYPES
+    assert set(formats.QUANTIZED) == set(SCALE_GROUPS)
+    assert set(quantize.QUANTIZERS) == catalog.QUANTIZABLE
+    assert {*dequantize.ROWS, *dequantize.GRID_TYPES} == catalog.DECODABLE
+
+
+def test_a_kernel_has_a_label_that_tells_it_from_others() -> None:
+    labels = {
+        catalog.norm_kernel(0).label,
+        catalog.norm_kernel(1).label,
+        catalog.set_rows_kernel(None).label,
+        catalog.set_rows_kernel(2).label,
+        catalog.product_kernel(2, 4).label,
+        catalog.product_kernel(24, 0).label,
+        catalog.sum_all.label,
+    }
+    assert len(labels) == 7
+    assert "norm.norm_kernel-0" in labels

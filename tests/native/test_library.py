@@ -1,0 +1,261 @@
+"""The library of compiled routines: what is compiled is right, and what goes wrong is told."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rpc_server.native import compiler, image
+from rpc_server.native.folder import Folder, fingerprint
+from rpc_server.native.library import Library
+from rpc_server.native.routine import CompileError, Constant, Routine
+from tests.native import sources
+
+# A compiler that must not be started.
+NONE = (sys.executable, "-c", "import sys; sys.exit('started a compiler')")
+
+Open = Callable[..., Library]
+
+
+def routine(name: str, *constants: Constant) -> Routine:
+    return Routine("tests.native.sources", name, constants)
+
+
+def call(address: int, *arguments: int) -> int:
+    words = [ctypes.c_int64] * len(arguments)
+    result: int = ctypes.CFUNCTYPE(ctypes.c_int64, *words)(address)(*arguments)
+    return result
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Library]:
+    """One library for all tests that only run what it has."""
+    library = Library(Folder(tmp_path_factory.mktemp("kernels"), "0"), 2)
+    names = ("add", "nothing", "exponentials", "copied")
+    library.request([routine(name) for name in names])
+    yield library
+    library.close()
+
+
+@pytest.fixture
+def open_library(tmp_path: Path) -> Iterator[Open]:
+    """Libraries on one folder, as of several servers, or of one that was started again."""
+    opened = []
+
+    def make(limit: int = 1, **how: object) -> Library:
+        opened.append(Library(Folder(tmp_path, "0"), limit, **how))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield make
+    for library in opened:
+        library.close()
+
+
+@pytest.fixture
+def filled(open_library: Open, compiled: Library, tmp_path: Path) -> Path:
+    """The file of ``add``, in the folder of ``open_library``."""
+    compiled.address(routine("add"))
+    content = compiled.file(routine("add")).read_bytes()
+    path = open_library().file(routine("add"))
+    path.write_bytes(content)
+    return path
+
+
+def test_integers(compiled: Library) -> None:
+    address = compiled.address(routine("add"))
+    assert call(address, 2, 3) == 5
+    assert call(address, -(1 << 62), -1) == -(1 << 62) - 1
+    assert call(compiled.address(routine("nothing"))) == -1
+
+
+@pytest.mark.parametrize("factor", [10, -1])
+def test_constants(compiled: Library, factor: int) -> None:
+    address = compiled.address(routine("scaled_table", factor))
+    found = [call(address, i) for i in range(len(sources.TABLE))]
+    assert found == [int(v) * factor + 2 * i for i, v in enumerate(sources.TABLE)]
+
+
+def test_functions_of_the_c_library(compiled: Library) -> None:
+    values = np.linspace(-5, 5, 33, dtype=np.float32)
+    expected = np.exp(values)
+    address = compiled.address(routine("exponentials"))
+    assert call(address, values.ctypes.data, len(values)) == len(values)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    target = np.zeros_like(values)
+    call(compiled.address(routine("copied")), target.ctypes.data, values.ctypes.data, values.nbytes)
+    assert (target == values).all()
+
+
+def test_what_is_on_disk_needs_no_compiler(filled: Path, open_library: Open) -> None:
+    library = open_library(command=NONE)
+    assert call(library.address(routine("add")), 20, 22) == 42
+
+
+def test_loading_takes_no_compiler_into_the_process(filled: Path) -> None:
+    code = (
+        "import sys, ctypes\n"
+        "from pathlib import Path\n"
+        "from rpc_server.native.image import load\n"
+        f"loaded = load(Path({str(filled)!r}).read_bytes())\n"
+        "run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(loaded.address)\n"
+        "assert run(1, 2) == 3\n"
+        "assert not {'numba', 'llvmlite', 'numpy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:6],
+        lambda content: content[:-1],
+        lambda content: content[:50] + bytes([content[50] ^ 1]) + content[51:],
+        lambda content: image.pack({"kind": "poem"}, content),
+    ],
+    ids=["empty", "head cut", "tail cut", "bit flipped", "unknown kind"],
+)
+def test_a_damaged_file_is_made_anew(
+    damage: Callable[[bytes], bytes], filled: Path, open_library: Open
+) -> None:
+    good = filled.read_bytes()
+    filled.write_bytes(damage(good))
+    assert call(open_library().address(routine("add")), 1, 2) == 3
+    assert filled.read_bytes() == good
+
+
+def test_without_a_compiler_the_routine_is_missing(open_library: Open) -> None:
+    library = open_library(command=NONE)
+    with pytest.raises(CompileError, match=r"ended \(status 1\): started a compiler"):
+        library.address(routine("add"))
+
+
+def test_one_that_can_not_be_compiled_does_not_hurt_others(open_library: Open) -> None:
+    library = open_library(2)
+    bad = [
+        routine("wrong"),
+        routine("not_marked"),
+        routine("absent"),
+        routine("ends_its_process", 7),
+    ]
+    good = routine("add")
+    found = library.addresses([*bad, good])
+    errors = [str(found[one]) for one in bad]
+    assert "TypingError" in errors[0]
+    assert "no routine 'not_marked'" in errors[1]
+    assert "no routine 'absent'" in errors[2]
+    assert "the compiler ended (status 7)" in errors[3]
+    address = found[good]
+    assert isinstance(address, int)
+    assert call(address, 1, 1) == 2
+    # It stays so: nobody waits twice.
+    with pytest.raises(CompileError, match="status 7"):
+        library.address(bad[3])
+
+
+def test_a_compiler_that_hangs_is_ended(open_library: Open) -> None:
+    library = open_library(timeout=3)
+    with pytest.raises(CompileError, match="the compiler ended"):
+        library.address(routine("takes_long", 600))
+
+
+def test_closing_ends_compilers(open_library: Open) -> None:
+    library = open_library()
+    library.request([routine("takes_long", 600)])
+    waiting = threading.Thread(target=library.addresses, args=([routine("takes_long", 600)],))
+    waiting.start()
+    library.close()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_two_servers_compile_the_same_at_once(open_library: Open, tmp_path: Path) -> None:
+    libraries = [open_library(2), open_library(2)]
+    wanted = [routine("add"), routine("copied"), routine("scaled_table", 2)]
+    for library in libraries:
+        library.request(wanted)
+    for library in libraries:
+        found = library.addresses(wanted)
+        addresses = [found[one] for one in wanted]
+        assert all(isinstance(address, int) for address in addresses)
+        assert call(int(str(addresses[2])), 3) == 8
+    left = {path.name for path in libraries[0].file(wanted[0]).parent.iterdir()}
+    assert left == {"in-use", *(library.file(one).name for one in wanted)}
+
+
+def test_object_files_load_where_images_can_not_be_made(compiled: Library) -> None:
+    for name, arguments, result in (("add", (4, 5), 9), ("nothing", (), -1)):
+        code = compiler.object_code(compiler.find("tests.native.sources", name, []))
+        loaded = image.load(image.pack({"kind": "object"}, code))
+        assert call(loaded.address, *arguments) == result
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def test_old_folders_are_deleted_but_none_in_use(tmp_path: Path) -> None:
+    folders = [Folder(tmp_path, str(i)) for i in range(6)]
+    for age, folder in enumerate(folders):
+        os.utime(folder.path / "in-use", (1e9 - age, 1e9 - age))
+        (folder.path / "some.bin").write_bytes(b"code")
+    used, new = folders[4], folders[0]
+    for folder in folders:
+        if folder not in (used, new):
+            folder.close()
+    other = tmp_path / "something-else"
+    other.mkdir()
+    deleted = new.prune(keep=2)
+    assert deleted == [folders[3].path, folders[5].path]
+    assert all(folder.path.exists() for folder in (*folders[:3], used))
+    assert other.exists()
+    used.close()
+    assert new.prune(keep=0) == [folders[1].path, folders[2].path, used.path]
+    assert (new.path / "some.bin").exists()
+    new.close()
+
+
+def test_a_folder_that_was_deleted_is_made_again(open_library: Open, tmp_path: Path) -> None:
+    library = open_library()
+    for path in library.file(routine("add")).parent.iterdir():
+        path.unlink()
+    library.file(routine("add")).parent.rmdir()
+    assert call(library.address(routine("add")), 1, 2) == 3
+    assert library.file(routine("add")).exists()
+
+
+def test_without_a_place_to_write_to_the_code_is_temporary(tmp_path: Path) -> None:
+    # A file where the folder should be: so it is for root, too.
+    (tmp_path / "base").write_text("")
+    folder = Folder(tmp_path / "base", "0")
+    library = Library(folder, 1)
+    assert call(library.address(routine("add")), 1, 2) == 3
+    path = folder.path
+    assert path.exists()
+    library.close()
+    assert not path.exists()
+
+
+def test_a_fingerprint_is_of_all_that_code_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "a.py", tmp_path / "b.py"
+    first.write_text("x = 1")
+    second.write_text("y = 1")
+    seen = {fingerprint([first, second])}
+    assert fingerprint([second, first]) in seen
+    seen.add(fingerprint([first]))
+    second.write_text("y = 2")
+    seen.add(fingerprint([first, second]))
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    seen.add(fingerprint([first, second]))
+    monkeypatch.setattr("platform.machine", lambda: "another")
+    seen.add(fingerprint([first, second]))
+    assert len(seen) == 5

@@ -1,0 +1,255 @@
+"""The split extension on the wire: capabilities, programs, uploads in parts, taking the stream."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import DIALECTS
+from protocol.errors import ProtocolError
+from protocol.framing import Event, Request, RequestReader, UploadEnd, UploadPart, UploadStart
+from protocol.messages import CONN_CAPS_SIZE, RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE
+from protocol.split import (
+    MAX_PARTS,
+    SPLIT_COMMANDS,
+    VERSION,
+    ProgramStep,
+    SplitStatusResponse,
+    caps_version,
+    decode_program,
+    encode_program,
+    split_caps,
+    split_part_fields,
+    split_status_fields,
+    with_split,
+)
+
+NEWEST = DIALECTS[0]
+
+# -- capabilities
+
+
+def test_capabilities_say_the_version() -> None:
+    assert len(split_caps()) == CONN_CAPS_SIZE
+    assert caps_version(split_caps()) == VERSION
+    assert caps_version(split_caps(7)) == 7
+
+
+@given(st.binary(min_size=CONN_CAPS_SIZE, max_size=CONN_CAPS_SIZE))
+def test_other_capabilities_are_none_of_ours(caps: bytes) -> None:
+    """All zeros (no RDMA) or an RDMA peer's bytes."""
+    assert caps_version(caps) == 0
+    assert caps_version(bytes(CONN_CAPS_SIZE)) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, CONN_CAPS_SIZE - 1, CONN_CAPS_SIZE + 1])
+def test_capabilities_of_another_size(size: int) -> None:
+    assert caps_version((split_caps() * 2)[:size]) == 0
+
+
+def test_commands_are_added_to_a_dialect() -> None:
+    extended = with_split(NEWEST)
+    assert extended.commands.keys() == NEWEST.commands.keys() | SPLIT_COMMANDS.keys()
+    assert not NEWEST.commands.keys() & SPLIT_COMMANDS.keys()
+    assert min(SPLIT_COMMANDS) >= 0x80, "upstream counts its own commands up from 0"
+
+
+def test_a_status_has_its_parts() -> None:
+    part = split_part_fields("host:1" * 20, rows=3, bytes=4, exchanges=5, wait_seconds=0.5)
+    wire = codec(SplitStatusResponse)
+    got = wire.parse(wire.build(split_status_fields([part], graphs=2, tokens=9)))
+    assert (got.n_parts, got.graphs, got.tokens) == (1, 2, 9)
+    assert len(got.parts) == MAX_PARTS
+    first = got.parts[0]
+    assert (first.rows, first.bytes, first.exchanges, first.wait_seconds) == (3, 4, 5, 0.5)
+    assert first.name[-1] == 0, "a name that is too long is cut and ends"
+
+
+# -- programs
+
+ids = st.lists(st.integers(0, 2**64 - 1), max_size=5).map(tuple)
+steps = st.lists(st.builds(ProgramStep, ids, ids, ids), max_size=4)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[ProgramStep], np.ndarray]:
+    count = draw(st.integers(0, 3))
+    raw = np.random.default_rng(draw(st.integers(0, 99))).bytes(count * RPC_TENSOR_SIZE)
+    return draw(steps), np.frombuffer(raw, RPC_TENSOR_DTYPE)
+
+
+@given(programs())
+def test_a_program_is_what_was_sent(program: tuple[list[ProgramStep], np.ndarray]) -> None:
+    sent, tensors = program
+    got = decode_program(encode_program(sent, tensors))
+    assert list(got.steps) == sent
+    assert got.tensors.tobytes() == tensors.tobytes()
+
+
+@given(programs(), st.data())
+def test_a_program_cut_short_or_too_long(
+    program: tuple[list[ProgramStep], np.ndarray], data: st.DataObject
+) -> None:
+    whole = encode_program(*program)
+    with pytest.raises(ProtocolError):
+        decode_program(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(ProtocolError):
+        decode_program(whole + data.draw(st.binary(min_size=1, max_size=400)))
+
+
+@given(st.binary(max_size=700))
+def test_bytes_that_are_no_program(payload: bytes) -> None:
+    try:
+        got = decode_program(payload)
+    except ProtocolError:
+        return
+    assert encode_program(got.steps, got.tensors) == payload
+
+
+@given(programs(), st.data())
+def test_a_program_with_a_few_bytes_changed(
+    program: tuple[list[ProgramStep], np.ndarray], data: st.DataObject
+) -> None:
+    payload = bytearray(encode_program(*program))
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        got = decode_program(payload)
+    except ProtocolError:
+        return
+    assert encode_program(got.steps, got.tensors) == payload
+
+
+@pytest.mark.parametrize("count", [1, 2**31, 2**32 - 1])
+def test_counts_that_the_payload_cannot_hold(count: int) -> None:
+    for payload in (
+        struct.pack("<I", count),
+        struct.pack("<IIII", 1, count, count, count) + bytes(16),
+        struct.pack("<II", 0, count),
+    ):
+        with pytest.raises(ProtocolError, match="can't hold"):
+            decode_program(payload)
+
+
+# -- the reader
+
+
+def reader_with(data: bytes) -> RequestReader:
+    reader = RequestReader()
+    reader.dialect = with_split(NEWEST)
+    feed(reader, data)
+    return reader
+
+
+def feed(reader: RequestReader, data: bytes, most: int = 1 << 30) -> int:
+    """Bytes taken until the reader has no room."""
+    at = 0
+    while at < len(data) and not reader.full:
+        view = reader.receive_buffer()
+        n = min(len(view), len(data) - at, most)
+        view[:n] = data[at : at + n]
+        reader.received(n)
+        at += n
+    return at
+
+
+def set_tensor(data: bytes) -> bytes:
+    head = NEWEST.commands[Command.SET_TENSOR].request.sizeof()
+    return struct.pack("<BQ", Command.SET_TENSOR, head + len(data)) + bytes(head) + data
+
+
+def run_program(number: int) -> bytes:
+    return struct.pack("<BQII", Command.SPLIT_RUN, 8, 0, number)
+
+
+@given(st.lists(st.integers(1, 9000), max_size=6), st.integers(1, 20000), st.integers(0, 20))
+def test_an_upload_goes_to_its_places_part_by_part(
+    sizes: list[int], most: int, behind: int
+) -> None:
+    """Whatever arrives at once: parts of any size, and the next request behind the last one."""
+    content = np.random.default_rng(1).bytes(sum(sizes))
+    stream = set_tensor(content) + run_program(behind)
+    reader = reader_with(b"")
+    places = [bytearray(n) for n in sizes]
+    given_so_far = 0
+    events: list[Event] = []
+    at = 0
+    while len(events) < len(sizes) + 2 + (not sizes):
+        event = reader.next_event()
+        if event is None:
+            assert at < len(stream), "the reader wants more than there is"
+            at += feed(reader, stream[at : at + most])
+            continue
+        events.append(event)
+        if isinstance(event, UploadStart | UploadPart):
+            place = places[given_so_far] if places else bytearray()
+            given_so_far += 1
+            reader.direct(memoryview(place))
+    kinds = [type(e) for e in events]
+    assert kinds == [UploadStart, *[UploadPart] * (len(sizes) - 1), UploadEnd, Request]
+    assert b"".join(places) == content
+    assert isinstance(events[-1], Request)
+    assert events[-1].fields.program == behind
+    assert reader.at_boundary
+
+
+def test_a_place_must_be_some_of_what_is_left() -> None:
+    reader = reader_with(set_tensor(b"abcdef"))
+    assert isinstance(reader.next_event(), UploadStart)
+    for wrong in (bytearray(), bytearray(7)):
+        with pytest.raises(ValueError, match="place"):
+            reader.direct(memoryview(wrong))
+    reader.direct(memoryview(bytearray(4)))
+    with pytest.raises(ValueError, match="place"):
+        reader.direct(memoryview(bytearray(1)))
+    assert isinstance(reader.next_event(), UploadPart)
+    with pytest.raises(ValueError, match="no place yet"):
+        reader.next_event()
+    with pytest.raises(ValueError, match="place"):
+        reader.direct(memoryview(bytearray(3)))
+    last = bytearray(2)
+    reader.direct(memoryview(last))
+    assert isinstance(reader.next_event(), UploadEnd)
+    assert last == b"ef"
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_what_is_staged_can_be_taken_and_put_back(inputs: int, kept: int) -> None:
+    stream = np.random.default_rng(2).bytes(inputs)
+    reader = reader_with(run_program(1) + stream + run_program(2) * 3)
+    first = reader.next_event()
+    assert isinstance(first, Request)
+    staged = reader.take_staged()
+    assert staged == stream + run_program(2) * 3
+    assert reader.at_boundary
+    # The program took its inputs; what is left belongs to the reader again.
+    reader.put_back(staged[inputs:])
+    numbers = []
+    while (event := reader.next_event()) is not None:
+        assert isinstance(event, Request)
+        numbers.append(event.fields.program)
+    assert numbers == [2, 2, 2]
+
+
+def test_as_much_as_can_be_staged_can_be_put_back() -> None:
+    reader = reader_with(b"")
+    taken = feed(reader, run_program(0) + bytes(1 << 20))
+    assert isinstance(reader.next_event(), Request)
+    staged = reader.take_staged()
+    assert len(staged) == taken - len(run_program(0))
+    reader.put_back(staged)
+    assert reader.take_staged() == staged
+
+
+def test_the_commands_are_unknown_without_the_extension() -> None:
+    reader = RequestReader()
+    reader.dialect = NEWEST
+    feed(reader, run_program(0))
+    with pytest.raises(ProtocolError, match="SPLIT_RUN is no command of protocol"):
+        reader.next_event()

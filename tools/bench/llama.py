@@ -1,0 +1,116 @@
+"""Runs llama.cpp's programs on a model that lies on a server, and reads what they measured.
+
+llama-bench gives tokens per second of prompts and of generation; llama-completion, asked for one
+token, how long a user waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools import upstream
+from tools.bench.results import Sample
+from tools.serving import ProgramError, tail
+
+# What llama-completion's log lines begin with: minutes, seconds, milliseconds, microseconds since
+# its start.
+_LOADED = re.compile(r"^(\d+)\.(\d+)\.(\d+)\.(\d+) \w generate: n_ctx", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """llama-bench's: tokens of the prompt, tokens to generate, tokens in the KV cache before."""
+
+    prompt: int
+    generate: int
+    depths: tuple[int, ...]
+    repetitions: int
+    threads: int
+    flash: bool
+
+
+def _run(name: str, port: int, *arguments: str) -> tuple[str, str]:
+    """Runs a program with all layers on a server; stdout and stderr. Raises ProgramError."""
+    program = upstream.find_program(name)
+    if program is None:
+        raise ProgramError(f"no {name}: run python -m tools.upstream")
+    words = [str(program), *arguments, "--rpc", f"127.0.0.1:{port}", "-ngl", "99"]
+    done = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        # A token of a random model may be any bytes.
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise ProgramError(f"{name} ended with {done.returncode}:\n{tail(done.stderr)}")
+    return done.stdout, done.stderr
+
+
+def bench(port: int, model: Path, options: BenchOptions) -> list[Sample]:
+    """Tokens per second of each test that llama-bench makes of the options."""
+    output, _ = _run(
+        "llama-bench",
+        port,
+        *("-m", str(model), "-t", str(options.threads), "-r", str(options.repetitions)),
+        *("-p", str(options.prompt), "-n", str(options.generate)),
+        *("-d", ",".join(map(str, options.depths)), "-fa", "on" if options.flash else "off"),
+        *("-o", "json"),
+    )
+    return bench_samples(json.loads(output))
+
+
+def bench_samples(tests: Sequence[dict[str, Any]]) -> list[Sample]:
+    """The samples in llama-bench's JSON."""
+    samples = []
+    for test in tests:
+        prompt, generate, depth = test["n_prompt"], test["n_gen"], test["n_depth"]
+        name = f"pp{prompt}" if prompt else f"tg{generate}"
+        name += f" at depth {depth}" if depth else ""
+        samples.append(Sample(name, "tokens/s", True, test["avg_ts"]))
+    return samples
+
+
+def first_token(port: int, model: Path, threads: int) -> list[Sample]:
+    """Seconds until llama-completion has loaded, and until it has given one token and ended.
+
+    Its end is what counts, since its log isn't always complete by then.
+    """
+    started = time.perf_counter()
+    _, log = _run(
+        "llama-completion",
+        port,
+        *("-m", str(model), "-p", "Once upon a time, there was", "-n", "1", "-c", "512"),
+        *("-t", str(threads), "--temp", "0", "--no-conversation", "--no-warmup", "-fit", "off"),
+    )
+    seconds = time.perf_counter() - started
+    return [
+        Sample("load", "s", False, load_seconds(log)),
+        Sample("first token", "s", False, seconds),
+    ]
+
+
+def load_seconds(log: str) -> float:
+    """When llama-completion began to generate. Raises ProgramError where its log lacks that."""
+    found = _LOADED.search(log)
+    if found is None:
+        raise ProgramError(f"llama-completion's log doesn't tell its time:\n{tail(log)}")
+    minutes, seconds, millis, micros = map(int, found.groups())
+    return minutes * 60 + seconds + millis / 1e3 + micros / 1e6
+
+
+def read_once(model: Path) -> None:
+    """Read a file to its end, so that the disk falls on neither server."""
+    buffer = bytearray(16 << 20)
+    with model.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass

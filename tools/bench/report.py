@@ -1,0 +1,56 @@
+"""Tables of a result: for a terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from tools.bench.results import OURS, UPSTREAM, Figure, Result, Table
+
+_HEADER = ("figure", OURS, UPSTREAM, "ratio", "min..max", "better")
+
+
+def number(value: float) -> str:
+    """Three digits that count, without an exponent."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def cells(figure: Figure) -> tuple[str, ...]:
+    """One row: the medians, ours over upstream's, and how far that ratio went over the rounds."""
+    ratios = figure.ratios
+    return (
+        f"{figure.name}, {figure.unit}",
+        number(figure.median(OURS)),
+        number(figure.median(UPSTREAM)),
+        f"{figure.ratio:.2f}",
+        f"{min(ratios):.2f}..{max(ratios):.2f}",
+        "more" if figure.more else "less",
+    )
+
+
+def text(result: Result) -> str:
+    """The tables with aligned columns."""
+    return "\n\n".join(_text_table(table) for table in result.tables)
+
+
+def _text_table(table: Table) -> str:
+    rows = [_HEADER, *(cells(figure) for figure in table.figures)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+    return "\n".join([table.title, *lines])
+
+
+def markdown(result: Result) -> str:
+    """The tables for a document, under a line that says what was measured on what."""
+    machine = "; ".join(f"{name}: {value}" for name, value in result.machine.items())
+    versions = "; ".join(f"{name}: {value}" for name, value in result.versions.items())
+    parts = [f"{machine}. {versions}."]
+    for table in result.tables:
+        rows = [_HEADER, ("---", *("---:",) * 4, "---"), *(cells(f) for f in table.figures)]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append("\n".join([f"**{table.title}**", "", *lines]))
+    return "\n\n".join(parts)
