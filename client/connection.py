@@ -112,16 +112,22 @@ async def connect_any(
     ``versions`` are as of :func:`connect`, newest first; ``timeout`` is for each try. Raises
     VersionMismatch if it speaks none of them, else as :func:`connect`.
     """
-    mismatch: VersionMismatch | None = None
-    for version in versions:
-        # Servers of older protocols can't have the extension.
-        ask = split and version == versions[0]
+    answered: set[Version] = set()
+    while True:
         try:
-            return await connect(host, port, version=version, timeout=timeout, split=ask)
+            return await connect(host, port, version=versions[0], timeout=timeout, split=split)
         except VersionMismatch as error:
-            mismatch = error
-    assert mismatch is not None
-    raise mismatch
+            # A server that tries to guess a client's version answers otherwise the next time, and
+            # comes to the newest; any other repeats itself.
+            if error.theirs not in answered:
+                answered.add(error.theirs)
+                continue
+            major = str(error.theirs[0])
+            version = next((v for v in versions if v.split(".")[0] == major), None)
+            if version is None:
+                raise
+            # Servers of older protocols can't have the extension.
+            return await connect(host, port, version=version, timeout=timeout)
 
 
 async def _open(host: str, port: int, dialect: Dialect) -> Connection:

@@ -34,7 +34,7 @@ import numpy as np
 
 from client.backend import Buffer, Values
 from client.balance import WORK, measure_all, shares_by_time
-from client.errors import AllocationFailed, ServerLost
+from client.errors import ServerLost
 from client.graph import GraphBuilder
 from client.partition import Piece, Rows, partition, pieces
 from client.split_server import Ready, SplitServer
@@ -321,8 +321,9 @@ class SplitBackend:
 
         try:
             await self._on([i for i, r in enumerate(rows) if len(r)], one)
-        except (AllocationFailed, ServerLost):
-            await self.free(SplitWeight(whole, rows, tuple(parts), tuple(buffers)))
+        except Exception:
+            with contextlib.suppress(ServerLost):
+                await self.free(SplitWeight(whole, rows, tuple(parts), tuple(buffers)))
             raise
         weight = SplitWeight(whole, rows, tuple(parts), tuple(buffers))
         if values is not None:

@@ -1,1 +1,1 @@
-"""Checks of any server that speaks the ggml RPC wire format; they reach it through a socket only."""
+"""Checks of any server that speaks the ggml RPC wire format, which they reach by socket only."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from construct import Array, Bytes, FormatField, Struct
 
-from protocol import messages
+from protocol import messages, split
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect
 
@@ -23,17 +23,20 @@ BEGIN = "<!-- tables: written by tools.protocol_tables -->"
 END = "<!-- end of tables -->"
 
 _BODY = {Body.NONE: "", Body.DATA: "data", Body.GRAPH: "graph"}
+# Structures that others hold, by the name they have in the document.
+_NAMED = {messages.RpcTensor: "rpc_tensor", split.SplitPart: "part"}
 
 
 def _type_name(declaration: Any) -> str:
-    if declaration is messages.RpcTensor:
-        return "rpc_tensor"
+    if declaration in _NAMED:
+        return _NAMED[declaration]
     if isinstance(declaration, Array):
         return f"{_type_name(declaration.subcon)}[{declaration.count}]"
     if isinstance(declaration, Bytes):
         return f"u8[{declaration.length}]"
     if isinstance(declaration, FormatField):
-        kind = "i" if declaration.fmtstr[-1].islower() else "u"
+        letter = declaration.fmtstr[-1]
+        kind = "f" if letter in "efd" else "i" if letter.islower() else "u"
         return f"{kind}{declaration.length * 8}"
     raise TypeError(f"no name for {declaration!r}")
 
@@ -90,6 +93,14 @@ def tables() -> str:
         lines += _rows(command)
     lines += ["", "### Versions", "", "| protocol | HELLO | ops |", "|---|---|---|"]
     lines += [f"| {d.name} | {d.hello_size} bytes | {len(d.ops)} |" for d in DIALECTS]
+    lines += ["", "### Split extension", ""]
+    lines += ["| number | command | request | answer |", "|---|---|---|---|"]
+    for command, spec in split.SPLIT_COMMANDS.items():
+        body = "program" if spec.body is Body.GRAPH else ""
+        layout = f"{_layout(spec.request, body)} | {_answer(spec)}"
+        lines.append(f"| {int(command):#x} | {command.name} | {layout} |")
+    lines += ["", f"HELLO's capability bytes: {_layout(split.SplitCaps)}"]
+    lines += ["", f"step: {_layout(split.SplitStep)}", "", f"part: {_layout(split.SplitPart)}"]
     return "\n".join(lines)
 
 

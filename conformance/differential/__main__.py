@@ -9,8 +9,8 @@ Either server is given by its address or by a command that starts it ({port} is 
 started is started again when it dies. Upstream's serves one client at a time and ends when an
 assertion fails, so give it as a command, of which each of several --jobs starts its own.
 
-Exit codes: 0 no difference, 1 differences (each printed, and written to --save), 2 bad options or no
-server.
+Exit codes: 0 no difference, 1 differences (each printed, and written to --save), 2 bad options or
+no server.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from protocol.dialects import Dialect
 from tools.ports import free_port
 
 
-class ServerUnavailable(RuntimeError):
+class ServerUnavailable(RuntimeError):  # noqa: N818
     """No server answers, and none can be started."""
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 MOST_REFUSED = 0.5
 
 
-class Mismatch(AssertionError):
+class Mismatch(AssertionError):  # noqa: N818
     """The server under test did something else than the reference; the message says what."""
 
 

@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 _ARENA = 16 << 20
 
 
-class Refused(RuntimeError):
+class Refused(RuntimeError):  # noqa: N818
     """The server ended the connection, or its process, instead of computing."""
 
 

@@ -112,8 +112,8 @@ class Sketch:
 
         ``layout``: "dense"; "contiguous": dense, but maybe a part of something larger; "even": rows
         may be padded, all by the same; "rows": elements of a row are dense, rows may be padded,
-        permuted or part of something larger; "any": dimension 0 may be strided too (not of
-        quantized types).
+        permuted or part of something larger; "planes": as "rows", for dimensions 0 and 1 as one
+        that is dense; "any": dimension 0 may be strided too (not of quantized types).
         """
         shape = dims(ne)
         kinds = (kind,) if isinstance(kind, str) else kind
@@ -125,6 +125,8 @@ class Sketch:
             return self._slice(type, shape, fill, name)
         if layout == "even":
             return self._padded(type, shape, fill, name)
+        if layout == "planes":
+            return self._planes(type, shape, fill, name)
         return self._strided(type, shape, fill, name, whole_rows=layout == "rows")
 
     def _root(self, type: GgmlType, ne: Dims, fill: Fill, name: str) -> Tensor:
@@ -149,6 +151,12 @@ class Sketch:
         root = self._root(type, dims([ne[0] + pad * info.block_size, *ne[1:]]), fill, name)
         _, nb1, nb2, nb3 = root.nb
         return self.g.view_4d(root, *ne, nb1, nb2, nb3, before * info.type_size)
+
+    def _planes(self, type: GgmlType, ne: Dims, fill: Fill, name: str) -> Tensor:
+        """Rows that are seen as dense matrices."""
+        flat = dims([ne[0] * ne[1], ne[2], ne[3]])
+        rows = self._strided(type, flat, fill, name, whole_rows=True)
+        return self.g.view_4d(rows, *ne, row_size(type, ne[0]), rows.nb[1], rows.nb[2])
 
     def _strided(
         self, type: GgmlType, ne: Dims, fill: Fill, name: str, *, whole_rows: bool

@@ -52,7 +52,7 @@ class Library:
     def request(self, routines: Iterable[Routine]) -> None:
         """Load routines, or have them compiled: they will be asked for soon."""
         for routine in routines:
-            self._find(routine)
+            self._find(routine, urgent=False)
 
     def address(self, routine: Routine) -> int:
         """Address of the compiled function. Raises CompileError, each time once it has failed."""
@@ -74,27 +74,30 @@ class Library:
         self._compilers.close()
         self._folder.close()
 
-    def _find(self, routine: Routine) -> Future[Loaded]:
+    def _find(self, routine: Routine, *, urgent: bool = True) -> Future[Loaded]:
         with self._lock:
             known = self._routines.get(routine)
-            if known is not None:
-                return known
-            future: Future[Loaded] = Future()
-            self._routines[routine] = future
+            if known is None:
+                future: Future[Loaded] = Future()
+                self._routines[routine] = future
+        if known is not None:
+            if urgent and not known.done():
+                self._compilers.hurry(self.file(routine).name)
+            return known
         path = self.file(routine)
         try:
             future.set_result(load(path.read_bytes()))
         except FileNotFoundError:
-            self._compile(routine, future)
+            self._compile(routine, future, urgent)
         except CompileError as error:
             self._failed(routine, future, error)
         except Exception as error:
             # Whatever is wrong with a file, a new one can be made.
             log.warning("%s: %s; compiling it anew", path, error)
-            self._compile(routine, future)
+            self._compile(routine, future, urgent)
         return future
 
-    def _compile(self, routine: Routine, future: Future[Loaded]) -> None:
+    def _compile(self, routine: Routine, future: Future[Loaded], urgent: bool) -> None:
         def done(error: CompileError | None) -> None:
             if error is not None:
                 self._failed(routine, future, error)
@@ -110,7 +113,7 @@ class Library:
             # A folder that grows is the time to see to the others.
             self._folder.prune()
             log.info("compiling kernels to %s, once for this machine", self._folder.path)
-        self._compilers.submit(routine, self.file(routine).name, done)
+        self._compilers.submit(routine, self.file(routine).name, done, urgent=urgent)
 
     def _failed(self, routine: Routine, future: Future[Loaded], error: CompileError) -> None:
         log.warning("no compiled %s: %s", routine.label, error)

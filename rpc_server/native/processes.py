@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import subprocess
 import sys
 import tempfile
@@ -103,14 +102,16 @@ class Compilers:
         self._command = [*(command or (sys.executable, "-m", module)), str(folder)]
         self._limit = limit
         self._timeout = timeout
-        self._work: queue.SimpleQueue[tuple[dict[str, Any], Done] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        # By file; what is waited for comes before what was asked for ahead of need.
+        self._urgent: dict[str, tuple[dict[str, Any], Done]] = {}
+        self._ahead: dict[str, tuple[dict[str, Any], Done]] = {}
+        self._changed = threading.Condition()
         self._waiting = 0
         self._threads = 0
         self._processes: set[_Process] = set()
         self._closed = False
 
-    def submit(self, routine: Routine, file: str, done: Done) -> None:
+    def submit(self, routine: Routine, file: str, done: Done, *, urgent: bool = True) -> None:
         """Compile ``routine`` into ``file``; then ``done`` is called, on another thread."""
         request = {
             "module": routine.module,
@@ -118,33 +119,41 @@ class Compilers:
             "constants": routine.constants,
             "file": file,
         }
-        with self._lock:
-            self._work.put((request, done))
+        with self._changed:
+            (self._urgent if urgent else self._ahead)[file] = (request, done)
             # Threads that wait will see it, unless there is more to do than there are of them.
-            start = self._work.qsize() > self._waiting and self._threads < self._limit
+            n_pending = len(self._urgent) + len(self._ahead)
+            start = n_pending > self._waiting and self._threads < self._limit
             self._threads += start
+            self._changed.notify()
         if start:
             threading.Thread(target=self._run, name="compiler", daemon=True).start()
 
+    def hurry(self, file: str) -> None:
+        """Somebody waits for this file now."""
+        with self._changed:
+            if file in self._ahead:
+                self._urgent[file] = self._ahead.pop(file)
+
     def _run(self) -> None:
         process: _Process | None = None
-        while True:
-            with self._lock:
-                self._waiting += 1
-            try:
-                item = self._work.get(timeout=_IDLE)
-            except queue.Empty:
-                item = None
-            with self._lock:
-                self._waiting -= 1
-                if item is None and self._work.empty():
-                    # Whoever submits from here on starts another thread.
-                    self._threads -= 1
-                    break
-            if item is not None:
-                process = self._compile(process, *item)
+        while (item := self._take()) is not None:
+            process = self._compile(process, *item)
         if process is not None:
             self._end(process)
+
+    def _take(self) -> tuple[dict[str, Any], Done] | None:
+        """The next to compile; None ends the thread."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._urgent or self._ahead, _IDLE)
+            self._waiting -= 1
+            for pending in (self._urgent, self._ahead):
+                if pending:
+                    return pending.pop(next(iter(pending)))
+            # Whoever submits from here on starts another thread.
+            self._threads -= 1
+            return None
 
     def _compile(
         self, process: _Process | None, request: dict[str, Any], done: Done
@@ -169,7 +178,7 @@ class Compilers:
         return process
 
     def _start(self) -> _Process:
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise OSError("the server is stopping")
             process = _Process(self._command, self._timeout)
@@ -177,13 +186,13 @@ class Compilers:
             return process
 
     def _end(self, process: _Process) -> None:
-        with self._lock:
+        with self._changed:
             self._processes.discard(process)
         process.close()
 
     def close(self) -> None:
         """End the processes; what they were asked for fails."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             processes = list(self._processes)
         for process in processes:

@@ -14,8 +14,9 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from client.balance import Speed, shares_by_time
 from protocol.dialects import Dialect
 from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
@@ -27,6 +28,7 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.split.assemble import Assembler, Programmed
 from rpc_server.split.exchange import Peer, Transfer
 from rpc_server.split.link import PREPARE_TIMEOUT, Link, WorkerLost, open_links
+from rpc_server.split.measure import measure_parts
 from rpc_server.split.segments import Found, WeightIndex, find_segments
 from rpc_server.split.weights import SplitStorage, SplitWeight
 from rpc_server.split.worker import program_items
@@ -51,13 +53,13 @@ WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
 class SplitOptions:
     """``parts``: addresses of workers, None where this server takes a share itself.
 
-    ``proportions`` are by part, None for each one's free memory; ``timeout`` (seconds) is how long
-    a worker may take for one exchange. ``by_columns`` is tensor mode: whole blocks of a layer on
-    the parts.
+    ``proportions`` are by part, None for each one's free memory, 'auto' for how fast each is;
+    ``timeout`` (seconds) is how long a worker may take for one exchange. ``by_columns`` is tensor
+    mode: whole blocks of a layer on the parts.
     """
 
     parts: tuple[tuple[str, int] | None, ...]
-    proportions: tuple[float, ...] | None = None
+    proportions: tuple[float, ...] | Literal["auto"] | None = None
     wire: GgmlType = GgmlType.F32
     by_columns: bool = False
     timeout: float = 30.0
@@ -119,6 +121,8 @@ class SplitDevice(CpuDevice):
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._links: list[Link | None] = [None] * len(options.parts)
+        # By part, where shares go by speed.
+        self._speeds: list[Speed] = []
         self._missing: dict[int, str] = {}
         self._storages: weakref.WeakSet[SplitStorage] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,6 +140,22 @@ class SplitDevice(CpuDevice):
             device.close()
             raise WorkerLost(next(iter(device._missing.values())))
         names = [LOCAL if link is None else link.name for link in device._links]
+        if options.proportions == "auto":
+            log.info("measuring how fast the parts are")
+            try:
+                device._speeds = await measure_parts(device, device._links)
+            except WorkerLost:
+                device.close()
+                raise
+            shares = zip(names, device.proportions(), device._speeds, strict=True)
+            for name, share, speed in shares:
+                log.info(
+                    "%s: %.1f GB/s of weights, %.0f us away: %.1f %% of the rows",
+                    name,
+                    speed.compute / 1e9,
+                    speed.round_trip * 1e6,
+                    100 * share,
+                )
         device.description = f"rows over {', '.join(names)}"
         device._keeper = asyncio.create_task(device._keep())
         return device
@@ -171,11 +191,23 @@ class SplitDevice(CpuDevice):
         """The workers, lost ones too."""
         return [link for link in self._links if link is not None]
 
-    def proportions(self) -> list[float]:
-        """The share of each part."""
-        if self._options.proportions is not None:
-            return list(self._options.proportions)
+    def proportions(self, size: int = 0) -> list[float]:
+        """The share of each part in a buffer of ``size`` bytes.
+
+        Shares by speed are the same for all buffers, unless one doesn't fit that way.
+        """
+        given = self._options.proportions
+        if given is not None and given != "auto":
+            return list(given)
         own = super().memory()[0]
+        free = [own if link is None else link.free - link.bytes for link in self._links]
+        if self._speeds:
+            shares = shares_by_time(self._speeds)
+            if all(share * size <= room for share, room in zip(shares, free, strict=True)):
+                return shares
+            if size <= sum(free):
+                limits = [max(0, room) / size for room in free]
+                return shares_by_time(self._speeds, limits=limits)
         return [float(own if link is None else link.free) for link in self._links]
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
@@ -205,7 +237,7 @@ class SplitDevice(CpuDevice):
         lost = [f"worker {link.name} was lost" for link in self.links if link.lost]
         if self._missing or lost:
             raise MemoryError([*self._missing.values(), *lost][0])
-        proportions = proportions or self.proportions()
+        proportions = proportions or self.proportions(size)
         if len(proportions) != len(self._links):
             raise MemoryError(f"{len(proportions)} proportions for {len(self._links)} parts")
         if size > self.memory()[0]:

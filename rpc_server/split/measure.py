@@ -10,10 +10,11 @@ from client.balance import FILL, Speed, least_seconds, measure, sample_product
 from client.errors import AllocationFailed, ConnectionLost
 from client.graph import GraphBuilder
 from protocol.dialects import DIALECTS
+from protocol.errors import ProtocolError
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.cpu.plan import CpuPlan
 from rpc_server.devices.cpu.storage import HostStorage
-from rpc_server.split.link import Link, WorkerLost
+from rpc_server.split.link import PREPARE_TIMEOUT, Link, WorkerLost
 
 _ALIGN = 64
 
@@ -37,8 +38,11 @@ async def measure_parts(device: CpuDevice, links: Sequence[Link | None]) -> list
         if link is None:
             return await _measure_local(device)
         try:
-            return await measure(link.backend)
-        except (AllocationFailed, ConnectionLost) as error:
+            async with asyncio.timeout(PREPARE_TIMEOUT):
+                return await measure(link.backend)
+        except TimeoutError:
+            raise WorkerLost(f"worker {link.name}: not measured in time") from None
+        except (AllocationFailed, ConnectionLost, ProtocolError) as error:
             raise WorkerLost(f"worker {link.name}: {error}") from None
 
     return list(await asyncio.gather(*map(one, links)))

@@ -26,7 +26,7 @@ from protocol.dialects import DIALECTS, Answer, Dialect, find_dialects
 from protocol.errors import ProtocolError
 from protocol.ggml_types import GgmlType
 from protocol.messages import RPC_TENSOR_DTYPE
-from protocol.split import SPLIT_COMMANDS
+from protocol.split import SPLIT_COMMANDS, split_caps, with_split
 from tests.client.scripted import Peer, scripted, talking_to
 
 NEWEST = DIALECTS[0]
@@ -439,3 +439,63 @@ async def test_raw_bytes_and_their_answer() -> None:
         await c.send_raw(struct.pack("<BQ", 1, 4))
         await c.send_raw(struct.pack("<I", 3))
         assert (await answer).alignment == 16
+
+
+async def test_bytes_without_a_frame_wait_for_answers_in_frames() -> None:
+    dialect = with_split(NEWEST)
+    waited = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.take(Command.HELLO)
+        await peer.answer(Command.HELLO, major=7, minor=0, patch=0, conn_caps=split_caps())
+        await peer.take(Command.GET_TENSOR)
+        # A server that runs a program has the connection to itself.
+        await asyncio.sleep(0.05)
+        assert not peer.reader._buffer  # type: ignore[attr-defined]
+        waited.set()
+        await peer.send(b"\7" * 9000)
+        for value in (1, 2):
+            fields, _ = await peer.take(Command.SPLIT_RUN)
+            assert fields.program == 5
+            assert await peer.reader.readexactly(100_000) == bytes([value]) * 100_000
+            await peer.send_raw(bytes([value]) * 20_000)
+        await peer.take(Command.GET_ALIGNMENT)
+        await peer.answer(Command.GET_ALIGNMENT, alignment=64)
+
+    async def run(c: Connection, value: int) -> None:
+        outputs = [np.zeros(8_000, np.uint8), np.zeros(12_000, np.uint8)]
+        head = c.message(Command.SPLIT_RUN, device=0, program=5)
+        futures = await c.exchange(
+            [head, bytes([value]) * 100_000],
+            [(Command.SPLIT_RUN, o.data) for o in outputs],
+            framed=False,
+        )
+        assert waited.is_set()
+        await asyncio.gather(*futures)
+        assert all((o == value).all() for o in outputs)
+
+    async with scripted(dialect, script) as port:
+        c = await connect("127.0.0.1", port, split=True)
+        async with c:
+            assert c.split_version == 1
+            results = await asyncio.gather(
+                c.get_tensor(placed(9000)), run(c, 1), run(c, 2), c.get_alignment()
+            )
+            assert (results[0] == 7).all()
+            assert results[3] == 64
+
+
+async def test_a_server_that_hangs_up_within_bytes_without_a_frame() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.take(Command.HELLO)
+        await peer.answer(Command.HELLO, major=7, minor=0, patch=0, conn_caps=split_caps())
+        await peer.take(Command.SPLIT_RUN)
+        await peer.send_raw(bytes(7))
+
+    async with scripted(with_split(NEWEST), script) as port:
+        c = await connect("127.0.0.1", port, split=True)
+        head = c.message(Command.SPLIT_RUN, device=0, program=0)
+        output = memoryview(bytearray(10))
+        futures = await c.exchange([head], [(Command.SPLIT_RUN, output)], framed=False)
+        with pytest.raises(ConnectionLost, match=r"SPLIT_RUN \(7 of 10 bytes\)"):
+            await futures[0]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 
 from client import backend as client_backend
 from client.backend import Backend
-from client.connection import Connection
-from client.errors import AllocationFailed, ServerLost
+from client.connection import Connection, connect, connect_any
+from client.errors import AllocationFailed, ServerLost, VersionMismatch
 from client.partition import Rows
 from client.split import SplitBackend
 from client.tensors import Array, ShapeError
 from protocol.commands import Command
+from protocol.dialects import DIALECTS
 from protocol.ggml_types import GgmlType
 from protocol.split import MAX_PROGRAMS
 from tests.server.process import running
@@ -28,6 +30,7 @@ from tests.upstream_server import running_upstream
 from tools.ports import free_port
 
 HOST = "127.0.0.1"
+NEWEST = DIALECTS[0]
 F32, F16, I32, Q4_0, Q8_0 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.Q4_0, GgmlType.Q8_0
 # test-backend-ops' bound for products.
 NMSE = 5e-4
@@ -384,6 +387,50 @@ async def test_shares_by_speed(ours: Ports) -> None:
         assert np.array_equal((await s.download(w))[0, 0], values(100, 32))
 
 
+# -- versions
+
+
+async def test_the_newest_version_that_the_server_speaks(ports: dict[str, int]) -> None:
+    async with await connect_any(HOST, ports["old"]) as c:
+        assert c.dialect.version == (5, 0, 0)
+    async with Backend.connect(HOST, ports["old"], version=None) as b:
+        assert b.connection.dialect.version == (5, 0, 0)
+    async with await connect_any(HOST, ports["one"], split=True) as c:
+        assert c.dialect.version == NEWEST.version
+        assert c.split_version
+        # A client that hangs up right after HELLO counts as one of another version.
+        await c.device_count()
+    with pytest.raises(VersionMismatch, match=r"speaks protocol 5\.0"):
+        await connect_any(HOST, ports["old"], versions=("7", "6"))
+
+
+async def test_the_newest_version_of_a_server_that_expects_an_older_client(
+    ports: dict[str, int],
+) -> None:
+    for _ in range(8):
+        with contextlib.suppress(VersionMismatch):
+            async with await connect(HOST, ports["one"], version="5.0") as older:
+                await older.device_count()
+                break
+    else:
+        pytest.fail("the server never offered 5.0")
+    async with SplitBackend.connect([(HOST, ports["one"])], tensor_split=(1,)) as s:
+        assert s.servers[0].connection.dialect.version == NEWEST.version
+        assert s.servers[0].extended
+
+
+async def test_a_coordinator_as_one_of_the_servers(ports: dict[str, int]) -> None:
+    weight, x = values(320, 64), values(3, 64, seed=2)
+    parts = f"local,{HOST}:{ports['two']}"
+    with running("-t", "1", "--split", parts, "--tensor-split", "1,1") as coordinator:
+        endpoints = [(HOST, ports["one"]), (HOST, coordinator.port)]
+        async with SplitBackend.connect(endpoints, tensor_split=(1, 1)) as s:
+            w = await s.weight(F32, (64, 320), weight, name="blk.0.ffn_up.weight")
+            for _ in range(2):
+                assert nmse(await s.mul_mat(w, x), x @ weight.T) < 1e-9
+            assert np.array_equal((await s.download(w))[0, 0], weight)
+
+
 # -- failures
 
 
@@ -393,6 +440,15 @@ async def test_a_server_that_is_not_there_is_named(ours: Ports) -> None:
         async with SplitBackend.connect([ours[0], (HOST, nobody)]):
             pass
     assert caught.value.server == f"{HOST}:{nobody}"
+
+
+async def test_a_server_that_is_busy_is_named(ours: Ports) -> None:
+    # Accepts, as llama.cpp's server does while it serves another client, and says nothing.
+    with socket.create_server((HOST, 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(ServerLost, match=f"{port}: accepts but does not answer"):
+            async with SplitBackend.connect([ours[0], (HOST, port)], timeout=1.0):
+                pass
 
 
 async def test_a_server_that_dies_is_named_and_the_others_go_on(ours: Ports) -> None:

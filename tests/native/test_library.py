@@ -177,6 +177,17 @@ def test_closing_ends_compilers(open_library: Open) -> None:
     assert not waiting.is_alive()
 
 
+def test_what_is_waited_for_comes_first(open_library: Open) -> None:
+    library = open_library()
+    ahead = [routine("scaled_table", i) for i in range(8)]
+    library.request([*ahead, routine("add")])
+    assert call(library.address(routine("add")), 1, 2) == 3
+    # One compiler, which had at most begun with the first few.
+    assert sum(library.file(one).exists() for one in ahead) < len(ahead)
+    library.addresses(ahead)
+    assert library.ready(ahead)
+
+
 def test_two_servers_compile_the_same_at_once(open_library: Open, tmp_path: Path) -> None:
     libraries = [open_library(2), open_library(2)]
     wanted = [routine("add"), routine("copied"), routine("scaled_table", 2)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tools import upstream
 from tools.bench.results import Sample
-from tools.serving import ProgramError, tail
+from tools.serving import HOST, ProgramError, tail
 
 # What llama-completion's log lines begin with: minutes, seconds, milliseconds, microseconds since
 # its start.
@@ -36,12 +36,12 @@ class BenchOptions:
     flash: bool
 
 
-def _run(name: str, port: int, *arguments: str) -> tuple[str, str]:
-    """Runs a program with all layers on a server; stdout and stderr. Raises ProgramError."""
+def _run(name: str, endpoints: str, *arguments: str) -> tuple[str, str]:
+    """Runs a program with all layers on servers; stdout and stderr. Raises ProgramError."""
     program = upstream.find_program(name)
     if program is None:
         raise ProgramError(f"no {name}: run python -m tools.upstream")
-    words = [str(program), *arguments, "--rpc", f"127.0.0.1:{port}", "-ngl", "99"]
+    words = [str(program), *arguments, "--rpc", endpoints, "-ngl", "99"]
     done = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
@@ -58,9 +58,17 @@ def _run(name: str, port: int, *arguments: str) -> tuple[str, str]:
 
 def bench(port: int, model: Path, options: BenchOptions) -> list[Sample]:
     """Tokens per second of each test that llama-bench makes of the options."""
+    return bench_at(f"{HOST}:{port}", model, options)
+
+
+def bench_at(
+    endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str] = ()
+) -> list[Sample]:
+    """The same on servers as --rpc takes them, with more arguments."""
     output, _ = _run(
         "llama-bench",
-        port,
+        endpoints,
+        *arguments,
         *("-m", str(model), "-t", str(options.threads), "-r", str(options.repetitions)),
         *("-p", str(options.prompt), "-n", str(options.generate)),
         *("-d", ",".join(map(str, options.depths)), "-fa", "on" if options.flash else "off"),
@@ -88,7 +96,7 @@ def first_token(port: int, model: Path, threads: int) -> list[Sample]:
     started = time.perf_counter()
     _, log = _run(
         "llama-completion",
-        port,
+        f"{HOST}:{port}",
         *("-m", str(model), "-p", "Once upon a time, there was", "-n", "1", "-c", "512"),
         *("-t", str(threads), "--temp", "0", "--no-conversation", "--no-warmup", "-fit", "off"),
     )

@@ -47,7 +47,8 @@ def command(server: str, port: int, threads: int) -> list[str]:
     return found
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
+    """Whether a server on this machine answers there."""
     try:
         # A second command shows that HELLO's answer was no refusal.
         with Wire(port, timeout=5) as wire:
@@ -63,6 +64,6 @@ def serving(server: str, threads: int, env: Mapping[str, str] | None = None) -> 
     started = time.perf_counter()
     with Process(command(server, port, threads), env=env) as process:
         process.wait_until(
-            lambda: _answers(port), _START_SECONDS, "answer to HELLO", pause=_POLL_SECONDS
+            lambda: answers(port), _START_SECONDS, "answer to HELLO", pause=_POLL_SECONDS
         )
         yield Running(server, port, process, time.perf_counter() - started)

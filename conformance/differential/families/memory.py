@@ -197,10 +197,10 @@ def _repeat_back(s: Sketch, _: str) -> None:
     s.output(s.g.repeat_back(a, s.g.new_tensor(F32, ne)))
 
 
-# -- PAD, PAD_REFLECT_1D, ROLL ---------------------------------------------------------------------
+# -- PAD, ROLL -------------------------------------------------------------------------------------
 
 
-@family(Op.PAD, variants=["zeros", "circular"], examples=100)
+@family(Op.PAD, variants=["zeros", "circular"], examples=140)
 def _pad(s: Sketch, form: str) -> None:
     circular = form == "circular"
     ne = s.shape(2048, empty=not circular)
@@ -223,14 +223,7 @@ def _pad(s: Sketch, form: str) -> None:
     )
 
 
-@family(Op.PAD_REFLECT_1D, examples=200)
-def _pad_reflect(s: Sketch, _: str) -> None:
-    ne = s.shape(4096, empty=False)
-    before, after = (min(s.pick((0, 1, 2, 3, ne[0])), ne[0] - 1) for _ in range(2))
-    s.output(s.g.pad_reflect_1d(_leaf(s, F32, ne, "contiguous"), before, after))
-
-
-@family(Op.ROLL, examples=200)
+@family(Op.ROLL, examples=280)
 def _roll(s: Sketch, _: str) -> None:
     ne = s.shape(4096, empty=False)
     shifts = [s.integer(1 - n, n - 1) if s.flag() else 0 for n in ne]

@@ -26,7 +26,7 @@ def _addends(s: Sketch, type: GgmlType, ne: Dims) -> Tensor:
 # -- SUM, SUM_ROWS, MEAN, CUMSUM, COUNT_EQUAL ------------------------------------------------------
 
 
-@family(Op.SUM, variants=[F32, F16, BF16], examples=70)
+@family(Op.SUM, variants=[F32, F16, BF16], examples=100)
 def _sum(s: Sketch, type: GgmlType) -> None:
     s.output(s.g.sum(_addends(s, type, _shape(s))))
 
@@ -70,7 +70,7 @@ def _argmax(s: Sketch, _: str) -> None:
 _ORDERED = (Kind.NORMAL, Kind.DISTINCT, Kind.INTEGERS, Kind.INFINITE, Kind.CONSTANT, Kind.RANGE)
 
 
-@family(Op.ARGSORT, variants=["ascending", "descending"], examples=100)
+@family(Op.ARGSORT, variants=["ascending", "descending"], examples=160)
 def _argsort(s: Sketch, order: str) -> None:
     a = s.leaf(F32, _shape(s), _ORDERED, -3.0, 4.0, layout="even")
     s.output(s.g.argsort(a, order == "descending"), Check(How.ORDER, of=a))
@@ -87,7 +87,7 @@ def _top_k(s: Sketch, _: str) -> None:
 # -- ARANGE ----------------------------------------------------------------------------------------
 
 
-@family(Op.ARANGE, examples=150)
+@family(Op.ARANGE, examples=260)
 def _arange(s: Sketch, _: str) -> None:
     start = s.pick((0.0, 1.0, s.real(-100, 100)))
     step = s.pick((1.0, 2.0, 0.25, s.real(0.125, 3)))

@@ -42,7 +42,7 @@ def _get_rows(s: Sketch, type: GgmlType) -> None:
     s.output(s.g.get_rows(table, ids))
 
 
-@family(Op.GET_ROWS_BACK, variants=[F32, F16], examples=75)
+@family(Op.GET_ROWS_BACK, variants=[F32, F16], examples=130)
 def _get_rows_back(s: Sketch, type: GgmlType) -> None:
     columns, count, rows = s.size(300), s.size(40), s.size(40)
     gradients = s.leaf(type, (columns, count), _NUMBERS, layout="even")
@@ -86,7 +86,7 @@ def _set_rows(s: Sketch, variant: tuple[GgmlType, GgmlType, GgmlType]) -> None:
 # -- DIAG, DIAG_MASK_INF, DIAG_MASK_ZERO, TRI ------------------------------------------------------
 
 
-@family(Op.DIAG, examples=300)
+@family(Op.DIAG, examples=360)
 def _diag(s: Sketch, _: str) -> None:
     ne = s.shape(256)
     a = s.leaf(F32, (ne[0], 1, *ne[2:]), _NUMBERS, layout="rows")
@@ -112,7 +112,7 @@ for _op in (Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO):
     family(_op, examples=300)(_diag_mask(_op))
 
 
-@family(Op.TRI, variants=list(Triangle), examples=50)
+@family(Op.TRI, variants=list(Triangle), examples=70)
 def _tri(s: Sketch, triangle: Triangle) -> None:
     ne = s.shape(1024)
     a = s.leaf(F32, (ne[0], ne[0], min(ne[2], 4), ne[3]), _NUMBERS, layout="contiguous")

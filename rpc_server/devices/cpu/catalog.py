@@ -225,26 +225,24 @@ merge_attention = _one("attention.merge_attention")
 
 # -- ahead of a graph ------------------------------------------------------------------------------
 
-# What language models are made of besides their weights.
+# What language models are made of besides their weights; what takes longest to compile first.
 _USUAL = (
     run_records,
+    # Keys and values are F16.
+    attention_kernel(GgmlType.F16, GgmlType.F16),
     norm_kernel(Norm.RMS_NORM),
-    rope_table,
+    glu_kernel(GluOp.SWIGLU, True),
     rope_kernel(False),
     rope_kernel(True),
-    soft_max,
-    binary_kernel(Binary.ADD, True),
-    binary_kernel(Binary.MUL, True),
-    glu_kernel(GluOp.SWIGLU, True),
-    # Keys and values are F16, and attention without its own op multiplies them as matrices.
+    rope_table,
     set_rows_kernel(None),
     _round_rows,
-    copy_strided,
-    copy_same_type,
-    convert_kernel(GgmlType.F32, GgmlType.F16),
-    attention_kernel(GgmlType.F16, GgmlType.F16),
+    binary_kernel(Binary.ADD, True),
+    binary_kernel(Binary.MUL, True),
     merge_attention,
 )
+# Attention without its own op.
+_ATTENTION = (soft_max, copy_strided, copy_same_type, convert_kernel(GgmlType.F32, GgmlType.F16))
 
 
 def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
@@ -254,4 +252,4 @@ def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
         own += [product_kernel(type_, isa), CONVERTERS[activation_form(type_)]]
     if type_ in DECODABLE:
         own.append(get_rows_kernel(type_))
-    return [*own, product_kernel(GgmlType.F16, isa), *_USUAL]
+    return [*own, *_USUAL, product_kernel(GgmlType.F16, isa), *_ATTENTION]

@@ -1,0 +1,322 @@
+"""Measures what a second machine brings: one worker, several, and upstream's tensor split.
+
+    python -m tools.bench.split --model model.gguf
+    python -m tools.bench.split --model model.gguf --link 0.1:1 --link 0.25:1 --link 1:1
+
+Every server has one thread and one core: worker 1 on the first core, worker 2 on the second. The
+coordinator runs on the first core, beside worker 1 or with a share of its own instead. All setups
+run in turn, `--rounds` times; figures are medians over the rounds.
+
+With --link DELAY:RATE (milliseconds one way, Gbit/s) the setup of two machines is measured through
+a relay that behaves like such a network, beside what the formula of docs/split.md predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from client.connection import connect
+from protocol.commands import Command
+from tools import upstream
+from tools.bench import llama
+from tools.bench.machine import describe_machine, describe_versions
+from tools.bench.servers import answers
+from tools.ports import free_port
+from tools.serving import Process, ProgramError, own_command, upstream_command
+
+_START_SECONDS = 60.0
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Servers as they are measured. ``workers`` run on their core; ``split`` is the coordinator's.
+
+    ``split`` names parts by number of worker, 'local' for the coordinator itself; empty: llama.cpp
+    talks to the workers by itself, with ``arguments``.
+    """
+
+    name: str
+    workers: int
+    upstream: bool = False
+    split: tuple[str, ...] = ()
+    mode: str = "row"
+    arguments: tuple[str, ...] = ()
+
+
+SETUPS = (
+    Setup("one worker", 1),
+    Setup("two workers, row", 2, split=("0", "1")),
+    Setup("two workers, tensor", 2, split=("0", "1"), mode="tensor"),
+    Setup("local and a worker, row", 2, split=("local", "1")),
+    Setup("local and a worker, tensor", 2, split=("local", "1"), mode="tensor"),
+    Setup("two of upstream's workers, tensor", 2, True, split=("0", "1"), mode="tensor"),
+    Setup("upstream, one server", 1, True),
+    Setup("upstream, -sm tensor over two", 2, True, arguments=("-sm", "tensor")),
+)
+
+
+@dataclass
+class Measured:
+    """Values of one setup over the rounds, tokens/s and bytes."""
+
+    generate: list[float] = field(default_factory=list)
+    prompt: list[float] = field(default_factory=list)
+    coordinator_bytes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A network: seconds one way, bytes a second."""
+
+    delay: float
+    rate: float
+
+    @classmethod
+    def of(cls, text: str) -> Link:
+        """'0.25:1' is 0.25 ms and 1 Gbit/s; ArgumentTypeError for anything else."""
+        try:
+            delay, rate = map(float, text.split(":"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not DELAY:RATE such as 0.25:1") from None
+        return cls(delay / 1e3, rate * 1e9 / 8)
+
+    @property
+    def name(self) -> str:
+        return f"{self.delay * 1e3:g} ms, {self.rate * 8 / 1e9:g} Gbit/s"
+
+
+@contextlib.contextmanager
+def _on_core(core: int) -> Iterator[None]:
+    """Children started meanwhile run on one core."""
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    os.sched_setaffinity(0, {cores[core % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _start(stack: contextlib.ExitStack, core: int, command: list[str] | None, port: int) -> Process:
+    if command is None:
+        raise ProgramError("no ggml-rpc-server: run python -m tools.upstream")
+    with _on_core(core):
+        process = stack.enter_context(Process(command))
+    process.wait_until(lambda: answers(port), _START_SECONDS, "answer to HELLO")
+    return process
+
+
+@contextlib.contextmanager
+def running(
+    setup: Setup, link: Link | None = None
+) -> Iterator[tuple[list[int], Process | None, int]]:
+    """The setup's ports for llama.cpp, its coordinator, and the relay's port if there is one."""
+    with contextlib.ExitStack() as stack:
+        ports: dict[str, int] = {}
+        relay = 0
+        for number in range(setup.workers):
+            if setup.split and str(number) not in setup.split:
+                continue
+            port = free_port()
+            make = upstream_command if setup.upstream else own_command
+            _start(stack, number, make(port, "-t", "1"), port)
+            if link is not None:
+                relay = free_port()
+                words = ["--listen", str(relay), "--to", f"{_HOST}:{port}"]
+                words += ["--delay", str(link.delay * 1e3), "--rate", str(link.rate * 8 / 1e9)]
+                command = [sys.executable, "-m", "tools.bench.relay", *words]
+                _start(stack, number, command, relay)
+                port = relay
+            ports[str(number)] = port
+        if not setup.split:
+            yield list(ports.values()), None, relay
+            return
+        parts = ",".join(p if p == "local" else f"{_HOST}:{ports[p]}" for p in setup.split)
+        port = free_port()
+        shares = ",".join("1" for _ in setup.split)
+        options = ("-t", "1", "--split", parts, "--split-mode", setup.mode)
+        command = own_command(port, *options, "--tensor-split", shares)
+        yield [port], _start(stack, 0, command, port), relay
+
+
+def _tokens(ports: Sequence[int], options: argparse.Namespace, setup: Setup) -> dict[str, float]:
+    bench = llama.BenchOptions(options.prompt, options.generate, (0,), options.repetitions, 1, True)
+    endpoints = ",".join(f"{_HOST}:{p}" for p in ports)
+    samples = llama.bench_at(endpoints, options.model, bench, setup.arguments)
+    return {s.name[:2]: s.value for s in samples}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Measured]:
+    """All setups in turn."""
+    measured = {s.name: Measured() for s in SETUPS}
+    for number in range(options.rounds):
+        for setup in SETUPS:
+            print(f"round {number + 1}: {setup.name}", file=sys.stderr, flush=True)
+            with running(setup) as (ports, coordinator, _):
+                rates = _tokens(ports, options, setup)
+                values = measured[setup.name]
+                values.generate.append(rates["tg"])
+                values.prompt.append(rates["pp"])
+                if coordinator is not None:
+                    values.coordinator_bytes.append(coordinator.peak_rss())
+    return measured
+
+
+# -- networks
+
+
+async def _round_trip(port: int) -> float:
+    """Seconds of a small request through a relay, the median of some."""
+    async with await connect(_HOST, port) as connection:
+        times = []
+        for _ in range(50):
+            started = time.perf_counter()
+            await connection.get_alignment()
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+async def _status(port: int) -> Any:
+    async with await connect(_HOST, port, split=True) as connection:
+        return await connection.request(Command.SPLIT_STATUS, device=0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network: measured and predicted seconds a token."""
+
+    link: str
+    mode: str
+    round_trip: float
+    exchanges: float
+    wire_bytes: float
+    measured: float
+    predicted: float
+
+
+def predicted(base: float, exchanges: float, wire: float, extra: float, rate: float) -> float:
+    """Seconds a token over a network, from ``base`` over none: the formula of docs/split.md.
+
+    ``extra`` is how much longer a round trip takes there, ``wire`` the bytes of a token.
+    """
+    return base + exchanges * extra + wire / rate
+
+
+def measure_links(options: argparse.Namespace) -> list[Row]:
+    """Two machines, one of them the coordinator, over each network."""
+    rows = []
+    for setup in (s for s in SETUPS if s.split and s.split[0] == "local"):
+        base = near = 0.0
+        for link in (Link(0.0, 100e9), *options.link):
+            print(f"{setup.name}: {link.name}", file=sys.stderr, flush=True)
+            with running(setup, link) as (ports, _, relay):
+                # The coordinator holds the relay's one connection to the worker, not the relay.
+                round_trip = asyncio.run(_round_trip(relay))
+                before = asyncio.run(_status(ports[0]))
+                rates = _tokens(ports, _decode_only(options), setup)
+                after = asyncio.run(_status(ports[0]))
+            part = next(i for i in range(after.n_parts) if after.parts[i].exchanges)
+            tokens = after.tokens - before.tokens
+            exchanges = after.parts[part].exchanges / tokens
+            sent = after.parts[part].bytes_sent + after.parts[part].bytes_received
+            seconds = 1 / rates["tg"]
+            if not base:
+                base, near = seconds, round_trip
+            expected = predicted(base, exchanges, sent / tokens, round_trip - near, link.rate)
+            rows.append(
+                Row(link.name, setup.mode, round_trip, exchanges, sent / tokens, seconds, expected)
+            )
+    return rows
+
+
+def _decode_only(options: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), "prompt": 0})
+
+
+# -- what is shown
+
+
+def table(measured: dict[str, Measured]) -> str:
+    """Medians as Markdown; ratios are to one worker, and to upstream's tensor split."""
+    lines = [
+        "| servers | tg tokens/s | to one worker | pp tokens/s | coordinator |",
+        "|" + "---|" * 5,
+    ]
+    one = statistics.median(measured["one worker"].generate)
+    for name, m in measured.items():
+        tg, pp = statistics.median(m.generate), statistics.median(m.prompt)
+        memory = f"{max(m.coordinator_bytes) >> 20} MiB" if m.coordinator_bytes else ""
+        lines.append(f"| {name} | {tg:.1f} | {tg / one:.2f} | {pp:.0f} | {memory} |")
+    return "\n".join(lines)
+
+
+def link_table(rows: Sequence[Row]) -> str:
+    """Networks as Markdown."""
+    head = (
+        "network | mode | round trip us | exchanges a token | KiB a token | ms a token | predicted"
+    )
+    lines = [f"| {head} |", "|" + "---|" * 7]
+    for r in rows:
+        lines.append(
+            f"| {r.link} | {r.mode} | {r.round_trip * 1e6:.0f} | {r.exchanges:.0f} "
+            f"| {r.wire_bytes / 1024:.0f} | {r.measured * 1e3:.1f} | {r.predicted * 1e3:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.split",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="GGUF file")
+    add("-p", "--prompt", type=int, default=64, help="tokens of the prompt (%(default)s)")
+    add("-n", "--generate", type=int, default=32, help="tokens to generate (%(default)s)")
+    add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
+    add("--rounds", type=int, default=3, help="starts of each setup (%(default)s)")
+    add("--link", type=Link.of, action="append", default=[], metavar="DELAY:RATE")
+    add("--json", type=Path, metavar="FILE", help="write all values to this file")
+    options = parser.parse_args(arguments)
+    if upstream.find_program("llama-bench") is None:
+        print("error: no llama-bench: run python -m tools.upstream", file=sys.stderr)
+        return 1
+    try:
+        llama.read_once(options.model)
+        measured = measure(options) if options.rounds else {}
+        rows = measure_links(options) if options.link else []
+    except ProgramError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if measured:
+        print(table(measured))
+    if rows:
+        print(link_table(rows))
+    if options.json:
+        result = {
+            "machine": describe_machine(),
+            "versions": describe_versions(),
+            "model": options.model.name,
+            "setups": {name: asdict(m) for name, m in measured.items()},
+            "links": [asdict(r) for r in rows],
+        }
+        options.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
