@@ -47,6 +47,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    # A day and more is no limit any more.
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds up to 86400")
+    return seconds
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
@@ -146,7 +157,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--split-timeout",
-        type=float,
+        type=_seconds,
         default=30.0,
         metavar="SECONDS",
         help="longest that a worker may take for one exchange (default: %(default)s)",

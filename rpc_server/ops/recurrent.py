@@ -118,7 +118,8 @@ def _ssm_scan_contract(t: Tensor) -> None:
 
 
 def _softplus(xp: ModuleType, x: Any) -> Any:
-    return xp.where(x > 20, x, xp.log1p(xp.exp(x)))
+    # As ggml rounds it: where log1p would keep a small step, this has none.
+    return xp.where(x > 20, x, xp.log(1 + xp.exp(x)))
 
 
 @reference(Op.SSM_SCAN)

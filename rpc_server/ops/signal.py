@@ -99,7 +99,7 @@ def _pool_rows(xp: ModuleType, x: Any, axis: Axis, kind: Pool) -> Any:
         for place in range(axis.places):
             values = x[..., axis.under(place)]
             if values.size:
-                total[..., place] = whole(values, axis=-1)
+                total[..., place] = each(total[..., place], whole(values, axis=-1))
     else:
         for _, (places,), (samples,) in each_tap([axis]):
             total[..., places] = each(total[..., places], x[..., samples])

@@ -181,8 +181,8 @@ class SplitDevice(CpuDevice):
                 link = self._links[i]
                 assert link is not None
                 if i not in self._missing:
-                    log.error("worker %s was lost; trying to reach it again", link.name)
-                    self._missing[i] = f"worker {link.name} was lost"
+                    log.error("%s; trying to reach it again", link.loss)
+                    self._missing[i] = link.loss
             if lost:
                 await self._connect(lost)
 
@@ -234,7 +234,7 @@ class SplitDevice(CpuDevice):
 
         Raises MemoryError when a worker is missing, or for more than all have.
         """
-        lost = [f"worker {link.name} was lost" for link in self.links if link.lost]
+        lost = [link.loss for link in self.links if link.lost]
         if self._missing or lost:
             raise MemoryError([*self._missing.values(), *lost][0])
         proportions = proportions or self.proportions(size)

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 # Longest that a worker may take to plan a graph: the first one compiles kernels.
-PREPARE_TIMEOUT = 120.0
+PREPARE_TIMEOUT = 300.0
 # Tries before a receive goes to sleep: about 100 us, more than a worker takes for a small product.
 _SPINS = 100
 
@@ -140,15 +140,17 @@ class Link:
     def require(self) -> None:
         """Raises WorkerLost if the connection has ended."""
         if self.lost:
-            raise WorkerLost(f"worker {self.name} was lost{self._why()}")
+            raise WorkerLost(self.loss)
 
-    def _why(self) -> str:
-        return f" ({self._reason})" if self._reason else ""
+    @property
+    def loss(self) -> str:
+        """What to say of a worker that is lost."""
+        return f"worker {self.name} was lost" + (f" ({self._reason})" if self._reason else "")
 
     def abort(self, reason: str) -> None:
         """Hang up at once, and say why to those who need it later; nobody uses a lent socket."""
-        if not self.lost:
-            self._reason = reason
+        # What came first is what counts.
+        self._reason = self._reason or reason
         self.backend.connection.abort()
         self.take_back()
 

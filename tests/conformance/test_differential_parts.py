@@ -22,7 +22,7 @@ from conformance.differential.runner import Image
 from conformance.differential.sketch import FAMILIES, Sketch
 from conformance.differential.type_sets import DECODABLE, ENCODABLE, QUANTIZED
 from conformance.differential.values import Fill, Kind, leaf_bytes
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
 from rpc_server.types import ENCODABLE as SERVER_ENCODABLE
 from rpc_server.types import to_f32
 
@@ -336,6 +336,7 @@ LAYOUTS: dict[str, Callable[[Tensor], bool]] = {
     "contiguous": lambda t: t.contiguous,
     "even": lambda t: t.contiguous_above(1),
     "rows": lambda t: t.contiguous_rows,
+    "planes": lambda t: t.contiguous_rows and t.nb[1] == row_size(t.type, t.ne[0]),
     "any": lambda t: True,
 }
 

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from tests.split.cluster import (
     weight,
 )
 from tools.ports import free_port
-from tools.serving import own_command
+from tools.serving import Process, listens, own_command, upstream_command
 
 F32, I32 = GgmlType.F32, GgmlType.I32
 # What any of these may take at most, on a busy machine.
@@ -158,10 +159,10 @@ async def lost(task: asyncio.Task[None], seconds: float = PATIENCE) -> None:
         await asyncio.wait_for(task, seconds)
 
 
-async def check_works(cluster: Cluster) -> None:
+async def check_works(coordinator: Worker) -> None:
     """A new client gets right numbers, and nothing is left of those before it."""
     data, x = values(256, 512, seed=50), values(7, 512, seed=51)
-    async with backend(cluster.coordinator) as b:
+    async with backend(coordinator) as b:
         w = await weight(b, F32, (512, 256), data.tobytes())
         for part in (await status(b)).parts:
             assert part.bytes == w.nbytes // 2
@@ -185,10 +186,10 @@ async def freed(worker: Worker) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(cluster: Cluster, job: Job) -> AsyncIterator[asyncio.Task[None]]:
+async def running(coordinator: Worker, job: Job) -> AsyncIterator[asyncio.Task[None]]:
     """``job`` on its way, as a client of the coordinator."""
     begun = asyncio.Event()
-    async with backend(cluster.coordinator) as b:
+    async with backend(coordinator) as b:
         task = asyncio.ensure_future(job(b, begun))
         waiter = asyncio.ensure_future(begun.wait())
         await asyncio.wait((task, waiter), return_when=asyncio.FIRST_COMPLETED)
@@ -200,14 +201,14 @@ async def running(cluster: Cluster, job: Job) -> AsyncIterator[asyncio.Task[None
 
 @pytest.mark.parametrize("stage", JOBS)
 async def test_a_worker_is_killed(stage: str, cluster: Cluster) -> None:
-    async with running(cluster, JOBS[stage]) as task:
+    async with running(cluster.coordinator, JOBS[stage]) as task:
         cluster.bad.kill()
         await lost(task)
     name = re.escape(f"worker {cluster.bad.address}")
     assert re.search(rf"ERROR +client [^\n]*{name}[^\n]*; closing the connection", cluster.log)
     await freed(cluster.good)
     await asyncio.to_thread(cluster.revive)
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
 
 
 async def test_a_worker_is_killed_while_nobody_needs_it(cluster: Cluster) -> None:
@@ -233,25 +234,55 @@ async def test_a_worker_is_killed_while_nobody_needs_it(cluster: Cluster) -> Non
         with pytest.raises(ConnectionLost):
             await b.download(y)
         assert re.search(rf"client [^\n]*worker {address}[^\n]*; closing", cluster.log)
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("stage", JOBS)
+async def test_an_upstream_worker_is_killed(stage: str, tmp_path: Path) -> None:
+    """One without the extension: its exchanges are ordinary commands."""
+    with Worker("--mem", "512") as good, contextlib.ExitStack() as stack:
+        port = free_port()
+
+        def start() -> None:
+            command = upstream_command(port, "-t", "1")
+            if command is None:
+                pytest.skip("no ggml-rpc-server: run python -m tools.upstream")
+            bad = stack.enter_context(Process(command, tmp_path / "upstream.log"))
+            bad.wait_until(lambda: listens(port), PATIENCE, "listening socket")
+            workers.append(bad)
+
+        workers: list[Process] = []
+        start()
+        name = f"{HOST}:{port}"
+        coordinator = stack.enter_context(Coordinator([good, name]))
+        async with running(coordinator, JOBS[stage]) as task:
+            workers[0].kill()
+            await lost(task)
+        assert re.search(rf"ERROR +client [^\n]*worker {name}[^\n]*; closing", coordinator.log)
+        await freed(good)
+        start()
+        again = rf"(?s)worker {name}: protocol.*worker {name}: protocol"
+        await asyncio.to_thread(coordinator.wait_for, again)
+        await check_works(coordinator)
 
 
 async def test_all_clients_of_a_lost_worker(cluster: Cluster) -> None:
     async with (
-        running(cluster, generating) as first,
-        running(cluster, generating) as second,
-        running(cluster, uploading) as third,
+        running(cluster.coordinator, generating) as first,
+        running(cluster.coordinator, generating) as second,
+        running(cluster.coordinator, uploading) as third,
     ):
         cluster.bad.kill()
         await asyncio.gather(*map(lost, (first, second, third)))
     await asyncio.to_thread(cluster.revive)
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
 
 
 @pytest.mark.parametrize("stage", ["upload", "decode"])
 async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
     """Its machine still takes bytes, as one that swaps or was suspended does."""
-    async with running(cluster, JOBS[stage]) as task:
+    async with running(cluster.coordinator, JOBS[stage]) as task:
         cluster.bad.child.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         await lost(task, 2 + PATIENCE)
@@ -264,13 +295,13 @@ async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
     before = cluster.connections()
     cluster.bad.child.send_signal(signal.SIGCONT)
     await asyncio.to_thread(cluster.wait_for_reconnection, before)
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
     # It has noticed, and given back what was there.
     await freed(cluster.bad)
 
 
 async def test_the_coordinator_is_killed(cluster: Cluster) -> None:
-    async with running(cluster, generating) as task:
+    async with running(cluster.coordinator, generating) as task:
         cluster.coordinator.kill()
         await lost(task)
     for worker in (cluster.good, cluster.bad):
@@ -280,23 +311,23 @@ async def test_the_coordinator_is_killed(cluster: Cluster) -> None:
             got = await asyncio.wait_for(b.compute(b.graph.scale(x, 2.0)), PATIENCE)
             assert got.ravel().tolist() == [2, 4, 6, 8]
     cluster.coordinator = Coordinator([cluster.good, cluster.bad])
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
 
 
 async def test_a_client_is_killed_within_an_upload(cluster: Cluster) -> None:
-    async with running(cluster, uploading) as task:
+    async with running(cluster.coordinator, uploading) as task:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     await asyncio.to_thread(cluster.coordinator.wait_for, r"hung up within SET_TENSOR")
     await asyncio.to_thread(cluster.coordinator.wait_for, r"disconnected; freed [1-9]")
     await asyncio.sleep(0.2)
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
 
 
 async def test_the_coordinator_stops_within_a_graph(cluster: Cluster) -> None:
     """It doesn't wait for a worker that says nothing."""
-    async with running(cluster, generating) as task:
+    async with running(cluster.coordinator, generating) as task:
         cluster.bad.child.send_signal(signal.SIGSTOP)
         await asyncio.sleep(0.1)
         started = time.monotonic()
@@ -305,7 +336,7 @@ async def test_the_coordinator_stops_within_a_graph(cluster: Cluster) -> None:
         await lost(task)
     cluster.bad.child.send_signal(signal.SIGCONT)
     cluster.coordinator = Coordinator([cluster.good, cluster.bad])
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
 
 
 async def test_a_graph_that_fails_between_exchanges(cluster: Cluster) -> None:
@@ -322,7 +353,7 @@ async def test_a_graph_that_fails_between_exchanges(cluster: Cluster) -> None:
             await b.compute(z)
     assert "out of range" in cluster.log
     await asyncio.to_thread(cluster.wait_for_reconnection, before)
-    await check_works(cluster)
+    await check_works(cluster.coordinator)
 
 
 async def test_a_worker_without_room() -> None:

@@ -117,8 +117,9 @@ def flash_attn_ext(s: Sketch, variant: tuple[GgmlType, GgmlType]) -> None:
     if s.flag():
         q = s.leaf(F32, q_ne, Kind.NORMAL, 0.0, amplitude, layout="rows")
     else:
-        root = s.leaf(F32, (dk, heads, n_tokens, batch), Kind.NORMAL, 0.0, amplitude)
-        q = s.g.permute(root if root.contiguous_rows else s.g.cont(root), 0, 2, 1, 3)
+        # Elements dense even in rows of one, which upstream asserts.
+        q = s.leaf(F32, (dk, heads, n_tokens, batch), Kind.NORMAL, 0.0, amplitude, layout="rows")
+        q = s.g.permute(q, 0, 2, 1, 3)
     k = cache(s, k_type, dk, n_kv, k_heads, batch)
     v = cache(s, v_type, dv, n_kv, v_heads, batch)
     max_bias = s.pick((0.0, 0.0, 0.0, 8.0, 1.5))

@@ -1,0 +1,147 @@
+"""--split-mode tensor: blocks of a layer stay on the parts; what ends one is cut by columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from client.backend import Backend
+from client.tensors import Array, Tensor
+from protocol.ggml_types import GgmlType
+from tests.split.cluster import (
+    Coordinator,
+    Worker,
+    backend,
+    content,
+    nmse,
+    status,
+    values,
+    weight,
+)
+
+F32, F16, Q8_0, Q4_K = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_K
+SHARES = ((1, 1, 0), (2, 1, 1), (0, 3, 1), (1, 0, 0))
+WIDTH, INNER = 256, 1024
+
+
+@pytest.fixture(scope="module")
+def tensor_mode(workers: list[Worker]) -> Iterator[Coordinator]:
+    with Coordinator([*workers, "local"], "--split-mode", "tensor") as started:
+        yield started
+        assert started.alive
+        assert "internal error" not in started.log
+
+
+@pytest.fixture(scope="module", params=SHARES, ids=str)
+def shares(request: pytest.FixtureRequest) -> Sequence[float]:
+    cut: Sequence[float] = request.param
+    return cut
+
+
+async def feed_forward(
+    b: Backend, type_: GgmlType, shares: Sequence[float], tokens: int
+) -> tuple[Array, list[Tensor]]:
+    shapes = {"ffn_gate": (WIDTH, INNER), "ffn_up": (WIDTH, INNER), "ffn_down": (INNER, WIDTH)}
+    gate, up, down = [
+        await weight(
+            b, type_, shape, content(type_, shape, i), shares=shares, name=f"blk.0.{name}.weight"
+        )
+        for i, (name, shape) in enumerate(shapes.items())
+    ]
+    g = b.graph
+    x = await b.tensor(F32, (WIDTH, tokens), values(tokens, WIDTH, seed=4) * np.float32(0.1))
+    h = g.rms_norm(x, 1e-6)
+    y = g.mul_mat(down, g.mul(g.silu(g.mul_mat(gate, h)), g.mul_mat(up, h)))
+    return await b.compute(g.add(y, x)), [gate, up, down]
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+@pytest.mark.parametrize("type_", [F32, F16, Q8_0, Q4_K], ids=lambda t: t.name)
+async def test_a_feed_forward_block(
+    type_: GgmlType,
+    tokens: int,
+    shares: Sequence[float],
+    whole: Worker,
+    tensor_mode: Coordinator,
+) -> None:
+    """Sums over columns are made in another order; in F32 that is all."""
+    async with backend(whole) as b:
+        expected, _ = await feed_forward(b, type_, (), tokens)
+    async with backend(tensor_mode) as b:
+        got, _ = await feed_forward(b, type_, shares, tokens)
+    # An activation that lies between two steps of 8 bits may be rounded either way.
+    bound = 1e-10 if type_ in (F32, F16) else 1e-4
+    assert nmse(got, expected) < bound
+
+
+async def test_a_block_is_one_exchange(tensor_mode: Coordinator) -> None:
+    tokens = 3
+    async with backend(tensor_mode) as b:
+        before = await status(b)
+        await feed_forward(b, F32, (1, 1, 0), tokens)
+        after = await status(b)
+    for old, new in zip(before.parts[:2], after.parts[:2], strict=True):
+        assert 0 <= new.bytes_sent - old.bytes_sent - tokens * WIDTH * 4 < 64
+        # Each sends back its sum of all rows.
+        assert new.bytes_received - old.bytes_received == tokens * WIDTH * 4
+
+
+@pytest.mark.parametrize("type_", [F32, Q4_K], ids=lambda t: t.name)
+async def test_columns_are_memory_too(
+    type_: GgmlType, shares: Sequence[float], tensor_mode: Coordinator
+) -> None:
+    """Ranges at any place of a weight that is cut within its rows."""
+    shape = (INNER, 192)
+    now = bytearray(content(type_, shape, seed=5))
+    async with backend(tensor_mode) as b:
+        before = [part.bytes for part in (await status(b)).parts]
+        w = await weight(b, type_, shape, bytes(now), shares=shares, name="blk.0.ffn_down.weight")
+        after = [part.bytes for part in (await status(b)).parts]
+        there = [new - old for new, old in zip(after, before, strict=True)]
+        assert sum(there) == len(now)
+        assert [n > 0 for n in there] == [s > 0 for s in shares]
+        rng = np.random.default_rng(6)
+        for size in (1, 3, 4095, 4096, 50_001, len(now) // 2):
+            offset = int(rng.integers(0, len(now) - size + 1))
+            new = rng.bytes(size)
+            now[offset : offset + size] = new
+            await b.connection.set_tensor(w, new, offset)
+            offset = int(rng.integers(0, len(now) - size + 1))
+            got = await b.connection.get_tensor(w, offset, size)
+            assert got.tobytes() == now[offset : offset + size]
+        assert (await b.connection.get_tensor(w)).tobytes() == now
+        await b.connection.memset_tensor(w, 9, 100, 5000)
+        now[100:5100] = b"\11" * 5000
+        assert (await b.connection.get_tensor(w)).tobytes() == now
+
+
+async def test_experts_in_blocks(
+    shares: Sequence[float], whole: Worker, tensor_mode: Coordinator
+) -> None:
+    experts, used, tokens = 4, 2, 5
+
+    async def job(b: Backend, cut: Sequence[float]) -> Array:
+        up_shape, down_shape = (WIDTH, INNER, experts), (INNER, WIDTH, experts)
+        up = await weight(
+            b, F32, up_shape, content(F32, up_shape, seed=7), shares=cut,
+            name="blk.0.ffn_up_exps.weight",
+        )  # fmt: skip
+        down = await weight(
+            b, F32, down_shape, content(F32, down_shape, seed=8), shares=cut,
+            name="blk.0.ffn_down_exps.weight",
+        )  # fmt: skip
+        ids = np.array([[0, 3], [2, 1], [1, 0], [3, 2], [0, 1]], np.int32)
+        chosen = await b.tensor(GgmlType.I32, (used, tokens), ids)
+        x = await b.tensor(F32, (WIDTH, 1, tokens), values(tokens, 1, WIDTH, seed=9))
+        g = b.graph
+        result: Array = await b.compute(
+            g.mul_mat_id(down, g.silu(g.mul_mat_id(up, x, chosen)), chosen)
+        )
+        return result
+
+    async with backend(whole) as b:
+        expected = await job(b, ())
+    async with backend(tensor_mode) as b:
+        assert nmse(await job(b, shares), expected) < 1e-10
