@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ _SCALAR = (1, 1, 1, 1)
 def _require_predictions(t: Tensor, first: int) -> tuple[int, ...]:
     """Logits (source ``first``) and labels behind them: their shape."""
     logits, labels = (require_source(t, first + i, F32_ONLY) for i in (0, 1))
-    require(not logits.empty, "there is nothing to predict")
     require_shape(labels, logits.ne, f"source {first + 1}")
     for i, s in ((first, logits), (first + 1, labels)):
         require_distinct(s, f"source {i}")
@@ -51,6 +51,10 @@ def _shifted(logits: Any) -> Any:
 
 @reference(Op.CROSS_ENTROPY_LOSS)
 def _loss(ctx: ArrayContext, t: Tensor) -> None:
+    """Of rows without logits there is no loss; of no rows there is no mean."""
+    if source(t, 0).empty:
+        ctx.view(t)[...] = 0 if source(t, 0).nrows else math.nan
+        return
     xp, logits = ctx.xp, _shifted(ctx.f32(source(t, 0)))
     totals = xp.exp(logits).sum(axis=3, keepdims=True, dtype=xp.float64)
     logits -= xp.log(totals).astype(xp.float32)
@@ -69,6 +73,8 @@ def _loss_back_contract(t: Tensor) -> None:
 
 @reference(Op.CROSS_ENTROPY_LOSS_BACK)
 def _loss_back(ctx: ArrayContext, t: Tensor) -> None:
+    if t.empty:
+        return
     xp, labels = ctx.xp, ctx.f32(source(t, 2))
     share = ctx.f32(source(t, 0))[0, 0, 0, 0] / np.float32(t.nrows)
     weights = xp.exp(_shifted(ctx.f32(source(t, 1))))

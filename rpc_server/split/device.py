@@ -123,6 +123,8 @@ class SplitDevice(CpuDevice):
         self._links: list[Link | None] = [None] * len(options.parts)
         # By part, where shares go by speed.
         self._speeds: list[Speed] = []
+        # By part, the memory that was free at the start.
+        self._by_memory: list[float] = []
         self._missing: dict[int, str] = {}
         self._storages: weakref.WeakSet[SplitStorage] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -139,6 +141,8 @@ class SplitDevice(CpuDevice):
         if device._missing:
             device.close()
             raise WorkerLost(next(iter(device._missing.values())))
+        own = CpuDevice.memory(device)[0]
+        device._by_memory = [float(own if n is None else n.free) for n in device._links]
         names = [LOCAL if link is None else link.name for link in device._links]
         if options.proportions == "auto":
             log.info("measuring how fast the parts are")
@@ -194,7 +198,8 @@ class SplitDevice(CpuDevice):
     def proportions(self, size: int = 0) -> list[float]:
         """The share of each part in a buffer of ``size`` bytes.
 
-        Shares by speed are the same for all buffers, unless one doesn't fit that way.
+        The same for all buffers, since weights and caches of one block are cut alike; but shares by
+        speed give way where a buffer doesn't fit.
         """
         given = self._options.proportions
         if given is not None and given != "auto":
@@ -208,7 +213,7 @@ class SplitDevice(CpuDevice):
             if size <= sum(free):
                 limits = [max(0, room) / size for room in free]
                 return shares_by_time(self._speeds, limits=limits)
-        return [float(own if link is None else link.free) for link in self._links]
+        return self._by_memory
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

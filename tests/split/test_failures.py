@@ -255,7 +255,7 @@ async def test_an_upstream_worker_is_killed(stage: str, tmp_path: Path) -> None:
         workers: list[Process] = []
         start()
         name = f"{HOST}:{port}"
-        coordinator = stack.enter_context(Coordinator([good, name]))
+        coordinator = stack.enter_context(Coordinator([good, name], "--tensor-split", "1,1"))
         async with running(coordinator, JOBS[stage]) as task:
             workers[0].kill()
             await lost(task)

@@ -89,6 +89,11 @@ def _batches(s: Sketch) -> int:
     return 0 if s.seldom() and s.seldom() else s.pick((1, 2, 3))
 
 
+def _channels(s: Sketch) -> int:
+    """Those that are summed over; of none the sum is zero."""
+    return 0 if s.seldom() and s.seldom() else s.pick((*_CHANNELS, 65))
+
+
 # -- IM2COL, IM2COL_3D, IM2COL_BACK ----------------------------------------------------------------
 
 
@@ -152,7 +157,7 @@ def _col2im_1d(s: Sketch, type: GgmlType) -> None:
 
 @family(Op.CONV_2D, variants=[F32, F16], examples=150)
 def _conv_2d(s: Sketch, type: GgmlType) -> None:
-    axes, channels, outputs = _axes(s, 2, 20), s.pick(_CHANNELS), s.pick(_CHANNELS)
+    axes, channels, outputs = _axes(s, 2, 20), _channels(s), s.pick(_CHANNELS)
     kernel = s.leaf(type, (*_taps(axes), channels, outputs), _FACTORS, layout="contiguous")
     x = s.leaf(F32, (*_samples(axes), channels, _batches(s)), _FACTORS)
     s.output(s.g.conv_2d_direct(kernel, x, *_pairs(axes)), PRODUCT)
@@ -210,7 +215,7 @@ def _weights(s: Sketch, type: GgmlType, ne: tuple[int, ...], layout: str) -> Ten
 
 @family(Op.CONV_TRANSPOSE_1D, variants=[F32, F16], examples=125)
 def _conv_transpose_1d(s: Sketch, type: GgmlType) -> None:
-    channels, outputs = s.pick((*_CHANNELS, 65)), s.pick(_CHANNELS)
+    channels, outputs = _channels(s), s.pick(_CHANNELS)
     kernel = _weights(s, type, (s.pick((3, 1, 2, 4, 5, 16)), outputs, channels), "rows")
     x = _weights(s, F32, (s.size(129), channels), "rows")
     s.output(s.g.conv_transpose_1d(kernel, x, s.pick(_STRIDES)))
@@ -218,7 +223,7 @@ def _conv_transpose_1d(s: Sketch, type: GgmlType) -> None:
 
 @family(Op.CONV_TRANSPOSE_2D, variants=[F32, F16], examples=125)
 def _conv_transpose_2d(s: Sketch, type: GgmlType) -> None:
-    channels, outputs = s.pick((*_CHANNELS, 65)), s.pick(_CHANNELS)
+    channels, outputs = _channels(s), s.pick(_CHANNELS)
     width, height = s.pick((3, 1, 2, 4)), s.pick((3, 1, 2, 5))
     # Rows of the kernel are read as if they were dense.
     kernel = _weights(s, type, (width, height, outputs, channels), "planes")

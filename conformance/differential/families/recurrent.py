@@ -14,14 +14,20 @@ from protocol.ggml_types import TYPE_INFO, GgmlType
 
 _NUMBERS = (Kind.NORMAL, Kind.NORMAL, Kind.SPECIAL)
 
+
+def _count(s: Sketch, options: tuple[int, ...]) -> int:
+    """One of ``options``, or none at all."""
+    return 0 if s.seldom() and s.seldom() else s.pick(options)
+
+
 # -- SSM_CONV, SSM_SCAN ----------------------------------------------------------------------------
 
 
 @family(Op.SSM_CONV, examples=300)
 def _ssm_conv(s: Sketch, _: str) -> None:
-    window, tokens = s.pick((4, 1, 2, 3, 5, 9)), s.pick((1, 2, 3, 4, 5, 8, 33))
-    channels = s.size(300)
-    x = s.leaf(F32, (window - 1 + tokens, channels, s.integer(1, 4)), _NUMBERS, layout="planes")
+    window, tokens = s.pick((4, 1, 2, 3, 5, 9)), _count(s, (1, 2, 3, 4, 5, 8, 33))
+    channels, sequences = s.size(300), _count(s, (1, 2, 3, 4))
+    x = s.leaf(F32, (window - 1 + tokens, channels, sequences), _NUMBERS, layout="planes")
     weights = s.leaf(F32, (window, channels), _NUMBERS, layout="contiguous")
     s.output(s.g.ssm_conv(x, weights))
 
@@ -53,7 +59,7 @@ def _ssm_scan(s: Sketch, decays: str) -> None:
     )
     inner = (n_state, groups, n_tokens, n_sequences)
     b, c = (s.leaf(F32, inner, layout="planes") for _ in "BC")
-    ids = s.indices((n_sequences,), n_states)
+    ids = s.indices((n_sequences,), n_states, layout="contiguous")
     # Of more snapshots than tokens those of before are left as they are.
     kept = s.integer(2, n_tokens + 2) if decays == "snapshots" else 1
     # ggml's bounds for these.
@@ -65,7 +71,10 @@ def _ssm_scan(s: Sketch, decays: str) -> None:
 
 
 class _Heads:
-    """Sources of a linear attention: rows of heads, and a state for each sequence."""
+    """Sources of a linear attention: rows of heads, and a state for each sequence.
+
+    All finite: upstream multiplies in another order than the formula, and with infinities it shows.
+    """
 
     def __init__(self, s: Sketch, sizes: tuple[int, ...]) -> None:
         self._s = s
@@ -129,7 +138,7 @@ def _gated_delta_net(s: Sketch, gate: str) -> None:
     n_heads = key_heads * s.integer(1, 3) if s.flag() else s.integer(1, 7)
     key_sequences = s.integer(1, 2)
     n_sequences = key_sequences * s.integer(1, 2)
-    n_tokens = s.pick((1, 2, 3, 5, 9))
+    n_tokens = _count(s, (1, 2, 3, 5, 9))
     v_shape = (size, n_heads, n_tokens, n_sequences)
     q_shape = (size, key_heads, n_tokens, key_sequences)
     q, k = (s.leaf(F32, q_shape, high=1 / math.sqrt(size), layout="rows") for _ in "qk")
@@ -145,7 +154,7 @@ def _gated_delta_net(s: Sketch, gate: str) -> None:
         layout="contiguous",
     )
     # Of more snapshots than tokens those of before are left as they are.
-    kept = s.pick((1, 1, 2, n_tokens, n_tokens + 1))
+    kept = s.pick((1, 1, 2, max(n_tokens, 1), n_tokens + 1))
     s.output(s.g.gated_delta_net(q, k, v, g, beta, state, kept))
 
 
@@ -175,7 +184,8 @@ def _lightning_indexer(s: Sketch, type: GgmlType) -> None:
     size = s.pick((128, 64, 32, 256)) if block == 1 else block * s.pick((1, 2, 4))
     if block == 1 and s.seldom():
         size = s.pick((1, 3, 33))
-    n_heads, n_tokens, n_kv = s.pick((1, 2, 5, 64)), s.integer(1, 8), s.size(100)
+    n_heads, n_tokens = _count(s, (1, 2, 5, 64)), _count(s, (1, 2, 3, 8))
+    n_kv = 0 if s.seldom() and s.seldom() else s.size(100)
     masks = s.integer(1, 2)
     n_streams = masks * s.integer(1, 2)
     plain = block == 1 and s.seldom()
@@ -195,7 +205,7 @@ _TOKENS = (1, 2, 3, 7, 9, 33)
 
 @family(Op.DSV4_HC_COMB, examples=250)
 def _dsv4_hc_comb(s: Sketch, _: str) -> None:
-    mixes = s.leaf(F32, (24, s.pick(_TOKENS)), high=s.pick((1.0, 4.0)))
+    mixes = s.leaf(F32, (24, _count(s, _TOKENS)), high=s.pick((1.0, 4.0)))
     scale = s.leaf(F32, (s.pick((3, 4, 5)),))
     base = s.leaf(F32, (24,))
     eps = s.pick((1e-6, 1e-2, 1e-5))
@@ -204,7 +214,7 @@ def _dsv4_hc_comb(s: Sketch, _: str) -> None:
 
 @family(Op.DSV4_HC_PRE, variants=["weights", "gates"], examples=125)
 def _dsv4_hc_pre(s: Sketch, of: str) -> None:
-    size, n_streams, n_tokens = s.size(300), s.pick((4, 1, 2, 3, 8)), s.pick(_TOKENS)
+    size, n_streams, n_tokens = s.size(300), s.pick((4, 1, 2, 3, 8)), _count(s, _TOKENS)
     x = s.leaf(F32, (size, n_streams, n_tokens), _NUMBERS)
     if of == "weights":
         s.output(s.g.dsv4_hc_pre(x, s.leaf(F32, (n_streams, n_tokens), _NUMBERS)))
@@ -216,7 +226,7 @@ def _dsv4_hc_pre(s: Sketch, of: str) -> None:
 
 @family(Op.DSV4_HC_POST, variants=["mixed", "apart"], examples=125)
 def _dsv4_hc_post(s: Sketch, streams: str) -> None:
-    size, n_streams, n_tokens = s.size(300), s.pick((4, 1, 2, 3, 8)), s.pick(_TOKENS)
+    size, n_streams, n_tokens = s.size(300), s.pick((4, 1, 2, 3, 8)), _count(s, _TOKENS)
     x = s.leaf(F32, (size, n_tokens), _NUMBERS)
     residual = s.leaf(F32, (size, n_streams, n_tokens), _NUMBERS)
     post = s.leaf(F32, (n_streams, n_tokens), _NUMBERS)

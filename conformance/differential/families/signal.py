@@ -113,21 +113,27 @@ _MODES = {
 @family(Op.UPSCALE, variants=list(_MODES), examples=50)
 def _upscale(s: Sketch, name: str) -> None:
     ne = (s.size(33), s.size(33), s.size(4), s.size(4))
-    kinds = _NUMBERS if name.startswith("nearest") else (Kind.NORMAL, Kind.UNIFORM)
+    kinds: tuple[Kind, ...] = (Kind.NORMAL, Kind.UNIFORM)
+    if name.startswith("nearest"):
+        kinds = _NUMBERS
+    elif name.startswith("bilinear"):
+        # The other modes have weights that are zero but for rounding.
+        kinds = (Kind.NORMAL, Kind.NORMAL, Kind.INFINITE)
     a = s.leaf(F32, ne, kinds)
     if s.flag():
         to: tuple[int, ...] = tuple(n * s.pick((2, 1, 3, 4)) for n in ne[:2]) + ne[2:]
     else:
-        to = (s.size(65), s.size(65), s.size(9), s.size(9))
+        to = (s.size(65), s.size(65), s.size(9), 0 if s.seldom() and s.seldom() else s.size(9))
     s.output(s.g.interpolate(a, to, _MODES[name]))
 
 
 # -- PAD_REFLECT_1D --------------------------------------------------------------------------------
 
 
-@family(Op.PAD_REFLECT_1D, examples=250)
+@family(Op.PAD_REFLECT_1D, examples=400)
 def _pad_reflect_1d(s: Sketch, _: str) -> None:
-    ne = s.shape(4096, empty=False)
+    first, *outer = s.shape(4096)
+    ne = (max(first, 1), *outer)
     a = s.leaf(F32, ne, _NUMBERS, layout="contiguous")
     before, behind = (s.pick((0, ne[0] - 1, s.integer(0, ne[0] - 1))) for _ in range(2))
     s.output(s.g.pad_reflect_1d(a, before, behind), EXACT)
@@ -136,7 +142,7 @@ def _pad_reflect_1d(s: Sketch, _: str) -> None:
 # -- TIMESTEP_EMBEDDING ----------------------------------------------------------------------------
 
 
-@family(Op.TIMESTEP_EMBEDDING, examples=250)
+@family(Op.TIMESTEP_EMBEDDING, examples=350)
 def _timestep_embedding(s: Sketch, _: str) -> None:
     kinds = (Kind.UNIFORM, Kind.INTEGERS, Kind.SPECIAL)
     low, high = s.pick(((0.0, 1.0), (0.0, 999.0), (-3.0, 3.0)))

@@ -13,18 +13,18 @@ from protocol.ggml_ops import Op
 
 def _predictions(s: Sketch, layout: str) -> tuple[Tensor, Tensor]:
     """Logits and labels. No label is negative: the loss has nothing that cancels out."""
-    ne = s.shape(s.pick((256, 4096, 16384)), empty=False)
+    ne = s.shape(s.pick((256, 4096, 16384)))
     low, high = s.pick(((0.0, 1.0), (-3.0, 10.0), (0.0, 200.0)))
     logits = s.leaf(F32, ne, (Kind.NORMAL, Kind.CONSTANT, Kind.UNIFORM), low, high, layout=layout)
     return logits, s.leaf(F32, ne, (Kind.UNIFORM, Kind.INTEGERS), 0.0, 1.0, layout=layout)
 
 
-@family(Op.CROSS_ENTROPY_LOSS, examples=250)
+@family(Op.CROSS_ENTROPY_LOSS, examples=300)
 def _cross_entropy_loss(s: Sketch, _: str) -> None:
     s.output(s.g.cross_entropy_loss(*_predictions(s, "even")))
 
 
-@family(Op.CROSS_ENTROPY_LOSS_BACK, examples=250)
+@family(Op.CROSS_ENTROPY_LOSS_BACK, examples=300)
 def _cross_entropy_loss_back(s: Sketch, _: str) -> None:
     logits, labels = _predictions(s, "contiguous")
     gradient = s.leaf(F32, (1,), Kind.UNIFORM, 0.5, 2.0, layout="contiguous")
@@ -54,7 +54,7 @@ class _Likes:
 _NUMBERS = (Kind.NORMAL, Kind.NORMAL, Kind.UNIFORM, Kind.SPECIAL)
 
 
-@family(Op.OPT_STEP_ADAMW, examples=250)
+@family(Op.OPT_STEP_ADAMW, examples=300)
 def _opt_step_adamw(s: Sketch, _: str) -> None:
     like = _Likes(s)
     weights, gradient, mean = (like.draw(_NUMBERS, 0.0, 1.0) for _ in range(3))
@@ -68,7 +68,7 @@ def _opt_step_adamw(s: Sketch, _: str) -> None:
         s.output(output)
 
 
-@family(Op.OPT_STEP_SGD, examples=250)
+@family(Op.OPT_STEP_SGD, examples=350)
 def _opt_step_sgd(s: Sketch, _: str) -> None:
     like = _Likes(s)
     weights, gradient = (like.draw(_NUMBERS, 0.0, 1.0) for _ in range(2))

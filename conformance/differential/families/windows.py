@@ -12,31 +12,35 @@ from protocol.ggml_types import GgmlType
 _NUMBERS = (Kind.NORMAL, Kind.SPECIAL)
 
 
+def _channels(s: Sketch, most: int) -> int:
+    return 0 if s.seldom() and s.seldom() else s.size(most)
+
+
 @family(Op.WIN_PART, examples=250)
 def _win_part(s: Sketch, _: str) -> None:
-    ne = (s.size(100), s.integer(1, 20), s.integer(1, 20))
+    ne = (_channels(s, 100), s.integer(1, 20), s.integer(1, 20))
     a = s.leaf(F32, ne, _NUMBERS, layout="contiguous")
     s.output(s.g.win_part(a, s.pick((14, 1, 2, 7, ne[1], ne[2], s.integer(1, 30)))), EXACT)
 
 
-@family(Op.WIN_UNPART, examples=250)
+@family(Op.WIN_UNPART, examples=300)
 def _win_unpart(s: Sketch, _: str) -> None:
     width, height = s.integer(1, 20), s.integer(1, 20)
     window = s.pick((7, 1, 2, width, height, s.integer(1, 14)))
     number = -(-width // window) * -(-height // window)
     # More windows than the image takes are left over.
     number += s.pick((0, 0, 0, 1, 3))
-    ne = (s.size(64), window, window, number)
+    ne = (_channels(s, 64), window, window, number)
     a = s.leaf(F32, ne, _NUMBERS, layout="contiguous")
     s.output(s.g.win_unpart(a, width, height, window), EXACT)
 
 
-@family(Op.GET_REL_POS, variants=[F16, BF16], examples=125)
+@family(Op.GET_REL_POS, variants=[F16, BF16], examples=150)
 def _get_rel_pos(s: Sketch, type: GgmlType) -> None:
     n = s.integer(1, 24)
     # Of more than one table the first counts.
     tables = s.pick((1, 1, 1, 2))
-    a = s.leaf(type, (s.size(100), 2 * n - 1, tables), _NUMBERS, layout="contiguous")
+    a = s.leaf(type, (_channels(s, 100), 2 * n - 1, tables), _NUMBERS, layout="contiguous")
     s.output(s.g.get_rel_pos(a, n, n), EXACT)
 
 
