@@ -1,0 +1,163 @@
+"""Where the time of generating a token goes: one server, each kernel of each node timed by itself.
+
+    python -m tools.bench.profile --model model.gguf
+
+The server runs on one thread. Every other token runs record by record, with a clock around each;
+the tokens between run as always, so that what the clocks cost can be told. `GB/s` is of the bytes
+that a kernel's records read and write; weights count once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rpc_server import __main__ as server
+from rpc_server.devices.cpu.catalog import Kernel
+from rpc_server.devices.cpu.plan import PlanBuilder
+from rpc_server.devices.cpu.planner import Emitted
+from tools.bench import llama
+from tools.ports import free_port
+from tools.serving import HOST, Process, ProgramError, listens
+
+# A prompt's graph has fewer runs than this; only graphs that run often are generation.
+_SETTLED = 4
+
+
+@dataclass
+class Timed:
+    """One kernel's records of all timed runs."""
+
+    records: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+class Profiler:
+    """Stands in for PlanBuilder._program_step in the server process."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Timed] = {}
+        self.whole: list[float] = []
+        self.timed: list[float] = []
+        self.n_records = 0
+
+    def program_step(
+        self, builder: PlanBuilder, records: list[Emitted], addresses: dict[Kernel, int]
+    ) -> Callable[[], None]:
+        """A step that runs its records in one call, and every other time one by one."""
+        whole = _ORIGINAL(builder, records, addresses)
+        single = [_ORIGINAL(builder, [r], addresses) for r in records]
+        runs = 0
+
+        def run() -> None:
+            nonlocal runs
+            runs += 1
+            started = time.perf_counter()
+            if runs < _SETTLED or runs % 2:
+                whole()
+                if runs >= _SETTLED:
+                    self.whole.append(time.perf_counter() - started)
+                    self.n_records = len(records)
+                return
+            for record, step in zip(records, single, strict=True):
+                before = time.perf_counter()
+                step()
+                entry = self.kernels.setdefault(record.kernel.label, Timed())
+                entry.records += 1
+                entry.seconds += time.perf_counter() - before
+                entry.bytes += sum(b - a for a, b in (*record.reads, *record.writes))
+            self.timed.append(time.perf_counter() - started)
+
+        return run
+
+    def result(self) -> dict[str, object]:
+        """All of it as plain data."""
+        return {
+            "kernels": {k: asdict(v) for k, v in self.kernels.items()},
+            "whole": self.whole,
+            "timed": self.timed,
+            "records": self.n_records,
+        }
+
+
+_ORIGINAL = PlanBuilder._program_step
+
+
+def _serve(port: int, out: Path) -> int:
+    profiler = Profiler()
+
+    def program_step(
+        builder: PlanBuilder, records: list[Emitted], addresses: dict[Kernel, int]
+    ) -> Callable[[], None]:
+        return profiler.program_step(builder, records, addresses)
+
+    PlanBuilder._program_step = program_step  # type: ignore[method-assign, assignment]
+    status = server.main(["--port", str(port), "-t", "1", "--log-level", "warning"])
+    out.write_text(json.dumps(profiler.result()))
+    return status
+
+
+def table(result: dict[str, object]) -> str:
+    """The profile as Markdown, the largest share first."""
+    kernels = {k: Timed(**v) for k, v in result["kernels"].items()}  # type: ignore[attr-defined]
+    timed, whole = list(result["timed"]), list(result["whole"])  # type: ignore[call-overload]
+    tokens = len(timed)
+    # The clock and the call around each record, which a whole run doesn't have.
+    extra = max(sum(timed) / tokens - sum(whole) / len(whole), 0.0)
+    each = extra * tokens / sum(t.records for t in kernels.values())
+    total = sum(whole) / len(whole)
+    lines = ["| kernel | records | us a token | share | GB/s |", "|---|---|---|---|---|"]
+    for name, t in sorted(kernels.items(), key=lambda item: -item[1].seconds):
+        seconds = max(t.seconds - each * t.records, 0.0) / tokens
+        rate = t.bytes / tokens / seconds / 1e9 if seconds else 0.0
+        lines.append(
+            f"| {name} | {t.records // tokens} | {seconds * 1e6:.0f} | {seconds / total:.1%} "
+            f"| {rate:.1f} |"
+        )
+    lines.append(f"| all in one call | {result['records']} | {total * 1e6:.0f} | | |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="GGUF file")
+    add("-n", "--generate", type=int, default=64, help="tokens to generate (%(default)s)")
+    add("-d", "--depth", type=int, default=0, help="tokens in the KV cache before (%(default)s)")
+    add("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    add("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.serve:
+        return _serve(options.serve, options.out)
+    if options.model is None:
+        parser.error("--model is missing")
+    with tempfile.TemporaryDirectory() as folder:
+        out, port = Path(folder) / "profile.json", free_port()
+        words = ["-m", "tools.bench.profile", "--serve", str(port), "--out", str(out)]
+        try:
+            with Process([sys.executable, *words]) as process:
+                process.wait_until(lambda: listens(port), 60, "the server")
+                bench = llama.BenchOptions(0, options.generate, (options.depth,), 1, 1, True)
+                llama.bench_at(f"{HOST}:{port}", options.model, bench)
+                process.stop()
+        except ProgramError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(table(json.loads(out.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
