@@ -423,6 +423,9 @@ class Connection:
     async def _flushed(self) -> None:
         """Wait until everything written has left. Raises what has ended the connection."""
         await self._writable.wait()
+        if self._error is None and self._transport.is_closing():
+            # Nothing that is written leaves any more; why, we are about to be told.
+            await self._ended.wait()
         if self._error is not None:
             raise _copy(self._error)
 

@@ -354,8 +354,7 @@ class Session:
 
     def _buffer_clear(self, request: Request) -> None:
         buffer = self.buffers.get(request.fields.remote_ptr)
-        buffer.storage.fill(0, buffer.size, request.fields.value)
-        self._answer_empty(request.command)
+        self._fill(request.command, buffer, 0, buffer.size, request.fields.value)
 
     # -- tensors -------------------------------------------------------------------------------
 
@@ -465,17 +464,21 @@ class Session:
     def _memset_tensor(self, request: Request) -> None:
         fields = request.fields
         buffer, start = self._locate(fields.tensor, fields.offset, fields.size)
-        if _elsewhere(buffer, start, fields.size):
-            self._wait(self._memset_elsewhere(request, buffer, start))
-            return
-        buffer.storage.fill(start, fields.size, fields.value)
-        self._answer_empty(request.command)
+        self._fill(request.command, buffer, start, fields.size, fields.value)
 
-    async def _memset_elsewhere(self, request: Request, buffer: Buffer, start: int) -> None:
+    def _fill(self, command: Command, buffer: Buffer, start: int, size: int, value: int) -> None:
+        if _elsewhere(buffer, start, size):
+            self._wait(self._fill_elsewhere(command, buffer, start, size, value))
+            return
+        buffer.storage.fill(start, size, value)
+        self._answer_empty(command)
+
+    async def _fill_elsewhere(
+        self, command: Command, buffer: Buffer, start: int, size: int, value: int
+    ) -> None:
         assert isinstance(buffer.storage, Relaying)
-        await buffer.storage.give_way(start, request.fields.size)
-        buffer.storage.fill(start, request.fields.size, request.fields.value)
-        self._answer_empty(request.command)
+        await buffer.storage.overwrite(start, size, value)
+        self._answer_empty(command)
 
     def _get_tensor(self, request: Request) -> None:
         fields = request.fields

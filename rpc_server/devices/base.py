@@ -76,11 +76,8 @@ class Relaying(Protocol):
         """Bytes from wherever they are. Raises DeviceError."""
         ...
 
-    async def give_way(self, start: int, size: int) -> None:
-        """Before bytes are overwritten by any other way: what they are part of comes here.
-
-        Raises DeviceError.
-        """
+    async def overwrite(self, start: int, size: int, value: int) -> None:
+        """Fill bytes wherever they are. Raises DeviceError."""
         ...
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -106,6 +108,49 @@ def _pool_rows(xp: ModuleType, x: Any, axis: Axis, kind: Pool) -> Any:
     return total
 
 
+def _planes_with_nan(xp: ModuleType, x: Any) -> list[tuple[int, int]]:
+    if not x.size:
+        return []
+    i3, i2 = xp.nonzero(xp.isnan(x.max(axis=(-1, -2))))
+    return list(zip(i3.tolist(), i2.tolist(), strict=True))
+
+
+def _maxima_in_order(xp: ModuleType, plane: Any, axes: Sequence[Axis]) -> tuple[Any, Any]:
+    """Windows' maxima and their elements' numbers (-1: none) in a plane that holds not-a-numbers.
+
+    ggml looks at a window's elements row by row and keeps what isn't less or equal: nothing is that
+    to a not-a-number, which so counts, and after it the next element anew. ``axes`` have the
+    outer dimension first.
+    """
+    shape = tuple(axis.places for axis in axes)
+    maxima: Any = xp.full(shape, _LOWEST, xp.float32)
+    at: Any = xp.full(shape, -1, xp.int64)
+    numbers = xp.arange(plane.size).reshape(plane.shape)
+    if math.prod(shape) < math.prod(len(axis.reachable()) for axis in axes):
+        for place in itertools.product(*map(range, shape)):
+            under = tuple(axis.under(i) for axis, i in zip(axes, place, strict=True))
+            values = plane[under].ravel()
+            if values.size:
+                maxima[place], first = _last_run_maximum(xp, values)
+                at[place] = numbers[under].ravel()[first] if first >= 0 else -1
+    else:
+        for _, places, samples in each_tap(axes):
+            more = ~(plane[samples] <= maxima[places])
+            maxima[places] = xp.where(more, plane[samples], maxima[places])
+            at[places] = xp.where(more, numbers[samples], at[places])
+    return maxima, at
+
+
+def _last_run_maximum(xp: ModuleType, values: Any) -> tuple[Any, int]:
+    """The maximum behind the last not-a-number, or that itself if it is last, and its index."""
+    nan = xp.flatnonzero(xp.isnan(values))
+    start = 0 if not nan.size else min(int(nan[-1]) + 1, values.size - 1)
+    first = start + int(values[start:].argmax())
+    if not nan.size and values[first] <= _LOWEST:
+        return _LOWEST, -1
+    return values[first], first
+
+
 @reference(Op.POOL_1D)
 def _pool_1d(ctx: ArrayContext, t: Tensor) -> None:
     xp, kind, (axis,) = ctx.xp, Pool(t.param_i32(0)), _windows(t, source(t, 0), t)
@@ -115,6 +160,10 @@ def _pool_1d(ctx: ArrayContext, t: Tensor) -> None:
         # The mean of what is there, unlike in two dimensions.
         counts = _pool_rows(xp, xp.ones(x.shape[-1], xp.float32), axis, kind)
         pooled = pooled / xp.maximum(counts, 1)
+    else:
+        rows = Axis(x.shape[-2], 1, x.shape[-2])
+        for plane in _planes_with_nan(xp, x):
+            pooled[plane] = _maxima_in_order(xp, x[plane], [rows, axis])[0]
     ctx.store(t, pooled)
 
 
@@ -122,9 +171,13 @@ def _pool_1d(ctx: ArrayContext, t: Tensor) -> None:
 def _pool_2d(ctx: ArrayContext, t: Tensor) -> None:
     kind, axes = Pool(t.param_i32(0)), _windows(t, source(t, 0), t)
     rows, columns = (lambda x, axis=axis: _pool_rows(ctx.xp, x, axis, kind) for axis in axes)
-    pooled = _both_axes(ctx.f32(source(t, 0)), t.ne, rows, columns)
+    x = ctx.f32(source(t, 0))
+    pooled = _both_axes(x, t.ne, rows, columns)
     if kind is Pool.AVG:
         pooled = pooled / np.float32(axes[0].taps * axes[1].taps)
+    else:
+        for plane in _planes_with_nan(ctx.xp, x):
+            pooled[plane] = _maxima_in_order(ctx.xp, x[plane], axes[::-1])[0]
     ctx.store(t, pooled)
 
 
@@ -196,6 +249,10 @@ def _to_maxima(xp: ModuleType, gradients: Any, x: Any, axes: list[Axis]) -> Any:
         i3, i2, *place = xp.nonzero(row >= 0)
         at = (i3, i2, *place)
         xp.add.at(total, (i3, i2, row[at], column[at]), some[at])
+    for plane in _planes_with_nan(xp, x):
+        _, at = _maxima_in_order(xp, x[plane], axes[::-1])
+        total[plane] = 0
+        xp.add.at(total[plane].reshape(-1), at[at >= 0], gradients[plane][at >= 0])
     return total
 
 

@@ -88,7 +88,8 @@ class Assembler:
 
         builder = PartBuilder(number, self._found, g, weight, leaf)
         built = {s: builder.build(s) for s in self._found.segments if builder.takes_part(s)}
-        built = {s: b for s, b in built.items() if b.outputs}
+        # What comes back is one thing that a part does, what stays in its caches another.
+        built = {s: b for s, b in built.items() if b.outputs or b.stores}
         if not built:
             return None
         kept = [t for b in built.values() for made, t in b.inputs if made.kept]

@@ -34,6 +34,11 @@ class Built:
     outputs: list[tuple[Tensor, PartTensor]] = field(default_factory=list)
 
     @property
+    def stores(self) -> bool:
+        """Whether something is written to caches of the part."""
+        return any(t.op is Op.SET_ROWS for _, t in self.nodes)
+
+    @property
     def memory(self) -> list[PartTensor]:
         """What needs memory for this segment alone; outputs last."""
         inputs = [t for made, t in self.inputs if not made.kept]

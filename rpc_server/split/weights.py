@@ -8,7 +8,6 @@ The buffer is address space; pages of rows that went elsewhere are never touched
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,7 +23,7 @@ from protocol.ggml_ops import Op
 from rpc_server.devices.base import Storage
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split.link import Link, WorkerLost
+from rpc_server.split.link import Link
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +141,15 @@ class SplitWeight:
             Rows(*(t.type_size * n // t.block_size for n in (c.first, c.last))) for c in self.cuts
         ]
         return column_runs(edges, t.row_size, offset, size)
+
+    def within(self, start: int, size: int) -> bool:
+        """Whether all of it lies in this range of the buffer."""
+        return start <= self.start and self.start + self.tensor.nbytes <= start + size
+
+    def overlap(self, start: int, size: int) -> tuple[int, int]:
+        """The part of a range that is its own, as start and size."""
+        low = max(start, self.start)
+        return low, min(start + size, self.start + self.tensor.nbytes) - low
 
     def require(self) -> None:
         """Raises WorkerLost if slices of it are gone."""
@@ -283,13 +291,26 @@ class SplitStorage(HostStorage):
 
         Those that are overwritten as a whole need not. Raises WorkerLost.
         """
-        weights = self.overlapping(start, size)
-        end = start + size
-        kept = [w for w in weights if w.start < start or w.start + w.tensor.nbytes > end]
-        await self.bring_home(kept)
-        for weight in weights:
-            if weight not in kept:
+        for weight in self.overlapping(start, size):
+            if weight.within(start, size):
                 self.forget(weight)
+            else:
+                await self.bring_home([weight])
+
+    async def overwrite(self, start: int, size: int, value: int) -> None:
+        """Fill bytes wherever they are; caches that are cleared stay on the parts.
+
+        Raises WorkerLost.
+        """
+        found = self.overlapping(start, size)
+        caches = [w for w in found if w.is_cache and w.within(start, size)]
+        parts = [part for w in caches for part in w.parts if part is not None]
+        # Before anything that follows: what a graph writes there next must stay.
+        await asyncio.gather(*(part.link.clear(part.buffer, value) for part in parts))
+        for weight in found:
+            if weight not in caches:
+                await self.give_way(*weight.overlap(start, size))
+        self.fill(start, size, value)
 
     async def bring_home(self, weights: Sequence[SplitWeight]) -> None:
         """Make weights ordinary memory of this server. Raises WorkerLost."""
@@ -413,23 +434,6 @@ class SplitStorage(HostStorage):
             at += n
 
     # -- the rest of a Storage
-
-    def fill(self, offset: int, size: int, value: int) -> None:
-        for weight in self.overlapping(offset, size):
-            end = weight.start + weight.tensor.nbytes
-            if weight.is_cache and offset <= weight.start and end <= offset + size:
-                self._background(self._fill_parts(weight, value))
-            else:
-                self.forget(weight)
-        super().fill(offset, size, value)
-
-    @staticmethod
-    async def _fill_parts(weight: SplitWeight, value: int) -> None:
-        for part in weight.parts:
-            if part is not None:
-                # A worker that is lost says so when the cache is used.
-                with contextlib.suppress(WorkerLost, ConnectionError):
-                    await part.link.clear(part.buffer, value)
 
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
         for weight in self.overlapping(dst_offset, size):

@@ -64,15 +64,11 @@ def expected_text(server: llama.RpcServer) -> str:
 @pytest.mark.parametrize(
     ("kinds", "options"),
     [
-        (("ours", "ours"), ()),
         (("ours", "ours", "ours"), ("--tensor-split", "1,0,3")),
         (("upstream", "upstream"), ()),
         (("upstream", "ours", "upstream"), ("--tensor-split", "2,1,1")),
-        (("local", "ours"), ()),
         (("upstream", "local", "ours"), ()),
         (("ours", "upstream"), ("--split-wire", "f16")),
-        (("local", "ours"), ("--split-wire", "q8_0")),
-        (("ours", "local"), ("--split-mode", "tensor")),
         (("ours", "upstream", "ours"), ("--split-mode", "tensor")),
     ],
     ids=lambda words: "-".join(words).replace("--", ""),
@@ -88,13 +84,7 @@ def test_the_text_is_that_of_one_server(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "weight_type"),
-    [
-        ("smollm2", llama.SMOLLM2_TYPE),
-        ("qwen3moe", "Q8_0"),
-        ("llama-moe", "F16"),
-        ("gemma2", "F32"),
-    ],
+    ("architecture", "weight_type"), [("smollm2", llama.SMOLLM2_TYPE), ("qwen3moe", "Q8_0")]
 )
 def test_all_logits_are_those_of_one_server(
     architecture: str, weight_type: str, split: StartSplit, rpc: str, model_folder: Path
@@ -118,12 +108,9 @@ def test_all_logits_are_those_of_one_server(
         assert np.array_equal(logits, expected), f"NMSE {nmse(logits, expected)}"
 
 
-@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3moe"])
-def test_tensor_mode_costs_no_accuracy(
-    architecture: str, split: StartSplit, rpc: str, model_folder: Path
-) -> None:
+def test_tensor_mode_costs_no_accuracy(split: StartSplit, rpc: str, model_folder: Path) -> None:
     """Sums of parts are rounded in another order, and no more than that."""
-    model = llama.random_model(model_folder, architecture, "F32")
+    model = llama.random_model(model_folder, "qwen3moe", "F32")
     coordinator = split(["ours", "ours"], "--split-mode", "tensor")
     expected, got = compute(
         [

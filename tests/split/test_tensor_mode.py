@@ -145,3 +145,49 @@ async def test_experts_in_blocks(
         expected = await job(b, ())
     async with backend(tensor_mode) as b:
         assert nmse(await job(b, shares), expected) < 1e-10
+
+
+async def test_a_cache_lives_on_the_parts(
+    shares: Sequence[float], whole: Worker, tensor_mode: Coordinator
+) -> None:
+    """What graphs store there is read, cleared and stored again, each after the other."""
+    cells, tokens = 64, 4
+
+    async def job(b: Backend, cut: Sequence[float]) -> list[Array]:
+        g = b.graph
+        shape = (WIDTH, INNER)
+        k = await weight(
+            b, F32, shape, content(F32, shape, seed=10), shares=cut, name="blk.0.attn_k.weight"
+        )
+        cache = await weight(b, F16, (INNER, cells), shares=cut, name="cache_k_l0")
+        await b.connection.buffer_clear(cache.buffer)
+        x = await b.tensor(F32, (WIDTH, tokens), values(tokens, WIDTH, seed=11))
+        at = await b.tensor(GgmlType.I64, (tokens,))
+        stored = g.set_rows(cache, g.mul_mat(k, g.rms_norm(x, 1e-6)), at)
+        plan = await b.prepare(stored)
+        seen = []
+        for i in range(8):
+            await b.upload(at, np.arange(tokens, dtype=np.int64) + 4 * i)
+            await plan.run()
+            seen.append(await b.download(cache))
+            if i % 3 == 2:
+                # As llama.cpp clears a KV cache; nothing waits for it before the next graph.
+                await b.connection.buffer_clear(cache.buffer, 0)
+                await b.upload(at, np.arange(tokens, dtype=np.int64) + 30)
+                await plan.run()
+                seen.append(await b.download(cache))
+        await b.connection.memset_tensor(cache, 0, 1000, 5000)
+        seen.append(await b.download(cache))
+        await plan.run()
+        seen.append(await b.download(cache))
+        return seen
+
+    async with backend(whole) as b:
+        expected = await job(b, ())
+    async with backend(tensor_mode) as b:
+        before = [part.bytes for part in (await status(b)).parts]
+        got = await job(b, shares)
+        assert [part.bytes for part in (await status(b)).parts] != before
+    assert all(e.any() for e in expected)
+    for one, other in zip(got, expected, strict=True):
+        assert np.array_equal(one, other)

@@ -13,6 +13,8 @@ from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
 
 _NUMBERS = (Kind.NORMAL, Kind.NORMAL, Kind.SPECIAL)
+# Where there are many sources: one that isn't finite spoils most of the result.
+_SELDOM_SPECIAL = (*[Kind.NORMAL] * 9, Kind.SPECIAL)
 
 
 def _count(s: Sketch, options: tuple[int, ...]) -> int:
@@ -43,9 +45,9 @@ def _ssm_scan(s: Sketch, decays: str) -> None:
     n_heads = groups * s.integer(1, max(min(most // groups, 12), 1))
     n_tokens, n_sequences = s.pick((1, 2, 3, 5, 8)), s.integer(1, 3)
     n_states = s.integer(1, 5)
-    kinds = (Kind.NORMAL, Kind.NORMAL, Kind.CONSTANT)
-    states = s.leaf(F32, (n_state, dim, n_heads, n_states), kinds, layout="contiguous")
-    x = s.leaf(F32, (dim, n_heads, n_tokens, n_sequences), layout="planes")
+    shape = (n_state, dim, n_heads, n_states)
+    states = s.leaf(F32, shape, (*_SELDOM_SPECIAL, Kind.CONSTANT), layout="contiguous")
+    x = s.leaf(F32, (dim, n_heads, n_tokens, n_sequences), _SELDOM_SPECIAL, layout="planes")
     low, high = s.pick(((-3.0, 3.0), (-20.0, -10.0), (0.0, 1.0), (18.0, 22.0)))
     steps = (n_heads, n_tokens, n_sequences)
     dt = s.leaf(F32, steps, Kind.UNIFORM, low, high, layout="contiguous")
@@ -58,7 +60,7 @@ def _ssm_scan(s: Sketch, decays: str) -> None:
         layout="contiguous",
     )
     inner = (n_state, groups, n_tokens, n_sequences)
-    b, c = (s.leaf(F32, inner, layout="planes") for _ in "BC")
+    b, c = (s.leaf(F32, inner, _SELDOM_SPECIAL, layout="planes") for _ in "BC")
     ids = s.indices((n_sequences,), n_states, layout="contiguous")
     # Of more snapshots than tokens those of before are left as they are.
     kept = s.integer(2, n_tokens + 2) if decays == "snapshots" else 1
@@ -71,23 +73,21 @@ def _ssm_scan(s: Sketch, decays: str) -> None:
 
 
 class _Heads:
-    """Sources of a linear attention: rows of heads, and a state for each sequence.
+    """Sources of a linear attention: rows of heads, and a state for each sequence."""
 
-    All finite: upstream multiplies in another order than the formula, and with infinities it shows.
-    """
-
-    def __init__(self, s: Sketch, sizes: tuple[int, ...]) -> None:
+    def __init__(self, s: Sketch, sizes: tuple[int, ...], *, finite: bool = False) -> None:
         self._s = s
+        self._kinds = (Kind.NORMAL,) if finite else _SELDOM_SPECIAL
         self.size = s.pick(sizes)
         self.n_heads = s.integer(1, max(min(20000 // self.size**2, 5), 1))
         self.n_sequences = s.integer(1, 3)
-        self.n_tokens = self.n_sequences * s.pick((1, 2, 3, 7))
+        self.n_tokens = self.n_sequences * s.integer(1, 7)
 
     def rows(self) -> Tensor:
         """Numbers that keep states from growing."""
         shape = (self.size, self.n_heads, self.n_tokens)
         high = 1 / math.sqrt(self.size)
-        return self._s.leaf(F32, shape, high=high, layout="contiguous")
+        return self._s.leaf(F32, shape, self._kinds, high=high, layout="contiguous")
 
     def decays(self) -> Tensor:
         shape = (self.size, self.n_heads, self.n_tokens)
@@ -98,20 +98,22 @@ class _Heads:
 
     def states(self) -> Tensor:
         shape = (self.size**2 * self.n_heads, self.n_sequences)
-        return self._s.leaf(F32, shape, (Kind.NORMAL, Kind.CONSTANT), layout="contiguous")
+        return self._s.leaf(F32, shape, (*self._kinds, Kind.CONSTANT), layout="contiguous")
 
 
 _SIZES = (64, 32, 16, 128, 8, 1, 3, 20, 33)
 
 
-@family(Op.RWKV_WKV6, examples=250)
+@family(Op.RWKV_WKV6, examples=300)
 def _rwkv_wkv6(s: Sketch, _: str) -> None:
-    of = _Heads(s, _SIZES)
+    # Upstream multiplies what a token adds by its factors one after the other, each element of it:
+    # with an infinity that is another number than the formula's.
+    of = _Heads(s, _SIZES, finite=True)
     k, v, r = (of.rows() for _ in "kvr")
     s.output(s.g.rwkv_wkv6(k, v, r, of.shared(), of.decays(), of.states()))
 
 
-@family(Op.RWKV_WKV7, examples=250)
+@family(Op.RWKV_WKV7, examples=400)
 def _rwkv_wkv7(s: Sketch, _: str) -> None:
     # Upstream works on 64 elements at once (on some processors 32), whatever a head has.
     of = _Heads(s, (64, 128))
@@ -120,7 +122,7 @@ def _rwkv_wkv7(s: Sketch, _: str) -> None:
     s.output(s.g.rwkv_wkv7(r, w, k, v, a, b, of.states()))
 
 
-@family(Op.GATED_LINEAR_ATTN, examples=250)
+@family(Op.GATED_LINEAR_ATTN, examples=300)
 def _gated_linear_attn(s: Sketch, _: str) -> None:
     of = _Heads(s, _SIZES)
     k, v, q = (of.rows() for _ in "kvq")
@@ -131,18 +133,19 @@ def _gated_linear_attn(s: Sketch, _: str) -> None:
 # -- GATED_DELTA_NET -------------------------------------------------------------------------------
 
 
-@family(Op.GATED_DELTA_NET, variants=["head", "elements"], examples=150)
+@family(Op.GATED_DELTA_NET, variants=["head", "elements"], examples=175)
 def _gated_delta_net(s: Sketch, gate: str) -> None:
     size = s.pick((64, 128, 32, 16, 1, 3, 20, 33))
     key_heads = s.integer(1, 3)
     n_heads = key_heads * s.integer(1, 3) if s.flag() else s.integer(1, 7)
     key_sequences = s.integer(1, 2)
     n_sequences = key_sequences * s.integer(1, 2)
-    n_tokens = _count(s, (1, 2, 3, 5, 9))
+    n_tokens = _count(s, (1, 2, 3, 4, 5, 6, 7, 9))
     v_shape = (size, n_heads, n_tokens, n_sequences)
     q_shape = (size, key_heads, n_tokens, key_sequences)
-    q, k = (s.leaf(F32, q_shape, high=1 / math.sqrt(size), layout="rows") for _ in "qk")
-    v = s.leaf(F32, v_shape, layout="rows")
+    high = 1 / math.sqrt(size)
+    q, k = (s.leaf(F32, q_shape, _SELDOM_SPECIAL, high=high, layout="rows") for _ in "qk")
+    v = s.leaf(F32, v_shape, _SELDOM_SPECIAL, layout="rows")
     outer = v_shape[1:]
     gates = (size if gate == "elements" else 1, *outer)
     g = s.leaf(F32, gates, Kind.UNIFORM, s.pick((-1.0, -20.0)), 0.0, layout="contiguous")
@@ -150,7 +153,7 @@ def _gated_delta_net(s: Sketch, gate: str) -> None:
     state = s.leaf(
         F32,
         (size, size, n_heads, n_sequences),
-        (Kind.NORMAL, Kind.CONSTANT),
+        (*_SELDOM_SPECIAL, Kind.CONSTANT),
         layout="contiguous",
     )
     # Of more snapshots than tokens those of before are left as they are.

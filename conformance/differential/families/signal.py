@@ -46,12 +46,12 @@ def _window(s: Sketch, most: int) -> _Window:
     return _Window(max(covered, 1) + s.integer(0, most), width, stride, padding)
 
 
-def _pooled(s: Sketch, kind: str, type: GgmlType, ne: tuple[int, ...]) -> Tensor:
-    # Of windows with not-a-number upstream's maximum depends on where in them it is: the
-    # comparison forgets it again at the next element.
-    numbers = (Kind.NORMAL, Kind.INTEGERS, Kind.CONSTANT, Kind.INFINITE)
-    kinds = numbers if kind == "max" else (*numbers, Kind.SPECIAL)
-    return s.leaf(type, ne, kinds, -2.0, 3.0, layout="even")
+# Not-a-numbers count only until the next element of a window.
+_POOLED = (Kind.NORMAL, Kind.INTEGERS, Kind.CONSTANT, Kind.INFINITE, Kind.SPECIAL)
+
+
+def _pooled(s: Sketch, type: GgmlType, ne: tuple[int, ...]) -> Tensor:
+    return s.leaf(type, ne, _POOLED, -2.0, 3.0, layout="even")
 
 
 _VARIANTS = [(kind, type) for kind in _POOLS for type in (F32, F16)]
@@ -61,7 +61,7 @@ _VARIANTS = [(kind, type) for kind in _POOLS for type in (F32, F16)]
 def _pool_1d(s: Sketch, variant: tuple[str, GgmlType]) -> None:
     kind, type = variant
     w = _window(s, 200)
-    x = _pooled(s, kind, type, (w.samples, *s.shape(200, rank=3)[:3]))
+    x = _pooled(s, type, (w.samples, *s.shape(200, rank=3)[:3]))
     s.output(s.g.pool_1d(x, _POOLS[kind], w.width, w.stride, int(w.padding)))
 
 
@@ -69,7 +69,7 @@ def _pool_1d(s: Sketch, variant: tuple[str, GgmlType]) -> None:
 def _pool_2d(s: Sketch, variant: tuple[str, GgmlType]) -> None:
     kind, type = variant
     w, h = _window(s, 20), _window(s, 20)
-    x = _pooled(s, kind, type, (w.samples, h.samples, *s.shape(20, rank=2)[:2]))
+    x = _pooled(s, type, (w.samples, h.samples, *s.shape(20, rank=2)[:2]))
     size, stride = (w.width, h.width), (w.stride, h.stride)
     s.output(s.g.pool_2d(x, _POOLS[kind], size, stride, (w.padding, h.padding)))
 
@@ -84,8 +84,7 @@ def _pool_2d_back(s: Sketch, variant: tuple[str, GgmlType]) -> None:
         # Where windows overlap upstream adds up F16 step by step, and of means their bits.
         stride = (max(w.width, w.stride), max(h.width, h.stride))
     ne = (w.samples, h.samples, *s.shape(20, rank=2, empty=False)[:2])
-    kinds = (Kind.NORMAL, Kind.INTEGERS, Kind.CONSTANT, Kind.INFINITE)
-    x = s.leaf(type, ne, kinds, -2.0, 3.0, layout="contiguous")
+    x = s.leaf(type, ne, _POOLED, -2.0, 3.0, layout="contiguous")
     shape = s.g.pool_2d(x, _POOLS[kind], size, stride, padding).ne
     gradients = s.leaf(F32, shape, layout="contiguous")
     t = s.g.pool_2d_back(gradients, x, _POOLS[kind], size, stride, padding)
