@@ -25,6 +25,7 @@ from client.errors import ConnectionLost
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.ggml_types import GgmlType
+from rpc_server.options import parse_options
 from rpc_server.split import link as links
 from rpc_server.split.link import Link, WorkerLost
 from tests.client.scripted import Peer, scripted
@@ -477,3 +478,11 @@ def test_a_listener_behind_a_full_backlog_is_no_worker(monkeypatch: pytest.Monke
         port = listener.getsockname()[1]
         with pytest.raises(WorkerLost, match="does not answer"):
             asyncio.run(Link.open(HOST, port, 30.0))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_timeout_is_a_time(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_options(["--split", "local,some:1", "--split-timeout", seconds])
+    assert caught.value.code == 2
+    assert f"'{seconds}' is not a number of seconds" in capsys.readouterr().err
