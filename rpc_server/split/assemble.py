@@ -148,8 +148,11 @@ class Assembler:
                     known = self._converted[id(made)] = self._convert(source, t.type)
                     yield known
                 source = known
-            suffix = frames.suffix if i == len(inputs) - 1 else b""
-            yield _send(p.link, source, made.shard, number, frames.prefixes[i], suffix)
+            last = i == len(inputs) - 1
+            send = _send(p.link, source, made.shard, number)
+            send.prefix, send.suffix = frames.prefixes[i], frames.suffix if last else b""
+            send.completes = last
+            yield send
 
     def _convert(self, x: Tensor, wire: GgmlType) -> Tensor:
         """A node that copies ``x`` as ``wire`` into memory of the plan."""
@@ -306,9 +309,7 @@ def _slice_address(t: Tensor, shard: Shard, part: int) -> int:
     return t.address + _dim_bytes(t, shard.bounds[part].first, shard.dim)
 
 
-def _send(
-    link: Link, t: Tensor, shard: Shard | None, part: int, prefix: bytes, suffix: bytes
-) -> Send:
+def _send(link: Link, t: Tensor, shard: Shard | None, part: int) -> Send:
     ne, address, row_bytes = list(t.ne), t.address, t.row_size
     if shard is not None:
         width = len(shard.bounds[part])
@@ -317,7 +318,7 @@ def _send(
             row_bytes = _dim_bytes(t, width, 0)
         ne[shard.dim] = width
     shape = (ne[1], ne[2], ne[3])
-    return Send(link.peer, [t], address, row_bytes, shape, t.nb[1:], prefix, suffix)
+    return Send(link.peer, [t], address, row_bytes, shape, t.nb[1:])
 
 
 def _receive(link: Link, node: Tensor, shard: Shard, part: int, head: int) -> Receive:

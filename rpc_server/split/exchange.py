@@ -23,9 +23,9 @@ STAGING_BYTES = 64 << 10
 class Peer:
     """The other side: its name for messages, its stream, and memory to gather small sends in."""
 
-    def __init__(self, name: str, timeout: float, spins: int) -> None:
+    def __init__(self, name: str, timeout: float) -> None:
         self.name = name
-        self.stream = Stream(timeout, spins)
+        self.stream = Stream(timeout)
         self._staging = np.empty(STAGING_BYTES, np.uint8)
         self.staging_address = int(self._staging.ctypes.data)
 
@@ -46,6 +46,8 @@ class Send:
     nb: tuple[int, int, int] = (0, 0, 0)
     prefix: bytes = b""
     suffix: bytes = b""
+    # Whether the peer has all it needs for a step after it: one exchange.
+    completes: bool = False
     _frames: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -77,7 +79,7 @@ class Send:
         words += [int(frames[0].ctypes.data), len(self.prefix)]
         words += [self.address, self.row_bytes, *self.ne, *self.nb]
         words += [int(frames[1].ctypes.data), len(self.suffix)]
-        words += [self.peer.staging_address, STAGING_BYTES]
+        words += [self.peer.staging_address, STAGING_BYTES, int(self.completes)]
         first = self.tensors[0]
         planner.emit(stream_send, first, slots=(None, *self.tensors), extra=words, work=0)
 

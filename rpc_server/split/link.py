@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 10.0
 # Longest that a worker may take to plan a graph: the first one compiles kernels.
 PREPARE_TIMEOUT = 300.0
-# Tries before a receive goes to sleep: about 100 us, more than a worker takes for a small product.
-_SPINS = 100
 
 
 class WorkerLost(DeviceError):  # noqa: N818 - says what happened
@@ -69,7 +67,7 @@ class Link:
     def __init__(self, name: str, backend: Backend, timeout: float) -> None:
         self.name = name
         self.backend = backend
-        self.peer = Peer(f"worker {name}", timeout, _SPINS)
+        self.peer = Peer(f"worker {name}", timeout)
         self.free = self.total = 0
         self.round_trip = 0.0
         self.rows = 0

@@ -167,7 +167,8 @@ class PartBuilder:
         if node.op is Op.PERMUTE:
             return self._g.permute(source, *node.op_params[:4])
         same_place = node.address == whole.address and node.nelements == whole.nelements
-        if node.op is Op.RESHAPE or (same_place and node.contiguous and whole.contiguous):
+        dense = node.contiguous and whole.contiguous and source.contiguous
+        if dense and (node.op is Op.RESHAPE or same_place):
             return self._g.reshape(source, *ne)
         # Rows of a cut matrix: what was a whole row there is the part's shorter row here.
         row, part_row = whole.nb[1], source.nb[1]

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 # A client may compute for long between two exchanges; one that is gone is noticed by keepalive.
 PATIENCE_SECONDS = 600.0
-# About 100 us of trying before a receive sleeps: what a client needs between two exchanges.
-_SPINS = 100
 
 
 class Programs:
@@ -32,7 +30,7 @@ class Programs:
         # Brings numba, which takes long to import: not before somebody needs it.
         from rpc_server.split.exchange import Peer
 
-        return Peer(self._name, PATIENCE_SECONDS, _SPINS)
+        return Peer(self._name, PATIENCE_SECONDS)
 
     @staticmethod
     def check(number: int) -> None:

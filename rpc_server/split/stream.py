@@ -20,8 +20,8 @@ FD = 0
 EARLY_ADDRESS = 1
 EARLY_LEFT = 2
 TIMEOUT_MS = 3
-# How often to try again before going to sleep.
-SPINS = 4
+# How long to try again before going to sleep, nanoseconds.
+SPIN_NS = 4
 BYTES_SENT = 5
 BYTES_RECEIVED = 6
 EXCHANGES = 7
@@ -40,15 +40,20 @@ STATUS_TEXT = {
 }
 
 
+# Longer than most waits within a token: being woken up takes as long as a small product. Whoever
+# shares the core with a waiting thread is let through at each try.
+_SPIN_NS = 1_000_000
+
+
 class Stream:
     """The words of one link's stream, and what Python reads and sets of them."""
 
-    def __init__(self, timeout: float, spins: int) -> None:
+    def __init__(self, timeout: float) -> None:
         """``timeout`` in seconds is the longest that one side waits for the other."""
         self._words = np.zeros(STREAM_WORDS, np.int64)
         self._early: Any = None
         self._words[TIMEOUT_MS] = int(timeout * 1000)
-        self._words[SPINS] = spins
+        self._words[SPIN_NS] = _SPIN_NS
         self.address = int(self._words.ctypes.data)
 
     def open(self, fd: int, early: bytes = b"") -> None:

@@ -191,3 +191,79 @@ async def test_a_cache_lives_on_the_parts(
     assert all(e.any() for e in expected)
     for one, other in zip(got, expected, strict=True):
         assert np.array_equal(one, other)
+
+
+HEADS, KV_HEADS, HEAD = 16, 8, 32
+
+
+async def attention(
+    b: Backend, shares: Sequence[float], cells: int, seen: int, rounds: Sequence[int]
+) -> list[Array]:
+    """Tokens that attend to a cache of ``cells`` places of which ``seen`` are looked at."""
+    g = b.graph
+    kv = KV_HEADS * HEAD
+    shapes = {
+        "attn_q": (WIDTH, HEADS * HEAD),
+        "attn_k": (WIDTH, kv),
+        "attn_v": (WIDTH, kv),
+        "attn_output": (HEADS * HEAD, WIDTH),
+    }
+    w = {
+        name: await weight(
+            b, F32, shape, content(F32, shape, i), shares=shares, name=f"blk.0.{name}.weight"
+        )
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    caches = [await weight(b, F16, (kv, cells), shares=shares, name=f"cache_{x}_l0") for x in "kv"]
+    for cache in caches:
+        await b.connection.buffer_clear(cache.buffer)
+    results, done = [], 0
+    for tokens in rounds:
+        x = await b.tensor(F32, (WIDTH, tokens), values(tokens, WIDTH, seed=done) * np.float32(0.1))
+        at = await b.tensor(GgmlType.I64, (tokens,), np.arange(tokens) + done)
+        positions = await b.tensor(GgmlType.I32, (tokens,), np.arange(tokens) + done)
+        allowed = np.arange(seen)[None, :] <= (np.arange(tokens) + done)[:, None]
+        mask = await b.tensor(F16, (seen, tokens), np.where(allowed, 0.0, -np.inf))
+        h = g.rms_norm(x, 1e-6)
+        q = g.rope(g.reshape(g.mul_mat(w["attn_q"], h), HEAD, HEADS, tokens), positions, HEAD)
+        k = g.rope(g.reshape(g.mul_mat(w["attn_k"], h), HEAD, KV_HEADS, tokens), positions, HEAD)
+        v = g.mul_mat(w["attn_v"], h)
+        stored = [
+            g.set_rows(caches[0], g.reshape(k, kv, tokens), at),
+            g.set_rows(caches[1], v, at),
+        ]
+        row = caches[0].nb[1]
+        views = [
+            g.permute(g.view_4d(c, HEAD, KV_HEADS, seen, 1, HEAD * 2, row, row * seen), 0, 2, 1, 3)
+            for c in caches
+        ]
+        y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), *views, mask, HEAD**-0.5)
+        y = g.mul_mat(w["attn_output"], g.reshape(y, HEADS * HEAD, tokens))
+        results.append((await b.compute(*stored, g.add(y, x)))[-1])
+        done += tokens
+    return results
+
+
+@pytest.mark.parametrize(("cells", "seen"), [(64, 32), (32, 32)], ids=["part", "whole"])
+async def test_an_attention_block(
+    cells: int, seen: int, shares: Sequence[float], whole: Worker, tensor_mode: Coordinator
+) -> None:
+    """Heads with their cache on the parts, over a prompt and tokens that follow it."""
+    rounds = (5, 1, 1, 3)
+    async with backend(whole) as b:
+        expected = await attention(b, (), cells, seen, rounds)
+    async with backend(tensor_mode) as b:
+        got = await attention(b, shares, cells, seen, rounds)
+    for one, other in zip(got, expected, strict=True):
+        assert nmse(one, other) < 1e-6
+
+
+async def test_an_attention_block_is_one_exchange(tensor_mode: Coordinator) -> None:
+    async with backend(tensor_mode) as b:
+        before = await status(b)
+        await attention(b, (1, 1, 0), 64, 32, (5, 1))
+        after = await status(b)
+    for old, new in zip(before.parts[:2], after.parts[:2], strict=True):
+        # Each sends back its sum of all rows, once a graph, and nothing else.
+        assert new.bytes_received - old.bytes_received == (5 + 1) * WIDTH * 4
+        assert new.exchanges - old.exchanges == 2

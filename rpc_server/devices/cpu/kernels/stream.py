@@ -1,7 +1,8 @@
 """Kernels that send to and receive from a socket, so that an exchange is part of a compiled plan.
 
 A kernel tries again for a while, since the other side answers within microseconds, and then sleeps
-in poll(). What a stream is and which words it has is told in ``rpc_server.split.stream``.
+in poll(); between two tries it lets others have the core. What a stream is and which words it has
+is told in ``rpc_server.split.stream``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rpc_server.split.stream import (
     EXCHANGES,
     POLL,
     SILENT,
-    SPINS,
+    SPIN_NS,
     TIME,
     TIMEOUT_MS,
     WAIT_NS,
@@ -52,6 +53,8 @@ _send = types.ExternalFunction(
     "send", types.int64(types.int32, types.int64, types.int64, types.int32)
 )
 _poll = types.ExternalFunction("poll", types.int32(types.int64, types.int64, types.int32))
+# A thread that tries again may be on the core of the one it waits for.
+_let_others_run = types.ExternalFunction("sched_yield", types.int32())
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
@@ -109,19 +112,21 @@ def _receive_all(stream, address, size):  # type: ignore[no-untyped-def]
         _count(stream, EARLY_ADDRESS, got)
         _count(stream, EARLY_LEFT, -got)
     fd = np.int32(load_i64(stream))
-    tries = 0
+    since = 0
     alarms = 0
     while got < size:
         n = _recv(fd, address + got, size - got, np.int32(_DONTWAIT))
         if n > 0:
             got += n
-            tries = 0
+            since = 0
             alarms = 0
             continue
         if n == 0:
             return CLOSED
-        tries += 1
-        if tries <= load_i64(stream + SPINS * 8):
+        if since == 0:
+            since = _now(stream)
+        if _now(stream) - since <= load_i64(stream + SPIN_NS * 8):
+            _let_others_run()
             continue
         alarms += 1
         if alarms > _MOST_FALSE_ALARMS:
@@ -138,7 +143,8 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
     """Send a prefix, rows of a tensor, and a suffix, small ones in one call.
 
     Extra words: stream | prefix address, bytes | data address, bytes of a row, rows in dimensions 1
-    to 3, strides of dimensions 1 to 3 | suffix address, bytes | staging address, bytes.
+    to 3, strides of dimensions 1 to 3 | suffix address, bytes | staging address, bytes | 1 if it
+    completes a step.
     """
     if thread != 0:
         return 0
@@ -174,6 +180,7 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
         else:
             memory_copy(staging + used, address, n)
             used += n
+    _count(stream, EXCHANGES, extra(rec, 15))
     if used > 0:
         return _send_all(stream, staging, used)
     return 0
@@ -197,7 +204,6 @@ def stream_receive(rec, thread, n_threads):  # type: ignore[no-untyped-def]
     staging = extra(rec, 6)
     room = extra(rec, 7)
     started = _now(stream)
-    _count(stream, EXCHANGES, 1)
     if head > 0:
         status = _receive_all(stream, staging, head)
         if status != 0:
