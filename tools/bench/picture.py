@@ -20,7 +20,7 @@ _ROW, _BAR, _TITLE, _TOP, _BOTTOM = 22, 13, 34, 46, 12
 # Room at the ends of the axis, in powers of two.
 _MARGIN = 0.15
 
-_STYLE = """\
+STYLE = """\
 text { font: 12px system-ui, sans-serif; fill: #24292f }
 .title { font-weight: 600 }
 .faint { fill: #656d76 }
@@ -64,7 +64,8 @@ def _tick(power: float) -> str:
     return f"{power:.0f}" if power >= 1 else f"1/{1 / power:.0f}"
 
 
-def _text(x: float, y: float, words: str, *, kind: str = "", anchor: str = "start") -> str:
+def text(x: float, y: float, words: str, *, kind: str = "", anchor: str = "start") -> str:
+    """An SVG text."""
     attribute = f' class="{kind}"' if kind else ""
     return f'<text{attribute} x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'
 
@@ -81,10 +82,10 @@ def _bar(figure: Figure, axis: _Axis, y: float) -> list[str]:
     medians = f"{OURS} {number(figure.median(OURS))}, {UPSTREAM} {number(figure.median(UPSTREAM))}"
     hint = escape(f"{figure.name}: {medians} {figure.unit}")
     return [
-        _text(_LABEL - 10, y + 11, f"{figure.name}, {figure.unit}", anchor="end"),
+        text(_LABEL - 10, y + 11, f"{figure.name}, {figure.unit}", anchor="end"),
         f'<rect class="{kind}" x="{left}" y="{y}" width="{max(right - left, 1):.1f}" '
         f'height="{_BAR}" rx="2"><title>{hint}</title></rect>',
-        _text(_LABEL + _PLOT + 10, y + 11, f"{number(better)}\N{MULTIPLICATION SIGN}"),
+        text(_LABEL + _PLOT + 10, y + 11, f"{number(better)}\N{MULTIPLICATION SIGN}"),
     ]
 
 
@@ -94,7 +95,7 @@ def svg(result: Result) -> str:
     parts: list[str] = []
     y = float(_TOP)
     for table in result.tables:
-        parts.append(_text(10, y + 22, table.title, kind="title"))
+        parts.append(text(10, y + 22, table.title, kind="title"))
         y += _TITLE
         top = y - 4
         bars = []
@@ -105,8 +106,8 @@ def svg(result: Result) -> str:
             parts.append(_line("one" if tick == 1 else "grid", axis.x(tick), top, y))
         parts += bars
     header = [
-        _text(10, 20, "Times better than upstream's server", kind="title"),
-        *(_text(axis.x(t), 40, _tick(t), kind="faint", anchor="middle") for t in axis.ticks()),
+        text(10, 20, "Times better than upstream's server", kind="title"),
+        *(text(axis.x(t), 40, _tick(t), kind="faint", anchor="middle") for t in axis.ticks()),
     ]
     height = math.ceil(y) + _BOTTOM
     return "\n".join(
@@ -114,7 +115,7 @@ def svg(result: Result) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
             f'width="{_WIDTH}" height="{height}" role="img">',
             "<title>This server beside upstream's: to the right of 1 it is the better one</title>",
-            f"<style>{_STYLE}</style>",
+            f"<style>{STYLE}</style>",
             f'<rect class="page" width="{_WIDTH}" height="{height}"/>',
             *header,
             *parts,

@@ -30,6 +30,7 @@ from client.connection import connect
 from protocol.commands import Command
 from tools import upstream
 from tools.bench import llama
+from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.servers import answers
 from tools.ports import free_port
@@ -94,6 +95,8 @@ class Link:
 
     @property
     def name(self) -> str:
+        if not self.delay:
+            return "the relay alone"
         return f"{self.delay * 1e3:g} ms, {self.rate * 8 / 1e9:g} Gbit/s"
 
 
@@ -214,9 +217,11 @@ def predicted(base: float, exchanges: float, wire: float, extra: float, rate: fl
     return base + exchanges * extra + wire / rate
 
 
-def measure_links(options: argparse.Namespace) -> list[Row]:
-    """Two machines, one of them the coordinator, over each network."""
+def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
+    """Two machines, one of them the coordinator, over each network; and one alone, seconds."""
     rows = []
+    with running(SETUPS[0]) as (ports, _, _):
+        alone = 1 / _tokens(ports, _decode_only(options), SETUPS[0])["tg"]
     for setup in (s for s in SETUPS if s.split and s.split[0] == "local"):
         base = near = 0.0
         for link in (Link(0.0, 100e9), *options.link):
@@ -238,7 +243,7 @@ def measure_links(options: argparse.Namespace) -> list[Row]:
             rows.append(
                 Row(link.name, setup.mode, round_trip, exchanges, sent / tokens, seconds, expected)
             )
-    return rows
+    return rows, alone
 
 
 def _decode_only(options: argparse.Namespace) -> argparse.Namespace:
@@ -290,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
     add("--rounds", type=int, default=3, help="starts of each setup (%(default)s)")
     add("--link", type=Link.of, action="append", default=[], metavar="DELAY:RATE")
+    add("--picture", type=Path, metavar="FILE", help="draw what --link measured (SVG)")
     add("--json", type=Path, metavar="FILE", help="write all values to this file")
     options = parser.parse_args(arguments)
     if upstream.find_program("llama-bench") is None:
@@ -298,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         llama.read_once(options.model)
         measured = measure(options) if options.rounds else {}
-        rows = measure_links(options) if options.link else []
+        rows, alone = measure_links(options) if options.link else ([], 0.0)
     except ProgramError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -306,6 +312,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(measured))
     if rows:
         print(link_table(rows))
+        print(f"one machine alone: {alone * 1e3:.1f} ms a token")
+    if rows and options.picture:
+        bars = [Bar(r.mode, r.link, r.measured, r.predicted) for r in rows]
+        title = f"Two machines over a network: {options.model.stem}"
+        options.picture.write_text(svg(title, bars, alone))
     if options.json:
         result = {
             "machine": describe_machine(),

@@ -43,6 +43,8 @@ class Program:
         self._steps = np.full(self.count, int(Step.BARRIER_AFTER), np.int64)
         if steps is not None:
             self._steps[:] = steps
+        # Whether any record is for more than the first thread.
+        self.parallel = not all(int(step) == Step.SERIAL for step in self._steps)
         self.steps_address = int(self._steps.ctypes.data)
         self.kernels_address = int(self._kernels.ctypes.data)
         self.records_address = int(self._records.ctypes.data)
@@ -85,10 +87,11 @@ class Executor:
             program.steps_address,
             program.count,
         )
-        for go in self._go:
+        others = self._go if program.parallel else []
+        for go in others:
             go.release()
         self._run_records(*self._job, 0, self.n_threads, self._sync_address)
-        for _ in self._workers:
+        for _ in others:
             self._done.acquire()
         status = int(self._state[STATUS])
         return status, int(self._state[FAILED_AT]) if status else -1

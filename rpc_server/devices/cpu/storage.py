@@ -8,13 +8,10 @@ import sys
 import numpy as np
 
 from rpc_server.devices.base import Storage
+from rpc_server.devices.cpu.pages import WORTH_IT, Populating
 
 # Python 3.11 has no name for this flag; without it Linux refuses to reserve more than it has.
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-
-# Weights are read front to back at memory speed: large pages spare the TLB. Not for whole buffers:
-# a KV cache of which little is used would take large pages too.
-_HUGE_FROM = 4 << 20
 
 
 class HostStorage:
@@ -31,6 +28,7 @@ class HostStorage:
             self._map = mmap.mmap(-1, max(size, 1), flags=flags)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"no mapping of {size} bytes: {error}") from None
+        self._populating = Populating()
         self._bytes = np.frombuffer(self._map, np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
@@ -38,9 +36,8 @@ class HostStorage:
         return memoryview(self._map)[offset : offset + size]
 
     def place(self, offset: int, size: int) -> memoryview:
-        if size >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-            start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_HUGEPAGE, start, offset + size - start)
+        if size >= WORTH_IT:
+            self._populating.start(self.address + offset, size)
         return self.view(offset, size)
 
     def fill(self, offset: int, size: int, value: int) -> None:
@@ -54,6 +51,7 @@ class HostStorage:
         self.view(dst_offset, size)[:] = other.view(src_offset, size)
 
     def close(self) -> None:
+        self._populating.stop()
         del self._bytes
         self.address = 0
         # Unmapping fails while somebody still holds a view; then the last of them ends the mapping.
