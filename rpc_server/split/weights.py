@@ -85,8 +85,8 @@ class SplitWeight:
     """One split tensor: ``cuts`` of each part along ``axis`` (1: rows, 0: columns).
 
     ``start`` is its offset in the buffer, ``address`` the host's, ``parts`` where the slices are
-    (None: empty, or this server's). ``gathered`` once all of it is here too; ``dropped`` when the
-    client wrote something else there. ``is_cache`` tells a tensor that graphs write.
+    (None: empty, or this server's). ``gathered`` once all of it is here too. ``is_cache`` tells a
+    tensor that graphs write.
     """
 
     tensor: Tensor
@@ -98,7 +98,6 @@ class SplitWeight:
     address: int
     is_cache: bool = False
     gathered: bool = False
-    dropped: bool = False
 
     @property
     def local_bytes(self) -> int:
@@ -106,16 +105,6 @@ class SplitWeight:
         if self.local is None:
             return 0
         return self.tensor.nbytes * len(self.cuts[self.local]) // self.tensor.ne[self.axis]
-
-    @property
-    def rows(self) -> list[Rows]:
-        """The rows of each part, of a tensor that is cut by rows."""
-        return self.cuts
-
-    @property
-    def local_rows(self) -> Rows:
-        """The rows that this server multiplies itself."""
-        return self.cuts[self.local] if self.local is not None else Rows(0, 0)
 
     @property
     def local_row_count(self) -> int:
@@ -237,10 +226,6 @@ class SplitStorage(HostStorage):
         if len(self._chunk) < size:
             self._chunk = bytearray(size)
         return memoryview(self._chunk)[:size]
-
-    def find(self, address: int) -> SplitWeight | None:
-        """The weight that begins at this address."""
-        return self._weights.get(address - self.address)
 
     def overlapping(self, start: int, size: int) -> list[SplitWeight]:
         """Weights of which some bytes lie in this range."""
@@ -443,7 +428,6 @@ class SplitStorage(HostStorage):
     def forget(self, weight: SplitWeight) -> None:
         """The client wrote something else there: the rows on the workers are no longer needed."""
         del self._weights[weight.start]
-        weight.dropped = True
         self.changes += 1
         self._background(self._release(weight.parts))
 
