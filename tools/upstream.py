@@ -44,8 +44,11 @@ DIALECT_BUILDS: dict[str, int] = {
     "4.0.0": 9093,
 }
 
-# The program that an old release is needed for.
+# The program that an old release is needed for, and the one besides for releases whose servers can
+# be workers of a split.
 DIALECT_CLIENT = "llama-completion"
+DIALECT_WORKER = "ggml-rpc-server"
+WORKERS_FROM = (5, 0, 0)
 
 CMAKE_OPTIONS = (
     "-DGGML_RPC=ON",
@@ -67,6 +70,12 @@ QUICK_OPTIONS = (
     "-DGGML_CPU_REPACK=OFF",
     "-DLLAMA_BUILD_SERVER=OFF",
 )
+
+
+def dialect_programs(version: str) -> list[str]:
+    """The programs that are built of the release for a protocol version."""
+    numbers = tuple(map(int, version.split(".")))
+    return [DIALECT_CLIENT, *([DIALECT_WORKER] if numbers >= WORKERS_FROM else [])]
 
 
 class UpstreamError(RuntimeError):
@@ -272,11 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--locate", action="store_true", help="build nothing: fail where something is missing"
     )
     options = parser.parse_args(arguments)
-    builds, only = [options.build], options.only
+    wanted = {options.build: options.only}
     if options.dialects:
-        builds, only = list(DIALECT_BUILDS.values()), [DIALECT_CLIENT]
+        wanted = {build: dialect_programs(name) for name, build in DIALECT_BUILDS.items()}
     try:
-        for build in builds:
+        for build, only in wanted.items():
             if options.locate:
                 if not _complete(build, only):
                     raise UpstreamError(f"build {build} is not in {cache_root()}")

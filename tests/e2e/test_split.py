@@ -18,10 +18,13 @@ from tests.e2e.conftest import needs_own_server
 from tests.e2e.logits import Request, compute, nmse
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tests.upstream_server import running_upstream
+from tools.upstream import DEFAULT_BUILD, DIALECT_BUILDS
 
 pytestmark = needs_own_server
 
 COUNT = 16
+# Upstream's servers by what the tests call them: the newest, and those of older protocols.
+UPSTREAM = {"upstream": DEFAULT_BUILD, **DIALECT_BUILDS}
 TEXT = (llama.DATA / "harbour.txt").read_text()
 # Of a text, so many tokens at once and so many one by one.
 TOKENS, SINGLE = 40, 4
@@ -31,7 +34,10 @@ StartSplit = Callable[..., llama.RpcServer]
 
 @pytest.fixture
 def split(log_folder: Path) -> Iterator[StartSplit]:
-    """Starts workers and a coordinator: ``split(["ours", "upstream", "local"], *options)``."""
+    """Starts workers and a coordinator: ``split(["ours", "upstream", "local"], *options)``.
+
+    A protocol version among them is upstream's server that speaks it.
+    """
     with contextlib.ExitStack() as stack:
 
         def start(kinds: Sequence[str], *options: str) -> llama.RpcServer:
@@ -41,9 +47,10 @@ def split(log_folder: Path) -> Iterator[StartSplit]:
                     worker = llama.RpcServer(log_folder, "--threads", "1")
                     stack.callback(worker.stop)
                     parts.append(worker.address)
-                elif kind == "upstream":
+                elif kind in UPSTREAM:
                     log = log_folder / f"split-worker-{id(stack)}-{i}.log"
-                    endpoint = stack.enter_context(running_upstream(log, "-t", "1"))
+                    server = running_upstream(log, "-t", "1", build=UPSTREAM[kind])
+                    endpoint = stack.enter_context(server)
                     parts.append(f"{endpoint.host}:{endpoint.port}")
                 else:
                     parts.append(kind)
@@ -69,6 +76,8 @@ def expected_text(server: llama.RpcServer) -> str:
         (("upstream", "ours", "upstream"), ("--tensor-split", "2,1,1")),
         (("upstream", "local", "ours"), ()),
         (("ours", "upstream"), ("--split-wire", "f16")),
+        (("6.0.0", "5.1.0", "5.0.0"), ()),
+        (("5.0.0", "ours", "6.0.0"), ("--split-mode", "tensor")),
         (("ours", "upstream", "ours"), ("--split-mode", "tensor")),
     ],
     ids=lambda words: "-".join(words).replace("--", ""),
