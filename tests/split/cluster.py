@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -117,6 +118,13 @@ async def status(b: Backend) -> Any:
     answer = await b.connection.request(Command.SPLIT_STATUS, device=0)
     answer.parts = answer.parts[: answer.n_parts]
     return answer
+
+
+async def emptied(b: Backend) -> None:
+    """Wait until the parts hold nothing: what clients had is given back behind their backs."""
+    async with asyncio.timeout(20):
+        while any(part.bytes for part in (await status(b)).parts):
+            await asyncio.sleep(0.01)
 
 
 def nmse(measured: Array, expected: Array) -> float:

@@ -24,6 +24,7 @@ from tests.split.cluster import (
     allocate,
     backend,
     content,
+    emptied,
     nmse,
     status,
     values,
@@ -39,6 +40,7 @@ SHAPE = (550, 136, 3)
 @pytest.fixture
 async def b(split: Coordinator) -> AsyncIterator[Backend]:
     async with backend(split) as made:
+        await emptied(made)
         yield made
 
 

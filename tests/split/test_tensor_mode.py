@@ -15,6 +15,7 @@ from tests.split.cluster import (
     Worker,
     backend,
     content,
+    emptied,
     nmse,
     status,
     values,
@@ -79,6 +80,7 @@ async def test_a_feed_forward_block(
 async def test_a_block_is_one_exchange(tensor_mode: Coordinator) -> None:
     tokens = 3
     async with backend(tensor_mode) as b:
+        await emptied(b)
         before = await status(b)
         await feed_forward(b, F32, (1, 1, 0), tokens)
         after = await status(b)
@@ -96,6 +98,7 @@ async def test_columns_are_memory_too(
     shape = (INNER, 192)
     now = bytearray(content(type_, shape, seed=5))
     async with backend(tensor_mode) as b:
+        await emptied(b)
         before = [part.bytes for part in (await status(b)).parts]
         w = await weight(b, type_, shape, bytes(now), shares=shares, name="blk.0.ffn_down.weight")
         after = [part.bytes for part in (await status(b)).parts]
@@ -185,6 +188,7 @@ async def test_a_cache_lives_on_the_parts(
     async with backend(whole) as b:
         expected = await job(b, ())
     async with backend(tensor_mode) as b:
+        await emptied(b)
         before = [part.bytes for part in (await status(b)).parts]
         got = await job(b, shares)
         assert [part.bytes for part in (await status(b)).parts] != before
@@ -260,6 +264,7 @@ async def test_an_attention_block(
 
 async def test_an_attention_block_is_one_exchange(tensor_mode: Coordinator) -> None:
     async with backend(tensor_mode) as b:
+        await emptied(b)
         before = await status(b)
         await attention(b, (1, 1, 0), 64, 32, (5, 1))
         after = await status(b)

@@ -17,6 +17,7 @@ from client.backend import Backend
 from client.connection import connect
 from protocol.ggml_types import GgmlType
 from tests.server.process import REPOSITORY, ServerProcess, running
+from tests.split.cluster import emptied
 from tests.upstream_server import running_upstream
 from tools.ports import free_port
 from tools.split_status import Part, Status, as_text, main
@@ -83,7 +84,9 @@ async def test_what_was_computed_is_counted(
 async def test_rows_while_a_client_has_them(
     coordinator: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with Backend.connect(HOST, coordinator.port) as b:
+    async with await connect(HOST, coordinator.port, split=True) as c:
+        b = await Backend.open(c)
+        await emptied(b)
         await b.tensor(GgmlType.F32, (64, 256), np.ones((256, 64)), name="blk.0.ffn_up.weight")
         local, remote = (await status_of(coordinator.port, capsys)).parts
         assert (local.rows, remote.rows) == (64, 192)
