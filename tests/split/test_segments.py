@@ -1,0 +1,241 @@
+"""What parts can compute by themselves: rules of single ops, and the segments of small graphs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from client.partition import Rows
+from protocol.ggml_ops import GluOp, Op, TensorFlag
+from protocol.ggml_types import GgmlType
+from rpc_server.graph.tensor import Tensor
+from rpc_server.split.segments import Found, Segment, WeightIndex, find_segments
+from rpc_server.split.shard import Shard, Slice, carry
+from rpc_server.split.weights import SplitWeight
+from tests.ops.harness import node, params, permuted, tensor, view
+
+F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
+
+
+def cut(dim: int, *edges: int) -> Shard:
+    """Along ``dim`` from 0 to the first edge, from there to the next, ..."""
+    bounds = tuple(Rows(a, b) for a, b in zip((0, *edges), edges, strict=False))
+    return Shard(dim, bounds)
+
+
+def carried(t: Tensor, *shards: Shard | None) -> tuple[Shard, tuple[Slice, ...]] | None:
+    found = carry(t, [*shards, *(None,) * (10 - len(shards))])
+    return None if found is None else (found.shard, found.needs)
+
+
+# -- rules
+
+
+def test_units_of_a_cut() -> None:
+    assert cut(0, 64, 192).scaled(1, 1, 64) == cut(1, 1, 3)
+    assert cut(1, 1, 3).scaled(0, 64, 1) == cut(0, 64, 192)
+    assert cut(0, 96, 192).scaled(1, 1, 64) is None
+
+
+def test_elements_go_with_elements() -> None:
+    a, b = tensor(F32, (64, 3)), tensor(F32, (64, 3))
+    both = node(Op.MUL, F32, (64, 3), [a, b])
+    shard = cut(0, 32, 64)
+    assert carried(both, shard, shard) == (shard, ())
+    assert carried(both, shard, cut(0, 48, 64)) is None
+    # What is whole is cut for the parts, or sent whole where it is repeated along the cut.
+    assert carried(both, shard) == (shard, (Slice(1, shard),))
+    scaled = node(Op.MUL, F32, (64, 3), [a, tensor(F32, (1, 3))])
+    assert carried(scaled, shard) == (shard, (Slice(1),))
+
+
+def test_halves_of_one_row_are_not_cut() -> None:
+    halves = node(Op.GLU, F32, (32, 3), [tensor(F32, (64, 3))], params(GluOp.SWIGLU))
+    assert carried(halves, cut(0, 32, 64)) is None
+    split = node(Op.GLU, F32, (64, 3), [tensor(F32, (64, 3)), tensor(F32, (64, 3))])
+    assert carried(split, cut(0, 32, 64), cut(0, 32, 64)) == (cut(0, 32, 64), ())
+
+
+@pytest.mark.parametrize("op", [Op.RMS_NORM, Op.NORM, Op.L2_NORM])
+def test_norms_need_whole_rows(op: Op) -> None:
+    t = node(op, F32, (32, 4, 3), [tensor(F32, (32, 4, 3))], params(1e-6))
+    assert carried(t, cut(1, 2, 4)) == (cut(1, 2, 4), ())
+    assert carried(t, cut(0, 16, 32)) is None
+
+
+def test_rotation_of_heads() -> None:
+    positions = tensor(I32, (3,))
+    t = node(Op.ROPE, F32, (32, 4, 3), [tensor(F32, (32, 4, 3)), positions])
+    assert carried(t, cut(1, 2, 4)) == (cut(1, 2, 4), (Slice(1),))
+    assert carried(t, cut(2, 1, 3)) is None
+
+
+def test_rows_seen_as_heads_and_back() -> None:
+    rows = tensor(F32, (128, 3))
+    heads = node(Op.RESHAPE, F32, (32, 4, 3), [rows])
+    assert carried(heads, cut(0, 64, 128)) == (cut(1, 2, 4), ())
+    assert carried(heads, cut(0, 48, 128)) is None
+    back = node(Op.RESHAPE, F32, (128, 3), [tensor(F32, (32, 4, 3))])
+    assert carried(back, cut(1, 1, 4)) == (cut(0, 32, 128), ())
+
+
+def test_a_permutation_takes_the_cut_along() -> None:
+    moved = permuted(tensor(F32, (32, 4, 3)), (0, 2, 1, 3))
+    moved.op, moved.op_params = Op.PERMUTE, params(0, 2, 1, 3)
+    assert carried(moved, cut(1, 2, 4)) == (cut(2, 2, 4), ())
+
+
+def test_a_cache_seen_as_heads() -> None:
+    cache = tensor(F16, (128, 16))
+    heads = view(cache, (32, 4, 8), (2, 64, 256, 256 * 8))
+    assert carried(heads, cut(0, 64, 128)) == (cut(1, 2, 4), ())
+    assert carried(heads, cut(0, 48, 128)) is None
+    # From within a row on, or more than a row at once: nobody's slice.
+    assert carried(view(cache, (32, 2, 8), (2, 64, 256, 256 * 8), 64), cut(0, 64, 128)) is None
+    later = view(cache, (128, 8), (2, 256, 256 * 8, 256 * 8), 256 * 4)
+    assert carried(later, cut(0, 64, 128)) == (cut(0, 64, 128), ())
+
+
+def attention(heads: int, kv_heads: int, *, max_bias: float = 0.0) -> Tensor:
+    q, k = tensor(F32, (32, 3, heads)), tensor(F16, (32, 16, kv_heads))
+    v, mask = tensor(F16, (32, 16, kv_heads)), tensor(F16, (16, 3))
+    words = params(0.1, max_bias, 0.0)
+    return node(Op.FLASH_ATTN_EXT, F32, (32, heads, 3), [q, k, v, mask], words)
+
+
+def test_attention_by_groups_of_heads() -> None:
+    t = attention(8, 4)
+    kv = cut(2, 1, 4)
+    assert carried(t, cut(2, 2, 8), kv, kv) == (cut(1, 2, 8), (Slice(3),))
+    # A part whose queries want other keys than it has.
+    assert carried(t, cut(2, 4, 8), kv, kv) is None
+    assert carried(t, cut(2, 2, 8), kv, cut(2, 2, 4)) is None
+    assert carried(attention(8, 4, max_bias=8.0), cut(2, 2, 8), kv, kv) is None
+
+
+# -- segments
+
+
+def split_weight(ne: tuple[int, int], axis: int, middle: int) -> SplitWeight:
+    t = tensor(F32, ne)
+    cuts = [Rows(0, middle), Rows(middle, ne[axis])]
+    return SplitWeight(t, 0, axis, cuts, [None, None], None, t.address)
+
+
+def segments(
+    nodes: list[Tensor], weights: list[SplitWeight], *, chain: bool = False, counted: bool = True
+) -> Found:
+    used: dict[int, int] = {}
+    for t in nodes:
+        for s in t.src:
+            if s is not None:
+                used[id(s)] = used.get(id(s), 0) + 1
+    for t in nodes:
+        t.use_count = used.get(id(t), 0)
+    storage: Any = SimpleNamespace(address=0, size=0, weights=weights)
+    return find_segments(nodes, WeightIndex([storage]), chain=chain, counted=counted)
+
+
+def product(w: SplitWeight, x: Tensor) -> Tensor:
+    return node(Op.MUL_MAT, F32, (w.tensor.ne[1], *x.ne[1:]), [w.tensor, x])
+
+
+def names(found: Found, nodes: list[Tensor]) -> list[list[int]]:
+    return [[nodes.index(t) for t in s.nodes] for s in found.segments]
+
+
+def outputs(s: Segment, nodes: list[Tensor]) -> list[int]:
+    return [nodes.index(t) for t in s.outputs]
+
+
+def test_products_of_one_input_share_a_segment() -> None:
+    x = tensor(F32, (64, 2))
+    q, k = split_weight((64, 64), 1, 32), split_weight((64, 64), 1, 32)
+    first = product(q, x)
+    nodes = [first, node(Op.SCALE, F32, (64, 2), [first], params(2.0)), product(k, x)]
+    found = segments(nodes, [q, k])
+    assert names(found, nodes) == [[0, 2]]
+    assert [list(s.inputs) for s in found.segments] == [[(id(x), None)]]
+    assert outputs(found.segments[0], nodes) == [0, 2]
+
+
+def test_another_input_is_another_segment() -> None:
+    x, y = tensor(F32, (64, 2)), tensor(F32, (64, 2))
+    w = split_weight((64, 64), 1, 32)
+    nodes = [product(w, x), product(w, y), product(w, x)]
+    assert names(segments(nodes, [w]), nodes) == [[0], [1], [2]]
+
+
+def test_an_input_that_is_changed_in_place_is_another_one() -> None:
+    x = tensor(F32, (64, 2))
+    w = split_weight((64, 64), 1, 32)
+    changed = node(Op.SCALE, F32, (64, 2), [x], params(2.0), inplace=x)
+    nodes = [product(w, x), changed, product(w, x)]
+    assert names(segments(nodes, [w]), nodes) == [[0], [2]]
+
+
+def feed_forward() -> tuple[list[Tensor], list[SplitWeight]]:
+    x = tensor(F32, (64, 2))
+    gate, up = split_weight((64, 128), 1, 64), split_weight((64, 128), 1, 64)
+    down = split_weight((128, 64), 0, 64)
+    g, u = product(gate, x), product(up, x)
+    h = node(Op.GLU, F32, (128, 2), [g, u], params(GluOp.SWIGLU))
+    return [g, u, h, product(down, h)], [gate, up, down]
+
+
+def test_a_feed_forward_block_is_one_segment_and_gives_sums() -> None:
+    nodes, weights = feed_forward()
+    found = segments(nodes, weights, chain=True)
+    assert names(found, nodes) == [[0, 1, 2, 3]]
+    assert outputs(found.segments[0], nodes) == [3]
+    assert found.partial == {id(nodes[3])}
+
+
+def test_rows_alone_bring_everything_back() -> None:
+    nodes, weights = feed_forward()
+    found = segments(nodes, weights, chain=False)
+    assert names(found, nodes) == [[0, 1], [3]]
+    assert outputs(found.segments[0], nodes) == [0, 1]
+
+
+def test_what_others_read_is_brought_back() -> None:
+    nodes, weights = feed_forward()
+    nodes.append(node(Op.SUM_ROWS, F32, (1, 2), [nodes[2]]))
+    found = segments(nodes, weights, chain=True)
+    assert names(found, nodes) == [[0, 1, 2, 3]]
+    assert outputs(found.segments[0], nodes) == [2, 3]
+
+
+@pytest.mark.parametrize("how", ["flag", "uncounted"])
+def test_what_something_outside_may_read_is_brought_back(how: str) -> None:
+    nodes, weights = feed_forward()
+    if how == "flag":
+        nodes[2].flags |= TensorFlag.OUTPUT
+    found = segments(nodes, weights, chain=True, counted=how == "flag")
+    expected = [2, 3] if how == "flag" else [0, 1, 2, 3]
+    assert outputs(found.segments[0], nodes) == expected
+
+
+def test_columns_of_a_whole_input_are_sent_as_slices() -> None:
+    x = tensor(F32, (128, 2))
+    down = split_weight((128, 64), 0, 96)
+    nodes = [product(down, x)]
+    found = segments(nodes, [down], chain=True)
+    assert [i.shard for i in found.segments[0].inputs.values()] == [cut(0, 96, 128)]
+    assert found.partial == {id(nodes[0])}
+
+
+def test_a_weight_that_rows_are_taken_of_is_needed_whole() -> None:
+    w = split_weight((64, 64), 1, 32)
+    taken = node(Op.GET_ROWS, F32, (64, 3), [w.tensor, tensor(I32, (3,))])
+    found = segments([taken], [w])
+    assert not found.segments
+    assert [entry[1] for entry in found.whole] == [w]
+
+
+def test_a_weight_that_a_graph_writes_comes_home() -> None:
+    w = split_weight((64, 64), 1, 32)
+    written = node(Op.SCALE, F32, (64, 64), [w.tensor], params(2.0), inplace=w.tensor)
+    assert [entry[1] for entry in segments([written], [w]).written] == [w]
