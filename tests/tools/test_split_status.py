@@ -88,6 +88,8 @@ async def test_rows_while_a_client_has_them(
         b = await Backend.open(c)
         await emptied(b)
         await b.tensor(GgmlType.F32, (64, 256), np.ones((256, 64)), name="blk.0.ffn_up.weight")
+        # Uploads have no answer; what comes after one has.
+        await c.get_alignment()
         local, remote = (await status_of(coordinator.port, capsys)).parts
         assert (local.rows, remote.rows) == (64, 192)
         assert (local.bytes, remote.bytes) == (64 * 256, 192 * 256)
