@@ -50,20 +50,11 @@ def partition(
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of bytes of a weight that lies in a part: ``at`` in the part, ``start`` in the run."""
-
-    part: int
-    at: int
-    start: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """``count`` pieces of ``size`` bytes, dense from ``at`` on in a part.
 
-    In what they are cut from the first begins at ``start`` and the next ``distance`` further on.
+    In what they are cut from, counted from its first byte, the first piece begins at ``start`` and
+    the next ``distance`` further on.
     """
 
     part: int
@@ -103,15 +94,15 @@ def column_runs(edges: Sequence[Rows], row_bytes: int, offset: int, size: int) -
     return found
 
 
-def pieces(
+def row_runs(
     parts: Sequence[Rows], row_bytes: int, n_rows: int, offset: int, size: int
-) -> list[Piece]:
-    """Where ``size`` bytes from byte ``offset`` of a dense weight on belong.
+) -> list[Run]:
+    """Where ``size`` bytes from byte ``offset`` on of a weight that is cut by rows belong.
 
-    ``n_rows`` is ne1; a weight of three dimensions has every matrix cut alike. ``start`` counts
-    from ``offset``.
+    ``n_rows`` is ne1; a weight of three dimensions has every matrix cut alike. Each run is one
+    piece.
     """
-    found: list[Piece] = []
+    found: list[Run] = []
     matrix_bytes = row_bytes * n_rows
     if not matrix_bytes:
         return found
@@ -122,5 +113,5 @@ def pieces(
             low, high = max(begin, offset), min(end, offset + size)
             if low < high:
                 at = matrix * len(rows) * row_bytes + low - begin
-                found.append(Piece(i, at, low - offset, high - low))
+                found.append(Run(i, at, low - offset, 1, high - low, high - low))
     return found

@@ -36,16 +36,14 @@ from client.backend import Buffer, Values
 from client.balance import WORK, measure_all, shares_by_time
 from client.errors import ServerLost
 from client.graph import GraphBuilder
-from client.partition import Piece, Rows, partition, pieces
+from client.partition import Rows, Run, partition, row_runs
 from client.split_server import Ready, SplitServer
 from client.tensors import Array, Tensor, from_bytes, require, to_bytes
 from protocol.commands import Command
 from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
-from protocol.split import MAX_PROGRAMS
+from protocol.split import MAX_PROGRAMS, WIRE_TYPES
 
 T = TypeVar("T")
-
-WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,9 +71,9 @@ class SplitWeight:
     def row_bytes(self) -> int:
         return row_size(self.whole.type, self.whole.ne[0])
 
-    def pieces(self, offset: int, size: int) -> list[Piece]:
+    def runs(self, offset: int, size: int) -> list[Run]:
         """Where these bytes of the whole weight lie."""
-        return pieces(self.rows, self.row_bytes, self.whole.ne[1], offset, size)
+        return row_runs(self.rows, self.row_bytes, self.whole.ne[1], offset, size)
 
 
 class SplitProduct:
@@ -339,7 +337,7 @@ class SplitBackend:
         if not isinstance(values, bytes | bytearray | memoryview):
             values = np.asarray(values)
         data = to_bytes(weight.whole, values)
-        found = weight.pieces(0, len(data))
+        found = weight.runs(0, len(data))
 
         async def one(i: int, server: SplitServer) -> None:
             part = weight.parts[i]
@@ -369,10 +367,10 @@ class SplitBackend:
         require(fits, f"{weight!r}: {wanted}")
         run = len(wanted) * weight.row_bytes
         raw = np.empty(matrices * run, np.uint8)
-        reads: dict[int, list[tuple[Piece, int]]] = {}
+        reads: dict[int, list[tuple[Run, int]]] = {}
         for matrix in range(matrices):
             start = (matrix * n_rows + wanted.start) * weight.row_bytes
-            for piece in weight.pieces(start, run):
+            for piece in weight.runs(start, run):
                 reads.setdefault(piece.part, []).append((piece, matrix * run + piece.start))
 
         async def one(i: int, server: SplitServer) -> None:

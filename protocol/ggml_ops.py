@@ -115,6 +115,10 @@ class Op(enum.StrEnum):
     GLU = "GLU"
 
 
+# Ops that only describe memory: nothing is computed or written.
+VIEWS = frozenset({Op.NONE, Op.RESHAPE, Op.VIEW, Op.PERMUTE, Op.TRANSPOSE})
+
+
 def _without(*ops: Op) -> tuple[Op, ...]:
     return tuple(op for op in Op if op not in ops)
 

@@ -39,6 +39,7 @@ from construct import Array, Bytes, Float32l, Float64l, Int8ul, Int32ul, Int64ul
 from protocol.commands import Command
 from protocol.dialects import Answer, Body, CommandSpec, Dialect
 from protocol.errors import ProtocolError
+from protocol.ggml_types import GgmlType
 from protocol.messages import (
     CONN_CAPS_SIZE,
     RPC_TENSOR_DTYPE,
@@ -50,6 +51,9 @@ from protocol.messages import (
 VERSION = 1
 MAX_PARTS = 16
 MAX_PROGRAMS = 64
+
+# In which activations may travel, by the names that users give.
+WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
 
 _MAGIC = b"ggml rpc SPLIT_BUFFER\0"
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from protocol.negotiation import Negotiator
+from protocol.split import WIRE_TYPES
 from rpc_server.cache import CacheError, TensorCache, default_cache_dir
 from rpc_server.context import ServerContext
 from rpc_server.devices.base import Device, DeviceError
@@ -72,7 +73,7 @@ def _banner(host: str, port: int, context: ServerContext, protocol: str | None) 
 async def _devices(options: Namespace) -> Sequence[Device]:
     if not options.split:
         return open_devices(options.device, Options(threads=options.threads))
-    from rpc_server.split.device import WIRE_TYPES, SplitDevice, SplitOptions
+    from rpc_server.split.device import SplitDevice, SplitOptions
 
     wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
     by_columns = options.split_mode == "tensor"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from protocol.dialects import DIALECTS, find_dialects
-from protocol.split import MAX_PARTS
+from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import __version__
 
 DEFAULT_HOST = "127.0.0.1"
@@ -151,7 +151,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--split-wire",
-        choices=("f32", "f16", "q8_0"),
+        choices=tuple(WIRE_TYPES),
         default="f32",
         help="how activations travel to the workers (default: %(default)s)",
     )

@@ -40,7 +40,7 @@ from protocol.split import (
     split_caps,
     with_split,
 )
-from rpc_server.cache import HASH_THRESHOLD
+from rpc_server.cache import HASH_THRESHOLD, TensorCache
 from rpc_server.context import ServerContext
 from rpc_server.devices.base import Device, DeviceError, NotReadyError, Relaying, Upload
 from rpc_server.graph.errors import GraphError
@@ -397,16 +397,17 @@ class Session:
         fields = request.fields
         # How long the content is only the cache knows; it may fill the buffer to its end at most.
         buffer, start = self._locate(fields.tensor, fields.offset, 0)
-        tensor = tensor_of_message(fields.tensor, self._dialect)
-        if self._context.cache is None or _elsewhere(buffer, start, tensor.nbytes, tensor):
-            self._answer(request.command, {"result": 0})
-            return
-        self._wait(self._load_cached(request, buffer, start))
-
-    async def _load_cached(self, request: Request, buffer: Buffer, start: int) -> None:
         cache = self._context.cache
-        assert cache is not None
-        tensor = tensor_of_message(request.fields.tensor, self._dialect)
+        if cache is not None:
+            tensor = tensor_of_message(fields.tensor, self._dialect)
+            if not _elsewhere(buffer, start, tensor.nbytes, tensor):
+                self._wait(self._load_cached(request, cache, buffer, start, tensor))
+                return
+        self._answer(request.command, {"result": 0})
+
+    async def _load_cached(
+        self, request: Request, cache: TensorCache, buffer: Buffer, start: int, tensor: Tensor
+    ) -> None:
         room = min(buffer.size - start, max(0, tensor.nbytes - request.fields.offset))
 
         def load() -> int:

@@ -10,7 +10,6 @@ source; an op that converts is listed by pairs.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 import conformance.differential.families  # noqa: F401  (these fill the tables)
 import rpc_server.devices.cpu.lower
 import rpc_server.ops  # noqa: F401  (these fill the tables)
-from conformance.differential.case import VIEWS, Case
+from conformance.differential.case import Case
 from conformance.differential.sketch import FAMILIES, Family
 from conformance.differential.uncovered import UNCOVERED
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
+from protocol.ggml_ops import VIEWS, Op
 from protocol.ggml_types import GgmlType
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
@@ -33,6 +32,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
+from tools.documents import keep
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "ops.md"
 
@@ -194,17 +194,7 @@ def _lines(found: dict[Op, Support]) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.op_table")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
-    options = parser.parse_args(arguments)
-    made = document()
-    if options.check:
-        if not DOCUMENT.exists() or made != DOCUMENT.read_text():
-            print(f"{DOCUMENT} is out of date: run python -m tools.op_table")
-            return 1
-        return 0
-    DOCUMENT.write_text(made)
-    return 0
+    return keep(DOCUMENT, "tools.op_table", document, arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m tools.protocol_tables --check    # fail if they are out of date
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from construct import Array, Bytes, FormatField, Struct
 from protocol import messages, split
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect
+from tools.documents import keep
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "protocol.md"
 BEGIN = "<!-- tables: written by tools.protocol_tables -->"
@@ -112,21 +112,15 @@ def _split(text: str) -> tuple[str, str]:
     return before, after
 
 
+def document() -> str:
+    """The whole text, its tables made anew."""
+    before, after = _split(DOCUMENT.read_text())
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.protocol_tables")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
-    options = parser.parse_args(arguments)
-    text = DOCUMENT.read_text()
-    before, after = _split(text)
-    made = f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
-    if options.check:
-        if made != text:
-            print(f"{DOCUMENT} is out of date: run python -m tools.protocol_tables")
-            return 1
-        return 0
-    DOCUMENT.write_text(made)
-    return 0
+    return keep(DOCUMENT, "tools.protocol_tables", document, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from client.graph import Graph, GraphBuilder
 from client.tensors import Tensor, dims
 from conformance.differential.compare import Check, How
 from conformance.differential.values import Fill, Kind
-from protocol.ggml_ops import GluOp, Op, UnaryOp
+from protocol.ggml_ops import VIEWS, GluOp, Op, UnaryOp
 from protocol.ggml_types import GgmlType
 
 
@@ -38,7 +38,10 @@ class Case:
 
     def key(self) -> str:
         """Equal for cases that differ in the seeds of their values only."""
-        rows = [(_row(t, 0), str(t.op_params)) for t in self.graph.tensors]
+        rows = [
+            (t.type, t.op, t.ne, t.nb, t.view_offs, t.view_src is not None, len(t.src), t.op_params)
+            for t in self.graph.tensors
+        ]
         kinds = [(f.kind, f.low, f.high) for f in self.fills.values()]
         return hashlib.sha1(repr((rows, kinds)).encode()).hexdigest()
 
@@ -125,13 +128,6 @@ class Case:
             for o in data["outputs"]
         ]
         return cls.of(outputs, fills)
-
-
-VIEWS = frozenset({Op.NONE, Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE})
-
-
-def _row(t: Tensor, base: int) -> tuple[Any, ...]:
-    return (t.type, t.op, t.ne, t.nb, t.view_offs, t.view_src is not None, len(t.src))
 
 
 def _op_name(t: Tensor) -> str:

@@ -88,8 +88,7 @@ class Judge:
             expected = self._wait(self._reference.run(case, image))
         except (Refused, TimeoutError) as error:
             return str(error) or "no answer in time"
-        several = len([t for t, _ in case.outputs]) and len(case.graph.nodes) > 1
-        for stepwise in (False, True) if several else (False,):
+        for stepwise in (False, True) if len(case.graph.nodes) > 1 else (False,):
             how = "node by node: " if stepwise else ""
             try:
                 actual = self._wait(self._tested.run(case, image, stepwise=stepwise))

@@ -15,11 +15,12 @@ import numpy.typing as npt
 from client.connection import Connection
 from client.errors import ConnectionLost, GraphFailed
 from client.tensors import Tensor, dims
-from conformance.differential.case import VIEWS, Case
+from conformance.differential.case import Case
 from conformance.differential.compare import Memory
 from conformance.differential.endpoint import Endpoint
 from conformance.differential.values import leaf_bytes
 from protocol.errors import ProtocolError
+from protocol.ggml_ops import VIEWS
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.graph_payload import encode_graph
 

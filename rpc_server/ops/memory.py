@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from protocol.ggml_ops import Op
+from protocol.ggml_ops import VIEWS, Op
 from protocol.ggml_types import TYPE_INFO, GgmlType, nbytes
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE, ArrayContext
@@ -34,7 +34,7 @@ def _describes_memory(t: Tensor) -> None:
     """Extents are the parser's to check; what is read through a view, its reader's."""
 
 
-for _op in (Op.NONE, Op.RESHAPE, Op.VIEW, Op.PERMUTE, Op.TRANSPOSE):
+for _op in VIEWS:
     contract(_op, sources=(0, 10), is_view=True)(_describes_memory)
 
 

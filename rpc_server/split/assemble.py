@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,14 +13,14 @@ from client.graph import GraphBuilder
 from client.steps import Frames, Step
 from client.tensors import Dims, contiguous_strides
 from client.tensors import Tensor as PartTensor
-from protocol.ggml_ops import Op
+from protocol.ggml_ops import VIEWS, Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.messages import MAX_SOURCES
 from rpc_server.graph.tensor import Tensor
 from rpc_server.split.exchange import Receive, Send, Transfer
 from rpc_server.split.link import Link, Program
 from rpc_server.split.parts import Built, LocalTensors, PartBuilder
-from rpc_server.split.segments import VIEWS, Found, Input, Segment
+from rpc_server.split.segments import Found, Input, Segment
 from rpc_server.split.shard import Shard
 from rpc_server.split.weights import SplitWeight
 
@@ -30,9 +31,10 @@ _LEAST_CONVERTED = 64
 
 @dataclass(frozen=True, slots=True)
 class Programmed:
-    """What a worker was made ready for, and the frames of each segment that it takes part in."""
+    """What part ``number`` was made ready for, and the frames of each segment it takes part in."""
 
     link: Link
+    number: int
     program: Program
     built: dict[Segment, Built]
     frames: dict[Segment, Frames]
@@ -100,7 +102,8 @@ class Assembler:
             graph = g.build([t for _, t in b.nodes])
             steps.append(Step(tuple(t for _, t in b.inputs), graph, tuple(t for _, t in b.outputs)))
         program = await link.program(steps)
-        return Programmed(link, program, built, dict(zip(built, program.frames, strict=True)))
+        frames = dict(zip(built, program.frames, strict=True))
+        return Programmed(link, number, program, built, frames)
 
     def _wire_type(self, made: Input) -> GgmlType:
         """How an input travels: what was computed may be rounded, what the client wrote not."""
@@ -139,7 +142,6 @@ class Assembler:
 
     def _sends(self, p: Programmed, segment: Segment) -> Iterator[Send | Tensor]:
         frames, inputs = p.frames[segment], p.built[segment].inputs
-        number = self._links.index(p.link)
         for i, (made, t) in enumerate(inputs):
             source = made.tensor
             if t.type is not source.type:
@@ -149,7 +151,7 @@ class Assembler:
                     yield known
                 source = known
             last = i == len(inputs) - 1
-            send = _send(p.link, source, made.shard, number)
+            send = _send(p.link, source, made.shard, p.number)
             send.prefix, send.suffix = frames.prefixes[i], frames.suffix if last else b""
             send.completes = last
             yield send
@@ -157,11 +159,7 @@ class Assembler:
     def _convert(self, x: Tensor, wire: GgmlType) -> Tensor:
         """A node that copies ``x`` as ``wire`` into memory of the plan."""
         nb = contiguous_strides(wire, x.ne)
-        node = Tensor(
-            x.id, x.name, wire, Op.CPY, x.ne, nb, address=self.memory.take(nb[3] * x.ne[3])
-        )
-        node.src = (x, *(None,) * (MAX_SOURCES - 1))
-        return node
+        return _node(x, Op.CPY, self.memory.take(nb[3] * x.ne[3]), x, type=wire, nb=nb)
 
     def _results(
         self, node: Tensor, segment: Segment, programs: Sequence[Programmed]
@@ -185,7 +183,7 @@ class Assembler:
             head = p.frames[segment].head
             if not partial:
                 shard = self._found.shards[id(node)]
-                yield _receive(p.link, node, shard, self._links.index(p.link), head)
+                yield _receive(p.link, node, shard, p.number, head)
             elif not summed:
                 yield Receive(p.link.peer, node, node.address, node.nbytes, 1, node.nbytes, head)
                 summed = True
@@ -194,17 +192,10 @@ class Assembler:
 
     def _add(self, link: Link, node: Tensor, head: int) -> Iterator[Tensor | Transfer]:
         """Add a part's sum to what is in the node's memory."""
-        nb = contiguous_strides(GgmlType.F32, node.ne)
-        address = self.memory.take(node.nbytes)
-        other = Tensor(node.id, node.name, GgmlType.F32, Op.NONE, node.ne, nb, address=address)
-        yield Receive(link.peer, other, address, node.nbytes, 1, node.nbytes, head)
-        so_far = Tensor(
-            node.id, node.name, GgmlType.F32, Op.NONE, node.ne, node.nb, address=node.address
-        )
-        total = Tensor(
-            node.id, node.name, GgmlType.F32, Op.ADD, node.ne, node.nb, address=node.address
-        )
-        total.src = (so_far, other, *(None,) * (MAX_SOURCES - 2))
+        other = _node(node, Op.NONE, self.memory.take(node.nbytes))
+        yield Receive(link.peer, other, other.address, node.nbytes, 1, node.nbytes, head)
+        so_far = _node(node, Op.NONE, node.address)
+        total = _node(node, Op.ADD, node.address, so_far, other)
         total.view_src = so_far
         yield total
 
@@ -212,17 +203,8 @@ class Assembler:
         """A copy of this server's slice to where the graph has it."""
         assert self._own is not None
         shard = self._found.shards[id(node)]
-        copy = Tensor(
-            node.id,
-            node.name,
-            node.type,
-            Op.CPY,
-            converted.ne,
-            node.nb,
-            address=_slice_address(node, shard, self._own),
-        )
-        copy.src = (converted, *(None,) * (MAX_SOURCES - 1))
-        return copy
+        address = _slice_address(node, shard, self._own)
+        return _node(node, Op.CPY, address, converted, ne=converted.ne)
 
     # -- this server's own share
 
@@ -242,9 +224,7 @@ class Assembler:
                 return None
             made = g.new_tensor(t.type, split.shape(own), t.name)
             made.nb = t.nb
-            return _put(
-                made, _slice_address(self._at(split), Shard(split.axis, tuple(split.cuts)), own)
-            )
+            return _put(made, split.address + _dim_bytes(t, split.cuts[own].first, split.axis))
 
         def leaf(made: Input, ne: Dims) -> PartTensor:
             t = made.tensor
@@ -280,14 +260,32 @@ class Assembler:
         for t, at in places:
             _put(t, base + at)
 
-    def _at(self, split: SplitWeight) -> Tensor:
-        """The split tensor with the address that it has in this process."""
-        t = split.tensor
-        return Tensor(t.id, t.name, t.type, t.op, t.ne, t.nb, address=split.address)
-
 
 # Ops whose results may have any stride between rows.
 _STRIDED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
+
+
+def _node(
+    like: Tensor,
+    op: Op,
+    address: int,
+    *sources: Tensor,
+    type: GgmlType | None = None,
+    ne: Dims | None = None,
+    nb: Dims | None = None,
+) -> Tensor:
+    """A tensor at ``address`` named as ``like``; of its type, shape and strides unless given."""
+    made = Tensor(
+        like.id,
+        like.name,
+        like.type if type is None else type,
+        op,
+        like.ne if ne is None else ne,
+        like.nb if nb is None else nb,
+        address=address,
+    )
+    made.src = (*sources, *(None,) * (MAX_SOURCES - len(sources)))
+    return made
 
 
 def _put(t: PartTensor, address: int) -> PartTensor:
@@ -323,9 +321,7 @@ def _send(link: Link, t: Tensor, shard: Shard | None, part: int) -> Send:
 
 def _receive(link: Link, node: Tensor, shard: Shard, part: int, head: int) -> Receive:
     dim = shard.dim
-    above = 1
-    for n in node.ne[dim + 1 :]:
-        above *= n
+    above = math.prod(node.ne[dim + 1 :])
     run = _dim_bytes(node, len(shard.bounds[part]), dim)
     distance = _dim_bytes(node, node.ne[dim], dim)
     return Receive(link.peer, node, _slice_address(node, shard, part), run, above, distance, head)

@@ -22,7 +22,6 @@ from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
 from rpc_server.devices.cpu.device import CpuDevice
-from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.split.assemble import Assembler, Programmed
@@ -46,7 +45,6 @@ COUNTED_FROM = (5, 1, 0)
 _RETRY_SECONDS = 1.0
 # Longest that preparing a graph on the workers may take.
 _PREPARE_SECONDS = 2 * PREPARE_TIMEOUT
-WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +243,9 @@ class SplitDevice(CpuDevice):
         proportions = proportions or self.proportions(size)
         if len(proportions) != len(self._links):
             raise MemoryError(f"{len(proportions)} proportions for {len(self._links)} parts")
-        if size > self.memory()[0]:
-            raise MemoryError(f"{size} bytes asked for, {self.memory()[0]} free in all")
+        free = self.memory()[0]
+        if size > free:
+            raise MemoryError(f"{size} bytes asked for, {free} free in all")
         storage = SplitStorage(
             size,
             list(self._links),
@@ -259,20 +258,10 @@ class SplitDevice(CpuDevice):
 
     # -- graphs
 
-    def prepare(
-        self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
-    ) -> SplitPlan:
-        """Plan under the first dialect that fits; makes the workers ready too."""
+    def _prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
         storages: dict[int, SplitStorage] = {}
-        watched = _watching(resolve, storages)
-        first: GraphError | None = None
-        for dialect in dialects:
-            try:
-                nodes = parse_graph(payload, dialect, watched).nodes
-                return self._plan(nodes, dialect, list(storages.values()))
-            except GraphError as error:
-                first = first or error
-        raise first or GraphError("no dialect to read the graph by")
+        nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
+        return self._plan(nodes, dialect, list(storages.values()))
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer

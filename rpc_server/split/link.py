@@ -260,18 +260,17 @@ class Link:
 
         Raises WorkerLost.
         """
-        try:
-            async with self._asking(self._timeout):
-                # Programs made before keep the region they have.
-                await self._region.place(tensors)
-        except (AllocationFailed, ConnectionLost) as error:
-            raise WorkerLost(f"worker {self.name}: {error}") from None
+        await self._place_in(self._region, tensors)
 
     async def place_kept(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors memory that is theirs for a whole run; see :meth:`place_step`."""
+        await self._place_in(self._kept, tensors)
+
+    async def _place_in(self, region: Region, tensors: Sequence[Tensor]) -> None:
         try:
             async with self._asking(self._timeout):
-                await self._kept.place(tensors)
+                # Programs made before keep the memory they have.
+                await region.place(tensors)
         except (AllocationFailed, ConnectionLost) as error:
             raise WorkerLost(f"worker {self.name}: {error}") from None
 

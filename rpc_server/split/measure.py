@@ -12,7 +12,6 @@ from client.graph import GraphBuilder
 from protocol.dialects import DIALECTS
 from protocol.errors import ProtocolError
 from rpc_server.devices.cpu.device import CpuDevice
-from rpc_server.devices.cpu.plan import CpuPlan
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.split.link import PREPARE_TIMEOUT, Link, WorkerLost
 
@@ -60,12 +59,9 @@ async def _measure_local(device: CpuDevice) -> Speed:
     dialect = DIALECTS[0]
     payload = GraphBuilder().build(product).payload(dialect)
 
-    def prepare() -> CpuPlan:
-        plan = CpuDevice.prepare(device, payload, [dialect], lambda _: memory)
-        assert isinstance(plan, CpuPlan)
-        return plan
-
-    plan = await asyncio.wrap_future(device.submit(prepare))
+    plan = await asyncio.wrap_future(
+        device.submit(lambda: device.plan_here(payload, dialect, lambda _: memory))
+    )
     seconds = await least_seconds(lambda: asyncio.wrap_future(device.submit(plan.run)))
     storage.close()
     return Speed(weight.nbytes / seconds, 0.0, float("inf"))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from client.graph import GraphBuilder
 from client.tensors import Dims
 from client.tensors import Tensor as PartTensor
-from protocol.ggml_ops import Op
+from protocol.ggml_ops import VIEWS, Op
 from protocol.ggml_types import GgmlType
 from protocol.messages import MAX_SOURCES
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split.segments import VIEWS, Found, Input, Segment
+from rpc_server.split.segments import Found, Input, Segment
 from rpc_server.split.shard import Shard
 from rpc_server.split.weights import SplitWeight
 

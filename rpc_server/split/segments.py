@@ -18,7 +18,7 @@ import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from protocol.ggml_ops import Op, TensorFlag
+from protocol.ggml_ops import VIEWS, Op, TensorFlag
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS
@@ -27,7 +27,6 @@ from rpc_server.split.shard import Carried, Shard, Slice, carry
 from rpc_server.split.weights import SplitStorage, SplitWeight
 
 _PRODUCTS = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
-VIEWS = frozenset({Op.NONE, Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE})
 
 
 @dataclass(slots=True, eq=False)

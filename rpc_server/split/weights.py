@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from client.backend import Buffer
-from client.partition import ROW_MULTIPLE, Rows, Run, column_runs, partition, pieces
+from client.partition import ROW_MULTIPLE, Rows, Run, column_runs, partition, row_runs
 from client.tensors import Tensor as RemoteTensor
 from protocol.ggml_ops import Op
 from rpc_server.devices.base import Storage
@@ -124,12 +124,19 @@ class SplitWeight:
         """Where bytes of the tensor lie."""
         t = self.tensor
         if self.axis:
-            found = pieces(self.cuts, t.row_size, t.ne[1], offset, size)
-            return [Run(p.part, p.at, p.start, 1, p.size, p.size) for p in found]
+            return row_runs(self.cuts, t.row_size, t.ne[1], offset, size)
         edges = [
             Rows(*(t.type_size * n // t.block_size for n in (c.first, c.last))) for c in self.cuts
         ]
         return column_runs(edges, t.row_size, offset, size)
+
+    def step(self, offset: int, left: int) -> int:
+        """How many of ``left`` bytes from ``offset`` on are taken at once.
+
+        Whole rows where it is possible, so that slices of rows are found by strides.
+        """
+        row = self.tensor.row_size
+        return min(left, -offset % row or max(CHUNK // row * row, row))
 
     def within(self, start: int, size: int) -> bool:
         """Whether all of it lies in this range of the buffer."""
@@ -159,11 +166,7 @@ class Upload:
 
     def room(self) -> memoryview:
         """Where the next bytes of the upload belong."""
-        row = self.weight.tensor.row_size
-        # Whole rows, so that slices of rows are found by strides.
-        most = max(CHUNK // row * row, row)
-        head = -self.offset % row
-        self._chunk = self.storage.chunk(min(self.left, head or most))
+        self._chunk = self.storage.chunk(self.weight.step(self.offset, self.left))
         return self._chunk
 
     async def forward(self) -> None:
@@ -380,9 +383,8 @@ class SplitStorage(HostStorage):
         for weight in self.overlapping(start, size):
             if weight.gathered:
                 continue
-            low = max(start, weight.start)
-            high = min(start + size, weight.start + weight.tensor.nbytes)
-            await self._fetch(weight, low - weight.start, data[low - start : high - start])
+            low, n = weight.overlap(start, size)
+            await self._fetch(weight, low - weight.start, data[low - start : low - start + n])
         return data
 
     async def gather(self, weight: SplitWeight) -> None:
@@ -396,18 +398,15 @@ class SplitStorage(HostStorage):
     @staticmethod
     async def _fetch(weight: SplitWeight, offset: int, target: memoryview) -> None:
         """Overwrite ``target``, the bytes from ``offset`` on, with what workers have of them."""
-        row = weight.tensor.row_size
 
         async def fetch(part: Part, run: Run, into: np.ndarray[Any, Any]) -> None:
             part.link.require()
             got = await part.link.read(part.tensor, run.at, run.count * run.size)
             run.of(into)[...] = np.frombuffer(got, np.uint8).reshape(run.count, run.size)
 
-        step = max(CHUNK // row * row, row)
         at = 0
         while at < len(target):
-            # As for uploads: whole rows where it is possible.
-            n = min(len(target) - at, -(offset + at) % row or step)
+            n = weight.step(offset + at, len(target) - at)
             into = np.frombuffer(target[at : at + n], np.uint8)
             await asyncio.gather(
                 *(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from client.partition import ROW_MULTIPLE, Rows, column_runs, partition, pieces
+from client.partition import ROW_MULTIPLE, Rows, column_runs, partition, row_runs
 
 shares = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=16).filter(
     lambda s: sum(s) > 0
@@ -74,7 +74,7 @@ def test_a_range_of_bytes_is_found_in_the_parts(
     there = [whole[:, p.first : p.last].reshape(-1) for p in parts]
     offset, size = data.draw(ranges(whole.size))
     found = np.full(size, -1)
-    for piece in pieces(parts, row_bytes, n_rows, offset, size):
+    for piece in row_runs(parts, row_bytes, n_rows, offset, size):
         run = slice(piece.start, piece.start + piece.size)
         assert (found[run] == -1).all(), "a byte belongs to two parts"
         assert piece.size > 0
@@ -104,4 +104,4 @@ def test_a_range_of_bytes_is_found_in_columns(
 
 
 def test_there_is_nothing_in_a_weight_without_rows() -> None:
-    assert pieces([Rows(0, 0)], 64, 0, 0, 0) == []
+    assert row_runs([Rows(0, 0)], 64, 0, 0, 0) == []

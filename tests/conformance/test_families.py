@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 import conformance.differential.families  # noqa: F401  (fills the table)
-from conformance.differential.case import VIEWS, Case
+from conformance.differential.case import Case
 from conformance.differential.runner import Image
 from conformance.differential.sketch import FAMILIES, Family, label
 from conformance.differential.uncovered import UNCOVERED
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import OPS_101, Op
+from protocol.ggml_ops import OPS_101, VIEWS, Op
 
 COVERED = {f.op for f in FAMILIES.values() if f.op is not None}
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from protocol.dialects import DIALECTS
 from protocol.ggml_ops import Op
@@ -20,6 +21,7 @@ from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
+from rpc_server.ops.table import ContractError, check
 from rpc_server.types import from_f32, to_f32
 
 _ids = itertools.count(1)
@@ -215,3 +217,21 @@ def nmse(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:
     error = float(((expected[finite] - actual[finite]) ** 2).sum())
     norm = float((expected[finite] ** 2).sum())
     return error / norm if norm else error
+
+
+def noise(ne: Sequence[int], type_: GgmlType = GgmlType.F32, seed: int = 0) -> Tensor:
+    """A tensor of normally distributed values."""
+    return tensor(type_, ne, np.random.default_rng(seed).standard_normal(four(ne)[::-1]))
+
+
+def check_values(t: Tensor, expected: np.ndarray[Any, Any], tolerance: float) -> None:
+    """Run a node by its reference; what it must give, and that nothing around it has changed."""
+    run(t, kernels=False)
+    np.testing.assert_allclose(values(t), expected, rtol=tolerance, atol=tolerance)
+    assert guards_intact(t)
+
+
+def refused(t: Tensor, message: str) -> None:
+    """The node breaks its op's contract, and the message says how."""
+    with pytest.raises(ContractError, match=message):
+        check(t)

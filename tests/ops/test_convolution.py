@@ -17,28 +17,26 @@ from protocol.ggml_types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import slices
 from rpc_server.ops.sliding import Axis, boxes
-from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values
+from rpc_server.ops.table import check
+from tests.ops import harness
+from tests.ops.harness import (
+    node,
+    noise,
+    params,
+    permuted,
+    refused,
+    run,
+    tensor,
+    values,
+)
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 HUGE = (1 << 31) - 1
 Array = np.ndarray[Any, Any]
 
 
-def noise(ne: tuple[int, ...], type_: GgmlType = F32, seed: int = 0) -> Tensor:
-    rng = np.random.default_rng(seed)
-    return tensor(type_, ne, rng.standard_normal(tensor(F32, ne).ne[::-1]))
-
-
 def check_values(t: Tensor, expected: Array, tolerance: float = 1e-5) -> None:
-    run(t, kernels=False)
-    np.testing.assert_allclose(values(t), expected, rtol=tolerance, atol=tolerance)
-    assert guards_intact(t)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
+    harness.check_values(t, expected, tolerance)
 
 
 # -- by plain loops --------------------------------------------------------------------------------

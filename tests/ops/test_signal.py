@@ -13,28 +13,26 @@ from protocol.ggml_types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import slices
 from rpc_server.ops.signal import Pool, Scale
-from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values
+from rpc_server.ops.table import check
+from tests.ops import harness
+from tests.ops.harness import (
+    node,
+    noise,
+    params,
+    permuted,
+    refused,
+    run,
+    tensor,
+    values,
+)
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 ALIGN_CORNERS, ANTIALIAS = 1 << 8, 1 << 9
 Array = np.ndarray[Any, Any]
 
 
-def noise(ne: tuple[int, ...], seed: int = 0, type_: GgmlType = F32) -> Tensor:
-    rng = np.random.default_rng(seed)
-    return tensor(type_, ne, rng.standard_normal(tensor(F32, ne).ne[::-1]))
-
-
 def check_values(t: Tensor, expected: Array, tolerance: float = 1e-6) -> None:
-    run(t, kernels=False)
-    np.testing.assert_allclose(values(t), expected, rtol=tolerance, atol=tolerance)
-    assert guards_intact(t)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
+    harness.check_values(t, expected, tolerance)
 
 
 def pool(x: Tensor, kind: int, windows: list[tuple[int, int, int]]) -> Tensor:
@@ -83,7 +81,7 @@ def spoiled(x: Tensor) -> Tensor:
 def test_pools(
     kind: Pool, type_: GgmlType, windows: list[tuple[int, int, int]], numbers: bool
 ) -> None:
-    x = noise((7, 6, 2, 2), 0, type_)
+    x = noise((7, 6, 2, 2), type_)
     x = x if numbers else spoiled(x)
     t = pool(x, kind, windows)
     expected = np.zeros(t.ne[::-1])
@@ -112,7 +110,7 @@ def test_contract_of_pools() -> None:
     refused(node(Op.POOL_1D, F32, (5, 5, 2, 2), [x], params(0, 3, 1, 0)), "result must be 5x6x2x2")
     refused(node(Op.POOL_2D, F32, (5, 5, 3, 2), [x], params(0, 3, 3, 1, 1)), "must be 5x5x2x2")
     refused(pool(permuted(noise((6, 7, 2, 2)), (1, 0, 2, 3)), 0, [(3, 1, 1)]), "dense rows")
-    refused(pool(noise((7, 6, 2, 2), 0, BF16), 0, [(3, 1, 1)]), "source 0 must not be BF16")
+    refused(pool(noise((7, 6, 2, 2), BF16), 0, [(3, 1, 1)]), "source 0 must not be BF16")
 
 
 def test_wide_windows_are_quick() -> None:
@@ -157,7 +155,7 @@ def test_gradients_of_pools(
     # Small integers: that the first of equal maxima takes the gradient shows.
     x = tensor(type_, (7, 6, 2, 2), np.random.default_rng(0).integers(0, 4, (2, 2, 6, 7)))
     x = x if numbers else spoiled(x)
-    gradients = noise((*pool(x, kind, windows).ne[:2], 2, 2), 1)
+    gradients = noise((*pool(x, kind, windows).ne[:2], 2, 2), seed=1)
     expected = np.zeros((2, 2, 6, 7))
     for at in np.ndindex(*gradients.ne[::-1]):
         start = [place * w[1] - w[2] for place, w in zip(at[:1:-1], windows, strict=True)]
@@ -177,7 +175,7 @@ def test_gradients_of_pools(
 
 def test_gradients_of_pools_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, windows = noise((7, 6, 2, 2)), [(3, 1, 1), (2, 1, 1)]
-    gradients = noise((*pool(x, 0, windows).ne[:2], 2, 2), 1)
+    gradients = noise((*pool(x, 0, windows).ne[:2], 2, 2), seed=1)
     whole, parts = (pool_back(x, gradients, 0, windows) for _ in range(2))
     run(whole, kernels=False)
     monkeypatch.setattr(slices, "_BYTES_AT_ONCE", 4 * 100)
@@ -191,10 +189,10 @@ def test_contract_of_gradients_of_pools() -> None:
     refused(pool_back(x, gradients, 0, [(3, 0, 0), (2, 2, 0)]), "width, stride")
     refused(pool_back(x, gradients, 0, [(3, 2, 0), (-2, 2, 0)]), "width, stride")
     refused(pool_back(x, noise((3, 3, 2, 1)), 0, windows), "source 0 must be 3x3x2x2")
-    refused(pool_back(x, noise((3, 3, 2, 2), 0, F16), 0, windows), "source 0 must not be F16")
-    refused(pool_back(noise((7, 6, 2, 2), 0, BF16), gradients, 0, windows), "must not be BF16")
+    refused(pool_back(x, noise((3, 3, 2, 2), F16), 0, windows), "source 0 must not be F16")
+    refused(pool_back(noise((7, 6, 2, 2), BF16), gradients, 0, windows), "must not be BF16")
     t = pool_back(x, gradients, 0, windows)
-    t.src = (gradients, noise((7, 6, 2, 2), 0, F16), *t.src[2:])
+    t.src = (gradients, noise((7, 6, 2, 2), F16), *t.src[2:])
     refused(t, "source 1 must not be F16")
     t.src = (gradients, noise((7, 6, 2)), *t.src[2:])
     refused(t, "source 1 must be 7x6x2x2")
@@ -217,7 +215,7 @@ def test_contract_of_mirrored_ends() -> None:
     for pads in ((7, -4), (-4, 7), (0, 7), (1 << 30, 0)):
         refused(mirrored(*pads), "pads of")
     refused(mirrored(2, 2), "the result must be 11x3")
-    refused(mirrored(2, 1, x=noise((7, 3), 0, F16)), "source 0 must not be F16")
+    refused(mirrored(2, 1, x=noise((7, 3), F16)), "source 0 must not be F16")
     refused(mirrored(0, 0, x=tensor(F32, (0, 3))), "pads of")
 
 
@@ -292,7 +290,7 @@ def test_contract_of_upscale() -> None:
     refused(resized(x, (8, 6), 1 << 10), "no flags 0x400")
     refused(resized(x, (8, 6), Scale.BICUBIC | ANTIALIAS), "no antialiasing in mode 2")
     refused(resized(tensor(F32, (0, 3)), (8, 6), 0), "source 0 is empty")
-    refused(resized(noise((4, 3), 0, F16), (8, 6), 0), "source 0 must not be F16")
+    refused(resized(noise((4, 3), F16), (8, 6), 0), "source 0 must not be F16")
     refused(resized(tensor(F32, (4, 1 << 40), nb=(4, 0, 0, 0)), (8, 6), 0), "overlap")
 
 

@@ -78,11 +78,25 @@ class CpuDevice:
         first: GraphError | None = None
         for dialect in dialects:
             try:
-                graph = parse_graph(payload, dialect, resolve)
-                return self._plans().build(graph, wait=False)
+                return self._prepare(payload, dialect, resolve)
             except GraphError as error:
                 first = first or error
         raise first or GraphError("no dialect to read the graph by")
+
+    def _prepare(
+        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve
+    ) -> CpuPlan | SplitPlan:
+        """Plan under one dialect, as clients' graphs are planned. Raises as :meth:`prepare`."""
+        return self.plan_here(payload, dialect, resolve, wait=False)
+
+    def plan_here(
+        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve, *, wait: bool = True
+    ) -> CpuPlan:
+        """Plan for this machine alone; ``wait`` for kernels that are being compiled.
+
+        Runs on the device's thread. Raises GraphError; NotReadyError when it is not to wait.
+        """
+        return self._plans().build(parse_graph(payload, dialect, resolve), wait=wait)
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer

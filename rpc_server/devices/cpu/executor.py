@@ -44,7 +44,7 @@ class Program:
         if steps is not None:
             self._steps[:] = steps
         # Whether any record is for more than the first thread.
-        self.parallel = not all(int(step) == Step.SERIAL for step in self._steps)
+        self.parallel = bool((self._steps != int(Step.SERIAL)).any())
         self.steps_address = int(self._steps.ctypes.data)
         self.kernels_address = int(self._kernels.ctypes.data)
         self.records_address = int(self._records.ctypes.data)

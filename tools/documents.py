@@ -1,0 +1,27 @@
+"""Documents that programs write: kept up to date, or checked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def keep(
+    document: Path, program: str, make: Callable[[], str], arguments: Sequence[str] | None
+) -> int:
+    """The command line of a program that writes ``document``; the exit status.
+
+    With ``--check`` nothing is written, and a document that is out of date is an error.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    check = parser.parse_args(arguments).check
+    made = make()
+    if not check:
+        document.write_text(made)
+        return 0
+    if not document.exists() or made != document.read_text():
+        print(f"{document} is out of date: run python -m {program}")
+        return 1
+    return 0
