@@ -184,6 +184,20 @@ def find_dialects(text: str) -> list[Dialect]:
     return found
 
 
+def dialect_of_version(version: Version, hello_size: int) -> Dialect | None:
+    """What a client of a server that answered ``version`` speaks; None if that isn't known.
+
+    The newest known dialect of that major version that is not above it: minor versions that aren't
+    in the table changed no message. A patch number below all known ones of its minor version counts
+    as the lowest of those.
+    """
+    group = [d for d in DIALECTS if d.version[0] == version[0] and d.hello_size == hello_size]
+    minor = [d for d in group if d.version[1] == version[1]]
+    candidates = minor or group
+    older = [d for d in candidates if d.version <= version]
+    return older[0] if older else (minor[-1] if minor else None)
+
+
 def compatible_dialects(dialect: Dialect) -> list[Dialect]:
     """Dialects whose clients can't be told apart from ``dialect``'s on the wire, itself first.
 

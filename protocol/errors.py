@@ -8,3 +8,7 @@ class ProtocolError(Exception):
 
     The message says what was sent, without its content.
     """
+
+
+class TooLargeError(ProtocolError):
+    """The peer announced more than it may send."""

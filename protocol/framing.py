@@ -24,11 +24,13 @@ from typing import Any
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Body, CommandSpec, Dialect
-from protocol.errors import ProtocolError
-from protocol.messages import CONN_CAPS_SIZE
+from protocol.errors import ProtocolError, TooLargeError
 from protocol.staging import Staging
 
-_FRAME = struct.Struct("<BQ")
+FRAME = struct.Struct("<BQ")
+# A graph has as much memory as has come of it, times _GROWTH: announcing a large one takes nothing.
+_FIRST_PIECE = 1 << 20
+_GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class RequestReader:
         self._staging = Staging()
         self._frame: tuple[Command, CommandSpec, int] | None = None
         self._graph: tuple[Command, Any, bytearray] | None = None
+        self._graph_size = 0
         self._awaiting_direct = 0
         self._direct_given = True
 
@@ -155,7 +158,8 @@ class RequestReader:
             self._direct_given = False
             return UploadStart(fields, size - head.size)
         if spec.body is Body.GRAPH:
-            graph = bytearray(size - head.size)
+            self._graph_size = size - head.size
+            graph = bytearray(min(self._graph_size, _FIRST_PIECE))
             self._graph = (command, fields, graph)
             self._staging.begin(memoryview(graph))
             return self._continue_body()
@@ -163,48 +167,14 @@ class RequestReader:
         return Request(command, fields)
 
     def _read_frame(self) -> bool:
-        if len(self._staging) < _FRAME.size:
+        if len(self._staging) < FRAME.size:
             return False
-        number, size = _FRAME.unpack(self._staging.take(_FRAME.size))
+        number, size = FRAME.unpack(self._staging.take(FRAME.size))
         if self.dialect is None:
-            self._frame = self._first_frame(number, size)
-            return True
-        try:
-            command = Command(number)
-        except ValueError:
-            raise ProtocolError(f"unknown command {number} with {size} bytes") from None
-        spec = self.dialect.commands.get(command)
-        if spec is None or command is Command.HELLO:
-            raise ProtocolError(
-                "a second HELLO"
-                if command is Command.HELLO
-                else f"{command.name} is no command of protocol {self.dialect.name}"
-            )
-        head = codec(spec.request).size
-        if spec.body is Body.NONE and size != head:
-            raise ProtocolError(f"{command.name} of {size} bytes, it takes {head}")
-        if size < head:
-            raise ProtocolError(f"{command.name} of {size} bytes, it takes {head} and more")
-        if spec.body is Body.GRAPH and size - head > self._limits.graph_bytes:
-            raise ProtocolError(
-                f"{command.name} of {size} bytes, the limit is {self._limits.graph_bytes}"
-            )
-        self._frame = (command, spec, size)
+            self._frame = (*first_frame(number, size), size)
+        else:
+            self._frame = (*check_frame(self.dialect, number, size, self._limits), size)
         return True
-
-    def _first_frame(self, number: int, size: int) -> tuple[Command, CommandSpec, int]:
-        # Whichever version it is, the size tells what HELLO looks like.
-        if number != Command.HELLO:
-            raise ProtocolError(
-                f"command {number} of {size} bytes instead of HELLO: not ggml RPC, or a client "
-                "from before protocol 1.0"
-            )
-        if size not in (0, CONN_CAPS_SIZE):
-            raise ProtocolError(
-                f"HELLO of {size} bytes: a dialect that llama.cpp does not speak "
-                "(ik_llama.cpp or llama-box?)"
-            )
-        return (Command.HELLO, _HELLO_SPECS[size], size)
 
     def _hello(self, size: int) -> Hello:
         caps = self._staging.take(size)
@@ -212,8 +182,17 @@ class RequestReader:
         return Hello(caps)
 
     def _continue_body(self) -> Event | None:
-        if not self._staging.fill():
-            return None
+        while True:
+            if not self._staging.fill():
+                return None
+            if self._graph is None or len(self._graph[2]) == self._graph_size:
+                break
+            command, fields, graph = self._graph
+            have = len(graph)
+            larger = bytearray(min(self._graph_size, _GROWTH * have))
+            larger[:have] = graph
+            self._graph = (command, fields, larger)
+            self._staging.begin(memoryview(larger)[have:])
         if self._graph is None and self._awaiting_direct:
             self._direct_given = False
             return UploadPart()
@@ -226,3 +205,46 @@ class RequestReader:
 
 
 _HELLO_SPECS = {d.hello_size: d.commands[Command.HELLO] for d in DIALECTS}
+
+
+def first_frame(number: int, size: int) -> tuple[Command, CommandSpec]:
+    """HELLO by the frame of a connection's first request; ProtocolError if it is none.
+
+    Whichever version it is, the size tells what HELLO looks like.
+    """
+    if number != Command.HELLO:
+        raise ProtocolError(
+            f"command {number} of {size} bytes instead of HELLO: not ggml RPC, or a client "
+            "from before protocol 1.0"
+        )
+    if size not in _HELLO_SPECS:
+        raise ProtocolError(
+            f"HELLO of {size} bytes: a dialect that llama.cpp does not speak "
+            "(ik_llama.cpp or llama-box?)"
+        )
+    return Command.HELLO, _HELLO_SPECS[size]
+
+
+def check_frame(
+    dialect: Dialect, number: int, size: int, limits: Limits
+) -> tuple[Command, CommandSpec]:
+    """The command of a later request by its frame; ProtocolError if no client sends such a one."""
+    try:
+        command = Command(number)
+    except ValueError:
+        raise ProtocolError(f"unknown command {number} with {size} bytes") from None
+    spec = dialect.commands.get(command)
+    if spec is None or command is Command.HELLO:
+        raise ProtocolError(
+            "a second HELLO"
+            if command is Command.HELLO
+            else f"{command.name} is no command of protocol {dialect.name}"
+        )
+    head = codec(spec.request).size
+    if spec.body is Body.NONE and size != head:
+        raise ProtocolError(f"{command.name} of {size} bytes, it takes {head}")
+    if size < head:
+        raise ProtocolError(f"{command.name} of {size} bytes, it takes {head} and more")
+    if spec.body is Body.GRAPH and size - head > limits.graph_bytes:
+        raise TooLargeError(f"{command.name} of {size} bytes, the limit is {limits.graph_bytes}")
+    return command, spec

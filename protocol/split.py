@@ -40,6 +40,7 @@ from protocol.commands import Command
 from protocol.dialects import Answer, Body, CommandSpec, Dialect
 from protocol.errors import ProtocolError
 from protocol.ggml_types import GgmlType
+from protocol.ggml_types import nbytes as tensor_nbytes
 from protocol.messages import (
     CONN_CAPS_SIZE,
     RPC_TENSOR_DTYPE,
@@ -109,6 +110,7 @@ SPLIT_COMMANDS: dict[Command, CommandSpec] = {
 
 _STEP_DTYPE = numpy_dtype(SplitStep)
 _COUNT = struct.Struct("<I")
+_TYPES = {int(t): t for t in GgmlType}
 
 
 def split_part_fields(
@@ -236,3 +238,20 @@ def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
         )
         first = end
     return ProgramPayload(tuple(steps), np.frombuffer(payload, RPC_TENSOR_DTYPE, n_tensors, at))
+
+
+def step_sizes(program: ProgramPayload) -> list[tuple[int, int]]:
+    """Bytes that each step of a program takes off the stream and puts on it. ProtocolError."""
+    columns = (program.tensors[name].tolist() for name in ("id", "type", "ne", "nb"))
+    sizes: dict[int, int] = {}
+    for id_, type_, ne, nb in zip(*columns, strict=True):
+        if type_ not in _TYPES:
+            raise ProtocolError(f"program with a tensor of unknown type {type_}")
+        sizes[id_] = tensor_nbytes(_TYPES[type_], ne, nb)
+    try:
+        return [
+            (sum(sizes[i] for i in step.inputs), sum(sizes[i] for i in step.outputs))
+            for step in program.steps
+        ]
+    except KeyError as error:
+        raise ProtocolError(f"program without its tensor {error.args[0]:#x}") from None

@@ -82,29 +82,6 @@ def test_a_session_of_every_command_in_every_dialect() -> None:
         assert peer.reader.at_boundary
 
 
-@given(
-    bodies=st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
-    cuts=st.lists(st.integers(1, 30_000), min_size=1, max_size=12),
-)
-def test_segments_do_not_matter(bodies: list[int], cuts: list[int]) -> None:
-    stream = hello(NEWEST)
-    for i, size in enumerate(bodies):
-        body = bytes((i + j) % 251 for j in range(size))
-        command = Command.SET_TENSOR if i % 2 else Command.GRAPH_COMPUTE
-        stream += message(command, NEWEST, body) + message(Command.GRAPH_RECOMPUTE, NEWEST)
-    whole, cut = Peer(), Peer()
-    whole.feed(stream)
-    at = i = 0
-    while at < len(stream):
-        size = cuts[i % len(cuts)]
-        cut.feed(stream[at : at + size])
-        at += size
-        i += 1
-    assert cut.seen == whole.seen
-    assert len(whole.seen) == 1 + 2 * len(bodies)
-    assert cut.reader.at_boundary
-
-
 def test_an_upload_is_received_into_its_place() -> None:
     peer = Peer()
     peer.feed(hello(NEWEST))
@@ -182,3 +159,15 @@ def test_truncation_is_seen_at_the_end() -> None:
     assert peer.reader.within == "BUFFER_CLEAR"
     peer.feed(stream[-1:])
     assert peer.reader.at_boundary
+
+
+@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, 9 << 20])
+def test_a_graph_gets_memory_as_it_comes(size: int) -> None:
+    graph = bytes(range(251)) * (size // 251 + 1)
+    peer = Peer()
+    peer.feed(hello(NEWEST))
+    peer.feed(struct.pack("<BQ", Command.GRAPH_COMPUTE, size))
+    assert len(peer.reader.receive_buffer()) <= 1 << 20
+    peer.feed(graph[:size])
+    peer.feed(message(Command.DEVICE_COUNT, NEWEST))
+    assert peer.seen[1:] == [("GRAPH_COMPUTE", graph[:size]), ("DEVICE_COUNT", b"")]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.dialects import DIALECTS, Answer, Dialect
+from protocol.dialects import DIALECTS
 from protocol.errors import ProtocolError
 from protocol.responses import Received, ResponseReader
 from protocol.split import SPLIT_COMMANDS
@@ -38,43 +38,6 @@ def feed(reader: ResponseReader, stream: bytes, cuts: list[int]) -> list[Receive
 
 def framed(payload: bytes) -> bytes:
     return struct.pack("<Q", len(payload)) + payload
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from(DIALECTS))
-def test_every_answer_in_any_segments(data: st.DataObject, dialect: Dialect) -> None:
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    reader = ResponseReader()
-    stream = b""
-    sent: list[tuple[Command, bytes]] = []
-    for command, spec in dialect.commands.items():
-        if spec.answer is Answer.NEVER:
-            continue
-        if spec.answer is Answer.DATA:
-            # Below and above the size from which data are received in place.
-            for size in (0, 1, 5000):
-                payload = rng.bytes(size)
-                reader.expect(command, spec, memoryview(bytearray(size)))
-                sent.append((command, payload))
-                stream += framed(payload)
-            continue
-        payload = codec(spec.response).build(
-            codec(spec.response).parse(rng.bytes(codec(spec.response).size))
-        )
-        reader.expect(command, spec)
-        sent.append((command, payload))
-        stream += framed(payload)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=30)))
-    answers = feed(reader, stream, cuts)
-    assert [a.command for a in answers] == [command for command, _ in sent]
-    for received, (command, payload) in zip(answers, sent, strict=True):
-        spec = dialect.commands[command]
-        if spec.answer is Answer.DATA:
-            assert bytes(received.answer) == payload
-        else:
-            assert codec(spec.response).build(received.answer) == payload
-    assert reader.pending == 0
-    assert reader.within == "nothing"
 
 
 def test_large_data_are_received_where_they_belong() -> None:
