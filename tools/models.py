@@ -60,10 +60,16 @@ class Architecture:
     qk_norm: bool = False
     post_norms: bool = False
     qkv_bias: bool = False
+    vocabulary: int = VOCABULARY_SIZE
     # One fused q, k, v matrix, layer norms with biases, and no gate in the FFN.
     falcon: bool = False
     metadata: Mapping[str, float | int | Sequence[bool]] = field(default_factory=dict)
 
+
+# As small as llama.cpp takes it: for recording what is sent. Quantizes to types of 32 elements.
+TINY = Architecture(
+    "llama", layers=1, width=64, heads=2, kv_heads=1, head_width=32, ffn_width=96, vocabulary=32
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama-gqa": Architecture("llama", heads=8, kv_heads=2, head_width=32),
@@ -120,6 +126,19 @@ def write_model(folder: Path, architecture: str, weight_type: str = "F16") -> Pa
     return path
 
 
+def write_tiny_model(path: Path, ffn_width: int = 96) -> Path:
+    """Writes TINY, a llama of some ten kilobytes; it knows lower-case letters only.
+
+    Its matrices are F16, so that two servers compute the same but for a little, but the last one,
+    Q8_0: llama.cpp treats quantized ones in a way of its own.
+    """
+    shape = replace(TINY, ffn_width=ffn_width)
+    tensors = _encoded("llama-tiny", shape, "F16")
+    tensors["output.weight"] = _encoded("llama-tiny", shape, "Q8_0")["output.weight"]
+    _write(path, "llama-tiny", shape, tensors)
+    return path
+
+
 def write_large_model(path: Path, nbytes: int, weight_type: str = "Q8_0") -> Path:
     """Writes a llama of about ``nbytes``, shaped as a real one of a billion parameters.
 
@@ -155,7 +174,7 @@ def _encoded(name: str, shape: Architecture, weight_type: str) -> _Encoded:
 def _write(path: Path, name: str, shape: Architecture, tensors: _Encoded) -> None:
     writer = gguf.GGUFWriter(path, shape.name)
     _add_metadata(writer, name, shape)
-    _add_vocabulary(writer)
+    _add_vocabulary(writer, shape.vocabulary)
     for tensor, (values, kind) in tensors.items():
         writer.add_tensor(tensor, values, raw_dtype=kind)
     writer.write_header_to_file()
@@ -238,21 +257,30 @@ de hi ri ro ic ne ea ra ce li ch ll be ma si om ur the and ing her ere ent tha n
 """
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """A SentencePiece vocabulary: controls, bytes, characters, fragments, then unused tokens."""
+def _pieces(size: int) -> list[tuple[str, gguf.TokenType]]:
+    """A vocabulary of ``size`` tokens: whole, or of a few letters without bytes."""
     pieces: list[tuple[str, gguf.TokenType]] = [
         ("<unk>", gguf.TokenType.UNKNOWN),
         ("<s>", gguf.TokenType.CONTROL),
         ("</s>", gguf.TokenType.CONTROL),
     ]
+    if size < VOCABULARY_SIZE:
+        pieces += [(text, gguf.TokenType.NORMAL) for text in "▁abcdefghijklmnopqrstuvwxyz.,"]
+        return pieces[:size]
     pieces += [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
     characters = ["▁", *(chr(code) for code in range(33, 127))]
     pieces += [(text, gguf.TokenType.NORMAL) for text in characters]
     pieces += [(text, gguf.TokenType.NORMAL) for text in _FRAGMENTS.split()]
     # Two capitals are spelled by no fragment above, so these are new words, all different.
     spare = (a + b for a in "ABCDEFGHIJKLMNOP" for b in "QRSTUVWXYZABCDEF")
-    while len(pieces) < VOCABULARY_SIZE:
+    while len(pieces) < size:
         pieces.append((next(spare), gguf.TokenType.NORMAL))
+    return pieces
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """A SentencePiece vocabulary: controls, bytes, characters, fragments, then unused tokens."""
+    pieces = _pieces(size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in pieces])
     # Merging prefers the higher score: longer pieces first, as a trained vocabulary has it.
@@ -283,12 +311,12 @@ def _weights(name: str, shape: Architecture) -> dict[str, Array]:
     kv_width = shape.kv_heads * shape.head_width
     tensors: dict[str, Array] = {}
     # A tied matrix serves as output too, so it takes the output's gain.
-    tensors["token_embd.weight"] = matrix(VOCABULARY_SIZE, width, gain=3.0)
+    tensors["token_embd.weight"] = matrix(shape.vocabulary, width, gain=3.0)
     tensors["output_norm.weight"] = scale(width)
     if shape.falcon:
         tensors["output_norm.bias"] = bias(width)
     if not shape.tied_output:
-        tensors["output.weight"] = matrix(VOCABULARY_SIZE, width, gain=3.0)
+        tensors["output.weight"] = matrix(shape.vocabulary, width, gain=3.0)
     for layer in range(shape.layers):
         block = f"blk.{layer}."
         tensors[block + "attn_norm.weight"] = scale(width)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rpc_server import __main__ as server
 from rpc_server.devices.cpu.catalog import Kernel
+from rpc_server.devices.cpu.executor import Program
 from rpc_server.devices.cpu.plan import PlanBuilder
 from rpc_server.devices.cpu.planner import Emitted
 from tools.bench import llama
@@ -51,11 +52,15 @@ class Profiler:
         self.n_records = 0
 
     def program_step(
-        self, builder: PlanBuilder, records: list[Emitted], addresses: dict[Kernel, int]
+        self,
+        builder: PlanBuilder,
+        records: list[Emitted],
+        addresses: dict[Kernel, int],
+        programs: list[Program],
     ) -> Callable[[], None]:
         """A step that runs its records in one call, and every other time one by one."""
-        whole = _ORIGINAL(builder, records, addresses)
-        single = [_ORIGINAL(builder, [r], addresses) for r in records]
+        whole = _ORIGINAL(builder, records, addresses, programs)
+        single = [_ORIGINAL(builder, [r], addresses, programs) for r in records]
         runs = 0
 
         def run() -> None:
@@ -96,9 +101,12 @@ def _serve(port: int, out: Path) -> int:
     profiler = Profiler()
 
     def program_step(
-        builder: PlanBuilder, records: list[Emitted], addresses: dict[Kernel, int]
+        builder: PlanBuilder,
+        records: list[Emitted],
+        addresses: dict[Kernel, int],
+        programs: list[Program],
     ) -> Callable[[], None]:
-        return profiler.program_step(builder, records, addresses)
+        return profiler.program_step(builder, records, addresses, programs)
 
     PlanBuilder._program_step = program_step  # type: ignore[method-assign, assignment]
     status = server.main(["--port", str(port), "-t", "1", "--log-level", "warning"])

@@ -1,0 +1,1 @@
+"""``python -m tools.dump``: what ggml RPC clients and servers said, from a capture."""

@@ -1,0 +1,106 @@
+"""One graph of a capture: as text, for Graphviz, or drawn by it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from protocol.annotate import GraphTensor, graph_lines, graph_tensors, shape_text
+from protocol.conversation import Event, Message
+from protocol.dialects import Dialect
+from protocol.ggml_ops import VIEWS
+from protocol.graph_payload import GraphPayload
+from protocol.split import ProgramPayload
+from tools.capture.connections import Connection
+from tools.capture.errors import MissingToolError
+from tools.dump.filters import Filters
+from tools.dump.screen import printable
+
+_DRAW_SECONDS = 120
+
+
+class GraphFinder:
+    """Finds the graph with a number, counted from 1 through the capture as lines show it."""
+
+    def __init__(self, number: int, filters: Filters) -> None:
+        self._number = number
+        self._filters = filters
+        self.count = 0
+        self.found: Message | None = None
+
+    def opened(self, connection: Connection) -> None:
+        pass
+
+    def closed(self, connection: Connection) -> None:
+        pass
+
+    def event(self, connection: Connection, event: Event) -> None:
+        if not isinstance(event, Message) or event.graph is None:
+            return
+        self.count += 1
+        if self.count == self._number:
+            self.found = event
+
+    def render(self, form: str) -> str:
+        """The graph as ``text``, ``dot`` or ``svg``. MissingToolError without Graphviz."""
+        assert self.found is not None
+        assert self.found.graph is not None
+        graph, dialect = self.found.graph, self.found.dialect
+        if form == "text":
+            return "".join(f"{printable(line)}\n" for line in graph_lines(graph, dialect))
+        dot = "".join(f"{line}\n" for line in dot_lines(graph, dialect))
+        return dot if form == "dot" else draw(dot)
+
+
+def _quoted(text: str) -> str:
+    escaped = printable(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def dot_lines(graph: GraphPayload | ProgramPayload, dialect: Dialect) -> Iterator[str]:
+    """The graph in Graphviz' language: computed nodes as boxes, what is only read as ellipses."""
+    nodes = (
+        graph.nodes.tolist()
+        if isinstance(graph, GraphPayload)
+        else [i for step in graph.steps for i in step.nodes]
+    )
+    tensors = graph_tensors(graph.tensors, nodes, dialect)
+    yield "digraph graph_ {"
+    yield '  node [fontname="Helvetica", fontsize=10];'
+    for tensor in tensors.values():
+        yield f"  {_dot_node(tensor)}"
+    for tensor in tensors.values():
+        for i, source in enumerate(tensor.sources):
+            yield f'  "{source:x}" -> "{tensor.id:x}" [label="{i}", fontsize=8];'
+        if tensor.view_of and tensor.view_of not in tensor.sources:
+            yield f'  "{tensor.view_of:x}" -> "{tensor.id:x}" [style=dashed];'
+    yield "}"
+
+
+def _dot_node(tensor: GraphTensor) -> str:
+    lines = [tensor.label, f"{tensor.type} {shape_text(tensor.ne)}"]
+    shape = "ellipse"
+    if tensor.node is not None:
+        lines.insert(0, f"{tensor.node}: {tensor.op}")
+        shape = "box"
+    # A line break within a label is its own escape.
+    label = "\\n".join(_quoted(line)[1:-1] for line in lines)
+    style = ", style=dotted" if tensor.op in VIEWS and tensor.node is not None else ""
+    return f'"{tensor.id:x}" [label="{label}", shape={shape}{style}];'
+
+
+def draw(dot: str) -> str:
+    """SVG by Graphviz. MissingToolError where that isn't installed."""
+    program = shutil.which("dot")
+    if program is None:
+        raise MissingToolError(
+            "drawing a graph needs Graphviz' program dot (apt install graphviz); "
+            "--format dot writes what it would be given"
+        )
+    done = subprocess.run(
+        [program, "-Tsvg"], input=dot, capture_output=True, text=True, timeout=_DRAW_SECONDS
+    )
+    if done.returncode:
+        raise MissingToolError(f"dot failed: {done.stderr.strip()}")
+    return done.stdout
