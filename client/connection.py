@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from client.errors import (
     VersionMismatch,
 )
 from client.tensors import Tensor
+from client.tunnel import keep_alive, open_tunnel
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import (
@@ -72,6 +74,8 @@ async def connect(
     version: str | Dialect = DIALECTS[0],
     timeout: float | None = 10.0,
     split: bool = False,
+    tls: ssl.SSLContext | None = None,
+    token: bytes | None = None,
 ) -> Connection:
     """Connect, and agree on the protocol as llama.cpp does.
 
@@ -81,12 +85,15 @@ async def connect(
     number is above ours, ConnectionLost if it hangs up, TimeoutError, OSError.
 
     ``split`` asks for the extension of protocol.split; Connection.split_version tells whether the
-    server has it.
+    server has it. With ``tls`` (see client.tunnel) the connection is inside of TLS, to a server's
+    TLS port, and ``token`` is shown there first.
     """
+    if token is not None and tls is None:
+        raise ValueError("a token is shown inside of TLS only")
     candidates = [version] if isinstance(version, Dialect) else find_dialects(version)
     caps = split_caps() if split and candidates[0].hello_size else bytes(CONN_CAPS_SIZE)
     async with asyncio.timeout(timeout):
-        connection = await _open(host, port, candidates[0])
+        connection = await _open(host, port, candidates[0], tls, token)
         try:
             await connection._hello(candidates, caps)
         except BaseException:
@@ -106,16 +113,21 @@ async def connect_any(
     versions: Sequence[str] = NEWEST_MAJORS,
     timeout: float | None = 10.0,
     split: bool = False,
+    tls: ssl.SSLContext | None = None,
+    token: bytes | None = None,
 ) -> Connection:
     """Connect by the newest of ``versions`` that the server speaks.
 
-    ``versions`` are as of :func:`connect`, newest first; ``timeout`` is for each try. Raises
-    VersionMismatch if it speaks none of them, else as :func:`connect`.
+    ``versions`` are as of :func:`connect`, newest first; ``timeout`` is for each try, ``tls`` and
+    ``token`` are as there. Raises VersionMismatch if it speaks none of them, else as
+    :func:`connect`.
     """
     answered: set[Version] = set()
     while True:
         try:
-            return await connect(host, port, version=versions[0], timeout=timeout, split=split)
+            return await connect(
+                host, port, version=versions[0], timeout=timeout, split=split, tls=tls, token=token
+            )
         except VersionMismatch as error:
             # A server that tries to guess a client's version answers otherwise the next time, and
             # comes to the newest; any other repeats itself.
@@ -127,31 +139,24 @@ async def connect_any(
             if version is None:
                 raise
             # Servers of older protocols can't have the extension.
-            return await connect(host, port, version=version, timeout=timeout)
+            return await connect(host, port, version=version, timeout=timeout, tls=tls, token=token)
 
 
-async def _open(host: str, port: int, dialect: Dialect) -> Connection:
+async def _open(
+    host: str, port: int, dialect: Dialect, tls: ssl.SSLContext | None, token: bytes | None
+) -> Connection:
     connection = Connection(dialect)
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_connection(lambda: _Wire(connection), host, port)
-    # Small requests must not wait for the answer to the one before.
-    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls is not None:
+        await open_tunnel(host, port, lambda: _Wire(connection), tls, token)
+        transport = connection._transport
+    else:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: _Wire(connection), host, port)
+        # Small requests must not wait for the answer to the one before.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # The limit of 0 makes "may write" mean "all has left": what is sent is the caller's memory.
     transport.set_write_buffer_limits(high=0)
     return connection
-
-
-def keep_alive(sock: Any, idle: int = 10, interval: int = 5, probes: int = 3) -> None:
-    """Probe an idle peer after ``idle`` seconds, and give up after ``probes`` without an answer."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", idle),
-        ("TCP_KEEPINTVL", interval),
-        ("TCP_KEEPCNT", probes),
-    ):
-        # Not every system has all three.
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class _Wire(asyncio.BufferedProtocol):
@@ -240,13 +245,18 @@ class Connection:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER):
                 await self._ended.wait()
-        self._transport.abort()
+        self._hang_up()
         await self._ended.wait()
 
     def abort(self) -> None:
         """Hang up at once; pending calls raise ConnectionLost."""
         self._fail(ConnectionLost("this client closed the connection"))
-        self._transport.abort()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        # asyncio's transports don't bear it once they have ended by themselves.
+        if not self._ended.is_set():
+            self._transport.abort()
 
     async def wait_closed(self) -> Exception:
         """Wait until the connection has ended, and return why."""
@@ -448,7 +458,7 @@ class Connection:
                 self._transport.write(joined)
         except asyncio.CancelledError:
             self._fail(ConnectionLost("a request was cancelled while it was being sent"))
-            self._transport.abort()
+            self._hang_up()
             raise
 
     def _take_answers(self) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import ssl
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -220,14 +221,17 @@ class SplitBackend:
         wire: Literal["f32", "f16", "q8_0"] = "f32",
         timeout: float | None = 10.0,
         exchange_timeout: float | None = 120.0,
+        tls: ssl.SSLContext | None = None,
+        token: bytes | None = None,
     ) -> AsyncIterator[SplitBackend]:
         """Connect to all servers; leaving the context closes, and the servers free everything.
 
         ``tensor_split`` are shares of any scale, one for each server; None takes the free memory of
         each, 'auto' what :meth:`balance` finds. ``timeout`` (seconds) is for connecting,
         ``exchange_timeout`` how long a server may take for a product (the first one of a type may
-        have to be compiled there). Raises ServerLost for the
-        first server that can't be reached, ValueError for shares that don't fit.
+        have to be compiled there); ``tls`` and ``token`` as of client.connection.connect, for all
+        servers. Raises ServerLost for the first server that can't be reached, ValueError for shares
+        that don't fit.
         """
         shares = None if tensor_split is None or tensor_split == "auto" else tuple(tensor_split)
         if not endpoints or (shares is not None and len(shares) != len(endpoints)):
@@ -236,7 +240,10 @@ class SplitBackend:
             # Raises ValueError where no server has a share.
             partition(0, shares)
         opened = await asyncio.gather(
-            *(SplitServer.open(host, port, timeout, exchange_timeout) for host, port in endpoints),
+            *(
+                SplitServer.open(host, port, timeout, exchange_timeout, tls, token)
+                for host, port in endpoints
+            ),
             return_exceptions=True,
         )
         servers = [s for s in opened if isinstance(s, SplitServer)]

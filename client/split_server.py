@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -45,12 +46,20 @@ class SplitServer:
 
     @classmethod
     async def open(
-        cls, host: str, port: int, connect_timeout: float | None, timeout: float | None
+        cls,
+        host: str,
+        port: int,
+        connect_timeout: float | None,
+        timeout: float | None,
+        tls: ssl.SSLContext | None = None,
+        token: bytes | None = None,
     ) -> SplitServer:
         """Raises ServerLost."""
         name = f"{host}:{port}"
         try:
-            connection = await connect_any(host, port, timeout=connect_timeout, split=True)
+            connection = await connect_any(
+                host, port, timeout=connect_timeout, split=True, tls=tls, token=token
+            )
         except TimeoutError:
             reason = "accepts but does not answer (does another client hold it?)"
             raise ServerLost(name, reason) from None

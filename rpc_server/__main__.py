@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import logging
+import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+from client.tunnel import SecretError, client_context, read_token, server_context
 from protocol.negotiation import Negotiator
 from protocol.split import WIRE_TYPES
 from rpc_server.cache import CacheError, TensorCache, default_cache_dir
+from rpc_server.cache_room import DEFAULT_LIMIT
 from rpc_server.context import ServerContext
 from rpc_server.devices.base import Device, DeviceError
 from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import compiled_hash
 from rpc_server.devices.registry import Options, UnknownDeviceError, open_devices
+from rpc_server.logs import set_up
 from rpc_server.memory import Budget
-from rpc_server.options import parse_options, server_version
+from rpc_server.options import (
+    SPLIT_TOKEN_VARIABLE,
+    TOKEN_VARIABLE,
+    parse_options,
+    server_limits,
+    server_version,
+)
 from rpc_server.server import Server
+from rpc_server.terminal import report
+
+if TYPE_CHECKING:
+    from rpc_server.split.link import Tls
 
 log = logging.getLogger("rpc_server")
 
@@ -30,6 +46,11 @@ _EXPOSED = """\
 WARNING: listening on {host}, not only on this machine.
          Whoever reaches this port can use its memory and processors, and nothing on the wire is
          encrypted or authenticated. Keep it on a network you trust."""
+
+
+_OPEN_TLS = """\
+WARNING: whoever reaches {host}:{port} is let in: TLS alone hides what is said, not from whom it is.
+         Ask for a token (--token-file) or client certificates (--tls-ca)."""
 
 
 class StartError(Exception):
@@ -57,10 +78,14 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _banner(host: str, port: int, context: ServerContext, protocol: str | None) -> None:
+def _banner(
+    host: str, port: int, tls: str | None, context: ServerContext, protocol: str | None
+) -> None:
     cache = context.cache
     _say(f"Starting {server_version()}")
     _say(f"  endpoint       : {host}:{port}")
+    if tls:
+        _say(f"  endpoint, TLS  : {tls}")
     _say(f"  local cache    : {cache.folder if cache else 'n/a'}")
     _say(f"  protocol       : {protocol or 'auto'}")
     _say("Devices:")
@@ -70,74 +95,166 @@ def _banner(host: str, port: int, context: ServerContext, protocol: str | None) 
         _say(f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)")
 
 
+def _split_tls(options: Namespace) -> dict[tuple[str, int], Tls]:
+    """How workers named tls:// are spoken to. Raises SecretError."""
+    from rpc_server.split.link import Tls
+
+    named = [part[:2] for part in options.split if part and part[2]]
+    if not named:
+        return {}
+    context = client_context(options.split_ca, options.split_cert, options.split_key)
+    tls = Tls(context, read_token(options.split_token_file, SPLIT_TOKEN_VARIABLE))
+    return dict.fromkeys(named, tls)
+
+
+async def _start_tls(options: Namespace, server: Server) -> str | None:
+    """Listen for TLS if that is asked for; the address. Raises StartError."""
+    if options.tls_port is None:
+        return None
+    host = options.tls_host or options.host
+    try:
+        tls = server_context(options.tls_cert, options.tls_key, options.tls_ca)
+        token = read_token(options.token_file, TOKEN_VARIABLE)
+    except SecretError as error:
+        raise StartError(str(error)) from None
+    with _listening(host, options.tls_port, "--tls-port"):
+        port = await server.start_tls(host, options.tls_port, tls, token)
+    if token is None and options.tls_ca is None and not _is_loopback(host):
+        print(_OPEN_TLS.format(host=host, port=port), file=sys.stderr, flush=True)
+    asked = [w for w, has in (("token", token), ("client certificate", options.tls_ca)) if has]
+    return f"{host}:{port} ({' and '.join(asked) or 'no token'})"
+
+
 async def _devices(options: Namespace) -> Sequence[Device]:
     if not options.split:
-        return open_devices(options.device, Options(threads=options.threads))
+        return open_devices(options.device, Options(options.threads, options.allow_host_ops))
     from rpc_server.split.device import SplitDevice, SplitOptions
 
     wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
     by_columns = options.split_mode == "tensor"
-    split = SplitOptions(options.split, options.tensor_split, wire, by_columns, timeout)
+    parts = tuple(part and part[:2] for part in options.split)
+    secure = _split_tls(options)
+    split = SplitOptions(parts, options.tensor_split, wire, by_columns, timeout, secure)
     return [await SplitDevice.open(split, options.threads)]
+
+
+def _cache(options: Namespace) -> TensorCache:
+    """Raises CacheError."""
+    folder = options.cache_dir or default_cache_dir()
+    return TensorCache(folder, compiled_hash(), options.cache_size or DEFAULT_LIMIT)
 
 
 async def _context(options: Namespace) -> ServerContext:
     """Raises StartError."""
     try:
         devices = await _devices(options)
-        cache = TensorCache(default_cache_dir(), compiled_hash()) if options.cache else None
-    except (UnknownDeviceError, CacheError, DeviceError) as error:
+        cache = _cache(options) if options.cache else None
+    except (UnknownDeviceError, CacheError, DeviceError, SecretError) as error:
         raise StartError(str(error)) from None
     return ServerContext(
         budgets=[Budget(device, options.mem) for device in devices],
         negotiator=Negotiator(options.protocol),
         cache=cache,
+        limits=server_limits(options),
     )
 
 
-async def _serve(options: Namespace) -> None:
-    """Serve until SIGINT or SIGTERM. Raises StartError."""
-    context = await _context(options)
-    server = Server(context)
+async def _metrics(options: Namespace, context: ServerContext) -> asyncio.Server | None:
+    """The HTTP side, if there is one. Raises StartError."""
+    if options.metrics_port is None:
+        return None
+    from rpc_server.exporter import MissingError, serve
+
+    host, port = options.metrics_host, options.metrics_port
+    with _listening(host, port, "--metrics-port"):
+        try:
+            listener = await serve(context, host, port)
+        except MissingError as error:
+            raise StartError(str(error)) from None
+    bound = listener.sockets[0].getsockname()[1]
+    log.info("metrics at http://%s:%d/metrics", host, bound, extra={"event": "metrics"})
+    return listener
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int, option: str) -> Iterator[None]:
+    """Raises StartError for the OSError of one who can't listen there."""
     try:
-        port = await server.start(options.host, options.port)
+        yield
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(
-                f"port {options.port} of {options.host} is in use; choose another with --port"
+                f"port {port} of {host} is in use; choose another with {option}"
             ) from None
-        reason = error.strerror or str(error)
-        raise StartError(f"can't listen on {options.host}:{options.port}: {reason}") from None
-    if not _is_loopback(options.host):
+        raise StartError(f"can't listen on {host}:{port}: {error.strerror or error}") from None
+
+
+async def _serve(options: Namespace) -> bool:
+    """Serve until SIGINT or SIGTERM; whether all threads have ended. Raises StartError."""
+    context = await _context(options)
+    server = Server(context, options.allow)
+    with _listening(options.host, options.port, "--port"):
+        port = await server.start(options.host, options.port)
+    tls = await _start_tls(options, server)
+    metrics = await _metrics(options, context)
+    if not _is_loopback(options.host) and not options.allow:
         print(_EXPOSED.format(host=options.host), file=sys.stderr, flush=True)
-    _banner(options.host, port, context, options.protocol)
-    stop = asyncio.Event()
+    progress = None
+    if not options.quiet:
+        _banner(options.host, port, tls, context, options.protocol)
+        progress = asyncio.create_task(report(context.figures))
+    stopped = _signals()
+    await stopped.acquire()
+    if progress is not None:
+        await _end(progress)
+    log.info("stopping", extra={"event": "stopping"})
+    await _until(stopped, server.drain(options.drain_seconds))
+    end_compilers()
+    ended = await server.stop()
+    if metrics is not None:
+        metrics.close()
+    return ended
+
+
+def _signals() -> asyncio.Semaphore:
+    """Released by each SIGINT or SIGTERM."""
+    signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, signals.release)
         except NotImplementedError:
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    await stop.wait()
-    log.info("stopping")
-    end_compilers()
-    await server.stop()
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(signals.release))
+    return signals
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """End a task, and wait until it has."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _until(signals: asyncio.Semaphore, work: Coroutine[Any, Any, None]) -> None:
+    """Do ``work``, but no longer than until the next signal."""
+    tasks = {asyncio.create_task(work), asyncio.create_task(signals.acquire())}
+    _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parse_options(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    set_up(options.log_level, options.log_format)
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:
-            runner.run(_serve(options))
+            if not runner.run(_serve(options)):
+                # A thread is in the middle of a node, and nobody wants its result.
+                log.warning("a device is still busy; ending without it")
+                logging.shutdown()
+                os._exit(0)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from protocol.framing import Limits
 from protocol.ggml_types import GgmlType
 from protocol.negotiation import Negotiator
 from rpc_server.cache import TensorCache
+from rpc_server.limits import ServerLimits
 from rpc_server.memory import AddressSpace, Budget
+from rpc_server.metrics import Figures
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ class ServerContext:
     budgets: list[Budget]
     negotiator: Negotiator
     cache: TensorCache | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    figures: Figures = field(default_factory=Figures)
     space: AddressSpace = field(default_factory=AddressSpace)
     _announced: set[tuple[int, int]] = field(default_factory=set)
 

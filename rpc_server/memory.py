@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from rpc_server.devices.base import Device, Storage
 
+# Each buffer is a mapping of the process, of which the system has some 65,000.
+_MAX_BUFFERS = 16384
+
 # Far from any mapping of a process, so that a confused address is recognised in a log.
 _FIRST_ADDRESS = 1 << 44
 _ADDRESS_LIMIT = 1 << 62
@@ -27,6 +30,14 @@ class BadAddressError(Exception):
 
 class OutOfMemoryError(Exception):
     """The device, or the limit given to it, has no room for a buffer."""
+
+
+class LimitedError(OutOfMemoryError):
+    """It is a limit that has no room; ``option`` is the option that sets it."""
+
+    def __init__(self, option: str, what: str) -> None:
+        super().__init__(f"{what} ({option})")
+        self.option = option
 
 
 @dataclass(slots=True, eq=False)
@@ -95,11 +106,16 @@ class Budget:
         """
         if self.limit is not None and self.used + size > self.limit:
             left = self.limit - self.used
-            raise OutOfMemoryError(f"{size} bytes asked for, {left} left of --mem")
+            raise LimitedError(
+                "--mem", f"{size} bytes asked for, {left} left of {self.limit} for all clients"
+            )
+        if self.limit is None and self.used + size > (total := self.device.memory()[1]):
+            # Memory that nobody has written to yet still looks free to the system.
+            raise OutOfMemoryError(f"{size} bytes asked for, clients hold {self.used} of {total}")
         try:
             storage = self.device.allocate(size, proportions)
         except MemoryError as error:
-            raise OutOfMemoryError(str(error)) from None
+            raise OutOfMemoryError(str(error) or "the system has none left") from None
         self.used += size
         return storage
 
@@ -110,27 +126,42 @@ class Budget:
 
 
 class Buffers:
-    """The buffers of one client."""
+    """The buffers of one client; ``limit`` is how many bytes they may have together."""
 
-    def __init__(self, space: AddressSpace, budgets: list[Budget]) -> None:
+    def __init__(
+        self, space: AddressSpace, budgets: list[Budget], limit: int | None = None
+    ) -> None:
         self._space = space
         self._budgets = budgets
+        self._limit = limit
+        # Bytes of all buffers.
+        self.nbytes = 0
         self._by_handle: dict[int, Buffer] = {}
 
     def __len__(self) -> int:
         return len(self._by_handle)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(buffer.size for buffer in self._by_handle.values())
+    def memory(self, device: int) -> tuple[int, int]:
+        """Free and total bytes of a device as this client is told."""
+        free, total = self._budgets[device].memory()
+        if self._limit is None:
+            return free, total
+        return max(0, min(free, self._limit - self.nbytes)), min(total, self._limit)
 
     def allocate(self, device: int, size: int, proportions: Sequence[float] = ()) -> Buffer:
         """A new buffer; ``proportions`` as of Device.allocate. Raises OutOfMemoryError."""
+        if self._limit is not None and self.nbytes + size > self._limit:
+            left = self._limit - self.nbytes
+            raise LimitedError(
+                "--mem-per-client", f"{size} bytes asked for, {left} left of {self._limit}"
+            )
+        if len(self._by_handle) >= _MAX_BUFFERS:
+            raise OutOfMemoryError(f"a client has {_MAX_BUFFERS} buffers at most")
         handle, base = self._space.reserve(size)
         storage = self._budgets[device].allocate(size, proportions)
         buffer = Buffer(handle, base, size, device, storage)
         self._by_handle[handle] = buffer
+        self.nbytes += size
         return buffer
 
     def find(self, handle: int) -> Buffer | None:
@@ -148,6 +179,7 @@ class Buffers:
         """Raises BadAddressError for a handle that is none."""
         buffer = self.get(handle)
         del self._by_handle[handle]
+        self.nbytes -= buffer.size
         self._budgets[buffer.device].release(buffer.storage)
 
     def free_all(self) -> int:

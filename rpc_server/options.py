@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from protocol.dialects import DIALECTS, find_dialects
 from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import __version__
+from rpc_server.access import Network
+from rpc_server.limits import ServerLimits
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50052
+TOKEN_VARIABLE = "GGML_RPC_TOKEN"
+SPLIT_TOKEN_VARIABLE = "GGML_RPC_SPLIT_TOKEN"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
@@ -58,6 +65,24 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _limit(text: str) -> float | None:
+    """Seconds; 0 is no limit."""
+    return None if text.strip() == "0" else _seconds(text)
+
+
+def _drain(text: str) -> float:
+    return 0.0 if text.strip() == "0" else _seconds(text)
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", text) if part)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no list of addresses or networks such as 192.168.1.0/24: {error}"
+        ) from None
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
@@ -74,17 +99,19 @@ def _protocol(text: str) -> str | None:
     return text
 
 
-def _split(text: str) -> tuple[tuple[str, int] | None, ...]:
-    parts: list[tuple[str, int] | None] = []
+def _split(text: str) -> tuple[tuple[str, int, bool] | None, ...]:
+    """Host, port, whether inside of TLS; None is this machine."""
+    parts: list[tuple[str, int, bool] | None] = []
     for name in filter(None, re.split(r"[,;\s]+", text)):
         if name == "local":
             parts.append(None)
             continue
-        host, colon, port = name.rpartition(":")
-        host, number = (host, port) if colon else (name, str(DEFAULT_PORT))
+        address = name.removeprefix("tls://")
+        host, colon, port = address.rpartition(":")
+        host, number = (host, port) if colon else (address, str(DEFAULT_PORT))
         if not host or not number.isdecimal() or not 0 < int(number) < 65536:
             raise argparse.ArgumentTypeError(f"'{name}' is neither host:port nor 'local'")
-        parts.append((host.strip("[]"), int(number)))
+        parts.append((host.strip("[]"), int(number), address != name))
     if parts.count(None) > 1 or len(parts) > MAX_PARTS or not any(parts):
         raise argparse.ArgumentTypeError(
             f"'{text}' must name 1 to {MAX_PARTS} parts, 'local' once at most and not alone"
@@ -110,6 +137,109 @@ def _devices(text: str) -> list[str]:
     return [name for name in re.split(r"[,/]+", text) if name]
 
 
+_DEFAULTS = ServerLimits()
+
+# Of each limit: its field of ServerLimits, what its option takes, and what is said of it.
+_LIMITS: dict[str, tuple[str, Callable[[str], object], str, str]] = {
+    "--mem-per-client": (
+        "memory_per_client", memory_size, "SIZE", "most memory for one client (default: --mem)"
+    ),
+    "--max-message": (
+        "message", memory_size, "SIZE", "largest graph or program, MiB (default: 64)"
+    ),
+    "--max-graph-nodes": (
+        "graph_nodes", _positive, "N", "most nodes of a graph (default: %(default)s)"
+    ),
+    "--max-graph-tensors": (
+        "graph_tensors", _positive, "N", "most tensors of a graph (default: %(default)s)"
+    ),
+    "--max-clients": ("clients", _positive, "N", "most connections (default: %(default)s)"),
+    "--max-clients-per-address": (
+        "clients_per_address", _positive, "N", "most from one address (default: %(default)s)"
+    ),
+    "--handshake-timeout": (
+        "handshake", _seconds, "SECONDS", "for a client's HELLO (default: %(default)g)"
+    ),
+    "--stall-timeout": (
+        "stall", _limit, "SECONDS",
+        "for 64 KiB of a message that has begun, or of answers (default: %(default)g)",
+    ),
+    "--idle-timeout": ("idle", _limit, "SECONDS", "for a client that asks nothing (default: none)"),
+    "--graph-timeout": ("graph", _limit, "SECONDS", "for one graph (default: %(default)g)"),
+    "--peer-timeout": (
+        "peer", _seconds, "SECONDS",
+        "for the coordinator of a split, within a program (default: %(default)g)",
+    ),
+}  # fmt: skip
+
+
+def _add_operation(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--metrics-port",
+        type=_port,
+        metavar="N",
+        help="serve /metrics (Prometheus), /healthz and /readyz over HTTP (default: not; 0: any)",
+    )
+    add(
+        "--metrics-host",
+        default=DEFAULT_HOST,
+        metavar="ADDRESS",
+        help="address of --metrics-port (default: %(default)s)",
+    )
+    add(
+        "--drain-seconds",
+        type=_drain,
+        default=_DEFAULTS.drain,
+        metavar="SECONDS",
+        help="when stopped, wait so long for what is under way; 0: not (default: %(default)g)",
+    )
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--allow",
+        type=_networks,
+        default=(),
+        metavar="CIDR[,CIDR]",
+        help="let in only clients from these networks (default: any)",
+    )
+    add(
+        "--tls-port", type=_port, metavar="N", help="serve inside of TLS too, on this port (0: any)"
+    )
+    add("--tls-host", metavar="ADDRESS", help="address of --tls-port (default: that of --host)")
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate (and chain) of --tls-port, PEM")
+    add("--tls-key", type=Path, metavar="FILE", help="its key, if not in --tls-cert")
+    add(
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="clients of --tls-port need a certificate that this one vouches for",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="clients of --tls-port have to show the token in this file (or in the variable "
+        f"{TOKEN_VARIABLE})",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    for option, (field, type_, metavar, help_) in _LIMITS.items():
+        default = getattr(_DEFAULTS, field)
+        group.add_argument(
+            option, type=type_, default=default, metavar=metavar, dest=f"limit_{field}", help=help_
+        )
+
+
+def server_limits(options: argparse.Namespace) -> ServerLimits:
+    """The limits that were chosen."""
+    chosen = {field: getattr(options, f"limit_{field}") for field, *_ in _LIMITS.values()}
+    return dataclasses.replace(_DEFAULTS, **chosen, drain=options.drain_seconds)
+
+
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 and a message if it is wrong."""
     parser = argparse.ArgumentParser(
@@ -127,7 +257,19 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "-t", "--threads", type=_positive, metavar="N", help="threads of the CPU device (all cores)"
     )
     add("-d", "--device", type=_devices, default=[], metavar="DEV[,DEV]", help="devices to offer")
+    add(
+        "--allow-host-ops",
+        action="store_true",
+        help="run ops that have no kernel for the GPU on the host, which is slow",
+    )
     add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
+    add("--cache-dir", type=Path, metavar="DIR", help="the folder of --cache, which it implies")
+    add(
+        "--cache-size",
+        type=memory_size,
+        metavar="SIZE",
+        help="most that --cache keeps, which it implies (default: 100G)",
+    )
     add("--mem", type=memory_size, metavar="SIZE", help="most memory for clients: 4096 (MiB), 8G")
     add(
         "--split",
@@ -162,13 +304,50 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SECONDS",
         help="longest that a worker may take for one exchange (default: %(default)s)",
     )
+    add(
+        "--split-ca",
+        type=Path,
+        metavar="FILE",
+        help="what vouches for workers named tls://host:port (default: the system's)",
+    )
+    add("--split-cert", type=Path, metavar="FILE", help="certificate to show these workers")
+    add("--split-key", type=Path, metavar="FILE", help="its key, if not in --split-cert")
+    add(
+        "--split-token-file",
+        type=Path,
+        metavar="FILE",
+        help=f"token to show these workers (or in the variable {SPLIT_TOKEN_VARIABLE})",
+    )
     add("--protocol", type=_protocol, metavar="auto|X.Y", help="speak this version only (auto)")
-    add("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
+    add(
+        "--log-level",
+        choices=LOG_LEVELS,
+        help="(default: info; with --quiet warning)",
+    )
+    add("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
+    add(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="json: one object a line (default: %(default)s)",
+    )
+    _add_operation(parser.add_argument_group("operation"))
+    _add_access(parser.add_argument_group("who may connect"))
+    _add_limits(parser.add_argument_group("limits", "In seconds 0 is none where a default is."))
     add("--version", action="version", version=server_version())
     options = parser.parse_args(arguments)
+    options.log_level = options.log_level or ("warning" if options.quiet else "info")
+    options.cache = bool(options.cache or options.cache_dir or options.cache_size)
     shares = options.tensor_split
     if shares and (not options.split or (shares != "auto" and len(shares) != len(options.split))):
         parser.error("--tensor-split needs one share for each part of --split")
+    if (options.tls_port is None) != (options.tls_cert is None):
+        parser.error("--tls-port and --tls-cert need each other")
+    if options.tls_port is None and (options.tls_ca or options.token_file or options.tls_key):
+        parser.error("--tls-ca, --tls-key and --token-file are for --tls-port")
+    secure = any(part and part[2] for part in options.split or ())
+    if not secure and (options.split_ca or options.split_cert or options.split_token_file):
+        parser.error("--split-ca, --split-cert, --split-token-file are for tls:// in --split")
     if options.split and options.device:
         parser.error("--split is a device of its own: leave out --device")
     return options

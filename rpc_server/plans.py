@@ -6,6 +6,8 @@ from rpc_server.devices.base import Plan
 
 # Graphs remembered per device. llama.cpp alternates between a few (prefill, decode, per KV size).
 _PLANS = 8
+# Bytes of them beside the newest: a plan takes a few times as much as its graph.
+_PLAN_BYTES = 32 << 20
 
 
 class PlanCache:
@@ -15,25 +17,28 @@ class PlanCache:
     """
 
     def __init__(self) -> None:
-        self._plans: list[tuple[bytearray, Plan]] = []
+        self._plans: list[tuple[bytearray, Plan, int]] = []
 
     def find(self, payload: bytearray) -> Plan | None:
         """The plan of a graph with exactly these bytes; it becomes the newest."""
-        for i, (known, plan) in enumerate(self._plans):
+        for i, (known, plan, _) in enumerate(self._plans):
             if known == payload:
-                self._plans.insert(0, self._plans.pop(i))
+                if i:
+                    self._plans.insert(0, self._plans.pop(i))
                 return plan
         return None
 
-    def add(self, payload: bytearray, plan: Plan) -> None:
-        """``plan`` becomes the newest."""
-        self._plans.insert(0, (payload, plan))
+    def add(self, payload: bytearray, plan: Plan, nodes: int) -> None:
+        """``plan``, of so many nodes, becomes the newest."""
+        self._plans.insert(0, (payload, plan, nodes))
         del self._plans[_PLANS:]
+        while sum(len(known) for known, _, _ in self._plans[1:]) > _PLAN_BYTES:
+            self._plans.pop()
 
     @property
-    def last(self) -> Plan | None:
-        """The plan that ran last: what GRAPH_RECOMPUTE runs."""
-        return self._plans[0][1] if self._plans else None
+    def last(self) -> tuple[Plan, int] | None:
+        """The plan that ran last, what GRAPH_RECOMPUTE runs, and its number of nodes."""
+        return self._plans[0][1:] if self._plans else None
 
     def clear(self) -> None:
         self._plans.clear()

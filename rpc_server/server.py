@@ -1,55 +1,81 @@
-"""Sockets: listens, and moves bytes between each connection and its session."""
+"""Sockets: listens, lets clients in, moves bytes between each connection and its session."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
+import ssl
+import time
+from collections.abc import Iterator
 from typing import cast
 
-from client.connection import keep_alive
+from client.tunnel import End, keep_alive
+from rpc_server.access import Gate, Network
 from rpc_server.context import ServerContext
+from rpc_server.metrics import ClientFigures
+from rpc_server.secure import SecureListener
 from rpc_server.session import Session
 from rpc_server.sockets import shut_down
+from rpc_server.watch import Clock, Watched, sweep
 
 log = logging.getLogger(__name__)
+
+# How long devices are waited for, when the server ends, once nothing holds them any more.
+_CLOSE_SECONDS = 5.0
+
+_numbers = itertools.count(1)
 
 
 class Connection(asyncio.BufferedProtocol):
     """One client's socket. Received bytes go where the reader says, weights into their buffer."""
 
-    _numbers = itertools.count(1)
-
-    def __init__(self, context: ServerContext, connections: set[Connection]) -> None:
-        self._context = context
-        self._connections = connections
+    def __init__(self, server: Server, guest: ClientFigures | None = None) -> None:
+        """``guest`` was let in already, and this is the near end of its tunnel."""
+        self._server = server
         self._session: Session | None = None
+        self._figures = guest
+        self._tunnelled = guest is not None
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        self.clock = Clock(server.context.limits, time.monotonic())
+
+    @property
+    def session(self) -> Session | None:
+        """None until the client is let in."""
+        return self._session
 
     def connection_made(self, base: asyncio.BaseTransport) -> None:
         # uvloop's transports behave like asyncio's but don't inherit from them.
         transport = self._transport = cast(asyncio.Transport, base)
-        peer = transport.get_extra_info("peername")
-        address = str(peer[0]) if peer else "?"
-        name = f"client {next(self._numbers)} ({address}:{peer[1] if peer else '?'})"
+        figures = self._figures
+        if figures is None:
+            figures = self._server.introduce(transport.get_extra_info("peername"))
+            if not self._server.gate.admit(figures.address, figures.name):
+                transport.abort()
+                return
         # Any unsent byte counts as full: see Session, which must not change what is being sent.
         transport.set_write_buffer_limits(high=0)
         # A client whose machine is gone must not keep memory, or a thread that reads its stream.
         keep_alive(transport.get_extra_info("socket"))
-        self._session = Session(self._context, transport, address, name, self._pump)
-        self._connections.add(self)
-        log.debug("%s: connected", name)
+        context = self._server.context
+        self._figures = figures
+        self._session = Session(context, transport, figures, self._pump)
+        context.figures.connected(figures)
+        self._server.connections.add(self)
+        log.debug("%s: connected", figures.name)
 
     def connection_lost(self, error: Exception | None) -> None:
-        session = self._session
-        assert session is not None
-        self._connections.discard(self)
-        if error is not None:
-            log.warning("%s: connection lost: %s", session.name, error)
-        session.connection_lost()
         self._transport = None
+        session, figures = self._session, self._figures
+        if session is None or figures is None:
+            return
+        self._server.connections.discard(self)
+        if not self._tunnelled:
+            self._server.gate.leave(figures.address)
+        if error is not None:
+            session.log.warning("connection lost: %s", error)
+        session.connection_lost()
 
     def eof_received(self) -> bool:
         return False
@@ -60,23 +86,40 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         assert self._session is not None
+        assert self._figures is not None
+        self._figures.bytes_in += nbytes
         self._session.reader.received(nbytes)
         self._pump()
 
     def pause_writing(self) -> None:
-        assert self._session is not None
-        self._session.pause_writing()
+        if self._session is not None:
+            self._session.pause_writing()
 
     def resume_writing(self) -> None:
-        assert self._session is not None
-        self._session.resume_writing()
+        if self._session is not None:
+            self._session.resume_writing()
+            self._leave_at_rest()
+
+    def drain(self) -> None:
+        """Close as soon as the client has the answers to all it has asked so far."""
+        if self._session is not None:
+            self._session.leaving = True
+            self._leave_at_rest()
+
+    def _leave_at_rest(self) -> None:
+        session = self._session
+        if session is not None and session.leaving and session.at_rest and self._transport:
+            self._transport.close()
 
     def abort(self) -> None:
         """Close at once; the session frees what it has."""
         if self._transport is not None:
-            if self._session is not None and self._session.streaming:
-                # A thread waits on the socket: closing it would not wake it.
-                shut_down(self._transport.get_extra_info("socket").fileno())
+            if self._session is not None:
+                self._session.leaving = True
+                self._session.stop_running()
+                if self._session.streaming:
+                    # A thread waits on the socket: closing it would not wake it.
+                    shut_down(self._transport.get_extra_info("socket").fileno())
             self._transport.abort()
 
     def _pump(self) -> None:
@@ -94,6 +137,8 @@ class Connection(asyncio.BufferedProtocol):
             session.failed(error)
             transport.abort()
             return
+        if session.leaving:
+            self._leave_at_rest()
         # A program that runs reads the socket by itself.
         if (session.reader.full or session.streaming) != self._paused:
             self._paused = not self._paused
@@ -104,30 +149,99 @@ class Connection(asyncio.BufferedProtocol):
 
 
 class Server:
-    """Serves ``context`` on one address. Raises OSError from :meth:`start` if it can't listen."""
+    """Serves ``context``, and refuses clients from elsewhere than ``allowed`` if that is given."""
 
-    def __init__(self, context: ServerContext) -> None:
+    def __init__(self, context: ServerContext, allowed: tuple[Network, ...] = ()) -> None:
         self.context = context
-        self._connections: set[Connection] = set()
-        self._listener: asyncio.AbstractServer | None = None
+        self.connections: set[Connection] = set()
+        self.gate = Gate(allowed, context.limits, context.figures)
+        # Of the TLS port: the far ends of tunnels.
+        self.tunnels: set[End] = set()
+        self._listeners: list[asyncio.AbstractServer | SecureListener] = []
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; the port, which the system chose if ``port`` is 0."""
+        """Listen; the port, which the system chose if ``port`` is 0. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            lambda: Connection(self.context, self._connections), host, port, backlog=64
-        )
-        bound: int = self._listener.sockets[0].getsockname()[1]
+        listener = await loop.create_server(lambda: Connection(self), host, port, backlog=64)
+        self._listeners.append(listener)
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(sweep(self.context.limits, self._watched))
+        bound: int = listener.sockets[0].getsockname()[1]
         return bound
 
-    async def stop(self) -> None:
-        """Stop listening, drop all clients, end the devices' threads after what they run."""
-        if self._listener is not None:
-            self._listener.close()
-        for connection in list(self._connections):
+    async def start_tls(
+        self, host: str, port: int, tls: ssl.SSLContext, token: bytes | None
+    ) -> int:
+        """Listen for TLS as well; clients have to show ``token`` if there is one."""
+        listener = SecureListener(self, tls, token)
+        bound = await listener.start(host, port)
+        self._listeners.append(listener)
+        return bound
+
+    def connection(self, guest: ClientFigures) -> Connection:
+        """The near end of a tunnel, for a client that was let in."""
+        return Connection(self, guest)
+
+    def introduce(self, peer: tuple[object, ...] | None, *, secure: bool = False) -> ClientFigures:
+        """Figures of a new client, with its number and name."""
+        number = next(_numbers)
+        address, port = (str(peer[0]), peer[1]) if peer else ("?", "?")
+        name = f"client {number} ({address}:{port})"
+        return ClientFigures(number=number, name=name, address=address, secure=secure)
+
+    def tunnel_ended(self, end: End, address: str) -> None:
+        """The client at the far end is gone."""
+        self.tunnels.discard(end)
+        self.gate.leave(address)
+
+    def _watched(self) -> Iterator[tuple[Clock, Watched]]:
+        for connection in self.connections:
+            if connection.session is not None:
+                yield connection.clock, connection.session
+
+    async def drain(self, seconds: float) -> None:
+        """Let no one in, and end each connection when what it has asked for is done.
+
+        Returns when all have ended, or after ``seconds``.
+        """
+        self.context.figures.draining = True
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self.connections):
+            connection.drain()
+        waiting = [c for c in self.connections if c.session is not None and not c.session.at_rest]
+        if waiting and seconds:
+            log.info(
+                "%d clients have something under way; waiting %g s for them (--drain-seconds)",
+                len(waiting),
+                seconds,
+                extra={"event": "draining", "clients": len(waiting)},
+            )
+        end = time.monotonic() + seconds
+        while (self.connections or self.tunnels) and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    async def stop(self) -> bool:
+        """Drop all clients that are left, end the devices' threads; whether these have ended.
+
+        What runs is stopped at its next node.
+        """
+        for listener in self._listeners:
+            listener.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self.connections):
             connection.abort()
-        if self._listener is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._listener.wait_closed(), 5)
-        for budget in self.context.budgets:
-            await asyncio.to_thread(budget.device.close)
+        for tunnel in list(self.tunnels):
+            tunnel.abort()
+        closing = [asyncio.to_thread(b.device.close) for b in self.context.budgets]
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await asyncio.gather(*closing)
+                for listener in self._listeners:
+                    if isinstance(listener, asyncio.AbstractServer):
+                        await listener.wait_closed()
+        except TimeoutError:
+            return False
+        return True

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 __all__ = [
     "BufferLike",
+    "Copying",
     "Device",
     "DeviceError",
     "NotReadyError",
@@ -61,6 +62,9 @@ class Upload(Protocol):
 class Relaying(Protocol):
     """A Storage of which some bytes lie elsewhere: these come and go by its own ways."""
 
+    # Whether all of its bytes are at one place, so that the cache may hold and serve them.
+    whole: bool
+
     def concerns(self, start: int, size: int, t: Tensor | None = None) -> bool:
         """Whether bytes lie elsewhere, or belong there when ``t`` is uploaded to them."""
         ...
@@ -78,6 +82,19 @@ class Relaying(Protocol):
 
     async def overwrite(self, start: int, size: int, value: int) -> None:
         """Fill bytes wherever they are. Raises DeviceError."""
+        ...
+
+
+@runtime_checkable
+class Copying(Protocol):
+    """A Storage elsewhere than in this machine's memory that takes bytes of some others itself."""
+
+    def can_copy(self, other: Storage) -> bool:
+        """Whether :meth:`copy` works from ``other``."""
+        ...
+
+    async def copy(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        """Take bytes of ``other``. Raises DeviceError."""
         ...
 
 
@@ -113,6 +130,13 @@ class Plan(Protocol):
         """Run the whole graph on the calling thread (the device's). Raises GraphError."""
         ...
 
+    # Whether others are hurt if a run is stopped: clients that share what it uses.
+    shared: bool
+
+    def stop(self) -> None:
+        """Let a run that is under way fail soon; from any thread. The plan can't be run again."""
+        ...
+
 
 class Device(Protocol):
     """One device as clients see it. ``alignment`` and ``max_size`` are bytes."""
@@ -121,6 +145,9 @@ class Device(Protocol):
     description: str
     alignment: int
     max_size: int
+
+    # Whether it runs programs of the split extension: whether it can read and write a socket.
+    runs_programs: bool
 
     @property
     def n_parts(self) -> int:

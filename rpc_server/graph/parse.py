@@ -7,7 +7,8 @@ Everything later (contracts, plans, kernels) relies on what is established here:
 * types and op numbers exist in the dialect, rows are whole blocks;
 * elements of plain types are aligned to their size, as ggml's are by construction;
 * a tensor with an address lies wholly inside a live buffer of this client, counted in Python
-  integers; one whose data is not here has address 0.
+  integers; one whose data is not here has address 0;
+* the bytes that a tensor's elements would take side by side are not many times those it lies in.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ _TYPES = {int(t): t for t in GgmlType}
 _COLUMNS = (
     "id", "type", "buffer", "ne", "nb", "op", "op_params", "flags", "data", "name", "use_count",
 )  # fmt: skip
+
+# Strides below an element's size make any number of elements out of a few bytes, and a kernel busy
+# for days. Windows that overlap, or rows that repeat, are well within this.
+_MOST_REPEATED = 64
+_REPEATED_FROM = 64 << 20
 
 
 class BufferLike(Protocol):
@@ -140,6 +146,11 @@ def _locate(tensor: Tensor, data: int, buffer: BufferLike | None) -> int:
             f"tensor '{tensor.name}': bytes [{offset}, {offset + tensor.nbytes}) lie outside "
             f"its buffer of {buffer.size}"
         )
+    dense = tensor.row_size * tensor.nrows
+    if dense > _REPEATED_FROM and dense > _MOST_REPEATED * tensor.nbytes:
+        raise GraphError(
+            f"tensor '{tensor.name}': {dense} bytes of elements lie in {tensor.nbytes} bytes"
+        )
     return buffer.address + offset
 
 
@@ -214,21 +225,35 @@ def _to_compute(nodes: list[Tensor], dialect: Dialect) -> list[Tensor]:
     return chosen
 
 
+def label_of_message(message: Any) -> str:
+    """The name that an rpc_tensor message gives, however it is written."""
+    text: str = message.name.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return text
+
+
+def check_message(message: Any) -> GgmlType:
+    """The type of an rpc_tensor message; GraphError if it is unknown or a row is broken blocks."""
+    type_ = _TYPES.get(message.type)
+    if type_ is None:
+        raise GraphError(f"tensor '{label_of_message(message)}': unknown type {message.type}")
+    if message.ne[0] % TYPE_INFO[type_].block_size:
+        raise GraphError(
+            f"tensor '{label_of_message(message)}': rows of {message.ne[0]} {type_.name} are not "
+            "whole blocks"
+        )
+    return type_
+
+
 def tensor_of_message(message: Any, dialect: Dialect) -> Tensor:
     """A tensor from a single rpc_tensor message (GET_ALLOC_SIZE), without data and sources.
 
     Raises GraphError for an unknown type, op or a row of broken blocks.
     """
-    name = message.name.split(b"\0", 1)[0].decode("utf-8", "replace")
-    if message.type not in _TYPES:
-        raise GraphError(f"tensor '{name}': unknown type {message.type}")
-    type_ = _TYPES[message.type]
-    if message.ne[0] % TYPE_INFO[type_].block_size:
-        raise GraphError(f"tensor '{name}': rows are not whole {type_.name} blocks")
+    type_ = check_message(message)
     op = dialect.ops[message.op] if message.op < len(dialect.ops) else Op.NONE
     return Tensor(
         id=message.id,
-        name=name,
+        name=label_of_message(message),
         type=type_,
         op=op,
         ne=tuple(message.ne),

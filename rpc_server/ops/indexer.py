@@ -57,7 +57,8 @@ def _indexer(ctx: ArrayContext, t: Tensor) -> None:
             for tokens in tiles(n_tokens, n_heads * len(positions)):
                 at = slice(tokens.start, tokens.stop), slice(positions.start, positions.stop)
                 # One product for all heads of all tokens: they share the keys.
-                products = xp.matmul(queries[stream, at[0]].reshape(-1, size), keys.T)
+                asked = queries[stream, at[0]].reshape(len(tokens) * n_heads, size)
+                products = xp.matmul(asked, keys.T)
                 xp.fmax(products, xp.float32(0), out=products)
                 products = products.reshape(len(tokens), n_heads, len(positions))
                 scores = xp.matmul(weights[stream, 0, at[0], None], products)[:, 0]

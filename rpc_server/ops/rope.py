@@ -136,7 +136,7 @@ def _angles(ctx: ArrayContext, t: Tensor, pairs: int) -> Any:
     return powers[xp.asarray(steps), xp.asarray(sections)].T
 
 
-def _correction_range(t: Tensor) -> tuple[np.float32, np.float32]:
+def correction_range(t: Tensor) -> tuple[np.float32, np.float32]:
     """Pairs between which YaRN goes over from extrapolated to interpolated angles."""
     n_dims, n_ctx, base = t.param_i32(1), t.param_i32(4), np.float32(t.param_f32(5))
 
@@ -154,7 +154,7 @@ def _scaled(xp: ModuleType, t: Tensor, angles: Any) -> tuple[Any, np.float32]:
     magnitude = np.float32(t.param_f32(8))
     if not ext_factor:
         return scale * angles, magnitude
-    low, high = _correction_range(t)
+    low, high = correction_range(t)
     pairs = xp.arange(angles.shape[1], dtype=xp.float32)
     ramp = (pairs - low) / np.maximum(np.float32(0.001), high - low)
     mix = (1 - xp.clip(ramp, 0, 1)) * ext_factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 import math
@@ -302,7 +303,7 @@ def _nearest(n_in: int, n_out: int, ratio: np.float32) -> Any:
     return np.clip(at, 0, n_in - 1)
 
 
-def _taps(n_in: int, n_out: int, mode: int) -> list[tuple[Any, Any]]:
+def _taps(n_in: int, n_out: int, mode: int) -> Taps:
     """(indices, weights) of the source elements that each result element is a sum of."""
     kind, ratio, half = mode & 0xFF, np.float32(n_out / n_in), np.float32(0.5)
     if mode & _ALIGN_CORNERS:
@@ -339,24 +340,45 @@ def _cubic_weights(x: Any) -> list[Any]:
     return [far(x + 1), near(x), near(1 - x), far(2 - x)]
 
 
-def _triangle_taps(
-    n_in: int, centre: Any, half: np.float32, support: np.float32
-) -> list[tuple[Any, Any]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Windows:
+    """For each result element the consecutive source elements it is a sum of, and their weights.
+
+    For windows that are wider than the result: their elements one by one are too many to go over.
+    """
+
+    parts: list[tuple[slice, Any]]
+
+
+Taps = list[tuple[Any, Any]] | _Windows
+
+
+def _triangle_taps(n_in: int, centre: Any, half: np.float32, support: np.float32) -> Taps:
     """Weights that fall off linearly over ``support`` elements to either side, summing to 1."""
     first = np.maximum((centre - support + half).astype(np.int64), 0)
     end = np.minimum((centre + support + half).astype(np.int64), n_in)
-    taps = []
-    for i in range(int((end - first).max(initial=0))):
-        at = first + i
+
+    def weigh(at: Any, centre: Any, end: Any) -> Any:
         distance = (at - centre + half).astype(np.float32) / support
-        weights = np.where(at < end, np.maximum(1 - abs(distance), 0), 0)
-        taps.append((np.clip(at, 0, n_in - 1), weights.astype(np.float32)))
+        return np.where(at < end, np.maximum(1 - abs(distance), 0), 0).astype(np.float32)
+
+    width = int((end - first).max(initial=0))
+    if width > len(centre):
+        parts = []
+        for place, (low, high) in enumerate(zip(first.tolist(), end.tolist(), strict=True)):
+            weights = weigh(np.arange(low, high), centre[place], high)
+            parts.append((slice(low, high), weights / (weights.sum() or np.float32(1))))
+        return _Windows(parts)
+    taps = [(np.clip(first + i, 0, n_in - 1), weigh(first + i, centre, end)) for i in range(width)]
     total = sum(weights for _, weights in taps)
     return [(at, weights / np.where(total > 0, total, 1)) for at, weights in taps]
 
 
-def _resized(xp: ModuleType, x: Any, taps: list[tuple[Any, Any]]) -> Any:
+def _resized(xp: ModuleType, x: Any, taps: Taps) -> Any:
     """The last axis resized."""
+    if isinstance(taps, _Windows):
+        parts = [xp.matmul(x[..., at], xp.asarray(weights)) for at, weights in taps.parts]
+        return xp.stack(parts, axis=-1)
     return sum(x[..., xp.asarray(at)] * xp.asarray(weights) for at, weights in taps)
 
 

@@ -12,8 +12,8 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from client.balance import Speed, shares_by_time
@@ -22,11 +22,12 @@ from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
 from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.split.assemble import Assembler, Programmed
 from rpc_server.split.exchange import Peer, Transfer
-from rpc_server.split.link import PREPARE_TIMEOUT, Link, WorkerLost, open_links
+from rpc_server.split.link import PREPARE_TIMEOUT, Link, Tls, WorkerLost, open_links
 from rpc_server.split.measure import measure_parts
 from rpc_server.split.segments import Found, WeightIndex, find_segments
 from rpc_server.split.weights import SplitStorage, SplitWeight
@@ -53,7 +54,7 @@ class SplitOptions:
 
     ``proportions`` are by part, None for each one's free memory, 'auto' for how fast each is;
     ``timeout`` (seconds) is how long a worker may take for one exchange. ``by_columns`` is tensor
-    mode: whole blocks of a layer on the parts.
+    mode: whole blocks of a layer on the parts. Those in ``tls`` are spoken to inside of TLS.
     """
 
     parts: tuple[tuple[str, int] | None, ...]
@@ -61,6 +62,7 @@ class SplitOptions:
     wire: GgmlType = GgmlType.F32
     by_columns: bool = False
     timeout: float = 30.0
+    tls: Mapping[tuple[str, int], Tls] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,18 @@ class SplitPlan:
         self._device = device
         self._make = make
         self._storages = storages
+        self._stopped = False
         self._plan = make()
         self.dialect = self._plan.inner.dialect
         self._made_at = self._changes()
+
+    # A stopped run leaves the workers' streams in the middle of an exchange.
+    shared = True
+
+    def stop(self) -> None:
+        """As of Plan."""
+        self._stopped = True
+        self._plan.inner.stop()
 
     def _changes(self) -> int:
         return sum(storage.changes for storage in self._storages)
@@ -99,6 +110,8 @@ class SplitPlan:
         if self._made_at != self._changes():
             self._plan = self._make()
             self._made_at = self._changes()
+        if self._stopped:
+            raise GraphError("was stopped")
         plan = self._plan
         if not plan.programs:
             plan.inner.run()
@@ -166,7 +179,8 @@ class SplitDevice(CpuDevice):
 
     async def _connect(self, parts: Sequence[int]) -> None:
         wanted = [(i, e) for i in parts if (e := self._options.parts[i]) is not None]
-        opened = await open_links([e for _, e in wanted], self._options.timeout)
+        options = self._options
+        opened = await open_links([e for _, e in wanted], options.timeout, options.tls)
         for (i, _), link in zip(wanted, opened, strict=True):
             if isinstance(link, Link):
                 self._links[i] = link

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from client.backend import Backend, Buffer
@@ -45,6 +47,17 @@ PREPARE_TIMEOUT = 300.0
 
 class WorkerLost(DeviceError):  # noqa: N818 - says what happened
     """The worker can't be reached, or its connection ended; the message names it and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How a worker is spoken to: inside of TLS with ``context``, showing ``token``; see connect."""
+
+    context: ssl.SSLContext | None = None
+    token: bytes | None = field(default=None, repr=False)
+
+
+NO_TLS = Tls()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +97,7 @@ class Link:
         self._reason = ""
 
     @classmethod
-    async def open(cls, host: str, port: int, timeout: float) -> Link:
+    async def open(cls, host: str, port: int, timeout: float, tls: Tls = NO_TLS) -> Link:
         """Connect by the newest protocol that the worker speaks.
 
         ``timeout`` (seconds) is how long one exchange may take. Raises WorkerLost.
@@ -92,7 +105,9 @@ class Link:
         name = f"{host}:{port}"
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                connection = await connect_any(host, port, timeout=None, split=True)
+                connection = await connect_any(
+                    host, port, timeout=None, split=True, tls=tls.context, token=tls.token
+                )
                 try:
                     link = await cls._begin(name, connection, timeout)
                 except BaseException:
@@ -106,6 +121,8 @@ class Link:
             raise WorkerLost(f"worker {name}: {error}") from None
         except ProtocolError as error:
             raise WorkerLost(f"worker {name} speaks something else: {error}") from None
+        except ssl.SSLError as error:
+            raise WorkerLost(f"worker {name}: TLS: {error.reason or error}") from None
         except OSError as error:
             raise WorkerLost(f"worker {name}: {error.strerror or error}") from None
         log.info(
@@ -333,13 +350,15 @@ class Link:
 
 
 async def open_links(
-    endpoints: Sequence[tuple[str, int]], timeout: float
+    endpoints: Sequence[tuple[str, int]],
+    timeout: float,
+    tls: Mapping[tuple[str, int], Tls] = MappingProxyType({}),
 ) -> list[Link | WorkerLost]:
-    """Links to all, or why there is none."""
+    """Links to all, or why there is none; those in ``tls`` are spoken to that way."""
 
     async def one(host: str, port: int) -> Link | WorkerLost:
         try:
-            return await Link.open(host, port, timeout)
+            return await Link.open(host, port, timeout, tls.get((host, port), NO_TLS))
         except WorkerLost as error:
             return error
 

@@ -13,15 +13,14 @@ from rpc_server.devices.base import BufferLike, Device, Plan, Resolve
 if TYPE_CHECKING:
     from rpc_server.split.exchange import Peer
 
-# A client may compute for long between two exchanges; one that is gone is noticed by keepalive.
-PATIENCE_SECONDS = 600.0
-
 
 class Programs:
     """By device and number. Programs that use a buffer are forgotten with it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, patience: float) -> None:
+        """``patience`` is how long a program waits for the client between exchanges, seconds."""
         self._name = name
+        self._patience = patience
         self._plans: dict[tuple[int, int], tuple[Plan, frozenset[int]]] = {}
 
     @cached_property
@@ -30,7 +29,7 @@ class Programs:
         # Brings numba, which takes long to import: not before somebody needs it.
         from rpc_server.split.exchange import Peer
 
-        return Peer(self._name, PATIENCE_SECONDS)
+        return Peer(self._name, self._patience)
 
     @staticmethod
     def check(number: int) -> None:

@@ -198,6 +198,8 @@ class SplitStorage(HostStorage):
     given back after the buffer is closed.
     """
 
+    whole = False
+
     def __init__(
         self,
         size: int,

@@ -499,3 +499,23 @@ async def test_a_server_that_hangs_up_within_bytes_without_a_frame() -> None:
         futures = await c.exchange([head], [(Command.SPLIT_RUN, output)], framed=False)
         with pytest.raises(ConnectionLost, match=r"SPLIT_RUN \(7 of 10 bytes\)"):
             await futures[0]
+
+
+async def test_closing_after_the_server_has_half_closed_within_an_upload() -> None:
+    size = 64 << 20
+
+    async def script(peer: Peer) -> None:
+        await peer.hello()
+        await peer.reader.readexactly(9)
+        peer.writer.write_eof()
+        # The client notices while bytes of its own are still on their way.
+        while await peer.reader.read(1 << 20):
+            pass
+
+    async with scripted(NEWEST, script) as port:
+        c = await connect("127.0.0.1", port)
+        with pytest.raises(ConnectionLost):
+            await c.set_tensor(placed(size), bytes(size))
+        await c.wait_closed()
+        c.abort()
+        await c.close()

@@ -11,7 +11,7 @@ import pytest
 from protocol.dialects import DIALECTS
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu import catalog, plan
+from rpc_server.devices.cpu import catalog, plan, planner, schedule
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.cpu.executor import Executor
@@ -117,3 +117,41 @@ def test_a_device_without_a_compiler_runs_all_by_references(
     built.run()
     assert (values(total) == 2 * values(a)).all()
     device.close()
+
+
+def test_few_converted_rows_are_kept(executor: Executor) -> None:
+    """A graph with more of them than are kept computes the same; its scratch is bounded."""
+    weights = matrix(64, 8, 0)
+    # Each is read again, when all others were read in between.
+    inputs = [activations(64, 3) for _ in range(planner._MOST_KEPT + 8)]
+    nodes = [product(weights, x) for x in (*inputs, *inputs)]
+    built = PlanBuilder(executor, ScratchArena()).build(Graph(nodes, DIALECTS[0]))
+    built.run()
+    actual = [values(t) for t in nodes]
+    few = PlanBuilder(executor, ScratchArena()).build(Graph(nodes[:1], DIALECTS[0]))
+    assert built.scratch <= planner._MOST_KEPT * few.scratch
+    for t, result in zip(nodes, actual, strict=True):
+        run(t, kernels=False)
+        assert nmse(values(t), result) < 1e-4
+
+
+def test_many_records_are_scheduled_in_pieces(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(records: list[planner.Emitted]) -> list[int]:
+        sizes.append(len(records))
+        return schedule.schedule(records)
+
+    monkeypatch.setattr(plan, "schedule", counted)
+    monkeypatch.setattr(plan, "_TOGETHER", 5)
+    x = activations(4096, 4)
+    # The first node of each piece reads what the last of the piece before it computes.
+    nodes = [node(Op.ADD, GgmlType.F32, x.ne, [x, x])]
+    for i in range(1, 12):
+        nodes.append(node(Op.ADD, GgmlType.F32, x.ne, [nodes[-1] if i % 5 == 0 else x, x]))
+    PlanBuilder(executor, ScratchArena()).build(Graph(nodes, DIALECTS[0])).run()
+    assert sizes == [5, 5, 2]
+    for i, t in enumerate(nodes):
+        assert (values(t) == (3 if i and i % 5 == 0 else 2) * values(x)).all()

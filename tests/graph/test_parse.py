@@ -129,3 +129,18 @@ def test_what_has_an_address_lies_inside(ne: list[int], nb: list[int], data: int
         last = sum((n - 1) * b for n, b in zip(ne, nb, strict=True)) + 4 if 0 not in ne else 0
         assert source.address >= HOST
         assert source.address + last <= HOST + SIZE
+
+
+@pytest.mark.parametrize("stride", [0, 4])
+def test_few_bytes_are_not_read_as_any_number_of_elements(stride: int) -> None:
+    stretched = {**leaf(1), "ne": (8, 1 << 31, 1, 1), "nb": (4, stride, 0, 0)}
+    with pytest.raises(GraphError, match=r"bytes of elements lie in|outside"):
+        parse([node(2, Op.SQR, 1, at=64)], [stretched])
+
+
+def test_rows_may_repeat_and_overlap() -> None:
+    windows = {**leaf(1), "ne": (64, 32, 16, 1), "nb": (4, 4, 0, 0)}
+    graph = parse([node(2, Op.SQR, 1, at=64)], [windows])
+    source = graph.nodes[0].src[0]
+    assert source is not None
+    assert source.address == HOST

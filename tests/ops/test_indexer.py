@@ -87,3 +87,12 @@ def test_contract() -> None:
     t.ne = (POSITIONS, TOKENS, 1, 1)
     with pytest.raises(ContractError, match="the result must be"):
         check(t)
+
+
+def test_queries_without_elements_leave_the_mask() -> None:
+    given = sources()
+    given[:2] = [tensor(F32, (0, *s.ne[1:])) for s in given[:2]]
+    t = indexed(given)
+    run(t, kernels=False)
+    turns = np.tile(values(given[3]), (2, 1, 1, 1)).reshape(STREAMS, 1, TOKENS, POSITIONS)
+    np.testing.assert_array_equal(values(t), turns)

@@ -273,6 +273,30 @@ def test_antialiased() -> None:
     np.testing.assert_allclose(values(t)[0, 0, 0, 0], edge, rtol=1e-5)
 
 
+@pytest.mark.parametrize("corners", [0, ALIGN_CORNERS])
+@pytest.mark.parametrize(("n", "m"), [(400, 1), (1000, 7), (300, 17), (307, 18), (41, 33)])
+def test_antialiased_windows_wider_than_the_result(n: int, m: int, corners: int) -> None:
+    """They are gone over as a whole: an element of a row of millions at a time takes hours."""
+    x = np.random.default_rng(0).standard_normal(n)
+    t = resized(tensor(F32, (n,), x), (m, 1), Scale.BILINEAR | ANTIALIAS | corners)
+    run(t, kernels=False)
+    ratio = (m - 1) / (n - 1) if corners and m > 1 else m / n
+    half, support = 0.0 if corners else 0.5, max(1.0, 1 / ratio)
+    for i in range(m):
+        centre = (i + half) / ratio
+        at = np.arange(max(int(centre - support + half), 0), min(int(centre + support + half), n))
+        weights = np.maximum(1 - abs(at - centre + half) / support, 0)
+        expected = weights @ x[at] / weights.sum()
+        assert values(t)[0, 0, 0, i] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_long_row_is_resized_to_one_element() -> None:
+    n = 1 << 20
+    t = resized(tensor(F32, (n,), 2.5), (1, 1), Scale.BILINEAR | ANTIALIAS)
+    run(t, kernels=False)
+    assert values(t).item() == pytest.approx(2.5, rel=1e-4)
+
+
 def test_both_orders_of_passes_are_small() -> None:
     # A column to a row: between the passes lies one element, or a matrix larger than memory.
     n = 1 << 17

@@ -29,7 +29,7 @@ from tests.ops.harness import (
     values,
     view,
 )
-from tests.ops.test_hostile import damaged
+from tests.ops.test_hostile import UnlikelyTensorError, damaged
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 LIMIT = 1e-11
@@ -203,7 +203,10 @@ def test_damaged_steps_are_refused_or_harmless(
     tensors = [*optimized(n), noise((n_params,))]
     for _ in range(data.draw(st.integers(0, 2))):
         at = data.draw(st.integers(0, n))
-        tensors[at] = damaged(tensors[at], data)
+        try:
+            tensors[at] = damaged(tensors[at], data)
+        except UnlikelyTensorError:
+            return
     t = node(op, F32, tensors[0].ne, tensors, inplace=tensors[0])
     if data.draw(st.booleans()):
         t.address = tensors[data.draw(st.integers(0, n))].address

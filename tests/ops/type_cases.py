@@ -76,7 +76,7 @@ class Case:
             least = 0.0
         elif self.op in (Op.ROPE, Op.ROPE_BACK) and i == 2:
             least = 1.0
-        return _content(*self.leaf(i), i + 1, self.limit, least)
+        return random_content(*self.leaf(i), i + 1, self.limit, least)
 
     def build(self, graph: NodeFactory, leaves: Sequence[Tensor]) -> Tensor:
         """The node, made of tensors like ``leaf`` of each source."""
@@ -94,7 +94,7 @@ def graph_permuted(graph: NodeFactory, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _content(
+def random_content(
     type_: GgmlType, ne: tuple[int, ...], seed: int, limit: int, least: float | None
 ) -> Array:
     """Values of a tensor as uint8: integers below ``limit``; floats from ``least`` on, if given."""

@@ -1,8 +1,17 @@
-"""The tensor cache: upstream's names, never a wrong byte."""
+"""The tensor cache: upstream's names, never a wrong byte, whatever happens to the folder."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +20,44 @@ import pytest
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.hashing import fnv1a_64
+from rpc_server import cache as cache_module
 from rpc_server.cache import HASH_THRESHOLD, CacheError, TensorCache, default_cache_dir
-from tests.server.process import Wire, running, tensor
+from rpc_server.cache_room import PARTIAL, Room
+from tests.server.process import REPOSITORY, Wire, running, tensor
+from tools.ports import free_port
+from tools.serving import Process, listens, upstream_command
+
+SIZE = 1 << 20
+
+
+def some_bytes(size: int, seed: int = 3) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
 
 
 @pytest.fixture
 def content() -> bytes:
-    return np.random.default_rng(3).bytes(HASH_THRESHOLD + 4096)
+    return some_bytes(HASH_THRESHOLD + 4096)
+
+
+def fetch(cache: TensorCache, digest: int, size: int) -> bytes | None:
+    """What a client gets for a tensor of ``size`` bytes."""
+    place = bytearray(size)
+    return bytes(place) if cache.load(digest, memoryview(place)) else None
+
+
+def keep(cache: TensorCache, data: bytes) -> Path:
+    path = cache.store(memoryview(data))
+    assert path is not None
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    """All in the folder but the folder of sums."""
+    return sorted(path.name for path in folder.iterdir() if path != sums(folder))
+
+
+def sums(folder: Path) -> Path:
+    return folder / f".sums-{os.geteuid()}"
 
 
 def test_folder_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,61 +68,482 @@ def test_folder_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/caches/llama.cpp/rpc")
 
 
-def test_stores_under_the_hash_and_loads(tmp_path: Path, content: bytes) -> None:
-    cache = TensorCache(tmp_path)
-    digest = fnv1a_64(content)
-    assert cache.load(digest, len(content)) is None
-    path = cache.store(memoryview(content))
+# -- contents
+
+
+def test_stores_under_the_hash_and_loads(tmp_path: Path) -> None:
+    cache, data = TensorCache(tmp_path), some_bytes(SIZE)
+    digest = fnv1a_64(data)
+    assert fetch(cache, digest, SIZE) is None
+    path = keep(cache, data)
     assert path == tmp_path / f"{digest:016x}"
-    loaded = cache.load(digest, len(content))
-    assert loaded is not None
-    assert loaded[:] == content
-    assert [p.name for p in tmp_path.iterdir()] == [f"{digest:016x}"]
+    for reader in (cache, TensorCache(tmp_path)):
+        assert fetch(reader, digest, SIZE) == data
+    assert names(tmp_path) == [path.name]
     assert path.stat().st_mode & 0o777 == 0o644
+    # A second time nothing is written.
+    before = path.stat()
+    assert keep(cache, data) == path
+    assert path.stat() == before
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum")
+def test_sums_are_lines_for_sha256sum(tmp_path: Path) -> None:
+    path = keep(TensorCache(tmp_path), some_bytes(SIZE))
+
+    def check() -> int:
+        return subprocess.run(
+            ["sha256sum", "--status", "-c", path.name], cwd=sums(tmp_path), check=False
+        ).returncode
+
+    assert check() == 0
+    path.write_bytes(bytes(SIZE))
+    assert check() == 1
+    assert sums(tmp_path).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1, 0])
+def test_only_the_whole_tensor_is_served(tmp_path: Path, size: int) -> None:
+    cache, data = TensorCache(tmp_path), some_bytes(SIZE)
+    keep(cache, data)
+    assert fetch(cache, fnv1a_64(data), size) is None
+    assert fetch(cache, fnv1a_64(data), SIZE) == data
+
+
+def damages(data: bytes) -> Iterator[bytes]:
+    changed = bytearray(data)
+    changed[1000] ^= 1
+    yield bytes(changed)
+    yield bytes(len(data))
+    yield data[1:] + data[:1]
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["own", "upstreams"])
 def test_damaged_files_are_not_served(
-    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, summed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = TensorCache(tmp_path)
-    path = cache.store(memoryview(content))
-    assert path is not None
-    digest = fnv1a_64(content)
-    # Verified once in this process, then changed behind its back.
-    assert cache.load(digest, len(content)) is not None
-    damaged = bytearray(content)
-    damaged[1000] ^= 1
-    for wrong in (bytes(damaged), content[:-1], b"", content + b"x"):
+    data = some_bytes(SIZE)
+    cache, digest = TensorCache(tmp_path), fnv1a_64(data)
+    for wrong in damages(data):
+        path = keep(cache, data)
+        # Verified in this process, then changed behind its back.
+        assert fetch(cache, digest, SIZE) == data
         path.write_bytes(wrong)
-        os.utime(path, ns=(1, len(wrong) + wrong[:1001].count(b"x")))
-        assert cache.load(digest, 1 << 40) is None
-    assert "is damaged" in caplog.text
+        if not summed:
+            (sums(tmp_path) / path.name).unlink()
+        assert fetch(cache, digest, SIZE) is None
+        assert "is damaged" in caplog.text
+        caplog.clear()
+        # It is gone, and what is uploaded instead takes its place.
+        assert names(tmp_path) == []
+        assert fetch(cache, digest, SIZE) is None
 
 
-def test_content_larger_than_its_place_is_not_served(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("wrong", [b"", b"short", bytes(SIZE), bytes(SIZE + 1)])
+def test_an_upload_replaces_a_damaged_file(tmp_path: Path, wrong: bytes) -> None:
+    data = some_bytes(SIZE)
+    path = tmp_path / f"{fnv1a_64(data):016x}"
+    path.write_bytes(wrong)
     cache = TensorCache(tmp_path)
-    cache.store(memoryview(content))
-    assert cache.load(fnv1a_64(content), len(content) - 1) is None
+    keep(cache, data)
+    assert path.read_bytes() == data
+    if len(wrong) != SIZE:
+        # Known to be sound before, then cut short: the sum alone doesn't say that it is there.
+        path.write_bytes(wrong)
+        keep(cache, data)
+        assert path.read_bytes() == data
 
 
-def test_a_full_disk_costs_only_the_cache(
+def test_a_file_of_upstreams_gets_a_sum_that_holds(tmp_path: Path) -> None:
+    """From then on a content with the same FNV is another one."""
+    data, other = some_bytes(SIZE), some_bytes(SIZE, seed=4)
+    path = tmp_path / f"{77:016x}"
+    path.write_bytes(data)
+    cache = TensorCache(tmp_path, lambda _: 77)
+    assert fetch(cache, 77, SIZE) == data
+    assert (sums(tmp_path) / path.name).is_file()
+    path.write_bytes(other)
+    assert fetch(TensorCache(tmp_path, lambda _: 77), 77, SIZE) is None
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["own", "upstreams"])
+@pytest.mark.parametrize("size", [SIZE, SIZE // 2])
+def test_the_first_content_with_a_hash_stays(
+    tmp_path: Path, summed: bool, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TensorCache(tmp_path, lambda _: 77)
+    data, other = some_bytes(SIZE), some_bytes(size, seed=4)
+    path = keep(cache, data)
+    if not summed:
+        (sums(tmp_path) / path.name).unlink()
+    assert cache.store(memoryview(other)) is None
+    assert "another content has the hash" in caplog.text
+    assert path.read_bytes() == data
+    assert fetch(cache, 77, SIZE) == data
+    assert names(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("line", ["", "0" * 64, "x" * 300, "\0"])
+def test_a_sum_that_is_none_is_made_again(tmp_path: Path, line: str) -> None:
+    cache, data = TensorCache(tmp_path), some_bytes(SIZE)
+    kept = sums(tmp_path) / keep(cache, data).name
+    expected = kept.read_text()
+    kept.write_text(line)
+    assert fetch(TensorCache(tmp_path), fnv1a_64(data), SIZE) == data
+    assert kept.read_text() == expected
+
+
+def test_a_file_cut_short_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = TensorCache(tmp_path)
+    """Upstream's server writes its files in place."""
+    cache, data = TensorCache(tmp_path), some_bytes(SIZE)
+    path, fill = keep(cache, data), cache_module._fill
 
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    def cut(file: io.FileIO, place: memoryview) -> bool:
+        os.truncate(path, SIZE // 2)
+        return fill(file, place)
 
-    monkeypatch.setattr(os, "fsync", full)
-    assert cache.store(memoryview(b"x" * 100)) is None
-    assert "No space left on device" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(cache_module, "_fill", cut)
+    with caplog.at_level(logging.INFO):
+        assert fetch(cache, fnv1a_64(data), SIZE) is None
+    assert "changes as it is read" in caplog.text
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """Nor waited for, as a pipe would have one wait."""
+    cache, data = TensorCache(tmp_path), some_bytes(SIZE)
+    path = tmp_path / f"{fnv1a_64(data):016x}"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(data)
+    makers: list[Callable[[], None]] = [
+        path.mkdir,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to(elsewhere),
+    ]
+    for make in makers:
+        make()
+        assert fetch(cache, fnv1a_64(data), SIZE) is None
+        assert cache.store(memoryview(data)) is None
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+    assert names(tmp_path) == ["elsewhere"]
+
+
+# -- the folder
 
 
 def test_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="can't be written"):
         TensorCache(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_that_is_read_only(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CacheError, match="can't be written: Permission denied"):
+        TensorCache(tmp_path)
+
+
+def test_sums_that_others_may_write_are_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = some_bytes(SIZE)
+    keep(TensorCache(tmp_path), data)
+    sums(tmp_path).chmod(0o777)
+    cache = TensorCache(tmp_path)
+    assert "is not a folder of this user alone" in caplog.text
+    # By FNV contents are still found, and kept.
+    assert fetch(cache, fnv1a_64(data), SIZE) == data
+    other = some_bytes(SIZE, seed=4)
+    keep(cache, other)
+    assert fetch(cache, fnv1a_64(other), SIZE) == other
+    assert len(list(sums(tmp_path).iterdir())) <= 2
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="only root may become another user"
+)
+def test_servers_of_several_users() -> None:
+    """Each has sums of its own, so neither takes the other's word for a content."""
+    ours, theirs = some_bytes(SIZE, seed=1), some_bytes(SIZE, seed=2)
+    # A child goes on as another user, as the interpreter may be in a folder of root's alone.
+    script = (
+        "import os, sys; from pathlib import Path; import numpy as np;"
+        "from rpc_server.cache import TensorCache; from protocol.hashing import fnv1a_64;"
+        "ours, theirs = (np.random.default_rng(n).bytes(1 << 20) for n in (1, 2));"
+        "digest = fnv1a_64(ours);"
+        "os.setgid(65534); os.setuid(65534);"
+        "cache = TensorCache(Path(sys.argv[1]));"
+        "place = bytearray(len(ours));"
+        "assert cache.load(digest, memoryview(place)) and place == ours;"
+        "assert cache.store(memoryview(theirs)) is not None"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o1777)
+        cache = TensorCache(folder)
+        kept = keep(cache, ours)
+        subprocess.run([sys.executable, "-c", script, name], cwd=REPOSITORY, check=True)
+        assert fetch(cache, fnv1a_64(theirs), SIZE) == theirs
+        other_sums = folder / ".sums-65534"
+        names_there = {p.name for p in other_sums.iterdir()}
+        assert {kept.name, f"{fnv1a_64(theirs):016x}"} <= names_there
+        # What one of them writes into its sums is nothing to the other.
+        (other_sums / kept.name).write_text(f"{'0' * 64}  ../{kept.name}\n")
+        assert fetch(TensorCache(folder), fnv1a_64(ours), SIZE) == ours
+
+
+def test_the_oldest_goes_first(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path, limit=3 * SIZE)
+    contents = [some_bytes(SIZE, seed) for seed in range(5)]
+    paths = [keep(cache, data) for data in contents[:3]]
+    for age, path in enumerate(paths):
+        for file in (path, sums(tmp_path) / path.name):
+            os.utime(file, (1000 + age, 1000 + age))
+    # Served, so used last.
+    assert fetch(cache, fnv1a_64(contents[0]), SIZE) == contents[0]
+    paths.append(keep(cache, contents[3]))
+    assert not paths[1].exists()
+    assert not (sums(tmp_path) / paths[1].name).exists()
+    # A file of upstream's counts, too; how it was used its own times say.
+    upstreams = tmp_path / f"{1:016x}"
+    upstreams.write_bytes(bytes(SIZE))
+    os.utime(upstreams, (1, 1))
+    paths[3].unlink()
+    keep(cache, contents[4])
+    assert not upstreams.exists()
+    assert paths[0].exists()
+    assert paths[2].exists()
+
+
+def test_what_is_larger_than_the_cache_is_not_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TensorCache(tmp_path, limit=SIZE)
+    kept = keep(cache, some_bytes(SIZE))
+    with caplog.at_level(logging.INFO):
+        assert cache.store(memoryview(some_bytes(SIZE + 1))) is None
+    assert "more than the cache may hold" in caplog.text
+    assert names(tmp_path) == [kept.name]
+
+
+def test_the_end_of_the_disk_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TensorCache(tmp_path)
+    first = keep(cache, some_bytes(SIZE))
+    usage = shutil.disk_usage(tmp_path)
+    total = 100 * SIZE
+
+    def free(size: int) -> None:
+        fake = usage._replace(total=total, free=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: fake)
+
+    free(total // 20 + SIZE // 2)
+    second = keep(cache, some_bytes(SIZE, seed=4))
+    assert not first.exists()
+    # Nothing is deleted where that would not be enough.
+    free(0)
+    with caplog.at_level(logging.INFO):
+        assert cache.store(memoryview(some_bytes(SIZE, seed=5))) is None
+    assert "0 bytes are left on the disk" in caplog.text
+    assert names(tmp_path) == [second.name]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * SIZE}", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        cache, data = TensorCache(tmp_path), some_bytes(SIZE)
+        path = keep(cache, data)
+        with caplog.at_level(logging.INFO):
+            assert cache.store(memoryview(some_bytes(4 * SIZE))) is None
+        assert "are left on the disk" in caplog.text
+        # Somebody else fills it just after it was asked how much is left.
+        usage = shutil.disk_usage(tmp_path)._replace(free=1 << 40)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        assert cache.store(memoryview(some_bytes(4 * SIZE))) is None
+        assert "No space left on device" in caplog.text
+        assert names(tmp_path) == [path.name]
+        assert fetch(cache, fnv1a_64(data), SIZE) == data
+        # Nor is there room for a sum.
+        with contextlib.suppress(OSError), (tmp_path / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+        (sums(tmp_path) / path.name).unlink()
+        assert fetch(TensorCache(tmp_path), fnv1a_64(data), SIZE) == data
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_errors_cost_only_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TensorCache(tmp_path)
+    data = some_bytes(SIZE)
+    for module, function in ((os, "replace"), (os, "chmod"), (os, "truncate")):
+
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, function, fail)
+            assert cache.store(memoryview(data)) is None
+        assert "No space left on device" in caplog.text
+        caplog.clear()
+        assert names(tmp_path) == []
+    keep(cache, data)
+
+
+# -- several servers, and dead ones
+
+
+def test_unfinished_files_of_dead_servers_are_deleted(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    room = Room(tmp_path, sums(tmp_path), 10 * SIZE)
+    with room.reserve(SIZE) as (file, temporary):
+        assert temporary.stat().st_size == SIZE
+        dead = tmp_path / f"{PARTIAL}dead"
+        dead.write_bytes(b"x")
+        TensorCache(tmp_path)
+        assert names(tmp_path) == [temporary.name]
+        dead.write_bytes(b"x")
+        keep(cache, some_bytes(SIZE))
+        assert not dead.exists()
+        assert temporary.exists()
+        file.write(b"x" * SIZE)
+    assert not temporary.exists()
+
+
+def test_what_is_being_written_counts(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path, limit=2 * SIZE)
+    room = Room(tmp_path, sums(tmp_path), 2 * SIZE)
+    with room.reserve(SIZE):
+        first = keep(cache, some_bytes(SIZE, seed=1))
+        second = keep(cache, some_bytes(SIZE, seed=2))
+        assert not first.exists()
+        assert second.exists()
+
+
+def test_several_servers_and_threads_in_one_folder(tmp_path: Path) -> None:
+    """Of one limit, smaller than what they keep: whatever is found is right, and it stays small."""
+    contents = [some_bytes(SIZE // 8 + 64 * seed, seed) for seed in range(24)]
+    caches = [TensorCache(tmp_path, limit=2 * SIZE) for _ in range(3)]
+    wrong: list[int] = []
+    found: list[int] = []
+
+    def work(number: int) -> None:
+        rng = np.random.default_rng(number)
+        cache = caches[number % len(caches)]
+        for _ in range(40):
+            i = int(rng.integers(len(contents)))
+            got = fetch(cache, fnv1a_64(contents[i]), len(contents[i]))
+            if got is None:
+                cache.store(memoryview(contents[i]))
+            else:
+                found.append(i)
+                if got != contents[i]:
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert found
+    files = [tmp_path / name for name in names(tmp_path)]
+    assert not [path for path in files if path.name.startswith(PARTIAL)]
+    assert 0 < sum(path.stat().st_size for path in files) <= 2 * SIZE
+
+
+# Forks, so it is a process without threads. A child keeps contents until it is killed.
+_KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from protocol.hashing import fnv1a_64
+from rpc_server.cache import TensorCache
+
+folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+random.seed(5)
+contents = [random.randbytes(20_000 + 3_000 * i) for i in range(30)]
+digests = [fnv1a_64(data) for data in contents]
+fnv = dict(zip(map(hash, contents), digests)).__getitem__
+limit = 1_000_000
+seen = 0
+for number in range(rounds):
+    child = os.fork()
+    if not child:
+        try:
+            cache = TensorCache(folder, lambda data: fnv(hash(bytes(data))), limit)
+            random.seed(number)
+            while True:
+                cache.store(memoryview(random.choice(contents)))
+        finally:
+            os._exit(1)
+    time.sleep(random.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it failed before it was killed"
+    cache = TensorCache(folder, limit=limit)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert not [path for path in files if path.name.startswith(".partial-")]
+    assert sum(path.stat().st_size for path in files) <= limit
+    for data, digest in zip(contents, digests):
+        place = bytearray(len(data))
+        there = (folder / f"{digest:016x}").exists()
+        assert cache.load(digest, memoryview(place)) == there, "a file that is not sound"
+        assert not there or place == data
+        seen += there
+print(seen)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_any_instant(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(tmp_path), "80"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0, "nothing was kept before it was killed"
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_a_limit_of_the_size_of_files(tmp_path: Path) -> None:
+    """As a user's quota has it: an error, not a signal that ends the server."""
+    script = (
+        "import resource, sys; from pathlib import Path; from rpc_server.cache import TensorCache;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({SIZE}, {SIZE}));"
+        "cache = TensorCache(Path(sys.argv[1]));"
+        f"assert cache.store(memoryview(bytes({SIZE + 1}))) is None;"
+        f"assert cache.store(memoryview(bytes({SIZE}))) is not None"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "File too large" in done.stderr
+    assert len(names(tmp_path)) == 1
+
+
+# -- over the wire
 
 
 @pytest.mark.parametrize("version", [(7, 0, 0), (6, 0, 0)])
@@ -96,22 +557,71 @@ def test_second_upload_comes_from_the_cache(
     with running("--cache", "--protocol", protocol, env=env) as server:
         for expected in (0, 1):
             with Wire(server.port, dialect) as wire:
-                handle, base = wire.alloc(len(content))
+                handle, base = wire.alloc(len(content) + 256)
                 whole = tensor(1, (len(content) // 4,), handle, base)
-                offer = {"tensor": whole, "offset": 0, "hash": digest}
+                # Of another length it is not what the client means.
+                longer = tensor(1, (len(content) // 4 + 64,), handle, base)
+                offer = {"tensor": longer, "offset": 0, "hash": digest}
+                assert wire.call(Command.SET_TENSOR_HASH, offer).result == 0
+                part = {"tensor": whole, "offset": 256, "hash": digest}
+                assert wire.call(Command.SET_TENSOR_HASH, part).result == 0
+                offer["tensor"] = whole
                 assert wire.call(Command.SET_TENSOR_HASH, offer).result == expected
                 if not expected:
                     fields = {"tensor": whole, "offset": 0, "cache_flag": 1}
                     wire.call(Command.SET_TENSOR, fields, content)
                 assert wire.get_tensor(whole, len(content)) == content
-    assert [p.name for p in (tmp_path / "rpc").iterdir()] == [f"{digest:016x}"]
+    assert names(tmp_path / "rpc") == [f"{digest:016x}"]
 
 
 def test_newer_clients_say_what_is_kept(tmp_path: Path, content: bytes) -> None:
-    env = {**os.environ, "LLAMA_CACHE": str(tmp_path)}
-    with running("--cache", env=env) as server, Wire(server.port) as wire:
+    with running("--cache-dir", str(tmp_path)) as server, Wire(server.port) as wire:
         handle, base = wire.alloc(len(content))
         whole = tensor(1, (len(content) // 4,), handle, base)
         wire.set_tensor(whole, content)
         assert wire.get_tensor(whole, 16) == content[:16]
-    assert list((tmp_path / "rpc").iterdir()) == []
+    assert names(tmp_path) == []
+
+
+def test_the_cache_has_a_size(tmp_path: Path) -> None:
+    size = 1536 << 10
+    with (
+        running("--cache-dir", str(tmp_path), "--cache-size", "2") as server,
+        Wire(server.port) as wire,
+    ):
+        handle, base = wire.alloc(size)
+        whole = tensor(1, (size // 4,), handle, base)
+        for seed in range(3):
+            data = some_bytes(size, seed)
+            wire.call(Command.SET_TENSOR, {"tensor": whole, "offset": 0, "cache_flag": 1}, data)
+            assert wire.get_tensor(whole, size) == data
+            assert names(tmp_path) == [f"{fnv1a_64(data):016x}"]
+
+
+@pytest.mark.upstream
+def test_upstreams_server_and_ours_use_one_folder(tmp_path: Path, content: bytes) -> None:
+    env = {**os.environ, "LLAMA_CACHE": str(tmp_path)}
+    port = free_port()
+    command = upstream_command(port, "-t", "1", "-c")
+    if command is None:
+        pytest.skip("no ggml-rpc-server: run python -m tools.upstream")
+    other = content[::-1]
+
+    def use(port: int, data: bytes, expected: int) -> None:
+        with Wire(port) as wire:
+            handle, base = wire.alloc(len(data))
+            whole = tensor(1, (len(data) // 4,), handle, base)
+            offer = {"tensor": whole, "offset": 0, "hash": fnv1a_64(data)}
+            assert wire.call(Command.SET_TENSOR_HASH, offer).result == expected
+            if not expected:
+                wire.call(Command.SET_TENSOR, {"tensor": whole, "offset": 0, "cache_flag": 1}, data)
+            assert wire.get_tensor(whole, len(data)) == data
+
+    with Process(command, tmp_path / "log", env=env) as upstream:
+        upstream.wait_until(lambda: listens(port), 20, "listening socket")
+        use(port, content, 0)
+        with running("--cache", env=env) as ours:
+            use(ours.port, content, 1)
+            use(ours.port, other, 0)
+        use(port, other, 1)
+    assert len(names(tmp_path / "rpc")) == 2

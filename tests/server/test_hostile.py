@@ -185,6 +185,17 @@ def free_twice(a: Attack) -> None:
     a.request(Command.FREE_BUFFER, remote_ptr=a.handle)
 
 
+def size_beyond_64_bits(a: Attack) -> None:
+    huge = {**a.leaf(1), "ne": [0xFFFFFFFF] * 4, "nb": [0xFFFFFFFC] * 4}
+    a.request(Command.GET_ALLOC_SIZE, device=0, tensor=huge, srcs=[a.leaf(0)] * 10)
+
+
+def upload_of_no_type(a: Attack) -> None:
+    head = {"tensor": {**a.leaf(1), "type": 77}, "offset": 0, "cache_flag": 0}
+    built = codec(a.wire.dialect.commands[Command.SET_TENSOR].request).build(head)
+    a.wire.send(Command.SET_TENSOR, built + bytes(8))
+
+
 def device_that_is_not_there(a: Attack) -> None:
     a.request(Command.GET_ALIGNMENT, device=7)
 
@@ -229,6 +240,8 @@ ATTACKS: list[tuple[Callable[[Attack], None], str]] = [
     (copy_to_behind_the_buffer, "outside the buffer"),
     (free_of_no_buffer, "is no buffer of this client"),
     (free_twice, "is no buffer of this client"),
+    (size_beyond_64_bits, "tensor 't1' takes [0-9]{20} bytes"),
+    (upload_of_no_type, "unknown type 77"),
     (device_that_is_not_there, "for device 7, this server has 1"),
     (graph_for_no_device, "for device 3, this server has 1"),
 ]

@@ -40,6 +40,7 @@ class CpuDevice:
     # ggml's CPU buffers are aligned to 32 bytes; a cache line suits our vectors better.
     alignment = 64
     max_size = (1 << 64) - 1
+    runs_programs = True
 
     def __init__(self, n_threads: int | None = None, *, use_kernels: bool = True) -> None:
         self.n_threads = n_threads or available_cores()
@@ -126,6 +127,7 @@ class CpuDevice:
             from rpc_server.devices.cpu.plan import PlanBuilder
             from rpc_server.devices.cpu.scratch import ScratchArena
 
+            arena = ScratchArena()
             executor = None
             if self._use_kernels:
                 try:
@@ -133,7 +135,7 @@ class CpuDevice:
                     executor = Executor(self.n_threads)
                 except CompileError as error:
                     log.error("running without kernels, which is very slow: %s", error)
-            self._builder = PlanBuilder(executor, ScratchArena())
+            self._builder = PlanBuilder(executor, arena)
         return self._builder
 
 

@@ -22,6 +22,13 @@ from rpc_server.devices.cpu.sync import FAILED_AT, STATUS, SYNC_WORDS
 # Through ctypes, which lets go of the GIL.
 _RUN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)
 
+# The status of a program that was stopped; kernels have smaller ones.
+STOPPED = 64
+
+# What stands in for every kernel of a program that is to stop.
+_STAND_IN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(lambda *_: STOPPED)
+_STAND_IN_ADDRESS = int(ctypes.cast(_STAND_IN, ctypes.c_void_p).value or 0)
+
 
 class Program:
     """Records laid out for the executor: pointers to kernels and to records, and the memory.
@@ -48,6 +55,14 @@ class Program:
         self.steps_address = int(self._steps.ctypes.data)
         self.kernels_address = int(self._kernels.ctypes.data)
         self.records_address = int(self._records.ctypes.data)
+
+    def stop(self) -> None:
+        """Let a run end at its next record, with the status STOPPED; from any thread, for good.
+
+        Threads find another function in the place of the next kernel, and it fails: they end as
+        after any record that fails, all at the same barrier. Runs cost nothing for that.
+        """
+        self._kernels[:] = _STAND_IN_ADDRESS
 
 
 class Executor:

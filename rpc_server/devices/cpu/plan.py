@@ -14,7 +14,7 @@ from protocol.dialects import Dialect
 from protocol.ggml_ops import Op
 from rpc_server.devices.base import NotReadyError
 from rpc_server.devices.cpu.catalog import Kernel, library
-from rpc_server.devices.cpu.executor import Executor, Program
+from rpc_server.devices.cpu.executor import STOPPED, Executor, Program
 from rpc_server.devices.cpu.planner import (
     LOWERINGS,
     STATUS_TEXT,
@@ -23,7 +23,7 @@ from rpc_server.devices.cpu.planner import (
     PlanItem,
     Planner,
 )
-from rpc_server.devices.cpu.schedule import schedule
+from rpc_server.devices.cpu.schedule import SERIAL_BELOW, Step, schedule
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Graph
@@ -33,10 +33,29 @@ from rpc_server.ops.table import OPS, ContractError, check, require
 
 log = logging.getLogger(__name__)
 
+STATUS_TEXT[STOPPED] = "was stopped"
+
 _NOT_IMPLEMENTED = "this combination is not implemented"
 
 # A prompt may need scratch that later graphs don't; what is above this is given back after it.
 _KEEP_SCRATCH = 64 << 20
+
+
+# Records that are scheduled together: each is held against all since the last barrier, and a graph
+# may have a million.
+_TOGETHER = 512
+
+
+def _steps(records: list[Emitted]) -> list[int]:
+    """The Step flags of records, scheduled in pieces with a barrier between them."""
+    if all(r.work < SERIAL_BELOW and not r.private for r in records):
+        return [int(Step.SERIAL)] * len(records)
+    steps: list[int] = []
+    for at in range(0, len(records), _TOGETHER):
+        if steps:
+            steps[-1] |= Step.BARRIER_AFTER
+        steps += schedule(records[at : at + _TOGETHER])
+    return steps
 
 
 class CpuPlan:
@@ -45,6 +64,8 @@ class CpuPlan:
     A step is a program (many nodes in one compiled call) or the array reference of one node.
     """
 
+    shared = False
+
     def __init__(
         self,
         dialect: Dialect,
@@ -52,9 +73,12 @@ class CpuPlan:
         scratch: int,
         arena: ScratchArena,
         interpreted: dict[str, int],
+        programs: Sequence[Program] = (),
     ) -> None:
         self.dialect = dialect
         self._steps = steps
+        self._programs = programs
+        self._stopped = False
         # Peak bytes of scratch, and how many nodes of which op run without a kernel.
         self.scratch = scratch
         self._arena = arena
@@ -65,9 +89,17 @@ class CpuPlan:
     def run(self) -> None:
         """Run every step. Raises GraphError naming the node that failed."""
         for step in self._steps:
+            if self._stopped:
+                raise GraphError("was stopped")
             step()
         if self.scratch > _KEEP_SCRATCH:
             self._arena.trim(_KEEP_SCRATCH)
+
+    def stop(self) -> None:
+        """Let a run end behind the node it is at, with a GraphError; from any thread, for good."""
+        self._stopped = True
+        for program in self._programs:
+            program.stop()
 
 
 class _DeclinedError(Exception):
@@ -146,10 +178,11 @@ class PlanBuilder:
                 raise GraphError(f"{node.label}: {error}") from None
         parts.append(planner.take())
         addresses = self._addresses(parts, wait)
+        programs: list[Program] = []
         steps = [
             self._reference_step(part)
             if isinstance(part, Tensor)
-            else self._program_step(part, addresses)
+            else self._program_step(part, addresses, programs)
             for part in parts
             if isinstance(part, Tensor) or part
         ]
@@ -161,7 +194,7 @@ class PlanBuilder:
             planner.scratch_peak >> 10,
             interpreted or "none",
         )
-        return CpuPlan(dialect, steps, planner.scratch_peak, self._scratch, interpreted)
+        return CpuPlan(dialect, steps, planner.scratch_peak, self._scratch, interpreted, programs)
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)
@@ -200,13 +233,15 @@ class PlanBuilder:
         return found
 
     def _program_step(
-        self, records: list[Emitted], addresses: dict[Kernel, int]
+        self, records: list[Emitted], addresses: dict[Kernel, int], programs: list[Program]
     ) -> Callable[[], None]:
+        """The program goes to ``programs`` too."""
         executor = self._executor
         assert executor is not None
         program = Program(
-            [addresses[r.kernel] for r in records], [r.words for r in records], schedule(records)
+            [addresses[r.kernel] for r in records], [r.words for r in records], _steps(records)
         )
+        programs.append(program)
         # Not the nodes: of several plans they would take more memory than the records.
         labels = [r.node.label for r in records]
 

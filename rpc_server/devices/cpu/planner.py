@@ -26,7 +26,6 @@ from rpc_server.devices.cpu.record import (
     Status,
 )
 from rpc_server.devices.cpu.schedule import Span
-from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.tensor import Tensor
 
 Lowering = Callable[[Tensor, "Planner"], bool]
@@ -56,6 +55,17 @@ class Labelled(Protocol):
     def label(self) -> str: ...
 
 
+class Arena(Protocol):
+    """A range of addresses for scratch, ``size`` bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def address(self, offset: int, size: int) -> int:
+        """Where ``size`` bytes at ``offset`` lie; MemoryError if beyond the end."""
+        ...
+
+
 class PlanItem(Labelled, Protocol):
     """Work of a plan that is no node of the graph."""
 
@@ -79,6 +89,10 @@ class Emitted:
     private: bool
 
 
+# Kept at once: each node looks through all of it, and a graph may have a million nodes.
+_MOST_KEPT = 64
+
+
 @dataclass(slots=True)
 class _Kept:
     """Scratch that later nodes may find again: from ``start`` to ``end`` of the arena.
@@ -90,6 +104,32 @@ class _Kept:
     start: int
     end: int
     until: float
+    # The number of the last node that found or made it.
+    used: int
+
+
+def record_words(
+    label: str, tensors: Sequence[Tensor | None], op_params: Sequence[int], extra: Sequence[int]
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The words of a record; ``label`` names the kernel in the message.
+
+    Raises ValueError if there are more tensors than slots, or too many extra words.
+    """
+    if len(tensors) > N_SLOTS or len(extra) > N_EXTRA:
+        raise ValueError(f"record of {label}: too many slots or extra words")
+    words = np.zeros(RECORD_WORDS, np.int64)
+    for slot, tensor in enumerate(tensors):
+        if tensor is not None:
+            word = slot * SLOT_WORDS
+            words[word : word + SLOT_WORDS] = (
+                tensor.address,
+                int(tensor.type),
+                *tensor.ne,
+                *tensor.nb,
+            )
+    words[PARAM_WORD : PARAM_WORD + 16] = op_params
+    words[EXTRA_WORD : EXTRA_WORD + len(extra)] = extra
+    return words
 
 
 class Planner:
@@ -100,7 +140,7 @@ class Planner:
     """
 
     def __init__(
-        self, n_threads: int, scratch: ScratchArena, items: Sequence[Tensor | PlanItem] = ()
+        self, n_threads: int, scratch: Arena, items: Sequence[Tensor | PlanItem] = ()
     ) -> None:
         self.n_threads = n_threads
         self.records: list[Emitted] = []
@@ -151,6 +191,12 @@ class Planner:
         for key in keys:
             del self._shared[key]
 
+    def _forget(self) -> None:
+        """Let go of what no node has used for longest; of nothing that the node at hand uses."""
+        key, oldest = min(self._shared.items(), key=lambda item: item[1].used)
+        if oldest.used < self._begun:
+            self._drop([key])
+
     def _gap(self, size: int) -> int:
         """The first place where ``size`` bytes fit beside what is kept."""
         at = 0
@@ -186,20 +232,7 @@ class Planner:
         are too many slots or extra words.
         """
         tensors = (t, *t.src) if slots is None else slots
-        if len(tensors) > N_SLOTS or len(extra) > N_EXTRA:
-            raise ValueError(f"record of {kernel.label}: too many slots or extra words")
-        words = np.zeros(RECORD_WORDS, np.int64)
-        for slot, tensor in enumerate(tensors):
-            if tensor is not None:
-                word = slot * SLOT_WORDS
-                words[word : word + SLOT_WORDS] = (
-                    tensor.address,
-                    int(tensor.type),
-                    *tensor.ne,
-                    *tensor.nb,
-                )
-        words[PARAM_WORD : PARAM_WORD + 16] = t.op_params
-        words[EXTRA_WORD : EXTRA_WORD + len(extra)] = extra
+        words = record_words(kernel.label, tensors, t.op_params, extra)
         assert self._node is not None
         spans = [
             None if x is None or x.empty else (x.address, x.address + x.nbytes) for x in tensors
@@ -249,16 +282,19 @@ class Planner:
         """
         known = self._shared.get(key)
         if known is not None:
+            known.used = self._begun
             address = self._arena.address(known.start, size)
             self._reading = [*self._reading, (address, address + size)]
             return address, False
         if self._local_used:
             raise RuntimeError("shared scratch asked for after scratch in one node")
+        if len(self._shared) >= _MOST_KEPT:
+            self._forget()
         aligned = -(-size // 64) * 64
         start = self._gap(aligned)
         address = self._arena.address(start, aligned)
         until = max(self._last_use.get(source.address, inf) for source in sources)
-        self._shared[key] = _Kept(sources, start, start + aligned, until)
+        self._shared[key] = _Kept(sources, start, start + aligned, until, self._begun)
         self.scratch_peak = max(self.scratch_peak, self._shared_end)
         self._filling = [*self._filling, (address, address + aligned)]
         return address, True

@@ -17,7 +17,10 @@ class ScratchArena:
 
     def __init__(self, reserve: int = 1 << 36) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
-        self._map = mmap.mmap(-1, reserve, flags=flags)
+        try:
+            self._map = mmap.mmap(-1, reserve, flags=flags)
+        except OSError as error:
+            raise MemoryError(f"no addresses for scratch: {error.strerror}") from None
         self._base = int(np.frombuffer(self._map, np.uint8, 1).ctypes.data)
         self.size = reserve
 

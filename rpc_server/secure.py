@@ -1,0 +1,154 @@
+"""The TLS port: a handshake, a token if one is asked for, then a client as on the plain port."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import socket
+import ssl
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from client.errors import ConnectionLost
+from client.tunnel import End, keep_alive, near_end
+from protocol.token import ACCEPTED, HEAD_SIZE, LONGEST, REFUSED, token_size
+
+if TYPE_CHECKING:
+    from rpc_server.metrics import ClientFigures
+    from rpc_server.server import Server
+
+log = logging.getLogger(__name__)
+
+# How long a peer is waited for that doesn't say that it has ended TLS.
+_SHUTDOWN_SECONDS = 2.0
+# When the process has no file descriptors left.
+_ACCEPT_AGAIN_SECONDS = 0.5
+
+
+class TokenRefusedError(Exception):
+    """The client showed no token or another one; the message says which, not what."""
+
+
+class SecureListener:
+    """Listens for TLS, and makes a tunnel to a Connection of ``server`` for whoever is let in.
+
+    Sockets are accepted here rather than by a protocol: TLS has to have them from the first byte.
+    """
+
+    def __init__(self, server: Server, tls: ssl.SSLContext, token: bytes | None) -> None:
+        self._server = server
+        self._tls = tls
+        self._token = token
+        self._sockets: list[socket.socket] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str, port: int) -> int:
+        """The port, which the system chose if ``port`` is 0. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        try:
+            for family, _, _, _, address in dict.fromkeys(found):
+                at = (address[0], port, *address[2:])
+                listener = socket.create_server(at, family=family, backlog=64)
+                listener.setblocking(False)
+                self._sockets.append(listener)
+                port = port or int(listener.getsockname()[1])
+        except OSError:
+            self.close()
+            raise
+        for listener in self._sockets:
+            self._begin(self._accept(listener))
+        return port
+
+    def close(self) -> None:
+        """Accept no more, and drop those who are being let in."""
+        for task in self._tasks:
+            task.cancel()
+        for listener in self._sockets:
+            listener.close()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, peer = await loop.sock_accept(listener)
+            except OSError as error:
+                log.warning("can't accept a connection: %s", error.strerror or error)
+                await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
+                continue
+            figures = self._server.introduce(peer, secure=True)
+            if not self._server.gate.admit(figures.address, figures.name):
+                accepted.close()
+                continue
+            self._begin(self._let_in(accepted, figures))
+
+    async def _let_in(self, accepted: socket.socket, figures: ClientFigures) -> None:
+        server = self._server
+        end: End | None = None
+        try:
+            async with asyncio.timeout(server.context.limits.handshake):
+                end = await self._open(accepted)
+                await self._check_token(end)
+        except (ConnectionLost, TimeoutError, OSError, TokenRefusedError) as error:
+            if isinstance(error, TokenRefusedError) and end is not None:
+                end.write(REFUSED)
+                end.close()
+            else:
+                accepted.close() if end is None else end.abort()
+            reason = "token" if isinstance(error, TokenRefusedError) else "tls"
+            server.gate.refuse(reason, figures.name, _text(error))
+            server.gate.leave(figures.address)
+            return
+        except BaseException:
+            accepted.close()
+            server.gate.leave(figures.address)
+            raise
+        tunnel = end
+        tunnel.on_lost = lambda: server.tunnel_ended(tunnel, figures.address)
+        server.tunnels.add(tunnel)
+        await near_end(tunnel, lambda: server.connection(figures))
+
+    async def _open(self, accepted: socket.socket) -> End:
+        """TLS on a socket. Raises OSError, which SSLError is."""
+        accepted.setblocking(False)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(accepted)
+        # Which protocol this returns, event loops do not agree on.
+        end = End()
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: end,
+            accepted,
+            ssl=self._tls,
+            ssl_handshake_timeout=self._server.context.limits.handshake,
+            ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        return end
+
+    async def _check_token(self, end: End) -> None:
+        """Raises TokenRefusedError, ConnectionLost."""
+        size = token_size(await end.peek(HEAD_SIZE))
+        if size is None:
+            if self._token is not None:
+                raise TokenRefusedError("it showed no token")
+            return
+        if size > LONGEST:
+            raise TokenRefusedError("its token is too long to be one")
+        await end.read(HEAD_SIZE)
+        shown = await end.read(size)
+        if self._token is not None and not hmac.compare_digest(shown, self._token):
+            raise TokenRefusedError("its token is another one")
+        end.write(ACCEPTED)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"
+    if isinstance(error, TimeoutError):
+        return "no TLS handshake and token in time (--handshake-timeout)"
+    return f"TLS: {error}" if not isinstance(error, TokenRefusedError) else str(error)

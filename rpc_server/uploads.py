@@ -1,0 +1,119 @@
+"""SET_TENSOR on its way: into its buffer, to the cache as well, or on to other machines."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from protocol.commands import Command
+from protocol.framing import UploadStart
+from rpc_server.cache import HASH_THRESHOLD
+from rpc_server.devices.base import Relaying, Upload
+from rpc_server.graph.parse import tensor_of_message
+from rpc_server.graph.tensor import Tensor
+from rpc_server.memory import Buffer
+
+if TYPE_CHECKING:
+    from rpc_server.session import Session
+
+
+class Uploads:
+    """The upload of one client that is under way, if there is one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._direct: tuple[Buffer, int, int, bool] | None = None
+        self._relay: Upload | None = None
+        # What is to be cached once the relay has taken it.
+        self._relayed: tuple[Buffer, int, int] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self._direct is not None or self._relay is not None
+
+    def clear(self) -> None:
+        """The client is gone."""
+        self._direct = self._relay = self._relayed = None
+
+    def begin(self, upload: UploadStart) -> None:
+        """Say where the bytes belong. Raises BadAddressError, GraphError."""
+        s, fields, size = self._session, upload.fields, upload.size
+        buffer, start = s.locate(fields.tensor, fields.offset, size)
+        s.figures.uploads += 1
+        s.figures.upload_bytes += size
+        s.meter.upload(size, cached=False)
+        keep = False
+        if s.context.cache is not None:
+            flag = getattr(fields, "cache_flag", None)
+            keep = size > HASH_THRESHOLD if flag is None else bool(flag)
+        if isinstance(buffer.storage, Relaying):
+            tensor = tensor_of_message(fields.tensor, s.dialect)
+            if buffer.storage.concerns(start, size, tensor):
+                if buffer.storage.whole:
+                    self._relayed = (buffer, start, size) if keep else None
+                    s.context.weights_arrive(buffer.device, fields.tensor.type, size)
+                s.wait(self._begin_relay(buffer, tensor, start, fields.offset, size))
+                return
+        self._direct = (buffer, start, size, keep)
+        s.context.weights_arrive(buffer.device, fields.tensor.type, size)
+        s.reader.direct(buffer.storage.place(start, size))
+
+    async def _begin_relay(
+        self, buffer: Buffer, tensor: Tensor, start: int, offset: int, size: int
+    ) -> None:
+        assert isinstance(buffer.storage, Relaying)
+        self._relay = await buffer.storage.upload(tensor, start, offset, size)
+        if self._relay is None:
+            self._direct = (buffer, start, size, False)
+            self._session.reader.direct(buffer.storage.place(start, size))
+            return
+        self._session.reader.direct(self._relay.room())
+
+    def part(self) -> None:
+        """The place that was given is full: pass it on, and give the next one."""
+        self._session.wait(self._relay_on())
+
+    async def _relay_on(self) -> None:
+        assert self._relay is not None
+        await self._relay.forward()
+        self._session.reader.direct(self._relay.room())
+
+    def end(self) -> None:
+        """All bytes are in place."""
+        s = self._session
+        if self._relay is not None:
+            relay, self._relay = self._relay, None
+            s.wait(self._end_relay(relay))
+            return
+        assert self._direct is not None
+        buffer, start, size, keep = self._direct
+        self._direct = None
+        if keep:
+            s.wait(self._keep(buffer, start, size))
+            return
+        s.answer_empty(Command.SET_TENSOR)
+
+    async def _end_relay(self, relay: Upload) -> None:
+        await relay.forward()
+        relayed, self._relayed = self._relayed, None
+        if relayed is None:
+            self._session.answer_empty(Command.SET_TENSOR)
+            return
+        buffer, start, size = relayed
+        assert isinstance(buffer.storage, Relaying)
+        await self._store(await buffer.storage.read(start, size))
+
+    async def _keep(self, buffer: Buffer, start: int, size: int) -> None:
+        await self._store(buffer.storage.view(start, size))
+
+    async def _store(self, content: memoryview) -> None:
+        """Into the cache, and answer."""
+        s, size = self._session, len(content)
+        cache = s.context.cache
+        assert cache is not None
+        path = await asyncio.to_thread(cache.store, content)
+        if path is not None:
+            s.figures.cache_stored += 1
+            s.figures.cache_stored_bytes += size
+            s.log.debug("cached %d bytes as %s", size, path)
+        s.answer_empty(Command.SET_TENSOR)
