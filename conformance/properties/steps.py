@@ -1,0 +1,168 @@
+"""What clients do to a server's memory, as data: drawn, shrunk, kept as JSON, done again.
+
+A step names what it works on by small numbers that are taken modulo what there is when it is its
+turn (buffers, bytes, earlier results). So any list of steps is a sound session, and stays one when
+a search leaves steps out.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from protocol.commands import Command
+from protocol.dialects import Dialect
+
+MAX_BUFFERS = 5
+MAX_BYTES = 4096
+
+
+class Kind(enum.StrEnum):
+    """What a step does; those with a command need a dialect that has it."""
+
+    ALLOC = "alloc"
+    SET = "set"
+    CLEAR = "clear"
+    MEMSET = "memset"
+    COPY = "copy"
+    GET = "get"
+    GRAPH = "graph"
+    RERUN = "rerun"
+    HASH = "hash"
+    ASK = "ask"
+    FREE = "free"
+    RECONNECT = "reconnect"
+
+
+_NEEDS = {
+    Kind.MEMSET: Command.MEMSET_TENSOR,
+    Kind.RERUN: Command.GRAPH_RECOMPUTE,
+    Kind.HASH: Command.SET_TENSOR_HASH,
+}
+# How often each is drawn, of the sum.
+_WEIGHTS = {
+    Kind.ALLOC: 4,
+    Kind.SET: 6,
+    Kind.CLEAR: 1,
+    Kind.MEMSET: 2,
+    Kind.COPY: 3,
+    Kind.GET: 2,
+    Kind.GRAPH: 7,
+    Kind.RERUN: 5,
+    Kind.HASH: 2,
+    Kind.ASK: 2,
+    Kind.FREE: 2,
+    Kind.RECONNECT: 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``client`` does ``kind``; ``a`` and ``b`` choose buffers, ``at`` and ``size`` ranges of them.
+
+    ``seed`` makes contents. ``words`` are the nodes of a graph, see conformance.properties.memory.
+    """
+
+    kind: Kind
+    client: int = 0
+    a: int = 0
+    b: int = 0
+    at: int = 0
+    size: int = 0
+    seed: int = 0
+    words: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that aren't 0."""
+        row: dict[str, Any] = {"kind": self.kind.value, "client": self.client}
+        for name in ("a", "b", "at", "size", "seed"):
+            if getattr(self, name):
+                row[name] = getattr(self, name)
+        if self.words:
+            row["words"] = list(self.words)
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Step:
+        fields = {**row, "kind": Kind(row["kind"]), "words": tuple(row.get("words", ()))}
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Steps of ``clients`` clients; all memory is compared after every ``every`` of them.
+
+    Requests go out in segments of the lengths ``cuts``, in turn; whole if there are none.
+    """
+
+    steps: tuple[Step, ...]
+    clients: int = 2
+    every: int = 1
+    cuts: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        steps = [s.to_json() for s in self.steps]
+        shape = {"clients": self.clients, "every": self.every, "cuts": list(self.cuts)}
+        return {**shape, "steps": steps}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Session:
+        steps = tuple(Step.from_json(row) for row in data["steps"])
+        return cls(steps, data["clients"], data["every"], tuple(data["cuts"]))
+
+
+def step_kinds(dialect: Dialect) -> Sequence[Kind]:
+    """The kinds that this dialect's clients can do, each as often as it is drawn."""
+    kinds: list[Kind] = []
+    for kind, weight in _WEIGHTS.items():
+        if kind not in _NEEDS or _NEEDS[kind] in dialect.commands:
+            kinds += [kind] * weight
+    return kinds
+
+
+def sessions(dialect: Dialect, clients: int = 2, most: int = 24) -> st.SearchStrategy[Session]:
+    """Sessions of up to ``most`` steps; each client begins with a buffer that holds something."""
+    small, large = st.integers(0, 7), st.integers(0, MAX_BYTES - 1)
+    drawn = st.builds(
+        Step,
+        kind=st.sampled_from(step_kinds(dialect)),
+        client=st.integers(0, clients - 1),
+        a=small,
+        b=small,
+        at=large,
+        size=large,
+        seed=st.integers(0, 0xFFFF),
+    )
+    graphs = st.builds(
+        Step,
+        kind=st.just(Kind.GRAPH),
+        client=st.integers(0, clients - 1),
+        a=small,
+        b=small,
+        size=st.integers(0, 63),
+        words=st.lists(st.integers(0, 0xFFFFFF), min_size=1, max_size=4).map(tuple),
+    )
+    one = drawn.flatmap(lambda s: graphs if s.kind is Kind.GRAPH else st.just(s))
+    # Drawn lists are short by themselves, and some faults take many steps to show.
+    lengths = [n for n in (1, 8, 16) if n < most]
+    steps = st.sampled_from(lengths).flatmap(
+        lambda least: st.lists(one, min_size=least, max_size=most)
+    )
+    opening = tuple(
+        step
+        for client in range(clients)
+        for step in (
+            Step(Kind.ALLOC, client, size=1023),
+            Step(Kind.SET, client, size=MAX_BYTES, seed=client),
+        )
+    )
+    return st.builds(
+        lambda chosen, every, cuts: Session((*opening, *chosen), clients, every, cuts),
+        steps,
+        st.sampled_from((1, 1, 1, 4)),
+        st.just(()) | st.lists(st.integers(1, 400), min_size=1, max_size=4).map(tuple),
+    )

@@ -1,0 +1,1 @@
+"""What a run is shown as: the terminal, JSON, JUnit XML, one HTML page."""

@@ -1,0 +1,139 @@
+"""Cases by number and name: declared by a decorator, found in ``conformance.cases``, selected."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from protocol.commands import Command
+
+if TYPE_CHECKING:
+    from conformance.suite.context import Context
+
+    Check = Callable[[Context], None]
+
+DEADLINE = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One rule: what is sent, what must come and why, and the function that finds out.
+
+    ``source`` names where the rule stands and since when. ``needs`` are commands that the dialect
+    must have; ``devices`` is how many the server must have.
+    """
+
+    group: Group
+    number: int
+    name: str
+    sends: str
+    expects: str
+    why: str
+    source: str
+    check: Check
+    needs: tuple[Command, ...] = ()
+    hostile: bool = False
+    devices: int = 1
+    concurrent: bool = False
+    cache: bool = False
+    split: bool = False
+    deadline: float = DEADLINE
+
+    @property
+    def id(self) -> str:
+        return f"{self.group.number}.{self.number}"
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.name}"
+
+
+@dataclass(slots=True)
+class Group:
+    """Cases about one subject; ``name`` is one word, to select by."""
+
+    number: int
+    name: str
+    title: str
+    cases: dict[int, Case] = field(default_factory=dict)
+
+    def case(
+        self,
+        number: int,
+        *,
+        sends: str,
+        expects: str,
+        source: str,
+        name: str = "",
+        why: str = "",
+        needs: Sequence[Command] = (),
+        hostile: bool = False,
+        devices: int = 1,
+        concurrent: bool = False,
+        cache: bool = False,
+        split: bool = False,
+        deadline: float = DEADLINE,
+    ) -> Callable[[Check], Check]:
+        """Declare a case; name and reason are the function's unless given.
+
+        ValueError for a number or name that the group has, or a case without a reason.
+        """
+
+        def declare(check: Check) -> Check:
+            made = Case(
+                group=self,
+                number=number,
+                name=name or check.__name__.strip("_").replace("_", "-"),
+                sends=sends,
+                expects=expects,
+                why=" ".join((why or check.__doc__ or "").split()),
+                source=source,
+                check=check,
+                needs=tuple(needs),
+                hostile=hostile,
+                devices=devices,
+                concurrent=concurrent,
+                cache=cache,
+                split=split,
+                deadline=deadline,
+            )
+            if number in self.cases:
+                raise ValueError(f"case {made.id} is there: {self.cases[number]} and {made}")
+            if any(made.name == other.name for other in self.cases.values()):
+                raise ValueError(f"group {self.name} has two cases '{made.name}'")
+            if not made.why:
+                raise ValueError(f"case {made} gives no reason")
+            self.cases[number] = made
+            return check
+
+        return declare
+
+
+def load() -> list[Case]:
+    """All cases, in order; imports every module of ``conformance.cases``."""
+    cases = importlib.import_module("conformance.cases")
+    for module in sorted(m.name for m in pkgutil.iter_modules(cases.__path__)):
+        importlib.import_module(f"conformance.cases.{module}")
+    groups: tuple[Group, ...] = importlib.import_module("conformance.cases.groups").GROUPS
+    return [group.cases[n] for group in groups for n in sorted(group.cases)]
+
+
+def select(cases: Iterable[Case], wanted: str) -> list[Case]:
+    """Those named by a comma-separated list of ``3``, ``3.4``, group names and case names.
+
+    ValueError for an item that names none.
+    """
+    cases = list(cases)
+    chosen: set[str] = set()
+    for item in filter(None, map(str.strip, wanted.split(","))):
+        found = [
+            case.id
+            for case in cases
+            if item in (case.id, case.name, case.group.name, str(case.group.number))
+        ]
+        if not found:
+            raise ValueError(f"no case or group '{item}' (see --list)")
+        chosen.update(found)
+    return [case for case in cases if case.id in chosen]

@@ -1,0 +1,152 @@
+"""The server under test: one that listens somewhere, or one that is started (again) by a command.
+
+Upstream's server ends when an assertion fails, and takes everything with it: a run over all cases
+needs it started again, and the last lines that it wrote say what happened.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from tools.ports import free_port
+
+_PAUSE = 0.02
+
+
+class ServerGone(Exception):  # noqa: N818 - what happened
+    """Nobody listens, and nobody can be started."""
+
+
+class Target:
+    """A server by ``address``, by ``command`` ({port} is put in), or both.
+
+    With a command the server is started where nobody listens yet, and again when it has ended.
+    ``patience``: seconds in which it must listen after its start.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int] | None = None,
+        command: str = "",
+        *,
+        patience: float = 60.0,
+    ) -> None:
+        if address is None and not command:
+            raise ValueError("a server is given by its address or by a command that starts it")
+        self.address = address or ("127.0.0.1", free_port())
+        self._command = command
+        self._patience = patience
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: BinaryIO | None = None
+        self.starts = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def listens(self) -> bool:
+        """Whether somebody takes connections there."""
+        try:
+            socket.create_connection(self.address, 2.0).close()
+        except OSError:
+            return False
+        return True
+
+    def ensure(self, seconds: float) -> None:
+        """Have a server that listens, within ``seconds``; a started one gets its own patience.
+
+        Raises ServerGone.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._process is None and self._wait_until_it_listens(
+            seconds if not self._command else 0
+        ):
+            return
+        if not self._command:
+            raise ServerGone("nobody listens at {}:{}".format(*self.address))
+        self._start()
+        if not self._wait_until_it_listens(self._patience):
+            raise ServerGone(f"'{self._command}' doesn't listen:\n{self.output()}")
+
+    def _wait_until_it_listens(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self.listens():
+            ended = self._process is not None and self._process.poll() is not None
+            if ended or time.monotonic() > end:
+                return False
+            time.sleep(_PAUSE)
+        return True
+
+    def _start(self) -> None:
+        self.starts += 1
+        if self._log is None:
+            # Open for as long as this object lives; close() closes it.
+            self._log = tempfile.TemporaryFile(prefix="conformance-")  # noqa: SIM115
+        # What an aborting ggml prints by way of a debugger takes seconds and says nothing more.
+        env = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            shlex.split(self._command.replace("{port}", str(self.address[1]))),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+
+    def ended(self, seconds: float = 0.0) -> str:
+        """How the process ended, if it does within ``seconds``; empty while it runs."""
+        if self._process is None:
+            return ""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return ""
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def mark(self) -> int:
+        """A position in what the server writes, for output()."""
+        if self._log is None:
+            return 0
+        return os.fstat(self._log.fileno()).st_size
+
+    def output(self, since: int = 0, lines: int = 12) -> str:
+        """The last lines that the server wrote after the mark ``since``."""
+        if self._log is None:
+            return ""
+        size = self.mark()
+        start = max(since, size - 16384)
+        text = os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End a server that was started here, at once."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._process = None
+
+    def close(self) -> None:
+        self.stop()
+        if self._log is not None:
+            self._log.close()
+            self._log = None

@@ -1,0 +1,199 @@
+"""Faults of what is answered: nothing, too much, too little, the wrong thing, to the wrong one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from protocol.commands import Command
+from protocol.framing import Request
+from protocol.messages import CONN_CAPS_SIZE
+from rpc_server.handshake import Handshake
+from rpc_server.session import Session
+from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
+
+
+@fault("COPY_TENSOR is done, but not answered", "copy-tensor-answers-as-it-should")
+def copy_not_answered() -> None:
+    def make(right: Handler) -> Handler:
+        def copy(s: Session, request: Request) -> None:
+            answer, s.answer = s.answer, lambda command, fields: None  # type: ignore[method-assign]
+            try:
+                right(s, request)
+            finally:
+                s.answer = answer  # type: ignore[method-assign]
+
+        return copy
+
+    handle(Command.COPY_TENSOR, make)
+
+
+def _resized(command: Command, delta: int) -> None:
+    """Answer a command with more or fewer bytes than its structure has."""
+
+    def make(right: Handler) -> Handler:
+        def wrong(s: Session, request: Request) -> None:
+            size = 8 + delta
+            s._transport.write(size.to_bytes(8, "little") + bytes([64] + [0] * (size - 1)))
+
+        return wrong
+
+    handle(command, make)
+
+
+@fault("GET_DEVICE_MEMORY's answer has a byte too many", "get-device-memory-answers-as-it-should")
+def answer_too_long() -> None:
+    _resized(Command.GET_DEVICE_MEMORY, 9)
+
+
+@fault("GET_MAX_SIZE's answer has four bytes", "get-max-size-answers-as-it-should")
+def answer_too_short() -> None:
+    _resized(Command.GET_MAX_SIZE, -4)
+
+
+@fault(
+    "FREE_BUFFER is answered in a version that has no answer for it",
+    "free-buffer-answers-as-it-should",
+)
+def answer_where_there_is_none() -> None:
+    def make(right: Handler) -> Handler:
+        def free(s: Session, request: Request) -> None:
+            right(s, request)
+            s._transport.write(bytes(8))
+
+        return free
+
+    handle(Command.FREE_BUFFER, make)
+
+
+@fault("clients get each other's answers to GET_TENSOR", "many-clients-in-turn")
+def answers_swapped_between_clients() -> None:
+    last: dict[str, bytes] = {}
+
+    def make(right: Any) -> Any:
+        def give(s: Session, view: memoryview) -> None:
+            content = bytes(view)
+            others = [data for name, data in last.items() if name != s.name]
+            last[s.name] = content
+            wrong = next((data for data in others if len(data) == len(content)), content)
+            right(s, memoryview(wrong))
+
+        return give
+
+    replace_method(Session, "give", make)
+
+
+@fault(
+    "of two requests that arrive together, the second is answered first",
+    "buffer-get-base-answers-as-it-should",
+)
+def answers_in_wrong_order() -> None:
+    held: dict[str, tuple[Command, dict[str, Any]]] = {}
+
+    def make(right: Any) -> Any:
+        def answer(s: Session, command: Command, fields: dict[str, Any]) -> None:
+            if command is Command.BUFFER_GET_BASE and s.name not in held and s.reader._staging:
+                held[s.name] = (command, fields)
+                return
+            right(s, command, fields)
+            if s.name in held:
+                right(s, *held.pop(s.name))
+
+        return answer
+
+    replace_method(Session, "answer", make)
+
+
+def _answering_hello(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def make(right: Any) -> Any:
+        def hello(self: Handshake, message: Any) -> Any:
+            dialect, answer = right(self, message)
+            return dialect, {**answer, **change(answer)}
+
+        return hello
+
+    replace_method(Handshake, "hello", make)
+
+
+@fault("HELLO is answered with a newer minor version than is spoken", probe="is offered 4.1.")
+def wrong_version_answered() -> None:
+    _answering_hello(lambda answer: {"minor": answer["minor"] + 1})
+
+
+@fault(
+    "HELLO is answered 5.1 and 5.0 in turn",
+    "version-is-the-same-each-time",
+    options=("--protocol", "5.1"),
+)
+def version_that_changes() -> None:
+    minors = itertools.cycle((1, 0))
+    _answering_hello(lambda answer: {"minor": next(minors)})
+
+
+@fault("HELLO's answer has capability bytes that say nothing known", "unused-bytes-are-zero")
+def capabilities_from_nowhere() -> None:
+    _answering_hello(lambda answer: {"conn_caps": b"\x01" * CONN_CAPS_SIZE})
+
+
+@fault("GET_TENSOR of over 1 MiB has zeros behind the first", "large-upload")
+def large_answer_truncated() -> None:
+    kept = 1 << 20
+
+    def make(right: Any) -> Any:
+        def give(s: Session, view: memoryview) -> None:
+            wrong = bytes(view[:kept]) + bytes(max(0, len(view) - kept))
+            right(s, memoryview(wrong))
+
+        return give
+
+    replace_method(Session, "give", make)
+
+
+def _answering(command: Command, **fields: Any) -> None:
+    """Answer a command with these fields, whatever was asked."""
+
+    def make(right: Handler) -> Handler:
+        def wrong(s: Session, request: Request) -> None:
+            answer = s.answer
+
+            def changed(answered: Command, given: dict[str, Any]) -> None:
+                answer(answered, {**given, **fields})
+
+            s.answer = changed  # type: ignore[method-assign]
+            try:
+                right(s, request)
+            finally:
+                s.answer = answer  # type: ignore[method-assign]
+
+        return wrong
+
+    handle(command, make)
+
+
+@fault("GET_ALIGNMENT is answered 48", "alignment-is-a-power-of-two")
+def alignment_of_48() -> None:
+    _answering(Command.GET_ALIGNMENT, alignment=48)
+
+
+@fault("GET_DEVICE_MEMORY tells more free memory than there is", "memory-adds-up")
+def more_free_than_total() -> None:
+    _answering(Command.GET_DEVICE_MEMORY, free_mem=2, total_mem=1)
+
+
+@fault("GET_ALLOC_SIZE leaves out the last block of a quantized tensor", "alloc-size-of-every-type")
+def alloc_size_too_small() -> None:
+    from protocol.ggml_types import TYPE_INFO, GgmlType
+
+    def make(right: Handler) -> Handler:
+        def wrong(s: Session, request: Request) -> None:
+            from rpc_server.graph.parse import tensor_of_message
+
+            tensor = tensor_of_message(request.fields.tensor, s.dialect)
+            info = TYPE_INFO[GgmlType(tensor.type)]
+            less = info.type_size if info.quantized else 0
+            s.answer(request.command, {"alloc_size": tensor.nbytes - less})
+
+        return wrong
+
+    handle(Command.GET_ALLOC_SIZE, make)

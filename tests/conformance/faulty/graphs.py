@@ -1,0 +1,153 @@
+"""Faults of graphs: what is run, when, and by which numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from protocol.commands import Command
+from protocol.dialects import DIALECTS
+from protocol.framing import Request
+from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.memory import Buffers
+from rpc_server.plans import PlanCache
+from rpc_server.session import Session
+from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
+
+
+@fault(
+    "GRAPH_RECOMPUTE runs the last graph though its buffer was freed", "after-its-buffer-was-freed"
+)
+def stale_graph_after_free() -> None:
+    def free(self: Buffers, handle: int) -> None:
+        # Its memory stays, so that the graph has something to run on.
+        self.get(handle)
+        del self._by_handle[handle]
+
+    Buffers.free = free  # type: ignore[method-assign]
+    PlanCache.clear = lambda self: None  # type: ignore[method-assign]
+
+
+@fault("GRAPH_RECOMPUTE runs the first graph of the connection", "the-last-graph")
+def recompute_runs_the_first() -> None:
+    PlanCache.last = property(  # type: ignore[assignment]
+        lambda self: self._plans[-1][1:] if self._plans else None
+    )
+
+
+@fault("GRAPH_RECOMPUTE without a graph is taken for done", "without-a-graph")
+def recompute_of_nothing() -> None:
+    def make(right: Handler) -> Handler:
+        def wrong(s: Session, request: Request) -> None:
+            if s.plans[0].last is not None:
+                right(s, request)
+
+        return wrong
+
+    handle(Command.GRAPH_RECOMPUTE, make)
+
+
+@fault("GRAPH_RECOMPUTE does nothing", "right-after-the-graph")
+def recompute_does_nothing() -> None:
+    handle(Command.GRAPH_RECOMPUTE, lambda right: lambda s, request: None)
+
+
+@fault("GRAPH_RECOMPUTE runs what another client sent last", "after-another-clients-graph")
+def graphs_shared_by_clients() -> None:
+    shared: list[Any] = []
+
+    def make(right: Any) -> Any:
+        def init(self: PlanCache) -> None:
+            self._plans = shared
+
+        return init
+
+    replace_method(PlanCache, "__init__", make)
+    PlanCache.clear = lambda self: None  # type: ignore[method-assign]
+
+
+@fault("two graphs of the same size are taken for the same", "ids-mean-something-in-one-graph-only")
+def graphs_known_by_size() -> None:
+    def find(self: PlanCache, payload: bytearray) -> Any:
+        for i, (known, plan, _) in enumerate(self._plans):
+            if len(known) == len(payload):
+                self._plans.insert(0, self._plans.pop(i))
+                return plan
+        return None
+
+    PlanCache.find = find  # type: ignore[method-assign]
+
+
+def _before_planning(change: Any) -> None:
+    """Change a graph's payload before it is planned."""
+
+    def make(right: Any) -> Any:
+        def prepare(self: CpuDevice, graph: Any, *more: Any) -> Any:
+            return right(self, change(graph), *more)
+
+        return prepare
+
+    replace_method(CpuDevice, "prepare", make)
+
+
+@fault("the last node of a graph isn't computed", "nodes-in-their-order")
+def last_node_left_out() -> None:
+    def change(graph: Any) -> Any:
+        if len(graph.nodes) > 1:
+            graph.nodes = graph.nodes[:-1]
+        return graph
+
+    _before_planning(change)
+
+
+@fault("nodes without the compute flag are computed too", "node-without-the-flag")
+def compute_flag_ignored() -> None:
+    def change(graph: Any) -> Any:
+        tensors = graph.tensors.copy()
+        tensors["flags"] |= np.int32(16)
+        graph.tensors = tensors
+        return graph
+
+    _before_planning(change)
+
+
+@fault("a view's offset is left out", "views-are-read")
+def view_offset_ignored() -> None:
+    def change(graph: Any) -> Any:
+        tensors = graph.tensors.copy()
+        views = tensors["view_src"] != 0
+        tensors["data"][views] -= tensors["view_offs"][views]
+        graph.tensors = tensors
+        return graph
+
+    _before_planning(change)
+
+
+def _shift_ops(major: int) -> None:
+    """Number the ops from ADD1 on one too high, in the versions of one major number."""
+    for dialect in DIALECTS:
+        if dialect.version[0] == major:
+            ops = dialect.ops
+            object.__setattr__(dialect, "ops", (*ops[:4], ops[3], *ops[4:-1]))
+
+
+@fault("ops are numbered one off from ADD1 on", "ops-by-this-versions-numbers")
+def op_numbers_off_by_one() -> None:
+    _shift_ops(7)
+
+
+@fault(
+    "in protocol 5 ops are numbered one off from ADD1 on",
+    "ops-by-this-versions-numbers",
+    options=("--protocol", "5.1"),
+)
+def op_numbers_off_by_one_in_5() -> None:
+    _shift_ops(5)
+
+
+@fault(
+    "requests for any device number go to device 0", "get-alignment-of-the-device-behind-the-last"
+)
+def device_number_ignored() -> None:
+    Session.existing_device = lambda self, command, index: 0  # type: ignore[method-assign]

@@ -1,0 +1,77 @@
+"""The cases of graphs, runs again, the split extension and properties, against this server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from conformance.suite.probe import probe
+from conformance.suite.registry import load, select
+from conformance.suite.results import Run, Verdict
+from conformance.suite.runner import Runner
+from conformance.suite.target import Target
+from protocol.dialects import find_dialects
+from tests.server.process import ServerProcess, running
+
+
+def results(port: int, wanted: str, protocol: str = "7") -> Run:
+    target = Target(("127.0.0.1", port))
+    facts = probe(target.address, find_dialects(protocol)[0], 20.0)
+    run = Run("server", facts)
+    Runner(target, facts, patience=20.0).run(select(load(), wanted), run, lambda result: None)
+    return run
+
+
+def wrong(run: Run) -> dict[str, str]:
+    bad = (Verdict.FAIL, Verdict.NOT_RUN, Verdict.DIFFERS)
+    return {str(r.case): r.came for r in run.results if r.verdict in bad}
+
+
+def skipped(run: Run) -> set[str]:
+    return {r.case.id for r in run.results if r.verdict is Verdict.SKIPPED}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with running("--threads", "1", "-d", "CPU,CPU") as started:
+        yield started
+        assert started.alive, started.log
+        assert "internal error" not in started.log
+
+
+@pytest.mark.parametrize("protocol", ["7.0", "5.1", "3.6", "1.0"])
+def test_graphs_and_runs_again_in_versions_of_every_kind(
+    server: ServerProcess, protocol: str
+) -> None:
+    run = results(server.port, "graphs,recompute", protocol)
+    assert wrong(run) == {}
+    expected = {"6.12"} if run.facts.devices == 1 else set()
+    if run.facts.dialect.version < (3, 5, 0):
+        expected = {r.case.id for r in run.results if r.case.group.number == 6}
+    if run.facts.dialect.version < (4, 0, 0):
+        expected.add("5.13")
+    if not run.facts.dialect.graph_device:
+        expected.add("5.55")
+    assert skipped(run) == expected
+
+
+def test_split_extension_of_a_worker(server: ServerProcess) -> None:
+    run = results(server.port, "split,properties")
+    assert wrong(run) == {}
+    assert skipped(run) == set()
+
+
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+def test_split_extension_of_a_coordinator(server: ServerProcess, mode: str) -> None:
+    parts = f"127.0.0.1:{server.port},local"
+    with running("--threads", "1", "--split", parts, "--split-mode", mode) as coordinator:
+        run = results(coordinator.port, "split")
+        assert wrong(run) == {}
+        # It keeps no programs: those cases are for workers.
+        assert skipped(run) == {r.case.id for r in run.results if r.case.number >= 30}
+
+
+def test_split_cases_where_the_version_has_no_extension(server: ServerProcess) -> None:
+    run = results(server.port, "split", "3.6")
+    assert {r.verdict for r in run.results} == {Verdict.SKIPPED}
