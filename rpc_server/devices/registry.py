@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from rpc_server.devices.base import Device
+from rpc_server.devices.cuda.card import CardError, card_count
 
 
 class UnknownDeviceError(ValueError):
@@ -14,9 +18,14 @@ class UnknownDeviceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What devices are made with; ``threads`` None means all cores the process may use."""
+    """What devices are made with.
+
+    ``threads`` None means all cores the process may use; ``allow_host_ops`` lets ops without a
+    kernel for the GPU run on the host.
+    """
 
     threads: int | None = None
+    allow_host_ops: bool = False
 
 
 Factory = Callable[[Options], Device]
@@ -28,28 +37,56 @@ def _cpu(options: Options) -> Device:
     return CpuDevice(options.threads)
 
 
-# In the order of preference: clients get the first unless devices are chosen.
-_FACTORIES: dict[str, Factory] = {"CPU": _cpu}
+def _cuda(index: int, options: Options) -> Device:
+    from rpc_server.devices.cuda.device import CudaDevice
+
+    return CudaDevice(index, allow_host_ops=options.allow_host_ops)
+
+
+@functools.cache
+def _gpus() -> tuple[int, str]:
+    """How many GPUs there are; and if none, why."""
+    # CuPy takes a second to import; most machines without a GPU don't have it.
+    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
+        return 0, "CuPy is not installed: pip install 'ggml-rpc-server[cuda12]', or [cuda13]"
+    try:
+        return card_count(), ""
+    except CardError as error:
+        return 0, str(error)
+
+
+def _factories() -> dict[str, Factory]:
+    """In the order of preference."""
+    cards = {f"CUDA{i}": functools.partial(_cuda, i) for i in range(_gpus()[0])}
+    return {**cards, "CPU": _cpu}
 
 
 def available() -> list[str]:
     """Names of the devices of this machine, the preferred first."""
-    return list(_FACTORIES)
+    return list(_factories())
 
 
 def open_devices(names: list[str], options: Options) -> list[Device]:
-    """The named devices (any case), or the preferred one for an empty list.
+    """The named devices (any case); for an empty list all GPUs, or the CPU where there is none.
 
-    Raises UnknownDeviceError.
+    ``cuda`` names all GPUs. Raises UnknownDeviceError.
     """
-    by_name = {name.upper(): factory for name, factory in _FACTORIES.items()}
-    chosen = names or available()[:1]
-    factories = []
-    for name in chosen:
-        factory = by_name.get(name.upper())
-        if factory is None:
-            raise UnknownDeviceError(
-                f"unknown device '{name}'; this machine has: {', '.join(available())}"
-            )
-        factories.append(factory)
-    return [factory(options) for factory in factories]
+    factories = _factories()
+    cards = [name for name in factories if name != "CPU"]
+    if not names:
+        names = cards or ["CPU"]
+    chosen: list[str] = []
+    for name in names:
+        known = name.upper()
+        if known == "CUDA" and cards:
+            chosen += cards
+        elif known in factories:
+            chosen.append(known)
+        else:
+            reason = f" ({_gpus()[1]})" if known.startswith("CUDA") and not cards else ""
+            have = ", ".join(factories)
+            raise UnknownDeviceError(f"unknown device '{name}'{reason}; this machine has: {have}")
+    try:
+        return [factories[name](options) for name in chosen]
+    except CardError as error:
+        raise UnknownDeviceError(str(error)) from None

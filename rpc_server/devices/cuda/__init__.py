@@ -1,0 +1,1 @@
+"""The CUDA device: kernels in CUDA C++, memory and launches through CuPy."""

@@ -1,0 +1,241 @@
+"""One GPU, through CuPy: memory, copies, streams, kernels, captured graphs.
+
+This is all that the device uses of CuPy, and the only file that knows how to call it. CuPy is asked
+for when a card is opened, not when this is imported: a machine may have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cuda.compile import OPTIONS
+from rpc_server.devices.cuda.kernels import Kernel, Unit
+from rpc_server.devices.cuda.planner import Product
+
+# cuBLAS: cudaDataType, cublasOperation_t, cublasComputeType_t, cublasGemmAlgo_t.
+_CUBLAS_TYPES = {GgmlType.F32: 0, GgmlType.F16: 2, GgmlType.BF16: 14}
+_AS_IT_IS, _TRANSPOSED = 0, 1
+_SUMS_IN_F32 = 68
+_ANY_ALGORITHM = -1
+# What products and what was there before are multiplied with; cuBLAS reads them when it is called.
+_FACTORS = (np.ones(1, np.float32), np.zeros(1, np.float32))
+
+# Directions of cudaMemcpy.
+_TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3
+
+
+class CardError(Exception):
+    """There is no such card, or CuPy can't be had or used; the message says what to do."""
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise CardError(
+            f"CuPy is not installed ({error}): pip install 'ggml-rpc-server[cuda12]', or [cuda13]"
+        ) from None
+    return cupy
+
+
+def card_count() -> int:
+    """How many GPUs CuPy can use. Raises CardError, which says why there are none."""
+    cupy = _cupy()
+    try:
+        return int(cupy.cuda.runtime.getDeviceCount())
+    except Exception as error:
+        raise CardError(f"no CUDA GPU can be used here: {error}") from None
+
+
+class Pinned:
+    """Host memory that the card copies from and to by itself; ``view`` is all of it."""
+
+    def __init__(self, cupy: Any, size: int) -> None:
+        self._memory = cupy.cuda.alloc_pinned_memory(size)
+        self.address = int(self._memory.ptr)
+        self.view = memoryview((ctypes.c_uint8 * size).from_address(self.address)).cast("B")
+        self.size = size
+
+
+class Card:
+    """GPU number ``index``. Raises CardError if it can't be used."""
+
+    def __init__(self, index: int) -> None:
+        self.cupy = _cupy()
+        self.index = index
+        runtime = self.cupy.cuda.runtime
+        count = card_count()
+        if index >= count:
+            raise CardError(f"no GPU {index}: there are {count}")
+        properties = runtime.getDeviceProperties(index)
+        self.name = properties["name"].decode()
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        # As 61 for 6.1.
+        self.capability = 10 * int(properties["major"]) + int(properties["minor"])
+        self._device = self.cupy.cuda.Device(index)
+        self._modules: dict[Unit, Any] = {}
+        self._functions: dict[Kernel, Any] = {}
+        self._lock = threading.Lock()
+        self._peers: dict[int, bool] = {}
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """What CuPy does within is for this card; any thread."""
+        with self._device:
+            yield
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+        with self._device:
+            free, total = self.cupy.cuda.runtime.memGetInfo()
+        return int(free), int(total)
+
+    def allocate(self, size: int) -> int:
+        """Address of exactly ``size`` bytes, not from CuPy's pool. Raises MemoryError."""
+        with self._device:
+            try:
+                return int(self.cupy.cuda.runtime.malloc(size))
+            except self.cupy.cuda.runtime.CUDARuntimeError as error:
+                raise MemoryError(f"{size} bytes on {self.name}: {error}") from None
+
+    def free(self, address: int) -> None:
+        with self._device:
+            self.cupy.cuda.runtime.free(address)
+
+    def pinned(self, size: int) -> Pinned:
+        with self._device:
+            return Pinned(self.cupy, size)
+
+    # -- streams and copies --------------------------------------------------------------------
+
+    def stream(self) -> Any:
+        """A stream that runs beside the others."""
+        with self._device:
+            return self.cupy.cuda.Stream(non_blocking=True)
+
+    def mark(self, stream: Any) -> Any:
+        """An event behind what has been given to ``stream`` so far."""
+        with self._device:
+            event = self.cupy.cuda.Event(block=True, disable_timing=True)
+            event.record(stream)
+            return event
+
+    def to_device(self, address: int, host: int, size: int, stream: Any) -> None:
+        """Enqueue a copy from pinned memory."""
+        with self._device:
+            self.cupy.cuda.runtime.memcpyAsync(address, host, size, _TO_DEVICE, stream.ptr)
+
+    def to_host(self, host: int, address: int, size: int, stream: Any) -> None:
+        """Enqueue a copy to pinned memory."""
+        with self._device:
+            self.cupy.cuda.runtime.memcpyAsync(host, address, size, _TO_HOST, stream.ptr)
+
+    def copy(self, to: int, address: int, size: int, stream: Any) -> None:
+        with self._device:
+            self.cupy.cuda.runtime.memcpyAsync(to, address, size, _ON_DEVICE, stream.ptr)
+
+    def copy_from_peer(self, to: int, peer: Card, address: int, size: int, stream: Any) -> None:
+        """Enqueue a copy from another card's memory, past the host if the two can."""
+        if peer.index not in self._peers:
+            runtime = self.cupy.cuda.runtime
+            direct = bool(runtime.deviceCanAccessPeer(self.index, peer.index))
+            if direct:
+                with self._device:
+                    runtime.deviceEnablePeerAccess(peer.index)
+            self._peers[peer.index] = direct
+        with self._device:
+            self.cupy.cuda.runtime.memcpyPeerAsync(
+                to, self.index, address, peer.index, size, stream.ptr
+            )
+
+    def fill(self, address: int, size: int, value: int, stream: Any) -> None:
+        with self._device:
+            self.cupy.cuda.runtime.memsetAsync(address, value, size, stream.ptr)
+
+    # -- kernels -------------------------------------------------------------------------------
+
+    def function(self, kernel: Kernel) -> Any:
+        """The kernel, ready to be launched; compiles its unit if that is not on disk already."""
+        with self._lock:
+            known = self._functions.get(kernel)
+            if known is not None:
+                return known
+            with self._device:
+                module = self._modules.get(kernel.unit)
+                if module is None:
+                    module = self.cupy.RawModule(
+                        code=kernel.unit.text, options=OPTIONS, backend="nvrtc"
+                    )
+                    self._modules[kernel.unit] = module
+                found = self._functions[kernel] = module.get_function(kernel.name)
+            return found
+
+    def launch(
+        self,
+        function: Any,
+        words: np.ndarray[Any, np.dtype[np.int64]],
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        stream: Any,
+    ) -> None:
+        """Enqueue a kernel with its record: CuPy passes a host array by value."""
+        with self._device, stream:
+            function(grid, (threads, 1, 1), (words,), shared_mem=shared)
+
+    def product(self, p: Product, stream: Any) -> None:
+        """Enqueue products by cuBLAS, with sums in F32."""
+        from cupy_backends.cuda.libs import cublas
+
+        with self._device:
+            handle = self.cupy.cuda.device.get_cublas_handle()
+            cublas.setStream(handle, stream.ptr)
+            kind = _CUBLAS_TYPES[p.type]
+            one, zero = (int(x.ctypes.data) for x in _FACTORS)
+            cublas.gemmStridedBatchedEx(
+                handle,
+                _TRANSPOSED,
+                _AS_IT_IS,
+                p.m,
+                p.n,
+                p.k,
+                one,
+                p.a,
+                kind,
+                p.lda,
+                0,
+                p.b,
+                kind,
+                p.ldb,
+                p.stride_b,
+                zero,
+                p.c,
+                _CUBLAS_TYPES[GgmlType.F32],
+                p.ldc,
+                p.stride_c,
+                p.batch,
+                _SUMS_IN_F32,
+                _ANY_ALGORITHM,
+            )
+
+    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
+        """What ``enqueue`` gives to ``stream``, as a graph that can be launched again and again."""
+        with self._device:
+            stream.begin_capture()
+            try:
+                enqueue()
+            except BaseException:
+                # The stream has to come out of capture, whatever became of it.
+                with contextlib.suppress(Exception):
+                    stream.end_capture()
+                raise
+            return stream.end_capture()

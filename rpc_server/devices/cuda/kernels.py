@@ -1,0 +1,65 @@
+"""A kernel by name, and what it is compiled with."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cuda.compile import source_text
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is compiled at once: a source, with the macros it is made for."""
+
+    source: str
+    macros: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        return "-".join([self.source, *(value for _, value in self.macros if value)])
+
+    @property
+    def text(self) -> str:
+        """The whole text, for the compiler."""
+        defines = "".join(f"#define {name} {value}\n" for name, value in self.macros)
+        return defines + source_text(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A function of a unit; a block of it has ``threads`` threads at most."""
+
+    unit: Unit
+    name: str
+    threads: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.unit.label}.{self.name}"
+
+
+@functools.cache
+def kernel(source: str, name: str, threads: int = 256) -> Kernel:
+    """A kernel of a source that is made for nothing in particular."""
+    return Kernel(Unit(source), name, threads)
+
+
+@functools.cache
+def kernel_of_weights(source: str, name: str, weights: GgmlType, threads: int = 128) -> Kernel:
+    """A kernel of a source that is compiled for each type of weights."""
+    macros = [("WEIGHTS", weights.name)]
+    if not TYPE_INFO[weights].quantized:
+        macros.append(("FLOATS", ""))
+    return Kernel(Unit(source, tuple(macros)), name, threads)
+
+
+# Rows of values that a kernel of attention is compiled for, in units of 32 elements.
+ATTENTION_SIZES = (2, 4, 8, 16)
+
+
+@functools.cache
+def attention_kernel(values: int, name: str) -> Kernel:
+    """For rows of values of up to ``values`` times 32 elements, one of ATTENTION_SIZES."""
+    return Kernel(Unit("attention", (("VALUES", str(values)),)), name, 128)

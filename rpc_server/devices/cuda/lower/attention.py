@@ -1,0 +1,71 @@
+"""Lowering of FLASH_ATTN_EXT."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cuda.kernels import ATTENTION_SIZES, attention_kernel
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.graph.tensor import Tensor
+
+# What attention.cu is written with.
+_ROWS, _TILE, _CHUNK, _THREADS = 16, 32, 64, 128
+# What a block of every card has without asking for more.
+_SHARED = 48 << 10
+
+_KEPT_IN = frozenset(
+    {
+        GgmlType.F32,
+        GgmlType.F16,
+        GgmlType.BF16,
+        GgmlType.Q4_0,
+        GgmlType.Q4_1,
+        GgmlType.Q5_0,
+        GgmlType.Q5_1,
+        GgmlType.Q8_0,
+        GgmlType.IQ4_NL,
+    }
+)
+
+# Fewer positions than this aren't worth a block of their own.
+_LEAST_PART = 128
+
+
+def _parts(blocks: int, positions: int, multiprocessors: int) -> int:
+    """How many blocks share the positions of each row: the card should be full."""
+    wanted = -(-2 * multiprocessors // blocks)
+    return max(1, min(wanted, positions // _LEAST_PART, MAX_GRID[2]))
+
+
+@lowers(Op.FLASH_ATTN_EXT)
+def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
+    q, k, v = t.src[0], t.src[1], t.src[2]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    size = next((n for n in ATTENTION_SIZES if v.ne[0] <= 32 * n), None)
+    padded = -(-k.ne[0] // _CHUNK) * _CHUNK
+    shared = 4 * (_ROWS * padded + _TILE * (_CHUNK + 1))
+    same_heads = k.ne[2] == v.ne[2] and k.ne[3] == v.ne[3]
+    if size is None or shared > _SHARED or not same_heads:
+        return False
+    for s in (k, v):
+        if s.type not in _KEPT_IN or not s.contiguous_rows:
+            return False
+        if s.quantized and s.ne[0] % 32:
+            return False
+    rows = q.ne[1] * (q.ne[2] // k.ne[2])
+    grid = (-(-rows // _ROWS), k.ne[2] * q.ne[3])
+    if grid[1] > MAX_GRID[1]:
+        return False
+    parts = _parts(grid[0] * grid[1], k.ne[1], planner.multiprocessors)
+    # Parts are whole tiles; the last one may be smaller, and none is empty.
+    tiles = -(-k.ne[1] // _TILE)
+    per_part = max(-(-tiles // parts), 1) * _TILE
+    parts = max(-(-k.ne[1] // per_part), 1)
+    left = planner.scratch(4 * (v.ne[0] + 2) * q.nrows * parts) if parts > 1 else 0
+    attend, join = (attention_kernel(size, name) for name in ("attention", "attention_join"))
+    planner.launch(attend, t, (*grid, parts), _THREADS, extra=(per_part, left), shared=shared)
+    if parts > 1:
+        planner.launch(join, t, (min(q.nrows, MAX_GRID[0]),), _THREADS, extra=(parts, left))
+    return True

@@ -1,0 +1,58 @@
+"""Lowerings of gradients, losses, and the steps of optimizers."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.lower.norm import threads_for
+from rpc_server.devices.cuda.lower.walk import as_floats, elements, source
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.graph.tensor import Tensor
+
+# A thread for each element.
+_ELEMENTS = {
+    Op.SILU_BACK: kernel("back", "silu_back"),
+    Op.REPEAT_BACK: kernel("back", "repeat_back"),
+    Op.OPT_STEP_ADAMW: kernel("back", "adamw"),
+    Op.OPT_STEP_SGD: kernel("back", "sgd"),
+    Op.GET_ROWS_BACK: kernel("back", "get_rows_back"),
+}
+# A block for each row.
+_ROWS = {
+    Op.RMS_NORM_BACK: kernel("back", "rms_norm_back"),
+    Op.SOFT_MAX_BACK: kernel("back", "soft_max_back"),
+    Op.CROSS_ENTROPY_LOSS_BACK: kernel("back", "cross_entropy_back"),
+}
+_OUT_PROD = kernel("back", "out_prod")
+_LOSS_ROWS = kernel("back", "cross_entropy_rows")
+_LOSS_MEAN = kernel("back", "cross_entropy_mean")
+
+
+@lowers(*_ELEMENTS)
+def lower_elements(t: Tensor, planner: CudaPlanner) -> bool:
+    return elements(_ELEMENTS[t.op], t, planner)
+
+
+@lowers(*_ROWS)
+def lower_rows(t: Tensor, planner: CudaPlanner) -> bool:
+    planner.launch(_ROWS[t.op], t, (min(t.nrows, MAX_GRID[0]),), threads_for(t.ne[0], 256))
+    return True
+
+
+@lowers(Op.OUT_PROD)
+def lower_out_prod(t: Tensor, planner: CudaPlanner) -> bool:
+    a = source(t, 0)
+    if not a.empty:
+        a = as_floats(a, planner)
+    return elements(_OUT_PROD, t, planner, slots=(t, a, t.src[1]))
+
+
+@lowers(Op.CROSS_ENTROPY_LOSS)
+def lower_loss(t: Tensor, planner: CudaPlanner) -> bool:
+    logits = source(t, 0)
+    losses = planner.scratch(8 * max(logits.nrows, 1))
+    if logits.nrows:
+        grid, threads = (min(logits.nrows, MAX_GRID[0]),), threads_for(logits.ne[0], 256)
+        planner.launch(_LOSS_ROWS, t, grid, threads, extra=(losses,))
+    planner.launch(_LOSS_MEAN, t, (1,), 256, extra=(losses, logits.nrows))
+    return True

@@ -1,0 +1,24 @@
+"""Lowerings of ops that fill a tensor by rule."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.lower.walk import elements
+from rpc_server.devices.cuda.planner import CudaPlanner, lowers
+from rpc_server.graph.tensor import Tensor
+
+_KERNELS = {
+    Op.FILL: kernel("fill", "fill"),
+    Op.ARANGE: kernel("fill", "arange"),
+    Op.DIAG: kernel("fill", "diag"),
+    Op.TRI: kernel("fill", "triangle"),
+    Op.DIAG_MASK_INF: kernel("fill", "mask_diagonal"),
+    Op.DIAG_MASK_ZERO: kernel("fill", "mask_diagonal"),
+    Op.TIMESTEP_EMBEDDING: kernel("fill", "timestep_embedding"),
+}
+
+
+@lowers(*_KERNELS)
+def lower_fill(t: Tensor, planner: CudaPlanner) -> bool:
+    return elements(_KERNELS[t.op], t, planner, int(t.op is Op.DIAG_MASK_INF))

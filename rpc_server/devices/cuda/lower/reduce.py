@@ -1,0 +1,74 @@
+"""Lowerings of ops that reduce or sort rows."""
+
+from __future__ import annotations
+
+from protocol.ggml_ops import Op
+from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.lower.norm import threads_for
+from rpc_server.devices.cuda.lower.walk import as_row, source
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.graph.tensor import Tensor
+
+_SUM_ROWS = kernel("reduce", "sum_rows")
+_ARGMAX = kernel("reduce", "argmax")
+_SUM = kernel("reduce", "sum", 1024)
+_COUNT_EQUAL = kernel("reduce", "count_equal", 1024)
+_CUMSUM = kernel("reduce", "cumsum")
+_ARGSORT = kernel("reduce", "argsort", 1024)
+
+# Rows of so many elements are sorted in shared memory; longer ones in scratch.
+_IN_SHARED = 8192
+_MOST_BLOCKS_IN_SCRATCH = 64
+
+
+@lowers(Op.SUM_ROWS, Op.MEAN)
+def lower_sum_rows(t: Tensor, planner: CudaPlanner) -> bool:
+    grid, threads = (min(t.nrows, MAX_GRID[0]),), threads_for(source(t, 0).ne[0], 256)
+    planner.launch(_SUM_ROWS, t, grid, threads, extra=(int(t.op is Op.MEAN),))
+    return True
+
+
+@lowers(Op.ARGMAX)
+def lower_argmax(t: Tensor, planner: CudaPlanner) -> bool:
+    grid = (min(t.ne[0], MAX_GRID[0]),)
+    planner.launch(_ARGMAX, t, grid, threads_for(source(t, 0).ne[0], 256))
+    return True
+
+
+@lowers(Op.ARGSORT, Op.TOP_K)
+def lower_sort(t: Tensor, planner: CudaPlanner) -> bool:
+    places = 1 << max(source(t, 0).ne[0] - 1, 0).bit_length()
+    if places > 1 << 30:
+        return False
+    blocks, scratch, shared = min(t.nrows, MAX_GRID[0]), 0, 4 * places
+    if places > _IN_SHARED:
+        blocks, shared = min(t.nrows, _MOST_BLOCKS_IN_SCRATCH), 0
+        scratch = planner.scratch(4 * places * blocks)
+    top_k = t.op is Op.TOP_K
+    descending = top_k or t.param_i32(0) == 1
+    extra = (places, scratch, int(descending), int(top_k))
+    threads = threads_for(places // 2, 1024)
+    planner.launch(_ARGSORT, t, (blocks,), threads, extra=extra, shared=shared)
+    return True
+
+
+@lowers(Op.SUM)
+def lower_sum(t: Tensor, planner: CudaPlanner) -> bool:
+    whole = as_row(source(t, 0))
+    planner.launch(_SUM, t, (1,), threads_for(whole.ne[0], 1024), slots=(t, whole))
+    return True
+
+
+@lowers(Op.COUNT_EQUAL)
+def lower_count_equal(t: Tensor, planner: CudaPlanner) -> bool:
+    a, b = source(t, 0), source(t, 1)
+    if a.contiguous and b.contiguous:
+        a, b = as_row(a), as_row(b)
+    planner.launch(_COUNT_EQUAL, t, (1,), threads_for(a.ne[0], 1024), slots=(t, a, b))
+    return True
+
+
+@lowers(Op.CUMSUM)
+def lower_cumsum(t: Tensor, planner: CudaPlanner) -> bool:
+    planner.launch(_CUMSUM, t, (min(t.nrows, MAX_GRID[0]),), threads_for(t.ne[0], 256))
+    return True

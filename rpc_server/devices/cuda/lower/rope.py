@@ -1,0 +1,36 @@
+"""Lowering of ROPE and its gradient."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from protocol.ggml_ops import Op
+from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.lower.norm import threads_for
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.rope import Geometry, correction_range
+
+_ROPE = kernel("rope", "rope")
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@lowers(Op.ROPE, Op.ROPE_BACK)
+def lower_rope(t: Tensor, planner: CudaPlanner) -> bool:
+    g = Geometry.of(t)
+    ratio = np.float32(t.param_f32(5)) ** np.float32(-2.0 / t.param_i32(1))
+    low, high = correction_range(t) if t.param_f32(7) else (np.float32(0), np.float32(0))
+    extra = (g.first, g.pairs, g.step, g.distance, int(t.op is Op.ROPE_BACK))
+    planner.launch(
+        _ROPE,
+        t,
+        (min(t.nrows, MAX_GRID[0]),),
+        threads_for(max(g.pairs, t.ne[0] // 2), 256),
+        extra=(*extra, *(_bits(float(x)) for x in (ratio, low, high))),
+    )
+    return True

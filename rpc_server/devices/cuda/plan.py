@@ -1,0 +1,256 @@
+"""A graph made ready for a card: launches that are captured once, and what can't be captured."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import rpc_server.devices.cuda.lower
+import rpc_server.ops  # noqa: F401  (fills the op table)
+from protocol.dialects import Dialect
+from rpc_server.devices.cpu.planner import STATUS_TEXT
+from rpc_server.devices.cpu.record import EXTRA_WORD
+from rpc_server.devices.cuda.card import Card, Pinned
+from rpc_server.devices.cuda.host import run_on_host
+from rpc_server.devices.cuda.planner import (
+    LOWERINGS,
+    CudaPlanner,
+    Launch,
+    Product,
+    place_scratch,
+)
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.parse import Graph
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import ContractError, OpSpec, check
+
+if TYPE_CHECKING:
+    from rpc_server.devices.cuda.device import CudaDevice
+
+log = logging.getLogger(__name__)
+
+# Words of a record that the plan fills in: where failures are written, and the node's number.
+_STATUS_WORD, _NODE_WORD = EXTRA_WORD - 2, EXTRA_WORD - 1
+
+# Node numbers are told in the upper 24 bits of a status.
+_MOST_NODES = 1 << 24
+
+
+class Scratch:
+    """Memory of the card that plans share: they run one after the other."""
+
+    def __init__(self, card: Card, size: int) -> None:
+        self._card = card
+        self.size = size
+        self.address = card.allocate(size)
+
+    def __del__(self) -> None:
+        self._card.free(self.address)
+
+
+class _Segment:
+    """Launches without anything between them: a captured graph from their second run on."""
+
+    def __init__(self, card: Card, stream: Any, work: Sequence[Launch | Product]) -> None:
+        self._card = card
+        self._stream = stream
+        self._work = [
+            x
+            if isinstance(x, Product)
+            else (card.function(x.kernel), x.words, x.grid, x.threads, x.shared)
+            for x in work
+        ]
+        self._graph: Any = None
+        self._ran = False
+
+    def run(self) -> None:
+        if self._graph is None and self._ran:
+            # The first run is by itself: a graph that comes only once isn't worth capturing.
+            self._graph = self._card.capture(self._stream, self._enqueue)
+        if self._graph is not None:
+            self._graph.launch(self._stream)
+        else:
+            self._enqueue()
+        self._ran = True
+
+    def _enqueue(self) -> None:
+        for work in self._work:
+            if isinstance(work, Product):
+                self._card.product(work, self._stream)
+            else:
+                self._card.launch(*work, self._stream)
+
+
+class CudaPlan:
+    """Steps that run a graph from end to end on the device's stream."""
+
+    shared = False
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        dialect: Dialect,
+        steps: list[Callable[[], None]],
+        nodes: list[str],
+        scratch: Scratch | None,
+        interpreted: dict[str, int],
+    ) -> None:
+        self.dialect = dialect
+        self._device = device
+        self._steps = steps
+        self._labels = nodes
+        # What captured launches point into.
+        self._scratch = scratch
+        self.interpreted = interpreted
+        self._stopped = False
+
+    def run(self) -> None:
+        """Run every step, and wait for the card. Raises GraphError naming the node that failed."""
+        device = self._device
+        with device.card.current():
+            device.finish_writes()
+            for step in self._steps:
+                if self._stopped:
+                    raise GraphError("was stopped")
+                step()
+            status = device.status.read()
+        if status:
+            label = self._labels[status >> 8]
+            raise GraphError(f"{label}: {STATUS_TEXT.get(status & 255, f'status {status & 255}')}")
+
+    def stop(self) -> None:
+        """Let a run end behind the step it is at; the card can't be interrupted within one."""
+        self._stopped = True
+
+
+class StatusWord:
+    """Where kernels tell what failed: a word of the card's memory, and its mirror here."""
+
+    def __init__(self, card: Card, stream: Any) -> None:
+        self._card = card
+        self._stream = stream
+        self.address = card.allocate(4)
+        self._mirror: Pinned = card.pinned(4)
+        card.fill(self.address, 4, 0, stream)
+
+    def read(self) -> int:
+        """The status of what has run on the stream since the last time; waits for it."""
+        self._card.to_host(self._mirror.address, self.address, 4, self._stream)
+        self._stream.synchronize()
+        status = int.from_bytes(self._mirror.view, "little")
+        if status:
+            self._card.fill(self.address, 4, 0, self._stream)
+        return status
+
+    def close(self) -> None:
+        self._card.free(self.address)
+
+
+class PlanBuilder:
+    """Makes plans for one device; not shared between threads."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._scratch: Scratch | None = None
+        self._warned: set[str] = set()
+
+    def build(self, graph: Graph) -> CudaPlan:
+        """Hold each node against its contract and lower it. Raises GraphError."""
+        started = time.perf_counter()
+        card = self._device.card
+        planner = CudaPlanner(graph.nodes, card.multiprocessors, card.capability)
+        parts: list[list[Launch | Product] | Tensor] = []
+        interpreted: dict[str, int] = {}
+        for node in graph.nodes:
+            try:
+                planner.begin(node)
+                spec = check(node)
+                if spec.is_view or node.empty:
+                    continue
+                lowering = LOWERINGS.get(node.op)
+                if lowering is None or not lowering(node, planner):
+                    self._refuse_or_warn(node, spec)
+                    parts += [planner.take_launches(), node]
+                    interpreted[node.op] = interpreted.get(node.op, 0) + 1
+                for written in (node, *(node.src[i] for i in spec.writes)):
+                    if written is not None:
+                        planner.finish(written)
+            except ContractError as error:
+                raise GraphError(str(error)) from None
+            except MemoryError as error:
+                raise GraphError(f"{node.label}: {error}") from None
+        parts.append(planner.take_launches())
+        scratch = self._scratch_of(planner.scratch_peak)
+        labels = self._finish(parts, scratch)
+        steps = [
+            self._reference_step(part)
+            if isinstance(part, Tensor)
+            else _Segment(card, self._device.stream, part).run
+            for part in parts
+            if isinstance(part, Tensor) or part
+        ]
+        log.debug(
+            "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
+            len(graph.nodes),
+            len(steps),
+            (time.perf_counter() - started) * 1e3,
+            planner.scratch_peak >> 10,
+            interpreted or "none",
+        )
+        return CudaPlan(self._device, graph.dialect, steps, labels, scratch, interpreted)
+
+    def _scratch_of(self, size: int) -> Scratch | None:
+        """Raises GraphError if the card hasn't got so much."""
+        if not size:
+            return None
+        if self._scratch is None or self._scratch.size < size:
+            # Plans that were captured with the smaller one keep it for as long as they live.
+            self._scratch = None
+            try:
+                self._scratch = Scratch(self._device.card, size)
+            except MemoryError as error:
+                raise GraphError(f"no scratch for the graph: {error}") from None
+        return self._scratch
+
+    def _finish(
+        self, parts: list[list[Launch | Product] | Tensor], scratch: Scratch | None
+    ) -> list[str]:
+        """Fill in what records were made without; the labels that node numbers stand for."""
+        labels: list[str] = []
+        for part in parts:
+            if isinstance(part, Tensor):
+                continue
+            for launch in part:
+                if scratch is not None:
+                    place_scratch(launch, scratch.address)
+                if isinstance(launch, Product):
+                    continue
+                launch.words[_STATUS_WORD] = self._device.status.address
+                launch.words[_NODE_WORD] = len(labels) % _MOST_NODES
+                labels.append(launch.node.label)
+        return labels
+
+    def _refuse_or_warn(self, node: Tensor, spec: OpSpec) -> None:
+        if spec.reference is None:
+            raise GraphError(f"{node.label}: this combination is not implemented")
+        if not self._device.allow_host_ops:
+            raise GraphError(
+                f"{node.label}: no kernel for the GPU; --allow-host-ops runs it on the host"
+            )
+        if node.op not in self._warned:
+            self._warned.add(node.op)
+            log.warning("%s: runs on the host, which is slow", node.label)
+
+    def _reference_step(self, node: Tensor) -> Callable[[], None]:
+        device = self._device
+
+        def run() -> None:
+            device.stream.synchronize()
+            try:
+                run_on_host(node, device.download, device.upload)
+            except (ContractError, MemoryError) as error:
+                raise GraphError(f"{node.label}: {error or 'out of memory'}") from None
+
+        return run

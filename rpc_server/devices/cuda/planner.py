@@ -1,0 +1,189 @@
+"""From the nodes of a validated graph to launches of kernels.
+
+Each family of ops has a file in ``lower/`` whose functions, registered with :func:`lowers`, choose
+the kernels of a node and how many threads run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu.planner import Labelled, Planner, record_words
+from rpc_server.devices.cuda.kernels import Kernel
+from rpc_server.graph.tensor import Tensor
+
+Lowering = Callable[[Tensor, "CudaPlanner"], bool]
+LOWERINGS: dict[Op, Lowering] = {}
+
+# What a device's grid may have at most of blocks in each dimension.
+MAX_GRID = (0x7FFFFFFF, 0xFFFF, 0xFFFF)
+
+# While a plan is made, scratch lies here; its real place is known when its size is.
+SCRATCH_BASE = 1 << 60
+SCRATCH_LIMIT = 1 << 40
+
+Grid = tuple[int, int, int]
+
+
+def lowers(*ops: Op) -> Callable[[Lowering], Lowering]:
+    """Register the lowering of ``ops``: returns False where it has no kernel for a node."""
+
+    def register(function: Lowering) -> Lowering:
+        for op in ops:
+            if op in LOWERINGS:
+                raise RuntimeError(f"two lowerings for {op}")
+            LOWERINGS[op] = function
+        return function
+
+    return register
+
+
+@dataclass(slots=True)
+class Launch:
+    """One launch to be: the kernel, its record, its blocks and their threads, and the node."""
+
+    kernel: Kernel
+    words: np.ndarray[Any, np.dtype[np.int64]]
+    grid: Grid
+    threads: int
+    # Bytes of dynamic shared memory of a block.
+    shared: int
+    node: Labelled
+
+
+@dataclass(slots=True)
+class Product:
+    """``batch`` products by cuBLAS: ``c`` (m, n) is ``a`` (k, m) transposed times ``b`` (k, n).
+
+    Dimensions are in ggml's order, innermost first. ``a`` and ``b`` are of ``type``, ``c`` and the
+    sums are F32; leading dimensions and the strides between batches are elements. ``a`` is the same
+    in all batches.
+    """
+
+    m: int
+    n: int
+    k: int
+    type: GgmlType
+    a: int
+    lda: int
+    b: int
+    ldb: int
+    stride_b: int
+    c: int
+    ldc: int
+    stride_c: int
+    batch: int
+
+
+class _ImaginedScratch:
+    """Scratch by offsets from SCRATCH_BASE."""
+
+    size = SCRATCH_LIMIT
+
+    def address(self, offset: int, size: int) -> int:
+        if offset + size > self.size:
+            raise MemoryError(f"graph needs {offset + size} bytes of scratch")
+        return SCRATCH_BASE + offset
+
+
+def place_scratch(work: Launch | Product, address: int) -> None:
+    """Let all addresses of scratch in a launch, wherever they stand, begin at ``address``."""
+    if isinstance(work, Launch):
+        words = work.words
+        imagined = (words >= SCRATCH_BASE) & (words < SCRATCH_BASE + SCRATCH_LIMIT)
+        words[imagined] += address - SCRATCH_BASE
+        return
+    for name in ("a", "b", "c"):
+        value = getattr(work, name)
+        if SCRATCH_BASE <= value < SCRATCH_BASE + SCRATCH_LIMIT:
+            setattr(work, name, value - SCRATCH_BASE + address)
+
+
+class CudaPlanner(Planner):
+    """Collects the launches of one graph; what is kept in scratch between nodes is as on the CPU.
+
+    Launches run one after the other, so nothing else is to be scheduled. ``multiprocessors`` is
+    how many the card has, ``capability`` what it can do (61 for 6.1).
+    """
+
+    def __init__(self, items: Sequence[Tensor], multiprocessors: int, capability: int) -> None:
+        super().__init__(1, _ImaginedScratch(), items)
+        self.multiprocessors = multiprocessors
+        self.capability = capability
+        self.launches: list[Launch | Product] = []
+
+    def launch(
+        self,
+        kernel: Kernel,
+        t: Tensor,
+        grid: Sequence[int],
+        threads: int,
+        *,
+        extra: Sequence[int] = (),
+        slots: Sequence[Tensor | None] | None = None,
+        params: Sequence[int] | None = None,
+        shared: int = 0,
+    ) -> None:
+        """Append a launch of ``kernel`` for node ``t``.
+
+        ``slots`` are the tensors of DST, SRC0, ... (default: the node and its sources), ``params``
+        what stands for op_params, ``extra`` the kernel's own words. Raises ValueError for a grid or
+        a block that no card can run.
+        """
+        x, y, z = (*grid, 1, 1)[:3]
+        if not all(1 <= n <= most for n, most in zip((x, y, z), MAX_GRID, strict=True)):
+            raise ValueError(f"{kernel.label}: a grid of {x} x {y} x {z} blocks")
+        if not 1 <= threads <= kernel.threads or threads % 32:
+            raise ValueError(f"{kernel.label}: blocks of {threads} threads")
+        tensors = (t, *t.src) if slots is None else slots
+        params = t.op_params if params is None else params
+        words = record_words(kernel.label, tensors, params, extra)
+        assert self._node is not None
+        self.launches.append(Launch(kernel, words, (x, y, z), threads, shared, self._node))
+        self._filling = []
+
+    def product(self, product: Product) -> None:
+        """Append a product by cuBLAS."""
+        self.launches.append(product)
+        self._filling = []
+
+    def take_launches(self) -> list[Launch | Product]:
+        """The launches since the last time."""
+        launches, self.launches = self.launches, []
+        return launches
+
+    def rows(
+        self,
+        kernel: Kernel,
+        t: Tensor,
+        rows: int,
+        columns: int,
+        *,
+        extra: Sequence[int] = (),
+        slots: Sequence[Tensor | None] | None = None,
+        params: Sequence[int] | None = None,
+    ) -> None:
+        """A launch for a kernel made of FOR_ROWS and FOR_COLUMNS: blocks for rows, then columns."""
+        threads = min(kernel.threads, -(-columns // 32) * 32)
+        # Enough blocks for the card to be full; what is more, loops.
+        along_rows = min(rows, MAX_GRID[0])
+        along_columns = min(-(-columns // threads), MAX_GRID[1])
+        self.launch(
+            kernel,
+            t,
+            (along_rows, along_columns),
+            threads,
+            extra=extra,
+            slots=slots,
+            params=params,
+        )
+
+    def kept(self, key: Hashable, sources: Sequence[Tensor], size: int) -> tuple[int, bool]:
+        """As shared_scratch."""
+        return self.shared_scratch(key, sources, size)

@@ -1,0 +1,116 @@
+// Copies between tensors of any shapes and strides, conversions among them; rows by index.
+#include "encode.cuh"
+#include "place.cuh"
+
+// Elements of extra[1] bytes as they are, extra[0] of them. A block of a quantized type counts as one
+// element of its bytes, and dimension 0 in blocks (extra[2] elements).
+KERNEL(copy_same, 256) {
+    const int size = (int)r.extra[1];
+    Slot to = r.slot[DST], from = r.slot[SRC0];
+    to.ne[0] /= r.extra[2];
+    from.ne[0] /= r.extra[2];
+    FOR_ELEMENTS(e, r.extra[0]) copy_bytes(at(to, Place(to, e)), at(from, Place(from, e)), size);
+}
+
+// Dense to dense: extra[0] words of 16 bytes.
+KERNEL(copy_dense, 256) {
+    const uint4 *from = reinterpret_cast<const uint4 *>(r.slot[SRC0].data);
+    uint4 *to = reinterpret_cast<uint4 *>(r.slot[DST].data);
+    FOR_ELEMENTS(e, r.extra[0]) to[e] = from[e];
+}
+
+// Plain types, with a conversion: extra[0] elements.
+KERNEL(copy_converted, 256) {
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    FOR_ELEMENTS(e, r.extra[0])
+        store_f32(at(to, Place(to, e)), to.type, load_f32(at(from, Place(from, e)), from.type));
+}
+
+// The same, of tensors of one shape, row by row.
+KERNEL(copy_rows, 256) {
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
+        const Row at(from, row);
+        u8 *target = at.in(to);
+        const u8 *source = at.in(from);
+        FOR_COLUMNS(i, from.ne[0])
+            store_f32(target + i * to.nb[0], to.type, load_f32(source + i * from.nb[0], from.type));
+    }
+}
+
+// To blocks of 32: extra[0] blocks, a thread each.
+KERNEL(copy_encoded, 64) {
+    Slot to = r.slot[DST];
+    const Slot &from = r.slot[SRC0];
+    to.ne[0] /= 32;
+    FOR_ELEMENTS(b, r.extra[0]) {
+        float x[32];
+        for (int i = 0; i < 32; i++) x[i] = load_f32(at(from, Place(from, 32 * b + i)), from.type);
+        encode_block(at(to, Place(to, b)), to.type, x);
+    }
+}
+
+// -- rows by index ---------------------------------------------------------------------------------
+
+__device__ inline i64 index_at(const Slot &ids, i64 i0, i64 i1, i64 i2) {
+    const u8 *p = ids.data + i0 * ids.nb[0] + i1 * ids.nb[1] + i2 * ids.nb[2];
+    return ids.type == I64 ? *reinterpret_cast<const i64 *>(p) : *reinterpret_cast<const i32 *>(p);
+}
+
+// GET_ROWS of plain types; blocks along x are rows of the result.
+KERNEL(get_rows, 256) {
+    const Slot &to = r.slot[DST], &table = r.slot[SRC0], &ids = r.slot[SRC1];
+    FOR_ROWS(row, to.ne[1] * to.ne[2] * to.ne[3]) {
+        const Row at(to, row);
+        const i64 id = index_at(ids, at.i[1], at.i[2], at.i[3]);
+        if (id < 0 || id >= table.ne[1]) {
+            if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
+            continue;
+        }
+        const u8 *source = table.data + id * table.nb[1] + at.i[2] * table.nb[2] + at.i[3] * table.nb[3];
+        u8 *target = at.in(to);
+        FOR_COLUMNS(i, to.ne[0]) {
+            if (table.type == to.type) copy_bytes(target + i * to.nb[0], source + i * table.nb[0], 4);
+            else store_f32(target + i * to.nb[0], to.type, load_f32(source + i * table.nb[0], table.type));
+        }
+    }
+}
+
+// Where a row of source 0 goes, or null.
+__device__ inline u8 *target_of_row(const Record &r, const Row &at) {
+    const Slot &to = r.slot[DST], &ids = r.slot[SRC1];
+    const i64 id = index_at(ids, at.i[1], at.i[2] % ids.ne[1], at.i[3] % ids.ne[2]);
+    if (id < 0 || id >= to.ne[1]) {
+        if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
+        return nullptr;
+    }
+    return to.data + id * to.nb[1] + at.i[2] * to.nb[2] + at.i[3] * to.nb[3];
+}
+
+KERNEL(set_rows, 256) {
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
+        const Row at(from, row);
+        u8 *target = target_of_row(r, at);
+        if (!target) continue;
+        const u8 *source = at.in(from);
+        FOR_COLUMNS(i, from.ne[0])
+            store_f32(target + i * to.nb[0], to.type, load_f32(source + i * from.nb[0], from.type));
+    }
+}
+
+// To blocks of 32, a thread each.
+KERNEL(set_rows_encoded, 64) {
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
+        const Row at(from, row);
+        u8 *target = target_of_row(r, at);
+        if (!target) continue;
+        const u8 *source = at.in(from);
+        FOR_COLUMNS(b, from.ne[0] / 32) {
+            float x[32];
+            for (int i = 0; i < 32; i++) x[i] = load_f32(source + (32 * b + i) * from.nb[0], from.type);
+            encode_block(target + b * block_bytes(to.type), to.type, x);
+        }
+    }
+}

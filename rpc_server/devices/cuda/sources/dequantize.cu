@@ -1,0 +1,48 @@
+// Blocks of the type WEIGHTS to floats: whole rows, for products by cuBLAS and for copies.
+#include "weights.cuh"
+
+// A block of threads decodes a run each, and together they write what has become of them in order.
+// `runs` is shared memory for as many as it has threads; blocks along y share a row.
+template <typename T>
+__device__ inline void write_decoded(Run *runs, const u8 *source, int per_row, u8 *target, const Slot &to) {
+    const int n_runs = blockDim.x;
+    for (int first = blockIdx.y * n_runs; first < per_row; first += gridDim.y * n_runs) {
+        const int count = min(n_runs, per_row - first);
+        if ((int)threadIdx.x < count) decode_run<T>(runs[threadIdx.x], source, first + threadIdx.x);
+        __syncthreads();
+        for (int i = threadIdx.x; i < 32 * count; i += blockDim.x) {
+            const Run &run = runs[i / 32];
+            const int e = i % 32, g = e / 16;
+            const float code = (i8)(run.codes[e / 4] >> (8 * (e % 4)));
+            store_f32(target + (32ll * first + i) * to.nb[0], to.type, run.scale[g] * code + run.minimum[g]);
+        }
+        __syncthreads();
+    }
+}
+
+// slot 0: rows of F32, F16 or BF16; slot 1: rows of blocks, as many and as long.
+KERNEL(dequantize, 128) {
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    SHARED_ARRAY(Run, runs, 128);
+    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+        const Row at(from, row);
+        write_decoded<WEIGHTS>(runs, at.in(from), (int)(from.ne[0] / 32), at.in(to), to);
+    }
+}
+
+// GET_ROWS of blocks: slot 2 has the rows' numbers.
+KERNEL(get_rows_decoded, 128) {
+    const Slot &to = r.slot[DST], &table = r.slot[SRC0], &ids = r.slot[SRC1];
+    SHARED_ARRAY(Run, runs, 128);
+    const int per_row = (int)(table.ne[0] / 32);
+    for (i64 row = blockIdx.x; row < to.ne[1] * to.ne[2] * to.ne[3]; row += gridDim.x) {
+        const Row at(to, row);
+        const i32 id = *reinterpret_cast<const i32 *>(ids.data + at.i[1] * ids.nb[0] + at.i[2] * ids.nb[1] + at.i[3] * ids.nb[2]);
+        if (id < 0 || id >= table.ne[1]) {
+            if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
+            continue;
+        }
+        const u8 *source = table.data + id * table.nb[1] + at.i[2] * table.nb[2] + at.i[3] * table.nb[3];
+        write_decoded<WEIGHTS>(runs, source, per_row, at.in(to), to);
+    }
+}

@@ -1,0 +1,54 @@
+// Elements of tensors by number and by index: what kernels with a thread for each element walk with.
+#pragma once
+
+#include "kernel.cuh"
+
+// The element with number `e` in the order of indices.
+struct Place {
+    i64 i[4];
+    __device__ Place(const Slot &s, i64 e) {
+        // Division of 64 bits is slow, and hardly ever needed.
+        if (e <= 0xffffffffll && s.ne[0] <= 0xffffffffll && s.ne[1] <= 0xffffffffll && s.ne[2] <= 0xffffffffll) {
+            u32 n = (u32)e;
+            const u32 ne0 = (u32)s.ne[0], ne1 = (u32)s.ne[1], ne2 = (u32)s.ne[2];
+            i[0] = n % ne0;
+            n /= ne0;
+            i[1] = n % ne1;
+            n /= ne1;
+            i[2] = n % ne2;
+            i[3] = n / ne2;
+        } else {
+            i[0] = e % s.ne[0];
+            e /= s.ne[0];
+            i[1] = e % s.ne[1];
+            e /= s.ne[1];
+            i[2] = e % s.ne[2];
+            i[3] = e / s.ne[2];
+        }
+    }
+};
+
+__device__ inline u8 *at(const Slot &s, i64 i0, i64 i1 = 0, i64 i2 = 0, i64 i3 = 0) {
+    return s.data + i0 * s.nb[0] + i1 * s.nb[1] + i2 * s.nb[2] + i3 * s.nb[3];
+}
+__device__ inline u8 *at(const Slot &s, const Place &p) { return at(s, p.i[0], p.i[1], p.i[2], p.i[3]); }
+
+__device__ inline float &f32(u8 *p) { return *reinterpret_cast<float *>(p); }
+__device__ inline float load(const Slot &s, i64 i0, i64 i1 = 0, i64 i2 = 0, i64 i3 = 0) {
+    return load_f32(at(s, i0, i1, i2, i3), s.type);
+}
+__device__ inline i32 index_of(const Slot &s, i64 i0, i64 i1 = 0) { return *reinterpret_cast<const i32 *>(at(s, i0, i1)); }
+
+// Elements of `size` bytes as they are.
+__device__ inline void copy_bytes(u8 *to, const u8 *from, int size) {
+    switch (size) {
+    case 1: *to = *from; break;
+    case 2: *reinterpret_cast<u16 *>(to) = *reinterpret_cast<const u16 *>(from); break;
+    case 4: *reinterpret_cast<u32 *>(to) = *reinterpret_cast<const u32 *>(from); break;
+    case 8: *reinterpret_cast<u64 *>(to) = *reinterpret_cast<const u64 *>(from); break;
+    default: for (int i = 0; i < size; i++) to[i] = from[i];
+    }
+}
+
+#define FOR_ELEMENTS(e, n) \
+    for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < (n); e += (i64)gridDim.x * blockDim.x)

@@ -1,0 +1,192 @@
+"""Memory of one buffer on a card: what comes and goes does so through pinned memory of the host."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rpc_server.devices.base import Storage
+from rpc_server.devices.cuda.card import Card
+from rpc_server.graph.tensor import Tensor
+
+if TYPE_CHECKING:
+    from rpc_server.devices.cuda.device import CudaDevice
+
+# Bytes of one piece of a transfer. Two of them take turns: one is filled while the other is copied.
+CHUNK = 4 << 20
+
+
+class Staging:
+    """A pair of pinned chunks, and the event behind the last copy of each."""
+
+    def __init__(self, card: Card) -> None:
+        self.chunks = [card.pinned(CHUNK) for _ in range(2)]
+        self.copied: list[Any] = [None, None]
+
+    def wait(self, i: int) -> None:
+        """Until chunk ``i`` may be written to again."""
+        if self.copied[i] is not None:
+            self.copied[i].synchronize()
+            self.copied[i] = None
+
+    async def ready(self, i: int) -> None:
+        """As :meth:`wait`, without blocking the event loop."""
+        if self.copied[i] is not None and not self.copied[i].done:
+            await asyncio.to_thread(self.wait, i)
+
+
+class StagingPool:
+    """Pinned memory is slow to get: what transfers are done with is kept for the next ones."""
+
+    _KEPT = 4
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self._idle: list[Staging] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> Staging:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return Staging(self._card)
+
+    def give(self, staging: Staging) -> None:
+        with self._lock:
+            if len(self._idle) < self._KEPT:
+                self._idle.append(staging)
+
+
+class CudaUpload:
+    """Bytes on their way to the card: received into one chunk while another is copied."""
+
+    def __init__(self, storage: CudaStorage, start: int, size: int) -> None:
+        self._storage = storage
+        self._at = start
+        self._left = size
+        # Whoever had it before may have given it back while the card still copied from it.
+        self._staging = storage.device.staging.take()
+        self._turn = 0
+
+    async def begin(self) -> None:
+        """Until there is room to receive into."""
+        await self._staging.ready(self._turn)
+
+    def _filling(self) -> int:
+        return min(CHUNK, self._left)
+
+    def room(self) -> memoryview:
+        return self._staging.chunks[self._turn].view[: self._filling()]
+
+    async def forward(self) -> None:
+        """Let the card copy what was received, and wait until the other chunk is free."""
+        size, staging, storage = self._filling(), self._staging, self._storage
+        if size:
+            card, stream = storage.card, storage.stream
+            chunk = staging.chunks[self._turn]
+            card.to_device(storage.address + self._at, chunk.address, size, stream)
+            staging.copied[self._turn] = card.mark(stream)
+            storage.device.written(storage)
+            self._at += size
+            self._left -= size
+            self._turn = 1 - self._turn
+        if self._left:
+            await staging.ready(self._turn)
+        else:
+            storage.device.staging.give(staging)
+
+
+class CudaStorage:
+    """``size`` bytes at ``address``, an address of the card's; zero-filled.
+
+    Raises MemoryError.
+    """
+
+    def __init__(self, device: CudaDevice, size: int) -> None:
+        self.device = device
+        self.card = device.card
+        self.size = size
+        self.address = self.card.allocate(max(size, 1))
+        # Transfers of a buffer are in order among themselves, and beside those of others.
+        self.stream = self.card.stream()
+        self.fill(0, size, 0)
+
+    # -- what Storage asks for -----------------------------------------------------------------
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """A copy: the host sees nothing of the card's memory."""
+        return self._download(offset, size)
+
+    def place(self, offset: int, size: int) -> memoryview:
+        raise RuntimeError("bytes of a card can't be written in place")
+
+    def fill(self, offset: int, size: int, value: int) -> None:
+        if size:
+            self.card.fill(self.address + offset, size, value, self.stream)
+            self.device.written(self)
+
+    def can_copy(self, other: Storage) -> bool:
+        return isinstance(other, CudaStorage)
+
+    async def copy(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        await asyncio.to_thread(self.copy_from, other, src_offset, dst_offset, size)
+
+    def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        """From another buffer of a card, this or another one."""
+        assert isinstance(other, CudaStorage)
+        # Graphs have ended before a request for a copy is taken.
+        self.stream.wait_event(other.card.mark(other.stream))
+        to, address = self.address + dst_offset, other.address + src_offset
+        if other.card is self.card:
+            self.card.copy(to, address, size, self.stream)
+        else:
+            self.card.copy_from_peer(to, other.card, address, size, self.stream)
+        self.device.written(self)
+        # What is copied from may be written to, or freed, as soon as this returns.
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self.device.forget(self)
+        address, self.address = self.address, 0
+        self.card.free(address)
+
+    # -- what Relaying asks for ----------------------------------------------------------------
+
+    whole = True
+
+    def concerns(self, start: int, size: int, t: Tensor | None = None) -> bool:
+        """All bytes are elsewhere than in the host's memory."""
+        return True
+
+    async def upload(self, t: Tensor, start: int, offset: int, size: int) -> CudaUpload:
+        upload = CudaUpload(self, start, size)
+        await upload.begin()
+        return upload
+
+    async def read(self, start: int, size: int) -> memoryview:
+        return await asyncio.to_thread(self._download, start, size)
+
+    async def overwrite(self, start: int, size: int, value: int) -> None:
+        self.fill(start, size, value)
+
+    def _download(self, start: int, size: int) -> memoryview:
+        """The bytes, by way of pinned chunks: one is emptied while the other is filled."""
+        result = memoryview(bytearray(size))
+        staging = self.device.staging.take()
+        pieces = [(at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
+        for number in range(len(pieces) + 1):
+            if number < len(pieces):
+                at, n = pieces[number]
+                chunk = staging.chunks[number % 2]
+                staging.wait(number % 2)
+                self.card.to_host(chunk.address, self.address + start + at, n, self.stream)
+                staging.copied[number % 2] = self.card.mark(self.stream)
+            if number:
+                at, n = pieces[number - 1]
+                turn = (number - 1) % 2
+                staging.wait(turn)
+                result[at : at + n] = staging.chunks[turn].view[:n]
+        self.device.staging.give(staging)
+        return result

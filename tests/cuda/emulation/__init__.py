@@ -1,0 +1,197 @@
+"""CUDA kernels on the host: compiled by g++, run thread by thread, with every access checked.
+
+``cuda_emulation.h`` is what a CUDA source is compiled with, ``runtime.cpp`` what runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_HERE = Path(__file__).parent
+_COMPILE = ("-std=c++20", "-g", "-fPIC", "-march=native", "-x", "c++", "-w")
+# Loads and stores stay as they are written: merged ones would be checked as one, wider than it is.
+_CHECKED = ("-O1", "-fno-store-merging", "-fsanitize=thread")
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what it must not do, or the launch was wrong: what, and where."""
+
+
+class CompileError(RuntimeError):
+    """A source can't be compiled; the message is the compiler's."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler, None where there is none."""
+    return shutil.which("g++")
+
+
+def _folder() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "ggml-rpc-server" / "emulation"
+
+
+def _make(output: Path, *arguments: str) -> None:
+    """Run the compiler so that ``output`` appears whole or not at all. Raises CompileError."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=output.parent, suffix=output.suffix)
+    os.close(descriptor)
+    program = compiler()
+    assert program is not None
+    done = subprocess.run([program, *arguments, "-o", temporary], capture_output=True, text=True)
+    if done.returncode:
+        os.unlink(temporary)
+        raise CompileError(done.stderr[-4000:])
+    os.replace(temporary, output)
+
+
+def _digest(paths: Iterable[Path], *options: str) -> str:
+    digest = hashlib.sha256(repr(options).encode())
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _runtime() -> Path:
+    sources = [_HERE / "runtime.cpp", _HERE / "cuda_emulation.h"]
+    output = _folder() / f"runtime-{_digest(sources)}.o"
+    if not output.exists():
+        options = ("-std=c++20", "-O2", "-g", "-fPIC")
+        _make(output, *options, "-c", str(sources[0]))
+    return output
+
+
+@functools.cache
+def build(name: str, text: str, *, checked: bool = True) -> Module:
+    """Compile a CUDA source, all in one text, and load it; known ones come from the cache.
+
+    Without ``checked`` no access is checked, and it runs several times as fast. Raises
+    CompileError.
+    """
+    how = (*_COMPILE, *(_CHECKED if checked else ("-O2",)))
+    header = _HERE / "cuda_emulation.h"
+    digest = _digest([_HERE / "runtime.cpp", header], *how, text)
+    output = _folder() / f"{name}-{digest}.so"
+    if not output.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, kernels = Path(folder) / f"{name}.cu", Path(folder) / f"{name}.o"
+            source.write_text(text)
+            _make(kernels, *how, "-include", str(header), "-c", str(source))
+            # Its own symbols first: each module in the process has a runtime of its own.
+            flags = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
+            _make(output, *flags, str(kernels), str(_runtime()))
+    return Module(output)
+
+
+class Memory:
+    """The memory that kernels may touch: arrays of the host, each with its exact bounds."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, tuple[int, bool]] = {}
+
+    def add(self, address: int, size: int, *, writable: bool = True) -> None:
+        self._arrays[address] = (size, writable)
+
+    def remove(self, address: int) -> None:
+        del self._arrays[address]
+
+    def contains(self, address: int, size: int) -> bool:
+        """Whether all bytes lie in one of the arrays."""
+        return any(a <= address and address + size <= a + n for a, (n, _) in self._arrays.items())
+
+    def bounds(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        rows = [(a, a + size, writable) for a, (size, writable) in self._arrays.items() if size]
+        return np.array(rows, np.uint64).reshape(-1, 3)
+
+
+class Module:
+    """The kernels of one source."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
+        self._library.emulation_error.restype = ctypes.c_char_p
+        self._library.emulation_error_code.restype = ctypes.c_void_p
+        self._library.emulation_launch.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_uint64,
+        ]
+        constants = np.array(self._read_only(), np.uint64).reshape(-1, 2)
+        self._library.emulation_constants(
+            ctypes.c_void_p(constants.ctypes.data), ctypes.c_uint(len(constants))
+        )
+
+    def _mappings(self) -> list[tuple[int, int, str, int]]:
+        """(start, end, permissions, offset in the file) of what the module is in memory."""
+        found = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] == str(self.path):
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                found.append((start, end, fields[1], int(fields[2], 16)))
+        return found
+
+    def _read_only(self) -> list[tuple[int, int]]:
+        return [(start, end) for start, end, kind, _ in self._mappings() if "w" not in kind]
+
+    def __contains__(self, kernel: str) -> bool:
+        return hasattr(self._library, kernel)
+
+    def launch(
+        self,
+        kernel: str,
+        argument: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+        grid: Sequence[int],
+        block: Sequence[int],
+        memory: Memory,
+        *,
+        shared: int = 0,
+        races: bool = True,
+        seed: int = 1,
+    ) -> None:
+        """Run a kernel on ``argument``, its parameter block, over ``grid`` blocks of ``block``.
+
+        ``shared`` is bytes of dynamic shared memory; ``races`` also watches global memory, which
+        takes time; ``seed`` decides the order in which threads run. Raises EmulationError.
+        """
+        function = ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p)
+        bounds = memory.bounds()
+        self._library.emulation_regions(ctypes.c_void_p(bounds.ctypes.data), len(bounds))
+        sizes = [np.array([*size, 1, 1, 1][:3], np.uint32) for size in (grid, block)]
+        wrong = self._library.emulation_launch(
+            function, argument.ctypes.data, *(s.ctypes.data for s in sizes), shared, races, seed
+        )
+        if wrong:
+            raise EmulationError(f"{kernel}: {self._error()}")
+
+    def _error(self) -> str:
+        text = str(self._library.emulation_error().decode())
+        code = self._library.emulation_error_code()
+        return text if not code else f"{text} at {self._source_of(code)}"
+
+    def _source_of(self, code: int) -> str:
+        """File and line of an address in the module's code, as far as they can be found out."""
+        first = min((start - offset for start, _, _, offset in self._mappings()), default=0)
+        tool = shutil.which("addr2line")
+        if tool is None:
+            return f"{self.path.name}+{code - first:#x}"
+        # The address is where the check returns to: the access is before it.
+        command = [tool, "-e", str(self.path), "-i", hex(code - first - 1)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [Path(line).name for line in done.stdout.split("\n") if line and "?" not in line]
+        return ", in ".join(lines) or hex(code - first)

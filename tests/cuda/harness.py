@@ -1,0 +1,108 @@
+"""Runs nodes by the CUDA device's kernels in the emulation, on tensors of tests/ops/harness.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rpc_server.devices.cuda.lower
+import rpc_server.ops  # noqa: F401  (fills the op table)
+from rpc_server.devices.cpu.record import EXTRA_WORD, RECORD_WORDS
+from rpc_server.devices.cuda.kernels import Unit
+from rpc_server.devices.cuda.planner import LOWERINGS, CudaPlanner, Launch, Product, place_scratch
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import ContractError, check
+from tests.cuda import emulation
+from tests.ops import harness
+
+needs_compiler = pytest.mark.skipif(
+    emulation.compiler() is None, reason="no g++ to emulate CUDA with"
+)
+
+# Where records have the address of the status word and the number of their node.
+STATUS_WORD, NODE_WORD = EXTRA_WORD - 2, EXTRA_WORD - 1
+
+
+def plan(nodes: Sequence[Tensor]) -> tuple[list[Launch | Product], int]:
+    """Launches and bytes of scratch of nodes; fails if one has no kernel."""
+    planner = CudaPlanner(nodes, multiprocessors=4, capability=61)
+    for node in nodes:
+        check(node)
+        planner.begin(node)
+        lowering = LOWERINGS.get(node.op)
+        assert lowering is not None, f"no kernel for {node.label}"
+        assert lowering(node, planner), f"no kernel for {node.label}"
+        planner.finish(node)
+    return planner.launches, planner.scratch_peak
+
+
+def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
+    """Plan and run nodes with every access checked: sources may be read, results written.
+
+    Raises ContractError for an index out of range, EmulationError for what kernels must not do.
+    """
+    listed = [nodes] if isinstance(nodes, Tensor) else list(nodes)
+    launches, scratch_size = plan(listed)
+    memory = emulation.Memory()
+    status = np.zeros(1, np.uint32)
+    scratch = np.full(scratch_size + 256, 0xA5, np.uint8)
+    base = -(-int(scratch.ctypes.data) // 256) * 256
+    if scratch_size:
+        memory.add(base, scratch_size)
+    memory.add(int(status.ctypes.data), 4)
+    for start, end, writable in _extents(listed):
+        memory.add(start, end - start, writable=writable)
+    for number, launch in enumerate(launches):
+        assert isinstance(launch, Launch), "products by cuBLAS run on the stand-in only"
+        place_scratch(launch, base)
+        words = launch.words
+        words[STATUS_WORD], words[NODE_WORD] = int(status.ctypes.data), number
+        assert len(words) == RECORD_WORDS
+        unit(launch.kernel.unit).launch(
+            launch.kernel.name,
+            words,
+            launch.grid,
+            (launch.threads,),
+            memory,
+            shared=launch.shared,
+            seed=seed,
+        )
+    if status[0]:
+        raise ContractError(f"{launches[int(status[0]) >> 8].node.label}: an index")
+
+
+def unit(of: Unit) -> emulation.Module:
+    return emulation.build(of.label, of.text)
+
+
+def _extents(nodes: Sequence[Tensor]) -> list[tuple[int, int, bool]]:
+    """Memory that nodes touch, overlapping pieces joined; what is only read may not be written."""
+    pieces = []
+    for node in nodes:
+        pieces.append((node.address, node.address + node.nbytes, True))
+        pieces += [(s.address, s.address + s.nbytes, False) for s in node.src if s is not None]
+    joined: list[tuple[int, int, bool]] = []
+    for start, end, writable in sorted(p for p in pieces if p[0] < p[1]):
+        if joined and start < joined[-1][1]:
+            last = joined.pop()
+            joined.append((last[0], max(last[1], end), last[2] or writable))
+        else:
+            joined.append((start, end, writable))
+    return joined
+
+
+def by_both(t: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(reference, kernels): the node's values run each way from the same memory."""
+    touched = {t.address: t, **{s.address: s for s in t.src if s is not None}}
+    before = [(s, harness.raw(s)) for s in touched.values()]
+    harness.run(t, kernels=False)
+    expected = harness.values(t)
+    for s, content in before:
+        harness.CONTEXT.memory(s.address, s.nbytes)[...] = content
+    run(t)
+    if t.view_src is None:
+        assert harness.guards_intact(t), f"{t.label}: wrote outside its memory"
+    return expected, harness.values(t)
