@@ -41,9 +41,7 @@ def lower_rows(t: Tensor, planner: CudaPlanner) -> bool:
 
 @lowers(Op.OUT_PROD)
 def lower_out_prod(t: Tensor, planner: CudaPlanner) -> bool:
-    a = source(t, 0)
-    if not a.empty:
-        a = as_floats(a, planner)
+    a = as_floats(source(t, 0), planner)
     return elements(_OUT_PROD, t, planner, slots=(t, a, t.src[1]))
 
 

@@ -116,8 +116,6 @@ def lower_im2col_back(t: Tensor, planner: CudaPlanner) -> bool:
 @lowers(Op.COL2IM_1D)
 def lower_col2im(t: Tensor, planner: CudaPlanner) -> bool:
     columns, (stride, channels, padding) = source(t, 0), t.op_params[:3]
-    if padding < 0:
-        return False
     taps = columns.ne[0] // channels
     geometry = _Geometry([taps], [columns.ne[1]], [t.ne[0]], ([stride], [padding], [1]))
     return geometry.launch(_COL2IM, t, planner)

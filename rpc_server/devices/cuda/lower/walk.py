@@ -65,7 +65,7 @@ def decoded(to: Tensor, blocks: Tensor, planner: CudaPlanner) -> None:
 
 def as_floats(t: Tensor, planner: CudaPlanner) -> Tensor:
     """``t`` if its elements can be loaded one by one, otherwise its values as F32 in scratch."""
-    if not t.quantized:
+    if not t.quantized or t.empty:
         return t
     to = dense(t, GgmlType.F32, planner.scratch(4 * t.nelements))
     decoded(to, t, planner)

@@ -91,7 +91,7 @@ KERNEL(col2im, 256) {
         // Elements of the window that lie on the sample are a stride apart.
         const i64 offset = p.i[0] + g.padding[0];
         float sum = 0;
-        for (i64 k = offset % g.stride[0]; k < g.taps[0]; k += g.stride[0]) {
+        for (i64 k = max(offset, (i64)0) % g.stride[0]; k < g.taps[0]; k += g.stride[0]) {
             const i64 place = g.place(0, p.i[0], k);
             if (place >= 0) sum += load(columns, p.i[1] * g.taps[0] + k, place);
         }
