@@ -59,15 +59,32 @@ def _attention(ctx: ArrayContext, t: Tensor) -> None:
         target[...] = 0
         return
     slopes = alibi_slopes(q.ne[2], t.param_f32(1))
+    decoded = _Decoded(ctx)
     for batch in range(q.ne[3]):
         for head in range(q.ne[2]):
             for tokens in tiles(q.ne[1], n_kv):
-                scores = _scores(ctx, t, batch, head, tokens)
+                scores = _scores(ctx, t, batch, head, tokens, decoded)
                 if t.src[3] is not None:
                     _add_mask(ctx, t, scores, (batch, head, tokens), slopes[head])
                 weights = _weights(ctx, t.src[4], scores, head)
-                out = _weighted_values(ctx, t, weights, batch, head)
+                out = _weighted_values(ctx, t, weights, batch, head, decoded)
                 target[batch, tokens.start : tokens.stop, head] = out
+
+
+class _Decoded:
+    """The last tile of keys and of values, decoded: heads of a group share them."""
+
+    def __init__(self, ctx: ArrayContext) -> None:
+        self._ctx = ctx
+        self._last: dict[int, tuple[tuple[int, int, int], Any]] = {}
+
+    def rows(self, s: Tensor, i3: int, i2: int, rows: range) -> Any:
+        """float32 (rows, elements) of one matrix of keys or values ``s``."""
+        key = (i3, i2, rows.start)
+        last = self._last.get(id(s))
+        if last is None or last[0] != key:
+            last = self._last[id(s)] = key, self._ctx.f32(rows_of(s, i3, i2, rows))[0, 0]
+        return last[1]
 
 
 def _shared(t: Tensor, s: Tensor, batch: int, head: int) -> tuple[int, int]:
@@ -76,7 +93,9 @@ def _shared(t: Tensor, s: Tensor, batch: int, head: int) -> tuple[int, int]:
     return batch // (q.ne[3] // s.ne[3]), head // (q.ne[2] // s.ne[2])
 
 
-def _scores(ctx: ArrayContext, t: Tensor, batch: int, head: int, tokens: range) -> Any:
+def _scores(
+    ctx: ArrayContext, t: Tensor, batch: int, head: int, tokens: range, decoded: _Decoded
+) -> Any:
     """float32 (tokens, positions): scaled and capped products of queries and keys."""
     q, k, xp = source(t, 0), source(t, 1), ctx.xp
     scale, softcap = np.float32(t.param_f32(0)), np.float32(t.param_f32(2))
@@ -87,7 +106,7 @@ def _scores(ctx: ArrayContext, t: Tensor, batch: int, head: int, tokens: range) 
     i3, i2 = _shared(t, k, batch, head)
     scores = xp.empty((len(tokens), k.ne[1]), xp.float32)
     for rows in tiles(k.ne[1], k.ne[0]):
-        keys = ctx.f32(rows_of(k, i3, i2, rows))[0, 0]
+        keys = decoded.rows(k, i3, i2, rows)
         scores[:, rows.start : rows.stop] = xp.matmul(queries, keys.T) * scale
     return softcap * xp.tanh(scores) if softcap else scores
 
@@ -121,7 +140,9 @@ def _weights(ctx: ArrayContext, sinks: Tensor | None, scores: Any, head: int) ->
     return weights * xp.where(total == 0, 0, 1 / total).astype(xp.float32)
 
 
-def _weighted_values(ctx: ArrayContext, t: Tensor, weights: Any, batch: int, head: int) -> Any:
+def _weighted_values(
+    ctx: ArrayContext, t: Tensor, weights: Any, batch: int, head: int, decoded: _Decoded
+) -> Any:
     v, xp = source(t, 2), ctx.xp
     i3, i2 = _shared(t, v, batch, head)
     total: Any = xp.zeros((len(weights), v.ne[0]), xp.float32)
@@ -129,6 +150,6 @@ def _weighted_values(ctx: ArrayContext, t: Tensor, weights: Any, batch: int, hea
         part = weights[:, rows.start : rows.stop]
         # What no token attends to may be anything, NaN included.
         used = (part != 0).any(axis=0)
-        values = ctx.f32(rows_of(v, i3, i2, rows))[0, 0]
+        values = decoded.rows(v, i3, i2, rows)
         total += xp.matmul(part[:, used], values[used])
     return total

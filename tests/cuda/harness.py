@@ -71,7 +71,9 @@ def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
             seed=seed,
         )
     if status[0]:
-        raise ContractError(f"{launches[int(status[0]) >> 8].node.label}: an index")
+        failed = launches[int(status[0]) >> 8]
+        assert isinstance(failed, Launch)
+        raise ContractError(f"{failed.node.label}: an index")
 
 
 def unit(of: Unit) -> emulation.Module:

@@ -7,6 +7,7 @@ import pytest
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cuda.planner import Launch
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from rpc_server.types import DECODABLE
@@ -22,6 +23,9 @@ WEIGHTS = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized or t in (F32, F1
 # As test-backend-ops: the part of the squares that may be wrong.
 TOLERANCE = 5e-4
 TOLERANCE_OF_FLOATS = 1e-7
+
+# Their activations are rounded as Q8_1.
+WITH_SUMS = (GgmlType.Q4_1, GgmlType.Q5_1)
 
 
 def weights(type_: GgmlType, *ne: int, seed: int = 1) -> Tensor:
@@ -58,13 +62,15 @@ def test_decoded_weights_are_exact(type_: GgmlType) -> None:
     k = TYPE_INFO[type_].block_size
     a = weights(type_, k, 3)
     columns = np.eye(k, dtype=np.float32)[:: max(k // 64, 1)]
-    b = tensor(F32, (k, len(columns)), columns)
-    t = node(Op.MUL_MAT, F32, (3, len(columns)), [a, b])
-    expected, actual = cuda.by_both(t)
-    # A minimum that undoes a scale times a code leaves the roundings of both.
-    np.testing.assert_allclose(
-        actual, expected, rtol=1e-5, atol=float(np.abs(expected).max()) * 1e-5
-    )
+    # Few enough at a time for kernels of our own.
+    for at in range(0, len(columns), 16):
+        b = tensor(F32, (k, 16), columns[at : at + 16])
+        expected, actual = cuda.by_both(node(Op.MUL_MAT, F32, (3, 16), [a, b]))
+        # A minimum that undoes a scale times a code leaves the roundings of both; of Q8_1 the sum
+        # that a minimum is multiplied with is rounded to half precision.
+        bound = 2.0**-10 if type_ in WITH_SUMS else 1e-5
+        largest = float(np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=bound, atol=largest * bound)
 
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16, GgmlType.Q4_0], ids=lambda t: t.name)
@@ -96,7 +102,8 @@ def test_activations_are_prepared_once() -> None:
     x, k = noise((64, 1)), 64
     nodes = [node(Op.MUL_MAT, F32, (m, 1), [weights(GgmlType.Q4_0, k, m), x]) for m in (3, 5, 7)]
     launches, _ = cuda.plan(nodes)
-    assert [launch.kernel.name for launch in launches].count("quantize_columns") == 1
+    names = [launch.kernel.name for launch in launches if isinstance(launch, Launch)]
+    assert names.count("quantize_columns") == 1
 
 
 # -- experts ---------------------------------------------------------------------------------------

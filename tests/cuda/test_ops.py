@@ -201,6 +201,15 @@ SUMS: dict[str, Callable[[], Tensor]] = {
     "loss back": lambda: of(
         Op.CROSS_ENTROPY_LOSS_BACK, (70, 3), noise((1,)), noise((70, 3)), positive((70, 3))
     ),
+    "attention back": lambda: of(
+        Op.FLASH_ATTN_BACK,
+        (8 * 3 * 4 + 2 * 8 * 5 * 2,),
+        noise((8, 3, 4)),
+        noise((8, 5, 2), seed=1),
+        noise((5, 8, 2), seed=2),
+        noise((8, 3, 4), seed=3),
+        p=(1,),
+    ),
     "blocks and floats": lambda: of(Op.ADD, (64, 3), weights(Q4_0, 64, 3), noise((64, 3))),
     "floats into blocks": lambda: node(
         Op.ADD, Q8_0, (64, 3), [weights(Q8_0, 64, 3), noise((64, 3))]

@@ -1,10 +1,12 @@
-"""Lowering of FLASH_ATTN_EXT."""
+"""Lowerings of FLASH_ATTN_EXT and FLASH_ATTN_BACK."""
 
 from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import ATTENTION_SIZES, attention_kernel
+from rpc_server.devices.cuda.kernels import ATTENTION_SIZES, attention_kernel, kernel
+from rpc_server.devices.cuda.lower.norm import threads_for
+from rpc_server.devices.cuda.lower.walk import source
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 
@@ -13,7 +15,7 @@ _ROWS, _TILE, _CHUNK, _THREADS = 16, 32, 64, 128
 # What a block of every card has without asking for more.
 _SHARED = 48 << 10
 
-_KEPT_IN = frozenset(
+KEPT_IN = frozenset(
     {
         GgmlType.F32,
         GgmlType.F16,
@@ -50,7 +52,7 @@ def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
     if size is None or shared > _SHARED or not same_heads:
         return False
     for s in (k, v):
-        if s.type not in _KEPT_IN or not s.contiguous_rows:
+        if s.type not in KEPT_IN or not s.contiguous_rows:
             return False
         if s.quantized and s.ne[0] % 32:
             return False
@@ -68,4 +70,26 @@ def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
     planner.launch(attend, t, (*grid, parts), _THREADS, extra=(per_part, left), shared=shared)
     if parts > 1:
         planner.launch(join, t, (min(q.nrows, MAX_GRID[0]),), _THREADS, extra=(parts, left))
+    return True
+
+
+_SCORES_BACK = kernel("attention_back", "attention_scores_back", _THREADS)
+_GRADIENTS = kernel("attention_back", "attention_gradients", _THREADS)
+
+# In the result gradients start at multiples of so many elements.
+_ALIGNED = 4
+
+
+@lowers(Op.FLASH_ATTN_BACK)
+def lower_attention_back(t: Tensor, planner: CudaPlanner) -> bool:
+    q, k = source(t, 0), source(t, 1)
+    size = 4 * q.nrows * k.ne[1]
+    scratch = (planner.scratch(size), planner.scratch(size))
+    grid = (min(q.nrows, MAX_GRID[0]),)
+    planner.launch(_SCORES_BACK, t, grid, threads_for(k.ne[1], _THREADS), extra=scratch)
+    of_keys = -(-q.nelements // _ALIGNED) * _ALIGNED
+    of_values = of_keys + -(-k.nelements // _ALIGNED) * _ALIGNED
+    grid = (min(-(-t.nelements // _THREADS), MAX_GRID[0]),)
+    extra = (*scratch, t.nelements, of_keys, of_values)
+    planner.launch(_GRADIENTS, t, grid, _THREADS, extra=extra)
     return True

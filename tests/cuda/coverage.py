@@ -1,0 +1,146 @@
+"""Which nodes have no kernel on a GPU: ``python -m tests.cuda.coverage`` prints them as a table.
+
+The nodes are drawn by the differential tester's families, which have a variant for each type and
+parameter that ggml's CPU backend supports; nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, given, settings
+
+import conformance.differential.families  # noqa: F401  (fills the table of families)
+import rpc_server.devices.cuda.lower
+import rpc_server.ops  # noqa: F401  (both fill their tables)
+from client.tensors import Tensor as ClientTensor
+from conformance.differential.case import Case
+from conformance.differential.sketch import FAMILIES
+from protocol.ggml_ops import Op
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cuda.lower.attention import KEPT_IN
+from rpc_server.devices.cuda.lower.copy import ENCODED
+from rpc_server.devices.cuda.planner import LOWERINGS, CudaPlanner
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import FLOATS
+from rpc_server.ops.table import ContractError, check
+from rpc_server.types import ENCODABLE
+
+# (op, what of it has no kernel)
+Gap = tuple[str, str]
+
+# Roots are put so far from one another; they are never looked at.
+_APART = 1 << 40
+
+
+def nodes_of(case: Case) -> list[Tensor]:
+    """The case's nodes as the server's tensors, each root at an address of its own."""
+    made: dict[ClientTensor, Tensor] = {}
+
+    def place(t: ClientTensor) -> tuple[Tensor | None, int]:
+        root = made[t.view_src] if t.view_src is not None else None
+        return root, (len(made) + 1) * _APART if root is None else root.address + t.view_offs
+
+    def add(t: ClientTensor) -> None:
+        if t in made:
+            return
+        if t.view_src is not None:
+            add(t.view_src)
+        root, address = place(t)
+        made[t] = Tensor(
+            id=len(made) + 1,
+            name=t.name,
+            type=t.type,
+            op=t.op,
+            ne=t.ne,
+            nb=t.nb,
+            op_params=t.op_params,
+            view_src=root,
+            address=address,
+        )
+
+    for t in case.graph.tensors:
+        add(t)
+    for t in case.graph.tensors:
+        # A copy into a view names itself as a source.
+        sources = [None if s is None else made[s] for s in t.src]
+        made[t].src = tuple((sources + [None] * 10)[:10])
+    return [made[t] for t in case.graph.nodes]
+
+
+def lowered(nodes: list[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each node that computes something, and whether it has a kernel."""
+    planner = CudaPlanner(nodes, multiprocessors=4, capability=61)
+    for node in nodes:
+        planner.begin(node)
+        spec = check(node)
+        if not spec.is_view and not node.empty:
+            lowering = LOWERINGS.get(node.op)
+            yield node, lowering is not None and lowering(node, planner)
+        planner.finish(node)
+
+
+def survey(examples: int = 1) -> set[Gap]:
+    """What has no kernel in ``examples`` cases of each variant."""
+    found: set[Gap] = set()
+
+    def look(case: Case) -> None:
+        try:
+            found.update(
+                (str(node.op), reason(node))
+                for node, has_kernel in lowered(nodes_of(case))
+                if not has_kernel
+            )
+        except ContractError:
+            # Upstream's server refuses some cases, too.
+            return
+
+    search = settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate,),
+    )
+    for family in FAMILIES.values():
+        for variant in family.variants:
+            hypothesis.seed(1)(search(given(family.strategy(variant))(look)))()
+    return found
+
+
+# Blocks that no kernel writes: weights come in them, and no cache is kept in them.
+NEVER_WRITTEN = frozenset(ENCODABLE - ENCODED - set(FLOATS))
+
+
+def reason(t: Tensor) -> str:
+    """Why a node without a kernel has none, as a line of the table."""
+    sources = [s for s in t.src if s is not None]
+    if t.type in NEVER_WRITTEN:
+        return "results of " + _names(NEVER_WRITTEN)
+    if t.op in (Op.MUL_MAT, Op.MUL_MAT_ID) and sources[1].quantized:
+        return "activations that a client has rounded to Q8_0, Q8_1 or Q8_K itself"
+    if t.op is Op.FLASH_ATTN_EXT:
+        if not {sources[1].type, sources[2].type} <= KEPT_IN:
+            return "keys or values of types other than " + _names(KEPT_IN)
+        return "rows of more than 512 elements, or keys and values with different heads"
+    return f"{', '.join(s.type.name for s in sources)} to {t.type.name}"
+
+
+def _names(types: Collection[GgmlType]) -> str:
+    return ", ".join(t.name for t in sorted(types))
+
+
+def table(without: set[Gap]) -> str:
+    """Markdown: an op and a reason a line."""
+    return "\n".join(
+        [
+            "| op | what has no kernel |",
+            "|---|---|",
+            *(f"| {op} | {why} |" for op, why in sorted(without)),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(table(survey(examples=10)))
