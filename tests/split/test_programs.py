@@ -365,7 +365,7 @@ async def test_others_wait_for_a_program_but_not_with_their_hello(
 
 
 async def test_stopping_does_not_wait_for_a_client() -> None:
-    with Worker() as worker:
+    with Worker("--drain-seconds", "0.3") as worker:
         async with backend(worker) as b:
             await program(b, [await doubling(b)])
             async with Stream.of(b) as stream:
