@@ -76,6 +76,9 @@ class Connection(asyncio.BufferedProtocol):
         if error is not None:
             session.log.warning("connection lost: %s", error)
         session.connection_lost()
+        # Transport, connection and session name each other: without that, memory of clients that
+        # are gone would be held until the collector of cycles comes along, which is seldom.
+        self._session = None
 
     def eof_received(self) -> bool:
         return False

@@ -66,6 +66,11 @@ def error_kind(error: Exception) -> str:
     return next((kind for type_, kind in REFUSALS.items() if isinstance(error, type_)), "internal")
 
 
+def _nothing() -> str:
+    """What a client that is gone is doing."""
+    return "gone"
+
+
 class Session:
     """State of one connection. ``transport`` is where answers go; ``figures`` name the client."""
 
@@ -210,6 +215,7 @@ class Session:
         count = len(self.buffers)
         freed = self.buffers.free_all()
         figures = self.figures
+        figures.doing = _nothing
         self.context.figures.disconnected(figures)
         self.log.log(
             logging.INFO if count or figures.graphs else logging.DEBUG,

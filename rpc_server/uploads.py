@@ -32,8 +32,10 @@ class Uploads:
         return self._direct is not None or self._relay is not None
 
     def clear(self) -> None:
-        """The client is gone."""
+        """The client is gone; there is no other upload."""
         self._direct = self._relay = self._relayed = None
+        # It has this, too.
+        del self._session
 
     def begin(self, upload: UploadStart) -> None:
         """Say where the bytes belong. Raises BadAddressError, GraphError."""

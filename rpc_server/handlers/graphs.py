@@ -61,33 +61,49 @@ def _graph_recompute(s: Session, request: Request) -> None:
     run(s, request.command, s.device(index), task, lambda: task.go(plan))
 
 
-def run(s: Session, command: Command, device: Device, task: Run, job: Callable[[], None]) -> None:
-    """Do ``job`` on the device's thread before any further event.
+class _Submitted:
+    """A job on a device's thread, until it has run.
 
-    By plain callbacks: a small graph takes less time than the steps of an asyncio task around it.
+    Plain callbacks: a small graph takes less time than the steps of an asyncio task around it. No
+    closures that name each other: they would keep the client's memory until cycles are collected.
     """
-    loop = asyncio.get_running_loop()
 
-    def done(future: concurrent.futures.Future[None]) -> None:
+    __slots__ = ("_command", "_device", "_job", "_loop", "_session", "_task")
+
+    def __init__(
+        self, s: Session, command: Command, device: Device, task: Run, job: Callable[[], None]
+    ) -> None:
+        self._session = s
+        self._command = command
+        self._device = device
+        self._task = task
+        self._job = job
+        self._loop = asyncio.get_running_loop()
+
+    def submit(self, _: object = None) -> None:
+        self._device.submit(self._job).add_done_callback(self._done)
+
+    def _done(self, future: concurrent.futures.Future[None]) -> None:
+        """On the device's thread."""
         error = future.exception()
         if isinstance(error, NotReadyError):
-            loop.call_soon_threadsafe(again, error)
+            self._loop.call_soon_threadsafe(self._again, error)
             return
-        seconds = time.monotonic() - task.started
-        loop.call_soon_threadsafe(s.ran, command, seconds, error)
+        seconds = time.monotonic() - self._task.started
+        self._loop.call_soon_threadsafe(self._session.ran, self._command, seconds, error)
 
-    def again(not_ready: NotReadyError) -> None:
+    def _again(self, not_ready: NotReadyError) -> None:
         # Compiling is no running.
-        task.started = 0.0
-        waiting = loop.run_in_executor(None, not_ready.wait)
-        waiting.add_done_callback(lambda _: submit())
+        self._task.started = 0.0
+        waiting = self._loop.run_in_executor(None, not_ready.wait)
+        waiting.add_done_callback(self.submit)
 
-    def submit() -> None:
-        device.submit(job).add_done_callback(done)
 
+def run(s: Session, command: Command, device: Device, task: Run, job: Callable[[], None]) -> None:
+    """Do ``job`` on the device's thread before any further event."""
     s.running = task
     s.busy = True
-    submit()
+    _Submitted(s, command, device, task, job).submit()
 
 
 HANDLERS: dict[int, Handler] = {
