@@ -83,7 +83,8 @@ def _networks(text: str) -> tuple[Network, ...]:
         ) from None
 
 
-def _port(text: str) -> int:
+def port(text: str) -> int:
+    """A port number, 0 for any; ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
     return int(text)
@@ -177,7 +178,7 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--metrics-port",
-        type=_port,
+        type=port,
         metavar="N",
         help="serve /metrics (Prometheus), /healthz and /readyz over HTTP (default: not; 0: any)",
     )
@@ -205,9 +206,7 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
         metavar="CIDR[,CIDR]",
         help="let in only clients from these networks (default: any)",
     )
-    add(
-        "--tls-port", type=_port, metavar="N", help="serve inside of TLS too, on this port (0: any)"
-    )
+    add("--tls-port", type=port, metavar="N", help="serve inside of TLS too, on this port (0: any)")
     add("--tls-host", metavar="ADDRESS", help="address of --tls-port (default: that of --host)")
     add("--tls-cert", type=Path, metavar="FILE", help="certificate (and chain) of --tls-port, PEM")
     add("--tls-key", type=Path, metavar="FILE", help="its key, if not in --tls-cert")
@@ -250,9 +249,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("-H", "--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
-    add(
-        "-p", "--port", type=_port, default=DEFAULT_PORT, help="port (default: %(default)s; 0: any)"
-    )
+    add("-p", "--port", type=port, default=DEFAULT_PORT, help="port (default: %(default)s; 0: any)")
     add(
         "-t", "--threads", type=_positive, metavar="N", help="threads of the CPU device (all cores)"
     )

@@ -7,7 +7,6 @@ and then. Both are made of what ``metrics`` counts anyway.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import sys
 import time
@@ -97,7 +96,7 @@ class Looks:
 
 async def report(figures: Figures) -> None:
     """Show what clients do until cancelled: in place on a terminal, else as lines in the log."""
-    if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+    if sys.stderr.isatty():
         await _in_place(figures)
     else:
         await _as_lines(figures)

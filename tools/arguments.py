@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 
-DEFAULT_PORT = 50052
+from rpc_server.options import DEFAULT_PORT, port
+
+__all__ = ["DEFAULT_PORT", "endpoint", "listening", "port", "size"]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def port(text: str) -> int:
-    """A port number, 0 for any."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
-    return int(text)
 
 
 def endpoint(text: str) -> tuple[str, int]:

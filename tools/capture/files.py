@@ -14,6 +14,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from tools.capture.blocks import (
+    INTERFACE,
+    PACKET,
+    SECTION,
+    SIMPLE_PACKET,
+    interface,
+    packet_ends,
+    section,
+)
 from tools.capture.errors import CaptureError, MissingToolError
 
 try:
@@ -28,8 +37,6 @@ _CHUNK = 1 << 20
 _MOST = 16 << 20
 _NANO = (dpkt.pcap.TCPDUMP_MAGIC_NANO, dpkt.pcap.PMUDPCT_MAGIC_NANO)
 _SWAPPED = (dpkt.pcap.PMUDPCT_MAGIC, dpkt.pcap.PMUDPCT_MAGIC_NANO)
-_NAME_RESOLUTION, _INTERFACE, _SIMPLE, _ENHANCED = 4, 1, 3, 6
-_SECTION = 0x0A0D0D0A
 
 
 class Frame(NamedTuple):
@@ -102,7 +109,7 @@ class Capture:
         magic = self._source.peek(4)
         if not magic:
             raise CaptureError("the capture is empty: nothing was written, not even its header")
-        if magic == struct.pack("<I", _SECTION):
+        if magic == struct.pack("<I", SECTION):
             self._frames = self._read_pcapng()
         elif struct.unpack(">I", magic.ljust(4, b"\0"))[0] in dpkt.pcap.MAGIC_TO_PKT_HDR:
             self._frames = self._read_pcap()
@@ -156,7 +163,7 @@ class Capture:
         interfaces: list[tuple[int, float, int, int]] = []
         while source.have(8):
             kind, size = struct.unpack(order + "II", source.peek(8))
-            if kind == _SECTION:
+            if kind == SECTION:
                 interfaces = []
                 order = "<" if source.peek(12)[8:] == b"\x4d\x3c\x2b\x1a" else ">"
                 (size,) = struct.unpack(order + "I", source.peek(8)[4:])
@@ -167,16 +174,16 @@ class Capture:
                 self.truncated = True
                 return
             block = source.take(size)
-            if kind == _ENHANCED:
+            if kind == PACKET:
                 _, _, number, high, low, caught, length = packet.unpack_from(block)
                 if number >= len(interfaces) or caught > size - 32:
                     raise CaptureError("a packet that doesn't fit its block: the file is damaged")
                 link, unit, offset, _ = interfaces[number]
                 time = offset + (high << 32 | low) * unit
                 yield Frame(time, link, block[28 : 28 + caught], length)
-            elif kind == _INTERFACE:
+            elif kind == INTERFACE:
                 interfaces.append(_interface(block, order == "<"))
-            elif kind == _SIMPLE and interfaces:
+            elif kind == SIMPLE_PACKET and interfaces:
                 (length,) = struct.unpack_from(order + "I", block, 8)
                 link, _, _, snap = interfaces[0]
                 caught = min(length, snap or length, size - 16)
@@ -224,30 +231,13 @@ class CaptureWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._links: dict[int, int] = {}
-        file.write(struct.pack("<IIIHHqI", _SECTION, 28, 0x1A2B3C4D, 1, 0, -1, 28))
+        file.write(section())
 
     def write(self, frame: Frame) -> None:
         number = self._links.get(frame.link)
         if number is None:
             number = self._links[frame.link] = len(self._links)
-            # if_tsresol 9, then the end of options.
-            options = struct.pack("<HHB3xHH", 9, 1, 9, 0, 0)
-            size = 20 + len(options)
-            self._file.write(
-                struct.pack("<IIHHI", _INTERFACE, size, frame.link, 0, 0)
-                + options
-                + struct.pack("<I", size)
-            )
+            self._file.write(interface(frame.link))
         data = bytes(frame.data)
-        padding = -len(data) % 4
-        size = 32 + len(data) + padding
-        time = round(frame.time * 1e9)
-        self._file.write(
-            struct.pack(
-                "<IIIIIII",
-                _ENHANCED, size, number, time >> 32, time & 0xFFFFFFFF, len(data), frame.length,
-            )
-            + data
-            + bytes(padding)
-            + struct.pack("<I", size)
-        )  # fmt: skip
+        head, end = packet_ends(number, round(frame.time * 1e9), len(data), frame.length)
+        self._file.write(head + data + end)

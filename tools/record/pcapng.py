@@ -13,49 +13,22 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.capture.blocks import STATISTICS, block, interface, options, packet_ends, section
+
 Buffer = bytes | bytearray | memoryview
 
-_SECTION = 0x0A0D0D0A
-_INTERFACE = 1
-_STATISTICS = 5
-_PACKET = 6
 _ETHERNET = 1
-_BYTE_ORDER = 0x1A2B3C4D
 
 # Options, by their block.
 _COMMENT = 1
 _SECTION_APPLICATION = 4
 _INTERFACE_NAME = 2
-_INTERFACE_RESOLUTION = 9
 _STATISTICS_RECEIVED = 4
 _STATISTICS_DROPPED = 5
-_NANOSECONDS = 9
 
-_BLOCK = struct.Struct("<II")
-_LENGTH = struct.Struct("<I")
-_PACKET_HEAD = struct.Struct("<IIIIIII")
 _STATISTICS_SIZE = 52
 # writev takes at most 1024 pieces on Linux; a packet is at most 4 of them.
 _MOST_PIECES = 1024
-
-
-def _padding(length: int) -> bytes:
-    return bytes(-length % 4)
-
-
-def _options(*options: tuple[int, bytes]) -> bytes:
-    if not options:
-        return b""
-    packed = b"".join(
-        struct.pack("<HH", code, len(value)) + value + _padding(len(value))
-        for code, value in options
-    )
-    return packed + bytes(4)
-
-
-def _block(kind: int, body: bytes) -> bytes:
-    size = 12 + len(body)
-    return _BLOCK.pack(kind, size) + body + _LENGTH.pack(size)
 
 
 class PcapngWriter:
@@ -75,19 +48,10 @@ class PcapngWriter:
         self._written = 0
         self._packets = 0
         self._time = (0, 0)
-        section = [(_SECTION_APPLICATION, b"ggml-rpc-server tools.record")]
+        about = [(_SECTION_APPLICATION, b"ggml-rpc-server tools.record")]
         if comment:
-            section.insert(0, (_COMMENT, comment.encode()))
-        self._add(
-            _block(_SECTION, struct.pack("<IHHq", _BYTE_ORDER, 1, 0, -1) + _options(*section)),
-            _block(
-                _INTERFACE,
-                struct.pack("<HHI", _ETHERNET, 0, 0)
-                + _options(
-                    (_INTERFACE_NAME, b"rpc"), (_INTERFACE_RESOLUTION, bytes([_NANOSECONDS]))
-                ),
-            ),
-        )
+            about.insert(0, (_COMMENT, comment.encode()))
+        self._add(section(*about), interface(_ETHERNET, (_INTERFACE_NAME, b"rpc")))
 
     @property
     def size(self) -> int:
@@ -100,13 +64,12 @@ class PcapngWriter:
         False, and nothing is added, if the file would exceed its limit.
         """
         length = sum(map(len, pieces))
-        padding = _padding(length)
-        size = _PACKET_HEAD.size + length + len(padding) + _LENGTH.size
+        head, end = packet_ends(0, time_ns, length, length)
+        size = len(head) + length + len(end)
         if self._limit is not None and self.size + size > self._limit - _STATISTICS_SIZE:
             return False
         self._time = time_ns >> 32, time_ns & 0xFFFFFFFF
-        head = _PACKET_HEAD.pack(_PACKET, size, 0, *self._time, length, length)
-        self._add(head, *pieces, padding + _LENGTH.pack(size))
+        self._add(head, *pieces, end)
         self._packets += 1
         return True
 
@@ -123,12 +86,12 @@ class PcapngWriter:
 
     def close(self, dropped: int = 0) -> None:
         """End the file with the counts of packets in it and of those left out."""
-        counts = _options(
+        counts = options(
             (_STATISTICS_RECEIVED, struct.pack("<Q", self._packets + dropped)),
             (_STATISTICS_DROPPED, struct.pack("<Q", dropped)),
         )
         try:
-            self._add(_block(_STATISTICS, struct.pack("<III", 0, *self._time) + counts))
+            self._add(block(STATISTICS, struct.pack("<III", 0, *self._time) + counts))
             self.flush()
         finally:
             os.close(self._fd)

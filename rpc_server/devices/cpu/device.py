@@ -15,7 +15,7 @@ from protocol.split import ProgramPayload, split_status_fields
 from rpc_server.devices.cpu.isa import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.storage import HostStorage
-from rpc_server.graph.errors import GraphError
+from rpc_server.devices.planning import under_first_dialect
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
@@ -76,13 +76,7 @@ class CpuDevice:
         self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
     ) -> CpuPlan | SplitPlan:
         """Plan under the first of ``dialects`` whose op numbering makes the graph valid."""
-        first: GraphError | None = None
-        for dialect in dialects:
-            try:
-                return self._prepare(payload, dialect, resolve)
-            except GraphError as error:
-                first = first or error
-        raise first or GraphError("no dialect to read the graph by")
+        return under_first_dialect(dialects, lambda d: self._prepare(payload, d, resolve))
 
     def _prepare(
         self, payload: GraphPayload, dialect: Dialect, resolve: Resolve

@@ -25,11 +25,12 @@ from rpc_server.devices.cpu.planner import (
 )
 from rpc_server.devices.cpu.schedule import SERIAL_BELOW, Step, schedule
 from rpc_server.devices.cpu.scratch import ScratchArena
+from rpc_server.devices.planning import Parts, lower_node
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.table import OPS, ContractError, check, require
+from rpc_server.ops.table import OPS, ContractError, OpSpec, require
 
 log = logging.getLogger(__name__)
 
@@ -149,52 +150,40 @@ class PlanBuilder:
         started = time.perf_counter()
         n_threads = self._executor.n_threads if self._executor else 1
         planner = Planner(n_threads, self._scratch, items)
-        # Runs of records, and between them nodes that have none.
-        parts: list[list[Emitted] | Tensor] = []
-        interpreted: dict[str, int] = {}
-        for node in items:
-            if not isinstance(node, Tensor):
-                if self._executor is None:
-                    raise GraphError(f"{node.label} can't be reached without kernels")
-                planner.begin(node)
-                node.emit(planner)
+        parts: Parts[Emitted] = Parts()
+
+        def decline(node: Tensor, spec: OpSpec) -> None:
+            require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
+            parts.without_kernel(planner.take(), node)
+
+        def lower(node: Tensor) -> bool:
+            return self._lower(node, planner)
+
+        for item in items:
+            if isinstance(item, Tensor):
+                lower_node(item, planner, lower, decline)
                 continue
-            try:
-                planner.begin(node)
-                spec = check(node)
-                if spec.is_view or node.empty:
-                    continue
-                if not self._lower(node, planner):
-                    require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
-                    parts.append(planner.take())
-                    parts.append(node)
-                    interpreted[node.op] = interpreted.get(node.op, 0) + 1
-                for written in (node, *(node.src[i] for i in spec.writes)):
-                    if written is not None:
-                        planner.finish(written)
-            except ContractError as error:
-                raise GraphError(str(error)) from None
-            except MemoryError as error:
-                raise GraphError(f"{node.label}: {error}") from None
+            if self._executor is None:
+                raise GraphError(f"{item.label} can't be reached without kernels")
+            planner.begin(item)
+            item.emit(planner)
         parts.append(planner.take())
         addresses = self._addresses(parts, wait)
         programs: list[Program] = []
-        steps = [
-            self._reference_step(part)
-            if isinstance(part, Tensor)
-            else self._program_step(part, addresses, programs)
-            for part in parts
-            if isinstance(part, Tensor) or part
-        ]
+        steps = parts.steps(
+            self._reference_step, lambda run: self._program_step(run, addresses, programs)
+        )
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(items),
             len(steps),
             (time.perf_counter() - started) * 1e3,
             planner.scratch_peak >> 10,
-            interpreted or "none",
+            parts.interpreted or "none",
         )
-        return CpuPlan(dialect, steps, planner.scratch_peak, self._scratch, interpreted, programs)
+        return CpuPlan(
+            dialect, steps, planner.scratch_peak, self._scratch, parts.interpreted, programs
+        )
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)
@@ -209,13 +198,12 @@ class PlanBuilder:
             raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
         return False
 
-    def _addresses(self, parts: list[list[Emitted] | Tensor], wait: bool) -> dict[Kernel, int]:
+    def _addresses(self, parts: Parts[Emitted], wait: bool) -> dict[Kernel, int]:
         """Where the code of all kernels is. Raises GraphError, NotReadyError, _DeclinedError."""
         users: dict[Kernel, list[Labelled]] = {}
-        for part in parts:
-            if not isinstance(part, Tensor):
-                for record in part:
-                    users.setdefault(record.kernel, []).append(record.node)
+        for run in parts.runs():
+            for record in run:
+                users.setdefault(record.kernel, []).append(record.node)
         if not wait and not library().ready(users):
             raise NotReadyError(lambda: library().addresses(users))
         found: dict[Kernel, int] = {}

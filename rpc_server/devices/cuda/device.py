@@ -16,6 +16,7 @@ from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.kernels import kernel_of_weights
 from rpc_server.devices.cuda.plan import CudaPlan, PlanBuilder, StatusWord
 from rpc_server.devices.cuda.storage import CudaStorage, StagingPool
+from rpc_server.devices.planning import under_first_dialect
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
@@ -81,13 +82,9 @@ class CudaDevice:
         self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
     ) -> CudaPlan:
         """Plan under the first of ``dialects`` whose op numbering makes the graph valid."""
-        first: GraphError | None = None
-        for dialect in dialects:
-            try:
-                return self._builder.build(parse_graph(payload, dialect, resolve))
-            except GraphError as error:
-                first = first or error
-        raise first or GraphError("no dialect to read the graph by")
+        return under_first_dialect(
+            dialects, lambda d: self._builder.build(parse_graph(payload, d, resolve))
+        )
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
@@ -131,20 +128,3 @@ class CudaDevice:
             written, self._written = self._written, set()
         for storage in written:
             self.stream.wait_event(self.card.mark(storage.stream))
-
-    # -- for ops that run on the host ----------------------------------------------------------
-
-    def download(self, address: int, size: int) -> memoryview:
-        """Bytes of the card's memory, after all that was given to the stream."""
-        result = bytearray(size)
-        pinned = self.card.pinned(size)
-        self.card.to_host(pinned.address, address, size, self.stream)
-        self.stream.synchronize()
-        result[:] = pinned.view
-        return memoryview(result)
-
-    def upload(self, address: int, data: memoryview) -> None:
-        pinned = self.card.pinned(len(data))
-        pinned.view[:] = data
-        self.card.to_device(address, pinned.address, len(data), self.stream)
-        self.stream.synchronize()

@@ -21,10 +21,11 @@ from rpc_server.devices.cuda.planner import (
     Product,
     place_scratch,
 )
+from rpc_server.devices.planning import Parts, lower_node
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.table import ContractError, OpSpec, check
+from rpc_server.ops.table import ContractError, OpSpec
 
 if TYPE_CHECKING:
     from rpc_server.devices.cuda.device import CudaDevice
@@ -161,45 +162,32 @@ class PlanBuilder:
         started = time.perf_counter()
         card = self._device.card
         planner = CudaPlanner(graph.nodes, card.multiprocessors, card.capability)
-        parts: list[list[Launch | Product] | Tensor] = []
-        interpreted: dict[str, int] = {}
+        parts: Parts[Launch | Product] = Parts()
+
+        def lower(node: Tensor) -> bool:
+            lowering = LOWERINGS.get(node.op)
+            return lowering is not None and lowering(node, planner)
+
+        def decline(node: Tensor, spec: OpSpec) -> None:
+            self._refuse_or_warn(node, spec)
+            parts.without_kernel(planner.take_launches(), node)
+
         for node in graph.nodes:
-            try:
-                planner.begin(node)
-                spec = check(node)
-                if spec.is_view or node.empty:
-                    continue
-                lowering = LOWERINGS.get(node.op)
-                if lowering is None or not lowering(node, planner):
-                    self._refuse_or_warn(node, spec)
-                    parts += [planner.take_launches(), node]
-                    interpreted[node.op] = interpreted.get(node.op, 0) + 1
-                for written in (node, *(node.src[i] for i in spec.writes)):
-                    if written is not None:
-                        planner.finish(written)
-            except ContractError as error:
-                raise GraphError(str(error)) from None
-            except MemoryError as error:
-                raise GraphError(f"{node.label}: {error}") from None
+            lower_node(node, planner, lower, decline)
         parts.append(planner.take_launches())
         scratch = self._scratch_of(planner.scratch_peak)
         labels = self._finish(parts, scratch)
-        steps = [
-            self._reference_step(part)
-            if isinstance(part, Tensor)
-            else _Segment(card, self._device.stream, part).run
-            for part in parts
-            if isinstance(part, Tensor) or part
-        ]
+        stream = self._device.stream
+        steps = parts.steps(self._reference_step, lambda run: _Segment(card, stream, run).run)
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(graph.nodes),
             len(steps),
             (time.perf_counter() - started) * 1e3,
             planner.scratch_peak >> 10,
-            interpreted or "none",
+            parts.interpreted or "none",
         )
-        return CudaPlan(self._device, graph.dialect, steps, labels, scratch, interpreted)
+        return CudaPlan(self._device, graph.dialect, steps, labels, scratch, parts.interpreted)
 
     def _scratch_of(self, size: int) -> Scratch | None:
         """Raises GraphError if the card hasn't got so much."""
@@ -214,15 +202,11 @@ class PlanBuilder:
                 raise GraphError(f"no scratch for the graph: {error}") from None
         return self._scratch
 
-    def _finish(
-        self, parts: list[list[Launch | Product] | Tensor], scratch: Scratch | None
-    ) -> list[str]:
+    def _finish(self, parts: Parts[Launch | Product], scratch: Scratch | None) -> list[str]:
         """Fill in what records were made without; the labels that node numbers stand for."""
         labels: list[str] = []
-        for part in parts:
-            if isinstance(part, Tensor):
-                continue
-            for launch in part:
+        for run in parts.runs():
+            for launch in run:
                 if scratch is not None:
                     place_scratch(launch, scratch.address)
                 if isinstance(launch, Product):
@@ -244,12 +228,15 @@ class PlanBuilder:
             log.warning("%s: runs on the host, which is slow", node.label)
 
     def _reference_step(self, node: Tensor) -> Callable[[], None]:
-        device = self._device
+        stream, staging = self._device.stream, self._device.staging
 
         def run() -> None:
-            device.stream.synchronize()
             try:
-                run_on_host(node, device.download, device.upload)
+                run_on_host(
+                    node,
+                    lambda address, size: staging.download(address, size, stream),
+                    lambda address, data: staging.upload(address, data, stream),
+                )
             except (ContractError, MemoryError) as error:
                 raise GraphError(f"{node.label}: {error or 'out of memory'}") from None
 

@@ -6,7 +6,7 @@ the kernels of a node and how many threads run them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,11 @@ class Product:
     ldc: int
     stride_c: int
     batch: int
+
+
+def threads_for(n: int, most: int) -> int:
+    """Threads of a block that walks ``n`` elements together: whole warps."""
+    return min(most, max(-(-n // 32) * 32, 32))
 
 
 class _ImaginedScratch:
@@ -170,7 +175,7 @@ class CudaPlanner(Planner):
         params: Sequence[int] | None = None,
     ) -> None:
         """A launch for a kernel made of FOR_ROWS and FOR_COLUMNS: blocks for rows, then columns."""
-        threads = min(kernel.threads, -(-columns // 32) * 32)
+        threads = threads_for(columns, kernel.threads)
         # Enough blocks for the card to be full; what is more, loops.
         along_rows = min(rows, MAX_GRID[0])
         along_columns = min(-(-columns // threads), MAX_GRID[1])
@@ -184,6 +189,19 @@ class CudaPlanner(Planner):
             params=params,
         )
 
-    def kept(self, key: Hashable, sources: Sequence[Tensor], size: int) -> tuple[int, bool]:
-        """As shared_scratch."""
-        return self.shared_scratch(key, sources, size)
+    def each_row(
+        self,
+        kernel: Kernel,
+        t: Tensor,
+        rows: int,
+        n: int,
+        *,
+        extra: Sequence[int] = (),
+    ) -> bool:
+        """A launch for a kernel whose blocks do whole rows, of ``n`` elements that threads share.
+
+        True, for lowerings to return.
+        """
+        grid = (min(rows, MAX_GRID[0]),)
+        self.launch(kernel, t, grid, threads_for(n, kernel.threads), extra=extra)
+        return True

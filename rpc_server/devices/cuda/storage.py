@@ -57,6 +57,41 @@ class StagingPool:
             if len(self._idle) < self._KEPT:
                 self._idle.append(staging)
 
+    def download(self, address: int, size: int, stream: Any) -> memoryview:
+        """Bytes of the card, after what ``stream`` was given; blocks until they are here.
+
+        One chunk is emptied while the other is filled.
+        """
+        result = memoryview(bytearray(size))
+        staging = self.take()
+        pieces = [(at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
+        for number in range(len(pieces) + 1):
+            if number < len(pieces):
+                at, n = pieces[number]
+                chunk = staging.chunks[number % 2]
+                staging.wait(number % 2)
+                self._card.to_host(chunk.address, address + at, n, stream)
+                staging.copied[number % 2] = self._card.mark(stream)
+            if number:
+                at, n = pieces[number - 1]
+                turn = (number - 1) % 2
+                staging.wait(turn)
+                result[at : at + n] = staging.chunks[turn].view[:n]
+        self.give(staging)
+        return result
+
+    def upload(self, address: int, data: memoryview, stream: Any) -> None:
+        """Give ``stream`` bytes for the card; the last of them may still be on their way."""
+        staging = self.take()
+        for number, at in enumerate(range(0, len(data), CHUNK)):
+            piece, turn = data[at : at + CHUNK], number % 2
+            staging.wait(turn)
+            chunk = staging.chunks[turn]
+            chunk.view[: len(piece)] = piece
+            self._card.to_device(address + at, chunk.address, len(piece), stream)
+            staging.copied[turn] = self._card.mark(stream)
+        self.give(staging)
+
 
 class CudaUpload:
     """Bytes on their way to the card: received into one chunk while another is copied."""
@@ -172,21 +207,4 @@ class CudaStorage:
         self.fill(start, size, value)
 
     def _download(self, start: int, size: int) -> memoryview:
-        """The bytes, by way of pinned chunks: one is emptied while the other is filled."""
-        result = memoryview(bytearray(size))
-        staging = self.device.staging.take()
-        pieces = [(at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
-        for number in range(len(pieces) + 1):
-            if number < len(pieces):
-                at, n = pieces[number]
-                chunk = staging.chunks[number % 2]
-                staging.wait(number % 2)
-                self.card.to_host(chunk.address, self.address + start + at, n, self.stream)
-                staging.copied[number % 2] = self.card.mark(self.stream)
-            if number:
-                at, n = pieces[number - 1]
-                turn = (number - 1) % 2
-                staging.wait(turn)
-                result[at : at + n] = staging.chunks[turn].view[:n]
-        self.device.staging.give(staging)
-        return result
+        return self.device.staging.download(self.address + start, size, self.stream)

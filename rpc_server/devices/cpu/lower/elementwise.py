@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from protocol.ggml_ops import GluOp, Op, UnaryOp
 from protocol.ggml_types import GgmlType
@@ -18,6 +17,7 @@ from rpc_server.devices.cpu.catalog import (
     unary_kernel,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
+from rpc_server.devices.shapes import gated_and_gate, rows_and_width
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import gelu
 
@@ -28,13 +28,6 @@ _LOOKED_UP = {
     (Op.GLU, int(GluOp.GEGLU)): False,
     (Op.GLU, int(GluOp.GEGLU_QUICK)): True,
 }
-
-
-def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
-    """How a kernel walks tensors of one shape: (1, all elements) if all are dense."""
-    if t.contiguous and all(o.contiguous for o in others):
-        return 1, t.nelements
-    return t.nrows, t.ne[0]
 
 
 def float_rows(*tensors: Tensor) -> bool:
@@ -115,23 +108,12 @@ for _op in BINARY_CODES:
     lowers(_op)(_lower_binary)
 
 
-def _half(t: Tensor, second: bool) -> Tensor:
-    """A view on one half of every row."""
-    width = t.ne[0] // 2
-    offset = width * t.type_size if second else 0
-    return replace(t, ne=(width, *t.ne[1:]), address=t.address + offset)
-
-
 @lowers(Op.GLU)
 def lower_glu(t: Tensor, planner: Planner) -> bool:
-    x, gate = t.src[0], t.src[1]
-    assert x is not None
-    if t.param_i32(0) not in set(GluOp) or not float_rows(t, x):
+    x, gate = gated_and_gate(t)
+    if t.param_i32(0) not in set(GluOp) or not float_rows(t, x, gate):
         return False
-    if gate is None:
-        swapped = bool(t.param_i32(1))
-        x, gate = _half(x, swapped), _half(x, not swapped)
-    if not float_rows(gate) or not t.same_shape(x) or not t.same_shape(gate):
+    if not t.same_shape(x) or not t.same_shape(gate):
         return False
     planner.emit(
         glu_kernel(t.param_i32(0), all_f32(t, x, gate)),

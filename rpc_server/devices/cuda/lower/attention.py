@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.kernels import ATTENTION_SIZES, attention_kernel, kernel
-from rpc_server.devices.cuda.lower.norm import threads_for
-from rpc_server.devices.cuda.lower.walk import source
+from rpc_server.devices.cuda.lower.copy import ENCODED
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import FLOATS, source
 
 # What attention.cu is written with.
 _ROWS, _TILE, _CHUNK, _THREADS = 16, 32, 64, 128
 # What a block of every card has without asking for more.
 _SHARED = 48 << 10
 
-KEPT_IN = frozenset(
-    {
-        GgmlType.F32,
-        GgmlType.F16,
-        GgmlType.BF16,
-        GgmlType.Q4_0,
-        GgmlType.Q4_1,
-        GgmlType.Q5_0,
-        GgmlType.Q5_1,
-        GgmlType.Q8_0,
-        GgmlType.IQ4_NL,
-    }
-)
+# What keys and values may be kept in.
+KEPT_IN = FLOATS | ENCODED
 
 # Fewer positions than this aren't worth a block of their own.
 _LEAST_PART = 128
@@ -41,10 +29,7 @@ def _parts(blocks: int, positions: int, multiprocessors: int) -> int:
 
 @lowers(Op.FLASH_ATTN_EXT)
 def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
-    q, k, v = t.src[0], t.src[1], t.src[2]
-    assert q is not None
-    assert k is not None
-    assert v is not None
+    q, k, v = source(t, 0), source(t, 1), source(t, 2)
     size = next((n for n in ATTENTION_SIZES if v.ne[0] <= 32 * n), None)
     padded = -(-k.ne[0] // _CHUNK) * _CHUNK
     shared = 4 * (_ROWS * padded + _TILE * (_CHUNK + 1))
@@ -69,7 +54,7 @@ def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
     attend, join = (attention_kernel(size, name) for name in ("attention", "attention_join"))
     planner.launch(attend, t, (*grid, parts), _THREADS, extra=(per_part, left), shared=shared)
     if parts > 1:
-        planner.launch(join, t, (min(q.nrows, MAX_GRID[0]),), _THREADS, extra=(parts, left))
+        planner.each_row(join, t, q.nrows, _THREADS, extra=(parts, left))
     return True
 
 
@@ -85,8 +70,7 @@ def lower_attention_back(t: Tensor, planner: CudaPlanner) -> bool:
     q, k = source(t, 0), source(t, 1)
     size = 4 * q.nrows * k.ne[1]
     scratch = (planner.scratch(size), planner.scratch(size))
-    grid = (min(q.nrows, MAX_GRID[0]),)
-    planner.launch(_SCORES_BACK, t, grid, threads_for(k.ne[1], _THREADS), extra=scratch)
+    planner.each_row(_SCORES_BACK, t, q.nrows, k.ne[1], extra=scratch)
     of_keys = -(-q.nelements // _ALIGNED) * _ALIGNED
     of_values = of_keys + -(-k.nelements // _ALIGNED) * _ALIGNED
     grid = (min(-(-t.nelements // _THREADS), MAX_GRID[0]),)

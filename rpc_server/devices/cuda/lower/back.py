@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.norm import threads_for
-from rpc_server.devices.cuda.lower.walk import as_floats, elements, source
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.lower.walk import as_floats, elements
+from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import source
 
 # A thread for each element.
 _ELEMENTS = {
@@ -35,8 +35,7 @@ def lower_elements(t: Tensor, planner: CudaPlanner) -> bool:
 
 @lowers(*_ROWS)
 def lower_rows(t: Tensor, planner: CudaPlanner) -> bool:
-    planner.launch(_ROWS[t.op], t, (min(t.nrows, MAX_GRID[0]),), threads_for(t.ne[0], 256))
-    return True
+    return planner.each_row(_ROWS[t.op], t, t.nrows, t.ne[0])
 
 
 @lowers(Op.OUT_PROD)
@@ -50,7 +49,6 @@ def lower_loss(t: Tensor, planner: CudaPlanner) -> bool:
     logits = source(t, 0)
     losses = planner.scratch(8 * max(logits.nrows, 1))
     if logits.nrows:
-        grid, threads = (min(logits.nrows, MAX_GRID[0]),), threads_for(logits.ne[0], 256)
-        planner.launch(_LOSS_ROWS, t, grid, threads, extra=(losses,))
+        planner.each_row(_LOSS_ROWS, t, logits.nrows, logits.ne[0], extra=(losses,))
     planner.launch(_LOSS_MEAN, t, (1,), 256, extra=(losses, logits.nrows))
     return True

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.kernels import Kernel, kernel
-from rpc_server.devices.cuda.lower.walk import elements, small, source
+from rpc_server.devices.cuda.lower.walk import elements, small
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import source
 
 _IM2COL = kernel("convolution", "im2col")
 _IM2COL_BACK = kernel("convolution", "im2col_back")

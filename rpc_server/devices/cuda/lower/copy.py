@@ -5,10 +5,11 @@ from __future__ import annotations
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.walk import as_floats, decoded, elements, source
+from rpc_server.devices.cuda.lower.walk import as_floats, decoded, elements
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE
+from rpc_server.ops.checks import FLOATS, source
 
 _SAME = kernel("copy", "copy_same")
 _DENSE = kernel("copy", "copy_dense")
@@ -26,7 +27,6 @@ ENCODED = frozenset(
         GgmlType.IQ4_NL,
     }
 )
-_FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 
 
 def encoded(to: Tensor, values: Tensor, planner: CudaPlanner) -> bool:
@@ -47,9 +47,9 @@ def lower_copy(t: Tensor, planner: CudaPlanner) -> bool:
         return elements(_SAME, t, planner, t.type_size, t.block_size, n=n, slots=slots)
     if values.type in NATIVE and t.type in NATIVE:
         return elements(_CONVERTED, t, planner, slots=slots)
-    if t.type in ENCODED and values.type in _FLOATS and t.contiguous_rows:
+    if t.type in ENCODED and values.type in FLOATS and t.contiguous_rows:
         return encoded(t, values, planner)
-    if values.quantized and t.type in _FLOATS and values.contiguous_rows:
+    if values.quantized and t.type in FLOATS and values.contiguous_rows:
         if values.same_shape(t):
             decoded(t, values, planner)
             return True

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.copy import ENCODED, encoded
-from rpc_server.devices.cuda.lower.walk import as_floats, source
+from rpc_server.devices.cuda.lower.walk import as_floats
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
+from rpc_server.devices.shapes import gated_and_gate, rows_and_width
 from rpc_server.graph.tensor import Tensor
-
-FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
+from rpc_server.ops.checks import FLOATS, source
 
 _UNARY = kernel("elementwise", "unary")
 _BINARY = kernel("elementwise", "binary")
@@ -28,25 +25,17 @@ _FUNCTIONS = {
 _BINARY_CODES = {Op.ADD: 0, Op.SUB: 1, Op.MUL: 2, Op.DIV: 3, Op.ADD1: 0}
 
 
-def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
-    """How a kernel walks tensors of one shape: (1, all elements) if all are dense."""
-    if t.contiguous and all(o.contiguous for o in others):
-        return 1, t.nelements
-    return t.nrows, t.ne[0]
-
-
-def floats(*tensors: Tensor | None) -> bool:
-    return all(t is not None and t.type in FLOATS for t in tensors)
+def floats(*tensors: Tensor) -> bool:
+    return all(t.type in FLOATS for t in tensors)
 
 
 @lowers(Op.UNARY, *_FUNCTIONS)
 def lower_function(t: Tensor, planner: CudaPlanner) -> bool:
-    source = t.src[0]
-    assert source is not None
+    x = source(t, 0)
     code = t.param_i32(0) if t.op is Op.UNARY else _FUNCTIONS[t.op]
-    if not floats(t, source) or (t.op is Op.UNARY and code not in set(UnaryOp)):
+    if not floats(t, x) or (t.op is Op.UNARY and code not in set(UnaryOp)):
         return False
-    rows, width = rows_and_width(t, source)
+    rows, width = rows_and_width(t, x)
     planner.rows(_UNARY, t, rows, width, extra=(rows, width, code))
     return True
 
@@ -84,23 +73,10 @@ def _binary(t: Tensor, slots: tuple[Tensor, Tensor, Tensor], planner: CudaPlanne
     return True
 
 
-def _half(t: Tensor, second: bool) -> Tensor:
-    """A view on one half of every row."""
-    width = t.ne[0] // 2
-    offset = width * t.type_size if second else 0
-    return replace(t, ne=(width, *t.ne[1:]), address=t.address + offset)
-
-
 @lowers(Op.GLU)
 def lower_glu(t: Tensor, planner: CudaPlanner) -> bool:
-    x, gate = t.src[0], t.src[1]
-    assert x is not None
-    if not floats(t, x) or t.param_i32(0) not in set(GluOp):
-        return False
-    if gate is None:
-        swapped = bool(t.param_i32(1))
-        x, gate = _half(x, swapped), _half(x, not swapped)
-    if not floats(gate):
+    x, gate = gated_and_gate(t)
+    if not floats(t, x, gate) or t.param_i32(0) not in set(GluOp):
         return False
     rows, width = rows_and_width(t, x, gate)
     planner.rows(_GLU, t, rows, width, extra=(rows, width), slots=(t, x, gate))

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, Product
+from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.lower.walk import decoded, dense
+from rpc_server.devices.cuda.planner import CudaPlanner, Product
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import FLOATS, source
 
 _CONVERT = kernel("copy", "copy_rows")
 
 # Bytes of weights that are decoded at a time: few launches, and little beside the weights.
 _TILE_BYTES = 32 << 20
-
-_FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 
 
 def product_type(weights: GgmlType, capability: int) -> GgmlType:
@@ -29,38 +29,23 @@ def product_type(weights: GgmlType, capability: int) -> GgmlType:
     return GgmlType.F16
 
 
-def _matrix(t: Tensor, type_: GgmlType, rows: int, address: int) -> Tensor:
-    """A dense matrix of ``type_`` with rows as long as those of ``t``."""
-    size = 2 if type_ in (GgmlType.F16, GgmlType.BF16) else 4
-    row = size * t.ne[0]
-    nb = (size, row, row * rows, row * rows)
-    return replace(
-        t, type=type_, ne=(t.ne[0], rows, 1, 1), nb=nb, address=address, src=(None,) * 10
-    )
-
-
 def _columns(x: Tensor, type_: GgmlType, planner: CudaPlanner) -> tuple[int, int]:
     """(address, bytes of a row) of the columns, dense and of ``type_``."""
     if x.type is type_ and x.contiguous:
         return x.address, x.nb[1]
-    dense = _matrix(x, type_, x.nrows, 0)
+    to = dense(x, type_, 0)
     key = ("dense", type_, x.address, x.type, x.ne, x.nb)
-    address, fresh = planner.kept(key, (x,), dense.nb[1] * x.nrows)
+    address, fresh = planner.shared_scratch(key, (x,), to.nb[1] * x.nrows)
     if fresh:
-        # Rows of all dimensions, one after the other.
-        to = replace(dense, address=address, ne=x.ne)
-        to = replace(to, nb=(dense.nb[0], dense.nb[1], dense.nb[1] * x.ne[1], 0))
-        to = replace(to, nb=(*to.nb[:3], to.nb[2] * x.ne[2]))
+        to = replace(to, address=address)
         planner.rows(_CONVERT, to, x.nrows, x.ne[0], slots=(to, x))
-    return address, dense.nb[1]
+    return address, to.nb[1]
 
 
 def by_library(t: Tensor, planner: CudaPlanner) -> bool:
     """Emit a product of many columns; False where this isn't the way to do it."""
-    weights, x = t.src[0], t.src[1]
-    assert weights is not None
-    assert x is not None
-    if not t.contiguous_rows or t.nb[1] % 4 or x.type not in _FLOATS:
+    weights, x = source(t, 0), source(t, 1)
+    if not t.contiguous_rows or t.nb[1] % 4 or x.type not in FLOATS:
         return False
     type_ = product_type(weights.type, planner.capability)
     columns, row = _columns(x, type_, planner)
@@ -109,10 +94,8 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
 
 def _decode(weights: Tensor, tile: int, type_: GgmlType, planner: CudaPlanner) -> None:
     """Rows of one matrix of weights into the tile."""
-    to = _matrix(weights, type_, weights.ne[1], tile)
-    if not weights.quantized:
+    to = dense(weights, type_, tile)
+    if weights.quantized:
+        decoded(to, weights, planner)
+    else:
         planner.rows(_CONVERT, to, weights.ne[1], weights.ne[0], slots=(to, weights))
-        return
-    chosen = kernel_of_weights("dequantize", "dequantize", weights.type)
-    grid = (min(weights.ne[1], MAX_GRID[0]), min(-(-weights.ne[0] // 32 // 128), MAX_GRID[1]))
-    planner.launch(chosen, to, grid, 128, slots=(to, weights))

@@ -8,9 +8,8 @@ from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.library import by_library
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import FLOATS, source
 from rpc_server.ops.rounding import activation_type
-
-FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 
 _QUANTIZE = kernel("columns", "quantize_columns", 128)
 _QUANTIZE_K = kernel("columns", "quantize_columns_k", 128)
@@ -46,7 +45,7 @@ def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tupl
     form = activation_type(weights.type) if weights.quantized else GgmlType.F32
     stride = codes_stride(k) if weights.quantized else floats_stride(k)
     key = ("columns", form, x.address, x.type, x.ne, x.nb)
-    address, fresh = planner.kept(key, (x,), stride * x.nrows)
+    address, fresh = planner.shared_scratch(key, (x,), stride * x.nrows)
     if fresh:
         # How many elements a block of threads does, and of how many threads.
         each, threads, chosen = {
@@ -70,9 +69,7 @@ def _aligned_rows(weights: Tensor) -> bool:
 
 
 def _supported(t: Tensor) -> bool:
-    weights, x = t.src[0], t.src[1]
-    assert weights is not None
-    assert x is not None
+    weights, x = source(t, 0), source(t, 1)
     return (
         (weights.quantized or weights.type in FLOATS)
         and x.type in FLOATS
@@ -85,9 +82,7 @@ def _launch(
     t: Tensor, planner: CudaPlanner, name: str, grid: tuple[int, int, int], *routing: int
 ) -> None:
     """``columns_in_scratch`` comes before any other scratch of the node."""
-    weights, x = t.src[0], t.src[1]
-    assert weights is not None
-    assert x is not None
+    weights, x = source(t, 0), source(t, 1)
     address, stride = columns_in_scratch(weights, x, planner)
     planner.launch(
         kernel_of_weights("matvec", name, weights.type, _THREADS),
@@ -103,8 +98,7 @@ def _row_blocks(weights: Tensor) -> int:
 
 
 def _lower_few_columns(t: Tensor, planner: CudaPlanner) -> bool:
-    weights = t.src[0]
-    assert weights is not None
+    weights = source(t, 0)
     group = next((n for n in _GROUPS if t.ne[1] <= n), _GROUPS[-1])
     grid = (_row_blocks(weights), -(-t.ne[1] // group), t.ne[2] * t.ne[3])
     if grid[1] > MAX_GRID[1] or grid[2] > MAX_GRID[2]:
@@ -124,9 +118,7 @@ def lower_mul_mat(t: Tensor, planner: CudaPlanner) -> bool:
 
 @lowers(Op.MUL_MAT_ID)
 def lower_mul_mat_id(t: Tensor, planner: CudaPlanner) -> bool:
-    weights, x = t.src[0], t.src[1]
-    assert weights is not None
-    assert x is not None
+    weights, x = source(t, 0), source(t, 1)
     if not _supported(t):
         return False
     experts, pairs = weights.ne[2], t.ne[1] * t.ne[2]

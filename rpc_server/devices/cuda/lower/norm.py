@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.graph.tensor import Tensor
 
 _NORMALIZE = kernel("norm", "normalize", 512)
@@ -14,17 +14,9 @@ _GROUP_NORM = kernel("norm", "group_norm", 512)
 _KINDS = {Op.RMS_NORM: 0, Op.NORM: 1, Op.L2_NORM: 2}
 
 
-def threads_for(n: int, most: int) -> int:
-    """Threads of a block that walks ``n`` elements together: whole warps."""
-    return min(most, max(-(-n // 32) * 32, 32))
-
-
 @lowers(*_KINDS)
 def lower_norm(t: Tensor, planner: CudaPlanner) -> bool:
-    threads = threads_for(t.ne[0], 512)
-    grid = (min(t.nrows, MAX_GRID[0]),)
-    planner.launch(_NORMALIZE, t, grid, threads, extra=(_KINDS[t.op], 0, 0))
-    return True
+    return planner.each_row(_NORMALIZE, t, t.nrows, t.ne[0], extra=(_KINDS[t.op], 0, 0))
 
 
 @lowers(Op.GROUP_NORM)

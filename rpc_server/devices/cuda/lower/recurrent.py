@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import Kernel, kernel
-from rpc_server.devices.cuda.lower.walk import elements, source
+from rpc_server.devices.cuda.lower.walk import elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import source
 
 _THREADS = 128
 _CONV = kernel("recurrent", "ssm_conv")

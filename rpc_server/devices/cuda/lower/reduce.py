@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.norm import threads_for
-from rpc_server.devices.cuda.lower.walk import as_row, source
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.lower.walk import as_row
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import source
 
 _SUM_ROWS = kernel("reduce", "sum_rows")
 _ARGMAX = kernel("reduce", "argmax")
@@ -23,16 +23,13 @@ _MOST_BLOCKS_IN_SCRATCH = 64
 
 @lowers(Op.SUM_ROWS, Op.MEAN)
 def lower_sum_rows(t: Tensor, planner: CudaPlanner) -> bool:
-    grid, threads = (min(t.nrows, MAX_GRID[0]),), threads_for(source(t, 0).ne[0], 256)
-    planner.launch(_SUM_ROWS, t, grid, threads, extra=(int(t.op is Op.MEAN),))
-    return True
+    extra = (int(t.op is Op.MEAN),)
+    return planner.each_row(_SUM_ROWS, t, t.nrows, source(t, 0).ne[0], extra=extra)
 
 
 @lowers(Op.ARGMAX)
 def lower_argmax(t: Tensor, planner: CudaPlanner) -> bool:
-    grid = (min(t.ne[0], MAX_GRID[0]),)
-    planner.launch(_ARGMAX, t, grid, threads_for(source(t, 0).ne[0], 256))
-    return True
+    return planner.each_row(_ARGMAX, t, t.ne[0], source(t, 0).ne[0])
 
 
 @lowers(Op.ARGSORT, Op.TOP_K)
@@ -70,5 +67,4 @@ def lower_count_equal(t: Tensor, planner: CudaPlanner) -> bool:
 
 @lowers(Op.CUMSUM)
 def lower_cumsum(t: Tensor, planner: CudaPlanner) -> bool:
-    planner.launch(_CUMSUM, t, (min(t.nrows, MAX_GRID[0]),), threads_for(t.ne[0], 256))
-    return True
+    return planner.each_row(_CUMSUM, t, t.nrows, t.ne[0])

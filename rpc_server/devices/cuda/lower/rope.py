@@ -8,8 +8,7 @@ import numpy as np
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.norm import threads_for
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.rope import Geometry, correction_range
 
@@ -26,11 +25,5 @@ def lower_rope(t: Tensor, planner: CudaPlanner) -> bool:
     ratio = np.float32(t.param_f32(5)) ** np.float32(-2.0 / t.param_i32(1))
     low, high = correction_range(t) if t.param_f32(7) else (np.float32(0), np.float32(0))
     extra = (g.first, g.pairs, g.step, g.distance, int(t.op is Op.ROPE_BACK))
-    planner.launch(
-        _ROPE,
-        t,
-        (min(t.nrows, MAX_GRID[0]),),
-        threads_for(max(g.pairs, t.ne[0] // 2), 256),
-        extra=(*extra, *(_bits(float(x)) for x in (ratio, low, high))),
-    )
-    return True
+    angles = (_bits(float(x)) for x in (ratio, low, high))
+    return planner.each_row(_ROPE, t, t.nrows, max(g.pairs, t.ne[0] // 2), extra=(*extra, *angles))

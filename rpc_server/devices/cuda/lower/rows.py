@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.copy import ENCODED
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.lower.walk import decode_grid
+from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.checks import FLOATS, I32_ONLY, source
 
 _GET = kernel("copy", "get_rows")
 _SET = kernel("copy", "set_rows")
 _SET_ENCODED = kernel("copy", "set_rows_encoded", 64)
 
-_PLAIN = (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32)
+_PLAIN = FLOATS | I32_ONLY
 
 
 @lowers(Op.GET_ROWS)
 def lower_get_rows(t: Tensor, planner: CudaPlanner) -> bool:
-    table = t.src[0]
-    assert table is not None
+    table = source(t, 0)
     if table.type in _PLAIN:
         planner.rows(_GET, t, t.nrows, t.ne[0])
         return True
     if not table.quantized or not table.contiguous_rows:
         return False
-    grid = (min(t.nrows, MAX_GRID[0]), min(-(-table.ne[0] // 32 // 128), MAX_GRID[1]))
     chosen = kernel_of_weights("dequantize", "get_rows_decoded", table.type)
-    planner.launch(chosen, t, grid, 128)
+    planner.launch(chosen, t, decode_grid(t.nrows, table.ne[0]), 128)
     return True
 
 
 @lowers(Op.SET_ROWS)
 def lower_set_rows(t: Tensor, planner: CudaPlanner) -> bool:
-    values = t.src[0]
-    assert values is not None
+    values = source(t, 0)
     if values.empty:
         return True
     # Source 2, where there is one, is the tensor that the node is a view of.

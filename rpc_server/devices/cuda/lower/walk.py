@@ -14,13 +14,6 @@ from rpc_server.graph.tensor import Dims, Tensor
 _MOST_PLACES = 1 << 31
 
 
-def source(t: Tensor, i: int) -> Tensor:
-    """Source ``i``, which the op's contract has found to be there."""
-    found = t.src[i]
-    assert found is not None
-    return found
-
-
 def elements(
     chosen: Kernel,
     t: Tensor,
@@ -55,11 +48,15 @@ def dense(t: Tensor, type_: GgmlType, address: int, ne: Dims | None = None) -> T
     return replace(t, type=type_, ne=ne, nb=nb, address=address)
 
 
+def decode_grid(rows: int, n: int) -> tuple[int, int]:
+    """Blocks of threads that decode rows of ``n`` elements: 128 runs of 32 each at a time."""
+    return min(rows, MAX_GRID[0]), min(-(-n // 32 // 128), MAX_GRID[1])
+
+
 def decoded(to: Tensor, blocks: Tensor, planner: CudaPlanner) -> None:
     """A launch that decodes rows of blocks to floats; both have the same shape."""
-    runs = blocks.ne[0] // 32
-    grid = (min(blocks.nrows, MAX_GRID[0]), min(-(-runs // 128), MAX_GRID[1]))
     chosen = kernel_of_weights("dequantize", "dequantize", blocks.type)
+    grid = decode_grid(blocks.nrows, blocks.ne[0])
     planner.launch(chosen, to, grid, 128, slots=(to, blocks))
 
 

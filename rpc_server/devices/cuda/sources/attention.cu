@@ -231,7 +231,7 @@ KERNEL(attention_join, 128) {
     const Slot &to = r.slot[DST], &q = r.slot[SRC0], &sinks = r.slot[SRC4];
     const i64 parts = r.extra[0], rows = q.ne[1] * q.ne[2] * q.ne[3], dv = to.ne[0];
     const float *left = reinterpret_cast<const float *>(r.extra[1]);
-    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+    FOR_ROWS(row, rows) {
         const i64 head = row % q.ne[2], token = row / q.ne[2] % q.ne[1], batch = row / q.ne[2] / q.ne[1];
         float top = -INF, sink = -INF;
         if (sinks.data) top = sink = *reinterpret_cast<const float *>(sinks.data + head * sinks.nb[0]);

@@ -19,7 +19,7 @@ KERNEL(quantize_columns, 128) {
     u8 *to = reinterpret_cast<u8 *>(r.extra[0]);
     const i64 stride = r.extra[1], k = from.ne[0];
     const int lane = threadIdx.x % 32;
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const u8 *source = Row(from, row).in(from);
         u8 *target = to + row * stride;
         float *scales = reinterpret_cast<float *>(target + k), *sums = scales + k / 32;
@@ -48,7 +48,7 @@ KERNEL(quantize_columns_k, 128) {
     u8 *to = reinterpret_cast<u8 *>(r.extra[0]);
     const i64 stride = r.extra[1], k = from.ne[0];
     const int lane = threadIdx.x % 32;
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const u8 *source = Row(from, row).in(from);
         u8 *target = to + row * stride;
         float *scales = reinterpret_cast<float *>(target + k), *sums = scales + k / 32;

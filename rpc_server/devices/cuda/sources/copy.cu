@@ -26,15 +26,18 @@ KERNEL(copy_converted, 256) {
         store_f32(at(to, Place(to, e)), to.type, load_f32(at(from, Place(from, e)), from.type));
 }
 
-// The same, of tensors of one shape, row by row.
+// A row, with a conversion.
+__device__ inline void convert_row(const Slot &to, u8 *target, const Slot &from, const u8 *source) {
+    FOR_COLUMNS(i, from.ne[0])
+        store_f32(target + i * to.nb[0], to.type, load_f32(source + i * from.nb[0], from.type));
+}
+
+// As copy_converted, of tensors of one shape, row by row.
 KERNEL(copy_rows, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
-        u8 *target = at.in(to);
-        const u8 *source = at.in(from);
-        FOR_COLUMNS(i, from.ne[0])
-            store_f32(target + i * to.nb[0], to.type, load_f32(source + i * from.nb[0], from.type));
+        convert_row(to, at.in(to), from, at.in(from));
     }
 }
 
@@ -92,10 +95,7 @@ KERNEL(set_rows, 256) {
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         u8 *target = target_of_row(r, at);
-        if (!target) continue;
-        const u8 *source = at.in(from);
-        FOR_COLUMNS(i, from.ne[0])
-            store_f32(target + i * to.nb[0], to.type, load_f32(source + i * from.nb[0], from.type));
+        if (target) convert_row(to, target, from, at.in(from));
     }
 }
 

@@ -24,7 +24,7 @@ __device__ inline void write_decoded(Run *runs, const u8 *source, int per_row, u
 KERNEL(dequantize, 128) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     SHARED_ARRAY(Run, runs, 128);
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         write_decoded<WEIGHTS>(runs, at.in(from), (int)(from.ne[0] / 32), at.in(to), to);
     }
@@ -35,7 +35,7 @@ KERNEL(get_rows_decoded, 128) {
     const Slot &to = r.slot[DST], &table = r.slot[SRC0], &ids = r.slot[SRC1];
     SHARED_ARRAY(Run, runs, 128);
     const int per_row = (int)(table.ne[0] / 32);
-    for (i64 row = blockIdx.x; row < to.ne[1] * to.ne[2] * to.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, to.ne[1] * to.ne[2] * to.ne[3]) {
         const Row at(to, row);
         const i32 id = *reinterpret_cast<const i32 *>(ids.data + at.i[1] * ids.nb[0] + at.i[2] * ids.nb[1] + at.i[3] * ids.nb[2]);
         if (id < 0 || id >= table.ne[1]) {

@@ -131,24 +131,20 @@ __device__ inline void store_f32(u8 *p, i64 type, float value) {
 
 // -- where elements lie --------------------------------------------------------------------------
 
+// `a / b` of what is not negative. Division of 64 bits is slow, and hardly ever needed.
+__device__ inline i64 quotient(i64 a, i64 b) {
+    return a <= 0xffffffffll && b <= 0xffffffffll ? (i64)((u32)a / (u32)b) : a / b;
+}
+
 // A place in a tensor by the number of its row; `i` are dimensions 1 to 3.
 struct Row {
     i64 i[4];
     __device__ Row(const Slot &s, i64 number) {
+        const i64 plane = quotient(number, s.ne[1]);
         i[0] = 0;
-        // Division of 64 bits is slow, and hardly ever needed.
-        if (number <= 0xffffffffll && s.ne[1] <= 0xffffffffll && s.ne[2] <= 0xffffffffll) {
-            u32 n = (u32)number, ne1 = (u32)s.ne[1], ne2 = (u32)s.ne[2];
-            i[1] = n % ne1;
-            n /= ne1;
-            i[2] = n % ne2;
-            i[3] = n / ne2;
-        } else {
-            i[1] = number % s.ne[1];
-            number /= s.ne[1];
-            i[2] = number % s.ne[2];
-            i[3] = number / s.ne[2];
-        }
+        i[1] = number - plane * s.ne[1];
+        i[3] = quotient(plane, s.ne[2]);
+        i[2] = plane - i[3] * s.ne[2];
     }
     __device__ u8 *in(const Slot &s) const {
         return s.data + i[1] * s.nb[1] + i[2] * s.nb[2] + i[3] * s.nb[3];

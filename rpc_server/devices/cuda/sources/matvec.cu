@@ -92,25 +92,54 @@ __device__ inline Job grouped_job(const Record &r) {
     return job;
 }
 
-// extra: rows of codes, their stride, lanes of a row of weights.
-template <typename T, int COLUMNS> __device__ inline void multiply_codes(const Record &r, const Job &job) {
-    const Slot &to = r.slot[DST], &w = r.slot[SRC0];
-    const i64 k = w.ne[0], stride = r.extra[1];
-    const int lanes = (int)r.extra[2], lane = threadIdx.x % lanes;
-    const i64 row = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-    const bool here = job.valid && row < w.ne[1];
+// A row of weights times some columns, as one of the lanes that share the row has it.
+// extra: where the columns are, their stride, lanes of a row of weights.
+template <int COLUMNS> struct Dots {
+    int lanes, lane;
+    i64 row;
+    bool here;
+    const u8 *weights;
     float total[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) total[c] = 0;
-    if (here) {
-        const u8 *weights = job.weights + row * w.nb[1];
-        const u8 *columns = reinterpret_cast<const u8 *>(r.extra[0]);
-        for (int number = lane; number < (int)(k / 32); number += lanes) {
+
+    __device__ Dots(const Record &r, const Job &job) {
+        const Slot &w = r.slot[SRC0];
+        lanes = (int)r.extra[2];
+        lane = threadIdx.x % lanes;
+        row = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+        here = job.valid && row < w.ne[1];
+        weights = job.weights + row * w.nb[1];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) total[c] = 0;
+    }
+
+    // Not kept: the addresses of eight columns would double the registers.
+    __device__ static const u8 *column(const Record &r, const Job &job, int c) {
+        return reinterpret_cast<const u8 *>(r.extra[0]) + job.number(r, c) * r.extra[1];
+    }
+
+    // Adds up what the lanes have.
+    __device__ void store(const Record &r, const Job &job) const {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const float sum = over_lanes(total[c], lanes);
+            if (here && lane == 0 && c < job.columns)
+                *reinterpret_cast<float *>(job.target(r, c) + row * r.slot[DST].nb[0]) = sum;
+        }
+    }
+};
+
+// Columns are rows of codes.
+template <typename T, int COLUMNS> __device__ inline void multiply_codes(const Record &r, const Job &job) {
+    const i64 k = r.slot[SRC0].ne[0];
+    Dots<COLUMNS> dots(r, job);
+    if (dots.here) {
+        for (int number = dots.lane; number < (int)(k / 32); number += dots.lanes) {
             Run run;
-            decode_run<T>(run, weights, number);
+            decode_run<T>(run, dots.weights, number);
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 if (c >= job.columns) break;
-                const u8 *column = columns + job.number(r, c) * stride;
+                const u8 *column = dots.column(r, job, c);
                 const int4 *codes = reinterpret_cast<const int4 *>(column) + 2 * number;
                 const float *scales = reinterpret_cast<const float *>(column + k);
                 const float2 sums = reinterpret_cast<const float2 *>(scales + k / 32)[number];
@@ -122,17 +151,12 @@ template <typename T, int COLUMNS> __device__ inline void multiply_codes(const R
                 second = dot4(run.codes[5], b.y, second);
                 second = dot4(run.codes[6], b.z, second);
                 second = dot4(run.codes[7], b.w, second);
-                total[c] += scales[number] * (run.scale[0] * first + run.scale[1] * second) +
+                dots.total[c] += scales[number] * (run.scale[0] * first + run.scale[1] * second) +
                             (run.minimum[0] * sums.x + run.minimum[1] * sums.y);
             }
         }
     }
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-        const float sum = over_lanes(total[c], lanes);
-        if (here && lane == 0 && c < job.columns)
-            *reinterpret_cast<float *>(job.target(r, c) + row * to.nb[0]) = sum;
-    }
+    dots.store(r, job);
 }
 
 // -- weights of floats ----------------------------------------------------------------------------
@@ -164,51 +188,39 @@ template <int TYPE> struct Floats {
     }
 };
 
-// extra: the columns as rows of F32, their stride, lanes of a row. All rows of weights begin at
-// multiples of 16 bytes if extra[3] is set; columns always do.
+// Columns are rows of F32. All rows of weights begin at multiples of 16 bytes if extra[3] is set;
+// columns always do.
 template <int TYPE, int COLUMNS> __device__ inline void multiply_floats(const Record &r, const Job &job) {
     typedef Floats<TYPE> W;
-    const Slot &to = r.slot[DST], &w = r.slot[SRC0];
-    const i64 k = w.ne[0], stride = r.extra[1];
-    const int lanes = (int)r.extra[2], lane = threadIdx.x % lanes;
-    const i64 row = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-    const bool here = job.valid && row < w.ne[1];
-    float total[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) total[c] = 0;
-    if (here) {
-        const u8 *weights = job.weights + row * w.nb[1];
-        const u8 *columns = reinterpret_cast<const u8 *>(r.extra[0]);
+    const i64 k = r.slot[SRC0].ne[0];
+    Dots<COLUMNS> dots(r, job);
+    if (dots.here) {
         const i64 wide = r.extra[3] ? k / W::WIDE : 0;
-        for (i64 i = lane; i < wide; i += lanes) {
+        for (i64 i = dots.lane; i < wide; i += dots.lanes) {
             float values[W::WIDE];
-            W::wide(weights + 16 * i, values);
+            W::wide(dots.weights + 16 * i, values);
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 if (c >= job.columns) break;
-                const float4 *x = reinterpret_cast<const float4 *>(columns + job.number(r, c) * stride) + i * (W::WIDE / 4);
+                const float4 *x = reinterpret_cast<const float4 *>(dots.column(r, job, c)) + i * (W::WIDE / 4);
 #pragma unroll
                 for (int j = 0; j < W::WIDE / 4; j++) {
                     const float4 four = x[j];
-                    total[c] += values[4 * j] * four.x + values[4 * j + 1] * four.y +
+                    dots.total[c] += values[4 * j] * four.x + values[4 * j + 1] * four.y +
                                 values[4 * j + 2] * four.z + values[4 * j + 3] * four.w;
                 }
             }
         }
-        for (i64 i = wide * W::WIDE + lane; i < k; i += lanes) {
-            const float value = W::one(weights + i * W::SIZE);
+        for (i64 i = wide * W::WIDE + dots.lane; i < k; i += dots.lanes) {
+            const float value = W::one(dots.weights + i * W::SIZE);
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 if (c >= job.columns) break;
-                total[c] += value * reinterpret_cast<const float *>(columns + job.number(r, c) * stride)[i];
+                dots.total[c] += value * reinterpret_cast<const float *>(dots.column(r, job, c))[i];
             }
         }
     }
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-        const float sum = over_lanes(total[c], lanes);
-        if (here && lane == 0 && c < job.columns)
-            *reinterpret_cast<float *>(job.target(r, c) + row * to.nb[0]) = sum;
-    }
+    dots.store(r, job);
 }
 
 // One set for each type: WEIGHTS is what it is compiled for, FLOATS is set for floats.

@@ -11,7 +11,7 @@ KERNEL(normalize, 512) {
     const i64 n = from.ne[0];
     const int which = (int)r.extra[0];
     const float eps = param_f32(r, 0);
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         const u8 *source = at.in(from);
         u8 *target = at.in(to);

@@ -4,27 +4,9 @@
 #include "kernel.cuh"
 
 // The element with number `e` in the order of indices.
-struct Place {
-    i64 i[4];
-    __device__ Place(const Slot &s, i64 e) {
-        // Division of 64 bits is slow, and hardly ever needed.
-        if (e <= 0xffffffffll && s.ne[0] <= 0xffffffffll && s.ne[1] <= 0xffffffffll && s.ne[2] <= 0xffffffffll) {
-            u32 n = (u32)e;
-            const u32 ne0 = (u32)s.ne[0], ne1 = (u32)s.ne[1], ne2 = (u32)s.ne[2];
-            i[0] = n % ne0;
-            n /= ne0;
-            i[1] = n % ne1;
-            n /= ne1;
-            i[2] = n % ne2;
-            i[3] = n / ne2;
-        } else {
-            i[0] = e % s.ne[0];
-            e /= s.ne[0];
-            i[1] = e % s.ne[1];
-            e /= s.ne[1];
-            i[2] = e % s.ne[2];
-            i[3] = e / s.ne[2];
-        }
+struct Place : Row {
+    __device__ Place(const Slot &s, i64 e) : Row(s, quotient(e, s.ne[0])) {
+        i[0] = e - quotient(e, s.ne[0]) * s.ne[0];
     }
 };
 

@@ -7,7 +7,7 @@ __device__ inline float element(const Slot &s, const u8 *row, i64 i) { return *r
 KERNEL(sum_rows, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     SHARED_ARRAY(double, room, 32);
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         const u8 *source = at.in(from);
         double sum = 0;
@@ -24,7 +24,7 @@ KERNEL(argmax, 256) {
     SHARED_ARRAY(i64, room, 32);
     SHARED_ARRAY(float, values, 32);
     const i64 n = from.ne[0];
-    for (i64 row = blockIdx.x; row < from.ne[1]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1]) {
         const u8 *source = from.data + row * from.nb[1];
         i64 last = -1, nan = -1, best = -1;
         for (i64 i = threadIdx.x; i < n; i += blockDim.x)
@@ -62,7 +62,7 @@ KERNEL(argsort, 1024) {
     const i32 places = (i32)r.extra[0], n = (i32)from.ne[0];
     const bool descending = r.extra[2] != 0;
     i32 *order = r.extra[1] ? reinterpret_cast<i32 *>(r.extra[1]) + (i64)blockIdx.x * places : shared;
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         const u8 *source = at.in(from);
         __syncthreads();
@@ -123,7 +123,7 @@ KERNEL(cumsum, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     SHARED_ARRAY(float, warps, 32);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (i64 row = blockIdx.x; row < to.ne[1] * to.ne[2] * to.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, to.ne[1] * to.ne[2] * to.ne[3]) {
         const Row at(to, row);
         const u8 *source = at.in(from);
         u8 *target = at.in(to);

@@ -8,7 +8,7 @@ KERNEL(soft_max, 512) {
     SHARED_ARRAY(double, sums, 32);
     const i64 n = from.ne[0];
     const float scale = param_f32(r, 0), max_bias = param_f32(r, 1);
-    for (i64 row = blockIdx.x; row < from.ne[1] * from.ne[2] * from.ne[3]; row += gridDim.x) {
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         const u8 *source = at.in(from);
         u8 *target = at.in(to);

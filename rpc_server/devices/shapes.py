@@ -1,0 +1,30 @@
+"""How kernels walk tensors: what lowerings of every device ask of shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rpc_server.graph.tensor import Tensor
+
+
+def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
+    """How a kernel walks tensors of one shape: (1, all elements) if all are dense."""
+    if t.contiguous and all(o.contiguous for o in others):
+        return 1, t.nelements
+    return t.nrows, t.ne[0]
+
+
+def _half(t: Tensor, width: int, second: bool) -> Tensor:
+    """A view on ``width`` elements of every row, its first ones or those behind them."""
+    offset = width * t.type_size if second else 0
+    return replace(t, ne=(width, *t.ne[1:]), address=t.address + offset)
+
+
+def gated_and_gate(t: Tensor) -> tuple[Tensor, Tensor]:
+    """What GLU node ``t`` gates, and the gate: its sources, or the halves of its source's rows."""
+    x, gate = t.src[0], t.src[1]
+    assert x is not None
+    if gate is not None:
+        return x, gate
+    width, swapped = x.ne[0] // 2, bool(t.param_i32(1))
+    return _half(x, width, swapped), _half(x, width, not swapped)
