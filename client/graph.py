@@ -21,7 +21,7 @@ from client.signals import SignalOps
 from client.tensors import FLAG_COMPUTE, FLAG_PARAM, Tensor
 from client.training import TrainingOps
 from client.windows import WindowOps
-from protocol.dialects import Dialect
+from protocol.dialects import USE_COUNT_SINCE, Dialect
 from protocol.ggml_ops import Op
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE
@@ -57,6 +57,8 @@ class Graph:
                 tensors[name] = [dialect.op_number(row[name]) for row in rows]
             elif rows:
                 tensors[name] = [row[name] for row in rows]
+        if dialect.version < USE_COUNT_SINCE:
+            tensors["use_count"] = 0
         nodes = np.array([t.id for t in self.nodes], np.uint64)
         return GraphPayload(device, nodes, tensors)
 

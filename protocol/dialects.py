@@ -45,6 +45,10 @@ class CommandSpec:
     body: Body = Body.NONE
 
 
+# What rpc_tensor's last four bytes are from this version on; they were padding before.
+USE_COUNT_SINCE: Version = (5, 1, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """One protocol version as this project speaks it.

@@ -311,7 +311,9 @@ def test_encoding(g: GraphBuilder, dialect: Any) -> None:
     assert payload.tensors["view_src"].tolist() == [0, a.id, 0]
     assert payload.tensors["src"][1:, 0].tolist() == [a.id, view.id]
     assert payload.tensors["nb"][0].tolist() == [4, 16, 48, 48]
-    assert payload.tensors["use_count"].tolist() == [1, 1, 0]
+    # Padding before 5.1.
+    uses = [1, 1, 0] if dialect.version >= (5, 1, 0) else [0, 0, 0]
+    assert payload.tensors["use_count"].tolist() == uses
 
 
 def test_an_op_that_the_version_lacks(g: GraphBuilder) -> None:
