@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+from rpc_server.logs import ClientLog
+
 log = logging.getLogger(__name__)
 
 # Inputs of graphs are uploads too; only a load of weights is worth a line.
@@ -15,7 +17,7 @@ class UploadMeter:
     """Counts the uploads between two other requests of one client."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._log = ClientLog(log, name)
         self._clear()
 
     def _clear(self) -> None:
@@ -46,9 +48,8 @@ class UploadMeter:
         """Tell what was uploaded since the last line."""
         if self._bytes >= _WORTH_TELLING:
             seconds = max(time.monotonic() - self._started, 1e-6)
-            log.info(
-                "%s: %d tensors, %.1f MiB in %.1f s (%.0f MiB/s), %.1f MiB of it from the cache",
-                self._name,
+            self._log.info(
+                "%d tensors, %.1f MiB in %.1f s (%.0f MiB/s), %.1f MiB of it from the cache",
                 self._tensors,
                 self._bytes / (1 << 20),
                 seconds,

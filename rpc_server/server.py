@@ -63,7 +63,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session = Session(context, transport, figures, self._pump)
         context.figures.connected(figures)
         self._server.connections.add(self)
-        log.debug("%s: connected", figures.name)
+        self._session.log.debug("connected")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

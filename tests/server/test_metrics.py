@@ -20,6 +20,7 @@ from protocol.commands import Command
 from rpc_server.exporter import Collector
 from rpc_server.logs import ClientLog, JsonFormatter
 from rpc_server.metrics import GRAPH_BUCKETS
+from rpc_server.progress import UploadMeter
 from tests.server.clients import Bystander, endless
 from tests.server.process import ServerProcess, Wire, running, tensor
 from tests.split.cluster import Coordinator, Worker
@@ -196,6 +197,22 @@ def test_a_log_of_objects() -> None:
     assert re.fullmatch(r"client \d+ \(127\.0\.0\.1:\d+\)", line["client"])
     assert line["message"].startswith("GRAPH_COMPUTE of 2097152 bytes, the limit is 1048576")
     assert (line["event"], line["kind"], line["option"]) == ("refused", "limit", "--max-message")
+
+
+def test_a_load_of_weights_names_its_client(caplog: pytest.LogCaptureFixture) -> None:
+    """For people the line begins with the client, for programs that is a field."""
+    name = "client 1 (10.0.0.7:5)"
+    meter = UploadMeter(name)
+    with caplog.at_level(logging.INFO):
+        meter.upload(3 << 20, cached=False)
+        meter.upload(1 << 20, cached=True)
+        meter.other()
+    (record,) = caplog.records
+    text = r"2 tensors, 4\.0 MiB in 0\.0 s \(\d+ MiB/s\), 1\.0 MiB of it from the cache"
+    assert re.fullmatch(re.escape(f"{name}: ") + text, record.getMessage())
+    line = json.loads(JsonFormatter().format(record))
+    assert line["client"] == name
+    assert re.fullmatch(text, line["message"])
 
 
 def test_traces_and_odd_names_stay_on_one_line(caplog: pytest.LogCaptureFixture) -> None:

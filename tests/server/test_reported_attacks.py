@@ -3,11 +3,11 @@
 Each is refused: the connection of the attacker is closed with a line in the log, the server goes
 on, and what another client has in memory around the attacker's is as it was, byte by byte.
 
-Where a report was not to be had, its text is taken from what later reports say of it:
-github.com/ggml-org/ggml pull request 1103 names the three advisories of 2024 (llama.cpp's
-GHSA-wcr5-566p-9cwj, GHSA-5vm9-p64x-gqw9 and GHSA-mqp6-7pv6-fqjf; CVE-2024-42479, 42478 and 42477)
-and what they made impossible: writing and reading where the attacker wants. Issues and pull
-requests are llama.cpp's, unless it is said otherwise.
+The three advisories of 2024 (llama.cpp's GHSA-wcr5-566p-9cwj, GHSA-5vm9-p64x-gqw9 and
+GHSA-mqp6-7pv6-fqjf) are followed as databases of vulnerabilities describe them (CVE-2024-42479: a
+write to any address by SET_TENSOR; 42478: a read by GET_TENSOR; 42477: a type behind the end of
+the table of types), and github.com/ggml-org/ggml pull request 1103, which ended them. Issues and
+pull requests are llama.cpp's, unless it is said otherwise.
 """
 
 from __future__ import annotations
