@@ -29,7 +29,7 @@ from protocol.framing import (
     UploadStart,
 )
 from rpc_server.context import ServerContext
-from rpc_server.devices.base import Device, DeviceError
+from rpc_server.devices.base import Device, DeviceError, Lane
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import check_message, label_of_message
 from rpc_server.handlers import HANDLERS
@@ -96,6 +96,8 @@ class Session:
             context.negotiator, figures.address, self.log, extension=extension
         )
         self.plans = [PlanCache() for _ in context.budgets]
+        # By device; there is none before the first graph.
+        self._lanes: list[Lane | None] = [None for _ in context.budgets]
         self.programs = Programs(figures.name, limits.peer)
         self.uploads = Uploads(self)
         self.meter = UploadMeter(figures.name)
@@ -208,6 +210,9 @@ class Session:
         for plans in self.plans:
             plans.clear()
         self.programs.clear()
+        for lane in self._lanes:
+            if lane is not None:
+                lane.leave()
         self.uploads.clear()
         # A view of a buffer would keep its memory from being given back.
         self.reader.abandon()
@@ -360,6 +365,13 @@ class Session:
 
     def device(self, index: int) -> Device:
         return self.context.budgets[index].device
+
+    def lane(self, index: int) -> Lane:
+        """What this client's graphs run by on a device."""
+        lane = self._lanes[index]
+        if lane is None:
+            lane = self._lanes[index] = self.device(index).lane()
+        return lane
 
     def locate(self, tensor: Any, offset: int, size: int) -> tuple[Buffer, int]:
         """Buffer and offset of ``size`` bytes, ``offset`` bytes into a tensor off the wire.

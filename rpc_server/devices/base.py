@@ -1,4 +1,4 @@
-"""What the server needs of a device: memory to give to clients and a thread that runs graphs."""
+"""What the server needs of a device: memory to give to clients, and what runs their graphs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "Copying",
     "Device",
     "DeviceError",
+    "Lane",
     "NotReadyError",
     "Plan",
     "Relaying",
@@ -127,7 +128,7 @@ class Plan(Protocol):
     dialect: Dialect
 
     def run(self) -> None:
-        """Run the whole graph on the calling thread (the device's). Raises GraphError."""
+        """Run the whole graph on the calling thread (one of the device's). Raises GraphError."""
         ...
 
     # Whether others are hurt if a run is stopped: clients that share what it uses.
@@ -135,6 +136,34 @@ class Plan(Protocol):
 
     def stop(self) -> None:
         """Let a run that is under way fail soon; from any thread. The plan can't be run again."""
+        ...
+
+
+class Lane(Protocol):
+    """What graphs of one client run by on a device: one after the other, and maybe beside others'.
+
+    One job of a lane is submitted at a time.
+    """
+
+    def prepare(self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve) -> Plan:
+        """Parse, validate and plan a graph; the first dialect that fits is taken.
+
+        Runs on a thread of the device's. Raises GraphError, NotReadyError.
+        """
+        ...
+
+    def program(
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
+    ) -> Plan:
+        """Plan a program of the split extension, whose stream is ``peer``'s; as prepare."""
+        ...
+
+    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run ``job`` on a thread of the device's."""
+        ...
+
+    def leave(self) -> None:
+        """The client is gone, nothing of it runs, and its plans have been let go of."""
         ...
 
 
@@ -174,25 +203,12 @@ class Device(Protocol):
         """Bytes the tensor needs in a buffer of this device (GET_ALLOC_SIZE)."""
         ...
 
-    def prepare(self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve) -> Plan:
-        """Parse, validate and plan a graph; the first dialect that fits is taken.
-
-        Runs on the device's thread. Raises GraphError, NotReadyError.
-        """
-        ...
-
-    def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
-    ) -> Plan:
-        """Plan a program of the split extension, whose stream is ``peer``'s; as prepare."""
+    def lane(self) -> Lane:
+        """For the graphs of one client."""
         ...
 
     def expect_weights(self, type: GgmlType) -> None:
         """Weights of ``type`` are being uploaded: get kernels ready, without blocking."""
-        ...
-
-    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Run ``job`` on the device's own thread, after the jobs submitted before it."""
         ...
 
     def close(self) -> None: ...

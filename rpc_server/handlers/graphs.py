@@ -11,13 +11,42 @@ from typing import TYPE_CHECKING
 from protocol.commands import Command
 from protocol.framing import Request
 from protocol.graph_payload import decode_graph
-from rpc_server.devices.base import Device, NotReadyError
+from rpc_server.devices.base import Lane, NotReadyError
 from rpc_server.graph.errors import GraphError
 from rpc_server.handlers.base import Handler, device_index
+from rpc_server.memory import Buffer, Buffers
 from rpc_server.runs import Run
 
 if TYPE_CHECKING:
     from rpc_server.session import Session
+
+
+class _Here:
+    """The buffers that a client has on one device, for the graphs that run there.
+
+    llama.cpp names those on other devices too, for tensors that no node of the graph reads.
+    """
+
+    def __init__(self, buffers: Buffers, device: int) -> None:
+        self._buffers = buffers
+        self._device = device
+        self._elsewhere: set[int] = set()
+
+    def __call__(self, handle: int) -> Buffer | None:
+        buffer = self._buffers.find(handle)
+        if buffer is None or buffer.device == self._device:
+            return buffer
+        self._elsewhere.add(buffer.device)
+        return None
+
+    def explained(self, error: GraphError) -> GraphError:
+        """The error, and where else the graph's tensors are."""
+        if not self._elsewhere:
+            return error
+        others = ", ".join(map(str, sorted(self._elsewhere)))
+        return GraphError(
+            f"{error} (the graph runs on device {self._device}, has tensors on device {others})"
+        )
 
 
 def _graph_compute(s: Session, request: Request) -> None:
@@ -27,14 +56,14 @@ def _graph_compute(s: Session, request: Request) -> None:
     nodes = len(graph.nodes)
     s.context.limits.check_graph(nodes, len(graph.tensors))
     index = s.existing_device(request.command, graph.device)
-    device = s.device(index)
+    lane = s.lane(index)
     plans = s.plans[index]
     plan = plans.find(payload)
     if plan is None:
         s.figures.plan_misses += 1
     else:
         s.figures.plan_hits += 1
-    dialects, find = s.handshake.dialects, s.buffers.find
+    dialects, here = s.handshake.dialects, _Here(s.buffers, index)
     task = Run(nodes)
 
     def job() -> None:
@@ -42,11 +71,14 @@ def _graph_compute(s: Session, request: Request) -> None:
             task.go(plan)
             return
         task.begin()
-        made = device.prepare(graph, dialects, find)
+        try:
+            made = lane.prepare(graph, dialects, here)
+        except GraphError as error:
+            raise here.explained(error) from None
         plans.add(payload, made, nodes)
         task.go(made)
 
-    run(s, request.command, device, task, job)
+    run(s, request.command, lane, task, job)
 
 
 def _graph_recompute(s: Session, request: Request) -> None:
@@ -58,7 +90,7 @@ def _graph_recompute(s: Session, request: Request) -> None:
     s.figures.plan_hits += 1
     task = Run(nodes)
 
-    run(s, request.command, s.device(index), task, lambda: task.go(plan))
+    run(s, request.command, s.lane(index), task, lambda: task.go(plan))
 
 
 class _Submitted:
@@ -68,20 +100,20 @@ class _Submitted:
     closures that name each other: they would keep the client's memory until cycles are collected.
     """
 
-    __slots__ = ("_command", "_device", "_job", "_loop", "_session", "_task")
+    __slots__ = ("_command", "_job", "_lane", "_loop", "_session", "_task")
 
     def __init__(
-        self, s: Session, command: Command, device: Device, task: Run, job: Callable[[], None]
+        self, s: Session, command: Command, lane: Lane, task: Run, job: Callable[[], None]
     ) -> None:
         self._session = s
         self._command = command
-        self._device = device
+        self._lane = lane
         self._task = task
         self._job = job
         self._loop = asyncio.get_running_loop()
 
     def submit(self, _: object = None) -> None:
-        self._device.submit(self._job).add_done_callback(self._done)
+        self._lane.submit(self._job).add_done_callback(self._done)
 
     def _done(self, future: concurrent.futures.Future[None]) -> None:
         """On the device's thread."""
@@ -99,11 +131,11 @@ class _Submitted:
         waiting.add_done_callback(self.submit)
 
 
-def run(s: Session, command: Command, device: Device, task: Run, job: Callable[[], None]) -> None:
-    """Do ``job`` on the device's thread before any further event."""
+def run(s: Session, command: Command, lane: Lane, task: Run, job: Callable[[], None]) -> None:
+    """Do ``job`` on a thread of the device's before any further event."""
     s.running = task
     s.busy = True
-    _Submitted(s, command, device, task, job).submit()
+    _Submitted(s, command, lane, task, job).submit()
 
 
 HANDLERS: dict[int, Handler] = {

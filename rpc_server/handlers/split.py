@@ -41,14 +41,14 @@ def _split_program(s: Session, request: Request) -> None:
     s.programs.check(number)
     payload = decode_program(request.graph)
     s.context.limits.check_graph(sum(len(p.nodes) for p in payload.steps), len(payload.tensors))
-    device, dialect, find = s.device(index), s.dialect, s.buffers.find
+    lane, dialect, find = s.lane(index), s.dialect, s.buffers.find
     task = Run()
 
     def job() -> None:
         task.begin()
-        s.programs.make(device, index, number, payload, dialect, find)
+        s.programs.make(lane, index, number, payload, dialect, find)
 
-    run(s, request.command, device, task, job)
+    run(s, request.command, lane, task, job)
 
 
 def _split_run(s: Session, request: Request) -> None:
@@ -59,7 +59,7 @@ def _split_run(s: Session, request: Request) -> None:
     s.begin_stream()
     task = Run()
 
-    run(s, request.command, s.device(index), task, lambda: task.go(plan))
+    run(s, request.command, s.lane(index), task, lambda: task.go(plan))
 
 
 def _split_status(s: Session, request: Request) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
 from protocol.split import MAX_PROGRAMS, ProgramPayload
-from rpc_server.devices.base import BufferLike, Device, Plan, Resolve
+from rpc_server.devices.base import BufferLike, Lane, Plan, Resolve
 
 if TYPE_CHECKING:
     from rpc_server.split.exchange import Peer
@@ -39,7 +39,7 @@ class Programs:
 
     def make(
         self,
-        device: Device,
+        lane: Lane,
         index: int,
         number: int,
         payload: ProgramPayload,
@@ -57,7 +57,7 @@ class Programs:
             return resolve(handle)
 
         self._plans.pop((index, number), None)
-        plan = device.program(payload, dialect, watched, self.peer)
+        plan = lane.program(payload, dialect, watched, self.peer)
         self._plans[index, number] = (plan, frozenset(handles))
 
     def find(self, index: int, number: int) -> Plan:

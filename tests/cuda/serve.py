@@ -1,6 +1,8 @@
 """``python -m tests.cuda.serve``: the server with an emulated GPU, for clients to try the device.
 
-Options are the server's. With ``EMULATION=fast`` in the environment accesses are not checked.
+Options are the server's. In the environment: with ``EMULATION=fast`` accesses are not checked;
+``EMULATED_CARDS=2`` makes it two cards, which with ``EMULATED_PEERS=0`` can't reach each other;
+``EMULATED_CAPABILITY=8.0`` is what they can do.
 """
 
 from __future__ import annotations

@@ -1,19 +1,25 @@
 """What the CUDA device uses of CuPy, over the memory of the host: for machines without a GPU.
 
-``install()`` puts it in the place of ``cupy``. Kernels run in the emulation, with every access
-checked against the exact bounds of what was allocated. Streams are queues: what is given to one
-runs when somebody waits for it, and no earlier: what needs an order and hasn't got it reads old
-bytes. What must not be done while a stream is being captured fails, as it does on a card.
+``install()`` puts it in the place of ``cupy``, with one card or several. Kernels run in the
+emulation, with every access checked against the exact bounds of what was allocated on their card.
+Streams are queues: what is given to one runs when somebody waits for it, and no earlier: what needs
+an order and hasn't got it reads old bytes. What must not be done while a stream is captured, with a
+card that isn't the current one, or with what belongs to another card, fails as it does with CuPy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
+import os
 import sys
+import threading
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
+from unittest import mock
 
 import numpy as np
 
@@ -21,25 +27,37 @@ from tests.cuda import emulation
 
 # As a small card.
 TOTAL_BYTES = 4 << 30
-_PROPERTIES = {
+_PROPERTIES: dict[str, Any] = {
     "name": b"emulated GPU",
     "multiProcessorCount": 4,
     "major": 6,
     "minor": 1,
 }
+# A kernel gets no more without being asked whether it may.
+_MOST_SHARED = 48 << 10
+
+# Whether global memory is watched for races too; CHECKED: whether anything is.
+RACES = False
+CHECKED = True
 
 
 class CUDARuntimeError(RuntimeError):
     """As cupy's."""
 
 
-class _Memory:
-    """What has been allocated on the card."""
+class CUDADriverError(RuntimeError):
+    """As cupy's, for launches."""
+
+
+class _Card:
+    """One card: what has been allocated on it, and which others its copies may reach."""
 
     def __init__(self) -> None:
         self.arrays: dict[int, np.ndarray[Any, Any]] = {}
         self.known = emulation.Memory()
         self.used = 0
+        self.peers: set[int] = set()
+        self.failed = False
 
     def allocate(self, size: int) -> int:
         if self.used + size > TOTAL_BYTES:
@@ -51,9 +69,14 @@ class _Memory:
         self.used += size
         return address
 
+    def alive(self) -> None:
+        """Raises CUDARuntimeError once a kernel has failed."""
+        if self.failed:
+            raise CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access")
+
     def free(self, address: int) -> None:
         if address not in self.arrays:
-            raise CUDARuntimeError(f"cudaErrorInvalidValue: {address:#x} was not allocated")
+            raise CUDARuntimeError(f"cudaErrorInvalidValue: {address:#x} was not allocated here")
         self.known.remove(address)
         self.used -= len(self.arrays.pop(address)) - 512
 
@@ -63,146 +86,346 @@ class _Memory:
             raise CUDARuntimeError(f"cudaErrorInvalidValue: {size} bytes at {address:#x}")
 
 
-_memory = _Memory()
-_capturing: list[Stream] = []
+_cards: list[_Card] = []
+# Whether cards can reach each other's memory.
+_peering = True
+# One thread at a time gives to streams, or runs what they were given.
+_lock = threading.RLock()
 
 
-def _not_while_capturing(what: str) -> None:
-    if _capturing:
+class _OfThread(threading.local):
+    """What each thread has for itself: its current card, and a current stream for each card."""
+
+    def __init__(self) -> None:
+        self.card = 0
+        self.outer: list[int] = []
+        self.streams: dict[int, list[Stream]] = {}
+
+
+_mine = _OfThread()
+
+
+# -- captures ----------------------------------------------------------------------------------
+
+GLOBAL, OF_THREAD, RELAXED = range(3)
+
+
+class _Capture:
+    """What a stream is given while it is captured; ``broken`` once something spoilt it."""
+
+    def __init__(self, card: int, mode: int) -> None:
+        self.card = card
+        self.mode = mode
+        self.thread = threading.get_ident()
+        self.jobs: list[Callable[[], Any]] = []
+        self.broken = False
+
+
+_captures: set[_Capture] = set()
+
+
+def _spoil(captures: Sequence[_Capture], what: str) -> None:
+    for capture in captures:
+        capture.broken = True
+    if captures:
         raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what}")
+
+
+def _unsafe(what: str) -> None:
+    """What a thread must not do in its own capture, and no thread in a global one."""
+    own = threading.get_ident()
+    _spoil(
+        [c for c in _captures if c.mode == GLOBAL or (c.mode, c.thread) == (OF_THREAD, own)], what
+    )
+
+
+def _waits_for(card: int, what: str) -> None:
+    """What waits for all that a card has been given."""
+    _unsafe(what)
+    _spoil([c for c in _captures if c.card == card], what)
+    _cards[card].alive()
+    for queue in list(_queues.values()):
+        if queue.card == card:
+            queue.run_to(queue.given)
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+
+class _Queue:
+    """What a stream has been given, and has not run yet."""
+
+    def __init__(self, card: int) -> None:
+        self.card = card
+        self.jobs: deque[Callable[[], Any]] = deque()
+        self.given = self.ran = 0
+        self.capture: _Capture | None = None
+        self._open = threading.Event()
+        self._open.set()
+        self.reached = threading.Event()
+
+    def give(self, job: Callable[[], Any]) -> None:
+        with _lock:
+            if self.capture is not None:
+                self.capture.jobs.append(job)
+                return
+            self.jobs.append(job)
+            self.given += 1
+
+    def run_to(self, mark: int) -> None:
+        _cards[self.card].alive()
+        while self.ran < mark:
+            if not self._open.is_set():
+                self.reached.set()
+                self._open.wait()
+            with _lock:
+                if self.ran < mark:
+                    job = self.jobs.popleft()
+                    self.ran += 1
+                    job()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[threading.Event]:
+        """Nothing given to it runs meanwhile; the event is set when somebody waits for that."""
+        self.reached.clear()
+        self._open.clear()
+        try:
+            yield self.reached
+        finally:
+            self._open.set()
+
+
+_queues: dict[int, _Queue] = {}
+_numbers = itertools.count(0x1000)
+
+
+def _queue(stream: int) -> _Queue:
+    if stream not in _queues:
+        raise CUDARuntimeError(f"cudaErrorInvalidResourceHandle: {stream:#x} is no stream")
+    _cards[_queues[stream].card].alive()
+    return _queues[stream]
 
 
 class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        self._stream: Stream | None = None
-        self._mark = 0
+        self._card = _mine.card
+        self.recorded: tuple[_Queue, int] | None = None
 
     def record(self, stream: Stream) -> None:
-        self._stream, self._mark = stream, stream.given
+        queue = _queue(stream.ptr)
+        if queue.card != self._card:
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the stream of another card")
+        if queue.capture is not None:
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: an event of a capture")
+        self.recorded = queue, queue.given
 
     @property
     def done(self) -> bool:
-        return self._stream is None or self._stream.ran >= self._mark
+        _unsafe("asking for an event")
+        return self.recorded is None or self.recorded[0].ran >= self.recorded[1]
 
     def synchronize(self) -> None:
-        if self._stream is not None:
-            self._stream.run_to(self._mark)
+        _unsafe("waiting for an event")
+        if self.recorded is not None:
+            self.recorded[0].run_to(self.recorded[1])
 
 
 class Graph:
-    def __init__(self, jobs: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, card: int, jobs: Sequence[Callable[[], None]]) -> None:
+        self._card = card
         self._jobs = list(jobs)
 
     def launch(self, stream: Stream) -> None:
-        stream.give(lambda: [job() for job in self._jobs])
+        queue = _queue(stream.ptr)
+        if queue.card != self._card:
+            raise CUDARuntimeError("cudaErrorInvalidValue: a graph of another card")
+        queue.give(lambda: [job() for job in self._jobs])
 
 
 class Stream:
-    current: ClassVar[list[Stream]] = []
-
     def __init__(self, non_blocking: bool = False) -> None:
-        self._jobs: deque[Callable[[], Any]] = deque()
-        self.given = self.ran = 0
-        self._captured: list[Callable[[], None]] | None = None
-        self.ptr = id(self)
-        _streams[self.ptr] = self
+        assert non_blocking, "streams that wait for the null stream"
+        self.device_id = _mine.card
+        self.ptr = next(_numbers)
+        self.queue = _queues[self.ptr] = _Queue(self.device_id)
+
+    def __del__(self) -> None:
+        # The card still runs what it was given.
+        if not self.queue.jobs:
+            _queues.pop(self.ptr, None)
 
     def __enter__(self) -> Self:
-        Stream.current.append(self)
+        if self.device_id != _mine.card:
+            raise RuntimeError(
+                f"The device that the stream is created on ({self.device_id}) "
+                f"does not match with the current device ({_mine.card})"
+            )
+        _mine.streams.setdefault(self.device_id, []).append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        Stream.current.pop()
-
-    def give(self, job: Callable[[], Any]) -> None:
-        if self._captured is not None:
-            self._captured.append(job)
-            return
-        self._jobs.append(job)
-        self.given += 1
-
-    def run_to(self, mark: int) -> None:
-        while self.ran < mark:
-            job = self._jobs.popleft()
-            self.ran += 1
-            job()
+        _mine.streams[self.device_id].pop()
 
     def synchronize(self) -> None:
-        _not_while_capturing("waiting for a stream")
-        self.run_to(self.given)
+        if self.queue.capture is not None:
+            _spoil([self.queue.capture], "waiting for a stream that is captured")
+        self.queue.run_to(self.queue.given)
 
     def wait_event(self, event: Event) -> None:
-        self.give(event.synchronize)
+        if self.queue.capture is not None:
+            _spoil([self.queue.capture], "waiting for what is not captured")
+        if event.recorded is not None:
+            # That it is recorded again later does not matter.
+            queue, mark = event.recorded
+            self.queue.give(lambda: queue.run_to(mark))
 
-    def begin_capture(self) -> None:
-        _not_while_capturing("a second capture")
-        self._captured = []
-        _capturing.append(self)
+    def begin_capture(self, mode: int | None = None) -> None:
+        if self.queue.capture is not None:
+            raise CUDARuntimeError("cudaErrorIllegalState: it is captured already")
+        capture = _Capture(self.device_id, RELAXED if mode is None else mode)
+        self.queue.capture = capture
+        _captures.add(capture)
 
     def end_capture(self) -> Graph:
-        _capturing.remove(self)
-        jobs, self._captured = self._captured, None
-        assert jobs is not None
-        return Graph(jobs)
+        capture, self.queue.capture = self.queue.capture, None
+        assert capture is not None
+        _captures.discard(capture)
+        if capture.mode != RELAXED and capture.thread != threading.get_ident():
+            raise CUDARuntimeError("cudaErrorStreamCaptureWrongThread")
+        if capture.broken:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
+        return Graph(capture.card, capture.jobs)
 
 
-_streams: dict[int, Stream] = {}
+def _current() -> Stream:
+    """The current stream of the current card."""
+    streams = _mine.streams.get(_mine.card)
+    assert streams, "the null stream, which has an order with no other"
+    return streams[-1]
 
 
-class _Function:
-    def __init__(self, module: emulation.Module, name: str) -> None:
-        self._module = module
+# -- kernels -----------------------------------------------------------------------------------
+
+
+class RawKernel:
+    """As cupy's: on each card it is loaded when it is first asked for there."""
+
+    def __init__(self, code: str, name: str) -> None:
+        self._code = code
         self._name = name
+        self._loaded: dict[int, emulation.Module] = {}
+        self._module()
+
+    def _module(self) -> emulation.Module:
+        if _mine.card not in self._loaded:
+            _unsafe("loading a module")
+            with _lock:
+                module = emulation.build("standin", self._code, checked=CHECKED)
+            assert self._name in module
+            self._loaded[_mine.card] = module
+        return self._loaded[_mine.card]
 
     def __call__(
         self,
-        grid: Sequence[int],
-        block: Sequence[int],
-        arguments: tuple[Any, ...],
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple[Any, ...],
+        *,
         shared_mem: int = 0,
     ) -> None:
+        module, stream, (argument,) = self._module(), _current(), args
+        assert isinstance(argument, np.ndarray)
+        if argument.size != 1:
+            raise TypeError("Only numpy.ndarrays of size one can be passed by value.")
+        if shared_mem > _MOST_SHARED:
+            raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory")
         # A card copies the arguments at the launch.
-        words = np.array(arguments[0], copy=True)
-
-        def job() -> None:
-            self._module.launch(
-                self._name, words, grid, block, _memory.known, shared=shared_mem, races=RACES
+        record = argument.copy()
+        known = _cards[stream.device_id].known
+        stream.queue.give(
+            lambda: module.launch(
+                self._name, record, grid, block, known, shared=shared_mem, races=RACES
             )
-
-        Stream.current[-1].give(job)
-
-
-# Whether global memory is watched for races too; CHECKED: whether anything is.
-RACES = False
-CHECKED = True
+        )
 
 
 class RawModule:
-    def __init__(self, *, code: str, options: Sequence[str], backend: str) -> None:
-        _not_while_capturing("loading a module")
+    def __init__(self, *, code: str, options: tuple[str, ...], backend: str) -> None:
+        assert isinstance(options, tuple)
         assert backend == "nvrtc"
-        self._module = emulation.build("standin", code, checked=CHECKED)
+        self._code = code
 
-    def get_function(self, name: str) -> _Function:
-        assert name in self._module
-        return _Function(self._module, name)
+    def get_function(self, name: str) -> RawKernel:
+        return RawKernel(self._code, name)
+
+
+# -- cards -------------------------------------------------------------------------------------
 
 
 class Device:
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, device: int) -> None:
+        self.id = device
 
     def __enter__(self) -> Self:
+        _mine.outer.append(_mine.card)
+        _set_device(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        _set_device(_mine.outer.pop())
+
+
+def _set_device(index: int) -> None:
+    _card(index)
+    _mine.card = index
+
+
+def _card(index: int) -> _Card:
+    if not 0 <= index < len(_cards):
+        raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
+    return _cards[index]
+
+
+def _can_access_peer(device: int, peer: int) -> int:
+    _card(device)
+    _card(peer)
+    return int(_peering and device != peer)
+
+
+def _enable_peer_access(peer: int) -> None:
+    if not _can_access_peer(_mine.card, peer):
+        raise CUDARuntimeError("cudaErrorPeerAccessUnsupported")
+    peers = _card(_mine.card).peers
+    if peer in peers:
+        raise CUDARuntimeError("cudaErrorPeerAccessAlreadyEnabled")
+    peers.add(peer)
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+# Pinned memory of the host, by address; and by size what has been given back, as in CuPy's pool.
+_pinned: dict[int, int] = {}
+_spare: dict[int, list[Any]] = {}
 
 
 class _Pinned:
     def __init__(self, size: int) -> None:
-        self._bytes = (ctypes.c_uint8 * max(size, 1))()
+        _unsafe("cudaHostAlloc")
+        spare = _spare.get(size)
+        self._bytes = spare.pop() if spare else (ctypes.c_uint8 * max(size, 1))()
         self.ptr = ctypes.addressof(self._bytes)
+        _pinned[self.ptr] = size
+
+    def __del__(self) -> None:
+        # The next who asks has it, whatever the card still does with it.
+        size = _pinned.pop(self.ptr)
+        ctypes.memset(self.ptr, 0xA5, size)
+        _spare.setdefault(size, []).append(self._bytes)
+
+
+def _check_pinned(address: int, size: int) -> None:
+    if not any(a <= address and address + size <= a + n for a, n in list(_pinned.items())):
+        raise CUDARuntimeError(f"{size} bytes at {address:#x} of the host are not pinned")
 
 
 def _move(to: int, source: int, size: int) -> None:
@@ -210,37 +433,76 @@ def _move(to: int, source: int, size: int) -> None:
 
 
 def _copy_async(to: int, source: int, size: int, kind: int, stream: int) -> None:
-    if kind in (1, 3):
-        _memory.check(to, size)
-    if kind in (2, 3):
-        _memory.check(source, size)
-    _streams[stream].give(lambda: _move(to, source, size))
+    queue = _queue(stream)
+    card = _cards[queue.card]
+    assert kind in (1, 2, 3)
+    (card.check if kind in (1, 3) else _check_pinned)(to, size)
+    (card.check if kind in (2, 3) else _check_pinned)(source, size)
+    queue.give(lambda: _move(to, source, size))
+
+
+def _copy_peer_async(
+    to: int, to_card: int, source: int, source_card: int, size: int, stream: int
+) -> None:
+    queue = _queue(stream)
+    _card(to_card).check(to, size)
+    _card(source_card).check(source, size)
+    if queue.card not in (to_card, source_card):
+        raise CUDARuntimeError("cudaErrorInvalidValue: the stream of a third card")
+    queue.give(lambda: _move(to, source, size))
 
 
 def _fill_async(address: int, value: int, size: int, stream: int) -> None:
-    _memory.check(address, size)
-    _streams[stream].give(lambda: ctypes.memset(address, value, size))
+    queue = _queue(stream)
+    if queue.card != _mine.card:
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the stream of another card")
+    _cards[queue.card].check(address, size)
+    queue.give(lambda: ctypes.memset(address, value, size))
 
 
 def _allocate(size: int) -> int:
-    _not_while_capturing("cudaMalloc")
-    return _memory.allocate(size)
+    _unsafe("cudaMalloc")
+    _cards[_mine.card].alive()
+    with _lock:
+        return _cards[_mine.card].allocate(size)
 
 
 def _free(address: int) -> None:
-    _not_while_capturing("cudaFree")
-    # cudaFree waits for all that the card has been given.
-    for stream in list(_streams.values()):
-        stream.run_to(stream.given)
-    _memory.free(address)
+    _waits_for(_mine.card, "cudaFree")
+    with _lock:
+        _cards[_mine.card].free(address)
 
 
-def _array(address: int, type_: int, rows: int, ld: int, k: int) -> np.ndarray[Any, Any]:
+def _memory_info() -> tuple[int, int]:
+    return TOTAL_BYTES - _cards[_mine.card].used, TOTAL_BYTES
+
+
+# -- cuBLAS ------------------------------------------------------------------------------------
+
+# The card of each handle.
+_handles: dict[int, int] = {}
+
+
+def _create() -> int:
+    _unsafe("cublasCreate")
+    handle = next(_numbers)
+    _handles[handle] = _mine.card
+    return handle
+
+
+def _destroy(handle: int) -> None:
+    _waits_for(_handles[handle], "cublasDestroy")
+    del _handles[handle]
+
+
+def _array(
+    card: _Card, address: int, type_: int, rows: int, ld: int, k: int
+) -> np.ndarray[Any, Any]:
     """float32 (rows, k) over rows that are ``ld`` elements apart."""
     size = 4 if type_ == 0 else 2
     if not rows or not k:
         return np.zeros((rows, k), np.float32)
-    _memory.check(address, ((rows - 1) * ld + k) * size)
+    card.check(address, ((rows - 1) * ld + k) * size)
     dtype = {0: np.float32, 2: np.float16, 14: np.uint16}[type_]
     raw = (ctypes.c_uint8 * (((rows - 1) * ld + k) * size)).from_address(address)
     view = np.ndarray((rows, k), dtype, raw, 0, (ld * size, size))
@@ -253,43 +515,65 @@ def _gemm(
     beta: int, c: int, c_type: int, ldc: int, stride_c: int, batch: int, compute: int, algo: int,
 ) -> None:  # fmt: skip
     """gemmStridedBatchedEx as the device calls it: column-major, a transposed, sums in F32."""
+    # CuPy sets the stream at each call, whatever has been set before.
+    queue = _current().queue
+    if queue.capture is not None:
+        raise NotImplementedError("calling cuBLAS API during stream capture")
+    assert _handles[handle] == queue.card
     assert (ta, tb, c_type, compute) == (1, 0, 0, 68)
     assert lda >= k
     assert ldb >= k
     assert ldc >= m
     size = 4 if b_type == 0 else 2
+    card = _cards[queue.card]
 
     def job() -> None:
         for i in range(batch):
-            weights = _array(a + i * stride_a * size, a_type, m, lda, k).astype(np.float32)
-            columns = _array(b + i * stride_b * size, b_type, n, ldb, k).astype(np.float32)
-            _array(c + 4 * i * stride_c, 0, n, ldc, m)[...] = columns @ weights.T
+            weights = _array(card, a + i * stride_a * size, a_type, m, lda, k).astype(np.float32)
+            columns = _array(card, b + i * stride_b * size, b_type, n, ldb, k).astype(np.float32)
+            _array(card, c + 4 * i * stride_c, 0, n, ldc, m)[...] = columns @ weights.T
 
-    _streams[_blas_stream[0]].give(job)
-
-
-_blas_stream = [0]
+    queue.give(job)
 
 
-def _set_stream(handle: int, stream: int) -> None:
-    _blas_stream[0] = stream
+# -- the modules -------------------------------------------------------------------------------
 
 
-def used() -> int:
-    """Bytes allocated on the card."""
-    return _memory.used
+def used(card: int = 0) -> int:
+    """Bytes allocated on a card."""
+    return _cards[card].used
 
 
-def install() -> types.ModuleType:
-    """Be ``cupy`` for whoever imports it from here on."""
+def pinned() -> int:
+    """How many pieces of the host's memory are pinned."""
+    return len(_pinned)
+
+
+def fail(card: int = 0) -> None:
+    """Let the card do nothing from here on, as one whose kernel went out of bounds."""
+    _cards[card].failed = True
+
+
+def handles() -> set[int]:
+    """Handles of cuBLAS that have not been destroyed."""
+    return set(_handles)
+
+
+def _modules() -> dict[str, types.ModuleType]:
     runtime = types.SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
-        getDeviceCount=lambda: 1,
-        getDeviceProperties=lambda index: _PROPERTIES,
-        memGetInfo=lambda: (TOTAL_BYTES - _memory.used, TOTAL_BYTES),
+        streamCaptureModeGlobal=GLOBAL,
+        streamCaptureModeThreadLocal=OF_THREAD,
+        streamCaptureModeRelaxed=RELAXED,
+        getDeviceCount=lambda: len(_cards),
+        getDeviceProperties=lambda device: _card(device) and _PROPERTIES,
+        deviceCanAccessPeer=_can_access_peer,
+        deviceEnablePeerAccess=_enable_peer_access,
+        memGetInfo=_memory_info,
         malloc=_allocate,
         free=_free,
         memcpyAsync=_copy_async,
+        memcpyPeerAsync=_copy_peer_async,
         memsetAsync=_fill_async,
     )
     cuda = types.SimpleNamespace(
@@ -298,15 +582,48 @@ def install() -> types.ModuleType:
         Stream=Stream,
         Event=Event,
         alloc_pinned_memory=_Pinned,
-        device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
+        driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
     )
-    cublas = types.SimpleNamespace(gemmStridedBatchedEx=_gemm, setStream=_set_stream)
-    backends = types.ModuleType("cupy_backends.cuda.libs")
-    backends.__dict__.update(cublas=cublas)
-    sys.modules["cupy_backends.cuda.libs"] = backends
-    for name in ("cupy_backends", "cupy_backends.cuda"):
-        sys.modules[name] = types.ModuleType(name)
-    module = types.ModuleType("cupy")
-    module.__dict__.update(cuda=cuda, RawModule=RawModule, __version__="0 (emulated)")
-    sys.modules["cupy"] = module
-    return module
+    cublas = types.SimpleNamespace(create=_create, destroy=_destroy, gemmStridedBatchedEx=_gemm)
+    nvrtc = types.SimpleNamespace(getVersion=lambda: (12, 9))
+    contents: dict[str, dict[str, Any]] = {
+        "cupy": {"cuda": cuda, "RawModule": RawModule, "__version__": "0 (emulated)"},
+        "cupy_backends": {},
+        "cupy_backends.cuda": {},
+        "cupy_backends.cuda.libs": {"cublas": cublas, "nvrtc": nvrtc},
+    }
+    modules = {name: types.ModuleType(name) for name in contents}
+    for name, module in modules.items():
+        module.__dict__.update(contents[name])
+    return modules
+
+
+def _plug_in(cards: int, peering: bool) -> None:
+    global _peering
+    _cards[:] = [_Card() for _ in range(cards)]
+    for left in (_queues, _handles, _captures):
+        left.clear()
+    _peering = peering
+
+
+def install() -> None:
+    """Be ``cupy`` for whoever imports it from here on.
+
+    EMULATED_CARDS in the environment is the number of cards, one if it isn't given; with
+    EMULATED_PEERS=0 they can't reach each other's memory; EMULATED_CAPABILITY is what they can do,
+    as 8.0.
+    """
+    major, minor = os.environ.get("EMULATED_CAPABILITY", "6.1").split(".")
+    _PROPERTIES.update(major=int(major), minor=int(minor))
+    _plug_in(
+        int(os.environ.get("EMULATED_CARDS", "1")), os.environ.get("EMULATED_PEERS", "1") != "0"
+    )
+    sys.modules.update(_modules())
+
+
+@contextlib.contextmanager
+def installed(cards: int = 1, *, peering: bool = True) -> Iterator[None]:
+    """Be ``cupy`` meanwhile."""
+    _plug_in(cards, peering)
+    with mock.patch.dict(sys.modules, _modules()):
+        yield

@@ -6,7 +6,7 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from protocol.dialects import Dialect
 from protocol.ggml_types import GgmlType
@@ -102,7 +102,15 @@ class CpuDevice:
         items = program_items(payload, dialect, resolve, peer)
         return self._plans().build_items(items, dialect)
 
+    def lane(self) -> Self:
+        """The same for all clients: a graph takes all cores, so they run one after the other."""
+        return self
+
+    def leave(self) -> None:
+        """Clients have nothing of their own here."""
+
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run ``job`` on the device's thread, after the jobs submitted before it."""
         return self._thread.submit(job)
 
     def expect_weights(self, type: GgmlType) -> None:

@@ -2,12 +2,16 @@
 
 This is all that the device uses of CuPy, and the only file that knows how to call it. CuPy is asked
 for when a card is opened, not when this is imported: a machine may have none.
+
+What belongs to a card (memory, streams, events, handles) is made and used while that card is the
+current one of the calling thread; any thread may do so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +22,8 @@ from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.compile import OPTIONS
 from rpc_server.devices.cuda.kernels import Kernel, Unit
 from rpc_server.devices.cuda.planner import Product
+
+log = logging.getLogger(__name__)
 
 # cuBLAS: cudaDataType, cublasOperation_t, cublasComputeType_t, cublasGemmAlgo_t.
 _CUBLAS_TYPES = {GgmlType.F32: 0, GgmlType.F16: 2, GgmlType.BF16: 14}
@@ -45,6 +51,20 @@ def _cupy() -> Any:
     return cupy
 
 
+def _libraries() -> Any:
+    """CuPy's cuBLAS, once both libraries that CuPy loads itself are known to be there."""
+    try:
+        from cupy_backends.cuda.libs import cublas, nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        raise CardError(
+            f"CuPy finds no cuBLAS or NVRTC ({error}): "
+            "pip install 'ggml-rpc-server[cuda12]', or [cuda13], brings both"
+        ) from None
+    return cublas
+
+
 def card_count() -> int:
     """How many GPUs CuPy can use. Raises CardError, which says why there are none."""
     cupy = _cupy()
@@ -52,6 +72,11 @@ def card_count() -> int:
         return int(cupy.cuda.runtime.getDeviceCount())
     except Exception as error:
         raise CardError(f"no CUDA GPU can be used here: {error}") from None
+
+
+def by_value(record: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The record as one element: CuPy passes host arrays with more to no kernel."""
+    return record.view(f"V{record.nbytes}")
 
 
 class Pinned:
@@ -79,11 +104,24 @@ class Card:
         self.multiprocessors = int(properties["multiProcessorCount"])
         # As 61 for 6.1.
         self.capability = 10 * int(properties["major"]) + int(properties["minor"])
+        self._cublas = _libraries()
+        # What calls raise; once a kernel has failed, all of them do.
+        self.failure: tuple[type[Exception], ...] = (
+            runtime.CUDARuntimeError,
+            self.cupy.cuda.driver.CUDADriverError,
+        )
         self._device = self.cupy.cuda.Device(index)
         self._modules: dict[Unit, Any] = {}
         self._functions: dict[Kernel, Any] = {}
         self._lock = threading.Lock()
-        self._peers: dict[int, bool] = {}
+        # Cards whose memory this one has been asked to reach.
+        self._peers: set[int] = set()
+        # Held while a stream is captured, and by what waits for the whole card: that would make the
+        # capture fail. Only what the host does is captured, so nobody waits for long.
+        self._whole = threading.RLock()
+        self._capturing = False
+        # Memory that was to be freed in the middle of a capture.
+        self._unwanted: list[int] = []
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -101,19 +139,35 @@ class Card:
 
     def allocate(self, size: int) -> int:
         """Address of exactly ``size`` bytes, not from CuPy's pool. Raises MemoryError."""
-        with self._device:
+        with self._whole, self._device:
             try:
                 return int(self.cupy.cuda.runtime.malloc(size))
             except self.cupy.cuda.runtime.CUDARuntimeError as error:
                 raise MemoryError(f"{size} bytes on {self.name}: {error}") from None
 
     def free(self, address: int) -> None:
-        with self._device:
-            self.cupy.cuda.runtime.free(address)
+        """Give memory back; waits for all that the card has been given."""
+        with self._whole, self._device:
+            if self._capturing:
+                # A finalizer that ran in the capturing thread.
+                self._unwanted.append(address)
+                return
+            self._give_back(self.cupy.cuda.runtime.free, address)
+
+    def _give_back(self, how: Callable[[int], None], what: int) -> None:
+        """A card that has failed has lost it anyway."""
+        try:
+            how(what)
+        except self.failure as error:
+            log.debug("%s takes nothing back: %s", self.name, error)
 
     def pinned(self, size: int) -> Pinned:
-        with self._device:
-            return Pinned(self.cupy, size)
+        """Raises MemoryError."""
+        with self._whole, self._device:
+            try:
+                return Pinned(self.cupy, size)
+            except self.cupy.cuda.runtime.CUDARuntimeError as error:
+                raise MemoryError(f"{size} bytes of pinned memory: {error}") from None
 
     # -- streams and copies --------------------------------------------------------------------
 
@@ -144,18 +198,19 @@ class Card:
             self.cupy.cuda.runtime.memcpyAsync(to, address, size, _ON_DEVICE, stream.ptr)
 
     def copy_from_peer(self, to: int, peer: Card, address: int, size: int, stream: Any) -> None:
-        """Enqueue a copy from another card's memory, past the host if the two can."""
-        if peer.index not in self._peers:
-            runtime = self.cupy.cuda.runtime
-            direct = bool(runtime.deviceCanAccessPeer(self.index, peer.index))
-            if direct:
-                with self._device:
-                    runtime.deviceEnablePeerAccess(peer.index)
-            self._peers[peer.index] = direct
+        """Enqueue a copy from another card's memory, past the host if the two can.
+
+        ``stream`` is this card's.
+        """
+        runtime = self.cupy.cuda.runtime
         with self._device:
-            self.cupy.cuda.runtime.memcpyPeerAsync(
-                to, self.index, address, peer.index, size, stream.ptr
-            )
+            if peer.index not in self._peers:
+                self._peers.add(peer.index)
+                if runtime.deviceCanAccessPeer(self.index, peer.index):
+                    # It may be on already, or one peer too many: the copy then takes its own way.
+                    with contextlib.suppress(runtime.CUDARuntimeError), self._whole:
+                        runtime.deviceEnablePeerAccess(peer.index)
+            runtime.memcpyPeerAsync(to, self.index, address, peer.index, size, stream.ptr)
 
     def fill(self, address: int, size: int, value: int, stream: Any) -> None:
         with self._device:
@@ -165,7 +220,11 @@ class Card:
 
     def function(self, kernel: Kernel) -> Any:
         """The kernel, ready to be launched; compiles its unit if that is not on disk already."""
+        known = self._functions.get(kernel)
+        if known is not None:
+            return known
         with self._lock:
+            # Somebody else may have asked for it meanwhile.
             known = self._functions.get(kernel)
             if known is not None:
                 return known
@@ -188,20 +247,28 @@ class Card:
         shared: int,
         stream: Any,
     ) -> None:
-        """Enqueue a kernel with its record: CuPy passes a host array by value."""
+        """Enqueue a kernel with its record."""
         with self._device, stream:
-            function(grid, (threads, 1, 1), (words,), shared_mem=shared)
+            function(grid, (threads, 1, 1), (by_value(words),), shared_mem=shared)
 
-    def product(self, p: Product, stream: Any) -> None:
-        """Enqueue products by cuBLAS, with sums in F32."""
-        from cupy_backends.cuda.libs import cublas
+    def library(self) -> int:
+        """A handle of cuBLAS, for one stream at a time; see :meth:`close_library`."""
+        with self._whole, self._device:
+            return int(self._cublas.create())
 
-        with self._device:
-            handle = self.cupy.cuda.device.get_cublas_handle()
-            cublas.setStream(handle, stream.ptr)
-            kind = _CUBLAS_TYPES[p.type]
-            one, zero = (int(x.ctypes.data) for x in _FACTORS)
-            cublas.gemmStridedBatchedEx(
+    def close_library(self, handle: int) -> None:
+        with self._whole, self._device:
+            self._give_back(self._cublas.destroy, handle)
+
+    def product(self, p: Product, handle: int, stream: Any) -> None:
+        """Enqueue products by cuBLAS, with sums in F32; not while the stream is captured.
+
+        CuPy gives cuBLAS the thread's current stream, and has no cuBLAS in captures.
+        """
+        kind = _CUBLAS_TYPES[p.type]
+        one, zero = (int(x.ctypes.data) for x in _FACTORS)
+        with self._device, stream:
+            self._cublas.gemmStridedBatchedEx(
                 handle,
                 _TRANSPOSED,
                 _AS_IT_IS,
@@ -229,8 +296,10 @@ class Card:
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """What ``enqueue`` gives to ``stream``, as a graph that can be launched again and again."""
-        with self._device:
-            stream.begin_capture()
+        with self._whole, self._device:
+            # What other threads do with the card is none of this capture's business.
+            stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
+            self._capturing = True
             try:
                 enqueue()
             except BaseException:
@@ -238,4 +307,10 @@ class Card:
                 with contextlib.suppress(Exception):
                     stream.end_capture()
                 raise
-            return stream.end_capture()
+            else:
+                return stream.end_capture()
+            finally:
+                self._capturing = False
+                unwanted, self._unwanted = self._unwanted, []
+                for address in unwanted:
+                    self._give_back(self.cupy.cuda.runtime.free, address)

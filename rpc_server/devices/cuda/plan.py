@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
+from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.planner import STATUS_TEXT
 from rpc_server.devices.cpu.record import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card, Pinned
 from rpc_server.devices.cuda.host import run_on_host
 from rpc_server.devices.cuda.planner import (
-    LOWERINGS,
     CudaPlanner,
     Launch,
     Product,
+    lower_to_launches,
     place_scratch,
 )
 from rpc_server.devices.planning import Parts, lower_node
@@ -28,7 +30,8 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec
 
 if TYPE_CHECKING:
-    from rpc_server.devices.cuda.device import CudaDevice
+    from rpc_server.devices.cuda.lane import CudaLane
+    from rpc_server.devices.cuda.storage import CudaStorage
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,9 @@ _MOST_NODES = 1 << 24
 
 
 class Scratch:
-    """Memory of the card that plans share: they run one after the other."""
+    """Memory of the card that a client's plans share: they run one after the other."""
+
+    address = 0
 
     def __init__(self, card: Card, size: int) -> None:
         self._card = card
@@ -48,15 +53,19 @@ class Scratch:
         self.address = card.allocate(size)
 
     def __del__(self) -> None:
-        self._card.free(self.address)
+        if self.address:
+            self._card.free(self.address)
 
 
 class _Segment:
     """Launches without anything between them: a captured graph from their second run on."""
 
-    def __init__(self, card: Card, stream: Any, work: Sequence[Launch | Product]) -> None:
-        self._card = card
-        self._stream = stream
+    def __init__(self, lane: CudaLane, work: Sequence[Launch | Product]) -> None:
+        self._lane = lane
+        self._card = card = lane.card
+        self._stream = lane.stream
+        # CuPy has no cuBLAS in captures; products that need it take longer than their launches.
+        self._capturable = not any(isinstance(x, Product) for x in work)
         self._work = [
             x
             if isinstance(x, Product)
@@ -67,7 +76,7 @@ class _Segment:
         self._ran = False
 
     def run(self) -> None:
-        if self._graph is None and self._ran:
+        if self._graph is None and self._ran and self._capturable:
             # The first run is by itself: a graph that comes only once isn't worth capturing.
             self._graph = self._card.capture(self._stream, self._enqueue)
         if self._graph is not None:
@@ -79,27 +88,30 @@ class _Segment:
     def _enqueue(self) -> None:
         for work in self._work:
             if isinstance(work, Product):
-                self._card.product(work, self._stream)
+                self._card.product(work, self._lane.library, self._stream)
             else:
                 self._card.launch(*work, self._stream)
 
 
 class CudaPlan:
-    """Steps that run a graph from end to end on the device's stream."""
+    """Steps that run a graph from end to end on its client's stream."""
 
     shared = False
 
     def __init__(
         self,
-        device: CudaDevice,
+        lane: CudaLane,
         dialect: Dialect,
+        storages: Sequence[CudaStorage],
         steps: list[Callable[[], None]],
         nodes: list[str],
         scratch: Scratch | None,
         interpreted: dict[str, int],
     ) -> None:
         self.dialect = dialect
-        self._device = device
+        self._lane = lane
+        # What its nodes read and write.
+        self._storages = storages
         self._steps = steps
         self._labels = nodes
         # What captured launches point into.
@@ -108,18 +120,37 @@ class CudaPlan:
         self._stopped = False
 
     def run(self) -> None:
-        """Run every step, and wait for the card. Raises GraphError naming the node that failed."""
-        device = self._device
-        with device.card.current():
-            device.finish_writes()
-            for step in self._steps:
-                if self._stopped:
-                    raise GraphError("was stopped")
-                step()
-            status = device.status.read()
+        """Run every step, and wait for the card.
+
+        Raises GraphError naming the node that failed; DeviceError if the card did.
+        """
+        lane = self._lane
+        with lane.card.current():
+            try:
+                status = self._run()
+            except BaseException as error:
+                # Whoever hears of it may free what the card still works on.
+                with contextlib.suppress(Exception):
+                    lane.stream.synchronize()
+                if isinstance(error, lane.card.failure):
+                    raise DeviceError(
+                        f"{lane.device.name} failed, and may need the server to start anew: {error}"
+                    ) from error
+                raise
         if status:
             label = self._labels[status >> 8]
             raise GraphError(f"{label}: {STATUS_TEXT.get(status & 255, f'status {status & 255}')}")
+
+    def _run(self) -> int:
+        """Give the card all there is to do, and wait for its status."""
+        lane = self._lane
+        for storage in self._storages:
+            storage.before(lane.stream)
+        for step in self._steps:
+            if self._stopped:
+                raise GraphError("was stopped")
+            step()
+        return lane.status.read()
 
     def stop(self) -> None:
         """Let a run end behind the step it is at; the card can't be interrupted within one."""
@@ -150,35 +181,38 @@ class StatusWord:
 
 
 class PlanBuilder:
-    """Makes plans for one device; not shared between threads."""
+    """Makes plans for one client; not shared between threads."""
 
-    def __init__(self, device: CudaDevice) -> None:
-        self._device = device
+    def __init__(self, lane: CudaLane) -> None:
+        self._lane = lane
         self._scratch: Scratch | None = None
         self._warned: set[str] = set()
 
-    def build(self, graph: Graph) -> CudaPlan:
-        """Hold each node against its contract and lower it. Raises GraphError."""
+    def close(self) -> None:
+        """Let go of scratch; plans that are left keep theirs."""
+        self._scratch = None
+
+    def build(self, graph: Graph, storages: Sequence[CudaStorage]) -> CudaPlan:
+        """Hold each node against its contract and lower it; ``storages`` are all it touches.
+
+        Raises GraphError.
+        """
         started = time.perf_counter()
-        card = self._device.card
+        card = self._lane.card
         planner = CudaPlanner(graph.nodes, card.multiprocessors, card.capability)
         parts: Parts[Launch | Product] = Parts()
-
-        def lower(node: Tensor) -> bool:
-            lowering = LOWERINGS.get(node.op)
-            return lowering is not None and lowering(node, planner)
 
         def decline(node: Tensor, spec: OpSpec) -> None:
             self._refuse_or_warn(node, spec)
             parts.without_kernel(planner.take_launches(), node)
 
         for node in graph.nodes:
-            lower_node(node, planner, lower, decline)
+            lower_node(node, planner, lambda t: lower_to_launches(t, planner), decline)
         parts.append(planner.take_launches())
         scratch = self._scratch_of(planner.scratch_peak)
         labels = self._finish(parts, scratch)
-        stream = self._device.stream
-        steps = parts.steps(self._reference_step, lambda run: _Segment(card, stream, run).run)
+        lane = self._lane
+        steps = parts.steps(self._reference_step, lambda run: _Segment(lane, run).run)
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(graph.nodes),
@@ -187,7 +221,7 @@ class PlanBuilder:
             planner.scratch_peak >> 10,
             parts.interpreted or "none",
         )
-        return CudaPlan(self._device, graph.dialect, steps, labels, scratch, parts.interpreted)
+        return CudaPlan(lane, graph.dialect, storages, steps, labels, scratch, parts.interpreted)
 
     def _scratch_of(self, size: int) -> Scratch | None:
         """Raises GraphError if the card hasn't got so much."""
@@ -197,7 +231,7 @@ class PlanBuilder:
             # Plans that were captured with the smaller one keep it for as long as they live.
             self._scratch = None
             try:
-                self._scratch = Scratch(self._device.card, size)
+                self._scratch = Scratch(self._lane.card, size)
             except MemoryError as error:
                 raise GraphError(f"no scratch for the graph: {error}") from None
         return self._scratch
@@ -205,13 +239,17 @@ class PlanBuilder:
     def _finish(self, parts: Parts[Launch | Product], scratch: Scratch | None) -> list[str]:
         """Fill in what records were made without; the labels that node numbers stand for."""
         labels: list[str] = []
+        try:
+            status = self._lane.status.address
+        except MemoryError as error:
+            raise GraphError(f"no memory for the graph's status: {error}") from None
         for run in parts.runs():
             for launch in run:
                 if scratch is not None:
                     place_scratch(launch, scratch.address)
                 if isinstance(launch, Product):
                     continue
-                launch.words[_STATUS_WORD] = self._device.status.address
+                launch.words[_STATUS_WORD] = status
                 launch.words[_NODE_WORD] = len(labels) % _MOST_NODES
                 labels.append(launch.node.label)
         return labels
@@ -219,7 +257,7 @@ class PlanBuilder:
     def _refuse_or_warn(self, node: Tensor, spec: OpSpec) -> None:
         if spec.reference is None:
             raise GraphError(f"{node.label}: this combination is not implemented")
-        if not self._device.allow_host_ops:
+        if not self._lane.device.allow_host_ops:
             raise GraphError(
                 f"{node.label}: no kernel for the GPU; --allow-host-ops runs it on the host"
             )
@@ -228,7 +266,7 @@ class PlanBuilder:
             log.warning("%s: runs on the host, which is slow", node.label)
 
     def _reference_step(self, node: Tensor) -> Callable[[], None]:
-        stream, staging = self._device.stream, self._device.staging
+        stream, staging = self._lane.stream, self._lane.device.staging
 
         def run() -> None:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ class Staging:
     def __init__(self, card: Card) -> None:
         self.chunks = [card.pinned(CHUNK) for _ in range(2)]
         self.copied: list[Any] = [None, None]
+
+    @property
+    def done(self) -> bool:
+        """Whether the card has copied all that it was given of it."""
+        return all(event is None or event.done for event in self.copied)
 
     def wait(self, i: int) -> None:
         """Until chunk ``i`` may be written to again."""
@@ -54,8 +60,12 @@ class StagingPool:
 
     def give(self, staging: Staging) -> None:
         with self._lock:
-            if len(self._idle) < self._KEPT:
-                self._idle.append(staging)
+            self._idle.append(staging)
+            if len(self._idle) > self._KEPT:
+                # Not one that the card still copies from: CuPy would give its memory to others.
+                done = next((s for s in self._idle if s.done), None)
+                if done is not None:
+                    self._idle.remove(done)
 
     def download(self, address: int, size: int, stream: Any) -> memoryview:
         """Bytes of the card, after what ``stream`` was given; blocks until they are here.
@@ -122,7 +132,7 @@ class CudaUpload:
             chunk = staging.chunks[self._turn]
             card.to_device(storage.address + self._at, chunk.address, size, stream)
             staging.copied[self._turn] = card.mark(stream)
-            storage.device.written(storage)
+            storage.written = True
             self._at += size
             self._left -= size
             self._turn = 1 - self._turn
@@ -145,6 +155,8 @@ class CudaStorage:
         self.address = self.card.allocate(max(size, 1))
         # Transfers of a buffer are in order among themselves, and beside those of others.
         self.stream = self.card.stream()
+        # Whether something is on its way here that no graph has waited for.
+        self.written = False
         self.fill(0, size, 0)
 
     # -- what Storage asks for -----------------------------------------------------------------
@@ -159,7 +171,7 @@ class CudaStorage:
     def fill(self, offset: int, size: int, value: int) -> None:
         if size:
             self.card.fill(self.address + offset, size, value, self.stream)
-            self.device.written(self)
+            self.written = True
 
     def can_copy(self, other: Storage) -> bool:
         return isinstance(other, CudaStorage)
@@ -170,20 +182,29 @@ class CudaStorage:
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
         """From another buffer of a card, this or another one."""
         assert isinstance(other, CudaStorage)
-        # Graphs have ended before a request for a copy is taken.
+        # The client's graphs have ended before a request for a copy is taken.
         self.stream.wait_event(other.card.mark(other.stream))
         to, address = self.address + dst_offset, other.address + src_offset
         if other.card is self.card:
             self.card.copy(to, address, size, self.stream)
         else:
             self.card.copy_from_peer(to, other.card, address, size, self.stream)
-        self.device.written(self)
+        self.written = True
         # What is copied from may be written to, or freed, as soon as this returns.
         self.stream.synchronize()
 
+    def before(self, stream: Any) -> None:
+        """What ``stream`` is given from here on comes after all that was written here.
+
+        A buffer is one client's, and so is the stream: nobody else has to wait.
+        """
+        if self.written:
+            self.written = False
+            stream.wait_event(self.card.mark(self.stream))
+
     def close(self) -> None:
-        self.stream.synchronize()
-        self.device.forget(self)
+        with contextlib.suppress(*self.card.failure):
+            self.stream.synchronize()
         address, self.address = self.address, 0
         self.card.free(address)
 
