@@ -6,7 +6,7 @@ parameter that ggml's CPU backend supports; nothing runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,15 +17,9 @@ import rpc_server.ops  # noqa: F401  (both fill their tables)
 from client.tensors import Tensor as ClientTensor
 from conformance.differential.case import Case
 from conformance.differential.sketch import FAMILIES
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.lower.attention import KEPT_IN
-from rpc_server.devices.cuda.lower.copy import ENCODED
-from rpc_server.devices.cuda.planner import LOWERINGS, CudaPlanner
+from rpc_server.devices.cuda.planner import CudaPlanner, lower_to_launches
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.checks import FLOATS
 from rpc_server.ops.table import ContractError, check
-from rpc_server.types import ENCODABLE
 
 # (op, what of it has no kernel)
 Gap = tuple[str, str]
@@ -76,8 +70,7 @@ def lowered(nodes: list[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         planner.begin(node)
         spec = check(node)
         if not spec.is_view and not node.empty:
-            lowering = LOWERINGS.get(node.op)
-            yield node, lowering is not None and lowering(node, planner)
+            yield node, lower_to_launches(node, planner)
         planner.finish(node)
 
 
@@ -109,26 +102,10 @@ def survey(examples: int = 1) -> set[Gap]:
     return found
 
 
-# Blocks that no kernel writes: weights come in them, and no cache is kept in them.
-NEVER_WRITTEN = frozenset(ENCODABLE - ENCODED - set(FLOATS))
-
-
 def reason(t: Tensor) -> str:
     """Why a node without a kernel has none, as a line of the table."""
     sources = [s for s in t.src if s is not None]
-    if t.type in NEVER_WRITTEN:
-        return "results of " + _names(NEVER_WRITTEN)
-    if t.op in (Op.MUL_MAT, Op.MUL_MAT_ID) and sources[1].quantized:
-        return "activations that a client has rounded to Q8_0, Q8_1 or Q8_K itself"
-    if t.op is Op.FLASH_ATTN_EXT:
-        if not {sources[1].type, sources[2].type} <= KEPT_IN:
-            return "keys or values of types other than " + _names(KEPT_IN)
-        return "rows of more than 512 elements, or keys and values with different heads"
     return f"{', '.join(s.type.name for s in sources)} to {t.type.name}"
-
-
-def _names(types: Collection[GgmlType]) -> str:
-    return ", ".join(t.name for t in sorted(types))
 
 
 def table(without: set[Gap]) -> str:

@@ -1,4 +1,4 @@
-// Kernels for test_emulation.py: two that are right, and one for each fault that must be found.
+// Kernels for test_emulation.py: three that are right, and one for each fault that must be found.
 #include "kernel.cuh"
 
 #define IN ((const float *)r.slot[SRC0].data)
@@ -22,6 +22,15 @@ KERNEL(block_sum, 1024) {
     float once = over_block(IN[ME], Sum(), room);
     float twice = over_block(once, Largest(), room);
     OUT[ME] = twice;
+}
+
+KERNEL(counts_in_shared_memory, 1024) {
+    SHARED_ARRAY(int, count, 1);
+    if (ME == 0) count[0] = 0;
+    __syncthreads();
+    atomicAdd(count, 1);
+    __syncthreads();
+    OUT[ME] = count[0];
 }
 
 KERNEL(reads_past_the_end, 1024) { OUT[ME] = IN[ME + 1]; }
@@ -90,9 +99,18 @@ KERNEL(reads_a_lane_that_takes_no_part, 1024) {
     if (ME % 2) OUT[ME] = __shfl_xor_sync(0xaaaaaaaau, 1.0f, 1);
 }
 
-KERNEL(loads_a_misaligned_vector, 1024) {
+KERNEL(loads_a_misaligned_number, 1024) {
     volatile const long long *words = (volatile const long long *)(IN + 1);
     OUT[ME] = (float)words[0];
+}
+
+KERNEL(loads_a_misaligned_vector, 1024) {
+    const float2 two = *(const float2 *)(IN + 1);
+    OUT[ME] = two.x + two.y;
+}
+
+KERNEL(stores_a_misaligned_vector, 1024) {
+    if (ME == 0) *(float4 *)(OUT + 2) = make_float4(1, 2, 3, 4);
 }
 
 KERNEL(traps, 1024) {

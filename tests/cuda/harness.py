@@ -12,7 +12,13 @@ import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from rpc_server.devices.cpu.record import EXTRA_WORD, RECORD_WORDS
 from rpc_server.devices.cuda.kernels import Unit
-from rpc_server.devices.cuda.planner import LOWERINGS, CudaPlanner, Launch, Product, place_scratch
+from rpc_server.devices.cuda.planner import (
+    CudaPlanner,
+    Launch,
+    Product,
+    lower_to_launches,
+    place_scratch,
+)
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from tests.cuda import emulation
@@ -26,15 +32,13 @@ needs_compiler = pytest.mark.skipif(
 STATUS_WORD, NODE_WORD = EXTRA_WORD - 2, EXTRA_WORD - 1
 
 
-def plan(nodes: Sequence[Tensor]) -> tuple[list[Launch | Product], int]:
+def plan(nodes: Sequence[Tensor], capability: int = 61) -> tuple[list[Launch | Product], int]:
     """Launches and bytes of scratch of nodes; fails if one has no kernel."""
-    planner = CudaPlanner(nodes, multiprocessors=4, capability=61)
+    planner = CudaPlanner(nodes, multiprocessors=4, capability=capability)
     for node in nodes:
         check(node)
         planner.begin(node)
-        lowering = LOWERINGS.get(node.op)
-        assert lowering is not None, f"no kernel for {node.label}"
-        assert lowering(node, planner), f"no kernel for {node.label}"
+        assert lower_to_launches(node, planner), f"no kernel for {node.label}"
         planner.finish(node)
     return planner.launches, planner.scratch_peak
 

@@ -55,6 +55,15 @@ def test_sums_over_a_block(module: emulation.Module, n: int, block: int) -> None
     np.testing.assert_array_equal(result, np.full(n, n * (n - 1) // 2, np.float32))
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_atomics_in_shared_memory(checked: bool) -> None:
+    text = joined(Path(__file__).parent / "faults.cu")
+    module = emulation.build("faults", text, checked=checked)
+    np.testing.assert_array_equal(
+        launch(module, "counts_in_shared_memory"), np.full(THREADS, THREADS, np.float32)
+    )
+
+
 FAULTS = {
     "reads_past_the_end": "out of bounds: reads 4 bytes",
     "writes_before_the_start": "out of bounds: writes 4 bytes",
@@ -70,7 +79,9 @@ FAULTS = {
     "waits_at_different_barriers": "threads of a block wait at different ones",
     "leaves_lanes_out_of_an_exchange": "not all of them come|has ended",
     "reads_a_lane_that_takes_no_part": "which takes no part",
-    "loads_a_misaligned_vector": "misaligned: reads",
+    "loads_a_misaligned_number": "misaligned",
+    "loads_a_misaligned_vector": "misaligned",
+    "stores_a_misaligned_vector": "misaligned",
     "traps": "__trap",
 }
 

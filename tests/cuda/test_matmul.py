@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
+from client.backend import Backend
 from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cuda.lower import matmul
+from rpc_server.devices.cuda.lower.matmul import TILES, at_once
 from rpc_server.devices.cuda.planner import Launch
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from rpc_server.types import DECODABLE
 from tests.cuda import harness as cuda
-from tests.ops.harness import CONTEXT, nmse, node, noise, permuted, tensor
+from tests.ops.harness import CONTEXT, nmse, node, noise, permuted, raw, tensor
+from tests.ops.harness import values as tensor_values
 from tests.ops.type_cases import random_content
+from tools.ports import free_port
+from tools.serving import Process, listens
 
 pytestmark = cuda.needs_compiler
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
-WEIGHTS = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized or t in (F32, F16, BF16))
+QUANTIZED = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized)
+WEIGHTS = [F32, F16, BF16, *QUANTIZED]
 
 # As test-backend-ops: the part of the squares that may be wrong.
 TOLERANCE = 5e-4
@@ -35,9 +46,18 @@ def weights(type_: GgmlType, *ne: int, seed: int = 1) -> Tensor:
     return t
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return node(Op.MUL_MAT, F32, (a.ne[1], *b.ne[1:]), [a, b])
+
+
+def kernels(*nodes: Tensor, capability: int = 61) -> list[str]:
+    """The names of what is launched for nodes."""
+    launches, _ = cuda.plan(nodes, capability)
+    return [x.kernel.name if isinstance(x, Launch) else "cuBLAS" for x in launches]
+
+
 def check_product(a: Tensor, b: Tensor) -> None:
-    t = node(Op.MUL_MAT, F32, (a.ne[1], *b.ne[1:]), [a, b])
-    expected, actual = cuda.by_both(t)
+    expected, actual = cuda.by_both(product(a, b))
     assert nmse(expected, actual) < (TOLERANCE if a.quantized else TOLERANCE_OF_FLOATS)
 
 
@@ -99,20 +119,162 @@ def test_activations_of_other_types(type_: GgmlType) -> None:
 
 def test_activations_are_prepared_once() -> None:
     """Products that share a source share its codes: q, k and v."""
-    x, k = noise((64, 1)), 64
-    nodes = [node(Op.MUL_MAT, F32, (m, 1), [weights(GgmlType.Q4_0, k, m), x]) for m in (3, 5, 7)]
-    launches, _ = cuda.plan(nodes)
-    names = [launch.kernel.name for launch in launches if isinstance(launch, Launch)]
-    assert names.count("quantize_columns") == 1
+    x = noise((64, 1))
+    nodes = [product(weights(GgmlType.Q4_0, 64, m), x) for m in (3, 5, 7)]
+    assert kernels(*nodes).count("quantize_columns") == 1
+
+
+# Of each kind: one scale for 32, with and without minima; two.
+KINDS = [GgmlType.Q8_0, GgmlType.Q4_1, GgmlType.Q6_K, GgmlType.Q2_K]
+
+
+@pytest.mark.parametrize("type_", QUANTIZED, ids=lambda t: t.name)
+def test_tiles_of_every_type(type_: GgmlType) -> None:
+    """Rows of two tiles, the second hardly begun, and columns that don't fill one."""
+    block = TYPE_INFO[type_].block_size
+    a = weights(type_, max(160 // block, 1) * block, 66)
+    b = noise((a.ne[0], 11))
+    assert kernels(product(a, b))[-1] == "tiles_16"
+    check_product(a, b)
+
+
+@pytest.fixture(params=TILES)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Columns of all tiles, whatever would be best."""
+    monkeypatch.setattr(matmul, "TILES", (request.param,))
+    return int(request.param)
+
+
+@pytest.mark.parametrize("type_", KINDS, ids=lambda t: t.name)
+@pytest.mark.parametrize(("m", "n"), [(66, 18), (7, 64), (3, 69)])
+def test_tiles_of_every_width(type_: GgmlType, tile: int, m: int, n: int) -> None:
+    """Full and not; K longer than what is in shared memory at once."""
+    a = weights(type_, 256 if type_.name[-1] == "K" else 160, m)
+    b = noise((a.ne[0], n))
+    assert kernels(product(a, b))[-1] == f"tiles_{tile}"
+    check_product(a, b)
+
+
+@pytest.mark.parametrize("type_", KINDS, ids=lambda t: t.name)
+def test_many_columns_are_what_few_are(type_: GgmlType) -> None:
+    """A prompt gives what its tokens give one by one: the same codes, but for roundings of sums."""
+    a, values = weights(type_, 512, 7), noise_values(12, 512)
+    tiles = product(a, tensor(F32, (512, 12), values))
+    cuda.run(tiles)
+    few = product(a, tensor(F32, (512, 2), values[5:7]))
+    cuda.run(few)
+    assert nmse(tensor_values(few)[0, 0], tensor_values(tiles)[0, 0, 5:7]) < 1e-12
+
+
+def test_the_largest_sums_are_exact() -> None:
+    """Thirty-two products of -128 and -128, in the tiles' trick with floats."""
+    block = np.frombuffer(np.float16(1).tobytes() + b"\x80" * 32, np.uint8)
+    a, b = tensor(GgmlType.Q8_0, (64, 3)), tensor(GgmlType.Q8_0, (64, 9))
+    for t in (a, b):
+        memory = CONTEXT.memory(t.address, t.nbytes)
+        memory[...] = np.resize(block, len(memory))
+    t = product(a, b)
+    assert kernels(t) == ["take_columns", "tiles_16"]
+    cuda.run(t)
+    assert (tensor_values(t) == 64 * 128 * 128).all()
+
+
+@pytest.mark.parametrize("type_", [GgmlType.Q4_0, GgmlType.Q6_K], ids=lambda t: t.name)
+def test_tiles_of_batches_and_permuted_sources(type_: GgmlType) -> None:
+    """Weights that several matrices of columns share; rows of both that are not neighbours."""
+    a = permuted(weights(type_, 256, 2, 9), (0, 2, 1, 3))
+    b = permuted(noise((256, 4, 17, 2)), (0, 2, 1, 3))
+    assert kernels(product(a, b))[-1].startswith("tiles_")
+    check_product(a, b)
+
+
+def test_tiles_of_results_with_gaps_between_rows() -> None:
+    a, b = weights(GgmlType.Q4_K, 256, 5), noise((256, 10, 2))
+    t = node(Op.MUL_MAT, F32, (5, 10, 2), [a, b], nb=(4, 24, 280, 560))
+    expected, actual = cuda.by_both(t)
+    assert nmse(expected, actual) < TOLERANCE
+
+
+def test_columns_that_a_block_of_threads_multiplies() -> None:
+    """The fewest passes over the weights that leave neither a tile nor the card empty by half."""
+    codes, floats = weights(GgmlType.Q4_0, 32, 640), weights(F16, 32, 640)
+
+    def chosen(a: Tensor, multiprocessors: int, *columns: int) -> list[int]:
+        return [at_once(n, a, 1, multiprocessors) for n in columns]
+
+    assert chosen(codes, 1, 1, 2, 3, 5, 8, 9, 16) == [1, 2, 4, 8, 8, 16, 16]
+    assert chosen(codes, 1, 17, 32, 33, 64, 96, 100, 4096) == [32, 32, 64, 64, 32, 64, 64]
+    # Ten tiles of rows for so many multiprocessors.
+    assert chosen(codes, 20, 17, 32, 33, 64, 96, 4096) == [16, 16, 32, 32, 64, 64]
+    assert chosen(floats, 1, 1, 8, 9, 4096) == [1, 8, 8, 8]
+
+
+# Capability, and the columns from which cuBLAS multiplies.
+LIBRARY_FROM = {
+    60: 24, 70: 160, 72: 160, 75: 256, 80: 96, 86: 256, 87: 256, 89: 512, 90: 64, 100: 32, 121: 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "many"), LIBRARY_FROM.items())
+def test_cards_that_multiply_floats_faster(capability: int, many: int) -> None:
+    """With tensor cores, or without anything like a dot product of bytes."""
+    a = weights(GgmlType.Q4_0, 32, 1)
+    for n, name in ((8, "multiply_8"), (9, "tiles_16"), (many - 1, "tiles_")):
+        assert kernels(product(a, noise((32, n))), capability=capability)[-1].startswith(name)
+    names = kernels(product(a, noise((32, many))), capability=capability)
+    assert names == ["copy_rows", "dequantize", "cuBLAS"]
+
+
+@pytest.mark.parametrize("capability", [61, 62])
+def test_cards_that_do_not(capability: int) -> None:
+    names = kernels(
+        product(weights(GgmlType.Q4_0, 32, 1), noise((32, 4096))), capability=capability
+    )
+    assert names == ["quantize_columns", "tiles_64"]
+
+
+@pytest.mark.parametrize("capability", [60, 61, 90])
+def test_many_columns_of_floats(capability: int) -> None:
+    for n, name in ((23, "multiply_8"), (24, "cuBLAS")):
+        t = product(weights(F16, 32, 1), noise((32, n)))
+        assert kernels(t, capability=capability)[-1] == name
+
+
+# -- activations that a client has rounded ---------------------------------------------------------
+
+ROUNDED = [
+    (GgmlType.Q4_0, GgmlType.Q8_0),
+    (GgmlType.Q4_1, GgmlType.Q8_1),
+    (GgmlType.Q2_K, GgmlType.Q8_K),
+]
+
+
+@pytest.mark.parametrize(("type_", "rounded"), ROUNDED, ids=lambda t: t.name)
+@pytest.mark.parametrize("n", [1, 10])
+def test_rounded_activations(type_: GgmlType, rounded: GgmlType, n: int) -> None:
+    """They are multiplied as they are: nothing is rounded again."""
+    values = noise_values(2, 3, n, 512)
+    x = permuted(tensor(rounded, (512, n, 3, 2), values), (0, 1, 3, 2))
+    a = weights(type_, 512, 6)
+    expected, actual = cuda.by_both(product(a, x))
+    assert nmse(expected, actual) < 1e-10
+    assert kernels(product(a, x))[0] == "take_columns"
+
+
+@pytest.mark.parametrize(("type_", "rounded"), ROUNDED, ids=lambda t: t.name)
+def test_rounded_activations_for_cublas(type_: GgmlType, rounded: GgmlType) -> None:
+    t = product(weights(type_, 256, 6), tensor(rounded, (256, 100)))
+    assert kernels(t, capability=90) == ["dequantize", "dequantize", "cuBLAS"]
 
 
 # -- experts ---------------------------------------------------------------------------------------
 
 
-def routed(type_: GgmlType, inputs: int, ids: list[list[int]], experts: int = 4) -> Tensor:
+def routed(type_: GgmlType, inputs: int, ids: list[list[int]], k: int = 0) -> Tensor:
     used = len(ids[0])
-    a = weights(type_, 64, 9, experts)
-    b = noise((64, inputs, len(ids)))
+    k = k or max(TYPE_INFO[type_].block_size, 64)
+    a = weights(type_, k, 9, 4)
+    b = noise((k, inputs, len(ids)))
     chosen = tensor(I32, (used, len(ids)), np.array(ids))
     return node(Op.MUL_MAT_ID, F32, (9, used, len(ids)), [a, b, chosen])
 
@@ -134,12 +296,71 @@ def test_an_expert_that_does_not_exist(bad: int) -> None:
 @pytest.mark.parametrize("type_", [GgmlType.Q4_0, F16], ids=lambda t: t.name)
 def test_experts_of_many_tokens(type_: GgmlType) -> None:
     """Pairs are sorted by expert: one with more than a group of columns, one with none."""
-    rng = np.random.default_rng(1)
-    ids = [[0, 1 + int(e)] for e in rng.integers(0, 2, 20)]
-    expected, actual = cuda.by_both(routed(type_, 1, ids))
+    t = routed(type_, 1, ids_of_tokens(10))
+    assert kernels(t)[-1] == "multiply_grouped"
+    expected, actual = cuda.by_both(t)
     assert nmse(expected, actual) < (TOLERANCE if type_ is not F16 else TOLERANCE_OF_FLOATS)
 
 
-def test_an_expert_that_does_not_exist_among_many() -> None:
+def ids_of_tokens(n: int) -> list[list[int]]:
+    """Expert 0 for each token and one of two others: the fourth is never asked."""
+    return [[0, 1 + int(e)] for e in np.random.default_rng(1).integers(0, 2, n)]
+
+
+@pytest.mark.parametrize(("tokens", "inputs"), [(20, 1), (70, 2)])
+def test_tiles_of_experts(tile: int, tokens: int, inputs: int) -> None:
+    """Expert 0 has columns for more than one tile, or for less, the last not full."""
+    t = routed(GgmlType.Q4_K if tile == 16 else GgmlType.Q4_0, inputs, ids_of_tokens(tokens))
+    assert kernels(t)[-2:] == ["route_columns", f"tiles_{tile}"]
+    expected, actual = cuda.by_both(t)
+    assert nmse(expected, actual) < TOLERANCE
+
+
+@pytest.mark.parametrize(("type_", "rounded"), ROUNDED, ids=lambda t: t.name)
+@pytest.mark.parametrize("tokens", [2, 10, 20])
+def test_rounded_activations_of_experts(type_: GgmlType, rounded: GgmlType, tokens: int) -> None:
+    t = routed(type_, 2, ids_of_tokens(tokens), k=256)
+    values = noise_values(tokens, 2, 256)
+    t.src = (t.src[0], tensor(rounded, (256, 2, tokens), values), *t.src[2:])
+    expected, actual = cuda.by_both(t)
+    assert nmse(expected, actual) < 1e-10
+
+
+@pytest.mark.parametrize("tokens", [9, 20])
+def test_an_expert_that_does_not_exist_among_many(tokens: int) -> None:
     with pytest.raises(ContractError):
-        cuda.run(routed(GgmlType.Q4_0, 1, [[0, 1]] * 9 + [[4, 1]]))
+        cuda.run(routed(GgmlType.Q4_0, 1, [[0, 1]] * tokens + [[4, 1]]))
+
+
+# -- cuBLAS ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def card_with_tensor_cores() -> Iterator[int]:
+    """The port of a server with such a card, which multiplies by numpy."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.cuda.serve", "--port", str(port)]
+    with Process(command, env={**os.environ, "EMULATED_CAPABILITY": "8.0"}) as server:
+        server.wait_until(lambda: listens(port), 60, "its port")
+        yield port
+
+
+@pytest.mark.parametrize(
+    ("type_", "columns"),
+    [(GgmlType.Q4_0, F32), (GgmlType.Q4_K, F32), (GgmlType.Q4_0, GgmlType.Q8_0), (BF16, F32)],
+    ids=lambda t: t.name,
+)
+async def test_many_columns_by_cublas(
+    card_with_tensor_cores: int, type_: GgmlType, columns: GgmlType
+) -> None:
+    """Weights decoded to half precision, and two matrices of columns for each of theirs."""
+    a, b = weights(type_, 256, 7, 2), tensor(columns, (256, 100, 4), noise_values(4, 100, 256))
+    expected = tensor_values(a)[0].repeat(2, 0) @ tensor_values(b)[0].swapaxes(1, 2)
+    async with Backend.connect("127.0.0.1", card_with_tensor_cores) as backend:
+        sources = [await backend.tensor(t.type, t.ne, raw(t).tobytes()) for t in (a, b)]
+        actual = np.asarray(await backend.compute(backend.graph.mul_mat(*sources)))
+    assert nmse(expected, actual.reshape(4, 100, 7).swapaxes(1, 2)) < TOLERANCE
+
+
+def noise_values(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape)

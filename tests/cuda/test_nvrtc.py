@@ -10,8 +10,11 @@ from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
     Unit,
     attention_kernel,
+    attention_of_few_rows,
     kernel_of_weights,
 )
+from rpc_server.devices.cuda.lower.attention import BLOCKS, READ_AS_BLOCKS
+from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.types import DECODABLE
 from tests.cuda import nvrtc
 
@@ -21,13 +24,14 @@ pytestmark = pytest.mark.skipif(
 
 _FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 # Compiled for each type of weights, and for sizes; all other sources are compiled as they are.
-OF_WEIGHTS = ("matvec", "dequantize")
+OF_WEIGHTS = ("matvec", "tiles", "dequantize")
+OF_ATTENTION = ("attention", "attention_few")
 QUANTIZED = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized)
 
 
 def plain_sources() -> list[str]:
     names = sorted(path.stem for path in SOURCES.glob("*.cu"))
-    return [name for name in names if name not in (*OF_WEIGHTS, "attention")]
+    return [name for name in names if name not in (*OF_WEIGHTS, *OF_ATTENTION, "encode")]
 
 
 def compiled(unit: Unit, arch: int) -> dict[str, nvrtc.Usage]:
@@ -66,15 +70,78 @@ def test_products_of_the_commonest_types(arch: int) -> None:
         assert usage.registers * 128 * 4 <= 65536
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_of_the_commonest_types(arch: int) -> None:
+    """What reading a prompt runs: nothing is spilled, and several blocks fit a multiprocessor."""
+    for type_ in (GgmlType.Q4_0, GgmlType.Q6_K):
+        for name, usage in compiled(kernel_of_weights("tiles", "", type_).unit, arch).items():
+            blocks = 2 if arch == 60 else {"16": 5, "32": 4, "64": 3}[name[-2:]]
+            assert not usage.spills, name
+            assert usage.registers * 128 * blocks <= 65536, name
+            assert usage.shared * blocks <= 96 << 10, name
+
+
 @pytest.mark.parametrize("type_", QUANTIZED, ids=lambda t: t.name)
 def test_every_type_of_weights(type_: GgmlType) -> None:
     """For the oldest card, which has no dot product of bytes, and for one that has."""
     for arch in (60, 86):
         for source in OF_WEIGHTS:
-            compiled(kernel_of_weights(source, "", type_).unit, arch)
+            # Tiles take the compiler long there.
+            if (source, arch) != ("tiles", 60):
+                compiled(kernel_of_weights(source, "", type_).unit, arch)
 
 
-@pytest.mark.parametrize("arch", [60, 75, 90])
-@pytest.mark.parametrize("size", ATTENTION_SIZES)
+# Every encoder for the oldest card, the largest for all.
+ENCODERS_FOR = [
+    (type_, arch)
+    for type_, encoder in ENCODERS.items()
+    for arch in (ARCHITECTURES if type_ is GgmlType.Q4_K else ARCHITECTURES[:1])
+    if encoder.copy.unit.source == "encode"
+]
+
+
+@pytest.mark.parametrize(("type_", "arch"), ENCODERS_FOR)
+def test_encoders(type_: GgmlType, arch: int) -> None:
+    """None keeps the floats that it searches with in memory."""
+    encoder = ENCODERS[type_]
+    found = compiled(encoder.copy.unit, arch)
+    for kernel in (encoder.copy, encoder.rows):
+        assert found[kernel.name].stack <= 16, kernel.label
+
+
+# Heads of 128 elements for all cards.
+SIZES = [(n, arch) for n in ATTENTION_SIZES for arch in (ARCHITECTURES if n == 4 else (61, 86))]
+
+
+@pytest.mark.parametrize(("size", "arch"), SIZES)
 def test_attention(size: int, arch: int) -> None:
-    compiled(attention_kernel(size, "").unit, arch)
+    """Nothing is spilled, and several blocks fit a multiprocessor."""
+    (usage,) = compiled(attention_kernel(size).unit, arch).values()
+    assert not usage.spills
+    assert not usage.stack
+    assert usage.registers * 128 * (4 if size <= 8 else 3) <= 65536
+
+
+def check_few_rows(type_: GgmlType, units: int, rows: int, arch: int) -> None:
+    (usage,) = compiled(attention_of_few_rows(type_, type_, units, rows).unit, arch).values()
+    assert not usage.spills
+    assert not usage.stack
+    assert usage.registers * 128 * BLOCKS[units * rows] <= 65536
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_of_few_rows(arch: int) -> None:
+    """What decoding runs, the same; four heads share keys and values in most models."""
+    check_few_rows(GgmlType.F16, 1, 4, arch)
+
+
+@pytest.mark.parametrize("type_", [*sorted(READ_AS_BLOCKS), *_FLOATS], ids=lambda t: t.name)
+def test_attention_of_few_rows_of_every_type(type_: GgmlType) -> None:
+    check_few_rows(type_, 1, 1, 86)
+    check_few_rows(type_, 1, 4, 86)
+
+
+@pytest.mark.parametrize(("units", "rows"), [(1, 2), (1, 8), (2, 1), (2, 2), (2, 4)])
+def test_attention_of_other_rows(units: int, rows: int) -> None:
+    for arch in (61, 86):
+        check_few_rows(GgmlType.F16, units, rows, arch)

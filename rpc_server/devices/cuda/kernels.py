@@ -60,6 +60,22 @@ ATTENTION_SIZES = (2, 4, 8, 16)
 
 
 @functools.cache
-def attention_kernel(values: int, name: str) -> Kernel:
+def attention_kernel(values: int) -> Kernel:
     """For rows of values of up to ``values`` times 32 elements, one of ATTENTION_SIZES."""
-    return Kernel(Unit("attention", (("VALUES", str(values)),)), name, 128)
+    return Kernel(Unit("attention", (("VALUES", str(values)),)), "attention", 128)
+
+
+@functools.cache
+def attention_of_few_rows(keys: GgmlType, values: GgmlType, units: int, rows: int) -> Kernel:
+    """For ``rows`` queries, and keys and values of these types.
+
+    Rows of keys and of values have up to 256 elements times ``units``, 1 or 2.
+    """
+
+    def number(of: GgmlType) -> str:
+        # In CUDA a type of blocks by itself is a struct.
+        return f"AS_{of.name}" if TYPE_INFO[of].quantized else of.name
+
+    types = (("KEY_TYPE", number(keys)), ("VALUE_TYPE", number(values)))
+    unit = Unit("attention_few", (*types, ("UNITS", str(units)), ("ROWS", str(rows))))
+    return Kernel(unit, "attention_few", 128)

@@ -6,7 +6,7 @@ the kernels of a node and how many threads run them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,12 @@ from protocol.ggml_types import GgmlType
 from rpc_server.devices.cpu.planner import Labelled, Planner, record_words
 from rpc_server.devices.cuda.kernels import Kernel
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import OPS, ContractError, check
 
 Lowering = Callable[[Tensor, "CudaPlanner"], bool]
 LOWERINGS: dict[Op, Lowering] = {}
+# Lowerings of a node together with those behind it; they are tried first.
+FUSIONS: dict[Op, Lowering] = {}
 
 # What a device's grid may have at most of blocks in each dimension.
 MAX_GRID = (0x7FFFFFFF, 0xFFFF, 0xFFFF)
@@ -31,17 +34,37 @@ SCRATCH_LIMIT = 1 << 40
 Grid = tuple[int, int, int]
 
 
-def lowers(*ops: Op) -> Callable[[Lowering], Lowering]:
-    """Register the lowering of ``ops``: returns False where it has no kernel for a node."""
-
+def _into(table: dict[Op, Lowering], ops: Sequence[Op]) -> Callable[[Lowering], Lowering]:
     def register(function: Lowering) -> Lowering:
         for op in ops:
-            if op in LOWERINGS:
+            if op in table:
                 raise RuntimeError(f"two lowerings for {op}")
-            LOWERINGS[op] = function
+            table[op] = function
         return function
 
     return register
+
+
+def lowers(*ops: Op) -> Callable[[Lowering], Lowering]:
+    """Register the lowering of ``ops``: returns False where it has no kernel for a node."""
+    return _into(LOWERINGS, ops)
+
+
+def fuses(*ops: Op) -> Callable[[Lowering], Lowering]:
+    """Register what lowers nodes of ``ops`` together with those behind them.
+
+    It returns False, without a launch, where what follows isn't what it is made for, and tells the
+    planner with :meth:`CudaPlanner.absorb` which nodes it has done besides.
+    """
+    return _into(FUSIONS, ops)
+
+
+def lower_to_launches(node: Tensor, planner: CudaPlanner) -> bool:
+    """Launches for ``node``, unless a node before it has done it; False if it has no kernel."""
+    if planner.absorbed(node):
+        return True
+    tried = (table.get(node.op) for table in (FUSIONS, LOWERINGS))
+    return any(lowering is not None and lowering(node, planner) for lowering in tried)
 
 
 @dataclass(slots=True)
@@ -79,6 +102,15 @@ class Product:
     ldc: int
     stride_c: int
     batch: int
+
+
+def is_valid(t: Tensor) -> bool:
+    """Whether a node keeps its op's contract; its client is told when the node's turn comes."""
+    try:
+        check(t)
+    except ContractError:
+        return False
+    return True
 
 
 def threads_for(n: int, most: int) -> int:
@@ -122,6 +154,42 @@ class CudaPlanner(Planner):
         self.multiprocessors = multiprocessors
         self.capability = capability
         self.launches: list[Launch | Product] = []
+        self._nodes = items
+        self._absorbed: set[Tensor] = set()
+
+    def ahead(self) -> Iterator[Tensor]:
+        """The nodes behind the one at hand that are still to be done; nobody has checked them."""
+        # The node at hand is the one that has begun last.
+        for number in range(self._begun + 1, len(self._nodes)):
+            node = self._nodes[number]
+            is_view = node.op in OPS and OPS[node.op].is_view
+            if not (node.empty or is_view or node in self._absorbed):
+                yield node
+
+    def chain(self, *ops: Op) -> list[Tensor]:
+        """The nodes that compute next, as far as they are of ``ops``, in this order, and valid."""
+        found: list[Tensor] = []
+        for op, node in zip(ops, self.ahead(), strict=False):
+            if node.op is not op or not is_valid(node):
+                break
+            found.append(node)
+        return found
+
+    def absorb(self, nodes: Iterable[Tensor]) -> None:
+        """``nodes``, that at hand among them or later ones, are done by its launches.
+
+        What is kept from here on was made after them.
+        """
+        for node in nodes:
+            self.finish(node)
+            self._absorbed.add(node)
+
+    def finish(self, node: Tensor) -> None:
+        if node not in self._absorbed:
+            super().finish(node)
+
+    def absorbed(self, node: Tensor) -> bool:
+        return node in self._absorbed
 
     def launch(
         self,

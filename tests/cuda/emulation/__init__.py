@@ -20,7 +20,7 @@ import numpy as np
 _HERE = Path(__file__).parent
 _COMPILE = ("-std=c++20", "-g", "-fPIC", "-march=native", "-x", "c++", "-w")
 # Loads and stores stay as they are written: merged ones would be checked as one, wider than it is.
-_CHECKED = ("-O1", "-fno-store-merging", "-fsanitize=thread")
+_CHECKED = ("-O1", "-fno-store-merging", "-fsanitize=thread,alignment")
 
 
 class EmulationError(RuntimeError):

@@ -665,4 +665,12 @@ void *__tsan_memset(void *to, int value, std::size_t n) {
     return std::memset(to, value, n);
 }
 
+// What -fsanitize=alignment calls: the compiler takes vectors apart, so that their parts may be aligned
+// where the whole, which a card loads at once, is not.
+void __ubsan_handle_type_mismatch_v1(const void *, const void *pointer) {
+    if (!current() || failed) return;
+    report({nullptr, __builtin_return_address(0)}, "misaligned: loads or stores at %p", pointer);
+    give_up();
+}
+
 }  // extern "C"

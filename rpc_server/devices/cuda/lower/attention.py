@@ -2,59 +2,186 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+
 from protocol.ggml_ops import Op
-from rpc_server.devices.cuda.kernels import ATTENTION_SIZES, attention_kernel, kernel
-from rpc_server.devices.cuda.lower.copy import ENCODED
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cuda.kernels import (
+    ATTENTION_SIZES,
+    Kernel,
+    attention_kernel,
+    attention_of_few_rows,
+    kernel,
+)
+from rpc_server.devices.cuda.lower.walk import as_floats, dense
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import FLOATS, source
+from rpc_server.ops.rounding import activation_type
+
+_THREADS = 128
+# What a block of every card has without asking for more, less what kernels declare themselves.
+_SHARED = (48 << 10) - 512
 
 # What attention.cu is written with.
-_ROWS, _TILE, _CHUNK, _THREADS = 16, 32, 64, 128
-# What a block of every card has without asking for more.
-_SHARED = 48 << 10
+_ROWS, _TILE, _CHUNK = 16, 32, 64
+# What attention_few.cu is compiled for: rows, and units of a lane, of which a row has 256 elements.
+# Their product says how many registers a thread has, and so how many blocks a multiprocessor has.
+_FEW_ROWS = (1, 2, 4, 8)
+_UNIT_ELEMENTS = 256
+BLOCKS = {1: 5, 2: 4, 4: 3, 8: 2}
+# Its warps have tiles of their own.
+_WARPS = 4
 
-# What keys and values may be kept in.
-KEPT_IN = FLOATS | ENCODED
+# Blocks that keys and values are read from as they are; others are decoded before.
+READ_AS_BLOCKS = frozenset(
+    {
+        GgmlType.Q4_0,
+        GgmlType.Q4_1,
+        GgmlType.Q5_0,
+        GgmlType.Q5_1,
+        GgmlType.Q8_0,
+        GgmlType.IQ4_NL,
+    }
+)
 
 # Fewer positions than this aren't worth a block of their own.
 _LEAST_PART = 128
+# What attention_join has room for.
+_MOST_PARTS = 128
+
+_JOIN = kernel("attention_steps", "attention_join", 128)
+_ROUND = kernel("attention_steps", "round_queries", 256)
 
 
-def _parts(blocks: int, positions: int, multiprocessors: int) -> int:
-    """How many blocks share the positions of each row: the card should be full."""
-    wanted = -(-2 * multiprocessors // blocks)
-    return max(1, min(wanted, positions // _LEAST_PART, MAX_GRID[2]))
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A kernel for a node, and what it is launched with."""
+
+    kernel: Kernel
+    # Rows of a block, and how many blocks a multiprocessor has room for.
+    rows: int
+    blocks: int
+    # Parts of the positions are whole numbers of so many.
+    positions: int
+    shared: int
+    extra: tuple[int, ...]
+
+
+def _in_units(t: Tensor) -> bool:
+    """Whether eight elements at a time can be loaded: 16 bytes of floats, or parts of blocks."""
+    if t.quantized:
+        return True
+    strides = (nb for nb, n in zip(t.nb[1:], t.ne[1:], strict=True) if n > 1)
+    return t.ne[0] % 8 == 0 and all(n % 16 == 0 for n in (t.address, *strides))
+
+
+def _lanes(n: int) -> int:
+    """Lanes that share a row of ``n`` elements: a power of two."""
+    return min(max(1 << (n // 8 - 1).bit_length(), 4), 32)
+
+
+def _few_rows(rows: int, k: Tensor, v: Tensor) -> _Way | None:
+    """The kernel that reads each key and value once, into registers; None if it can't be used."""
+    units = -(-max(k.ne[0], v.ne[0]) // _UNIT_ELEMENTS)
+    count = next((n for n in _FEW_ROWS if rows <= n), None)
+    if count is None or units > 2 or count * units not in BLOCKS:
+        return None
+    if not (_in_units(k) and _in_units(v)):
+        return None
+    lanes = _lanes(k.ne[0]), _lanes(v.ne[0])
+    return _Way(
+        kernel=attention_of_few_rows(k.type, v.type, units, count),
+        rows=count,
+        blocks=BLOCKS[count * units],
+        positions=_TILE * _WARPS,
+        shared=4 * count * max(8 * units * lanes[0], v.ne[0]),
+        extra=lanes,
+    )
+
+
+def _many_rows(k: Tensor, v: Tensor) -> _Way:
+    """The kernel that shares tiles of keys and values among rows."""
+    size = next(n for n in ATTENTION_SIZES if v.ne[0] <= 32 * n)
+    padded = -(-k.ne[0] // _CHUNK) * _CHUNK
+    tile = _TILE * (_CHUNK + 1)
+    # Queries that don't fit are read again for each tile.
+    whole = 4 * (_ROWS * padded + tile) <= _SHARED
+    shared = 4 * (_ROWS * (padded if whole else _CHUNK) + tile)
+    return _Way(
+        kernel=attention_kernel(size),
+        rows=_ROWS,
+        blocks=min((96 << 10) // shared, 4),
+        positions=_TILE,
+        shared=shared,
+        extra=(int(_in_units(k)), int(_in_units(v)), int(whole)),
+    )
+
+
+def _rounded(q: Tensor, keys: GgmlType, planner: CudaPlanner) -> tuple[Tensor, GgmlType]:
+    """Queries, and the type that the kernel rounds them to: as ggml's CPU backend rounds them."""
+    if keys in FLOATS:
+        return q, keys
+    if activation_type(keys) is not GgmlType.Q8_K:
+        return q, GgmlType.Q8_0
+    to = dense(q, GgmlType.F32, planner.scratch(4 * q.nelements))
+    planner.launch(_ROUND, q, (min(q.nrows, MAX_GRID[0]),), 256, slots=(to, q))
+    return to, GgmlType.F32
+
+
+def _readable(t: Tensor, planner: CudaPlanner) -> Tensor:
+    """Keys or values of a type that kernels read: others as F32 in scratch."""
+    if t.empty:
+        # No positions: nothing is read.
+        return dense(t, GgmlType.F32, 0)
+    return t if t.type in READ_AS_BLOCKS else as_floats(t, planner)
+
+
+def _slices(t: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Results and values in pieces of as many elements as a kernel is compiled for."""
+    most = 32 * ATTENTION_SIZES[-1]
+    pieces = []
+    for first in range(0, v.ne[0], most):
+        n = min(most, v.ne[0] - first)
+        offset = first // v.block_size * v.type_size
+        pieces.append(
+            (
+                replace(t, ne=(n, *t.ne[1:]), address=t.address + 4 * first),
+                replace(v, ne=(n, *v.ne[1:]), address=v.address + offset),
+            )
+        )
+    return pieces
 
 
 @lowers(Op.FLASH_ATTN_EXT)
 def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
-    q, k, v = source(t, 0), source(t, 1), source(t, 2)
-    size = next((n for n in ATTENTION_SIZES if v.ne[0] <= 32 * n), None)
-    padded = -(-k.ne[0] // _CHUNK) * _CHUNK
-    shared = 4 * (_ROWS * padded + _TILE * (_CHUNK + 1))
-    same_heads = k.ne[2] == v.ne[2] and k.ne[3] == v.ne[3]
-    if size is None or shared > _SHARED or not same_heads:
+    q, keys = source(t, 0), source(t, 1)
+    if q.nrows > MAX_GRID[0]:
         return False
-    for s in (k, v):
-        if s.type not in KEPT_IN or not s.contiguous_rows:
-            return False
-        if s.quantized and s.ne[0] % 32:
-            return False
-    rows = q.ne[1] * (q.ne[2] // k.ne[2])
-    grid = (-(-rows // _ROWS), k.ne[2] * q.ne[3])
-    if grid[1] > MAX_GRID[1]:
-        return False
-    parts = _parts(grid[0] * grid[1], k.ne[1], planner.multiprocessors)
-    # Parts are whole tiles; the last one may be smaller, and none is empty.
-    tiles = -(-k.ne[1] // _TILE)
-    per_part = max(-(-tiles // parts), 1) * _TILE
-    parts = max(-(-k.ne[1] // per_part), 1)
-    left = planner.scratch(4 * (v.ne[0] + 2) * q.nrows * parts) if parts > 1 else 0
-    attend, join = (attention_kernel(size, name) for name in ("attention", "attention_join"))
-    planner.launch(attend, t, (*grid, parts), _THREADS, extra=(per_part, left), shared=shared)
-    if parts > 1:
-        planner.each_row(join, t, q.nrows, _THREADS, extra=(parts, left))
+    q, rounding = _rounded(q, keys.type, planner)
+    k, values = _readable(keys, planner), _readable(source(t, 2), planner)
+    # Heads that share both their keys and their values; they needn't be equally many.
+    heads = math.gcd(q.ne[2] // k.ne[2], q.ne[2] // values.ne[2])
+    rows = heads * q.ne[1]
+    for to, v in _slices(t, values):
+        way = _few_rows(rows, k, v) or _many_rows(k, v)
+        blocks = -(-rows // way.rows) * (q.ne[2] // heads) * q.ne[3]
+        # As many as fill the card at once. Parts are whole tiles; the last one may be smaller, and
+        # none is empty.
+        wanted = way.blocks * planner.multiprocessors // blocks
+        parts = max(1, min(wanted, k.ne[1] // _LEAST_PART, _MOST_PARTS))
+        tiles = -(-k.ne[1] // way.positions)
+        per_part = max(-(-tiles // parts), 1) * way.positions
+        parts = max(-(-k.ne[1] // per_part), 1)
+        left = planner.scratch(4 * (v.ne[0] + 2) * q.nrows * parts) if parts > 1 else 0
+        slots = (to, q, k, v, *t.src[3:5])
+        extra = (per_part, left, heads, rounding, *way.extra)
+        planner.launch(
+            way.kernel, t, (blocks, parts), _THREADS, slots=slots, extra=extra, shared=way.shared
+        )
+        if parts > 1:
+            planner.launch(_JOIN, t, (q.nrows,), _THREADS, slots=slots, extra=(parts, left))
     return True
 
 

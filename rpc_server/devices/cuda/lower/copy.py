@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.walk import as_floats, decoded, elements
-from rpc_server.devices.cuda.planner import CudaPlanner, lowers
+from rpc_server.devices.cuda.kernels import Kernel, kernel, kernel_of_weights
+from rpc_server.devices.cuda.lower.walk import as_floats, as_row, decoded, dense, elements
+from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE
 from rpc_server.ops.checks import FLOATS, source
@@ -14,24 +16,73 @@ from rpc_server.ops.checks import FLOATS, source
 _SAME = kernel("copy", "copy_same")
 _DENSE = kernel("copy", "copy_dense")
 _CONVERTED = kernel("copy", "copy_converted")
-_ENCODED = kernel("copy", "copy_encoded", 64)
 
-# What encode.cuh can write; other blocks are written by their array code.
-ENCODED = frozenset(
-    {
-        GgmlType.Q4_0,
-        GgmlType.Q4_1,
-        GgmlType.Q5_0,
-        GgmlType.Q5_1,
-        GgmlType.Q8_0,
-        GgmlType.IQ4_NL,
-    }
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What writes blocks of a type: a kernel for all of a tensor, and one for rows by index.
+
+    A thread has ``group`` elements, one behind another; those of a block's groups work together.
+    """
+
+    copy: Kernel
+    rows: Kernel
+    group: int
+
+
+# The types that caches are kept in, which encode.cuh writes, a thread for each block.
+_OF_CACHES = (
+    GgmlType.Q4_0,
+    GgmlType.Q4_1,
+    GgmlType.Q5_0,
+    GgmlType.Q5_1,
+    GgmlType.Q8_0,
+    GgmlType.IQ4_NL,
 )
+# What encode_super.cuh writes, and how many elements are a group there.
+_GROUPS = {
+    GgmlType.Q8_1: 32,
+    GgmlType.Q8_K: 16,
+    GgmlType.Q2_K: 16,
+    GgmlType.Q3_K: 16,
+    GgmlType.Q4_K: 32,
+    GgmlType.Q5_K: 32,
+    GgmlType.Q6_K: 16,
+    GgmlType.IQ4_XS: 32,
+    GgmlType.TQ1_0: 32,
+    GgmlType.TQ2_0: 32,
+    GgmlType.MXFP4: 32,
+    GgmlType.NVFP4: 16,
+    GgmlType.Q1_0: 32,
+    GgmlType.Q2_0: 32,
+}
+
+
+def _encoder(type_: GgmlType) -> Encoder:
+    names = ("copy_encoded", "set_rows_encoded")
+    if type_ in _OF_CACHES:
+        copy, rows = (kernel("copy", name, 64) for name in names)
+        return Encoder(copy, rows, 32)
+    copy, rows = (kernel_of_weights("encode", name, type_) for name in names)
+    return Encoder(copy, rows, _GROUPS[type_])
+
+
+ENCODERS: dict[GgmlType, Encoder] = {t: _encoder(t) for t in (*_OF_CACHES, *_GROUPS)}
 
 
 def encoded(to: Tensor, values: Tensor, planner: CudaPlanner) -> bool:
-    """A launch that encodes floats, as many elements, to blocks of a type of ENCODED."""
-    return elements(_ENCODED, to, planner, n=to.nelements // 32, slots=(to, values))
+    """Launches that encode floats, as many elements, to blocks of a type of ENCODERS."""
+    encoder = ENCODERS[to.type]
+    if values.ne[0] % encoder.group:
+        # A thread reads its elements from one row.
+        row = dense(values, GgmlType.F32, planner.scratch(4 * values.nelements))
+        elements(_CONVERTED, row, planner, slots=(row, values))
+        values = as_row(row)
+    threads = encoder.copy.threads
+    grid = (min(-(-to.nelements // encoder.group // threads), MAX_GRID[0]),)
+    extra = (to.nelements // to.block_size,)
+    planner.launch(encoder.copy, to, grid, threads, extra=extra, slots=(to, values))
+    return True
 
 
 @lowers(Op.CPY, Op.CONT, Op.DUP)
@@ -47,7 +98,7 @@ def lower_copy(t: Tensor, planner: CudaPlanner) -> bool:
         return elements(_SAME, t, planner, t.type_size, t.block_size, n=n, slots=slots)
     if values.type in NATIVE and t.type in NATIVE:
         return elements(_CONVERTED, t, planner, slots=slots)
-    if t.type in ENCODED and values.type in FLOATS and t.contiguous_rows:
+    if t.type in ENCODERS and values.type in FLOATS and t.contiguous_rows:
         return encoded(t, values, planner)
     if values.quantized and t.type in FLOATS and values.contiguous_rows:
         if values.same_shape(t):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml_ops import GluOp, Op, UnaryOp
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.copy import ENCODED, encoded
+from rpc_server.devices.cuda.lower.copy import ENCODERS, encoded
 from rpc_server.devices.cuda.lower.walk import as_floats
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.devices.shapes import gated_and_gate, rows_and_width
@@ -52,7 +52,7 @@ def lower_binary(t: Tensor, planner: CudaPlanner) -> bool:
 
 def _add_to_blocks(t: Tensor, blocks: Tensor, planner: CudaPlanner) -> bool:
     """Decoded, added to as floats, and encoded again if the result is blocks, too."""
-    if t.quantized and t.type not in ENCODED:
+    if t.quantized and t.type not in ENCODERS:
         return False
     x = as_floats(blocks, planner)
     if not t.quantized:

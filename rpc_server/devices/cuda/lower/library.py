@@ -9,7 +9,7 @@ from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import decoded, dense
 from rpc_server.devices.cuda.planner import CudaPlanner, Product
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.checks import FLOATS, source
+from rpc_server.ops.checks import source
 
 _CONVERT = kernel("copy", "copy_rows")
 
@@ -38,14 +38,14 @@ def _columns(x: Tensor, type_: GgmlType, planner: CudaPlanner) -> tuple[int, int
     address, fresh = planner.shared_scratch(key, (x,), to.nb[1] * x.nrows)
     if fresh:
         to = replace(to, address=address)
-        planner.rows(_CONVERT, to, x.nrows, x.ne[0], slots=(to, x))
+        _convert(to, x, planner)
     return address, to.nb[1]
 
 
 def by_library(t: Tensor, planner: CudaPlanner) -> bool:
     """Emit a product of many columns; False where this isn't the way to do it."""
     weights, x = source(t, 0), source(t, 1)
-    if not t.contiguous_rows or t.nb[1] % 4 or x.type not in FLOATS:
+    if not t.contiguous_rows or t.nb[1] % 4:
         return False
     type_ = product_type(weights.type, planner.capability)
     columns, row = _columns(x, type_, planner)
@@ -63,12 +63,8 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
                 count = min(rows, weights.ne[1] - first)
                 a, a_row = matrix + first * weights.nb[1], weights.nb[1]
                 if not as_they_are:
-                    _decode(
-                        replace(weights, ne=(weights.ne[0], count, 1, 1), address=a),
-                        tile,
-                        type_,
-                        planner,
-                    )
+                    part = replace(weights, ne=(weights.ne[0], count, 1, 1), address=a)
+                    _convert(dense(part, type_, tile), part, planner)
                     a, a_row = tile, size * weights.ne[0]
                 for i3 in range(w3 * repeat3, (w3 + 1) * repeat3):
                     i2 = w2 * repeat2
@@ -92,10 +88,9 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
     return True
 
 
-def _decode(weights: Tensor, tile: int, type_: GgmlType, planner: CudaPlanner) -> None:
-    """Rows of one matrix of weights into the tile."""
-    to = dense(weights, type_, tile)
-    if weights.quantized:
-        decoded(to, weights, planner)
+def _convert(to: Tensor, t: Tensor, planner: CudaPlanner) -> None:
+    """Rows of ``t``, blocks or floats, as those of ``to``, floats."""
+    if t.quantized:
+        decoded(to, t, planner)
     else:
-        planner.rows(_CONVERT, to, weights.ne[1], weights.ne[0], slots=(to, weights))
+        planner.rows(_CONVERT, to, t.nrows, t.ne[0], slots=(to, t))

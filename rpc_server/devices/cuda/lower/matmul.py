@@ -1,10 +1,16 @@
-"""Lowerings of matrix products: few columns by kernels of our own, many by cuBLAS."""
+"""Lowerings of matrix products.
+
+A few columns: each weight is read once (matvec.cu). More: tiles of the result, in whole numbers too
+(tiles.cu). Where a card multiplies floats faster than that, and weights of floats: cuBLAS.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from rpc_server.devices.cuda.kernels import Kernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.library import by_library
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -12,23 +18,77 @@ from rpc_server.ops.checks import FLOATS, source
 from rpc_server.ops.rounding import activation_type
 
 _QUANTIZE = kernel("columns", "quantize_columns", 128)
-_QUANTIZE_K = kernel("columns", "quantize_columns_k", 128)
+_TAKE = kernel("columns", "take_columns", 128)
 _WIDEN = kernel("columns", "widen_columns", 256)
 _ROUTE = kernel("columns", "route_columns", 256)
 _THREADS = 128
 
-# From so many columns on weights are better decoded once, for cuBLAS.
-_MANY_COLUMNS = 24
 # What route_columns has shared memory for.
 _MOST_EXPERTS = 4096
 
 # Columns that a kernel multiplies a weight with while it has it; their number is in its name.
 _GROUPS = (1, 2, 4, 8)
+TILES = (16, 32, 64)
+# Rows of a tile.
+_TILE_ROWS = 64
+# Decoding the weights of a tile takes about as long as this many columns of it.
+_COLUMNS_OF_DECODING = 8
+
+# From so many columns on cuBLAS is faster, by capability, each for what comes up to the next. These
+# are figures on paper, see docs/gpu.md, "On paper: reading a prompt".
+_LIBRARY_FROM = {
+    60: 24,
+    61: None,
+    70: 160,
+    75: 256,
+    80: 96,
+    86: 256,
+    89: 512,
+    90: 64,
+    100: 32,
+    120: 512,
+}
+# The same for weights of floats, which have no codes.
+_LIBRARY_FROM_OF_FLOATS = 24
+
+# What clients may have rounded activations to themselves.
+_ROUNDED = frozenset({GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K})
+
+
+def products_of(weights: GgmlType) -> list[Kernel]:
+    """A kernel of each unit that products with such weights need."""
+    units = [("matvec", "multiply_1")]
+    if TYPE_INFO[weights].quantized:
+        units.append(("tiles", f"tiles_{TILES[-1]}"))
+    return [kernel_of_weights(unit, name, weights, _THREADS) for unit, name in units]
+
+
+def library_from(weights: Tensor, capability: int) -> int | None:
+    """From how many columns on a product is best left to cuBLAS; None: never."""
+    if not weights.quantized:
+        return _LIBRARY_FROM_OF_FLOATS
+    return _LIBRARY_FROM[max(c for c in _LIBRARY_FROM if c <= capability)]
+
+
+def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int) -> int:
+    """How many of ``n`` columns a block of threads should multiply: of _GROUPS or of TILES.
+
+    ``matrices`` is how many have so many columns. Wide tiles decode weights less often, narrow ones
+    leave less of the card without work.
+    """
+    if n <= _GROUPS[-1] or not weights.quantized:
+        return next((group for group in _GROUPS if n <= group), _GROUPS[-1])
+
+    def time(tile: int) -> int:
+        blocks = -(-n // tile) * -(-weights.ne[1] // _TILE_ROWS) * matrices
+        return -(-blocks // multiprocessors) * (tile + _COLUMNS_OF_DECODING)
+
+    return min(TILES, key=lambda tile: (time(tile), -tile))
 
 
 def codes_stride(k: int) -> int:
-    """Bytes of a column of ``k`` elements as codes, see columns.cu; 16 bytes aligned."""
-    return -(-(k + k // 32 * 4 + k // 16 * 4) // 16) * 16
+    """Bytes of a column of ``k`` elements as codes, see columns.cuh."""
+    return k + k // 32 * 16
 
 
 def floats_stride(k: int) -> int:
@@ -36,24 +96,44 @@ def floats_stride(k: int) -> int:
     return -(-4 * k // 16) * 16
 
 
-def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int]:
-    """(address, stride) of the columns as products with ``weights`` read them.
+# The numbers of rounding.cuh, and how many elements a warp rounds at once.
+ROUNDED_AS = {GgmlType.Q8_0: 0, GgmlType.Q8_1: 1, GgmlType.Q8_K: 2}
+_AT_ONCE = {GgmlType.Q8_0: 32, GgmlType.Q8_1: 32, GgmlType.Q8_K: 256}
 
-    They are made once for all products of the graph that share them.
+
+def column_form(weights: Tensor, x: Tensor) -> GgmlType:
+    """What columns are read as by products with ``weights``: F32, or codes of this type."""
+    if not weights.quantized:
+        return GgmlType.F32
+    return x.type if x.quantized else activation_type(weights.type)
+
+
+def place_columns(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int, bool]:
+    """(address, stride, fresh) of the columns as products with ``weights`` read them.
+
+    They are kept for all products of the graph that share them; ``fresh``: nobody has made them.
     """
-    k = x.ne[0]
-    form = activation_type(weights.type) if weights.quantized else GgmlType.F32
-    stride = codes_stride(k) if weights.quantized else floats_stride(k)
+    form = column_form(weights, x)
+    stride = codes_stride(x.ne[0]) if weights.quantized else floats_stride(x.ne[0])
     key = ("columns", form, x.address, x.type, x.ne, x.nb)
     address, fresh = planner.shared_scratch(key, (x,), stride * x.nrows)
+    return address, stride, fresh
+
+
+def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int]:
+    """(address, stride) of the columns as products with ``weights`` read them, made if need be."""
+    address, stride, fresh = place_columns(weights, x, planner)
     if fresh:
+        form = column_form(weights, x)
         # How many elements a block of threads does, and of how many threads.
-        each, threads, chosen = {
-            GgmlType.F32: (256, 256, _WIDEN),
-            GgmlType.Q8_K: (1024, _THREADS, _QUANTIZE_K),
-        }.get(form, (128, _THREADS, _QUANTIZE))
-        grid = (min(x.nrows, MAX_GRID[0]), min(-(-k // each), MAX_GRID[1]))
-        extra = (address, stride, int(form is GgmlType.Q8_1))
+        if form is GgmlType.F32:
+            each, threads, chosen = 256, 256, _WIDEN
+        else:
+            warps = _THREADS // 32
+            each, threads = warps * (32 if x.quantized else _AT_ONCE[form]), _THREADS
+            chosen = _TAKE if x.quantized else _QUANTIZE
+        grid = (min(x.nrows, MAX_GRID[0]), min(-(-x.ne[0] // each), MAX_GRID[1]))
+        extra = (address, stride, ROUNDED_AS.get(form, 0))
         planner.launch(chosen, x, grid, threads, slots=(None, x), extra=extra)
     return address, stride
 
@@ -72,20 +152,21 @@ def _supported(t: Tensor) -> bool:
     weights, x = source(t, 0), source(t, 1)
     return (
         (weights.quantized or weights.type in FLOATS)
-        and x.type in FLOATS
+        and x.type in (_ROUNDED | FLOATS if weights.quantized else FLOATS)
         and weights.contiguous_rows
+        and (x.contiguous_rows or not x.quantized)
         and t.type is GgmlType.F32
     )
 
 
 def _launch(
-    t: Tensor, planner: CudaPlanner, name: str, grid: tuple[int, int, int], *routing: int
+    t: Tensor, planner: CudaPlanner, unit: str, name: str, grid: Sequence[int], *routing: int
 ) -> None:
     """``columns_in_scratch`` comes before any other scratch of the node."""
     weights, x = source(t, 0), source(t, 1)
     address, stride = columns_in_scratch(weights, x, planner)
     planner.launch(
-        kernel_of_weights("matvec", name, weights.type, _THREADS),
+        kernel_of_weights(unit, name, weights.type, _THREADS),
         t,
         grid,
         _THREADS,
@@ -93,27 +174,89 @@ def _launch(
     )
 
 
-def _row_blocks(weights: Tensor) -> int:
-    return -(-weights.ne[1] // (_THREADS // lanes_of_a_row(weights)))
+def _row_blocks(weights: Tensor, columns: int) -> int:
+    """Blocks of threads for all rows of a matrix, ``columns`` columns at once."""
+    rows = _TILE_ROWS if columns in TILES else _THREADS // lanes_of_a_row(weights)
+    return -(-weights.ne[1] // rows)
 
 
-def _lower_few_columns(t: Tensor, planner: CudaPlanner) -> bool:
+def _fits(grid: Sequence[int]) -> bool:
+    return all(n <= most for n, most in zip(grid, MAX_GRID, strict=True))
+
+
+def _by_kernel(t: Tensor, planner: CudaPlanner) -> bool:
     weights = source(t, 0)
-    group = next((n for n in _GROUPS if t.ne[1] <= n), _GROUPS[-1])
-    grid = (_row_blocks(weights), -(-t.ne[1] // group), t.ne[2] * t.ne[3])
-    if grid[1] > MAX_GRID[1] or grid[2] > MAX_GRID[2]:
+    columns = at_once(t.ne[1], weights, t.ne[2] * t.ne[3], planner.multiprocessors)
+    grid = (_row_blocks(weights, columns), -(-t.ne[1] // columns), t.ne[2] * t.ne[3])
+    if not _fits(grid):
         return False
-    _launch(t, planner, f"multiply_{group}", grid)
+    unit, name = ("tiles", "tiles") if columns in TILES else ("matvec", "multiply")
+    _launch(t, planner, unit, f"{name}_{columns}", grid)
     return True
+
+
+def _is_for_library(t: Tensor, planner: CudaPlanner) -> bool:
+    many = library_from(source(t, 0), planner.capability)
+    return many is not None and t.ne[1] >= many
+
+
+def reads_codes(t: Tensor, planner: CudaPlanner) -> bool:
+    """Whether a valid product reads activations that are floats as codes."""
+    as_codes = _supported(t) and source(t, 0).quantized and not source(t, 1).quantized
+    return as_codes and (t.op is Op.MUL_MAT_ID or not _is_for_library(t, planner))
 
 
 @lowers(Op.MUL_MAT)
 def lower_mul_mat(t: Tensor, planner: CudaPlanner) -> bool:
     if not _supported(t):
         return False
-    if t.ne[1] >= _MANY_COLUMNS and by_library(t, planner):
+    if _is_for_library(t, planner) and by_library(t, planner):
         return True
-    return _lower_few_columns(t, planner)
+    return _by_kernel(t, planner)
+
+
+def is_one_column(t: Tensor) -> bool:
+    """Whether a valid MUL_MAT is one that :func:`multiply_one_column` can do."""
+    weights = source(t, 0)
+    # Blocks for the rows of three such fit a grid.
+    few = 3 * weights.ne[1] <= MAX_GRID[0]
+    return _supported(t) and t.nrows == 1 and weights.ne[2:] == (1, 1) and few
+
+
+def multiply_one_column(
+    products: Sequence[Tensor], planner: CudaPlanner, glu: Tensor | None = None
+) -> None:
+    """One launch for up to three products of the same column with weights of one type.
+
+    ``glu`` is made of the results of two, in either order. Results are F32, and independent of one
+    another.
+    """
+    if glu is not None:
+        products = [source(glu, 0), source(glu, 1)]
+    weights, x = [source(t, 0) for t in products], source(products[0], 1)
+    address, stride = columns_in_scratch(weights[0], x, planner)
+    blocks = [_row_blocks(w, 1) for w in weights]
+    # Of a product that isn't there no block is the first.
+    first_blocks = [blocks[0], sum(blocks[:2])] if glu is None else []
+    rest = [s for t, w in zip(products[1:], weights[1:], strict=True) for s in (t, w)]
+    slots: list[Tensor | None] = [products[0], weights[0], x, *rest]
+    if glu is not None:
+        slots += [None, None, glu]
+    aligned = all(_aligned_rows(w) for w in weights)
+    planner.launch(
+        kernel_of_weights(
+            "matvec",
+            "multiply_joint" if glu is None else "multiply_gated",
+            weights[0].type,
+            _THREADS,
+        ),
+        products[0],
+        (sum(blocks) if glu is None else blocks[0],),
+        _THREADS,
+        extra=(address, stride, lanes_of_a_row(weights[0]), aligned, *first_blocks),
+        slots=slots,
+        params=None if glu is None else glu.op_params,
+    )
 
 
 @lowers(Op.MUL_MAT_ID)
@@ -124,18 +267,24 @@ def lower_mul_mat_id(t: Tensor, planner: CudaPlanner) -> bool:
     experts, pairs = weights.ne[2], t.ne[1] * t.ne[2]
     if pairs <= 2 * experts or experts > _MOST_EXPERTS:
         # Hardly any expert is asked twice.
-        grid = (_row_blocks(weights), t.ne[1], t.ne[2])
-        if grid[1] > MAX_GRID[1] or grid[2] > MAX_GRID[2]:
+        grid = (_row_blocks(weights, 1), t.ne[1], t.ne[2])
+        if not _fits(grid):
             return False
-        _launch(t, planner, "multiply_routed", grid)
+        _launch(t, planner, "matvec", "multiply_routed", grid)
         return True
-    groups = pairs // 8 + experts
-    if groups > MAX_GRID[1]:
+    # As if all experts were asked equally often.
+    columns = at_once(-(-pairs // experts), weights, experts, planner.multiprocessors)
+    columns = max(columns, _GROUPS[-1])
+    groups = pairs // columns + experts
+    grid = (_row_blocks(weights, columns), groups, 1)
+    if not _fits(grid):
         return False
     columns_in_scratch(weights, x, planner)
     routing = planner.scratch(4 * (1 + 3 * groups))
     sorted_pairs = planner.scratch(4 * pairs)
-    planner.launch(_ROUTE, t, (1,), 256, extra=(routing, sorted_pairs), shared=max(4 * experts, 4))
-    grid = (_row_blocks(weights), groups, 1)
-    _launch(t, planner, "multiply_grouped", grid, routing, sorted_pairs)
+    extra = (routing, sorted_pairs, columns)
+    planner.launch(_ROUTE, t, (1,), 256, extra=extra, shared=max(4 * experts, 4))
+    tiles = columns in TILES
+    unit, name = ("tiles", f"tiles_{columns}") if tiles else ("matvec", "multiply_grouped")
+    _launch(t, planner, unit, name, grid, routing, sorted_pairs)
     return True

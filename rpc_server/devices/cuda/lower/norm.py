@@ -7,7 +7,7 @@ from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.graph.tensor import Tensor
 
-_NORMALIZE = kernel("norm", "normalize", 512)
+NORMALIZE = kernel("norm", "normalize", 512)
 _GROUP_NORM = kernel("norm", "group_norm", 512)
 
 # The numbers of norm.cu.
@@ -16,7 +16,7 @@ _KINDS = {Op.RMS_NORM: 0, Op.NORM: 1, Op.L2_NORM: 2}
 
 @lowers(*_KINDS)
 def lower_norm(t: Tensor, planner: CudaPlanner) -> bool:
-    return planner.each_row(_NORMALIZE, t, t.nrows, t.ne[0], extra=(_KINDS[t.op], 0, 0))
+    return planner.each_row(NORMALIZE, t, t.nrows, t.ne[0], extra=(_KINDS[t.op],))
 
 
 @lowers(Op.GROUP_NORM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
-from rpc_server.devices.cuda.lower.copy import ENCODED
+from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.devices.cuda.lower.walk import decode_grid
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -12,7 +12,6 @@ from rpc_server.ops.checks import FLOATS, I32_ONLY, source
 
 _GET = kernel("copy", "get_rows")
 _SET = kernel("copy", "set_rows")
-_SET_ENCODED = kernel("copy", "set_rows_encoded", 64)
 
 _PLAIN = FLOATS | I32_ONLY
 
@@ -40,7 +39,8 @@ def lower_set_rows(t: Tensor, planner: CudaPlanner) -> bool:
     if t.type in _PLAIN:
         planner.rows(_SET, t, values.nrows, values.ne[0], slots=slots)
         return True
-    if t.type not in ENCODED or not t.contiguous_rows:
+    if t.type not in ENCODERS or not t.contiguous_rows:
         return False
-    planner.rows(_SET_ENCODED, t, values.nrows, values.ne[0] // 32, slots=slots)
+    encoder = ENCODERS[t.type]
+    planner.rows(encoder.rows, t, values.nrows, values.ne[0] // encoder.group, slots=slots)
     return True

@@ -41,24 +41,19 @@ KERNEL(copy_rows, 256) {
     }
 }
 
-// To blocks of 32: extra[0] blocks, a thread each.
+// To blocks of 32: extra[0] blocks, a thread each. A block is within one row of the source.
 KERNEL(copy_encoded, 64) {
     Slot to = r.slot[DST];
     const Slot &from = r.slot[SRC0];
     to.ne[0] /= 32;
     FOR_ELEMENTS(b, r.extra[0]) {
-        float x[32];
-        for (int i = 0; i < 32; i++) x[i] = load_f32(at(from, Place(from, 32 * b + i)), from.type);
+        Exact x[32];
+        load_floats(x, at(from, Place(from, 32 * b)), from.nb[0], from.type);
         encode_block(at(to, Place(to, b)), to.type, x);
     }
 }
 
 // -- rows by index ---------------------------------------------------------------------------------
-
-__device__ inline i64 index_at(const Slot &ids, i64 i0, i64 i1, i64 i2) {
-    const u8 *p = ids.data + i0 * ids.nb[0] + i1 * ids.nb[1] + i2 * ids.nb[2];
-    return ids.type == I64 ? *reinterpret_cast<const i64 *>(p) : *reinterpret_cast<const i32 *>(p);
-}
 
 // GET_ROWS of plain types; blocks along x are rows of the result.
 KERNEL(get_rows, 256) {
@@ -79,37 +74,26 @@ KERNEL(get_rows, 256) {
     }
 }
 
-// Where a row of source 0 goes, or null.
-__device__ inline u8 *target_of_row(const Record &r, const Row &at) {
-    const Slot &to = r.slot[DST], &ids = r.slot[SRC1];
-    const i64 id = index_at(ids, at.i[1], at.i[2] % ids.ne[1], at.i[3] % ids.ne[2]);
-    if (id < 0 || id >= to.ne[1]) {
-        if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
-        return nullptr;
-    }
-    return to.data + id * to.nb[1] + at.i[2] * to.nb[2] + at.i[3] * to.nb[3];
-}
-
 KERNEL(set_rows, 256) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &ids = r.slot[SRC1];
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
-        u8 *target = target_of_row(r, at);
+        u8 *target = indexed_row(r, to, ids, at);
         if (target) convert_row(to, target, from, at.in(from));
     }
 }
 
 // To blocks of 32, a thread each.
 KERNEL(set_rows_encoded, 64) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &ids = r.slot[SRC1];
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
-        u8 *target = target_of_row(r, at);
+        u8 *target = indexed_row(r, to, ids, at);
         if (!target) continue;
         const u8 *source = at.in(from);
         FOR_COLUMNS(b, from.ne[0] / 32) {
-            float x[32];
-            for (int i = 0; i < 32; i++) x[i] = load_f32(source + (32 * b + i) * from.nb[0], from.type);
+            Exact x[32];
+            load_floats(x, source + 32 * b * from.nb[0], from.nb[0], from.type);
             encode_block(target + b * block_bytes(to.type), to.type, x);
         }
     }

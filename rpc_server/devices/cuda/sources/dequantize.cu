@@ -1,6 +1,15 @@
 // Blocks of the type WEIGHTS to floats: whole rows, for products by cuBLAS and for copies.
 #include "weights.cuh"
 
+// The code that stands for 0, of types that have no minimum of their own: theirs only takes it off.
+// Taken off the code instead, a scale beyond half precision makes infinities of codes, and not NaN.
+template <typename T> struct Zero { enum { CODE = 0 }; };
+template <> struct Zero<Q4_0> { enum { CODE = 8 }; };
+template <> struct Zero<Q5_0> { enum { CODE = 16 }; };
+template <> struct Zero<Q2_0> { enum { CODE = 1 }; };
+template <> struct Zero<TQ1_0> { enum { CODE = 1 }; };
+template <> struct Zero<TQ2_0> { enum { CODE = 1 }; };
+
 // A block of threads decodes a run each, and together they write what has become of them in order.
 // `runs` is shared memory for as many as it has threads; blocks along y share a row.
 template <typename T>
@@ -14,7 +23,8 @@ __device__ inline void write_decoded(Run *runs, const u8 *source, int per_row, u
             const Run &run = runs[i / 32];
             const int e = i % 32, g = e / 16;
             const float code = (i8)(run.codes[e / 4] >> (8 * (e % 4)));
-            store_f32(target + (32ll * first + i) * to.nb[0], to.type, run.scale[g] * code + run.minimum[g]);
+            const float above = Zero<T>::CODE ? 0 : run.minimum[g];
+            store_f32(target + (32ll * first + i) * to.nb[0], to.type, run.scale[g] * (code - Zero<T>::CODE) + above);
         }
         __syncthreads();
     }

@@ -1,7 +1,7 @@
 // Ops that make each element of the result of one element of each source. All compute in F32.
 //
 // extra: rows and elements of a row as they are walked (1 and all where everything is dense).
-#include "kernel.cuh"
+#include "gated.cuh"
 
 // UnaryOp, then ops that are functions by themselves (lower/elementwise.py has the same numbers).
 enum {
@@ -11,25 +11,7 @@ enum {
 };
 
 __device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
 __device__ inline float hard_sigmoid(float x) { return fminf(1, fmaxf(0, (x + 3) / 6)); }
-
-// GELU and its quick form as ggml's CPU backend has them, by table: argument and result are rounded to
-// half precision. Of BF16 neither is; far from 0 GELU of F32 is the argument, or 0.
-__device__ inline float as_half(float x) { return half_to_float(float_to_half(x)); }
-__device__ inline float gelu(float x, i64 type) {
-    if (type == F32 && (x >= 10 || x <= -10)) return x > 0 ? x : 0;
-    if (type != BF16) x = as_half(x);
-    const float inner = 0.79788456080286535588f * x * fmaf(x * 0.044715f, x, 1);
-    const float y = 0.5f * x * (1 + tanhf(inner));
-    return type == BF16 ? y : as_half(y);
-}
-__device__ inline float gelu_quick(float x, i64 type) {
-    if (type != BF16) x = as_half(x);
-    const float y = x * (1 / (1 + expf(-1.702f * x)));
-    return type == BF16 ? y : as_half(y);
-}
-__device__ inline float gelu_erf(float x) { return 0.5f * x * (1 + erff(x * 0.70710678118654752440f)); }
 
 __device__ inline float xielu(const Record &r, float x) {
     const float alpha_n = param_f32(r, 1), alpha_p = param_f32(r, 2), beta = param_f32(r, 3), eps = param_f32(r, 4);
@@ -116,36 +98,16 @@ KERNEL(binary, 256) {
     }
 }
 
-enum { REGLU, GEGLU, SWIGLU, SWIGLU_OAI, GEGLU_ERF, GEGLU_QUICK, SWIGLU_CLAMP };
-
 // Sources 0 and 1 are what is gated, and the gate.
 KERNEL(glu, 256) {
     const Slot &to = r.slot[DST], &a = r.slot[SRC0], &b = r.slot[SRC1];
-    const float alpha = param_f32(r, 2), limit = param_f32(r, 3);
     FOR_ROWS(row, r.extra[0]) {
         const Row at(to, row);
         u8 *target = at.in(to);
         const u8 *first = at.in(a), *second = at.in(b);
         FOR_COLUMNS(i, r.extra[1]) {
-            float x = load_f32(first + i * a.nb[0], a.type), g = load_f32(second + i * b.nb[0], b.type);
-            float value = 0;
-            switch (r.param[0]) {
-            case REGLU: value = x > 0 ? x * g : 0; break;
-            case GEGLU:
-                // Far below 0 ggml doesn't look at the gate of F32, whatever it is.
-                value = a.type == F32 && x <= -10 ? 0 : gelu(x, a.type) * g;
-                break;
-            case SWIGLU: value = silu(x) * g; break;
-            case SWIGLU_OAI:
-                x = fminf(x, limit);
-                g = fmaxf(fminf(g, limit), -limit);
-                value = x / (1 + expf(-alpha * x)) * (g + 1);
-                break;
-            case GEGLU_ERF: value = gelu_erf(x) * g; break;
-            case GEGLU_QUICK: value = gelu_quick(x, a.type) * g; break;
-            case SWIGLU_CLAMP: value = silu(fminf(x, limit)) * fmaxf(fminf(g, limit), -limit); break;
-            }
-            store_f32(target + i * to.nb[0], to.type, value);
+            const float x = load_f32(first + i * a.nb[0], a.type), gate = load_f32(second + i * b.nb[0], b.type);
+            store_f32(target + i * to.nb[0], to.type, gated(r, x, gate, a.type));
         }
     }
 }

@@ -31,23 +31,24 @@ struct Record {
     i64 extra[24];
 };
 
-enum { DST = 0, SRC0, SRC1, SRC2, SRC3, SRC4 };
+enum { DST = 0, SRC0, SRC1, SRC2, SRC3, SRC4, SRC5 };
 enum { INDEX_OUT_OF_RANGE = 1 };
 
 // ggml's type numbers, as far as elements of them are loaded one by one.
 enum { F32 = 0, F16 = 1, I8 = 24, I16 = 25, I32 = 26, I64 = 27, F64 = 28, BF16 = 30 };
 
 #ifdef CUDA_EMULATION
-#define KERNEL(name, threads) extern "C" void name(const Record &r)
+#define KERNEL(name, ...) extern "C" void name(const Record &r)
 #else
 #if __CUDA_ARCH__ >= 700
 #define RECORD_ARGUMENT const __grid_constant__ Record r
 #else
 #define RECORD_ARGUMENT const Record r
 #endif
-// A kernel for blocks of at most `threads` threads.
-#define KERNEL(name, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(RECORD_ARGUMENT)
+// A kernel for blocks of at most so many threads; a second number is how many blocks are to fit a
+// multiprocessor.
+#define KERNEL(name, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(RECORD_ARGUMENT)
 #define SHARED_ARRAY(T, name, n) __shared__ T name[n]
 #define DYNAMIC_SHARED(T, name)                  \
     extern __shared__ float4 dynamic_shared_memory[]; \

@@ -1,41 +1,70 @@
 // Normalisations: a block of threads for each row (or group of channels). F32 rows; sums in F64, as ggml.
-#include "kernel.cuh"
+#include "rounding.cuh"
 
 enum { RMS_NORM, NORM, L2_NORM };
 
-// param: eps; extra[0]: which. With extra[1], source 1 is multiplied in, and with extra[2] source 2
-// added, each repeated over the result: RMS_NORM and the MUL and ADD behind it, at once.
+// Slots behind those of the node itself: what is multiplied in and what added behind it, what source 0
+// is the sum of, and the results of the MUL and the ADD.
+enum { FACTOR = SRC1, TERM, FIRST, SECOND, SCALED, SHIFTED };
+
+__device__ inline float &element(u8 *row, i64 i, const Slot &s) { return *reinterpret_cast<float *>(row + i * s.nb[0]); }
+
+// An element of a row that is repeated over a longer one.
+__device__ inline float repeated(u8 *row, i64 i, const Slot &s) { return element(row, i < s.ne[0] ? i : i % s.ne[0], s); }
+
+// param: eps; extra[0]: which. Where slots FIRST and SECOND are set, source 0 is their sum, and is
+// written first. FACTOR is multiplied in, and TERM added to that, each repeated over the result. Every
+// result is written, that of the norm included, in the order of the nodes: a client may read it, or it
+// may share its memory with the next one. Where extra[1] is set the last result is rounded for products,
+// too: extra[1] to extra[3] are what extra[0] to extra[2] are for quantize_columns.
 KERNEL(normalize, 512) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &factor = r.slot[SRC1], &term = r.slot[SRC2];
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &factor = r.slot[FACTOR], &term = r.slot[TERM];
+    const Slot &scaled = r.slot[SCALED], &shifted = r.slot[SHIFTED], &one = r.slot[FIRST], &other = r.slot[SECOND];
     SHARED_ARRAY(double, room, 32);
     const i64 n = from.ne[0];
     const int which = (int)r.extra[0];
     const float eps = param_f32(r, 0);
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
-        const u8 *source = at.in(from);
-        u8 *target = at.in(to);
+        u8 *source = at.in(from), *target = at.in(to);
+        // An element is always its thread's: nobody else reads what is written here.
+        if (one.data) {
+            u8 *a = at.in(one), *b = at.in(other);
+            for (i64 i = threadIdx.x; i < n; i += blockDim.x) element(source, i, from) = element(a, i, one) + element(b, i, other);
+        }
         float mean = 0;
         if (which == NORM) {
             double sum = 0;
-            for (i64 i = threadIdx.x; i < n; i += blockDim.x) sum += *reinterpret_cast<const float *>(source + i * from.nb[0]);
+            for (i64 i = threadIdx.x; i < n; i += blockDim.x) sum += element(source, i, from);
             mean = (float)(over_block(sum, Sum(), room) / n);
         }
         double squares = 0;
         for (i64 i = threadIdx.x; i < n; i += blockDim.x) {
-            const float x = *reinterpret_cast<const float *>(source + i * from.nb[0]) - mean;
+            const float x = element(source, i, from) - mean;
             squares += (double)(x * x);
         }
         squares = over_block(squares, Sum(), room);
         const float scale = which == L2_NORM ? 1 / fmaxf(sqrtf((float)squares), eps)
                                              : 1 / sqrtf((float)(squares / n) + eps);
-        const u8 *factors = r.extra[1] ? at.repeated_in(factor) : nullptr;
-        const u8 *terms = r.extra[2] ? at.repeated_in(term) : nullptr;
+        u8 *factors = factor.data ? at.repeated_in(factor) : nullptr, *product = at.in(scaled);
+        u8 *terms = term.data ? at.repeated_in(term) : nullptr, *sum = at.in(shifted);
         for (i64 i = threadIdx.x; i < n; i += blockDim.x) {
-            float value = (*reinterpret_cast<const float *>(source + i * from.nb[0]) - mean) * scale;
-            if (factors) value *= *reinterpret_cast<const float *>(factors + i % factor.ne[0] * factor.nb[0]);
-            if (terms) value += *reinterpret_cast<const float *>(terms + i % term.ne[0] * term.nb[0]);
-            *reinterpret_cast<float *>(target + i * to.nb[0]) = value;
+            float value = (element(source, i, from) - mean) * scale;
+            element(target, i, to) = value;
+            if (!factors) continue;
+            value *= repeated(factors, i, factor);
+            element(product, i, scaled) = value;
+            if (!terms) continue;
+            // Not contracted: the product is a result of its own.
+            value = __fadd_rn(value, repeated(terms, i, term));
+            element(sum, i, shifted) = value;
+        }
+        if (r.extra[1]) {
+            const Slot &last = terms ? shifted : scaled;
+            const Target columns(r.extra[1], r.extra[2], row, n);
+            // What other threads have written is read.
+            __syncthreads();
+            round_row(columns, terms ? sum : product, last, n, (int)r.extra[3], threadIdx.x / 32, blockDim.x / 32);
         }
     }
 }

@@ -1,5 +1,5 @@
 // ROPE: pairs of elements of each row turned by angles that grow with the row's position.
-#include "kernel.cuh"
+#include "place.cuh"
 
 enum { NORMAL = 0, NEOX = 2, MROPE = 8, VISION = 24, IMROPE = 40 };
 
@@ -31,12 +31,23 @@ __device__ inline void section_of(const Record &r, int mode, int pair, int &sect
     step = sector - start;
 }
 
-// slot 2: positions; slot 3: divisors, or empty. extra: first turned element, pairs, elements from
+// Where an element of the result goes, and besides to the row of a cache that it belongs to, if any.
+struct Turned {
+    u8 *row, *kept;
+    __device__ void put(const Slot &to, const Slot &cache, i64 i, float value) const {
+        store_f32(row + i * to.nb[0], to.type, value);
+        if (kept) store_f32(kept + i * cache.nb[0], cache.type, value);
+    }
+};
+
+// slot 2: positions; slot 3: divisors, or empty. slots 4 to 6: a view of the (dense) result as rows of
+// SET_ROWS, their indices, and where they go; or empty. extra: first turned element, pairs, elements from
 // one pair to the next and within a pair, 1 to turn backwards; then, as bits of floats, the ratio of
 // angles, and where YaRN goes over from extrapolated to interpolated ones.
 // A thread for each pair; those that are not turned are copied. Blocks along x are rows.
 KERNEL(rope, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0], &positions = r.slot[SRC1], &divisors = r.slot[SRC2];
+    const Slot &rows = r.slot[SRC3], &ids = r.slot[SRC4], &cache = r.slot[SRC5];
     const int mode = (int)r.param[2];
     const int first = (int)r.extra[0], pairs = (int)r.extra[1], stride = (int)r.extra[2], distance = (int)r.extra[3];
     const float base = __int_as_float((i32)r.extra[5]);
@@ -48,7 +59,13 @@ KERNEL(rope, 256) {
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
         const Row at(from, row);
         const u8 *source = at.in(from);
-        u8 *target = at.in(to);
+        Turned turned = {at.in(to), nullptr};
+        if (rows.data) {
+            // A row of the cache holds those of several heads.
+            const i64 heads = quotient(rows.ne[0], from.ne[0]), number = quotient(row, heads);
+            turned.kept = indexed_row(r, cache, ids, Row(rows, number));
+            if (turned.kept) turned.kept += (row - number * heads) * from.ne[0] * cache.nb[0];
+        }
         for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
             int section, step;
             section_of(r, mode, pair, section, step);
@@ -68,13 +85,12 @@ KERNEL(rope, 256) {
             const i64 one = first + (i64)pair * stride, other = one + distance;
             const float x = load_f32(source + one * from.nb[0], from.type);
             const float y = load_f32(source + other * from.nb[0], from.type);
-            store_f32(target + one * to.nb[0], to.type, x * cosine - y * sine);
-            store_f32(target + other * to.nb[0], to.type, x * sine + y * cosine);
+            turned.put(to, cache, one, x * cosine - y * sine);
+            turned.put(to, cache, other, x * sine + y * cosine);
         }
         // All elements that belong to no pair: those before the first, and behind the last.
-        const i64 turned = first + 2 * (i64)pairs;
+        const i64 last = first + 2 * (i64)pairs;
         for (i64 i = threadIdx.x; i < from.ne[0]; i += blockDim.x)
-            if (i < first || i >= turned)
-                store_f32(target + i * to.nb[0], to.type, load_f32(source + i * from.nb[0], from.type));
+            if (i < first || i >= last) turned.put(to, cache, i, load_f32(source + i * from.nb[0], from.type));
     }
 }

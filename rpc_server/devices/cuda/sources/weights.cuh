@@ -17,7 +17,19 @@ struct Run {
         scale[0] = scale[1] = d;
         minimum[0] = minimum[1] = m;
     }
+    __device__ int4 front() const { return make_int4(codes[0], codes[1], codes[2], codes[3]); }
+    __device__ int4 back() const { return make_int4(codes[4], codes[5], codes[6], codes[7]); }
 };
+
+// What the types of weights are: whether the halves of a run have one scale (and minimum) or each its
+// own, and whether there are minima other than 0.
+template <int SCALES_, int MINIMA_> struct Kind {
+    enum { SCALES = SCALES_, MINIMA = MINIMA_ };
+};
+typedef Kind<1, 0> Scaled;
+typedef Kind<1, 1> Shifted;
+typedef Kind<2, 0> HalvesScaled;
+typedef Kind<2, 1> HalvesShifted;
 
 __device__ inline u32 load_u16(const u8 *p) { return *reinterpret_cast<const u16 *>(p); }
 __device__ inline u32 word_at_4(const u8 *p) { return *reinterpret_cast<const u32 *>(p); }
@@ -67,7 +79,7 @@ __device__ inline void nibbles(Run &run, const u8 *qs, u32 (*load)(const u8 *)) 
     }
 }
 
-struct Q4_0 {
+struct Q4_0 : Shifted {
     enum { BLOCK = 32, SIZE = 18 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         float d = half_at(block);
@@ -76,7 +88,7 @@ struct Q4_0 {
     }
 };
 
-struct Q4_1 {
+struct Q4_1 : Shifted {
     enum { BLOCK = 32, SIZE = 20 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         nibbles(run, block + 4, word_at_4);
@@ -88,7 +100,7 @@ __device__ inline void fifth_bits(Run &run, u32 high) {
     for (int i = 0; i < 8; i++) run.codes[i] |= spread_bits(high >> (4 * i), 4);
 }
 
-struct Q5_0 {
+struct Q5_0 : Shifted {
     enum { BLOCK = 32, SIZE = 22 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         float d = half_at(block);
@@ -98,7 +110,7 @@ struct Q5_0 {
     }
 };
 
-struct Q5_1 {
+struct Q5_1 : Shifted {
     enum { BLOCK = 32, SIZE = 24 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         nibbles(run, block + 8, word_at_4);
@@ -107,7 +119,7 @@ struct Q5_1 {
     }
 };
 
-struct Q8_0 {
+struct Q8_0 : Scaled {
     enum { BLOCK = 32, SIZE = 34 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         for (int i = 0; i < 8; i++) run.codes[i] = word_at_2(block + 2 + 4 * i);
@@ -115,7 +127,7 @@ struct Q8_0 {
     }
 };
 
-struct Q8_1 {
+struct Q8_1 : Scaled {
     enum { BLOCK = 32, SIZE = 36 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         for (int i = 0; i < 8; i++) run.codes[i] = word_at_4(block + 4 + 4 * i);
@@ -123,7 +135,7 @@ struct Q8_1 {
     }
 };
 
-struct Q8_K {
+struct Q8_K : Scaled {
     enum { BLOCK = 256, SIZE = 292 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         for (int i = 0; i < 8; i++) run.codes[i] = word_at_4(block + 4 + 32 * r + 4 * i);
@@ -131,7 +143,7 @@ struct Q8_K {
     }
 };
 
-struct Q2_K {
+struct Q2_K : HalvesShifted {
     enum { BLOCK = 256, SIZE = 84 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 16 + 32 * (r / 4);
@@ -146,7 +158,7 @@ struct Q2_K {
     }
 };
 
-struct Q3_K {
+struct Q3_K : HalvesScaled {
     enum { BLOCK = 256, SIZE = 110 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 32 + 32 * (r / 4), *scales = block + 96;
@@ -180,7 +192,7 @@ __device__ inline void scale_and_minimum(Run &run, const u8 *block, int r) {
     run.scaled(half_at(block) * scale, -half_at(block + 2) * minimum);
 }
 
-struct Q4_K {
+struct Q4_K : Shifted {
     enum { BLOCK = 256, SIZE = 144 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 16 + 32 * (r / 2);
@@ -190,7 +202,7 @@ struct Q4_K {
     }
 };
 
-struct Q5_K {
+struct Q5_K : Shifted {
     enum { BLOCK = 256, SIZE = 176 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 48 + 32 * (r / 2);
@@ -203,7 +215,7 @@ struct Q5_K {
     }
 };
 
-struct Q6_K {
+struct Q6_K : HalvesScaled {
     enum { BLOCK = 256, SIZE = 210 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const int half = r / 4, part = r % 4;
@@ -226,7 +238,7 @@ __device__ inline void looked_up(Run &run, const u8 *qs, u32 (*load)(const u8 *)
     for (int i = 0; i < 8; i++) run.codes[i] = look_up(table, run.codes[i]);
 }
 
-struct IQ4_NL {
+struct IQ4_NL : Scaled {
     enum { BLOCK = 32, SIZE = 18 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         looked_up(run, block + 2, word_at_2, IQ4_VALUES);
@@ -234,7 +246,7 @@ struct IQ4_NL {
     }
 };
 
-struct IQ4_XS {
+struct IQ4_XS : Scaled {
     enum { BLOCK = 256, SIZE = 136 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         looked_up(run, block + 8 + 16 * r, word_at_4, IQ4_VALUES);
@@ -244,7 +256,7 @@ struct IQ4_XS {
     }
 };
 
-struct MXFP4 {
+struct MXFP4 : Scaled {
     enum { BLOCK = 32, SIZE = 17 };
     __device__ static void decode(Run &run, const u8 *block, int) {
         looked_up(run, block + 1, word_at_1, FP4_VALUES);
@@ -252,7 +264,7 @@ struct MXFP4 {
     }
 };
 
-struct NVFP4 {
+struct NVFP4 : HalvesScaled {
     enum { BLOCK = 64, SIZE = 36 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         for (int g = 0; g < 2; g++) {
@@ -268,7 +280,7 @@ struct NVFP4 {
     }
 };
 
-struct Q1_0 {
+struct Q1_0 : Scaled {
     enum { BLOCK = 128, SIZE = 18 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         u32 bits = word_at_2(block + 2 + 4 * r);
@@ -278,7 +290,7 @@ struct Q1_0 {
     }
 };
 
-struct Q2_0 {
+struct Q2_0 : Shifted {
     enum { BLOCK = 64, SIZE = 18 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         float d = half_at(block);
@@ -297,7 +309,7 @@ __device__ inline u32 trit(u32 byte, int n) {
     return ((byte * power & 255) * 3) >> 8;
 }
 
-struct TQ1_0 {
+struct TQ1_0 : Shifted {
     enum { BLOCK = 256, SIZE = 54 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         for (int i = 0; i < 32; i++) {
@@ -314,7 +326,7 @@ struct TQ1_0 {
     }
 };
 
-struct TQ2_0 {
+struct TQ2_0 : Shifted {
     enum { BLOCK = 256, SIZE = 66 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         for (int i = 0; i < 8; i++)
@@ -334,7 +346,7 @@ __device__ inline void eight(Run &run, int l, const u64 *grid, int at, u32 signs
     eight(run, l, (u32)values, (u32)(values >> 32), signs);
 }
 
-struct IQ2_XXS {
+struct IQ2_XXS : Scaled {
     enum { BLOCK = 256, SIZE = 66 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 2 + 8 * r;
@@ -351,7 +363,7 @@ __device__ inline void two_scales(Run &run, float d, u8 both) {
     run.minimum[0] = run.minimum[1] = 0;
 }
 
-struct IQ2_XS {
+struct IQ2_XS : HalvesScaled {
     enum { BLOCK = 256, SIZE = 74 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         for (int l = 0; l < 4; l++) {
@@ -362,7 +374,7 @@ struct IQ2_XS {
     }
 };
 
-struct IQ2_S {
+struct IQ2_S : HalvesScaled {
     enum { BLOCK = 256, SIZE = 82 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 2 + 4 * r, high = block[66 + r];
@@ -372,7 +384,7 @@ struct IQ2_S {
     }
 };
 
-struct IQ3_XXS {
+struct IQ3_XXS : Scaled {
     enum { BLOCK = 256, SIZE = 98 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 2 + 8 * r;
@@ -384,7 +396,7 @@ struct IQ3_XXS {
     }
 };
 
-struct IQ3_S {
+struct IQ3_S : Scaled {
     enum { BLOCK = 256, SIZE = 110 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 2 + 8 * r, *signs = block + 74 + 4 * r;
@@ -407,7 +419,7 @@ __device__ inline void eight_and_shift(Run &run, int l, int at, bool minus) {
     }
 }
 
-struct IQ1_S {
+struct IQ1_S : Scaled {
     enum { BLOCK = 256, SIZE = 50 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 2 + 4 * r;
@@ -418,7 +430,7 @@ struct IQ1_S {
     }
 };
 
-struct IQ1_M {
+struct IQ1_M : HalvesScaled {
     enum { BLOCK = 256, SIZE = 56 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 4 * r, *qh = block + 32 + 2 * r, *scales = block + 48;
