@@ -7,9 +7,14 @@ from dataclasses import replace
 from rpc_server.graph.tensor import Tensor
 
 
+def is_flat(t: Tensor) -> bool:
+    """Whether it is dense and says so: rows of one element may have any first stride."""
+    return t.contiguous and t.nb[0] == t.type_size
+
+
 def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
     """How a kernel walks tensors of one shape: (1, all elements) if all are dense."""
-    if t.contiguous and all(o.contiguous for o in others):
+    if all(is_flat(x) for x in (t, *others)):
         return 1, t.nelements
     return t.nrows, t.ne[0]
 

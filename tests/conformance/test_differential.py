@@ -9,23 +9,28 @@ import pytest
 
 from conformance.differential.campaign import Campaign, Servers, select
 from conformance.differential.report import Report
+from tests.cuda import emulation
 from tools.upstream import find_program
 
-pytestmark = [pytest.mark.upstream, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.upstream, pytest.mark.timeout(900)]
 
 _JOBS = 2
+COMMANDS = {
+    "cpu": "-m rpc_server --port {port} -t 2 --log-level error",
+    # Each access is checked; what has no kernel is refused.
+    "cuda": "-m tests.cuda.serve --port {port} --log-level error",
+}
 
 
-@pytest.fixture(scope="module")
-def servers() -> Servers:
+@pytest.mark.parametrize("device", COMMANDS)
+def test_every_op_agrees_with_upstream(device: str) -> None:
     program = find_program("ggml-rpc-server")
     if program is None:
         pytest.skip("no ggml-rpc-server of llama.cpp: run python -m tools.upstream")
-    own = f"{sys.executable} -m rpc_server --port {{port}} -t 2 --log-level error"
-    return Servers(None, own, None, f"{program} -p {{port}} -t 2")
-
-
-def test_every_op_agrees_with_upstream(servers: Servers) -> None:
+    if device == "cuda" and emulation.compiler() is None:
+        pytest.skip("no g++ to emulate CUDA with")
+    own = f"{sys.executable} {COMMANDS[device]}"
+    servers = Servers(None, own, None, f"{program} -p {{port}} -t 2")
     seed = int(os.environ.get("DIFFERENTIAL_SEED", "0"))
     chosen = select()
     report = Report(list(chosen))

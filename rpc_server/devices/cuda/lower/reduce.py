@@ -6,6 +6,7 @@ from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_row
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
+from rpc_server.devices.shapes import is_flat
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
@@ -59,7 +60,7 @@ def lower_sum(t: Tensor, planner: CudaPlanner) -> bool:
 @lowers(Op.COUNT_EQUAL)
 def lower_count_equal(t: Tensor, planner: CudaPlanner) -> bool:
     a, b = source(t, 0), source(t, 1)
-    if a.contiguous and b.contiguous:
+    if is_flat(a) and is_flat(b):
         a, b = as_row(a), as_row(b)
     planner.launch(_COUNT_EQUAL, t, (1,), threads_for(a.ne[0], 1024), slots=(t, a, b))
     return True

@@ -8,6 +8,7 @@ from dataclasses import replace
 from protocol.ggml_types import GgmlType
 from rpc_server.devices.cuda.kernels import Kernel, kernel_of_weights
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner
+from rpc_server.devices.shapes import is_flat
 from rpc_server.graph.tensor import Dims, Tensor
 
 # Numbers of strides, paddings and dilations are of 32 bits; times such sizes they fit 64.
@@ -37,7 +38,7 @@ def small(*tensors: Tensor) -> bool:
 
 def as_row(t: Tensor) -> Tensor:
     """A dense tensor as one row; others as they are."""
-    return replace(t, ne=(t.nelements, 1, 1, 1)) if t.contiguous and not t.quantized else t
+    return replace(t, ne=(t.nelements, 1, 1, 1)) if is_flat(t) and not t.quantized else t
 
 
 def dense(t: Tensor, type_: GgmlType, address: int, ne: Dims | None = None) -> Tensor:

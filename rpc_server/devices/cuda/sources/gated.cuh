@@ -27,18 +27,18 @@ enum { REGLU, GEGLU, SWIGLU, SWIGLU_OAI, GEGLU_ERF, GEGLU_QUICK, SWIGLU_CLAMP };
 // GLU of elements of `type`; param: that of GLU.
 __device__ inline float gated(const Record &r, float x, float gate, i64 type) {
     const float alpha = param_f32(r, 2), limit = param_f32(r, 3);
-    const float within = fmaxf(fminf(gate, limit), -limit);
+    // A NaN stays one, as by C++'s min and clamp: not so by fminf.
+    const float within = gate < -limit ? -limit : limit < gate ? limit : gate;
+    const float capped = limit < x ? limit : x;
     switch (r.param[0]) {
     case REGLU: return x > 0 ? x * gate : 0;
     // Far below 0 ggml doesn't look at the gate of F32, whatever it is.
     case GEGLU: return type == F32 && x <= -10 ? 0 : gelu(x, type) * gate;
     case SWIGLU: return silu(x) * gate;
-    case SWIGLU_OAI:
-        x = fminf(x, limit);
-        return x / (1 + expf(-alpha * x)) * (within + 1);
+    case SWIGLU_OAI: return capped / (1 + expf(-alpha * capped)) * (within + 1);
     case GEGLU_ERF: return gelu_erf(x) * gate;
     case GEGLU_QUICK: return gelu_quick(x, type) * gate;
-    case SWIGLU_CLAMP: return silu(fminf(x, limit)) * within;
+    case SWIGLU_CLAMP: return silu(capped) * within;
     }
     return 0;
 }
