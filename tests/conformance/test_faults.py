@@ -17,8 +17,10 @@ from conformance.suite.target import Target
 from tests.conformance.faulty.planted import FAULTS, Fault
 from tests.server.process import running
 
-# For one answer: faults that make a server silent are found by waiting so long.
+# Seconds for one answer: faults that make a server silent are found by waiting so long.
 PATIENCE = 1.0
+# A server without faults may have kernels to compile.
+PATIENCE_WITHOUT_FAULTS = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,15 +39,17 @@ def worker() -> Iterator[str]:
         yield f"127.0.0.1:{server.port}"
 
 
-def results(fault: str, options: Sequence[str], cases: Sequence[Case]) -> list[Result]:
+def results(
+    fault: str, options: Sequence[str], cases: Sequence[Case], patience: float = PATIENCE
+) -> list[Result]:
     """What becomes of the cases on a server with this fault."""
     words = [sys.executable, "-m", "tests.conformance.faulty", "--fault", fault, *options]
     target = Target(command=shlex.join([*words, "-t", "1", "--log-level", "error"]) + " -p {port}")
     try:
         target.ensure(0)
-        facts = probe(target.address, None, PATIENCE)
+        facts = probe(target.address, None, patience)
         run = Run(fault, facts)
-        Runner(target, facts, patience=PATIENCE).run(cases, run, lambda result: None)
+        Runner(target, facts, patience=patience).run(cases, run, lambda result: None)
         return run.results
     finally:
         target.close()
@@ -64,7 +68,7 @@ for _fault in FAULTS.values():
 def test_without_a_fault_the_same_cases_pass(options: tuple[str, ...], worker: str) -> None:
     names = {case for fault in BY_OPTIONS[options] for case in fault.cases}
     placed = [word.replace("{worker}", worker) for word in options]
-    found = results("none", placed, named(*sorted(names)))
+    found = results("none", placed, named(*sorted(names)), PATIENCE_WITHOUT_FAULTS)
     assert {r.case.name: r.came for r in found if r.verdict is not Verdict.PASS} == {}
 
 
