@@ -55,9 +55,8 @@ def lower_node(
             return
         if not lower(node):
             decline(node, spec)
-        for written in (node, *(node.src[i] for i in spec.writes)):
-            if written is not None:
-                planner.finish(written)
+        for written in spec.written(node):
+            planner.finish(written)
     except ContractError as error:
         raise GraphError(str(error)) from None
     except MemoryError as error:

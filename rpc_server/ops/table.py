@@ -49,6 +49,10 @@ class OpSpec:
     # Sources that are written beside the node's own memory.
     writes: tuple[int, ...] = ()
 
+    def written(self, t: Tensor) -> list[Tensor]:
+        """What node ``t`` of this op writes: itself, and sources that it changes."""
+        return [t, *(s for i in self.writes if (s := t.src[i]) is not None)]
+
 
 OPS: dict[Op, OpSpec] = {}
 

@@ -346,8 +346,7 @@ class _Finder:
         if node.op in VIEWS or node.empty:
             return
         spec = OPS.get(node.op)
-        beside = [node.src[i] for i in spec.writes] if spec is not None else []
-        self._touch(node.src, (node, *beside))
+        self._touch(node.src, (node,) if spec is None else spec.written(node))
         self._close_if_changed(node)
 
     def _touch(self, read: Iterable[Tensor | None], written: Iterable[Tensor | None]) -> None:

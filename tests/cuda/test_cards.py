@@ -55,6 +55,8 @@ def numbers(seed: int, n: int) -> np.ndarray:
 
 
 async def test_both_are_offered_with_memory_of_their_own(server: Server) -> None:
+    # It listens before it prints.
+    server.wait_for(r"CUDA1: emulated GPU")
     assert re.findall(r"CUDA\d: emulated GPU", server.log) == [
         "CUDA0: emulated GPU",
         "CUDA1: emulated GPU",

@@ -13,8 +13,8 @@ from rpc_server.devices.cuda.kernels import (
     attention_of_few_rows,
     kernel_of_weights,
 )
-from rpc_server.devices.cuda.lower.attention import BLOCKS, READ_AS_BLOCKS
-from rpc_server.devices.cuda.lower.copy import ENCODERS
+from rpc_server.devices.cuda.lower.attention import BLOCKS
+from rpc_server.devices.cuda.lower.copy import CACHE_TYPES, ENCODERS
 from rpc_server.types import DECODABLE
 from tests.cuda import nvrtc
 
@@ -135,7 +135,7 @@ def test_attention_of_few_rows(arch: int) -> None:
     check_few_rows(GgmlType.F16, 1, 4, arch)
 
 
-@pytest.mark.parametrize("type_", [*sorted(READ_AS_BLOCKS), *_FLOATS], ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", [*sorted(CACHE_TYPES), *_FLOATS], ids=lambda t: t.name)
 def test_attention_of_few_rows_of_every_type(type_: GgmlType) -> None:
     check_few_rows(type_, 1, 1, 86)
     check_few_rows(type_, 1, 4, 86)

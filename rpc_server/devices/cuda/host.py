@@ -54,7 +54,7 @@ def run_on_host(
     moved = replace(here(node), src=tuple(None if s is None else copies[id(s)] for s in node.src))
     with np.errstate(all="ignore"):
         spec.reference(ArrayContext(), moved)
-    written = [node, *(s for i in spec.writes if (s := node.src[i]) is not None)]
+    written = spec.written(node)
     for start, end in _spans(written):
         first = next(a for a, b in spans if a <= start < b)
         upload(start, held[first][start - first : end - first].data)

@@ -265,11 +265,12 @@ class CudaPlanner(Planner):
         n: int,
         *,
         extra: Sequence[int] = (),
+        slots: Sequence[Tensor | None] | None = None,
     ) -> bool:
         """A launch for a kernel whose blocks do whole rows, of ``n`` elements that threads share.
 
         True, for lowerings to return.
         """
         grid = (min(rows, MAX_GRID[0]),)
-        self.launch(kernel, t, grid, threads_for(n, kernel.threads), extra=extra)
+        self.launch(kernel, t, grid, threads_for(n, kernel.threads), extra=extra, slots=slots)
         return True

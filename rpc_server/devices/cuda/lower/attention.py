@@ -14,6 +14,7 @@ from rpc_server.devices.cuda.kernels import (
     attention_of_few_rows,
     kernel,
 )
+from rpc_server.devices.cuda.lower.copy import CACHE_TYPES
 from rpc_server.devices.cuda.lower.walk import as_floats, dense
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -33,18 +34,6 @@ _UNIT_ELEMENTS = 256
 BLOCKS = {1: 5, 2: 4, 4: 3, 8: 2}
 # Its warps have tiles of their own.
 _WARPS = 4
-
-# Blocks that keys and values are read from as they are; others are decoded before.
-READ_AS_BLOCKS = frozenset(
-    {
-        GgmlType.Q4_0,
-        GgmlType.Q4_1,
-        GgmlType.Q5_0,
-        GgmlType.Q5_1,
-        GgmlType.Q8_0,
-        GgmlType.IQ4_NL,
-    }
-)
 
 # Fewer positions than this aren't worth a block of their own.
 _LEAST_PART = 128
@@ -135,7 +124,7 @@ def _readable(t: Tensor, planner: CudaPlanner) -> Tensor:
     if t.empty:
         # No positions: nothing is read.
         return dense(t, GgmlType.F32, 0)
-    return t if t.type in READ_AS_BLOCKS else as_floats(t, planner)
+    return t if t.type in CACHE_TYPES else as_floats(t, planner)
 
 
 def _slices(t: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:

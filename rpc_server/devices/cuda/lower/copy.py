@@ -30,8 +30,9 @@ class Encoder:
     group: int
 
 
-# The types that caches are kept in, which encode.cuh writes, a thread for each block.
-_OF_CACHES = (
+# The types that caches are kept in: encode.cuh writes them, a thread for each block, and attention
+# reads them as they are.
+CACHE_TYPES = (
     GgmlType.Q4_0,
     GgmlType.Q4_1,
     GgmlType.Q5_0,
@@ -60,14 +61,14 @@ _GROUPS = {
 
 def _encoder(type_: GgmlType) -> Encoder:
     names = ("copy_encoded", "set_rows_encoded")
-    if type_ in _OF_CACHES:
+    if type_ in CACHE_TYPES:
         copy, rows = (kernel("copy", name, 64) for name in names)
         return Encoder(copy, rows, 32)
     copy, rows = (kernel_of_weights("encode", name, type_) for name in names)
     return Encoder(copy, rows, _GROUPS[type_])
 
 
-ENCODERS: dict[GgmlType, Encoder] = {t: _encoder(t) for t in (*_OF_CACHES, *_GROUPS)}
+ENCODERS: dict[GgmlType, Encoder] = {t: _encoder(t) for t in (*CACHE_TYPES, *_GROUPS)}
 
 
 def encoded(to: Tensor, values: Tensor, planner: CudaPlanner) -> bool:

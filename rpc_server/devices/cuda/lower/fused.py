@@ -19,9 +19,9 @@ from rpc_server.devices.cuda.lower.matmul import (
     place_columns,
     reads_codes,
 )
-from rpc_server.devices.cuda.lower.norm import NORMALIZE
-from rpc_server.devices.cuda.lower.rope import launch_rope
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, fuses, is_valid, threads_for
+from rpc_server.devices.cuda.lower.norm import normalize
+from rpc_server.devices.cuda.lower.rope import turn
+from rpc_server.devices.cuda.planner import CudaPlanner, fuses, is_valid
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import FLOATS, source
 from rpc_server.ops.table import OPS
@@ -83,12 +83,8 @@ def fuse_norm(t: Tensor, planner: CudaPlanner) -> bool:
         return False
     first, second = addends or (None, None)
     slots = (norm, x, factor, term, first, second, scaled, shifted if term else None)
-    grid = (min(norm.nrows, MAX_GRID[0]),)
-    threads = threads_for(norm.ne[0], NORMALIZE.threads)
     planner.absorb(written)
-    columns = _columns_for(steps[-1], planner)
-    planner.launch(NORMALIZE, norm, grid, threads, extra=(0, *columns), slots=slots)
-    return True
+    return normalize(norm, planner, slots, _columns_for(steps[-1], planner))
 
 
 def _columns_for(x: Tensor, planner: CudaPlanner) -> tuple[int, ...]:
@@ -121,26 +117,23 @@ def fuse_rope(t: Tensor, planner: CudaPlanner) -> bool:
     read = [s for s in (*t.src, ids) if s is not None]
     if not _independent([kept], [t, *read]) or not _independent([t], [ids]):
         return False
-    launch_rope(t, planner, (rows, ids, kept))
     planner.absorb([kept])
-    return True
+    return turn(t, planner, (rows, ids, kept))
 
 
 # How many nodes a product may be moved over to its fellows, and how many may go together.
 _WINDOW, _MOST_JOINED = 6, 3
 
 
-def _written(t: Tensor) -> list[Tensor]:
-    writes = OPS[t.op].writes if t.op in OPS else range(len(t.src))
-    return [t, *(s for i in writes if (s := t.src[i]) is not None)]
-
-
 def _may_be_done_before(t: Tensor, other: Tensor) -> bool:
     """Whether ``t``, which comes later, may as well be done before ``other``, or at once."""
+    spec = OPS.get(other.op)
+    if spec is None:
+        return False
     touched = [other, *(s for s in other.src if s is not None)]
     read = [s for s in t.src if s is not None]
     return all(_apart(t, x) for x in touched) and all(
-        _apart(x, written) for x, written in product(read, _written(other))
+        _apart(x, written) for x, written in product(read, spec.written(other))
     )
 
 

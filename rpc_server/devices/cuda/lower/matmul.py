@@ -51,8 +51,8 @@ _LIBRARY_FROM = {
 # The same for weights of floats, which have no codes.
 _LIBRARY_FROM_OF_FLOATS = 24
 
-# What clients may have rounded activations to themselves.
-_ROUNDED = frozenset({GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K})
+# What activations are rounded to, here or by clients themselves, and the numbers of rounding.cuh.
+ROUNDED_AS = {GgmlType.Q8_0: 0, GgmlType.Q8_1: 1, GgmlType.Q8_K: 2}
 
 
 def products_of(weights: GgmlType) -> list[Kernel]:
@@ -96,11 +96,6 @@ def floats_stride(k: int) -> int:
     return -(-4 * k // 16) * 16
 
 
-# The numbers of rounding.cuh, and how many elements a warp rounds at once.
-ROUNDED_AS = {GgmlType.Q8_0: 0, GgmlType.Q8_1: 1, GgmlType.Q8_K: 2}
-_AT_ONCE = {GgmlType.Q8_0: 32, GgmlType.Q8_1: 32, GgmlType.Q8_K: 256}
-
-
 def column_form(weights: Tensor, x: Tensor) -> GgmlType:
     """What columns are read as by products with ``weights``: F32, or codes of this type."""
     if not weights.quantized:
@@ -129,8 +124,9 @@ def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tupl
         if form is GgmlType.F32:
             each, threads, chosen = 256, 256, _WIDEN
         else:
-            warps = _THREADS // 32
-            each, threads = warps * (32 if x.quantized else _AT_ONCE[form]), _THREADS
+            # A warp rounds a block at once, and takes a run of one that is there.
+            at_once = 32 if x.quantized else TYPE_INFO[form].block_size
+            each, threads = _THREADS // 32 * at_once, _THREADS
             chosen = _TAKE if x.quantized else _QUANTIZE
         grid = (min(x.nrows, MAX_GRID[0]), min(-(-x.ne[0] // each), MAX_GRID[1]))
         extra = (address, stride, ROUNDED_AS.get(form, 0))
@@ -152,7 +148,7 @@ def _supported(t: Tensor) -> bool:
     weights, x = source(t, 0), source(t, 1)
     return (
         (weights.quantized or weights.type in FLOATS)
-        and x.type in (_ROUNDED | FLOATS if weights.quantized else FLOATS)
+        and x.type in (ROUNDED_AS.keys() | FLOATS if weights.quantized else FLOATS)
         and weights.contiguous_rows
         and (x.contiguous_rows or not x.quantized)
         and t.type is GgmlType.F32

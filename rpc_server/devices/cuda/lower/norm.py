@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.graph.tensor import Tensor
 
-NORMALIZE = kernel("norm", "normalize", 512)
+_NORMALIZE = kernel("norm", "normalize", 512)
 _GROUP_NORM = kernel("norm", "group_norm", 512)
 
 # The numbers of norm.cu.
 _KINDS = {Op.RMS_NORM: 0, Op.NORM: 1, Op.L2_NORM: 2}
 
 
+def normalize(
+    t: Tensor,
+    planner: CudaPlanner,
+    slots: Sequence[Tensor | None] | None = None,
+    columns: Sequence[int] = (),
+) -> bool:
+    """``slots`` and ``columns`` are what norm.cu does besides, see there."""
+    extra = (_KINDS[t.op], *columns)
+    return planner.each_row(_NORMALIZE, t, t.nrows, t.ne[0], extra=extra, slots=slots)
+
+
 @lowers(*_KINDS)
 def lower_norm(t: Tensor, planner: CudaPlanner) -> bool:
-    return planner.each_row(NORMALIZE, t, t.nrows, t.ne[0], extra=(_KINDS[t.op],))
+    return normalize(t, planner)
 
 
 @lowers(Op.GROUP_NORM)

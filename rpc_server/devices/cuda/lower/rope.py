@@ -9,7 +9,7 @@ import numpy as np
 
 from protocol.ggml_ops import Op
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
+from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.rope import Geometry, correction_range
 
@@ -20,24 +20,18 @@ def _bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
-def launch_rope(t: Tensor, planner: CudaPlanner, kept: Sequence[Tensor] = ()) -> None:
+def turn(t: Tensor, planner: CudaPlanner, kept: Sequence[Tensor] = ()) -> bool:
     """``kept``: a view of the result as rows, their indices, and what the rows are written to."""
     g = Geometry.of(t)
     ratio = np.float32(t.param_f32(5)) ** np.float32(-2.0 / t.param_i32(1))
     low, high = correction_range(t) if t.param_f32(7) else (np.float32(0), np.float32(0))
     extra = (g.first, g.pairs, g.step, g.distance, int(t.op is Op.ROPE_BACK))
     angles = (_bits(float(x)) for x in (ratio, low, high))
-    planner.launch(
-        _ROPE,
-        t,
-        (min(t.nrows, MAX_GRID[0]),),
-        threads_for(max(g.pairs, t.ne[0] // 2), _ROPE.threads),
-        extra=(*extra, *angles),
-        slots=(t, *t.src[:3], *kept),
-    )
+    slots = (t, *t.src[:3], *kept)
+    width = max(g.pairs, t.ne[0] // 2)
+    return planner.each_row(_ROPE, t, t.nrows, width, extra=(*extra, *angles), slots=slots)
 
 
 @lowers(Op.ROPE, Op.ROPE_BACK)
 def lower_rope(t: Tensor, planner: CudaPlanner) -> bool:
-    launch_rope(t, planner)
-    return True
+    return turn(t, planner)

@@ -96,8 +96,7 @@ template <int N_VALUES> __device__ inline void attention_rows(const Record &r) {
     if (threadIdx.x < ROWS) biases[threadIdx.x].set(r, group, threadIdx.x);
     if (whole) load_queries(queries, r, group, 0, padded);
     __syncthreads();
-    const float softcap = param_f32(r, 2);
-    const float scale = softcap != 0 ? param_f32(r, 0) / softcap : param_f32(r, 0);
+    const Softmax softmax(r);
 
     float top[ROWS_OF_A_WARP], total[ROWS_OF_A_WARP], sum[ROWS_OF_A_WARP][N_VALUES];
     const Bias *mine = biases + warp * ROWS_OF_A_WARP;
@@ -142,16 +141,7 @@ template <int N_VALUES> __device__ inline void attention_rows(const Record &r) {
         bool used = false;
 #pragma unroll
         for (int j = 0; j < ROWS_OF_A_WARP; j++) {
-            float s = score[j] * scale;
-            if (softcap != 0) s = softcap * tanhf(s);
-            const float bias = mine[j].at(position, end);
-            s = bias == -INF ? -INF : s + bias;
-            const float now = fmaxf(top[j], over_warp(s, Largest()));
-            const float shrink = now == -INF ? 1 : expf(top[j] - now);
-            // What a lane has of this tile from here on are weights.
-            score[j] = s == -INF ? 0 : expf(s - now);
-            total[j] = total[j] * shrink + score[j];
-            top[j] = now;
+            const float shrink = softmax.weigh(score[j], mine[j].at(position, end), top[j], total[j]);
 #pragma unroll
             for (int e = 0; e < N_VALUES; e++) sum[j][e] *= shrink;
             used |= score[j] != 0;

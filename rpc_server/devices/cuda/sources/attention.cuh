@@ -12,6 +12,29 @@
 // ggml's type numbers of blocks that keys and values are kept in.
 enum { AS_Q4_0 = 2, AS_Q4_1 = 3, AS_Q5_0 = 6, AS_Q5_1 = 7, AS_Q8_0 = 8, AS_IQ4_NL = 20 };
 
+// -- softmax, position by position ------------------------------------------------------------------
+
+struct Softmax {
+    float softcap, scale;
+    __device__ Softmax(const Record &r)
+        : softcap(param_f32(r, 2)), scale(softcap != 0 ? param_f32(r, 0) / softcap : param_f32(r, 0)) {}
+
+    // 32 more positions of a row, one a lane: makes the lane's score the weight of its position, adds
+    // it to the lane's total, and says what all sums so far are to be multiplied with. `top` is the
+    // largest score of the row, the same in all lanes.
+    __device__ float weigh(float &score, float bias, float &top, float &total) const {
+        float s = score * scale;
+        if (softcap != 0) s = softcap * tanhf(s);
+        s = bias == -INF ? -INF : s + bias;
+        const float now = fmaxf(top, over_warp(s, Largest()));
+        const float shrink = now == -INF ? 1 : expf(top - now);
+        score = s == -INF ? 0 : expf(s - now);
+        total = total * shrink + score;
+        top = now;
+        return shrink;
+    }
+};
+
 // -- queries -------------------------------------------------------------------------------------
 
 struct Query {

@@ -136,8 +136,7 @@ __device__ inline void attend(const Record &r) {
     if (threadIdx.x < ROWS) biases[threadIdx.x].set(r, group, threadIdx.x);
     queries.load(r, group);
 
-    const float softcap = param_f32(r, 2);
-    const float scale = softcap != 0 ? param_f32(r, 0) / softcap : param_f32(r, 0);
+    const Softmax softmax(r);
     float top[ROWS], total[ROWS], sum[ROWS][UNITS][8];
 #pragma unroll
     for (int j = 0; j < ROWS; j++) {
@@ -163,16 +162,7 @@ __device__ inline void attend(const Record &r) {
         bool used = false;
 #pragma unroll
         for (int j = 0; j < ROWS; j++) {
-            float s = score[j] * scale;
-            if (softcap != 0) s = softcap * tanhf(s);
-            const float bias = biases[j].at(first + lane, end);
-            s = bias == -INF ? -INF : s + bias;
-            const float now = fmaxf(top[j], over_warp(s, Largest()));
-            const float shrink = now == -INF ? 1 : expf(top[j] - now);
-            // What a lane has of its position from here on is a weight.
-            score[j] = s == -INF ? 0 : expf(s - now);
-            total[j] = total[j] * shrink + score[j];
-            top[j] = now;
+            const float shrink = softmax.weigh(score[j], biases[j].at(first + lane, end), top[j], total[j]);
 #pragma unroll
             for (int u = 0; u < UNITS; u++)
 #pragma unroll
