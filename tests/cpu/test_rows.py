@@ -144,3 +144,24 @@ def test_set_rows_out_of_range_writes_nothing(index: int) -> None:
         with pytest.raises(GraphError, match="out of range"):
             run(t, kernels=True)
         assert np.array_equal(raw(cache), before)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_indices_that_set_rows_writes_over_lead_nowhere(kernels: bool) -> None:
+    """The first row lands on the second's index; a row of it would be behind the cache."""
+    n_rows, index_row, behind = 64, 8, 500
+    arena = tensor(F32, (4, 1024), 0.0)
+    cache = view(arena, (4, n_rows), arena.nb)
+    indices = view(arena, (2,), (8, 16, 16, 16), index_row * arena.nb[1])
+    indices.type = I64
+    CONTEXT.view(indices)[...] = [index_row, 0]
+    source = tensor(F32, (4, 2), np.array([[0.0] * 4, [7.0] * 4]))
+    CONTEXT.memory(source.address, 16).view(np.int64)[:] = [0, behind]
+    t = node(Op.SET_ROWS, F32, cache.ne, [source, indices, cache], inplace=cache)
+    if kernels:
+        with pytest.raises(GraphError, match="out of range"):
+            run(t, kernels=True, n_threads=1)
+    else:
+        # The reference has read all indices before it writes.
+        run(t, kernels=False)
+    assert not raw(arena)[cache.nbytes :].any()

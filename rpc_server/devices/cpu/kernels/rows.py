@@ -102,7 +102,8 @@ def _row_index(rec, i10, i11, i12):  # type: ignore[no-untyped-def]
 def indices_valid(rec):  # type: ignore[no-untyped-def]
     """Whether all of SET_ROWS's indices are rows of dst; every thread looks at all of them.
 
-    So that no thread has written anything when another finds one out of range.
+    So that nothing is written for a graph whose indices are wrong from the start. Rows may lie over
+    the indices, so each is checked once more where it is used.
     """
     limit = ne(rec, DST, 1)
     for i12 in range(ne(rec, SRC1, 2)):
@@ -127,6 +128,7 @@ def set_rows_kernel(blocks: int | None) -> KernelFunction:
         if not indices_valid(rec):
             return _OUT_OF_RANGE
         n, type_x, type_y = ne(rec, SRC0, 0), ggml_type(rec, SRC0), ggml_type(rec, DST)
+        limit = ne(rec, DST, 1)
         ne1, ne2 = ne(rec, SRC0, 1), ne(rec, SRC0, 2)
         ne11, ne12 = ne(rec, SRC1, 1), ne(rec, SRC1, 2)
         row, end = share_rows(ne1 * ne2 * ne(rec, SRC0, 3), ith, nth)
@@ -134,6 +136,8 @@ def set_rows_kernel(blocks: int | None) -> KernelFunction:
         i2, i3 = rest % ne2, rest // ne2
         while row < end:
             index = _row_index(rec, i1, i2 % ne11, i3 % ne12)
+            if index < 0 or index >= limit:
+                return _OUT_OF_RANGE
             x = data(rec, SRC0)
             x += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
             y = data(rec, DST) + index * nb(rec, DST, 1)
