@@ -225,7 +225,7 @@ def _unpacked_sdist(build: int, work: Path, find_links: str | None, log: Path) -
     """Downloads and unpacks the sdist; returns its llama.cpp folder."""
     _run(
         [
-            *_pip("download", "--no-binary", ":all:", "--dest", str(work), find_links=find_links),
+            *_pip("download", "--no-binary", PACKAGE, "--dest", str(work), find_links=find_links),
             f"{PACKAGE}=={build}.0.0",
         ],
         log,
