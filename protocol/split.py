@@ -203,30 +203,48 @@ def encode_program(steps: Sequence[ProgramStep], tensors: npt.NDArray[Any]) -> b
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ProgramSize:
+    """How many of each a program says that it has; ``nodes`` and ``ids`` are those of all steps."""
+
+    steps: int
+    nodes: int
+    ids: int
+
+
+def program_size(payload: bytes | bytearray | memoryview) -> ProgramSize:
+    """Count what decoding a program would take; ProtocolError if its steps don't fit into it."""
+    counts = _step_counts(payload)
+    n = {name: int(counts[name].sum(dtype=np.uint64)) for name in counts.dtype.names or ()}
+    return ProgramSize(len(counts), n["n_nodes"], sum(n.values()))
+
+
+def _step_counts(payload: bytes | bytearray | memoryview) -> npt.NDArray[Any]:
+    """The heads of a program's steps. Raises ProtocolError."""
+    if len(payload) < _COUNT.size:
+        raise ProtocolError(f"program of {len(payload)} bytes ends within a count")
+    (n,) = _COUNT.unpack_from(payload)
+    if _COUNT.size + n * _STEP_DTYPE.itemsize > len(payload):
+        raise ProtocolError(f"program of {len(payload)} bytes can't hold {n} steps")
+    return np.frombuffer(payload, _STEP_DTYPE, n, _COUNT.size)
+
+
 def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
     """Read the body of a SPLIT_PROGRAM; ProtocolError if its counts don't fill it."""
     size = len(payload)
-    at = 0
-
-    def count(what: str, width: int) -> int:
-        nonlocal at
-        if at + _COUNT.size > size:
-            raise ProtocolError(f"program of {size} bytes ends within a count")
-        n: int = _COUNT.unpack_from(payload, at)[0]
-        at += _COUNT.size
-        if at + n * width > size:
-            raise ProtocolError(f"program of {size} bytes can't hold {n} {what}")
-        return n
-
-    n_steps = count("steps", _STEP_DTYPE.itemsize)
-    counts = np.frombuffer(payload, _STEP_DTYPE, n_steps, at).tolist()
-    at += n_steps * _STEP_DTYPE.itemsize
+    counts = _step_counts(payload).tolist()
+    at = _COUNT.size + len(counts) * _STEP_DTYPE.itemsize
     n_ids = sum(map(sum, counts))
     if at + 8 * n_ids > size:
         raise ProtocolError(f"program of {size} bytes can't hold {n_ids} ids")
     ids = np.frombuffer(payload, "<u8", n_ids, at).tolist()
     at += 8 * n_ids
-    n_tensors = count("tensors", RPC_TENSOR_SIZE)
+    if at + _COUNT.size > size:
+        raise ProtocolError(f"program of {size} bytes ends within a count")
+    (n_tensors,) = _COUNT.unpack_from(payload, at)
+    at += _COUNT.size
+    if at + n_tensors * RPC_TENSOR_SIZE > size:
+        raise ProtocolError(f"program of {size} bytes can't hold {n_tensors} tensors")
     if at + RPC_TENSOR_SIZE * n_tensors != size:
         raise ProtocolError(f"program of {size} bytes: {n_tensors} tensors don't end it")
     steps, first = [], 0

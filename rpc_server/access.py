@@ -15,8 +15,15 @@ log = logging.getLogger(__name__)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+# Connections to the TLS port that have not shown who they are: in all, and from one address.
+_MOST_KNOCKING = 64
+_MOST_KNOCKING_PER_ADDRESS = 8
+
 # Lines about connections that are not let in, of each reason: one in so many seconds.
 _QUIET_SECONDS = 10.0
+
+
+_NOT_ALLOWED = "its address is not among those of --allow"
 
 
 class Gate:
@@ -29,8 +36,31 @@ class Gate:
         self._figures = figures
         self._present: Counter[str] = Counter()
         self._total = 0
+        self._knocking: Counter[str] = Counter()
         self._told: dict[str, float] = {}
         self._untold: Counter[str] = Counter()
+
+    def knock(self, address: str, name: str) -> bool:
+        """Whether a connection may go on to show who it is; if so, :meth:`let_go` has to follow.
+
+        It counts for none of the limits of clients until it has, so nobody is kept out by those
+        who have nothing to show.
+        """
+        if not self._is_allowed(address):
+            return self.refuse("address", name, _NOT_ALLOWED)
+        if (
+            self._knocking.total() >= _MOST_KNOCKING
+            or self._knocking[address] >= _MOST_KNOCKING_PER_ADDRESS
+        ):
+            return self.refuse("knocking", name, "too many others are in their TLS handshake")
+        self._knocking[address] += 1
+        return True
+
+    def let_go(self, address: str) -> None:
+        """A connection that knocked has shown who it is, or is gone."""
+        self._knocking[address] -= 1
+        if not self._knocking[address]:
+            del self._knocking[address]
 
     def admit(self, address: str, name: str) -> bool:
         """Whether a connection from ``address`` may stay; if so, :meth:`leave` has to follow.
@@ -39,7 +69,7 @@ class Gate:
         """
         limits = self._limits
         if not self._is_allowed(address):
-            return self.refuse("address", name, "its address is not among those of --allow")
+            return self.refuse("address", name, _NOT_ALLOWED)
         if self._total >= limits.clients:
             return self.refuse(
                 "clients", name, f"there are {self._total} connections already (--max-clients)"

@@ -55,15 +55,23 @@ async def serve(context: ServerContext, host: str, port: int) -> asyncio.Server:
         return "200 OK", "text/plain", b"ok\n"
 
     pages = {"/metrics": metrics, "/healthz": health, "/readyz": health}
-    slots = asyncio.Semaphore(_MOST_CONNECTIONS)
+    # Connections that have not had their answer, the oldest first.
+    present: dict[asyncio.Timeout, None] = {}
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
             try:
-                # One that neither asks nor takes the answer holds a slot for a few seconds.
-                async with asyncio.timeout(_PATIENCE), slots:
+                async with asyncio.timeout(_PATIENCE) as patience:
+                    present[patience] = None
+                    if len(present) > _MOST_CONNECTIONS:
+                        # Who asks is answered at once, so the oldest has not asked, or doesn't
+                        # take its answer. It must not keep a scraper out.
+                        oldest = next(iter(present))
+                        del present[oldest]
+                        oldest.reschedule(0.0)
                     await _exchange(reader, writer, pages)
             finally:
+                present.pop(patience, None)
                 writer.close()
 
     return await asyncio.start_server(answer, host, port, limit=_LONGEST_REQUEST)

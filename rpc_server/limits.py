@@ -60,3 +60,19 @@ class ServerLimits:
                 "--max-graph-tensors",
                 f"a graph of {tensors} tensors, the limit is {self.graph_tensors}",
             )
+
+    def check_program(self, steps: int, ids: int) -> None:
+        """Raises LimitReached for more steps than nodes are allowed, or ids that say too much.
+
+        A step that computes nothing and moves nothing isn't sent by anyone, and an id is one of a
+        tensor that is computed, or comes or goes between two steps.
+        """
+        if steps > self.graph_nodes:
+            raise LimitReached(
+                "--max-graph-nodes", f"a program of {steps} steps, the limit is {self.graph_nodes}"
+            )
+        most = self.graph_nodes + 2 * self.graph_tensors
+        if ids > most:
+            raise LimitReached(
+                "--max-graph-tensors", f"a program that names {ids} tensors, the limit is {most}"
+            )

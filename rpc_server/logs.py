@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
 TEXT = "%(asctime)s %(levelname)-7s %(message)s"
@@ -15,12 +16,45 @@ TEXT = "%(asctime)s %(levelname)-7s %(message)s"
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "client"}
 
 
+class LineBudget:
+    """How many lines clients of each address may bring into the log: some at once, then a few.
+
+    Whoever makes the server log a line for each message, or connects again and again, would fill
+    the disk and push out what others' lines say.
+    """
+
+    AT_ONCE = 200
+    A_SECOND = 5.0
+    _ADDRESSES = 4096
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # Of each address: lines it may bring now, when that was, and lines that were left out.
+        self._left: OrderedDict[str, tuple[float, float, int]] = OrderedDict()
+
+    def take(self, address: str) -> int | None:
+        """Count a line: None if it is to be left out, else how many were left out before it."""
+        now = self._clock()
+        left, since, untold = self._left.pop(address, (float(self.AT_ONCE), now, 0))
+        left = min(self.AT_ONCE, left + (now - since) * self.A_SECOND)
+        fits = left >= 1
+        self._left[address] = (left - 1, now, 0) if fits else (left, now, untold + 1)
+        if len(self._left) > self._ADDRESSES:
+            self._left.popitem(last=False)
+        return untold if fits else None
+
+
 class ClientLog:
     """A logger whose lines begin with the client's name; as JSON it is a field."""
 
-    def __init__(self, logger: logging.Logger, name: str) -> None:
+    def __init__(
+        self, logger: logging.Logger, name: str, budget: LineBudget | None = None, address: str = ""
+    ) -> None:
+        """``budget`` bounds the lines of clients at ``address``; None: there is no bound."""
         self._logger = logger
         self._name = name
+        self._budget = budget
+        self._address = address
 
     def log(
         self,
@@ -32,6 +66,15 @@ class ClientLog:
     ) -> None:
         """``extra`` are fields for programs; ``error`` is logged with its trace."""
         if self._logger.isEnabledFor(level):
+            # Whoever asks for debug lines wants all of them.
+            if self._budget is not None and level > logging.DEBUG:
+                left_out = self._budget.take(self._address)
+                if left_out is None:
+                    return
+                if left_out:
+                    self._logger.warning(
+                        "%d lines about clients at %s were left out", left_out, self._address
+                    )
             self._logger.log(
                 level,
                 "%s: " + message,
@@ -49,6 +92,25 @@ class ClientLog:
 
     def warning(self, message: str, *args: object) -> None:
         self.log(logging.WARNING, message, *args)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with what is no visible character escaped.
+
+    Names of tensors are a client's: a line break in one would forge a line of the log, an escape
+    sequence change the terminal of whoever reads it.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people; a trace comes below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -87,7 +149,7 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 def set_up(level: str, form: Literal["text", "json"]) -> None:
     """Log to stderr from ``level`` on."""
     handler = _ToStderr()
-    text = logging.Formatter(TEXT, "%H:%M:%S")
+    text = TextFormatter(TEXT, "%H:%M:%S")
     handler.setFormatter(JsonFormatter() if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -8,13 +8,17 @@ own table, so a client can neither guess its way into another's buffer nor reach
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rpc_server.devices.base import Device, Storage
 
-# Each buffer is a mapping of the process, of which the system has some 65,000.
-_MAX_BUFFERS = 16384
+# Buffers of one client; llama.cpp has some dozens.
+_MAX_BUFFERS = 4096
+# Mappings of a process where the system doesn't say how many it lets have: Linux's default.
+_MAPPINGS = 65530
 
 # Far from any mapping of a process, so that a confused address is recognised in a log.
 _FIRST_ADDRESS = 1 << 44
@@ -49,6 +53,8 @@ class Buffer:
     size: int
     device: int
     storage: Storage
+    # The address of the client that it is counted against.
+    owner: str = ""
 
     @property
     def address(self) -> int:
@@ -68,20 +74,49 @@ class Buffer:
         return start
 
 
-class AddressSpace:
-    """Hands out handles and address ranges; one for the whole server."""
+def _mappings() -> int:
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):
+        return _MAPPINGS
 
-    def __init__(self) -> None:
+
+class AddressSpace:
+    """Hands out handles and address ranges; one for the whole server.
+
+    Each buffer is a mapping of the process, of which the system lets it have so many. Half of them
+    are for buffers, the rest for kernels, threads and scratch; and half of that half is the most
+    for clients of one address, so that there are some for those of others.
+    """
+
+    def __init__(self, mappings: int | None = None) -> None:
+        """``mappings`` is how many the process may have (default: what the system says)."""
         self._handles = itertools.count(_FIRST_HANDLE)
         self._next = _FIRST_ADDRESS
+        self._most = (mappings or _mappings()) // 2
+        self._held: Counter[str] = Counter()
 
-    def reserve(self, size: int) -> tuple[int, int]:
-        """(handle, base) for a new buffer; OutOfMemoryError for a size beyond all addresses."""
+    def reserve(self, size: int, owner: str = "") -> tuple[int, int]:
+        """(handle, base) for a new buffer of a client at address ``owner``.
+
+        Raises OutOfMemoryError for a size beyond all addresses, or if there are too many buffers.
+        """
         if size > _ADDRESS_LIMIT - self._next - 2 * _ALIGN:
             raise OutOfMemoryError(f"no addresses left for {size} bytes")
+        if self._held[owner] >= self._most // 2:
+            raise OutOfMemoryError(f"clients of one address have {self._most // 2} buffers at most")
+        if self._held.total() >= self._most:
+            raise OutOfMemoryError(f"all clients together have {self._most} buffers at most")
         base = self._next
         self._next += (size // _ALIGN + 2) * _ALIGN
+        self._held[owner] += 1
         return next(self._handles), base
+
+    def give_back(self, owner: str = "") -> None:
+        """A buffer of a client at this address is gone."""
+        self._held[owner] -= 1
+        if not self._held[owner]:
+            del self._held[owner]
 
 
 class Budget:
@@ -126,11 +161,16 @@ class Budget:
 
 
 class Buffers:
-    """The buffers of one client; ``limit`` is how many bytes they may have together."""
+    """The buffers of one client at address ``owner``; together ``limit`` bytes at most."""
 
     def __init__(
-        self, space: AddressSpace, budgets: list[Budget], limit: int | None = None
+        self,
+        space: AddressSpace,
+        budgets: list[Budget],
+        limit: int | None = None,
+        owner: str = "",
     ) -> None:
+        self._owner = owner
         self._space = space
         self._budgets = budgets
         self._limit = limit
@@ -157,9 +197,13 @@ class Buffers:
             )
         if len(self._by_handle) >= _MAX_BUFFERS:
             raise OutOfMemoryError(f"a client has {_MAX_BUFFERS} buffers at most")
-        handle, base = self._space.reserve(size)
-        storage = self._budgets[device].allocate(size, proportions)
-        buffer = Buffer(handle, base, size, device, storage)
+        handle, base = self._space.reserve(size, self._owner)
+        try:
+            storage = self._budgets[device].allocate(size, proportions)
+        except BaseException:
+            self._space.give_back(self._owner)
+            raise
+        buffer = Buffer(handle, base, size, device, storage, self._owner)
         self._by_handle[handle] = buffer
         self.nbytes += size
         return buffer
@@ -175,16 +219,13 @@ class Buffers:
             raise BadAddressError(f"{handle:#x} is no buffer of this client")
         return buffer
 
-    def free(self, handle: int) -> None:
-        """Raises BadAddressError for a handle that is none."""
+    def take(self, handle: int) -> Buffer:
+        """Forget a buffer, whose storage is to be released then. Raises BadAddressError."""
         buffer = self.get(handle)
         del self._by_handle[handle]
         self.nbytes -= buffer.size
-        self._budgets[buffer.device].release(buffer.storage)
+        return buffer
 
-    def free_all(self) -> int:
-        """Free every buffer; the number of bytes given back."""
-        freed = self.nbytes
-        for handle in list(self._by_handle):
-            self.free(handle)
-        return freed
+    def take_all(self) -> list[Buffer]:
+        """Forget all buffers, whose storage is to be released then."""
+        return [self.take(handle) for handle in list(self._by_handle)]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from rpc_server.logs import ClientLog
-
-log = logging.getLogger(__name__)
 
 # Inputs of graphs are uploads too; only a load of weights is worth a line.
 _WORTH_TELLING = 1 << 20
 
 
 class UploadMeter:
-    """Counts the uploads between two other requests of one client."""
+    """Counts the uploads between two other requests of one client, whose log is ``log``."""
 
-    def __init__(self, name: str) -> None:
-        self._log = ClientLog(log, name)
+    def __init__(self, log: ClientLog) -> None:
+        self._log = log
         self._clear()
 
     def _clear(self) -> None:

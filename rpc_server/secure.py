@@ -83,7 +83,7 @@ class SecureListener:
                 await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
                 continue
             figures = self._server.introduce(peer, secure=True)
-            if not self._server.gate.admit(figures.address, figures.name):
+            if not self._server.gate.knock(figures.address, figures.name):
                 accepted.close()
                 continue
             self._begin(self._let_in(accepted, figures))
@@ -103,12 +103,15 @@ class SecureListener:
                 accepted.close() if end is None else end.abort()
             reason = "token" if isinstance(error, TokenRefusedError) else "tls"
             server.gate.refuse(reason, figures.name, _text(error))
-            server.gate.leave(figures.address)
             return
         except BaseException:
             accepted.close()
-            server.gate.leave(figures.address)
             raise
+        finally:
+            server.gate.let_go(figures.address)
+        if not server.gate.admit(figures.address, figures.name):
+            end.abort()
+            return
         tunnel = end
         tunnel.on_lost = lambda: server.tunnel_ended(tunnel, figures.address)
         server.tunnels.add(tunnel)

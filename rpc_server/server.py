@@ -21,6 +21,8 @@ from rpc_server.watch import Clock, Watched, sweep
 
 log = logging.getLogger(__name__)
 
+# How long one client's requests are handled before others have their turn, seconds.
+_TURN_SECONDS = 0.005
 # How long devices are waited for, when the server ends, once nothing holds them any more.
 _CLOSE_SECONDS = 5.0
 
@@ -38,6 +40,8 @@ class Connection(asyncio.BufferedProtocol):
         self._tunnelled = guest is not None
         self._transport: asyncio.Transport | None = None
         self._paused = False
+        # Whether requests that have come wait for the next turn.
+        self._queued = False
         self.clock = Clock(server.context.limits, time.monotonic())
 
     @property
@@ -125,17 +129,25 @@ class Connection(asyncio.BufferedProtocol):
                     shut_down(self._transport.get_extra_info("socket").fileno())
             self._transport.abort()
 
+    def _next_turn(self) -> None:
+        self._queued = False
+        self._pump()
+
     def _pump(self) -> None:
-        """Take events until one has to wait or more bytes are needed."""
+        """Take events until one has to wait, more bytes are needed or the turn is over."""
         session, transport = self._session, self._transport
         if session is None or transport is None or transport.is_closing():
             return
+        end = time.monotonic() + _TURN_SECONDS
         try:
-            while not session.busy:
+            while not (session.busy or self._queued):
                 event = session.reader.next_event()
                 if event is None:
                     break
                 session.handle(event)
+                if time.monotonic() > end:
+                    self._queued = True
+                    asyncio.get_running_loop().call_soon(self._next_turn)
         except Exception as error:
             session.failed(error)
             transport.abort()

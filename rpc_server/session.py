@@ -11,6 +11,7 @@ What each request does is in ``handlers/``; uploads are in ``uploads.py``, HELLO
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -71,6 +72,21 @@ def _nothing() -> str:
     return "gone"
 
 
+def _say_goodbye(
+    log: ClientLog, figures: ClientFigures, count: int, freed: int, _: object = None
+) -> None:
+    """Log that a client is gone, when the system has its memory back."""
+    log.log(
+        logging.INFO if count or figures.graphs else logging.DEBUG,
+        "disconnected; freed %d buffers, %.1f MiB; %d graphs in %.1f s",
+        count,
+        freed / (1 << 20),
+        figures.graphs,
+        figures.graph_seconds,
+        extra={"event": "disconnected", "bytes_freed": freed, "graphs": figures.graphs},
+    )
+
+
 class Session:
     """State of one connection. ``transport`` is where answers go; ``figures`` name the client."""
 
@@ -84,13 +100,17 @@ class Session:
         self.context = context
         self.figures = figures
         self.name = figures.name
-        self.log = ClientLog(logging.getLogger(__name__), figures.name)
+        self.log = ClientLog(
+            logging.getLogger(__name__), figures.name, context.lines, figures.address
+        )
         self._transport = transport
         # Called when the session is no longer busy: more events may be taken.
         self._resume = resume
         limits = context.limits
         self.reader = RequestReader(limits.framing)
-        self.buffers = Buffers(context.space, context.budgets, limits.memory_per_client)
+        self.buffers = Buffers(
+            context.space, context.budgets, limits.memory_per_client, figures.address
+        )
         extension = all(budget.device.runs_programs for budget in context.budgets)
         self.handshake = Handshake(
             context.negotiator, figures.address, self.log, extension=extension
@@ -100,7 +120,7 @@ class Session:
         self._lanes: list[Lane | None] = [None for _ in context.budgets]
         self.programs = Programs(figures.name, limits.peer)
         self.uploads = Uploads(self)
-        self.meter = UploadMeter(figures.name)
+        self.meter = UploadMeter(self.log)
         self.busy = False
         # Messages handled so far.
         self.handled = 0
@@ -113,6 +133,7 @@ class Session:
         self._broken = False
         self._ended = False
         self._task: asyncio.Task[None] | None = None
+        self._departing: asyncio.Future[None] | None = None
         self._flushed = asyncio.Event()
         # What was counted when the socket was lent, and bytes that had come by then.
         self._lent_at = (0, 0, 0)
@@ -157,6 +178,7 @@ class Session:
             # A graph on the device's thread still uses the buffers; _finished comes after it.
             if self.running is not None:
                 self.running.abandon()
+            self._departing = self.context.departing()
             return
         self._free()
 
@@ -217,20 +239,22 @@ class Session:
         # A view of a buffer would keep its memory from being given back.
         self.reader.abandon()
         self.meter.finish()
-        count = len(self.buffers)
-        freed = self.buffers.free_all()
+        count, freed = len(self.buffers), self.buffers.nbytes
+        releasing = self.context.release(self.buffers.take_all())
+        if self._departing is not None:
+            self._departing.set_result(None)
         figures = self.figures
         figures.doing = _nothing
         self.context.figures.disconnected(figures)
-        self.log.log(
-            logging.INFO if count or figures.graphs else logging.DEBUG,
-            "disconnected; freed %d buffers, %.1f MiB; %d graphs in %.1f s",
-            count,
-            freed / (1 << 20),
-            figures.graphs,
-            figures.graph_seconds,
-            extra={"event": "disconnected", "bytes_freed": freed, "graphs": figures.graphs},
-        )
+        farewell = functools.partial(_say_goodbye, self.log, figures, count, freed)
+        if releasing is None:
+            farewell()
+        else:
+            releasing.add_done_callback(farewell)
+
+    def present(self) -> bool:
+        """Whether the client is there: else long work for it is in vain."""
+        return not self._ended
 
     def wait(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` before any further event."""

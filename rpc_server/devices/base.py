@@ -104,6 +104,8 @@ class Storage(Protocol):
 
     size: int
     address: int
+    # How many bytes the event loop may fill, copy or discard in one go.
+    at_once: int
 
     def view(self, offset: int, size: int) -> memoryview:
         """Writable host view of the bytes."""
@@ -116,6 +118,10 @@ class Storage(Protocol):
     def fill(self, offset: int, size: int, value: int) -> None: ...
 
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None: ...
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give bytes back to the system ahead of :meth:`close`; what they read as is undefined."""
+        ...
 
     def close(self) -> None:
         """Give the memory back to the system; views of it must be gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,21 @@ def _get_max_size(s: Session, request: Request) -> None:
 
 
 def _get_device_memory(s: Session, request: Request) -> None:
-    free, total = s.buffers.memory(device_index(s, request))
+    index = device_index(s, request)
+    if s.context.releasing:
+        s.wait(_memory_later(s, request, index))
+        return
+    _answer_memory(s, request, index)
+
+
+def _answer_memory(s: Session, request: Request, index: int) -> None:
+    free, total = s.buffers.memory(index)
     s.answer(request.command, {"free_mem": free, "total_mem": total})
+
+
+async def _memory_later(s: Session, request: Request, index: int) -> None:
+    await s.context.released()
+    _answer_memory(s, request, index)
 
 
 def _get_alloc_size(s: Session, request: Request) -> None:
@@ -49,13 +63,22 @@ def _alloc_buffer(s: Session, request: Request) -> None:
     allocate(s, request, ())
 
 
-def allocate(s: Session, request: Request, proportions: Sequence[float]) -> None:
-    """A new buffer, or the answer that there is no room for it."""
+def allocate(
+    s: Session, request: Request, proportions: Sequence[float], *, patient: bool = True
+) -> None:
+    """A new buffer, or the answer that there is no room for it.
+
+    ``patient``: first wait for memory that is on its way back, if there is none else.
+    """
     index = device_index(s, request)
     size: int = request.fields.size
     try:
         buffer = s.buffers.allocate(index, size, proportions)
     except OutOfMemoryError as error:
+        if patient and s.context.releasing:
+            # Of a client that has left, say: soon there may be room.
+            s.wait(_allocate_later(s, request, proportions))
+            return
         s.no_room(size, error)
         s.answer(request.command, {"remote_ptr": 0, "remote_size": 0})
         return
@@ -64,19 +87,33 @@ def allocate(s: Session, request: Request, proportions: Sequence[float]) -> None
     s.answer(request.command, {"remote_ptr": buffer.handle, "remote_size": size})
 
 
+async def _allocate_later(s: Session, request: Request, proportions: Sequence[float]) -> None:
+    await s.context.released()
+    allocate(s, request, proportions, patient=False)
+
+
 def _buffer_get_base(s: Session, request: Request) -> None:
     buffer = s.buffers.get(request.fields.remote_ptr)
     s.answer(request.command, {"base_ptr": buffer.base})
 
 
 def _free_buffer(s: Session, request: Request) -> None:
-    s.buffers.free(request.fields.remote_ptr)
+    buffer = s.buffers.take(request.fields.remote_ptr)
     # Plans hold addresses of the buffer: none of them may be run again.
     for plans in s.plans:
         plans.clear()
     s.programs.buffer_freed(request.fields.remote_ptr)
     s.holds()
-    s.answer_empty(request.command)
+    releasing = s.context.release([buffer])
+    if releasing is None:
+        s.answer_empty(request.command)
+    else:
+        s.wait(_freed(s, request.command, releasing))
+
+
+async def _freed(s: Session, command: Command, releasing: asyncio.Task[None]) -> None:
+    await releasing
+    s.answer_empty(command)
 
 
 def _buffer_clear(s: Session, request: Request) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from protocol.commands import Command
 from protocol.errors import ProtocolError
 from protocol.framing import Request
-from protocol.split import MAX_PARTS, MAX_PROGRAMS, VERSION, decode_program
+from protocol.split import MAX_PARTS, MAX_PROGRAMS, VERSION, decode_program, program_size
 from rpc_server.handlers.base import Handler, device_index
 from rpc_server.handlers.buffers import allocate
 from rpc_server.handlers.graphs import run
@@ -39,13 +39,18 @@ def _split_program(s: Session, request: Request) -> None:
     index = device_index(s, request)
     number = request.fields.program
     s.programs.check(number)
-    payload = decode_program(request.graph)
-    s.context.limits.check_graph(sum(len(p.nodes) for p in payload.steps), len(payload.tensors))
-    lane, dialect, find = s.lane(index), s.dialect, s.buffers.find
+    lane, dialect, find, limits = s.lane(index), s.dialect, s.buffers.find, s.context.limits
+    body = request.graph
+    size = program_size(body)
+    limits.check_graph(size.nodes, 0)
+    limits.check_program(size.steps, size.ids)
     task = Run()
 
     def job() -> None:
         task.begin()
+        # Not on the event loop: it may take half a second.
+        payload = decode_program(body)
+        limits.check_graph(0, len(payload.tensors))
         s.programs.make(lane, index, number, payload, dialect, find)
 
     run(s, request.command, lane, task, job)

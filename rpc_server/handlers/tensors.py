@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import concurrent.futures
+from typing import TYPE_CHECKING, Any
 
 from protocol.commands import Command
 from protocol.framing import Request
@@ -13,6 +14,7 @@ from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
 from rpc_server.handlers.base import Handler, elsewhere
 from rpc_server.memory import Buffer
+from rpc_server.turns import in_pieces
 
 if TYPE_CHECKING:
     from rpc_server.session import Session
@@ -105,8 +107,20 @@ def fill(s: Session, command: Command, buffer: Buffer, start: int, size: int, va
     if elsewhere(buffer, start, size):
         s.wait(_fill_elsewhere(s, command, buffer, start, size, value))
         return
-    buffer.storage.fill(start, size, value)
-    s.answer_empty(command)
+    storage = buffer.storage
+    if size <= storage.at_once:
+        storage.fill(start, size, value)
+        s.answer_empty(command)
+        return
+    work = in_pieces(lambda at, n: storage.fill(start + at, n, value), size, wanted=s.present)
+    s.wait(_after(work, s, command, {}))
+
+
+async def _after(
+    work: concurrent.futures.Future[None], s: Session, command: Command, answer: dict[str, Any]
+) -> None:
+    await asyncio.wrap_future(work)
+    s.answer(command, answer)
 
 
 async def _fill_elsewhere(
@@ -149,8 +163,18 @@ def _copy_tensor(s: Session, request: Request) -> None:
         # llama.cpp then copies through itself.
         s.answer(request.command, {"result": 0})
         return
-    to.copy_from(source, src_start, dst_start, tensor.nbytes)
-    s.answer(request.command, {"result": 1})
+    if tensor.nbytes <= to.at_once:
+        to.copy_from(source, src_start, dst_start, tensor.nbytes)
+        s.answer(request.command, {"result": 1})
+        return
+    work = in_pieces(
+        lambda at, n: to.copy_from(source, src_start + at, dst_start + at, n),
+        tensor.nbytes,
+        # Where the two overlap, bytes are read before others are written over them.
+        backwards=to is source and src_start < dst_start,
+        wanted=s.present,
+    )
+    s.wait(_after(work, s, request.command, {"result": 1}))
 
 
 async def _copy_there(

@@ -8,6 +8,7 @@ deleted by the next server that compiles, but for the last few and those that ar
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ from typing import IO
 
 if sys.platform != "win32":
     import fcntl
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "kernels-"
 _LOCK = "in-use"
@@ -89,15 +92,23 @@ def cache_base() -> Path:
 class Folder:
     """One folder, marked as in use as long as this process runs.
 
-    Where nothing can be written it is a folder of this process alone, deleted at its end.
+    What lies in it is run, so it is this user's alone. Where nothing can be written, or somebody
+    else could, it is a folder of this process, deleted at its end.
     """
 
     def __init__(self, base: Path, digest: str) -> None:
         self.path = base / f"{_PREFIX}{digest}"
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         try:
+            if _is_open_to_others(base) | _is_open_to_others(self.path):
+                log.warning("%s could be written to by others: its code is not used", self.path)
+                shutil.rmtree(self.path)
+            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (base, self.path):
+                _make_private(path)
             self._lock = _lock_in_use(self.path)
-        except OSError:
+        except OSError as error:
+            log.warning("compiled kernels will not be kept: %s", error)
             self._temporary = tempfile.TemporaryDirectory(prefix="ggml-rpc-server-")
             self.path = Path(self._temporary.name) / self.path.name
             self._lock = _lock_in_use(self.path)
@@ -112,6 +123,35 @@ class Folder:
         self._lock.close()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _is_open_to_others(path: Path) -> bool:
+    """Whether other users may write to an existing folder of this user's."""
+    if sys.platform == "win32":
+        return False
+    try:
+        return bool(path.stat().st_mode & 0o022)
+    except FileNotFoundError:
+        return False
+
+
+def _make_private(path: Path) -> None:
+    """Make a folder that is nobody else's to write to, or one that exists so.
+
+    Raises OSError if it is somebody else's, or no folder.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    if sys.platform == "win32":
+        return
+    # By descriptor: what is looked at is what is changed.
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        owner = os.fstat(folder).st_uid
+        if owner != os.geteuid():
+            raise PermissionError(f"{path} belongs to user {owner}")
+        os.fchmod(folder, 0o700)
+    finally:
+        os.close(folder)
 
 
 def _last_use(path: Path) -> float:

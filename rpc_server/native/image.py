@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import sys
 import zlib
 from typing import Any
 
-from rpc_server.native.routine import CompileError
+from rpc_server.native.routine import CompileError, NoMemoryNowError
 
 # The symbol of the routine in an object file.
 ENTRY = "routine"
@@ -52,7 +53,10 @@ class Loaded:
 
 
 def load(content: bytes) -> Loaded:
-    """Bring the code of a file into memory. Raises DamagedFileError, CompileError."""
+    """Bring the code of a file into memory.
+
+    Raises DamagedFileError, CompileError; NoMemoryNowError where another try may go well.
+    """
     header, code = unpack(content)
     if header["kind"] == "image":
         return _load_image(header, code)
@@ -84,7 +88,10 @@ def _symbol(name: str) -> int:
 
 def _load_image(header: dict[str, Any], code: bytes) -> Loaded:
     """Copy to fresh memory, fill in addresses of C functions, make it executable."""
-    memory = mmap.mmap(-1, len(code), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, len(code), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise NoMemoryNowError(f"no mapping of {len(code)} bytes: {error}") from None
     memory[:] = code
     for name, slot in header["imports"].items():
         memory[slot : slot + 8] = _symbol(name).to_bytes(8, "little")
@@ -92,7 +99,10 @@ def _load_image(header: dict[str, Any], code: bytes) -> Loaded:
     libc = ctypes.CDLL(None, use_errno=True)
     executable = mmap.PROT_READ | mmap.PROT_EXEC
     if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(code)), executable):
-        raise CompileError(f"the system runs no code made here (errno {ctypes.get_errno()})")
+        number = ctypes.get_errno()
+        # Its protection makes a mapping of its own of it, of which a process may have so many.
+        kind = NoMemoryNowError if number == errno.ENOMEM else CompileError
+        raise kind(f"the system runs no code made here (errno {number})")
     return Loaded(address + header["entry"], memory)
 
 

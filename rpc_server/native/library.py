@@ -17,7 +17,7 @@ from typing import TypeVar
 from rpc_server.native.folder import Folder
 from rpc_server.native.image import Loaded, load
 from rpc_server.native.processes import TIMEOUT, Compilers
-from rpc_server.native.routine import CompileError, Routine
+from rpc_server.native.routine import CompileError, NoMemoryNowError, Routine
 
 R = TypeVar("R", bound=Routine)
 
@@ -55,7 +55,11 @@ class Library:
             self._find(routine, urgent=False)
 
     def address(self, routine: Routine) -> int:
-        """Address of the compiled function. Raises CompileError, each time once it has failed."""
+        """Address of the compiled function.
+
+        Raises CompileError, each time once it has failed; but what failed for want of memory is
+        tried again.
+        """
         return self._find(routine).result().address
 
     def addresses(self, routines: Iterable[R]) -> dict[R, int | CompileError]:
@@ -104,6 +108,8 @@ class Library:
                 return
             try:
                 future.set_result(load(self.file(routine).read_bytes()))
+            except CompileError as problem:
+                self._failed(routine, future, problem)
             except Exception as problem:
                 self._failed(routine, future, CompileError(str(problem)))
 
@@ -117,6 +123,9 @@ class Library:
 
     def _failed(self, routine: Routine, future: Future[Loaded], error: CompileError) -> None:
         log.warning("no compiled %s: %s", routine.label, error)
+        if isinstance(error, NoMemoryNowError):
+            with self._lock:
+                del self._routines[routine]
         future.set_exception(error)
 
 

@@ -12,6 +12,10 @@ class CompileError(Exception):
     """A routine could not be compiled or loaded; the message says why."""
 
 
+class NoMemoryNowError(CompileError):
+    """There was no memory, or no mapping, to load a routine into; there may be, the next time."""
+
+
 @dataclass(frozen=True)
 class Routine:
     """A function of int64 arguments that returns an int64, decorated with ``routine``.

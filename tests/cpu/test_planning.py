@@ -19,7 +19,7 @@ from rpc_server.devices.cpu.plan import PlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
-from rpc_server.native.routine import CompileError
+from rpc_server.native.routine import CompileError, NoMemoryNowError
 from tests.ops.harness import nmse, node, run, tensor, values
 
 
@@ -72,12 +72,13 @@ def test_reused_scratch_changes_no_result() -> None:
 class Without:
     """The library, but for some kernels."""
 
-    def __init__(self, *missing: Kernel) -> None:
+    def __init__(self, *missing: Kernel, error: CompileError | None = None) -> None:
         self._missing = missing
+        self._error = error or CompileError("no")
 
     def addresses(self, kernels: Iterable[Kernel]) -> dict[Kernel, int | CompileError]:
         found = catalog.library().addresses(kernels)
-        return {k: CompileError("no") if k in self._missing else v for k, v in found.items()}
+        return {k: self._error if k in self._missing else v for k, v in found.items()}
 
 
 def test_ops_whose_kernels_can_not_be_had_run_by_their_references(
@@ -98,6 +99,19 @@ def test_ops_whose_kernels_can_not_be_had_run_by_their_references(
         assert made.interpreted == {Op.MUL_MAT: 1}
         made.run()
         assert nmse(expected, values(second)) < 1e-4
+
+
+def test_a_kernel_that_found_no_memory_once_is_asked_for_again(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [product(matrix(64, 8, 1), activations(64, 3))]
+    form = catalog.activation_form(GgmlType.Q8_0)
+    broken = Without(catalog.CONVERTERS[form], error=NoMemoryNowError("no mapping"))
+    builder = PlanBuilder(executor, ScratchArena())
+    with monkeypatch.context() as at_first:
+        at_first.setattr(plan, "library", lambda: broken)
+        assert builder.build(Graph(nodes, DIALECTS[0])).interpreted == {Op.MUL_MAT: 1}
+    assert builder.build(Graph(nodes, DIALECTS[0])).interpreted == {}
 
 
 def test_a_device_without_a_compiler_runs_all_by_references(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from rpc_server.native import compiler, image
 from rpc_server.native.folder import Folder, fingerprint
 from rpc_server.native.library import Library
-from rpc_server.native.routine import CompileError, Constant, Routine
+from rpc_server.native.routine import CompileError, Constant, NoMemoryNowError, Routine
 from tests.native import sources
 
 # A compiler that must not be started.
@@ -270,3 +271,61 @@ def test_a_fingerprint_is_of_all_that_code_depends_on(
     monkeypatch.setattr("platform.machine", lambda: "another")
     seen.add(fingerprint([first, second]))
     assert len(seen) == 5
+
+
+def test_want_of_memory_is_not_remembered(
+    filled: Path, open_library: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour may have used up all mappings of the process, and be gone the next moment."""
+
+    def none(*_: object, **more: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    library = open_library(command=NONE)
+    with monkeypatch.context() as at_first:
+        at_first.setattr(image.mmap, "mmap", none)
+        with pytest.raises(NoMemoryNowError, match="Cannot allocate memory"):
+            library.address(routine("add"))
+    assert call(library.address(routine("add")), 2, 3) == 5
+
+
+def test_a_folder_that_others_could_write_to_is_emptied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its code would be run: nobody knows whose it is."""
+    path = tmp_path / "cache" / "kernels-0"
+    for loose in (path, path.parent):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "planted.bin").write_bytes(b"code")
+        loose.chmod(0o777)
+        folder = Folder(path.parent, "0")
+        folder.close()
+        assert folder.path == path
+        assert not (path / "planted.bin").exists()
+        assert [p.stat().st_mode & 0o777 for p in (path, path.parent)] == [0o700, 0o700]
+        assert "could be written to by others" in caplog.text
+        caplog.clear()
+
+
+def test_new_folders_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Folder(tmp_path / "cache", "0").close()
+    finally:
+        os.umask(before)
+    path = tmp_path / "cache" / "kernels-0"
+    assert [p.stat().st_mode & 0o777 for p in (path, path.parent)] == [0o700, 0o700]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
+def test_a_folder_of_another_user_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "cache" / "kernels-0"
+    path.mkdir(parents=True)
+    os.chown(path, 65534, 65534)
+    folder = Folder(path.parent, "0")
+    assert folder.path != path
+    assert "belongs to user 65534" in caplog.text
+    folder.close()
+    assert path.stat().st_uid == 65534

@@ -393,3 +393,14 @@ async def test_a_drained_tunnel_gets_its_answer(secrets: Secrets) -> None:
             started = time.monotonic()
             assert await asyncio.to_thread(process.stop) == 0
             assert time.monotonic() - started < 8
+
+
+async def test_the_half_open_keep_nobody_out(secrets: Secrets) -> None:
+    """Neither a client of the plain port, which they are not counted with, nor more than a few."""
+    with contextlib.ExitStack() as held:
+        server = held.enter_context(secured(secrets, "--max-clients", "4"))
+        for _ in range(20):
+            held.enter_context(socket.create_connection((HOST, server.port), 10))
+        server.process.wait_for("refused, too many others are in their TLS handshake")
+        with Wire(server.process.port) as other:
+            assert other.call(Command.GET_ALIGNMENT, {"device": 0}).alignment

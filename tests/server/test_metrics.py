@@ -202,7 +202,7 @@ def test_a_log_of_objects() -> None:
 def test_a_load_of_weights_names_its_client(caplog: pytest.LogCaptureFixture) -> None:
     """For people the line begins with the client, for programs that is a field."""
     name = "client 1 (10.0.0.7:5)"
-    meter = UploadMeter(name)
+    meter = UploadMeter(ClientLog(logging.getLogger("some"), name))
     with caplog.at_level(logging.INFO):
         meter.upload(3 << 20, cached=False)
         meter.upload(1 << 20, cached=True)
@@ -239,3 +239,18 @@ def test_the_collector_needs_no_server() -> None:
     names = [family.name for family in Collector(context).collect()]
     assert len(names) == len(set(names))
     assert all(name.startswith("ggml_rpc_") for name in names)
+
+
+def test_connections_that_say_nothing_keep_no_scraper_out(
+    scraped: tuple[ServerProcess, Scraper],
+) -> None:
+    with contextlib.ExitStack() as held:
+        silent = [
+            held.enter_context(socket.create_connection((HOST, scraped[1].port), 10))
+            for _ in range(64)
+        ]
+        assert scraped[1].get("/healthz")[0] == 200
+        # The oldest of them made room.
+        silent[0].settimeout(10)
+        assert silent[0].recv(1) == b""
+        assert scraped[1].get("/healthz")[0] == 200

@@ -34,6 +34,27 @@ def _thread() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="pages")
 
 
+def drop(address: int, size: int) -> tuple[int, int]:
+    """Give the whole pages among these bytes back to the system: private ones read as zero then.
+
+    Returns (begin, end), the addresses between which that was done; they are equal where it can't
+    be.
+    """
+    begin, end = _whole_pages(address, size)
+    madvise = _madvise()
+    if madvise is None or begin >= end:
+        return address, address
+    if madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
+        return address, address
+    return begin, end
+
+
+def _whole_pages(address: int, size: int) -> tuple[int, int]:
+    """(begin, end) of the whole pages among these bytes; none if ``begin`` is not below ``end``."""
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    return begin, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
 class Populating:
     """Pages of one mapping that are made ready; :meth:`stop` before it is unmapped."""
 
@@ -43,8 +64,7 @@ class Populating:
 
     def start(self, address: int, size: int) -> None:
         """Make the whole pages among these bytes ready."""
-        begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        begin, end = _whole_pages(address, size)
         madvise = _madvise()
         if madvise is None or begin >= end:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from rpc_server.devices.planning import Parts, lower_node
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Graph
 from rpc_server.graph.tensor import Tensor
+from rpc_server.native.routine import NoMemoryNowError
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import OPS, ContractError, OpSpec, require
 
@@ -104,11 +106,15 @@ class CpuPlan:
 
 
 class _DeclinedError(Exception):
-    """Kernels of these ops can't be had; the graph is to be lowered without them."""
+    """Kernels of these ops can't be had; the graph is to be lowered without them.
 
-    def __init__(self, ops: set[Op]) -> None:
-        super().__init__(ops)
+    Those of ``now`` may be there for the next graph.
+    """
+
+    def __init__(self, ops: set[Op], now: set[Op]) -> None:
+        super().__init__(ops, now)
         self.ops = ops
+        self.now = now
 
 
 class PlanBuilder:
@@ -139,13 +145,21 @@ class PlanBuilder:
         self, items: Sequence[Tensor | PlanItem], dialect: Dialect, *, wait: bool = True
     ) -> CpuPlan:
         """Like :meth:`build`, with what else is to be done between nodes."""
+        without = set(self._without)
         while True:
             try:
-                return self._build(items, dialect, wait)
+                return self._build(items, dialect, wait, without)
             except _DeclinedError as declined:
-                self._without |= declined.ops
+                self._without |= declined.ops - declined.now
+                without |= declined.ops
 
-    def _build(self, items: Sequence[Tensor | PlanItem], dialect: Dialect, wait: bool) -> CpuPlan:
+    def _build(
+        self,
+        items: Sequence[Tensor | PlanItem],
+        dialect: Dialect,
+        wait: bool,
+        without: AbstractSet[Op],
+    ) -> CpuPlan:
         """Raises GraphError, NotReadyError, _DeclinedError."""
         started = time.perf_counter()
         n_threads = self._executor.n_threads if self._executor else 1
@@ -157,7 +171,7 @@ class PlanBuilder:
             parts.without_kernel(planner.take(), node)
 
         def lower(node: Tensor) -> bool:
-            return self._lower(node, planner)
+            return node.op not in without and self._lower(node, planner)
 
         for item in items:
             if isinstance(item, Tensor):
@@ -189,8 +203,6 @@ class PlanBuilder:
         lowering = LOWERINGS.get(node.op)
         if lowering is None or self._executor is None or not self._use_kernels:
             return False
-        if node.op in self._without:
-            return False
         before = len(planner.records)
         if lowering(node, planner):
             return True
@@ -208,6 +220,7 @@ class PlanBuilder:
             raise NotReadyError(lambda: library().addresses(users))
         found: dict[Kernel, int] = {}
         failed: set[Op] = set()
+        now: set[Op] = set()
         for kernel, address in library().addresses(users).items():
             if isinstance(address, int):
                 found[kernel] = address
@@ -216,8 +229,10 @@ class PlanBuilder:
                 if not isinstance(user, Tensor):
                     raise GraphError(f"{user.label}: no compiled {kernel.label}: {address}")
                 failed.add(user.op)
+                if isinstance(address, NoMemoryNowError):
+                    now.add(user.op)
         if failed:
-            raise _DeclinedError(failed)
+            raise _DeclinedError(failed, now)
         return found
 
     def _program_step(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 
 import numpy as np
 
 from rpc_server.devices.base import Storage
-from rpc_server.devices.cpu.pages import WORTH_IT, Populating
+from rpc_server.devices.cpu.pages import WORTH_IT, Populating, drop
+from rpc_server.turns import AT_ONCE
 
 # Python 3.11 has no name for this flag; without it Linux refuses to reserve more than it has.
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class HostStorage:
-    """Zero-filled memory of ``size`` bytes; pages are committed as they are written."""
+    """Zero-filled memory of ``size`` bytes; pages are committed as they are written.
+
+    Long fills and copies let go of the GIL, so they may be done on any thread.
+    """
+
+    at_once = AT_ONCE
 
     def __init__(self, size: int, *, reserve_only: bool = False) -> None:
         """``reserve_only``: more than the machine has may be asked for, if little of it is used.
@@ -41,14 +48,20 @@ class HostStorage:
         return self.view(offset, size)
 
     def fill(self, offset: int, size: int, value: int) -> None:
-        if value == 0 and offset == 0 and size == self.size:
-            # Untouched or not, a dropped private page reads as zero and costs nothing.
-            self._map.madvise(mmap.MADV_DONTNEED)
+        address = self.address + offset
+        if value or size < AT_ONCE:
+            ctypes.memset(address, value, size)
             return
-        self._bytes[offset : offset + size] = value
+        # Untouched or not, a dropped private page reads as zero and costs nothing.
+        begin, end = drop(address, size)
+        ctypes.memset(address, 0, begin - address)
+        ctypes.memset(end, 0, address + size - end)
 
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
-        self.view(dst_offset, size)[:] = other.view(src_offset, size)
+        ctypes.memmove(self.address + dst_offset, other.address + src_offset, size)
+
+    def discard(self, offset: int, size: int) -> None:
+        drop(self.address + offset, size)
 
     def close(self) -> None:
         self._populating.stop()

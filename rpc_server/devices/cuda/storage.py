@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,9 @@ class CudaStorage:
     Raises MemoryError.
     """
 
+    # The card does all of it by itself.
+    at_once = sys.maxsize
+
     def __init__(self, device: CudaDevice, size: int) -> None:
         self.device = device
         self.card = device.card
@@ -201,6 +205,9 @@ class CudaStorage:
         if self.written:
             self.written = False
             stream.wait_event(self.card.mark(self.stream))
+
+    def discard(self, offset: int, size: int) -> None:
+        """The card takes an allocation back as a whole."""
 
     def close(self) -> None:
         with contextlib.suppress(*self.card.failure):

@@ -185,10 +185,10 @@ def free_does_nothing() -> None:
     options=_LITTLE_MEMORY,
 )
 def departed_keep_their_memory() -> None:
-    def free_all(self: Buffers) -> int:
-        return 0
+    def take_all(self: Buffers) -> list[Buffer]:
+        return []
 
-    Buffers.free_all = free_all  # type: ignore[method-assign]
+    Buffers.take_all = take_all  # type: ignore[method-assign]
 
 
 @fault("a client's handles lead to the buffers of all", "get-from-another-clients-buffer")
@@ -202,11 +202,11 @@ def buffers_of_others_reachable() -> None:
 
         return init
 
-    def free_all(self: Buffers) -> int:
-        return 0
+    def take_all(self: Buffers) -> list[Buffer]:
+        return []
 
     replace_method(Buffers, "__init__", make)
-    Buffers.free_all = free_all  # type: ignore[method-assign]
+    Buffers.take_all = take_all  # type: ignore[method-assign]
 
 
 @fault("a buffer of 0 bytes has a handle that is none", "alloc-of-nothing")
