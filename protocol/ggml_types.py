@@ -59,6 +59,18 @@ class TypeInfo:
     type_size: int
     quantized: bool
 
+    @property
+    def alignment(self) -> int:
+        """Bytes that the address of an element or a block, and strides, are multiples of.
+
+        Elements are aligned to their size. Blocks follow one another without gaps from a tensor's
+        start, which ggml aligns to the buffer's alignment, so they are aligned to any power of two
+        that their size is a multiple of; no field of a block is of more than 4 bytes.
+        """
+        if not self.quantized:
+            return self.type_size
+        return min(self.type_size & -self.type_size, 4)
+
 
 def _plain(size: int) -> TypeInfo:
     return TypeInfo(1, size, False)

@@ -5,7 +5,7 @@ Everything later (contracts, plans, kernels) relies on what is established here:
 * every id that a node or tensor names is present, ids are unique;
 * references have no cycle, and a node reads only what earlier nodes or no node computes;
 * types and op numbers exist in the dialect, rows are whole blocks;
-* elements of plain types are aligned to their size, as ggml's are by construction;
+* elements and blocks are aligned, as ggml's are by construction;
 * a tensor with an address lies wholly inside a live buffer of this client, counted in Python
   integers; one whose data is not here has address 0;
 * the bytes that a tensor's elements would take side by side are not many times those it lies in.
@@ -136,9 +136,11 @@ def _locate(tensor: Tensor, data: int, buffer: BufferLike | None) -> int:
     """
     if buffer is None or not data:
         return 0
-    if not tensor.quantized:
+    # Where a GPU loads words of 4 bytes an odd address ends all work of the card, of all clients.
+    alignment = TYPE_INFO[tensor.type].alignment
+    if alignment > 1:
         strides = [nb for ne, nb in zip(tensor.ne, tensor.nb, strict=True) if ne > 1]
-        if any(n % tensor.type_size for n in (data, *strides)):
+        if any(n % alignment for n in (data, *strides)):
             raise GraphError(f"tensor '{tensor.name}': {tensor.type.name} that is not aligned")
     offset = data - buffer.base
     if offset < 0 or offset + tensor.nbytes > buffer.size:

@@ -1,6 +1,7 @@
 """Ops that read or write rows named by indices in another tensor.
 
-Indices are data: contracts can't see them, so the references check them when they run.
+Indices are data: contracts can't see them, so the references check them when they run. They copy
+them first: the result may lie over the indices, and what is used has to be what was checked.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ _INDICES = frozenset({GgmlType.I32, GgmlType.I64})
 
 
 def checked_indices(ctx: ArrayContext, t: Tensor, limit: int) -> Any:
-    """The indices in ``t``, int64 (ne3, ne2, ne1, ne0). Raises ContractError for one not below."""
-    indices = ctx.view(t).astype(ctx.xp.int64)
+    """Copy the indices in ``t``: int64 (ne3, ne2, ne1, ne0), all of them rows.
+
+    Raises ContractError for one that is not below ``limit``.
+    """
+    indices = ctx.xp.array(ctx.view(t), dtype=ctx.xp.int64, copy=True)
     outside = (indices < 0) | (indices >= limit)
     if outside.any():
         refuse(f"index {int(indices[outside][0])} is out of range, there are {limit} rows")

@@ -60,6 +60,21 @@ def test_scratch_does_not_grow_with_the_graph(executor: Executor) -> None:
     assert peaks[0] == peaks[1]
 
 
+def test_scratch_of_all_threads_ends_where_that_of_one_begins() -> None:
+    """Columns of a product lie in the latter, by their addresses."""
+    arena = ScratchArena(1 << 24)
+    made = planner.Planner(2, arena)
+    start, _ = made.thread_scratch(64)
+    first = made.scratch(1 << 22)
+    assert first + (1 << 22) <= start
+    last = made.scratch(1 << 22)
+    assert last + (1 << 22) == start
+    with pytest.raises(MemoryError, match="bytes of scratch, limit 8388608"):
+        made.scratch(1)
+    with pytest.raises(MemoryError, match="bytes of scratch, limit 8388608"):
+        planner.Planner(2, arena).shared_scratch("key", [matrix(64, 64, 0)], (1 << 23) + 1)
+
+
 def test_reused_scratch_changes_no_result() -> None:
     nodes = chain(6)
     run(nodes, kernels=True, n_threads=3)

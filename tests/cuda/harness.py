@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,10 @@ from rpc_server.devices.cuda.planner import (
     lower_to_launches,
     place_scratch,
 )
+from rpc_server.devices.planning import lower_node
+from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.table import ContractError, check
+from rpc_server.ops.table import ContractError, OpSpec, check
 from tests.cuda import emulation
 from tests.ops import harness
 
@@ -43,6 +46,23 @@ def plan(nodes: Sequence[Tensor], capability: int = 61) -> tuple[list[Launch | P
     return planner.launches, planner.scratch_peak
 
 
+def plan_graph(nodes: Sequence[Tensor]) -> tuple[list[Launch | Product], int]:
+    """Launches and bytes of scratch of a graph's nodes.
+
+    Raises GraphError, also where one has no kernel or is for cuBLAS.
+    """
+    planner = CudaPlanner(nodes, multiprocessors=4, capability=61)
+
+    def decline(node: Tensor, spec: OpSpec) -> None:
+        raise GraphError(f"{node.label}: no kernel")
+
+    for node in nodes:
+        lower_node(node, planner, lambda t: lower_to_launches(t, planner), decline)
+    if any(isinstance(launch, Product) for launch in planner.launches):
+        raise GraphError("a product by cuBLAS")
+    return planner.launches, planner.scratch_peak
+
+
 def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
     """Plan and run nodes with every access checked: sources may be read, results written.
 
@@ -50,6 +70,23 @@ def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
     """
     listed = [nodes] if isinstance(nodes, Tensor) else list(nodes)
     launches, scratch_size = plan(listed)
+    run_launches(launches, scratch_size, _extents(listed), seed=seed)
+
+
+def run_launches(
+    launches: Sequence[Launch | Product],
+    scratch_size: int,
+    extents: Sequence[tuple[int, int, bool]],
+    *,
+    seed: int = 1,
+    overlapping: bool = False,
+) -> None:
+    """Run launches on ``extents``: start and end of memory, and whether it may be written.
+
+    Where tensors are ``overlapping`` threads may meet in their memory: races are none, and threads
+    take turns at any access. Raises as :func:`run`.
+    """
+    launches = [copy.deepcopy(launch) for launch in launches]
     memory = emulation.Memory()
     status = np.zeros(1, np.uint32)
     scratch = np.full(scratch_size + 256, 0xA5, np.uint8)
@@ -57,7 +94,7 @@ def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
     if scratch_size:
         memory.add(base, scratch_size)
     memory.add(int(status.ctypes.data), 4)
-    for start, end, writable in _extents(listed):
+    for start, end, writable in extents:
         memory.add(start, end - start, writable=writable)
     for number, launch in enumerate(launches):
         assert isinstance(launch, Launch), "products by cuBLAS run on the stand-in only"
@@ -72,6 +109,8 @@ def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
             (launch.threads,),
             memory,
             shared=launch.shared,
+            races=not overlapping,
+            interleaved=overlapping,
             seed=seed,
         )
     if status[0]:

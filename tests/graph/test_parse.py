@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.dialects import DIALECTS, Dialect
 from protocol.ggml_ops import Op
+from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.messages import RPC_TENSOR_DTYPE
 from rpc_server.graph.errors import GraphError
@@ -144,3 +145,44 @@ def test_rows_may_repeat_and_overlap() -> None:
     source = graph.nodes[0].src[0]
     assert source is not None
     assert source.address == HOST
+
+
+# Blocks that begin at any address, and those that ggml's own layout puts on multiples of 2 only.
+_AT_ANY, _AT_2 = {"MXFP4"}, {"Q8_0", "Q4_0", "Q6_K", "IQ2_XXS", "TQ1_0"}
+
+
+def test_blocks_are_aligned_to_what_their_size_is_a_multiple_of() -> None:
+    alignments = {t.name: TYPE_INFO[t].alignment for t in GgmlType}
+    assert all(TYPE_INFO[t].type_size % TYPE_INFO[t].alignment == 0 for t in GgmlType)
+    assert {name for name, n in alignments.items() if n == 1} == {"I8", *_AT_ANY}
+    assert {alignments[name] for name in _AT_2} == {2}
+    assert {alignments[name] for name in ("Q4_1", "Q8_1", "Q2_K", "Q4_K", "Q8_K", "F32")} == {4}
+    assert (alignments["I64"], alignments["F64"]) == (8, 8)
+
+
+@pytest.mark.parametrize("type_", [t for t in GgmlType if TYPE_INFO[t].alignment > 1])
+@pytest.mark.parametrize("place", ["data", 1, 2, 3])
+def test_what_is_not_aligned_is_refused(type_: GgmlType, place: str | int) -> None:
+    """Of quantized types, too: a misaligned load would end a GPU's work for all clients."""
+    info = TYPE_INFO[type_]
+    size = info.type_size
+
+    def source(off: int) -> dict[str, Any]:
+        nb = [size, 2 * size, 4 * size, 8 * size]
+        if isinstance(place, int):
+            nb[place] += off
+        ne = (info.block_size, *(2 if i == place else 1 for i in (1, 2, 3)))
+        return {**leaf(1, at=off if place == "data" else 0), "type": type_, "ne": ne, "nb": nb}
+
+    for off in range(1, 2 * info.alignment + 1):
+        nodes = [node(2, Op.CPY, 1, at=64)]
+        if off % info.alignment == 0:
+            parse(nodes, [source(off)])
+            continue
+        with pytest.raises(GraphError, match=f"'t1': {type_.name} that is not aligned"):
+            parse(nodes, [source(off)])
+
+
+def test_strides_that_nobody_walks_are_not_looked_at() -> None:
+    wire = {**leaf(1), "type": GgmlType.Q8_0, "ne": (32, 2, 1, 1), "nb": (34, 34, 33, 1)}
+    assert parse([node(2, Op.CPY, 1, at=128)], [wire]).nodes

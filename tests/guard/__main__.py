@@ -1,12 +1,16 @@
 """Runs random valid graphs with each tensor's memory at a page that nobody may touch.
 
     python -m tests.guard [--only OP[,OP]] [--share X] [--seed N]
+    python -m tests.guard --overlaps RUNS [--card] [--only OP[,OP]] [--seed N]
 
 A kernel or reference that reads or writes a byte too far ends the process that runs it; which case
 it was is printed, and the run goes on with the next variant. So is one that changes bytes between
 the rows of its result, or whose result depends on bytes that are none of its sources'. Graphs are
 those of the differential tester's families, and chains of them; each runs by kernels and by
 references, with the guard behind and in front of the memory.
+
+With --overlaps results lie over their sources instead, all in one arena, and what they write is
+wrong as an index: see overlap_run.py.
 
 Exit codes: 0 nothing found, 1 findings, 2 wrong options.
 """
@@ -29,6 +33,7 @@ from typing import Any
 
 from conformance.differential.case import Case
 from conformance.differential.sketch import FAMILIES, label
+from tests.guard import overlap_run, overlaps
 from tests.guard.cases import chains, draw_cases
 from tests.guard.check import Layout, findings
 from tests.guard.mapping import Side
@@ -186,15 +191,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--share", type=float, default=1.0, help="of each family's cases (%(default)s)")
     add("--seed", type=int, default=0, help="of the cases (%(default)s)")
     add("--save", type=Path, metavar="DIR", help="write cases with findings here")
+    add("--overlaps", type=int, metavar="RUNS", help="so many runs with results over their sources")
+    add("--card", action="store_true", help="those by the GPU's kernels, in emulation")
     add("--child", action="store_true", help=argparse.SUPPRESS)
+    add("--overlap-child", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.overlap_child:
+        overlap_run.child_main(options.overlap_child)
+        return 0
     if options.child:
         _child([Item(*row) for row in json.load(sys.stdin)])
         return 0
     only = [name.strip() for name in options.only.split(",") if name.strip()]
-    unknown = [name for name in only if name not in FAMILIES and name != _CHAINS]
+    known = {*FAMILIES, _CHAINS} if options.overlaps is None else set(overlaps.families())
+    unknown = [name for name in only if name not in known]
     if unknown:
         parser.error(f"no family {', '.join(unknown)}")
+    if options.overlaps is not None:
+        return overlap_run.main(options.overlaps, only, options.seed, card=options.card)
     started = time.monotonic()
     chosen = items(only, options.share, options.seed)
     tally = run(chosen)

@@ -92,6 +92,11 @@ def odd_address(a: Attack) -> None:
     a.graph([a.add(2, 1, 1)], [a.leaf(1, at=2)])
 
 
+def odd_blocks(a: Attack) -> None:
+    leaf = {**a.leaf(1, at=1), "type": int(GgmlType.Q8_0), "ne": [32, 1, 1, 1], "nb": [34] * 4}
+    a.graph([a.add(2, 1, 1)], [leaf])
+
+
 def odd_stride(a: Attack) -> None:
     a.graph([a.add(2, 1, 1)], [{**a.leaf(1, (4, 2)), "nb": [4, 17, 34, 34]}])
 
@@ -222,6 +227,7 @@ ATTACKS: list[tuple[Callable[[Attack], None], str]] = [
     (huge_shape, "outside its buffer"),
     (odd_address, "F32 that is not aligned"),
     (odd_stride, "F32 that is not aligned"),
+    (odd_blocks, "Q8_0 that is not aligned"),
     (data_in_no_buffer, "data of source 0 't1' not here"),
     (source_that_is_missing, "source 0x63 is not in the graph"),
     (node_that_is_missing, "node 0x3039 is not among"),

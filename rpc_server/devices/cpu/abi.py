@@ -110,6 +110,20 @@ def _make_load(ir_type: ir.Type, nb_type: Any, convert: str | None = None) -> An
     return load
 
 
+def _make_index_load(bits: int) -> Any:
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _pointer(builder, args[0], _i(bits))
+            # A load that is atomic, however weakly, is done once: LLVM may neither repeat it where
+            # the value is used nor split it. On every processor of ours it is a plain load.
+            value = builder.load_atomic(pointer, "monotonic", bits // 8)
+            return value if bits == 64 else builder.sext(value, _i(64))
+
+        return types.int64(types.int64), codegen
+
+    return load
+
+
 def _make_store(ir_type: ir.Type, nb_type: Any, convert: str | None = None) -> Any:
     def store(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -141,6 +155,12 @@ load_u8 = intrinsic(_make_load(_i(8), types.int64, "zext"))
 load_f32 = intrinsic(_make_load(ir.FloatType(), types.float32))
 load_f64 = intrinsic(_make_load(ir.DoubleType(), types.float64))
 load_f16 = intrinsic(_make_load(ir.HalfType(), types.float32, "fpext"))
+
+# For numbers in a client's memory that decide an address, a count or a bound. Whatever the node
+# writes may lie over them, and another thread may be writing it: such a number is loaded once, by
+# one of these, and that value is checked and used.
+load_index = intrinsic(_make_index_load(32))
+load_index_64 = intrinsic(_make_index_load(64))
 
 store_i64 = intrinsic(_make_store(_i(64), types.int64))
 store_i32 = intrinsic(_make_store(_i(32), types.int64, "trunc"))

@@ -146,7 +146,7 @@ def product_scratch(type_: GgmlType, isa: Isa, n_columns: int) -> int:
 
 def routing_bytes(n_experts: int, n_columns: int) -> int:
     """Size of what the kernel ``route_columns`` writes."""
-    return 8 * (n_experts + 1) + 16 * n_columns
+    return 8 * (n_experts + 1) + 24 * n_columns
 
 
 # -- attention -------------------------------------------------------------------------------------

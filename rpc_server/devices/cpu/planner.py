@@ -207,6 +207,19 @@ class Planner:
         return at
 
     @property
+    def _threads_start(self) -> int:
+        """Where the arena's second half begins, which belongs to threads (thread_scratch)."""
+        return self._arena.size // 2
+
+    def _place(self, offset: int, size: int) -> int:
+        """Address of scratch for all threads. Raises MemoryError if it would reach the others'."""
+        if offset + size > self._threads_start:
+            raise MemoryError(
+                f"graph needs {offset + size} bytes of scratch, limit {self._threads_start}"
+            )
+        return self._arena.address(offset, size)
+
+    @property
     def _shared_end(self) -> int:
         return max((kept.end for kept in self._shared.values()), default=0)
 
@@ -253,7 +266,7 @@ class Planner:
         Raises MemoryError if the graph needs more than the arena reserves.
         """
         aligned = -(-size // 64) * 64
-        address = self._arena.address(self._shared_end + self._local_used, aligned)
+        address = self._place(self._shared_end + self._local_used, aligned)
         self._local_used += aligned
         self._local = [*self._local, (address, address + aligned)]
         self.scratch_peak = max(self.scratch_peak, self._shared_end + self._local_used)
@@ -265,7 +278,7 @@ class Planner:
         They are good while a record runs. As no thread ever sees another's, records that use them
         need not wait for one another. Raises MemoryError if a thread can't have so much.
         """
-        start = self._arena.size // 2
+        start = self._threads_start
         stride = (self._arena.size - start) // self.n_threads // 4096 * 4096
         if size > stride:
             raise MemoryError(f"graph needs {size} bytes of scratch for a thread, limit {stride}")
@@ -292,7 +305,7 @@ class Planner:
             self._forget()
         aligned = -(-size // 64) * 64
         start = self._gap(aligned)
-        address = self._arena.address(start, aligned)
+        address = self._place(start, aligned)
         until = max(self._last_use.get(source.address, inf) for source in sources)
         self._shared[key] = _Kept(sources, start, start + aligned, until, self._begun)
         self.scratch_peak = max(self.scratch_peak, self._shared_end)

@@ -162,19 +162,22 @@ class Module:
         *,
         shared: int = 0,
         races: bool = True,
+        interleaved: bool = False,
         seed: int = 1,
     ) -> None:
         """Run a kernel on ``argument``, its parameter block, over ``grid`` blocks of ``block``.
 
         ``shared`` is bytes of dynamic shared memory; ``races`` also watches global memory, which
-        takes time; ``seed`` decides the order in which threads run. Raises EmulationError.
+        takes time; ``seed`` decides the order in which threads run. ``interleaved`` threads take
+        turns also where they don't meet: at accesses of global memory. Raises EmulationError.
         """
         function = ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p)
         bounds = memory.bounds()
         self._library.emulation_regions(ctypes.c_void_p(bounds.ctypes.data), len(bounds))
         sizes = [np.array([*size, 1, 1, 1][:3], np.uint32) for size in (grid, block)]
+        how = int(races) + 2 * int(interleaved)
         wrong = self._library.emulation_launch(
-            function, argument.ctypes.data, *(s.ctypes.data for s in sizes), shared, races, seed
+            function, argument.ctypes.data, *(s.ctypes.data for s in sizes), shared, how, seed
         )
         if wrong:
             raise EmulationError(f"{kernel}: {self._error()}")

@@ -100,7 +100,7 @@ struct Meeting {
     unsigned mask, arrived;
 };
 std::vector<std::vector<Meeting>> warp_meetings(MAX_THREADS / WARP);
-bool check_races;
+bool check_races, interleave;
 std::uint64_t random_state;
 
 std::string error;
@@ -348,6 +348,8 @@ void access(Place place, std::uintptr_t address, unsigned size, bool write, bool
             give_up();
         }
         if (check_races) touch_global(place, address, size, write, atomic);
+        // Between any two accesses of a thread others may do something.
+        if (interleave && random_number() % 4 == 0) to_scheduler(now);
         return;
     }
     // What threadIdx and its like are read from.
@@ -581,7 +583,8 @@ int emulation_launch(const void *function, const void *argument, const unsigned 
     error.clear();
     error_code = nullptr;
     self = nullptr;
-    check_races = races != 0;
+    check_races = races & 1;
+    interleave = races & 2;
     random_state = seed | 1;
     global_shadow.clear();
     launch_first_serial = block_serial + 1;

@@ -22,8 +22,8 @@ from rpc_server.devices.cpu.abi import (
     extra,
     inline_helper,
     kernel,
-    load_i32,
     load_i64,
+    load_index,
     nb,
     ne,
     store_i64,
@@ -63,7 +63,9 @@ _AHEAD = 4096
 def route_columns(rec, ith, nth):  # type: ignore[no-untyped-def]
     """MUL_MAT_ID's columns by expert, at extra ROUTED: where each expert's begin, and the lists.
 
-    Slots are those of the node. An index that names no expert fails the graph.
+    Slots are those of the node. An index that names no expert fails the graph. Behind the lists are
+    the columns' experts, as they were when they were counted: each is read from the node's source
+    once, or the lists could be longer than what was counted.
     """
     if ith != 0:
         return 0
@@ -73,13 +75,15 @@ def route_columns(rec, ith, nth):  # type: ignore[no-untyped-def]
     n_inputs = ne(rec, SRC1, 1)
     starts = extra(rec, ROUTED)
     columns = starts + 8 * (n_experts + 1)
+    experts = columns + 16 * n_used * n_tokens
     for e in range(n_experts + 1):
         store_i64(starts + 8 * e, 0)
     for t in range(n_tokens):
         for i in range(n_used):
-            e = load_i32(data(rec, SRC2) + i * nb(rec, SRC2, 0) + t * nb(rec, SRC2, 1))
+            e = load_index(data(rec, SRC2) + i * nb(rec, SRC2, 0) + t * nb(rec, SRC2, 1))
             if e < 0 or e >= n_experts:
                 return INDEX_OUT_OF_RANGE
+            store_i64(experts + 8 * (t * n_used + i), e)
             store_i64(starts + 8 * e, load_i64(starts + 8 * e) + 1)
     # Counts become ends, which filling from the back turns into starts.
     total = 0
@@ -88,7 +92,7 @@ def route_columns(rec, ith, nth):  # type: ignore[no-untyped-def]
         store_i64(starts + 8 * e, total)
     for t in range(n_tokens - 1, -1, -1):
         for i in range(n_used - 1, -1, -1):
-            e = load_i32(data(rec, SRC2) + i * nb(rec, SRC2, 0) + t * nb(rec, SRC2, 1))
+            e = load_i64(experts + 8 * (t * n_used + i))
             at = load_i64(starts + 8 * e) - 1
             store_i64(starts + 8 * e, at)
             source = i % n_inputs * extra(rec, ACTIVATION_NB1) + t * extra(rec, ACTIVATION_NB2)

@@ -93,7 +93,11 @@ def _before(a, b, descending):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def _sort_indices(x, n, indices, buffer, descending):  # type: ignore[no-untyped-def]
-    """Write the order of ``n`` values to ``indices``, both int32[n]: merge sort, stable."""
+    """Write the order of ``n`` values to ``indices``; both int32[n] of scratch. Stable.
+
+    A merge sort. Its indices are addresses as long as they are sorted: they are not to lie where a
+    client can have other things written over them, as in the result.
+    """
     for i in range(n):
         store_i32(indices + i * 4, i)
     source, to = indices, buffer
@@ -122,19 +126,20 @@ def _sort_indices(x, n, indices, buffer, descending):  # type: ignore[no-untyped
 
 @kernel
 def argsort(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Order of each row; extra words: 1 if descending, scratch of 4 * ne0 bytes per thread."""
+    """Order of each row; extra words: 1 if descending, scratch of 8 * ne0 bytes per thread."""
     n = ne(rec, DST, 0)
+    order = extra(rec, 1) + ith * n * 8
     row, end = share_rows(n_rows(rec, DST), ith, nth)
     while row < end:
-        x, y = row_address(rec, SRC0, row), row_address(rec, DST, row)
-        _sort_indices(x, n, y, extra(rec, 1) + ith * n * 4, extra(rec, 0) == 1)
+        _sort_indices(row_address(rec, SRC0, row), n, order, order + n * 4, extra(rec, 0) == 1)
+        memory_copy(row_address(rec, DST, row), order, n * 4)
         row += 1
     return 0
 
 
 @inline_helper
 def _insert_largest(x, n, y, k):  # type: ignore[no-untyped-def]
-    """The ``k`` largest in order, by keeping them so while the row is read."""
+    """The ``k`` largest in order, by keeping them so in scratch at ``y`` while the row is read."""
     count = 0
     for i in range(n):
         value = load_f32(x + i * 4)
@@ -157,21 +162,22 @@ def _insert_largest(x, n, y, k):  # type: ignore[no-untyped-def]
 def top_k(rec, ith, nth):  # type: ignore[no-untyped-def]
     """Indices of the largest of each row, but the first two swapped, as ggml's CPU returns them.
 
-    Extra word 0: scratch of 8 * src0's ne0 bytes per thread, needed above TOP_K_INSERT.
+    Extra words: address of scratch, and bytes of each thread's: TOP_K_INSERT indices, or above that
+    two for each of src0's ne0.
     """
     n, k = ne(rec, SRC0, 0), ne(rec, DST, 0)
     row, end = share_rows(n_rows(rec, DST), ith, nth)
+    order = extra(rec, 0) + ith * extra(rec, 1)
     while row < end:
-        x, y = row_address(rec, SRC0, row), row_address(rec, DST, row)
-        row += 1
+        x = row_address(rec, SRC0, row)
         if k <= TOP_K_INSERT:
-            _insert_largest(x, n, y, k)
+            _insert_largest(x, n, order, k)
         else:
-            order = extra(rec, 0) + ith * n * 8
             _sort_indices(x, n, order, order + n * 4, True)
-            memory_copy(y, order, k * 4)
         if k > 1:
-            first = load_i32(y)
-            store_i32(y, load_i32(y + 4))
-            store_i32(y + 4, first)
+            first = load_i32(order)
+            store_i32(order, load_i32(order + 4))
+            store_i32(order + 4, first)
+        memory_copy(row_address(rec, DST, row), order, k * 4)
+        row += 1
     return 0

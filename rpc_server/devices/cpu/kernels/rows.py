@@ -17,8 +17,8 @@ from rpc_server.devices.cpu.abi import (
     ggml_type,
     inline_helper,
     kernel,
-    load_i32,
-    load_i64,
+    load_index,
+    load_index_64,
     memory_copy,
     nb,
     ne,
@@ -62,7 +62,7 @@ def get_rows_kernel(type_: int) -> KernelFunction:
             i11, i12 = rest % ne11, rest // ne11
             row += 1
             at = i10 * nb(rec, SRC1, 0) + i11 * nb(rec, SRC1, 1) + i12 * nb(rec, SRC1, 2)
-            index = load_i32(data(rec, SRC1) + at)
+            index = load_index(data(rec, SRC1) + at)
             if index < 0 or index >= limit:
                 return _OUT_OF_RANGE
             x = data(rec, SRC0) + index * nb(rec, SRC0, 1)
@@ -95,7 +95,7 @@ def convert_row(type_x, type_y, x, y, n):  # type: ignore[no-untyped-def]
 def _row_index(rec, i10, i11, i12):  # type: ignore[no-untyped-def]
     at = data(rec, SRC1)
     at += i10 * nb(rec, SRC1, 0) + i11 * nb(rec, SRC1, 1) + i12 * nb(rec, SRC1, 2)
-    return load_i64(at) if ggml_type(rec, SRC1) == _I64 else load_i32(at)
+    return load_index_64(at) if ggml_type(rec, SRC1) == _I64 else load_index(at)
 
 
 @inline_helper
@@ -103,7 +103,7 @@ def indices_valid(rec):  # type: ignore[no-untyped-def]
     """Whether all of SET_ROWS's indices are rows of dst; every thread looks at all of them.
 
     So that nothing is written for a graph whose indices are wrong from the start. Rows may lie over
-    the indices, so each is checked once more where it is used.
+    the indices, so each is read anew where it is used, and that value checked.
     """
     limit = ne(rec, DST, 1)
     for i12 in range(ne(rec, SRC1, 2)):
@@ -171,7 +171,7 @@ def add_id(rec, ith, nth):  # type: ignore[no-untyped-def]
     while row < end:
         i1, i2 = row % ne1, row // ne1 % ne2
         at = i1 * nb(rec, SRC2, 0) + i2 * nb(rec, SRC2, 1)
-        index = load_i32(data(rec, SRC2) + at)
+        index = load_index(data(rec, SRC2) + at)
         if index < 0 or index >= ne(rec, SRC1, 1):
             return _OUT_OF_RANGE
         x, y = row_address(rec, SRC0, row), row_address(rec, DST, row)

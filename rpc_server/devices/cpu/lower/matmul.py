@@ -86,7 +86,7 @@ def lower_mul_mat_id(t: Tensor, planner: Planner) -> bool:
     columns = _activations(weights, activations, planner)
     n = t.ne[1] * t.ne[2]
     routed = planner.scratch(routing_bytes(weights.ne[2], n))
-    # One thread's work: the indices are read twice.
+    # One thread's work: it counts what it sorts.
     planner.emit(route_columns, t, extra=(*columns, routed), work=8 * n)
     _emit_product(t, planner, columns, n, routed)
     return True

@@ -61,7 +61,7 @@ def lower_argmax(t: Tensor, planner: Planner) -> bool:
 def lower_argsort(t: Tensor, planner: Planner) -> bool:
     if not _indices_of(t) or not t.contiguous_rows:
         return False
-    scratch = planner.scratch(planner.n_threads * t.ne[0] * 4)
+    scratch = planner.scratch(planner.n_threads * t.ne[0] * 8)
     planner.emit(argsort, t, extra=(t.param_i32(0), scratch))
     return True
 
@@ -72,8 +72,6 @@ def lower_top_k(t: Tensor, planner: Planner) -> bool:
     assert source is not None
     if not _indices_of(t) or not t.contiguous_rows:
         return False
-    scratch = 0
-    if t.ne[0] > TOP_K_INSERT:
-        scratch = planner.scratch(planner.n_threads * source.ne[0] * 8)
-    planner.emit(top_k, t, extra=(scratch,))
+    each = 4 * TOP_K_INSERT if t.ne[0] <= TOP_K_INSERT else 8 * source.ne[0]
+    planner.emit(top_k, t, extra=(planner.scratch(planner.n_threads * each), each))
     return True

@@ -278,7 +278,7 @@ def lower_mul_mat_id(t: Tensor, planner: CudaPlanner) -> bool:
     columns_in_scratch(weights, x, planner)
     routing = planner.scratch(4 * (1 + 3 * groups))
     sorted_pairs = planner.scratch(4 * pairs)
-    extra = (routing, sorted_pairs, columns)
+    extra = (routing, sorted_pairs, columns, planner.scratch(4 * pairs))
     planner.launch(_ROUTE, t, (1,), 256, extra=extra, shared=max(4 * experts, 4))
     tiles = columns in TILES
     unit, name = ("tiles", f"tiles_{columns}") if tiles else ("matvec", "multiply_grouped")

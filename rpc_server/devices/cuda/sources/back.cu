@@ -32,9 +32,8 @@ KERNEL(get_rows_back, 256) {
         const Place p(to, e);
         float sum = 0;
         for (i64 row = 0; row < ids.ne[0]; row++) {
-            const i32 id = index_of(ids, row);
-            if (id < 0 || id >= to.ne[1]) fail(r, INDEX_OUT_OF_RANGE);
-            else if (id == p.i[1]) sum += load(gradient, p.i[0], row);
+            const i64 id = load_index(at(ids, row), ids.type);
+            if (is_index(r, id, to.ne[1]) && id == p.i[1]) sum += load(gradient, p.i[0], row);
         }
         f32(at(to, p)) = sum;
     }

@@ -53,7 +53,7 @@ KERNEL(widen_columns, 256) {
 // Pairs of expert and token sorted by expert, see grouped_job. slot 1: weights, slot 3: ids (used,
 // tokens). extra[0]: where the number of groups goes, and three words for each: its expert, its first
 // pair, how many; extra[1]: where the pairs go, as used + experts of a token * token; extra[2]: how
-// many pairs a group has at most.
+// many pairs a group has at most; extra[3]: room for the expert of each pair, as it was counted.
 // One block; dynamic shared memory has a word for each expert.
 KERNEL(route_columns, 256) {
     const Slot &w = r.slot[SRC0], &ids = r.slot[SRC2];
@@ -61,12 +61,14 @@ KERNEL(route_columns, 256) {
     i32 *routing = reinterpret_cast<i32 *>(r.extra[0]), *pairs = reinterpret_cast<i32 *>(r.extra[1]);
     const i32 experts = (i32)w.ne[2], used = (i32)ids.ne[0], total = used * (i32)ids.ne[1];
     const i32 most = (i32)r.extra[2];
+    i32 *expert_of = reinterpret_cast<i32 *>(r.extra[3]);
     for (i32 e = threadIdx.x; e < experts; e += blockDim.x) next[e] = 0;
     __syncthreads();
     for (i32 pair = threadIdx.x; pair < total; pair += blockDim.x) {
-        const i32 e = *reinterpret_cast<const i32 *>(ids.data + pair % used * ids.nb[0] + pair / used * ids.nb[1]);
-        if (e < 0 || e >= experts) fail(r, INDEX_OUT_OF_RANGE);
-        else atomicAdd(next + e, 1);
+        const i64 e = load_index(ids.data + pair % used * ids.nb[0] + pair / used * ids.nb[1], ids.type);
+        const bool valid = is_index(r, e, experts);
+        expert_of[pair] = valid ? (i32)e : -1;
+        if (valid) atomicAdd(next + e, 1);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -86,7 +88,7 @@ KERNEL(route_columns, 256) {
     }
     __syncthreads();
     for (i32 pair = threadIdx.x; pair < total; pair += blockDim.x) {
-        const i32 e = *reinterpret_cast<const i32 *>(ids.data + pair % used * ids.nb[0] + pair / used * ids.nb[1]);
-        if (e >= 0 && e < experts) pairs[atomicAdd(next + e, 1)] = pair;
+        const i32 e = expert_of[pair];
+        if (e >= 0) pairs[atomicAdd(next + e, 1)] = pair;
     }
 }

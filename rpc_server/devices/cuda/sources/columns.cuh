@@ -76,10 +76,9 @@ __device__ inline Job plain_job(const Record &r, int columns) {
 __device__ inline Job routed_job(const Record &r) {
     const Slot &to = r.slot[DST], &w = r.slot[SRC0], &x = r.slot[SRC1], &ids = r.slot[SRC2];
     const i64 used = blockIdx.y, token = blockIdx.z;
-    const i32 expert = *reinterpret_cast<const i32 *>(ids.data + used * ids.nb[0] + token * ids.nb[1]);
+    const i64 expert = index_of_warp(ids.data + used * ids.nb[0] + token * ids.nb[1], ids.type);
     Job job(w);
-    job.valid = expert >= 0 && expert < w.ne[2];
-    if (!job.valid && threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
+    job.valid = is_index(r, expert, w.ne[2]);
     job.weights = w.data + (job.valid ? expert : 0) * w.nb[2];
     job.column = used % x.ne[1] + token * x.ne[1];
     job.result = to.data + used * to.nb[1] + token * to.nb[2];

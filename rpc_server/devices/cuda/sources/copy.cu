@@ -59,14 +59,11 @@ KERNEL(copy_encoded, 64) {
 KERNEL(get_rows, 256) {
     const Slot &to = r.slot[DST], &table = r.slot[SRC0], &ids = r.slot[SRC1];
     FOR_ROWS(row, to.ne[1] * to.ne[2] * to.ne[3]) {
-        const Row at(to, row);
-        const i64 id = index_at(ids, at.i[1], at.i[2], at.i[3]);
-        if (id < 0 || id >= table.ne[1]) {
-            if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
-            continue;
-        }
-        const u8 *source = table.data + id * table.nb[1] + at.i[2] * table.nb[2] + at.i[3] * table.nb[3];
-        u8 *target = at.in(to);
+        const Row place(to, row);
+        const i64 id = index_of_warp(at(ids, place.i[1], place.i[2], place.i[3]), ids.type);
+        if (!is_index(r, id, table.ne[1])) continue;
+        const u8 *source = at(table, 0, id, place.i[2], place.i[3]);
+        u8 *target = place.in(to);
         FOR_COLUMNS(i, to.ne[0]) {
             if (table.type == to.type) copy_bytes(target + i * to.nb[0], source + i * table.nb[0], 4);
             else store_f32(target + i * to.nb[0], to.type, load_f32(source + i * table.nb[0], table.type));

@@ -44,14 +44,12 @@ KERNEL(dequantize, 128) {
 KERNEL(get_rows_decoded, 128) {
     const Slot &to = r.slot[DST], &table = r.slot[SRC0], &ids = r.slot[SRC1];
     SHARED_ARRAY(Run, runs, 128);
+    SHARED_ARRAY(i64, room, 1);
     const int per_row = (int)(table.ne[0] / 32);
     FOR_ROWS(row, to.ne[1] * to.ne[2] * to.ne[3]) {
         const Row at(to, row);
-        const i32 id = *reinterpret_cast<const i32 *>(ids.data + at.i[1] * ids.nb[0] + at.i[2] * ids.nb[1] + at.i[3] * ids.nb[2]);
-        if (id < 0 || id >= table.ne[1]) {
-            if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
-            continue;
-        }
+        const i64 id = index_of_block(ids.data + at.i[1] * ids.nb[0] + at.i[2] * ids.nb[1] + at.i[3] * ids.nb[2], ids.type, room);
+        if (!is_index(r, id, table.ne[1])) continue;
         const u8 *source = table.data + id * table.nb[1] + at.i[2] * table.nb[2] + at.i[3] * table.nb[3];
         write_decoded<WEIGHTS>(runs, source, per_row, at.in(to), to);
     }

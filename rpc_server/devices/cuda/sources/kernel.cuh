@@ -130,6 +130,38 @@ __device__ inline void store_f32(u8 *p, i64 type, float value) {
     }
 }
 
+// -- numbers that decide where is read or written -------------------------------------------------
+
+// Such numbers lie in a client's memory, and whatever a node writes may lie over them: another thread
+// may be writing one while it is read. So each is read once (volatile: the compiler may not load it
+// again where it is used), and the value that is used is the one that is checked. Threads that meet
+// at a barrier or an exchange further on have to agree on it: they use the two functions below.
+__device__ inline i64 load_index(const u8 *p, i64 type) {
+    return type == I64 ? *reinterpret_cast<const volatile i64 *>(p) : *reinterpret_cast<const volatile i32 *>(p);
+}
+
+// The same for all lanes of a warp, all of which come here.
+__device__ inline i64 index_of_warp(const u8 *p, i64 type) {
+    i64 index = 0;
+    if (threadIdx.x % 32 == 0) index = load_index(p, type);
+    return __shfl_sync(ALL_LANES, index, 0);
+}
+
+// The same for all threads of a block, all of which come here; `room` is shared memory.
+__device__ inline i64 index_of_block(const u8 *p, i64 type, i64 *room) {
+    __syncthreads();
+    if (threadIdx.x == 0) *room = load_index(p, type);
+    __syncthreads();
+    return *room;
+}
+
+// Whether `index` is one of `n`; if not, the graph fails.
+__device__ inline bool is_index(const Record &r, i64 index, i64 n) {
+    if (0 <= index && index < n) return true;
+    fail(r, INDEX_OUT_OF_RANGE);
+    return false;
+}
+
 // -- where elements lie --------------------------------------------------------------------------
 
 // `a / b` of what is not negative. Division of 64 bits is slow, and hardly ever needed.

@@ -94,11 +94,8 @@ KERNEL(add_id, 256) {
     const Slot &to = r.slot[DST], &a = r.slot[SRC0], &b = r.slot[SRC1], &ids = r.slot[SRC2];
     FOR_ROWS(row, to.ne[1] * to.ne[2] * to.ne[3]) {
         const Row place(to, row);
-        const i32 id = index_of(ids, place.i[1], place.i[2]);
-        if (id < 0 || id >= b.ne[1]) {
-            if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
-            continue;
-        }
+        const i64 id = index_of_warp(at(ids, place.i[1], place.i[2]), ids.type);
+        if (!is_index(r, id, b.ne[1])) continue;
         u8 *target = place.in(to);
         u8 *first = place.in(a), *second = b.data + id * b.nb[1];
         FOR_COLUMNS(i, to.ne[0]) f32(target + i * to.nb[0]) = f32(first + i * a.nb[0]) + f32(second + i * b.nb[0]);

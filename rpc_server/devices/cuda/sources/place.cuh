@@ -19,22 +19,13 @@ __device__ inline float &f32(u8 *p) { return *reinterpret_cast<float *>(p); }
 __device__ inline float load(const Slot &s, i64 i0, i64 i1 = 0, i64 i2 = 0, i64 i3 = 0) {
     return load_f32(at(s, i0, i1, i2, i3), s.type);
 }
-__device__ inline i32 index_of(const Slot &s, i64 i0, i64 i1 = 0) { return *reinterpret_cast<const i32 *>(at(s, i0, i1)); }
 
-// An index of 32 or 64 bits.
-__device__ inline i64 index_at(const Slot &ids, i64 i0, i64 i1, i64 i2) {
-    const u8 *p = ids.data + i0 * ids.nb[0] + i1 * ids.nb[1] + i2 * ids.nb[2];
-    return ids.type == I64 ? *reinterpret_cast<const i64 *>(p) : *reinterpret_cast<const i32 *>(p);
-}
-
-// The row of `to` that SET_ROWS writes a row of its source to, or null: the graph fails then.
-__device__ inline u8 *indexed_row(const Record &r, const Slot &to, const Slot &ids, const Row &at) {
-    const i64 id = index_at(ids, at.i[1], at.i[2] % ids.ne[1], at.i[3] % ids.ne[2]);
-    if (id < 0 || id >= to.ne[1]) {
-        if (threadIdx.x == 0) fail(r, INDEX_OUT_OF_RANGE);
-        return nullptr;
-    }
-    return to.data + id * to.nb[1] + at.i[2] * to.nb[2] + at.i[3] * to.nb[3];
+// The row of `to` that SET_ROWS writes a row of its source to, or null: the graph fails then. The same
+// for all lanes of a warp, all of which come here.
+__device__ inline u8 *indexed_row(const Record &r, const Slot &to, const Slot &ids, const Row &place) {
+    const i64 id = index_of_warp(at(ids, place.i[1], place.i[2] % ids.ne[1], place.i[3] % ids.ne[2]), ids.type);
+    if (!is_index(r, id, to.ne[1])) return nullptr;
+    return to.data + id * to.nb[1] + place.i[2] * to.nb[2] + place.i[3] * to.nb[3];
 }
 
 // Elements of `size` bytes as they are.

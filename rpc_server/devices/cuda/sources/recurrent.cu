@@ -36,11 +36,8 @@ KERNEL(ssm_scan, 128) {
     float *const saved = outputs + rows * tokens;
     FOR_ROWS_OF_WARPS(row, rows) {
         const i64 d = row % dim, head = row / dim % heads, sequence = row / dim / heads;
-        const i32 id = index_of(ids, sequence);
-        if (id < 0 || id >= states.ne[3]) {
-            fail(r, INDEX_OUT_OF_RANGE);
-            continue;
-        }
+        const i64 id = index_of_warp(at(ids, sequence), ids.type);
+        if (!is_index(r, id, states.ne[3])) continue;
         float *const state = saved + row * size;
         const u8 *first = at(states, 0, d, head, id);
         FOR_LANES(j, size) state[j] = *reinterpret_cast<const float *>(first + j * states.nb[0]);
