@@ -31,6 +31,7 @@ from client.graph import Graph, GraphBuilder
 from client.tensors import Array, Tensor, from_bytes, require, to_bytes
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
+from protocol.errors import ProtocolError
 from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from protocol.hashing import fnv1a_64
@@ -138,6 +139,8 @@ class Backend:
         # A server need not give out buffers without any byte.
         handle, got = await self.connection.alloc_buffer(max(size, 1), self.device)
         base = await self.connection.buffer_get_base(handle)
+        if got < size or base + got > 1 << 64:
+            raise ProtocolError(f"a buffer of {got} bytes at {base:#x}, {size} asked for")
         return Buffer(handle, base, got)
 
     async def free(self, buffers: Iterable[Buffer], tensors: Iterable[Tensor] = ()) -> None:

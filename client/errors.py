@@ -32,7 +32,10 @@ class AllocationFailed(MemoryError):
 
 
 class GraphFailed(RuntimeError):
-    """The server answered a graph with a failure (versions up to 3.0; later ones hang up)."""
+    """The server answered a graph with a failure, and goes on.
+
+    A graph is answered so in versions up to 3.0 (later ones hang up), a program in all.
+    """
 
 
 class ServerLost(ConnectionError):

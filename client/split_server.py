@@ -10,7 +10,13 @@ from typing import TypeVar
 
 from client.backend import Backend, Buffer
 from client.connection import Connection, connect_any
-from client.errors import AllocationFailed, ConnectionLost, ServerLost, VersionMismatch
+from client.errors import (
+    AllocationFailed,
+    ConnectionLost,
+    GraphFailed,
+    ServerLost,
+    VersionMismatch,
+)
 from client.steps import Frames, Region, Step, command_frames, encode_steps, program_frames
 from client.tensors import Tensor
 from protocol.commands import Command
@@ -100,8 +106,8 @@ class SplitServer:
             raise ServerLost(self.name, f"did not answer within {self._timeout:g} s") from None
         except (ConnectionLost, ProtocolError) as error:
             raise ServerLost(self.name, str(error)) from None
-        except AllocationFailed as error:
-            raise AllocationFailed(f"server {self.name}: {error}") from None
+        except (AllocationFailed, GraphFailed) as error:
+            raise type(error)(f"server {self.name}: {error}") from None
 
     # -- products
 
@@ -156,10 +162,12 @@ class SplitServer:
 
     async def _send_program(self, ready: Ready, number: int) -> None:
         self._programs.pop(number, None)
-        await self.connection.request(
+        answer = await self.connection.request(
             Command.SPLIT_PROGRAM,
             data=encode_steps(self.connection, [ready.step]),
             device=self.backend.device,
             program=number,
         )
+        if answer.result:
+            raise GraphFailed("the server refused a program; its log says why")
         self._programs[number] = ready

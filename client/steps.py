@@ -14,6 +14,7 @@ import numpy as np
 
 from client.backend import Backend, Buffer
 from client.connection import Connection
+from client.errors import AllocationFailed
 from client.graph import Graph
 from client.tensors import Tensor
 from protocol.commands import Command
@@ -101,9 +102,9 @@ class Region:
     async def place(self, tensors: Sequence[Tensor]) -> Buffer | None:
         """Give the tensors of one step memory, outputs last and adjacent where sizes allow.
 
-        Where they need more than there is, they get a new buffer, twice as large as needed; the old
-        one, in which steps made before still lie, is returned. Raises AllocationFailed,
-        ConnectionLost.
+        Where they need more than there is, they get a new buffer, twice as large as needed if there
+        is room; the old one, in which steps made before still lie, is returned. Raises
+        AllocationFailed, ConnectionLost.
         """
         offsets, at = [], 0
         for t in tensors:
@@ -111,10 +112,16 @@ class Region:
             at = -(-(at + await self._backend.alloc_size(t)) // _ALIGN) * _ALIGN
         old = None
         if self.buffer is None or at > self.buffer.size:
-            size = max(_FIRST_REGION, 2 * at)
-            probe = self._backend.graph.new_tensor_1d(GgmlType.I8, size, "exchange")
-            (made,) = await self._backend.allocate([probe])
+            try:
+                made = await self._new(max(_FIRST_REGION, 2 * at))
+            except AllocationFailed:
+                made = await self._new(at)
             old, self.buffer = self.buffer, made
         for t, offset in zip(tensors, offsets, strict=True):
             t.place(self.buffer.handle, self.buffer.base + offset)
         return old
+
+    async def _new(self, size: int) -> Buffer:
+        probe = self._backend.graph.new_tensor_1d(GgmlType.I8, size, "exchange")
+        (made,) = await self._backend.allocate([probe])
+        return made

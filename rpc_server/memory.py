@@ -144,8 +144,7 @@ class Budget:
             raise LimitedError(
                 "--mem", f"{size} bytes asked for, {left} left of {self.limit} for all clients"
             )
-        if self.limit is None and self.used + size > (total := self.device.memory()[1]):
-            # Memory that nobody has written to yet still looks free to the system.
+        if self.limit is None and self.used + size > (total := self.device.capacity()):
             raise OutOfMemoryError(f"{size} bytes asked for, clients hold {self.used} of {total}")
         try:
             storage = self.device.allocate(size, proportions)

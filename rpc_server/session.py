@@ -31,7 +31,7 @@ from protocol.framing import (
 )
 from rpc_server.context import ServerContext
 from rpc_server.devices.base import Device, DeviceError, Lane
-from rpc_server.graph.errors import GraphError
+from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import check_message, label_of_message
 from rpc_server.handlers import HANDLERS
 from rpc_server.handshake import Handshake
@@ -438,6 +438,17 @@ class Session:
                 self.figures.graph(running.nodes, seconds)
             # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
             self.answer(command, {"result": 0})
+        elif command is Command.SPLIT_PROGRAM and isinstance(error, NodeError):
+            # A coordinator has clients beside the one whose graph that was.
+            self.context.figures.errors["graph"] += 1
+            self.log.log(
+                logging.ERROR,
+                "%s; the program is refused",
+                error,
+                extra={"event": "refused", "kind": "graph"},
+            )
+            self.answer(command, {"result": 1})
+            error = None
         self._finished(running.error or error)
 
     # -- the socket, lent to a program -------------------------------------------------------

@@ -197,6 +197,10 @@ class Device(Protocol):
         """Free and total bytes."""
         ...
 
+    def capacity(self) -> int:
+        """Most bytes that buffers of all clients may have together."""
+        ...
+
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> Storage:
         """Memory for a buffer, zero-filled.
 

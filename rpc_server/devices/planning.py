@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from protocol.dialects import Dialect
-from rpc_server.graph.errors import GraphError
+from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec, check
 
@@ -46,7 +46,7 @@ def lower_node(
     """Hold ``node`` against its contract and lower it, if it is to run at all.
 
     Where ``lower`` has no kernel for it, ``decline`` does what is to be done instead. Raises
-    GraphError.
+    NodeError, GraphError.
     """
     try:
         planner.begin(node)
@@ -58,7 +58,7 @@ def lower_node(
         for written in spec.written(node):
             planner.finish(written)
     except ContractError as error:
-        raise GraphError(str(error)) from None
+        raise NodeError(str(error)) from None
     except MemoryError as error:
         raise GraphError(f"{node.label}: {error}") from None
 

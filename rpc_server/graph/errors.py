@@ -8,3 +8,7 @@ class GraphError(Exception):
 
     The message names the node; the session that sent the graph closes its connection.
     """
+
+
+class NodeError(GraphError):
+    """A node of a sound graph can't be run here: against its op's contract, or without a kernel."""

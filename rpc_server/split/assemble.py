@@ -11,14 +11,15 @@ import numpy as np
 
 from client.graph import GraphBuilder
 from client.steps import Frames, Step
-from client.tensors import Dims, contiguous_strides
+from client.tensors import Dims, ShapeError, contiguous_strides
 from client.tensors import Tensor as PartTensor
-from protocol.ggml_ops import VIEWS, Op
+from protocol.ggml_ops import Op
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.messages import MAX_SOURCES
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import ContractError, check
 from rpc_server.split.exchange import Receive, Send, Transfer
-from rpc_server.split.link import Link, Program
+from rpc_server.split.link import Link, Program, UnfitError
 from rpc_server.split.parts import Built, LocalTensors, PartBuilder
 from rpc_server.split.segments import Found, Input, Segment
 from rpc_server.split.shard import Shard
@@ -38,6 +39,16 @@ class Programmed:
     program: Program
     built: dict[Segment, Built]
     frames: dict[Segment, Frames]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What part ``number`` is to be sent: steps, one for each segment it takes part in."""
+
+    link: Link
+    number: int
+    steps: list[Step]
+    built: dict[Segment, Built]
 
 
 @dataclass(slots=True)
@@ -72,13 +83,22 @@ class Assembler:
     # -- the workers
 
     async def program(self) -> list[Programmed]:
-        """Make each worker ready for its part. Raises WorkerLost."""
-        made = await asyncio.gather(
-            *(self._program(i, link) for i, link in enumerate(self._links) if link is not None)
-        )
-        return [p for p in made if p is not None]
+        """Make each worker ready for its part. Raises WorkerLost, UnfitError.
 
-    async def _program(self, number: int, link: Link) -> Programmed | None:
+        Nothing is sent to any of them before all parts have been held against the contracts.
+        """
+        prepared = await asyncio.gather(
+            *(self._prepare(i, link) for i, link in enumerate(self._links) if link is not None)
+        )
+        wanted = [p for p in prepared if p.steps]
+        programs = await asyncio.gather(*(p.link.program(p.steps) for p in wanted))
+        return [
+            Programmed(p.link, p.number, program, p.built, dict(zip(p.built, program.frames, strict=True)))
+            for p, program in zip(wanted, programs, strict=True)
+        ]
+
+    async def _prepare(self, number: int, link: Link) -> Prepared:
+        """Build the part's segments and give them memory there. Raises WorkerLost, UnfitError."""
         g = link.backend.graph
 
         def weight(split: SplitWeight) -> PartTensor | None:
@@ -89,21 +109,20 @@ class Assembler:
             return g.new_tensor(self._wire_type(made), ne, made.tensor.name)
 
         builder = PartBuilder(number, self._found, g, weight, leaf)
-        built = {s: builder.build(s) for s in self._found.segments if builder.takes_part(s)}
-        # What comes back is one thing that a part does, what stays in its caches another.
-        built = {s: b for s, b in built.items() if b.outputs or b.stores}
-        if not built:
-            return None
+        try:
+            built = {s: builder.build(s) for s in self._found.segments if builder.takes_part(s)}
+        except ShapeError as error:
+            raise UnfitError(f"worker {link.name}: {error}") from None
         kept = [t for b in built.values() for made, t in b.inputs if made.kept]
-        await link.place_kept(kept)
+        if kept:
+            await link.place_kept(kept)
         steps = []
         for b in built.values():
             await link.place_step(b.memory)
             graph = g.build([t for _, t in b.nodes])
             steps.append(Step(tuple(t for _, t in b.inputs), graph, tuple(t for _, t in b.outputs)))
-        program = await link.program(steps)
-        frames = dict(zip(built, program.frames, strict=True))
-        return Programmed(link, number, program, built, frames)
+            _check(graph.nodes, link)
+        return Prepared(link, number, steps, built)
 
     def _wire_type(self, made: Input) -> GgmlType:
         """How an input travels: what was computed may be rounded, what the client wrote not."""
@@ -170,7 +189,7 @@ class Assembler:
         local = self._local.get(segment)
         if local is not None:
             for made, t in local.nodes:
-                if made is not node or t.op in VIEWS:
+                if made is not node:
                     continue
                 converted = self._local_tensors.convert(t)
                 yield converted
@@ -223,7 +242,8 @@ class Assembler:
             if not len(split.cuts[own]):
                 return None
             made = g.new_tensor(t.type, split.shape(own), t.name)
-            made.nb = t.nb
+            # Its rows lie as far apart as those of the whole.
+            made.nb = contiguous_strides(t.type, t.ne)
             return _put(made, split.address + _dim_bytes(t, split.cuts[own].first, split.axis))
 
         def leaf(made: Input, ne: Dims) -> PartTensor:
@@ -242,7 +262,8 @@ class Assembler:
             built = self._local[segment] = builder.build(segment)
             at = 0
             outputs = {id(t): node for node, t in built.outputs}
-            used = {id(s) for _, t in built.nodes for s in t.src}
+            read = [s for _, t in built.nodes for s in t.src if s is not None]
+            used = {id(s if s.view_src is None else s.view_src) for s in read}
             for _, t in built.nodes:
                 if t.view_src is not None:
                     continue
@@ -286,6 +307,20 @@ def _node(
     )
     made.src = (*sources, *(None,) * (MAX_SOURCES - len(sources)))
     return made
+
+
+def _check(nodes: Sequence[PartTensor], link: Link) -> None:
+    """Hold a worker's nodes against their contracts before they go there. Raises UnfitError.
+
+    A worker that can't do a graph may hang up, on all clients of this server, or even end:
+    upstream's relies on ggml's constructors, which have seen whole tensors only.
+    """
+    tensors = LocalTensors()
+    try:
+        for t in nodes:
+            check(tensors.convert(t))
+    except ContractError as error:
+        raise UnfitError(f"worker {link.name}: {error}") from None
 
 
 def _put(t: PartTensor, address: int) -> PartTensor:

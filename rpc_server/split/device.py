@@ -25,11 +25,30 @@ from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.arrays import ArrayContext
+from rpc_server.ops.rows import checked_indices
+from rpc_server.ops.table import ContractError
 from rpc_server.split.assemble import Assembler, Programmed
 from rpc_server.split.exchange import Peer, Transfer
-from rpc_server.split.link import PREPARE_TIMEOUT, Link, Tls, WorkerLost, open_links
+from rpc_server.split.link import (
+    PREPARE_TIMEOUT,
+    Link,
+    NoRoom,
+    Tls,
+    UnfitError,
+    WorkerLost,
+    open_links,
+)
 from rpc_server.split.measure import measure_parts
-from rpc_server.split.segments import Found, WeightIndex, find_segments
+from rpc_server.split.room import HomeMemory, Room, usable
+from rpc_server.split.segments import (
+    Found,
+    Indices,
+    WeightIndex,
+    find_segments,
+    indices_of,
+)
+from rpc_server.split.stream import BYTES_SENT
 from rpc_server.split.weights import SplitStorage, SplitWeight
 from rpc_server.split.worker import program_items
 
@@ -39,6 +58,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_CONTEXT = ArrayContext()
 
 LOCAL = "local"
 # The first protocol whose tensors say how often they are used.
@@ -67,11 +88,23 @@ class SplitOptions:
 
 @dataclass(frozen=True, slots=True)
 class Exchanging:
-    """A plan, what workers were made ready for it, and how many tokens it computes."""
+    """A plan, what workers were made ready for it, and how many tokens it computes.
+
+    ``indices`` are to be in range before anything is sent.
+    """
 
     inner: CpuPlan
     programs: list[Programmed]
     tokens: int = 0
+    indices: Sequence[Indices] = ()
+
+    def check_indices(self) -> None:
+        """Raise GraphError for an index that no row has: a worker would hang up, or worse."""
+        for i in self.indices:
+            try:
+                checked_indices(_CONTEXT, i.tensor, i.limit)
+            except ContractError as error:
+                raise GraphError(f"{i.node.label}: {error}") from None
 
 
 class SplitPlan:
@@ -116,6 +149,7 @@ class SplitPlan:
         if not plan.programs:
             plan.inner.run()
             return
+        plan.check_indices()
         started = time.perf_counter()
         with self._device.lent(plan.programs):
             plan.inner.run()
@@ -134,7 +168,8 @@ class SplitDevice(CpuDevice):
         self._links: list[Link | None] = [None] * len(options.parts)
         # By part, where shares go by speed.
         self._speeds: list[Speed] = []
-        # By part, the memory that was free at the start.
+        self._memory = HomeMemory()
+        # By part, the memory for a model at the start.
         self._by_memory: list[float] = []
         self._missing: dict[int, str] = {}
         self._storages: weakref.WeakSet[SplitStorage] = weakref.WeakSet()
@@ -152,8 +187,7 @@ class SplitDevice(CpuDevice):
         if device._missing:
             device.close()
             raise WorkerLost(next(iter(device._missing.values())))
-        own = CpuDevice.memory(device)[0]
-        device._by_memory = [float(own if n is None else n.free) for n in device._links]
+        device._by_memory = [float(n) for n in device._free_of_parts()]
         names = [LOCAL if link is None else link.name for link in device._links]
         if options.proportions == "auto":
             log.info("measuring how fast the parts are")
@@ -216,14 +250,13 @@ class SplitDevice(CpuDevice):
         given = self._options.proportions
         if given is not None and given != "auto":
             return list(given)
-        own = super().memory()[0]
-        free = [own if link is None else link.free - link.bytes for link in self._links]
         if self._speeds:
+            free = self._free_of_parts()
             shares = shares_by_time(self._speeds)
             if all(share * size <= room for share, room in zip(shares, free, strict=True)):
                 return shares
             if size <= sum(free):
-                limits = [max(0, room) / size for room in free]
+                limits = [room / size for room in free]
                 return shares_by_time(self._speeds, limits=limits)
         return self._by_memory
 
@@ -235,12 +268,49 @@ class SplitDevice(CpuDevice):
     # -- memory
 
     def memory(self) -> tuple[int, int]:
-        """The sum of what this machine and the workers have."""
-        free, total = super().memory()
-        for link in self.links:
-            free += max(0, link.free - link.bytes)
-            total += link.total
-        return free, total
+        """What a model may take whatever it consists of, and that without any client; see room."""
+        free = self._room().anything
+        return free, max(free, self._whole_room().anything)
+
+    def capacity(self) -> int:
+        """The largest sum of buffers, if they are weights or all is for this machine."""
+        return self._whole_room().largest
+
+    def _held(self) -> tuple[int, int]:
+        """Bytes of split tensors that lie here, and bytes that nobody knows yet what they are."""
+        storages = [s for s in self._storages if s.open]
+        return sum(s.bytes_here for s in storages), sum(s.bytes_unknown for s in storages)
+
+    def _home(self) -> int:
+        """What this machine has for models, less what it keeps of split tensors."""
+        here, unknown = self._held()
+        return usable(self._memory.free(here + unknown)) - here
+
+    def _free_of_parts(self) -> list[int]:
+        own = self._home()
+        return [
+            max(0, own if link is None else usable(link.free) - link.bytes) for link in self._links
+        ]
+
+    def _room(self, shares: Sequence[float] = ()) -> Room:
+        """Room as it is, for weights that are cut in ``shares`` (the default's if not given)."""
+        parts = self._free_of_parts()
+        return self._divided(parts, self._home(), self._held()[1], shares)
+
+    def _whole_room(self) -> Room:
+        """Room if no client held anything, and nobody else on these machines either."""
+        self._home()
+        own = self._memory.total
+        parts = [own if link is None else link.total for link in self._links]
+        return self._divided(parts, own, 0)
+
+    def _divided(
+        self, parts: Sequence[int], home: int, unknown: int, shares: Sequence[float] = ()
+    ) -> Room:
+        if self._speeds and not shares:
+            # Shares by speed give way to what fits.
+            return Room([sum(parts)], [1.0], home, unknown)
+        return Room(parts, shares or self.proportions(), home, unknown)
 
     @property
     def n_parts(self) -> int:
@@ -254,18 +324,23 @@ class SplitDevice(CpuDevice):
         lost = [link.loss for link in self.links if link.lost]
         if self._missing or lost:
             raise MemoryError([*self._missing.values(), *lost][0])
+        room = self._room(proportions)
         proportions = proportions or self.proportions(size)
         if len(proportions) != len(self._links):
             raise MemoryError(f"{len(proportions)} proportions for {len(self._links)} parts")
-        free = self.memory()[0]
-        if size > free:
-            raise MemoryError(f"{size} bytes asked for, {free} free in all")
+        if size > room.largest or not sum(proportions) > 0:
+            home = max(0, room.home - room.unknown)
+            raise MemoryError(
+                f"{size} bytes asked for; the parts have {room.weights} for weights, and for all "
+                f"else this machine has {home}"
+            )
         storage = SplitStorage(
             size,
             list(self._links),
             proportions,
             self._in_background,
             by_columns=self._options.by_columns,
+            spare=lambda: usable(CpuDevice.memory(self)[0]),
         )
         self._storages.add(storage)
         return storage
@@ -299,7 +374,29 @@ class SplitDevice(CpuDevice):
         dialect: Dialect,
         storages: Sequence[SplitStorage],
     ) -> Exchanging:
-        found = self._found(items, dialect, storages)
+        if self._options.by_columns:
+            try:
+                return self._exchange(items, dialect, storages, chain=True)
+            except UnfitError as error:
+                log.warning("%s: this graph goes by rows", error)
+        return self._exchange(items, dialect, storages, chain=False)
+
+    def _exchange(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+        *,
+        chain: bool,
+    ) -> Exchanging:
+        """Raises UnfitError where a part can't do its share; its clients don't notice."""
+        found = self._found(items, dialect, storages, chain)
+        # What isn't weights was given out as address space, which may be more than there is.
+        here = sum(s.bytes_here + s.bytes_unknown for s in storages)
+        if here > self._memory.believed:
+            raise GraphError(
+                f"{here} bytes beside the parts' weights, this machine has {self._memory.believed}"
+            )
         for storage, weight in found.whole:
             log.warning("'%s' is needed whole: bringing its rows here", weight.tensor.name)
             self._on_loop(storage.gather(weight))
@@ -311,19 +408,38 @@ class SplitDevice(CpuDevice):
         assembler = Assembler(
             found, next(s.links for s in storages if s.weights), self._options.wire
         )
-        programs = self._on_loop(assembler.program())
+        try:
+            programs = self._on_loop(assembler.program())
+        except NoRoom as error:
+            # Better slowly here than not at all.
+            log.warning("%s: this machine does it all", error)
+            self._use_here(found, storages)
+            return self._exchange(items, dialect, storages, chain=chain)
         made = assembler.items(items, programs)
         inner = self._plans().build_items(made, dialect)
         # Records hold addresses of what these own.
         inner.keep = (made, assembler)
         tokens = max(s.nodes[0].ne[1] for s in found.segments)
-        return Exchanging(inner, programs, tokens)
+        return Exchanging(inner, programs, tokens, indices_of(found))
+
+    def _use_here(self, found: Found, storages: Sequence[SplitStorage]) -> None:
+        """Bring here all weights and caches that a graph has on the parts. Raises NoRoom."""
+        for storage in storages:
+            for weight in storage.weights:
+                if weight not in found.weights.values():
+                    continue
+                if weight.is_cache:
+                    self._on_loop(storage.bring_home([weight]))
+                else:
+                    self._on_loop(storage.gather(weight))
+                    weight.used_here = True
 
     def _found(
         self,
         items: Sequence[Tensor | Transfer],
         dialect: Dialect,
         storages: Sequence[SplitStorage],
+        chain: bool,
     ) -> Found:
         """The segments; split tensors are moved as the graph wants them."""
         # Caches that would be cut: whether the graph can do with that shows when it is tried.
@@ -332,7 +448,7 @@ class SplitDevice(CpuDevice):
             found = find_segments(
                 items,
                 WeightIndex(storages, tried.values()),
-                chain=self._options.by_columns,
+                chain=chain,
                 counted=dialect.version >= COUNTED_FROM,
             )
             for storage, weight in found.written:
@@ -349,7 +465,11 @@ class SplitDevice(CpuDevice):
                 tried[leaf.address] = (storage, storage.imagine(leaf, shard.bounds))
             if not found.caches:
                 for storage, weight in tried.values():
-                    self._on_loop(storage.cut_cache(weight))
+                    try:
+                        self._on_loop(storage.cut_cache(weight))
+                    except NoRoom as error:
+                        log.warning("%s: it stays here as a whole", error)
+                        storage.refuse(weight)
                 tried.clear()
 
     def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
@@ -365,7 +485,11 @@ class SplitDevice(CpuDevice):
 
     @contextlib.contextmanager
     def lent(self, programs: Sequence[Programmed]) -> Iterator[None]:
-        """The workers' sockets belong to the calling thread meanwhile. Raises WorkerLost."""
+        """The workers' sockets belong to the calling thread meanwhile. Raises WorkerLost.
+
+        What fails before a worker was sent anything costs nobody else a worker.
+        """
+        streams = [p.link.peer.stream for p in programs]
 
         async def lend() -> None:
             for p in programs:
@@ -376,9 +500,12 @@ class SplitDevice(CpuDevice):
                 p.link.take_back()
 
         def hang_up(reason: str) -> None:
-            for p in programs:
-                p.link.abort(reason)
+            for p, stream, before in zip(programs, streams, sent, strict=True):
+                if stream.count(BYTES_SENT) != before:
+                    p.link.abort(reason)
+            give_back()
 
+        sent = [stream.count(BYTES_SENT) for stream in streams]
         try:
             self._on_loop(lend())
         except BaseException:

@@ -28,12 +28,13 @@ from client.steps import (
     encode_steps,
     program_frames,
 )
-from client.tensors import Tensor
+from client.tensors import ShapeError, Tensor
 from protocol.commands import Command
 from protocol.errors import ProtocolError
 from protocol.ggml_types import GgmlType
 from protocol.split import MAX_PROGRAMS, split_part_fields
 from rpc_server.devices.base import DeviceError
+from rpc_server.graph.errors import GraphError
 from rpc_server.sockets import shut_down
 from rpc_server.split.exchange import Peer
 from rpc_server.split.stream import BYTES_RECEIVED, BYTES_SENT, EXCHANGES, WAIT_NS
@@ -41,12 +42,23 @@ from rpc_server.split.stream import BYTES_RECEIVED, BYTES_SENT, EXCHANGES, WAIT_
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
+# More than any machine has.
+_MOST_MEMORY = 1 << 50
+_MOST_ALIGNMENT = 1 << 30
 # Longest that a worker may take to plan a graph: the first one compiles kernels.
 PREPARE_TIMEOUT = 300.0
 
 
+class UnfitError(GraphError):
+    """A part can't compute its share of a graph; the message names it. The part goes on."""
+
+
 class WorkerLost(DeviceError):  # noqa: N818 - says what happened
     """The worker can't be reached, or its connection ended; the message names it and says why."""
+
+
+class NoRoom(WorkerLost):
+    """The worker has no memory for something; its connection goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +152,24 @@ class Link:
         connection.enable_keepalive()
         link = cls(name, await Backend.open(connection), timeout)
         link.free, link.total = await connection.get_device_memory()
+        link._check_figures()
         await link._measure()
         return link
+
+    def _check_figures(self) -> None:
+        """Raise WorkerLost for what no device has; all that is shared out is computed from it."""
+        alignment, largest = self.backend.alignment, self.backend.max_size
+        if alignment.bit_count() != 1 or alignment > _MOST_ALIGNMENT:
+            what = f"an alignment of {alignment} bytes"
+        elif not largest:
+            what = "buffers of no byte"
+        elif not 0 < self.total <= _MOST_MEMORY or self.free > self.total:
+            what = f"{self.free} of {self.total} bytes free"
+        elif not self.free:
+            raise WorkerLost(f"worker {self.name} has no memory free (who holds it?)")
+        else:
+            return
+        raise WorkerLost(f"worker {self.name} tells what can't be: {what}")
 
     @property
     def extended(self) -> bool:
@@ -228,7 +256,7 @@ class Link:
     # -- weights
 
     async def place(self, type: GgmlType, ne: Sequence[int], name: str) -> tuple[Tensor, Buffer]:
-        """Memory for a part of a weight. Raises WorkerLost, also when the worker has no room."""
+        """Memory for a part of a weight. Raises WorkerLost, NoRoom."""
         tensor = self.backend.graph.new_tensor(type, ne, name)
         buffer = await self._allocate(tensor)
         self.rows += tensor.ne[1] * tensor.ne[2]
@@ -239,8 +267,8 @@ class Link:
         try:
             async with self._asking(self._timeout):
                 return (await self.backend.allocate([tensor]))[0]
-        except AllocationFailed:
-            raise WorkerLost(
+        except (AllocationFailed, ShapeError):
+            raise NoRoom(
                 f"worker {self.name} has no room for {tensor.nbytes} bytes of '{tensor.name}'"
             ) from None
 
@@ -275,7 +303,7 @@ class Link:
     async def place_step(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors of one step memory that all steps share; outputs come last, adjacent.
 
-        Raises WorkerLost.
+        Raises WorkerLost, NoRoom.
         """
         await self._place_in(self._region, tensors)
 
@@ -288,13 +316,18 @@ class Link:
             async with self._asking(self._timeout):
                 # Programs made before keep the memory they have.
                 await region.place(tensors)
-        except (AllocationFailed, ConnectionLost) as error:
+        except (AllocationFailed, ShapeError):
+            size = sum(t.nbytes for t in tensors)
+            raise NoRoom(
+                f"worker {self.name} has no room for {size} bytes of activations"
+            ) from None
+        except ConnectionLost as error:
             raise WorkerLost(f"worker {self.name}: {error}") from None
 
     async def program(self, steps: Sequence[Step]) -> Program:
         """Make the worker ready to run ``steps`` in this order, again and again.
 
-        Raises WorkerLost.
+        Raises WorkerLost, and UnfitError when it refuses them.
         """
         connection = self.backend.connection
         if not self.extended:
@@ -311,12 +344,18 @@ class Link:
     async def _send_program(self, program: Program) -> None:
         assert program.number is not None
         connection = self.backend.connection
-        await connection.request(
+        # Whatever comes of it, the one that had the number is gone.
+        self._programs.pop(program.number, None)
+        answer = await connection.request(
             Command.SPLIT_PROGRAM,
             data=encode_steps(connection, program.steps),
             device=0,
             program=program.number,
         )
+        if answer.result:
+            raise UnfitError(
+                f"worker {self.name} refuses its share of the graph; its log says why"
+            )
         self._programs[program.number] = program
 
     # -- the socket

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from client.balance import FILL, Speed, least_seconds, measure, sample_product
 from client.errors import AllocationFailed, ConnectionLost
 from client.graph import GraphBuilder
+from client.tensors import ShapeError
 from protocol.dialects import DIALECTS
 from protocol.errors import ProtocolError
 from rpc_server.devices.cpu.device import CpuDevice
@@ -41,7 +42,7 @@ async def measure_parts(device: CpuDevice, links: Sequence[Link | None]) -> list
                 return await measure(link.backend)
         except TimeoutError:
             raise WorkerLost(f"worker {link.name}: not measured in time") from None
-        except (AllocationFailed, ConnectionLost, ProtocolError) as error:
+        except (AllocationFailed, ConnectionLost, ProtocolError, ShapeError) as error:
             raise WorkerLost(f"worker {link.name}: {error}") from None
 
     return list(await asyncio.gather(*map(one, links)))

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from client.graph import GraphBuilder
 from client.tensors import Dims
 from client.tensors import Tensor as PartTensor
-from protocol.ggml_ops import VIEWS, Op
+from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from protocol.messages import MAX_SOURCES
 from rpc_server.graph.tensor import Tensor
 from rpc_server.split.segments import Found, Input, Segment
 from rpc_server.split.shard import Shard
+from rpc_server.split.views import part_period
 from rpc_server.split.weights import SplitWeight
 
 
@@ -32,11 +33,6 @@ class Built:
     inputs: list[tuple[Input, PartTensor]] = field(default_factory=list)
     nodes: list[tuple[Tensor | None, PartTensor]] = field(default_factory=list)
     outputs: list[tuple[Tensor, PartTensor]] = field(default_factory=list)
-
-    @property
-    def stores(self) -> bool:
-        """Whether something is written to caches of the part."""
-        return any(t.op is Op.SET_ROWS for _, t in self.nodes)
 
     @property
     def memory(self) -> list[PartTensor]:
@@ -70,11 +66,18 @@ class PartBuilder:
         self._kept: dict[int, PartTensor] = {}
 
     def takes_part(self, segment: Segment) -> bool:
-        """Whether this part has anything to do in a segment."""
-        return any(self._width(self._found.shards[id(t)]) for t in segment.nodes)
+        """Whether this part gives anything in a segment, or stores something in its caches."""
+        outputs = {id(t) for t in segment.outputs}
+        return any(
+            (id(t) in outputs or t.op is Op.SET_ROWS) and self._width(self._found.shards[id(t)])
+            for t in segment.nodes
+        )
 
     def build(self, segment: Segment) -> Built:
-        """The segment on this part; it must take part in it."""
+        """Return the segment on this part; it must take part in it.
+
+        Raises ShapeError for what can't be cut into parts of this shape.
+        """
         built = Built()
         have: dict[int, PartTensor] = {}
         sliced: dict[tuple[int, Shard | None], PartTensor] = {}
@@ -125,15 +128,15 @@ class PartBuilder:
         weight = self._weight(split) if split is not None else None
         if split is not None and weight is None:
             return None
+        sources = self._sources(node, have, sliced)
         if node.op is Op.SET_ROWS:
             assert weight is not None
-            rows, ids = self._sources(node, shard, have, sliced)[:2]
-            return self._g.view_of(weight, Op.SET_ROWS, (rows, ids, weight), node.op_params)
-        if node.op in VIEWS:
-            return self._view(node, shard, have)
+            target = self._seen(node, weight, weight)
+            return self._g.view_of(
+                target, Op.SET_ROWS, (*sources[:2], target), node.op_params, name=node.name
+            )
         partial = id(node) in self._found.partial
         ne = node.ne if partial else self._ne(node, shard)
-        sources = self._sources(node, shard, have, sliced)
         if weight is not None:
             sources[0] = weight
         return self._g.op(node.op, node.type, ne, sources, node.op_params, name=node.name)
@@ -141,7 +144,6 @@ class PartBuilder:
     def _sources(
         self,
         node: Tensor,
-        shard: Shard,
         have: dict[int, PartTensor],
         sliced: dict[tuple[int, Shard | None], PartTensor],
     ) -> list[PartTensor | None]:
@@ -152,37 +154,42 @@ class PartBuilder:
                 continue
             # Of an input that is there both whole and cut, the op's own cut is the one it needs.
             cut = next((t for (i, c), t in sliced.items() if i == id(s) and c is not None), None)
-            found.append(cut if cut is not None else have.get(id(s)))
+            found.append(cut if cut is not None else self._known(s, have))
         while found and found[-1] is None:
             found.pop()
         return found
 
-    def _view(self, node: Tensor, shard: Shard, have: dict[int, PartTensor]) -> PartTensor:
-        source, whole = have.get(id(node.src[0])), node.src[0]
-        assert whole is not None
-        if source is None:
-            # A cache, seen for the first time.
-            source = self._cache(whole)
-        ne = self._ne(node, shard)
-        if node.op is Op.PERMUTE:
-            return self._g.permute(source, *node.op_params[:4])
-        same_place = node.address == whole.address and node.nelements == whole.nelements
-        dense = node.contiguous and whole.contiguous and source.contiguous
-        if dense and (node.op is Op.RESHAPE or same_place):
-            return self._g.reshape(source, *ne)
-        # Rows of a cut matrix: what was a whole row there is the part's shorter row here.
-        row, part_row = whole.nb[1], source.nb[1]
-        nb = [n if n < row else n // row * part_row for n in node.nb]
-        offset = (node.address - whole.address) // row * part_row
-        return self._g.view_of(
-            source, Op.VIEW, (source,), (offset, offset >> 32), ne=ne,
-            nb=(nb[0], nb[1], nb[2], nb[3]), offset=offset,
-        )  # fmt: skip
+    def _known(self, t: Tensor, have: dict[int, PartTensor]) -> PartTensor | None:
+        """What the part has of a tensor; views and caches are made where they are first read."""
+        known = have.get(id(t))
+        if known is not None:
+            return known
+        if t.view_src is None:
+            split = self._found.weights.get(id(t)) if t.op is Op.NONE else None
+            made = self._weight(split) if split is not None else None
+        else:
+            root = self._known(t.view_src, have)
+            if root is None or id(t) not in self._found.views:
+                return None
+            # What computes the values comes first, be it the root or what stored rows in it.
+            source = None if t.src[0] is None else self._known(t.src[0], have)
+            made = self._seen(t, root, root if source is None else source)
+        if made is not None:
+            have[id(t)] = made
+        return made
 
-    def _cache(self, leaf: Tensor) -> PartTensor:
-        t = self._weight(self._found.weights[id(leaf)])
-        assert t is not None
-        return t
+    def _seen(self, t: Tensor, root: PartTensor, source: PartTensor) -> PartTensor:
+        """The part's slice of a view, in its slice of the root; ``source`` is the view's."""
+        assert t.view_src is not None
+        view = self._found.views[id(t)]
+        period = part_period(self._found.shards[id(t.view_src)], self._number, root.nb)
+        offset, nb = view.place(self._number, period)
+        ne = view.shape(self._number)
+        if source is root and (offset, ne, nb) == (0, root.ne, root.nb):
+            return root
+        return self._g.view_of(
+            root, Op.VIEW, (source,), (offset, offset >> 32), ne=ne, nb=nb, offset=offset
+        )
 
 
 class LocalTensors:

@@ -15,7 +15,7 @@ while the parts compute, and no memory is needed for results that wait.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from protocol.ggml_ops import VIEWS, Op, TensorFlag
@@ -24,6 +24,7 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS
 from rpc_server.split.exchange import Receive, Send, Transfer
 from rpc_server.split.shard import Carried, Shard, Slice, carry
+from rpc_server.split.views import CutView, cut_view
 from rpc_server.split.weights import SplitStorage, SplitWeight
 
 _PRODUCTS = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
@@ -59,6 +60,7 @@ class Segment:
 class Found:
     """``shards`` by id() of the tensors that are cut; a node that is among ``partial`` is a sum.
 
+    ``views`` are those of tensors that are cut, by id() too, and nodes that work in a part of one.
     ``weights`` are the split tensors by the id() of what uses them: the node of a product, of a
     SET_ROWS into a cache, the leaf of a cache. ``whole`` are weights that some node reads here.
     ``written`` are weights that a node here writes to, or caches that one reads or writes;
@@ -67,6 +69,7 @@ class Found:
 
     segments: list[Segment]
     shards: dict[int, Shard]
+    views: dict[int, CutView]
     partial: set[int]
     weights: dict[int, SplitWeight]
     whole: list[tuple[SplitStorage, SplitWeight]]
@@ -120,6 +123,36 @@ class WeightIndex:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Indices:
+    """Indices that the client wrote, which ``node`` needs to be below ``limit``."""
+
+    tensor: Tensor
+    limit: int
+    node: Tensor
+
+
+# Of ops with indices among their sources: which one, and what it counts.
+_INDICES: dict[Op, tuple[int, Callable[[Tensor], int]]] = {
+    Op.SET_ROWS: (1, lambda node: node.ne[1]),
+    Op.MUL_MAT_ID: (2, lambda node: 0 if node.src[0] is None else node.src[0].ne[2]),
+}
+
+
+def indices_of(found: Found) -> list[Indices]:
+    """Return what can be said of the parts' indices before a graph runs.
+
+    Those that a graph computes aren't there yet.
+    """
+    made = []
+    for node in (t for segment in found.segments for t in segment.nodes):
+        which, limit = _INDICES.get(node.op, (0, None))
+        t = node.src[which]
+        if limit is not None and t is not None and (t.view_src or t).op is Op.NONE:
+            made.append(Indices(t, limit(node), node))
+    return made
+
+
 def find_segments(
     items: Sequence[Tensor | Transfer],
     index: WeightIndex,
@@ -146,22 +179,21 @@ class _Finder:
         self._index = index
         self._chain = chain
         self._counted = counted
-        self.found = Found([], {}, set(), {}, [], [], [])
+        self.found = Found([], {}, {}, set(), {}, [], [], [])
         self._current: Segment | None = None
         self._position = 0
         # When a tensor's value is there: the position of its node; leaves are there from the start.
         self._computed: dict[int, int] = {}
         self._users: dict[int, list[Tensor]] = {}
         self._segment_of: dict[int, Segment] = {}
-        self._mutated: set[int] = set()
+        # Where memory was last written by a node that works in place, by id() of its root.
+        self._changed: dict[int, int] = {}
         self._whole: dict[int, tuple[SplitStorage, SplitWeight]] = {}
         self._written: dict[int, tuple[SplitStorage, SplitWeight]] = {}
         for i, t in enumerate(items):
             if isinstance(t, Tensor):
                 if t.op not in VIEWS:
                     self._computed[id(t)] = i
-                    if t.view_src is not None:
-                        self._mutated.add(id(t.view_src))
                 for s in t.src:
                     if s is not None:
                         self._users.setdefault(id(s), []).append(t)
@@ -172,25 +204,27 @@ class _Finder:
         self._position = position
         if not isinstance(item, Tensor):
             self._current = None
-            self._touch(
-                item.tensors if isinstance(item, Send) else (),
-                [item.tensor] if isinstance(item, Receive) else (),
-            )
+            received = [item.tensor] if isinstance(item, Receive) else []
+            self._touch(item.tensors if isinstance(item, Send) else (), received)
+            self._note_changes(received)
+            return
+        if item.op in VIEWS or item.empty:
             return
         if not self._product(item) and not (self._chain and self._continue(item)):
             self._home(item)
 
     def _product(self, node: Tensor) -> bool:
         weight, x = node.src[0], node.src[1]
-        if node.op not in _PRODUCTS or weight is None or x is None or node.empty:
+        if node.op not in _PRODUCTS or weight is None or x is None or node.view_src is not None:
             return False
         entry = self._index.find(weight.address)
-        if entry is None or entry[2]:
+        if entry is None or entry[2] or entry[1].used_here:
             return False
         split = entry[1]
         stored = split.tensor
         plain = (
             (weight.type, weight.ne, weight.nb) == (stored.type, stored.ne, stored.nb)
+            and not split.is_cache
             and node.type is GgmlType.F32
             and node.contiguous
             and x.type is GgmlType.F32
@@ -198,13 +232,12 @@ class _Finder:
         if not plain:
             return False
         cut = Shard(0, tuple(split.cuts))
-        known = self._shard(x) if self._in_current(x) else None
-        if split.axis == 0 and known is not None and known == cut:
+        if split.axis == 0 and self._chain and self._shard(x) == cut:
             # The parts have their columns' activations already.
             needs = [Slice(i) for i in (2,) if node.src[i] is not None]
             return self._join(node, Carried(cut, tuple(needs)), split, partial=True)
         usable = all(
-            s.contiguous_rows and not s.empty and self._index.find(s.address) is None
+            s.contiguous_rows and not s.empty and not self._is_split(s)
             for s in node.src[1:3]
             if s is not None
         )
@@ -232,10 +265,11 @@ class _Finder:
             return False
         if node.op is Op.SET_ROWS:
             return self._store(node)
+        if node.view_src is not None:
+            # Parts have a place of its own for each result: what works in place runs here.
+            return False
         shards = [self._shard(s) for s in node.src]
         if all(s is None for s in shards):
-            return False
-        if node.op not in VIEWS and node.view_src is not None and self._is_split(node):
             return False
         carried = carry(node, shards)
         return carried is not None and self._join(node, carried)
@@ -246,49 +280,71 @@ class _Finder:
         shard = self._shard(rows)
         if rows is None or target is None or shard is None or shard.dim:
             return False
-        same = (
-            node.address == target.address
-            and node.ne[0] == target.ne[0] == rows.ne[0]
-            and node.nelements == target.nelements
-            and target.contiguous
-        )
-        block = TYPE_INFO[target.type].block_size
-        if not same or any(r.first % block or r.last % block for r in shard.bounds):
-            return False
-        entry = self._index.find(target.address)
-        storage = self._index.storage(target)
-        if entry is not None:
-            split = entry[1]
-            if entry[2] or split.axis or tuple(split.cuts) != shard.bounds or split.gathered:
+        split = self._cut_leaf(target)
+        if split is not None:
+            view = cut_view(target, self.found.shards[id(target)], node)
+            if view is None or view.shard != shard:
                 return False
-            self.found.shards[id(target)] = shard
-            self.found.weights[id(target)] = split
+            self.found.views[id(node)] = view
             return self._join(node, Carried(shard, (Slice(1),)), split)
-        if storage is None or not storage.may_cut(target):
+        storage = self._index.storage(target)
+        if storage is None or not storage.may_cut(target) or not self._cut_alike(target, node):
             return False
-        self.found.caches.append((storage, target, shard))
+        block = TYPE_INFO[target.type].block_size
+        if not any(edge % block for r in shard.bounds for edge in (r.first, r.last)):
+            # Whether rows of the node then lie as those of its source shows when that is tried.
+            self.found.caches.append((storage, target, shard))
         return False
+
+    @staticmethod
+    def _cut_alike(target: Tensor, node: Tensor) -> bool:
+        """Whether rows of ``node`` are whole rows of what it is a view of."""
+        row = target.row_size
+        return node.ne[0] == target.ne[0] and (node.address - target.address) % row == 0
 
     def _shard(self, t: Tensor | None) -> Shard | None:
         """How a source is cut as the current segment sees it."""
         if t is None:
             return None
-        if self._in_current(t):
+        root = _root(t)
+        shard = None
+        if root is None:
+            return None
+        if self._in_current(root):
             # A sum is whole only here.
-            return None if id(t) in self.found.partial else self.found.shards[id(t)]
-        entry = self._index.find(t.address) if t.op is Op.NONE else None
+            if id(root) not in self.found.partial:
+                shard = self.found.shards[id(root)]
+        elif self._cut_leaf(root) is not None:
+            shard = self.found.shards[id(root)]
+        if shard is None or t is root:
+            return shard
+        if self._in_current(t):
+            # Rows that were stored in a cache.
+            return self.found.shards[id(t)]
+        view = cut_view(root, shard, t)
+        if view is None:
+            return None
+        self.found.views[id(t)] = view
+        self.found.shards[id(t)] = view.shard
+        return view.shard
+
+    def _cut_leaf(self, t: Tensor) -> SplitWeight | None:
+        """The cache that a leaf is, if it is cut and the leaf is all of it."""
+        entry = self._index.find(t.address) if t.op is Op.NONE and t.view_src is None else None
         if entry is None or entry[2] or entry[1].axis or not entry[1].is_cache:
             return None
-        shard = Shard(0, tuple(entry[1].cuts))
-        self.found.shards[id(t)] = shard
+        stored = entry[1].tensor
+        if (t.type, t.ne) != (stored.type, stored.ne) or not t.contiguous:
+            return None
         self.found.weights[id(t)] = entry[1]
-        return shard
+        self.found.shards[id(t)] = Shard(0, tuple(entry[1].cuts))
+        return entry[1]
 
     def _in_current(self, t: Tensor) -> bool:
         return self._current is not None and self._segment_of.get(id(t)) is self._current
 
     def _is_split(self, t: Tensor) -> bool:
-        return self._index.find(t.address) is not None
+        return bool(t.address and self._index.overlapping(t))
 
     def _join(
         self,
@@ -322,20 +378,30 @@ class _Finder:
             self.found.partial.add(id(node))
         if split is not None:
             self.found.weights[id(node)] = split
-        self._close_if_changed(node)
+        if node.view_src is not None:
+            self._note_changes([node])
         return True
 
-    def _close_if_changed(self, node: Tensor) -> None:
-        """A node that works in place of an input gives it another value for what follows."""
+    def _note_changes(self, written: Iterable[Tensor]) -> None:
+        """What is written in place has another value for what follows.
+
+        The parts don't get to know of it: their segment is over.
+        """
+        roots = {id(t if t.view_src is None else t.view_src) for t in written}
+        self._changed.update(dict.fromkeys(roots, self._position))
         segment = self._current
-        if segment is None or node.view_src is None or node.op in VIEWS:
+        if segment is None:
             return
-        if any(node.view_src in (i.tensor, i.tensor.view_src) for i in segment.inputs.values()):
+        read = (i.tensor for i in segment.inputs.values())
+        there = {id(t if t.view_src is None else t.view_src) for t in read}
+        there |= {id(t) for t in segment.nodes if t.op is not Op.SET_ROWS}
+        if roots & there:
             self._current = None
 
     def _available(self, t: Tensor) -> int:
         """The position at which the value of ``t`` is there."""
-        at = self._computed.get(id(t), -1)
+        root = t if t.view_src is None else t.view_src
+        at = max(self._computed.get(id(t), -1), self._changed.get(id(root), -1))
         for s in (t.src[0], t.view_src) if t.op in VIEWS else ():
             if s is not None:
                 at = max(at, self._available(s))
@@ -343,11 +409,10 @@ class _Finder:
 
     def _home(self, node: Tensor) -> None:
         """A node that runs here: split tensors it touches are needed whole."""
-        if node.op in VIEWS or node.empty:
-            return
         spec = OPS.get(node.op)
-        self._touch(node.src, (node,) if spec is None else spec.written(node))
-        self._close_if_changed(node)
+        written = [node] if spec is None else spec.written(node)
+        self._touch(node.src, written)
+        self._note_changes([t for t in written if t is not node or t.view_src is not None])
 
     def _touch(self, read: Iterable[Tensor | None], written: Iterable[Tensor | None]) -> None:
         for tensors, is_written in ((read, False), (written, True)):
@@ -363,38 +428,49 @@ class _Finder:
     def finish(self) -> None:
         """Say what comes back, what is sent once, and what stands in the way."""
         found = self.found
-        seen: dict[tuple[int, Shard | None], Input] = {}
+        seen: dict[tuple[int, Shard | None], tuple[Input, int]] = {}
         for segment in found.segments:
             segment.outputs = [
                 t for t in segment.nodes if id(t) in found.partial or self._is_read(t)
             ]
             for key, made in segment.inputs.items():
                 root = made.tensor if made.tensor.view_src is None else made.tensor.view_src
-                if key in seen and id(root) not in self._mutated:
-                    seen[key].kept = True
-                    segment.inputs[key] = seen[key]
+                first, sent_at = seen.get(key, (made, -1))
+                # What was changed before it was sent first will do for all.
+                if first is not made and self._changed.get(id(root), -1) < sent_at:
+                    first.kept = True
+                    segment.inputs[key] = first
                 else:
-                    seen[key] = made
+                    seen[key] = (made, segment.opened_at)
         found.whole = list(self._whole.values())
         found.written = list(self._written.values())
 
     def _is_read(self, t: Tensor) -> bool:
         """Whether something beside the parts reads a chained tensor."""
-        if t.op in VIEWS or t.op is Op.SET_ROWS:
+        if t.op is Op.SET_ROWS:
             return False
-        if t.flags & TensorFlag.OUTPUT or not self._counted:
-            return True
-        return self._is_read_through(t)
+        return not self._counted or self._is_read_beside(t, self._segment_of[id(t)])
 
-    def _is_read_through(self, t: Tensor) -> bool:
+    def _is_read_beside(self, t: Tensor, home: Segment) -> bool:
+        """Whether something beside the parts in ``home`` reads ``t``, a result there or a view."""
         users = self._users.get(id(t), [])
-        if t.use_count != len(users) or not users:
+        if t.flags & TensorFlag.OUTPUT or t.use_count != len(users) or not users:
             return True
-        home = self._segment_of[id(t)]
         for user in users:
-            segment = self._segment_of.get(id(user))
-            if segment is not home or any(i.tensor is t for i in segment.inputs.values()):
+            if user.op in VIEWS:
+                if self._is_read_beside(user, home):
+                    return True
+            elif self._segment_of.get(id(user)) is not home:
                 return True
-            if user.op in VIEWS and self._is_read_through(user):
-                return True
-        return False
+        return any(i.tensor is t for i in home.inputs.values())
+
+
+def _root(t: Tensor) -> Tensor | None:
+    """What ``t`` is a view of, or itself; None where its references don't agree on that."""
+    root = t.view_src
+    if root is None:
+        return t
+    source = t.src[0]
+    if t.op in VIEWS and source is not None and root not in (source, source.view_src):
+        return None
+    return root if root.view_src is None else None

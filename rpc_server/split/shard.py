@@ -8,7 +8,6 @@ compute its slice from its slices alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,9 +54,14 @@ Rule = Callable[[Tensor, Shards], Carried | None]
 
 
 def carry(node: Tensor, shards: Shards) -> Carried | None:
-    """Apply the rule of the node's op; ``shards`` are those of its sources (None: whole)."""
+    """Apply the rule of the node's op; ``shards`` are those of its sources (None: whole).
+
+    Views have no rule: they are looked up where they are read, see ``views``.
+    """
     rule = _RULES.get(node.op)
-    return rule(node, shards) if rule is not None else None
+    if rule is None or node.empty or any(s is not None and s.empty for s in node.src):
+        return None
+    return rule(node, shards)
 
 
 def _present(node: Tensor) -> list[int]:
@@ -129,47 +133,6 @@ def _rope(node: Tensor, shards: Shards) -> Carried | None:
     return _by_rows(node, shards) if shards[0] is not None and shards[0].dim == 1 else None
 
 
-def _reshape(node: Tensor, shards: Shards) -> Carried | None:
-    source, shard = node.src[0], shards[0]
-    if source is None or shard is None or not (source.contiguous and node.contiguous):
-        return None
-    unit = math.prod(source.ne[: shard.dim])
-    block = unit * source.ne[shard.dim]
-    for dim in range(4):
-        inner = math.prod(node.ne[:dim])
-        if node.ne[dim] > 1 and inner * node.ne[dim] == block:
-            scaled = shard.scaled(dim, unit, inner)
-            return Carried(scaled) if scaled is not None else None
-    return None
-
-
-def _permute(node: Tensor, shards: Shards) -> Carried | None:
-    if shards[0] is None:
-        return None
-    return Carried(Shard(node.op_params[shards[0].dim], shards[0].bounds))
-
-
-def _view(node: Tensor, shards: Shards) -> Carried | None:
-    source, shard = node.src[0], shards[0]
-    if source is None or shard is None:
-        return None
-    if node.address == source.address and node.nelements == source.nelements:
-        return _reshape(node, shards)
-    # Whole rows of a cut matrix (a KV cache), each seen as heads: dimension 0 or 1 is cut.
-    if shard.dim or not source.contiguous or (node.address - source.address) % source.nb[1]:
-        return None
-    if node.nb[0] != source.nb[0] or node.quantized != source.quantized:
-        return None
-    if node.ne[0] == source.ne[0]:
-        whole_rows = all(nb % source.nb[1] == 0 for nb in node.nb[1:])
-        return Carried(shard) if whole_rows else None
-    heads = node.ne[0] * node.ne[1] == source.ne[0] and node.nb[1] == node.row_size
-    if not heads or any(nb % source.nb[1] for nb in node.nb[2:]):
-        return None
-    scaled = shard.scaled(1, 1, node.ne[0])
-    return Carried(scaled) if scaled is not None else None
-
-
 def _flash_attention(node: Tensor, shards: Shards) -> Carried | None:
     q, k, v, mask, sinks = node.src[:5]
     if q is None or k is None or v is None or any(s is None or s.dim != 2 for s in shards[:3]):
@@ -204,8 +167,5 @@ _RULES: dict[Op, Rule] = {
     Op.RMS_NORM: _by_rows,
     Op.L2_NORM: _by_rows,
     Op.ROPE: _rope,
-    Op.RESHAPE: _reshape,
-    Op.PERMUTE: _permute,
-    Op.VIEW: _view,
     Op.FLASH_ATTN_EXT: _flash_attention,
 }

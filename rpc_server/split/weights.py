@@ -23,7 +23,7 @@ from protocol.ggml_ops import Op
 from rpc_server.devices.base import Storage
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split.link import Link
+from rpc_server.split.link import Link, NoRoom
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ class SplitWeight:
     address: int
     is_cache: bool = False
     gathered: bool = False
+    # Whether graphs use it here, gathered, because a part has no memory to work with it.
+    used_here: bool = False
 
     @property
     def local_bytes(self) -> int:
@@ -105,6 +107,11 @@ class SplitWeight:
         if self.local is None:
             return 0
         return self.tensor.nbytes * len(self.cuts[self.local]) // self.tensor.ne[self.axis]
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of it that this server keeps."""
+        return self.tensor.nbytes if self.gathered else self.local_bytes
 
     @property
     def local_row_count(self) -> int:
@@ -195,7 +202,7 @@ class SplitStorage(HostStorage):
     """A buffer of a split device.
 
     ``links`` are the workers by part, None where this server is meant; ``background`` runs what is
-    given back after the buffer is closed.
+    given back after the buffer is closed. ``spare`` tells how many bytes this server has left.
     """
 
     whole = False
@@ -208,6 +215,7 @@ class SplitStorage(HostStorage):
         background: Callable[[Coroutine[Any, Any, None]], None],
         *,
         by_columns: bool = False,
+        spare: Callable[[], int] = lambda: 1 << 62,
     ) -> None:
         """``by_columns``: cut weights of which a segment ends by columns (tensor mode)."""
         super().__init__(size, reserve_only=True)
@@ -215,16 +223,30 @@ class SplitStorage(HostStorage):
         self._proportions = proportions
         self._background = background
         self._by_columns = by_columns
+        self._spare = spare
         self._weights: dict[int, SplitWeight] = {}
+        # Where a weight lies whole because some part has no room for its slice.
+        self._whole: set[int] = set()
         # Where a cache was cut that some graph needs whole.
         self._refused: set[int] = set()
         self._chunk = bytearray()
         # How often weights came, went or moved: plans made before are out of date.
         self.changes = 0
+        self.open = True
 
     @property
     def weights(self) -> list[SplitWeight]:
         return list(self._weights.values())
+
+    @property
+    def bytes_unknown(self) -> int:
+        """Bytes of the buffer that are in no split tensor, or not yet."""
+        return self.size - sum(w.tensor.nbytes for w in self._weights.values())
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of split tensors that this server keeps."""
+        return sum(w.bytes_here for w in self._weights.values())
 
     def chunk(self, size: int) -> memoryview:
         """Memory for one piece of an upload; one for the buffer, as uploads come one at a time."""
@@ -247,7 +269,7 @@ class SplitStorage(HostStorage):
     async def upload(self, t: Tensor, start: int, offset: int, size: int) -> Upload | None:
         """How ``size`` bytes of ``t`` from ``offset`` on are taken; None: written here as any.
 
-        Raises WorkerLost.
+        So is a weight for whose slice some worker has no room. Raises WorkerLost.
         """
         begin = start - offset
         known = self._weights.get(begin)
@@ -259,7 +281,16 @@ class SplitStorage(HostStorage):
         if not is_split(t) or not inside or begin < 0 or begin + t.nbytes > self.size:
             return None
         await self.bring_home(self.overlapping(begin, t.nbytes))
-        weight = await self._place(t, begin)
+        if begin in self._whole:
+            return None
+        try:
+            weight = await self._place(t, begin)
+        except NoRoom as error:
+            if t.nbytes > self._spare():
+                raise
+            log.warning("%s: it stays here as a whole", error)
+            self._whole.add(begin)
+            return None
         self._weights[begin] = weight
         self.changes += 1
         # What the upload leaves out keeps the bytes that it had.
@@ -363,7 +394,7 @@ class SplitStorage(HostStorage):
         self._refused.add(weight.start)
 
     async def cut_cache(self, imagined: SplitWeight) -> None:
-        """Move a tensor that graphs write to the parts, by columns. Raises WorkerLost."""
+        """Move a tensor that graphs write to the parts, by columns. Raises WorkerLost, NoRoom."""
         t, start = imagined.tensor, imagined.start
         weight = await self._new(t, start, 0, imagined.cuts)
         weight.is_cache = True
@@ -390,10 +421,12 @@ class SplitStorage(HostStorage):
         return data
 
     async def gather(self, weight: SplitWeight) -> None:
-        """Bring all rows here, beside those of the workers. Raises WorkerLost."""
+        """Bring all rows here, beside those of the workers. Raises WorkerLost, NoRoom."""
         if weight.gathered:
             return
         t = weight.tensor
+        if t.nbytes - weight.local_bytes > self._spare():
+            raise NoRoom(f"this machine has no room for all {t.nbytes} bytes of '{t.name}'")
         await self._fetch(weight, 0, self.view(weight.start, t.nbytes))
         weight.gathered = True
 
@@ -439,6 +472,7 @@ class SplitStorage(HostStorage):
                 await part.link.release(part.tensor, part.buffer)
 
     def close(self) -> None:
+        self.open = False
         for weight in self.weights:
             self.forget(weight)
         super().close()

@@ -14,7 +14,7 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.split.segments import Found, Segment, WeightIndex, find_segments
 from rpc_server.split.shard import Shard, Slice, carry
 from rpc_server.split.weights import SplitWeight
-from tests.ops.harness import node, params, permuted, tensor, view
+from tests.ops.harness import node, params, tensor, view
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 
@@ -70,32 +70,6 @@ def test_rotation_of_heads() -> None:
     t = node(Op.ROPE, F32, (32, 4, 3), [tensor(F32, (32, 4, 3)), positions])
     assert carried(t, cut(1, 2, 4)) == (cut(1, 2, 4), (Slice(1),))
     assert carried(t, cut(2, 1, 3)) is None
-
-
-def test_rows_seen_as_heads_and_back() -> None:
-    rows = tensor(F32, (128, 3))
-    heads = node(Op.RESHAPE, F32, (32, 4, 3), [rows])
-    assert carried(heads, cut(0, 64, 128)) == (cut(1, 2, 4), ())
-    assert carried(heads, cut(0, 48, 128)) is None
-    back = node(Op.RESHAPE, F32, (128, 3), [tensor(F32, (32, 4, 3))])
-    assert carried(back, cut(1, 1, 4)) == (cut(0, 32, 128), ())
-
-
-def test_a_permutation_takes_the_cut_along() -> None:
-    moved = permuted(tensor(F32, (32, 4, 3)), (0, 2, 1, 3))
-    moved.op, moved.op_params = Op.PERMUTE, params(0, 2, 1, 3)
-    assert carried(moved, cut(1, 2, 4)) == (cut(2, 2, 4), ())
-
-
-def test_a_cache_seen_as_heads() -> None:
-    cache = tensor(F16, (128, 16))
-    heads = view(cache, (32, 4, 8), (2, 64, 256, 256 * 8))
-    assert carried(heads, cut(0, 64, 128)) == (cut(1, 2, 4), ())
-    assert carried(heads, cut(0, 48, 128)) is None
-    # From within a row on, or more than a row at once: nobody's slice.
-    assert carried(view(cache, (32, 2, 8), (2, 64, 256, 256 * 8), 64), cut(0, 64, 128)) is None
-    later = view(cache, (128, 8), (2, 256, 256 * 8, 256 * 8), 256 * 4)
-    assert carried(later, cut(0, 64, 128)) == (cut(0, 64, 128), ())
 
 
 def attention(heads: int, kv_heads: int, *, max_bias: float = 0.0) -> Tensor:

@@ -58,6 +58,10 @@ class CpuDevice:
         """Free and total bytes of the machine."""
         return system_memory()
 
+    def capacity(self) -> int:
+        """All that the machine has: memory that nobody has written to still looks free to it."""
+        return self.memory()[1]
+
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> HostStorage:
         """Raises MemoryError when more is asked for than the machine has free."""
         if size > self.memory()[0]:

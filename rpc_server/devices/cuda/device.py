@@ -58,6 +58,10 @@ class CudaDevice:
         """Free and total bytes of the card."""
         return self.card.memory()
 
+    def capacity(self) -> int:
+        """All that the card has."""
+        return self.card.memory()[1]
+
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> CudaStorage:
         """Raises MemoryError."""
         return CudaStorage(self, size)
