@@ -26,6 +26,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from client.gguf_file import GgufFile
+
 Array = npt.NDArray[np.float32]
 
 VOCABULARY_SIZE = 512
@@ -189,21 +191,21 @@ def write_lora(model: Path, path: Path, rank: int = 8, strength: float = 1.0) ->
     ``strength`` is the size of the adapter's part of an activation beside the matrix's own, if
     that has entries near one over the root of its input's length.
     """
-    reader = gguf.GGUFReader(model)
-    architecture = reader.fields["general.architecture"].contents()
+    file = GgufFile(model)
+    architecture = file.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     random = np.random.default_rng(20240229)
-    for tensor in reader.tensors:
-        if not tensor.name.endswith(_LORA_TARGETS):
+    for name, tensor in file.tensors.items():
+        if not name.endswith(_LORA_TARGETS):
             continue
-        columns, rows = (int(length) for length in tensor.shape)
+        columns, rows = tensor.ne
         down = random.standard_normal((rank, columns)) / np.sqrt(columns)
         up = random.standard_normal((rows, rank)) * (strength / np.sqrt(rank))
-        writer.add_tensor(f"{tensor.name}.lora_a", down.astype(np.float32))
-        writer.add_tensor(f"{tensor.name}.lora_b", up.astype(np.float32))
+        writer.add_tensor(f"{name}.lora_a", down.astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", up.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

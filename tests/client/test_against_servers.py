@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -16,8 +17,10 @@ from client.errors import ConnectionLost, VersionMismatch
 from client.gguf_file import load_gguf
 from client.tensors import Array, ShapeError, Tensor
 from protocol.dialects import DIALECTS
-from protocol.ggml_types import GgmlType
+from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.hashing import fnv1a_64
+from rpc_server.types import to_f32
+from tests.client.test_gguf_file import write
 from tests.upstream_server import Endpoint
 
 F32, F16, I32, I64, I8 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64, GgmlType.I8
@@ -345,3 +348,21 @@ async def test_a_gguf_file(b: Backend, tmp_path: Any) -> None:
     assert weight.buffer == bias.buffer
     assert np.array_equal((await b.download(weight))[0, 0], blocks)
     assert np.array_equal((await b.download(bias))[0, 0], values(4, 3))
+
+
+@pytest.mark.parametrize("type_", [GgmlType.Q1_0, GgmlType.Q2_0], ids=lambda t: t.name)
+async def test_a_gguf_file_of_types_the_package_lacks(
+    b: Backend, type_: GgmlType, tmp_path: Path
+) -> None:
+    """Uploaded as it is, and read by the server as what it says."""
+    columns, rows, info = 256, 5, TYPE_INFO[type_]
+    random = np.random.default_rng(6)
+    blocks = random.integers(0, 256, (rows * columns // info.block_size, info.type_size), np.uint8)
+    # Each block begins with its scale.
+    blocks[:, :2] = random.uniform(0.5, 2, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+    path = write(tmp_path / "new.gguf", {"w.weight": (type_, (columns, rows), blocks.tobytes())})
+    weight = (await load_gguf(b, path))["w.weight"]
+    assert (await b.download(weight)).tobytes() == blocks.tobytes()
+    taken = b.graph.get_rows(weight, await b.tensor(I32, (2,), [4, 0]))
+    expected = to_f32(type_, blocks.reshape(rows, -1))[[4, 0]]
+    assert np.array_equal((await b.compute(taken))[0, 0], expected)

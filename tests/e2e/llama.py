@@ -135,12 +135,17 @@ def completion(
     count: int,
     *options: object,
     rpc: str | None = None,
+    devices: Sequence[str] | None = None,
     build: int = upstream.DEFAULT_BUILD,
+    timeout: float = 200,
 ) -> str:
-    """The text that llama-completion generates greedily, without the prompt."""
-    arguments = completion_arguments(model, prompt, count, rpc=rpc)
+    """The text that llama-completion generates greedily, without the prompt.
+
+    ``devices``: options in place of those of ``device_options(rpc)``.
+    """
+    arguments = completion_arguments(model, prompt, count, rpc=rpc, devices=devices)
     for _attempt in range(3):
-        output, log = run("llama-completion", *arguments, *options, build=build)
+        output, log = run("llama-completion", *arguments, *options, build=build, timeout=timeout)
         # Output and log go through one queue, which the program doesn't always empty before it
         # ends. The timings come after the text: where they are, all of the text is.
         if "total time" in log:
@@ -149,14 +154,19 @@ def completion(
 
 
 def completion_arguments(
-    model: Path, prompt: str, count: int, *, rpc: str | None = None
+    model: Path,
+    prompt: str,
+    count: int,
+    *,
+    rpc: str | None = None,
+    devices: Sequence[str] | None = None,
 ) -> list[str]:
     """llama-completion's arguments for greedy text of exactly ``count`` tokens."""
     return [
         *("-m", str(model), "-p", prompt, "-n", str(count), "-c", "512", "-t", str(THREADS)),
         *("--temp", "0", "--ignore-eos", "--no-conversation", "--no-display-prompt"),
         "--no-warmup",
-        *device_options(rpc),
+        *(device_options(rpc) if devices is None else devices),
     ]
 
 
@@ -208,10 +218,19 @@ class Token:
 
 
 class LlamaServer(Process):
-    """llama-server with a model, on this machine's CPU or on an RPC server."""
+    """llama-server with a model, on this machine's CPU or on an RPC server.
+
+    ``devices``: options in place of those of ``device_options(rpc)``.
+    """
 
     def __init__(
-        self, folder: Path, model: Path, *options: object, rpc: str | None = None, slots: int = 1
+        self,
+        folder: Path,
+        model: Path,
+        *options: object,
+        rpc: str | None = None,
+        devices: Sequence[str] | None = None,
+        slots: int = 1,
     ) -> None:
         port = free_port()
         command = [
@@ -219,7 +238,7 @@ class LlamaServer(Process):
             *("-m", str(model), "--host", "127.0.0.1", "--port", str(port)),
             *("-c", str(512 * slots), "-np", str(slots), "-t", str(THREADS)),
             *("--no-webui", "--no-warmup", "--cache-ram", "0", "--offline"),
-            *device_options(rpc),
+            *(device_options(rpc) if devices is None else devices),
             *map(str, options),
         ]
         where = "local" if rpc is None else rpc.rpartition(":")[2]
@@ -254,14 +273,14 @@ class LlamaServer(Process):
 
     def generate(self, prompt: str, count: int) -> list[Token]:
         """``count`` greedy tokens."""
-        answer = self.post("/completion", {**_greedy(prompt, count), "n_probs": 2})
+        answer = self.post("/completion", {**greedy(prompt, count), "n_probs": 2})
         return [_token(entry) for entry in answer["completion_probabilities"]]
 
     def stream(self, prompt: str, count: int) -> Iterator[str]:
         """The text of ``count`` greedy tokens, piece by piece as they come."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/completion",
-            json.dumps({**_greedy(prompt, count), "stream": True}).encode(),
+            json.dumps({**greedy(prompt, count), "stream": True}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=200) as answer:
@@ -276,7 +295,7 @@ class LlamaServer(Process):
         return [float(value) for value in vector]
 
 
-def _greedy(prompt: str, count: int) -> dict[str, Any]:
+def greedy(prompt: str, count: int) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "n_predict": count,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.gguf_file import GgufFile
 from tools import models, upstream
 from tools.bench import llama, micro, picture, report
 from tools.bench.__main__ import main, numbers
@@ -183,10 +183,9 @@ def test_a_large_model_has_all_its_layers_and_about_its_size(tmp_path: Path) -> 
     size = 130 << 20
     path = models.write_large_model(tmp_path / "large.gguf", size)
     assert path.stat().st_size == pytest.approx(size, rel=0.05)
-    reader = gguf.GGUFReader(path)
-    assert reader.fields["llama.block_count"].contents() == 2
-    names = {tensor.name for tensor in reader.tensors}
-    assert {"blk.0.ffn_up.weight", "blk.1.ffn_up.weight", "output.weight"} <= names
+    file = GgufFile(path)
+    assert file.fields["llama.block_count"].contents() == 2
+    assert {"blk.0.ffn_up.weight", "blk.1.ffn_up.weight", "output.weight"} <= file.tensors.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["large.gguf"]
 
 
