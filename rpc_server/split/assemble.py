@@ -93,7 +93,9 @@ class Assembler:
         wanted = [p for p in prepared if p.steps]
         programs = await asyncio.gather(*(p.link.program(p.steps) for p in wanted))
         return [
-            Programmed(p.link, p.number, program, p.built, dict(zip(p.built, program.frames, strict=True)))
+            Programmed(
+                p.link, p.number, program, p.built, dict(zip(p.built, program.frames, strict=True))
+            )
             for p, program in zip(wanted, programs, strict=True)
         ]
 

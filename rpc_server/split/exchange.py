@@ -21,11 +21,14 @@ STAGING_BYTES = 64 << 10
 
 
 class Peer:
-    """The other side: its name for messages, its stream, and memory to gather small sends in."""
+    """The other side: its name for messages, its stream, and memory to gather small sends in.
 
-    def __init__(self, name: str, timeout: float) -> None:
+    ``timeout`` (seconds) and ``renewed`` as of Stream.
+    """
+
+    def __init__(self, name: str, timeout: float, *, renewed: bool = False) -> None:
         self.name = name
-        self.stream = Stream(timeout)
+        self.stream = Stream(timeout, renewed=renewed)
         self._staging = np.empty(STAGING_BYTES, np.uint8)
         self.staging_address = int(self._staging.ctypes.data)
 

@@ -92,7 +92,7 @@ class Link:
     def __init__(self, name: str, backend: Backend, timeout: float) -> None:
         self.name = name
         self.backend = backend
-        self.peer = Peer(f"worker {name}", timeout)
+        self.peer = Peer(f"worker {name}", timeout, renewed=True)
         self.free = self.total = 0
         self.round_trip = 0.0
         self.rows = 0
@@ -353,9 +353,7 @@ class Link:
             program=program.number,
         )
         if answer.result:
-            raise UnfitError(
-                f"worker {self.name} refuses its share of the graph; its log says why"
-            )
+            raise UnfitError(f"worker {self.name} refuses its share of the graph; its log says why")
         self._programs[program.number] = program
 
     # -- the socket

@@ -6,6 +6,12 @@ see ``devices/cpu/kernels/stream.py``. The socket is lent by its transport for t
 is non-blocking.
 
 A *stream* is 32 words of memory that live as long as the link: see the constants below.
+
+Patience is counted in what is moved, since a device waits with whoever waits: a stream has
+``TIMEOUT_MS`` of it at most, waiting uses it up, each byte that comes or goes restores a little (a
+second for 64 KiB), and where none is left the status is SILENT. A peer that trickles bytes singly
+is no better than one that says nothing. A coordinator (``renewed``) is as patient as ever with each
+exchange, in which its workers compute; a worker has one measure of it for all the steps of a run.
 """
 
 from __future__ import annotations
@@ -26,8 +32,15 @@ BYTES_SENT = 5
 BYTES_RECEIVED = 6
 EXCHANGES = 7
 WAIT_NS = 8
+# A pollfd; a timespec, which takes two words.
 POLL = 9
 TIME = 10
+# How long the peer is still waited for, nanoseconds, and whether that begins anew with each
+# exchange.
+PATIENCE_NS = 12
+RENEWED = 13
+# What a byte that is moved is worth.
+NS_PER_BYTE = 1_000_000_000 // (64 << 10)
 
 # Statuses of these kernels, beside those of rpc_server.devices.cpu.record.
 CLOSED = 16
@@ -48,18 +61,23 @@ _SPIN_NS = 1_000_000
 class Stream:
     """The words of one link's stream, and what Python reads and sets of them."""
 
-    def __init__(self, timeout: float) -> None:
-        """``timeout`` in seconds is the longest that one side waits for the other."""
+    def __init__(self, timeout: float, *, renewed: bool) -> None:
+        """``timeout`` (seconds) is the longest that one side waits for the other.
+
+        ``renewed``: in one exchange, instead of in one run.
+        """
         self._words = np.zeros(STREAM_WORDS, np.int64)
         self._early: Any = None
         self._words[TIMEOUT_MS] = int(timeout * 1000)
         self._words[SPIN_NS] = _SPIN_NS
+        self._words[RENEWED] = int(renewed)
         self.address = int(self._words.ctypes.data)
 
     def open(self, fd: int, early: bytes = b"") -> None:
         """Use ``fd``; ``early`` are bytes of the stream that were received already."""
         self._early = np.frombuffer(early, np.uint8)
         self._words[FD] = fd
+        self._words[PATIENCE_NS] = self._words[TIMEOUT_MS] * 1_000_000
         self._words[EARLY_ADDRESS] = self._early.ctypes.data
         self._words[EARLY_LEFT] = len(early)
 

@@ -1,8 +1,8 @@
 """A view of a tensor that is cut over the parts, as each part has it.
 
 A view is nothing but places in its root's memory: an offset, and a count and a stride of each
-dimension. Which ops made it (RESHAPE, VIEW, PERMUTE, TRANSPOSE, one after the other) doesn't matter,
-nor that its shape may be quite another than its root's. So one rule serves all of them.
+dimension. Which ops made it (RESHAPE, VIEW, PERMUTE, TRANSPOSE, one after the other) doesn't
+matter, nor that its shape may be quite another than its root's. So one rule serves all of them.
 
 The root is dense here. Cut along some dimension, its memory is a row of equal *periods*; of each of
 them a part has the bytes between its edges, and has these dense, one period after the other:

@@ -329,9 +329,9 @@ def test_a_graph_of_a_client_that_is_gone() -> None:
         server.wait_for(r"disconnected; freed 1 buffers")
 
 
-def test_a_coordinator_that_falls_silent(short: Short) -> None:
-    """Its program waits for inputs, and with it the device, for a bounded time."""
-    server, bystander = short
+@contextlib.contextmanager
+def running_a_program(server: ServerProcess) -> Iterator[Wire]:
+    """A coordinator whose program waits for its input, and with it the device."""
     dialect = with_split(DIALECTS[0])
     with Wire(server.port, dialect, hello=False) as wire:
         wire.send(Command.HELLO, split_caps())
@@ -347,9 +347,33 @@ def test_a_coordinator_that_falls_silent(short: Short) -> None:
         wire.socket.sendall(np.ones(8, np.float32).tobytes())
         assert np.frombuffer(wire.read(32), np.float32).tolist() == [2.0] * 8
         wire.call(Command.SPLIT_RUN, {"device": 0, "program": 0})
+        yield wire
+
+
+def test_a_coordinator_that_falls_silent(short: Short) -> None:
+    """Its program holds the device for a bounded time."""
+    server, bystander = short
+    with running_a_program(server) as wire:
+        port = wire.socket.getsockname()[1]
         bystander.check()
         assert wire.closed_by_server()
-    server.wait_for(r"ERROR +client [^\n]*did not answer in time \(--peer-timeout\)")
+    server.wait_for(rf"client \d+ \([^)]*:{port}\)[^\n]*did not answer in time \(--peer-timeout\)")
+
+
+def test_a_coordinator_that_trickles(short: Short) -> None:
+    """A byte before each time limit is no progress."""
+    server, bystander = short
+    with running_a_program(server) as wire:
+        port = wire.socket.getsockname()[1]
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                wire.socket.sendall(bytes(1))
+                time.sleep(0.1)
+        # Already, and not only some time after the last byte.
+        wire.socket.settimeout(0.05)
+        assert wire.closed_by_server()
+        bystander.check()
+    server.wait_for(rf"client \d+ \([^)]*:{port}\)[^\n]*did not answer in time \(--peer-timeout\)")
 
 
 # -- the rules by themselves

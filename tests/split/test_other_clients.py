@@ -26,7 +26,9 @@ WIDTH = 256
 CELLS, SEQUENCES = 16, 4
 
 
-@pytest.fixture(scope="module", params=["ours", pytest.param("upstream", marks=pytest.mark.upstream)])
+@pytest.fixture(
+    scope="module", params=["ours", pytest.param("upstream", marks=pytest.mark.upstream)]
+)
 def coordinator(
     request: pytest.FixtureRequest,
     workers: list[Worker],
@@ -130,7 +132,9 @@ async def test_a_graph_that_cannot_be_done_ends_its_client_only(
             with pytest.raises(ConnectionLost):
                 await attempt(clumsy)
         said = coordinator.log[before:]
-        assert any("closing the connection" in line and reason in line for line in said.splitlines())
+        assert any(
+            "closing the connection" in line and reason in line for line in said.splitlines()
+        )
 
 
 async def test_rows_of_several_sequences_are_stored_in_one_go(

@@ -20,8 +20,8 @@ word                  meaning
 A kernel returns 0, or a status from :class:`Status`; it must not allocate, raise, wait or touch
 Python objects. It gets addresses whose extents the parser has checked against their buffers and
 shapes that the op's contract has accepted. Values in tensors that decide where it reads or writes
-(row indices) are its own to check: each is loaded once, by ``abi.load_index``, and the value that was
-checked is the one that is used, since the node's result may lie over it.
+(row indices) are its own to check: each is loaded once, by ``abi.load_index``, and the value that
+was checked is the one that is used, since the node's result may lie over it.
 """
 
 from __future__ import annotations

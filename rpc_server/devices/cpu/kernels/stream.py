@@ -1,8 +1,8 @@
 """Kernels that send to and receive from a socket, so that an exchange is part of a compiled plan.
 
 A kernel tries again for a while, since the other side answers within microseconds, and then sleeps
-in poll(); between two tries it lets others have the core. What a stream is and which words it has
-is told in ``rpc_server.split.stream``.
+in poll(); between two tries it lets others have the core. What a stream is, which words it has and
+how patience is counted is told in ``rpc_server.split.stream``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from rpc_server.split.stream import (
     EARLY_ADDRESS,
     EARLY_LEFT,
     EXCHANGES,
+    NS_PER_BYTE,
+    PATIENCE_NS,
     POLL,
+    RENEWED,
     SILENT,
     SPIN_NS,
     TIME,
@@ -71,13 +74,28 @@ def _count(stream, word, n):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _ready(stream, events):  # type: ignore[no-untyped-def]
-    """Sleep until the socket is ready; 0, or the status if it isn't in time."""
+def _moved(stream, n, since):  # type: ignore[no-untyped-def]
+    """``n`` bytes were moved, after waiting from ``since`` on (0: without)."""
+    left = load_i64(stream + PATIENCE_NS * 8) + n * NS_PER_BYTE
+    if since != 0:
+        left -= _now(stream) - since
+    store_i64(stream + PATIENCE_NS * 8, min(left, load_i64(stream + TIMEOUT_MS * 8) * 1_000_000))
+
+
+@helper
+def _ready(stream, events, since):  # type: ignore[no-untyped-def]
+    """Sleep until the socket is ready; 0, or the status if it isn't in time.
+
+    The caller has waited from ``since`` on.
+    """
+    left = load_i64(stream + PATIENCE_NS * 8) - (_now(stream) - since)
+    if left <= 0:
+        return SILENT
     poll = stream + POLL * 8
     store_i32(poll, load_i64(stream))
     store_i16(poll + 4, events)
     store_i16(poll + 6, 0)
-    n = _poll(poll, 1, np.int32(load_i64(stream + TIMEOUT_MS * 8)))
+    n = _poll(poll, 1, np.int32(left // 1_000_000 + 1))
     if n == 0:
         return SILENT
     return 0 if n > 0 else CLOSED
@@ -87,19 +105,24 @@ def _ready(stream, events):  # type: ignore[no-untyped-def]
 def _send_all(stream, address, size):  # type: ignore[no-untyped-def]
     fd = np.int32(load_i64(stream))
     sent = 0
+    since = 0
     alarms = 0
     while sent < size:
         n = _send(fd, address + sent, size - sent, np.int32(_FLAGS))
         if n > 0:
             # What went out before a failure counts too: it tells a stream that is in order.
             _count(stream, BYTES_SENT, n)
+            _moved(stream, n, since)
             sent += n
+            since = 0
             alarms = 0
             continue
+        if since == 0:
+            since = _now(stream)
         alarms += 1
         if alarms > _MOST_FALSE_ALARMS:
             return CLOSED
-        status = _ready(stream, _POLLOUT)
+        status = _ready(stream, _POLLOUT, since)
         if status != 0:
             return status
     return 0
@@ -118,6 +141,7 @@ def _receive_all(stream, address, size):  # type: ignore[no-untyped-def]
     while got < size:
         n = _recv(fd, address + got, size - got, np.int32(_DONTWAIT))
         if n > 0:
+            _moved(stream, n, since)
             got += n
             since = 0
             alarms = 0
@@ -132,7 +156,7 @@ def _receive_all(stream, address, size):  # type: ignore[no-untyped-def]
         alarms += 1
         if alarms > _MOST_FALSE_ALARMS:
             return CLOSED
-        status = _ready(stream, _POLLIN)
+        status = _ready(stream, _POLLIN, since)
         if status != 0:
             return status
     _count(stream, BYTES_RECEIVED, size)
@@ -182,9 +206,12 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
             memory_copy(staging + used, address, n)
             used += n
     _count(stream, EXCHANGES, extra(rec, 15))
+    status = 0
     if used > 0:
-        return _send_all(stream, staging, used)
-    return 0
+        status = _send_all(stream, staging, used)
+    if extra(rec, 15) != 0 and load_i64(stream + RENEWED * 8) != 0:
+        store_i64(stream + PATIENCE_NS * 8, load_i64(stream + TIMEOUT_MS * 8) * 1_000_000)
+    return status
 
 
 @kernel
