@@ -96,6 +96,8 @@ async def connect(
         connection = await _open(host, port, candidates[0], tls, token)
         try:
             await connection._hello(candidates, caps)
+            if tls is None:
+                _reset_when_closed(connection._transport, False)
         except BaseException:
             connection.abort()
             raise
@@ -154,9 +156,22 @@ async def _open(
         transport, _ = await loop.create_connection(lambda: _Wire(connection), host, port)
         # Small requests must not wait for the answer to the one before.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _reset_when_closed(transport, True)
     # The limit of 0 makes "may write" mean "all has left": what is sent is the caller's memory.
     transport.set_write_buffer_limits(high=0)
     return connection
+
+
+def _reset_when_closed(transport: asyncio.Transport, reset: bool) -> None:
+    """Have the system end the connection by a reset when it is closed, however this process ends.
+
+    llama.cpp's server has one client at a time; one that gave up waiting for its HELLO to be
+    answered is answered all the same when its turn comes, and writing to a connection that was
+    closed in good order ends that server's process (SIGPIPE). Of a reset one it sees an error.
+    """
+    linger = struct.pack("ii", int(reset), 0)
+    with contextlib.suppress(OSError):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
 class _Wire(asyncio.BufferedProtocol):
@@ -231,6 +246,12 @@ class Connection:
         return self._error is not None
 
     @property
+    def peer_address(self) -> tuple[str, int]:
+        """Address and port at the other end, as the system has them."""
+        host, port, *_ = self._transport.get_extra_info("peername")
+        return str(host), int(port)
+
+    @property
     def in_flight(self) -> int:
         """How many requests wait for their answers."""
         return len(self._answers)
@@ -275,7 +296,7 @@ class Connection:
         self.dialect = next((d for d in candidates if d.version <= theirs), candidates[0])
         self.split_version = min(caps_version(caps), caps_version(self.server_caps))
         if self.split_version:
-            self.dialect = with_split(self.dialect)
+            self.dialect = with_split(self.dialect, self.split_version)
 
     # -- the socket itself
 

@@ -20,6 +20,7 @@ from client.errors import (
 from client.steps import Frames, Region, Step, command_frames, encode_steps, program_frames
 from client.tensors import Tensor
 from protocol.commands import Command
+from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.split import MAX_PROGRAMS
 
@@ -61,7 +62,7 @@ class SplitServer:
         token: bytes | None = None,
     ) -> SplitServer:
         """Raises ServerLost."""
-        name = f"{host}:{port}"
+        name = format_endpoint(host, port)
         try:
             connection = await connect_any(
                 host, port, timeout=connect_timeout, split=True, tls=tls, token=token

@@ -31,6 +31,7 @@ from pathlib import Path
 from rich.console import Console
 
 from conformance import serve
+from conformance.arguments import endpoint
 from conformance.properties.findings import run_replay
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
@@ -49,14 +50,6 @@ _EXIT_NO_SERVER = 3
 _EXIT_INTERRUPTED = 130
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """Host and port of 'host:port' or '[host]:port'; argparse's error if it is neither."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"'{text}' is not host:port")
-    return host.strip("[]"), int(port)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m conformance",
@@ -64,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--endpoint", type=address_of, metavar="HOST:PORT", help="the server under test")
+    add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")
     add("--protocol", metavar="X.Y", help="version to speak (what the server answers HELLO with)")
     add("--only", metavar="CASE[,CASE]", help="these cases or groups only, by number or name")

@@ -35,3 +35,6 @@ class Command(enum.IntEnum):
     SPLIT_PROGRAM = 0x82
     SPLIT_RUN = 0x83
     SPLIT_STATUS = 0x84
+    SPLIT_MEMBERS = 0x85
+    SPLIT_ACQUIRE = 0x86
+    SPLIT_RELEASE = 0x87

@@ -484,10 +484,9 @@ class Conversation:
                 self._fail(half, f"the server speaks protocol {name}, which is not known here")
             return
         self._speak(dialect)
-        if caps_version(getattr(hello.fields, "conn_caps", b"")) and caps_version(
-            getattr(fields, "conn_caps", b"")
-        ):
-            self.dialects = tuple(map(with_split, self.dialects))
+        extension = min(caps_version(getattr(f, "conn_caps", b"")) for f in (hello.fields, fields))
+        if extension:
+            self.dialects = tuple(with_split(d, extension) for d in self.dialects)
             self.dialect = self.dialects[0]
         hello.dialect = answer.dialect = self.dialects[0]
 

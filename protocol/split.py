@@ -12,6 +12,12 @@ the bytes of inputs and outputs are on the connection, in the order of the steps
     client -> server   SPLIT_RUN | inputs of step 0 | inputs of step 1 ...
     server -> client             outputs of step 0  | outputs of step 1 ...
 
+Whoever runs programs on several servers at once needs all of them at the same time, and so may
+somebody else. From version 2 on a server has a *lease* of each device: SPLIT_ACQUIRE asks for it,
+SPLIT_RELEASE gives it back, or keeps it where nobody waits. A SPLIT_RUN without it waits for its
+turn and has the lease for that one run. SPLIT_MEMBERS tells which servers are behind a name, so
+that none is used twice.
+
 Tensors lie in ordinary buffers: weights are allocated, uploaded (by hash too), read back and freed
 by the ordinary commands. SPLIT_ALLOC_BUFFER asks a server that splits over others for proportions
 of its own; for one that doesn't it is ALLOC_BUFFER.
@@ -49,9 +55,13 @@ from protocol.messages import (
     numpy_dtype,
 )
 
-VERSION = 1
+VERSION = 2
 MAX_PARTS = 16
+# Most servers that a coordinator and those behind it may be in all.
+MAX_MEMBERS = 64
 MAX_PROGRAMS = 64
+# The version that has leases and members.
+LEASES_SINCE = 2
 
 # In which activations may travel, by the names that users give.
 WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
@@ -94,9 +104,18 @@ SplitStatusResponse = Struct(
     "n_parts" / Int32ul,
     "parts" / Array(MAX_PARTS, SplitPart),
 )
+
+SplitMembersResponse = Struct(
+    "n_members" / Int32ul,
+    "members" / Array(MAX_MEMBERS, Int64ul),
+)
+SplitAcquireRequest = Struct("device" / Int32ul, "patience_ms" / Int32ul)
+SplitAcquireResponse = Struct("granted" / Int8ul, "holder" / Bytes(64))
+SplitReleaseRequest = Struct("device" / Int32ul, "keep" / Int8ul)
+SplitReleaseResponse = Struct("kept" / Int8ul)
 _DEVICE = Struct("device" / Int32ul)
 
-SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+_COMMANDS_1: dict[Command, CommandSpec] = {
     Command.SPLIT_QUERY: CommandSpec(_DEVICE, Answer.FIXED, SplitQueryResponse),
     Command.SPLIT_ALLOC_BUFFER: CommandSpec(
         SplitAllocBufferRequest, Answer.FIXED, AllocBufferResponse
@@ -107,10 +126,22 @@ SPLIT_COMMANDS: dict[Command, CommandSpec] = {
     Command.SPLIT_RUN: CommandSpec(SplitRunRequest, Answer.NEVER),
     Command.SPLIT_STATUS: CommandSpec(_DEVICE, Answer.FIXED, SplitStatusResponse),
 }
+SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+    **_COMMANDS_1,
+    Command.SPLIT_MEMBERS: CommandSpec(_DEVICE, Answer.FIXED, SplitMembersResponse),
+    Command.SPLIT_ACQUIRE: CommandSpec(SplitAcquireRequest, Answer.FIXED, SplitAcquireResponse),
+    Command.SPLIT_RELEASE: CommandSpec(SplitReleaseRequest, Answer.FIXED, SplitReleaseResponse),
+}
 
 _STEP_DTYPE = numpy_dtype(SplitStep)
 _COUNT = struct.Struct("<I")
 _TYPES = {int(t): t for t in GgmlType}
+
+
+def members_fields(members: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a SplitMembersResponse; one of too many says only how many there are."""
+    known = list(members[:MAX_MEMBERS])
+    return {"n_members": len(members), "members": [*known, *[0] * (MAX_MEMBERS - len(known))]}
 
 
 def split_part_fields(
@@ -166,9 +197,17 @@ def caps_version(caps: bytes) -> int:
     return int(SplitCaps.parse(caps).version)
 
 
-def with_split(dialect: Dialect) -> Dialect:
-    """``dialect`` with the commands of the extension."""
-    return replace(dialect, commands=MappingProxyType({**dialect.commands, **SPLIT_COMMANDS}))
+def with_split(dialect: Dialect, version: int = VERSION) -> Dialect:
+    """Return ``dialect`` with the commands of this ``version`` of the extension."""
+    added = split_commands(version)
+    return replace(dialect, commands=MappingProxyType({**dialect.commands, **added}))
+
+
+def split_commands(version: int) -> dict[Command, CommandSpec]:
+    """Return the commands that a ``version`` of the extension adds; none for version 0."""
+    if version >= LEASES_SINCE:
+        return SPLIT_COMMANDS
+    return _COMMANDS_1 if version else {}
 
 
 @dataclass(frozen=True, slots=True)

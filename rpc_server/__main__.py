@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 from argparse import Namespace
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from client.tunnel import SecretError, client_context, read_token, server_context
+from protocol.endpoint import format_endpoint
 from protocol.negotiation import Negotiator
 from protocol.split import WIRE_TYPES
 from rpc_server.cache import CacheError, TensorCache, default_cache_dir
 from rpc_server.cache_room import DEFAULT_LIMIT
-from rpc_server.context import ServerContext
-from rpc_server.devices.base import Device, DeviceError
+from rpc_server.context import ServerContext, new_identity
+from rpc_server.devices.base import Device, DeviceError, Splitting
 from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import compiled_hash
 from rpc_server.devices.registry import Options, UnknownDeviceError, open_devices
+from rpc_server.listening import PortInUseError, is_here, is_loopback, is_name, listen
 from rpc_server.logs import set_up
 from rpc_server.memory import Budget
 from rpc_server.options import (
@@ -48,8 +49,13 @@ WARNING: listening on {host}, not only on this machine.
          encrypted or authenticated. Keep it on a network you trust."""
 
 
+_LOOPBACK_NAME = """\
+WARNING: {host} is {address} on this machine, so no other machine can connect.
+         Give --host this machine's address on the network, or 0.0.0.0 for all of them."""
+
+
 _OPEN_TLS = """\
-WARNING: whoever reaches {host}:{port} is let in: TLS alone hides what is said, not from whom it is.
+WARNING: whoever reaches {endpoint} is let in: TLS alone hides what is said, not from whom it is.
          Ask for a token (--token-file) or client certificates (--tls-ca)."""
 
 
@@ -67,26 +73,18 @@ def _event_loop() -> ModuleType | None:
     return module
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _banner(
-    host: str, port: int, tls: str | None, context: ServerContext, protocol: str | None
-) -> None:
+def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: str | None) -> None:
     cache = context.cache
     _say(f"Starting {server_version()}")
-    _say(f"  endpoint       : {host}:{port}")
+    _say(f"  endpoint       : {endpoint}")
     if tls:
         _say(f"  endpoint, TLS  : {tls}")
-    _say(f"  local cache    : {cache.folder if cache else 'n/a'}")
+    elsewhere = f" ({context.kept_elsewhere})" if context.kept_elsewhere else ""
+    _say(f"  local cache    : {cache.folder if cache else 'n/a'}{elsewhere}")
     _say(f"  protocol       : {protocol or 'auto'}")
     _say("Devices:")
     for budget in context.budgets:
@@ -117,15 +115,15 @@ async def _start_tls(options: Namespace, server: Server) -> str | None:
         token = read_token(options.token_file, TOKEN_VARIABLE)
     except SecretError as error:
         raise StartError(str(error)) from None
-    with _listening(host, options.tls_port, "--tls-port"):
-        port = await server.start_tls(host, options.tls_port, tls, token)
-    if token is None and options.tls_ca is None and not _is_loopback(host):
-        print(_OPEN_TLS.format(host=host, port=port), file=sys.stderr, flush=True)
+    sockets, endpoint = await _listen(host, options.tls_port, "--tls-port")
+    server.start_tls(sockets, tls, token)
+    if token is None and options.tls_ca is None and not is_loopback(sockets):
+        print(_OPEN_TLS.format(endpoint=endpoint), file=sys.stderr, flush=True)
     asked = [w for w, has in (("token", token), ("client certificate", options.tls_ca)) if has]
-    return f"{host}:{port} ({' and '.join(asked) or 'no token'})"
+    return f"{endpoint} ({' and '.join(asked) or 'no token'})"
 
 
-async def _devices(options: Namespace) -> Sequence[Device]:
+async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
     if not options.split:
         return open_devices(options.device, Options(options.threads, options.allow_host_ops))
     from rpc_server.split.device import SplitDevice, SplitOptions
@@ -133,8 +131,16 @@ async def _devices(options: Namespace) -> Sequence[Device]:
     wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
     by_columns = options.split_mode == "tensor"
     parts = tuple(part and part[:2] for part in options.split)
+    for host, port in filter(None, parts):
+        if await is_here(host, port, options.host, options.port):
+            raise StartError(
+                f"worker {format_endpoint(host, port)} is this server itself; its own share is "
+                "called 'local'"
+            )
     secure = _split_tls(options)
-    split = SplitOptions(parts, options.tensor_split, wire, by_columns, timeout, secure)
+    split = SplitOptions(
+        parts, options.tensor_split, wire, by_columns, timeout, secure, identity=identity
+    )
     return [await SplitDevice.open(split, options.threads)]
 
 
@@ -146,9 +152,11 @@ def _cache(options: Namespace) -> TensorCache:
 
 async def _context(options: Namespace) -> ServerContext:
     """Raises StartError."""
+    identity = new_identity()
     try:
-        devices = await _devices(options)
+        devices = await _devices(options, identity)
         cache = _cache(options) if options.cache else None
+        kept = [await d.keep_slices(cache) for d in devices if cache and isinstance(d, Splitting)]
     except (UnknownDeviceError, CacheError, DeviceError, SecretError) as error:
         raise StartError(str(error)) from None
     return ServerContext(
@@ -156,52 +164,57 @@ async def _context(options: Namespace) -> ServerContext:
         negotiator=Negotiator(options.protocol),
         cache=cache,
         limits=server_limits(options),
+        identity=identity,
+        kept_elsewhere=", ".join(kept),
     )
 
 
-async def _metrics(options: Namespace, context: ServerContext) -> asyncio.Server | None:
+async def _metrics(options: Namespace, context: ServerContext) -> list[asyncio.AbstractServer]:
     """The HTTP side, if there is one. Raises StartError."""
     if options.metrics_port is None:
-        return None
+        return []
     from rpc_server.exporter import MissingError, serve
 
-    host, port = options.metrics_host, options.metrics_port
-    with _listening(host, port, "--metrics-port"):
-        try:
-            listener = await serve(context, host, port)
-        except MissingError as error:
-            raise StartError(str(error)) from None
-    bound = listener.sockets[0].getsockname()[1]
-    log.info("metrics at http://%s:%d/metrics", host, bound, extra={"event": "metrics"})
-    return listener
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int, option: str) -> Iterator[None]:
-    """Raises StartError for the OSError of one who can't listen there."""
+    sockets, endpoint = await _listen(options.metrics_host, options.metrics_port, "--metrics-port")
     try:
-        yield
+        listeners = await serve(context, sockets)
+    except MissingError as error:
+        raise StartError(str(error)) from None
+    log.info("metrics at http://%s/metrics", endpoint, extra={"event": "metrics"})
+    return listeners
+
+
+async def _listen(host: str, port: int, option: str) -> tuple[list[socket.socket], str]:
+    """Listen; the sockets, and what to call them. Raises StartError."""
+    try:
+        sockets = await listen(host, port)
+    except PortInUseError as error:
+        raise StartError(
+            f"port {port} of {host} is in use ({error.strerror}); choose another with {option}"
+        ) from None
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(
-                f"port {port} of {host} is in use; choose another with {option}"
-            ) from None
-        raise StartError(f"can't listen on {host}:{port}: {error.strerror or error}") from None
+        where = format_endpoint(host, port)
+        raise StartError(f"can't listen on {where}: {error.strerror or error}") from None
+    bound = sockets[0].getsockname()
+    if is_name(host) and host != "localhost" and is_loopback(sockets):
+        said = _LOOPBACK_NAME.format(host=host, address=bound[0])
+        print(said, file=sys.stderr, flush=True)
+    return sockets, format_endpoint(host, bound[1])
 
 
 async def _serve(options: Namespace) -> bool:
     """Serve until SIGINT or SIGTERM; whether all threads have ended. Raises StartError."""
     context = await _context(options)
     server = Server(context, options.allow)
-    with _listening(options.host, options.port, "--port"):
-        port = await server.start(options.host, options.port)
+    sockets, endpoint = await _listen(options.host, options.port, "--port")
+    await server.start(sockets)
     tls = await _start_tls(options, server)
     metrics = await _metrics(options, context)
-    if not _is_loopback(options.host) and not options.allow:
+    if not is_loopback(sockets) and not options.allow:
         print(_EXPOSED.format(host=options.host), file=sys.stderr, flush=True)
     progress = None
     if not options.quiet:
-        _banner(options.host, port, tls, context, options.protocol)
+        _banner(endpoint, tls, context, options.protocol)
         progress = asyncio.create_task(report(context.figures))
     stopped = _signals()
     await stopped.acquire()
@@ -211,8 +224,8 @@ async def _serve(options: Namespace) -> bool:
     await _until(stopped, server.drain(options.drain_seconds))
     end_compilers()
     ended = await server.stop()
-    if metrics is not None:
-        metrics.close()
+    for listener in metrics:
+        listener.close()
     return ended
 
 
@@ -258,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # Before it served.
+        return 0
     return 0
 
 

@@ -34,7 +34,8 @@ from pathlib import Path
 from protocol.hashing import fnv1a_64
 from rpc_server.cache_room import DEFAULT_LIMIT, NoRoomError, Room
 
-Hash = Callable[[memoryview], int]
+# As protocol.hashing.fnv1a_64: bytes, and the hash of those before them.
+Hash = Callable[..., int]
 Identity = tuple[int, int, int, int]
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class TensorCache:
 
     def __init__(self, folder: Path, fnv: Hash = fnv1a_64, limit: int = DEFAULT_LIMIT) -> None:
         self.folder = folder
-        self._fnv = fnv
+        self.hash = self._fnv = fnv
         # What has been verified in this process: a file is hashed once, not per client.
         self._verified: dict[int, Identity] = {}
         self._lock = threading.Lock()

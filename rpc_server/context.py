@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from protocol.ggml_types import GgmlType
 from protocol.negotiation import Negotiator
 from rpc_server.cache import TensorCache
+from rpc_server.devices.base import Splitting
+from rpc_server.leases import Lease
 from rpc_server.limits import ServerLimits
 from rpc_server.logs import LineBudget
 from rpc_server.memory import AddressSpace, Budget, Buffer
@@ -28,9 +31,17 @@ _WEIGHT_FROM = 64 << 10
 _TYPES = {int(t): t for t in GgmlType}
 
 
+def new_identity() -> int:
+    """Return a number that no other server process has, by all odds; never 0."""
+    return secrets.randbits(64) | 1
+
+
 @dataclass(slots=True)
 class ServerContext:
-    """One per server. ``budgets`` are the devices in the order that clients number them."""
+    """One per server. ``budgets`` are the devices in the order that clients number them.
+
+    ``identity`` is what servers that split over this one know it by, under whatever address.
+    """
 
     budgets: list[Budget]
     negotiator: Negotiator
@@ -39,6 +50,11 @@ class ServerContext:
     figures: Figures = field(default_factory=Figures)
     space: AddressSpace = field(default_factory=AddressSpace)
     lines: LineBudget = field(default_factory=LineBudget)
+    identity: int = field(default_factory=new_identity)
+    # Where tensors are kept beside the cache, in words for the start.
+    kept_elsewhere: str = ""
+    # By device, who may run programs there.
+    leases: list[Lease] = field(init=False)
     _announced: set[tuple[int, int]] = field(default_factory=set)
     _releasing: set[asyncio.Task[None]] = field(default_factory=set)
     _departing: set[asyncio.Future[None]] = field(default_factory=set)
@@ -91,6 +107,12 @@ class ServerContext:
             async with asyncio.timeout(_RELEASE_SECONDS):
                 while waiting := {*self._releasing, *self._departing}:
                     await asyncio.wait(waiting)
+
+    def __post_init__(self) -> None:
+        devices = [budget.device for budget in self.budgets]
+        self.leases = [
+            Lease(self.limits.peer, d.let_go if isinstance(d, Splitting) else None) for d in devices
+        ]
 
     def weights_arrive(self, device: int, type_number: int, size: int) -> None:
         """Let the device get ready for weights of a type while they are still uploading."""

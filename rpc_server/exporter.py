@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,8 +29,10 @@ class MissingError(Exception):
     """prometheus-client isn't installed; the message says how to get it."""
 
 
-async def serve(context: ServerContext, host: str, port: int) -> asyncio.Server:
-    """Listen for HTTP. Raises MissingError, OSError."""
+async def serve(
+    context: ServerContext, sockets: Iterable[socket.socket]
+) -> list[asyncio.AbstractServer]:
+    """Answer HTTP on ``sockets``, which listen (see listening.listen). Raises MissingError."""
     try:
         import prometheus_client
     except ImportError:
@@ -74,7 +77,7 @@ async def serve(context: ServerContext, host: str, port: int) -> asyncio.Server:
                 present.pop(patience, None)
                 writer.close()
 
-    return await asyncio.start_server(answer, host, port, limit=_LONGEST_REQUEST)
+    return [await asyncio.start_server(answer, sock=s, limit=_LONGEST_REQUEST) for s in sockets]
 
 
 async def _exchange(

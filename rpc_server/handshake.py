@@ -9,7 +9,7 @@ from protocol.dialects import Dialect
 from protocol.framing import Hello
 from protocol.messages import CONN_CAPS_SIZE
 from protocol.negotiation import Negotiator, Offer
-from protocol.split import caps_version, split_caps, with_split
+from protocol.split import VERSION, caps_version, split_caps, with_split
 from rpc_server.logs import ClientLog
 
 
@@ -38,9 +38,10 @@ class Handshake:
         # Capabilities are those of RDMA, or of our own extension for those who asked for it;
         # all-zero caps keep the connection on plain TCP.
         caps = bytes(CONN_CAPS_SIZE)
-        if self._extension and caps_version(hello.caps):
+        version = min(caps_version(hello.caps), VERSION)
+        if self._extension and version:
             caps = split_caps()
-            dialect = with_split(dialect)
+            dialect = with_split(dialect, version)
         major, minor, patch = offer.version
         return dialect, {"major": major, "minor": minor, "patch": patch, "conn_caps": caps}
 

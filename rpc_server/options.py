@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from protocol.dialects import DIALECTS, find_dialects
+from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import __version__
 from rpc_server.access import Network
 from rpc_server.limits import ServerLimits
 
 DEFAULT_HOST = "127.0.0.1"
-DEFAULT_PORT = 50052
 TOKEN_VARIABLE = "GGML_RPC_TOKEN"
 SPLIT_TOKEN_VARIABLE = "GGML_RPC_SPLIT_TOKEN"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -108,11 +108,13 @@ def _split(text: str) -> tuple[tuple[str, int, bool] | None, ...]:
             parts.append(None)
             continue
         address = name.removeprefix("tls://")
-        host, colon, port = address.rpartition(":")
-        host, number = (host, port) if colon else (address, str(DEFAULT_PORT))
-        if not host or not number.isdecimal() or not 0 < int(number) < 65536:
-            raise argparse.ArgumentTypeError(f"'{name}' is neither host:port nor 'local'")
-        parts.append((host.strip("[]"), int(number), address != name))
+        try:
+            host, number = parse_endpoint(address)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; or 'local', or tls://host:port") from None
+        if any(part and part[:2] == (host, number) for part in parts):
+            raise argparse.ArgumentTypeError(f"names {format_endpoint(host, number)} twice")
+        parts.append((host, number, address != name))
     if parts.count(None) > 1 or len(parts) > MAX_PARTS or not any(parts):
         raise argparse.ArgumentTypeError(
             f"'{text}' must name 1 to {MAX_PARTS} parts, 'local' once at most and not alone"

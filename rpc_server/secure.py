@@ -7,7 +7,7 @@ import hmac
 import logging
 import socket
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from client.errors import ConnectionLost
@@ -36,30 +36,21 @@ class SecureListener:
     Sockets are accepted here rather than by a protocol: TLS has to have them from the first byte.
     """
 
-    def __init__(self, server: Server, tls: ssl.SSLContext, token: bytes | None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        sockets: Iterable[socket.socket],
+        tls: ssl.SSLContext,
+        token: bytes | None,
+    ) -> None:
+        """``sockets`` listen (see listening.listen)."""
         self._server = server
         self._tls = tls
         self._token = token
-        self._sockets: list[socket.socket] = []
+        self._sockets = list(sockets)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self, host: str, port: int) -> int:
-        """The port, which the system chose if ``port`` is 0. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        try:
-            for family, _, _, _, address in dict.fromkeys(found):
-                at = (address[0], port, *address[2:])
-                listener = socket.create_server(at, family=family, backlog=64)
-                listener.setblocking(False)
-                self._sockets.append(listener)
-                port = port or int(listener.getsockname()[1])
-        except OSError:
-            self.close()
-            raise
         for listener in self._sockets:
             self._begin(self._accept(listener))
-        return port
 
     def close(self) -> None:
         """Accept no more, and drop those who are being let in."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 from client.tunnel import End, keep_alive
+from protocol.endpoint import format_endpoint
 from rpc_server.access import Gate, Network
 from rpc_server.context import ServerContext
 from rpc_server.metrics import ClientFigures
@@ -175,24 +177,20 @@ class Server:
         self._listeners: list[asyncio.AbstractServer | SecureListener] = []
         self._sweeper: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; the port, which the system chose if ``port`` is 0. Raises OSError."""
+    async def start(self, sockets: Iterable[socket.socket]) -> None:
+        """Let clients in that connect to ``sockets``, which listen (see listening.listen)."""
         loop = asyncio.get_running_loop()
-        listener = await loop.create_server(lambda: Connection(self), host, port, backlog=64)
-        self._listeners.append(listener)
+        for listening in sockets:
+            listener = await loop.create_server(lambda: Connection(self), sock=listening)
+            self._listeners.append(listener)
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(sweep(self.context.limits, self._watched))
-        bound: int = listener.sockets[0].getsockname()[1]
-        return bound
 
-    async def start_tls(
-        self, host: str, port: int, tls: ssl.SSLContext, token: bytes | None
-    ) -> int:
-        """Listen for TLS as well; clients have to show ``token`` if there is one."""
-        listener = SecureListener(self, tls, token)
-        bound = await listener.start(host, port)
-        self._listeners.append(listener)
-        return bound
+    def start_tls(
+        self, sockets: Iterable[socket.socket], tls: ssl.SSLContext, token: bytes | None
+    ) -> None:
+        """Let in clients with TLS on ``sockets``; they have to show ``token`` if there is one."""
+        self._listeners.append(SecureListener(self, sockets, tls, token))
 
     def connection(self, guest: ClientFigures) -> Connection:
         """The near end of a tunnel, for a client that was let in."""
@@ -201,8 +199,8 @@ class Server:
     def introduce(self, peer: tuple[object, ...] | None, *, secure: bool = False) -> ClientFigures:
         """Figures of a new client, with its number and name."""
         number = next(_numbers)
-        address, port = (str(peer[0]), peer[1]) if peer else ("?", "?")
-        name = f"client {number} ({address}:{port})"
+        address, port = (str(peer[0]), str(peer[1])) if peer else ("?", "?")
+        name = f"client {number} ({format_endpoint(address, port)})"
         return ClientFigures(number=number, name=name, address=address, secure=secure)
 
     def tunnel_ended(self, end: End, address: str) -> None:

@@ -35,6 +35,7 @@ from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import check_message, label_of_message
 from rpc_server.handlers import HANDLERS
 from rpc_server.handshake import Handshake
+from rpc_server.leases import Lease
 from rpc_server.limits import UNSENT_BYTES, LimitReached
 from rpc_server.logs import ClientLog
 from rpc_server.memory import BadAddressError, Buffer, Buffers, LimitedError, OutOfMemoryError
@@ -137,6 +138,9 @@ class Session:
         self._flushed = asyncio.Event()
         # What was counted when the socket was lent, and bytes that had come by then.
         self._lent_at = (0, 0, 0)
+        # What the running program runs by, and whether that is for this run only.
+        self._lease: Lease | None = None
+        self._borrowed = False
         figures.doing = self.doing
 
     # -- life ----------------------------------------------------------------------------------
@@ -170,6 +174,8 @@ class Session:
         """The peer is gone: free everything, after the work in flight if there is some."""
         self._ended = True
         self._flushed.set()
+        for lease in self.context.leases:
+            lease.leave(self)
         if not self._broken and not self.leaving:
             if not self.reader.at_boundary:
                 self.log.warning("hung up within %s", self.reader.within)
@@ -232,6 +238,8 @@ class Session:
         for plans in self.plans:
             plans.clear()
         self.programs.clear()
+        for lease in self.context.leases:
+            lease.release(self)
         for lane in self._lanes:
             if lane is not None:
                 lane.leave()
@@ -429,6 +437,10 @@ class Session:
         assert running is not None
         if self.streaming:
             self._end_stream()
+            assert self._lease is not None
+            self._lease.ended()
+            if self._borrowed:
+                self._lease.release(self)
             if isinstance(error, GraphError) and self._is_silent(str(error)):
                 error = LimitReached("--peer-timeout", str(error))
         if error is None and running.error is None:
@@ -452,6 +464,30 @@ class Session:
         self._finished(running.error or error)
 
     # -- the socket, lent to a program -------------------------------------------------------
+
+    def with_lease(self, index: int, start: Callable[[], None]) -> None:
+        """Call ``start``, which begins a stream, as soon as the client has the device's lease.
+
+        One that didn't ask for it has it for one run. Raises LimitReached.
+        """
+        lease = self._lease = self.context.leases[index]
+        self._borrowed = not lease.held_by(self)
+        if lease.take(self):
+            lease.began()
+            start()
+            return
+
+        def granted(future: asyncio.Future[None]) -> None:
+            if future.cancelled():
+                self._finished(None)
+                return
+            lease.began()
+            start()
+            # The connection stops reading: what comes now is the program's.
+            self._resume()
+
+        self.busy = True
+        lease.wait(self).add_done_callback(granted)
 
     def begin_stream(self) -> None:
         """From here on the socket is the running program's."""

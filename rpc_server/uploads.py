@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from protocol.commands import Command
 from protocol.framing import UploadStart
 from rpc_server.cache import HASH_THRESHOLD
-from rpc_server.devices.base import Relaying, Upload
+from rpc_server.devices.base import KeptUpload, Relaying, Slicing, Upload
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
 from rpc_server.memory import Buffer
@@ -23,9 +23,10 @@ class Uploads:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._direct: tuple[Buffer, int, int, bool] | None = None
-        self._relay: Upload | None = None
+        self._relay: Upload | KeptUpload | None = None
         # What is to be cached once the relay has taken it.
         self._relayed: tuple[Buffer, int, int] | None = None
+        self._size = 0
 
     @property
     def under_way(self) -> bool:
@@ -41,6 +42,7 @@ class Uploads:
         """Say where the bytes belong. Raises BadAddressError, GraphError."""
         s, fields, size = self._session, upload.fields, upload.size
         buffer, start = s.locate(fields.tensor, fields.offset, size)
+        self._size = size
         s.figures.uploads += 1
         s.figures.upload_bytes += size
         s.meter.upload(size, cached=False)
@@ -54,20 +56,25 @@ class Uploads:
                 if buffer.storage.whole:
                     self._relayed = (buffer, start, size) if keep else None
                     s.context.weights_arrive(buffer.device, fields.tensor.type, size)
-                s.wait(self._begin_relay(buffer, tensor, start, fields.offset, size))
+                place = (buffer, tensor, start, fields.offset, size)
+                s.wait(self._begin_relay(*place, keep=keep))
                 return
         self._direct = (buffer, start, size, keep)
         s.context.weights_arrive(buffer.device, fields.tensor.type, size)
         s.reader.direct(buffer.storage.place(start, size))
 
     async def _begin_relay(
-        self, buffer: Buffer, tensor: Tensor, start: int, offset: int, size: int
+        self, buffer: Buffer, tensor: Tensor, start: int, offset: int, size: int, *, keep: bool
     ) -> None:
-        assert isinstance(buffer.storage, Relaying)
-        self._relay = await buffer.storage.upload(tensor, start, offset, size)
+        storage = buffer.storage
+        assert isinstance(storage, Relaying)
+        if keep and isinstance(storage, Slicing):
+            self._relay = await storage.upload_kept(tensor, start, offset, size)
+        else:
+            self._relay = await storage.upload(tensor, start, offset, size)
         if self._relay is None:
-            self._direct = (buffer, start, size, False)
-            self._session.reader.direct(buffer.storage.place(start, size))
+            self._direct = (buffer, start, size, keep)
+            self._session.reader.direct(storage.place(start, size))
             return
         self._session.reader.direct(self._relay.room())
 
@@ -85,7 +92,7 @@ class Uploads:
         s = self._session
         if self._relay is not None:
             relay, self._relay = self._relay, None
-            s.wait(self._end_relay(relay))
+            s.wait(self._end_relay(relay, self._size))
             return
         assert self._direct is not None
         buffer, start, size, keep = self._direct
@@ -95,8 +102,11 @@ class Uploads:
             return
         s.answer_empty(Command.SET_TENSOR)
 
-    async def _end_relay(self, relay: Upload) -> None:
+    async def _end_relay(self, relay: Upload | KeptUpload, size: int) -> None:
         await relay.forward()
+        if getattr(relay, "kept", False):
+            self._session.figures.cache_stored += 1
+            self._session.figures.cache_stored_bytes += size
         relayed, self._relayed = self._relayed, None
         if relayed is None:
             self._session.answer_empty(Command.SET_TENSOR)

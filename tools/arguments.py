@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
-from rpc_server.options import DEFAULT_PORT, port
+from protocol.endpoint import DEFAULT_PORT, parse_endpoint
+from rpc_server.options import port
 
 __all__ = ["DEFAULT_PORT", "endpoint", "listening", "port", "size"]
 
@@ -14,18 +15,22 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 def endpoint(text: str) -> tuple[str, int]:
     """``HOST[:PORT]``, IPv6 addresses in brackets."""
-    host, colon, number = text.rpartition(":")
-    if not colon or (host.count(":") and not host.startswith("[")):
-        host, number = text, str(DEFAULT_PORT)
-    if not host or not number.isdecimal() or not 0 < int(number) < 65536:
-        raise argparse.ArgumentTypeError(f"'{text}' is not host:port")
-    return host.strip("[]"), int(number)
+    try:
+        return parse_endpoint(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def listening(text: str) -> tuple[str, int]:
     """``[HOST:]PORT``: where to accept connections; this machine only unless told otherwise."""
     host, _, number = text.rpartition(":")
-    return host.strip("[]") or "127.0.0.1", port(number)
+    if not host:
+        return "127.0.0.1", port(number)
+    try:
+        # It may be any free one, which is no port to connect to.
+        return parse_endpoint(f"{host}:1")[0], port(number)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def size(text: str) -> int:

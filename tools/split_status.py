@@ -24,9 +24,10 @@ from typing import Any
 from client.connection import Connection, connect_any
 from client.errors import ConnectionLost, VersionMismatch
 from protocol.commands import Command
+from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
+from tools.arguments import endpoint
 
-DEFAULT_PORT = 50052
 _TIMEOUT = 10.0
 
 
@@ -96,7 +97,7 @@ def _part_since(part: Part, earlier: Part | None) -> Part:
 
 async def open_coordinator(host: str, port: int) -> Connection:
     """A connection to a server that has the split extension. Raises StatusError."""
-    name = f"{host}:{port}"
+    name = format_endpoint(host, port)
     try:
         connection = await connect_any(host, port, timeout=_TIMEOUT, split=True)
     except TimeoutError:
@@ -188,7 +189,7 @@ def _mib(size: int) -> str:
 
 async def show(host: str, port: int, device: int, watch: float | None, as_json: bool) -> None:
     """Print the status, with ``watch`` every so many seconds. Raises StatusError."""
-    name = f"{host}:{port}"
+    name = format_endpoint(host, port)
     async with await open_coordinator(host, port) as connection:
         status = await read_status(connection, name, device)
         shown = status
@@ -199,14 +200,6 @@ async def show(host: str, port: int, device: int, watch: float | None, as_json: 
             await asyncio.sleep(watch)
             earlier, status = status, await read_status(connection, name, device)
             shown = status.since(earlier)
-
-
-def _endpoint(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    host, port = (host, port) if colon else (text, str(DEFAULT_PORT))
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise argparse.ArgumentTypeError(f"'{text}' is not host:port")
-    return host.strip("[]"), int(port)
 
 
 def _seconds(text: str) -> float:
@@ -226,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("endpoint", type=_endpoint, metavar="HOST:PORT", help="the coordinator")
+    parser.add_argument("endpoint", type=endpoint, metavar="HOST:PORT", help="the coordinator")
     parser.add_argument(
         "--watch", type=_seconds, metavar="N", help="every N seconds what was added, until Ctrl-C"
     )

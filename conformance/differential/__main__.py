@@ -21,19 +21,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from conformance.arguments import endpoint
 from conformance.differential.campaign import PROFILES, Campaign, Servers, select
 from conformance.differential.case import Case
 from conformance.differential.endpoint import ServerUnavailable
 from conformance.differential.explore import Judge, Mismatch
 from conformance.differential.report import Report
 from conformance.differential.sketch import FAMILIES
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not host:port")
-    return host.strip("[]"), int(port)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,10 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     tested = parser.add_mutually_exclusive_group(required=True)
-    tested.add_argument("--endpoint", type=_address, metavar="HOST:PORT", help="server under test")
+    tested.add_argument("--endpoint", type=endpoint, metavar="HOST:PORT", help="server under test")
     tested.add_argument("--command", metavar="COMMAND", help="starts the server under test")
     reference = parser.add_mutually_exclusive_group(required=True)
-    reference.add_argument("--reference", type=_address, metavar="HOST:PORT", help="upstream's")
+    reference.add_argument("--reference", type=endpoint, metavar="HOST:PORT", help="upstream's")
     reference.add_argument("--reference-command", metavar="COMMAND", help="starts upstream's")
     add("--protocol", default="7", metavar="X.Y", help="version to speak (%(default)s)")
     add("--profile", choices=PROFILES, default="full", help="how many cases (%(default)s)")

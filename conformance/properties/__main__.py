@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from conformance.arguments import endpoint
 from conformance.differential.endpoint import Endpoint
 from conformance.properties.findings import Finding, explore, run_replay, spoken
 from conformance.properties.graphs import Reference
@@ -34,13 +35,6 @@ from protocol.dialects import DIALECTS, find_dialects
 PROFILES = ("quick", "nightly")
 
 
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not host:port")
-    return host.strip("[]"), int(port)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m conformance.properties",
@@ -48,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--endpoint", type=_address, metavar="HOST:PORT", help="the server under test")
+    add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")
     add("--reference-command", metavar="COMMAND", help="starts a server to hold graphs against")
     add("--protocol", metavar="X.Y", help="version to speak (all that the server speaks)")

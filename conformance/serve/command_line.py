@@ -21,6 +21,7 @@ from conformance.serve.server import PATIENCE
 from conformance.suite.context import Facts
 from conformance.suite.results import Run, Verdict
 from protocol.dialects import DIALECTS, find_dialects
+from protocol.endpoint import format_endpoint
 from tools.ports import free_port
 
 DESCRIPTION = """Checks a client of the ggml RPC wire format, by serving it in scripted ways.
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     client = Client(options.client_command, options.timeout, options.patience, options.host, port)
 
     def announce(text: str, port: int) -> None:
-        where = f" at {options.host}:{port}" if port else ""
+        where = f" at {format_endpoint(options.host, port)}" if port else ""
         if not options.client_command:
             console.print(f"[dim]{escape(text)}{where}[/]", highlight=False)
 

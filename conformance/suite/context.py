@@ -33,7 +33,8 @@ class Facts:
     devices: int = 1
     concurrent: bool = True
     cache: bool = False
-    split: bool = False
+    # Version of the split extension that is spoken with the server, 0 for none.
+    split: int = 0
 
 
 class Context:

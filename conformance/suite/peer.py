@@ -246,8 +246,9 @@ class Peer:
         answer = self.call(Command.HELLO, conn_caps=caps)
         self.version = (answer.major, answer.minor, answer.patch)
         self.caps = getattr(answer, "conn_caps", b"")
-        if caps_version(caps) and self.split_version:
-            self.speak(with_split(self.dialect))
+        version = min(caps_version(caps), self.split_version)
+        if version:
+            self.speak(with_split(self.dialect, version))
         return self.version
 
     def speak(self, dialect: Dialect) -> None:

@@ -11,6 +11,7 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect, Version
 from protocol.ggml_types import GgmlType
 from protocol.hashing import FNV_OFFSET, FNV_PRIME, fnv1a_64
+from protocol.split import VERSION
 
 # Up to protocol 6 a server keeps what is larger than this; from 7 on the client says.
 CACHED_FROM = 10 << 20
@@ -71,10 +72,10 @@ def probe(address: tuple[str, int], dialect: Dialect | None, patience: float) ->
         cache = devices > 0 and _has_cache(peer)
         concurrent = _is_concurrent(address, peer, patience)
         version = peer.version
-        split = False
+        split = 0
         if dialect.hello_size:
             asked = context.connect(split=True)
-            split = asked.split_version > 0
+            split = min(asked.split_version, VERSION)
         return Facts(version, dialect, devices, concurrent, cache, split)
     finally:
         context.close()

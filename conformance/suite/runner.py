@@ -18,7 +18,7 @@ from conformance.suite.errors import CaseEnded, Differs, Failed, Skipped
 from conformance.suite.registry import Case, Group
 from conformance.suite.results import Result, Run, Verdict
 from conformance.suite.target import ServerGone, Target
-from protocol.split import SPLIT_COMMANDS
+from protocol.split import split_commands
 
 # A process that fails an assertion closes its connections while it ends: that it did shows shortly
 # after.
@@ -132,7 +132,7 @@ class Runner:
     def reason_to_skip(self, case: Case) -> str:
         """Why the case can't be run on this server; empty if it can."""
         facts = self._facts
-        known = {*facts.dialect.commands, *(SPLIT_COMMANDS if facts.split else ())}
+        known = {*facts.dialect.commands, *split_commands(facts.split)}
         missing = [command.name for command in case.needs if command not in known]
         if missing:
             return f"protocol {facts.dialect.name} has no {missing[0]}"

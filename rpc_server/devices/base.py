@@ -14,6 +14,7 @@ from rpc_server.graph.parse import BufferLike, Resolve
 from rpc_server.graph.tensor import Tensor
 
 if TYPE_CHECKING:
+    from rpc_server.cache import TensorCache
     from rpc_server.split.exchange import Peer
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ __all__ = [
     "Plan",
     "Relaying",
     "Resolve",
+    "Slicing",
+    "Splitting",
     "Storage",
 ]
 
@@ -56,6 +59,15 @@ class Upload(Protocol):
 
     async def forward(self) -> None:
         """Take what was filled. Raises DeviceError."""
+        ...
+
+
+class KeptUpload(Upload, Protocol):
+    """An upload of which it shows in the end whether it was kept as well."""
+
+    @property
+    def kept(self) -> bool:
+        """Return whether all of it is kept, for Slicing.recall."""
         ...
 
 
@@ -96,6 +108,57 @@ class Copying(Protocol):
 
     async def copy(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
         """Take bytes of ``other``. Raises DeviceError."""
+        ...
+
+
+@runtime_checkable
+class Slicing(Protocol):
+    """A Storage of which each tensor's bytes are at several places, each with a cache of its own.
+
+    Its tensors are kept and loaded there, not by the server's cache.
+    """
+
+    async def upload_kept(self, t: Tensor, start: int, offset: int, size: int) -> KeptUpload | None:
+        """As Relaying.upload, and what is sent is to be kept. Raises DeviceError."""
+        ...
+
+    async def recall(self, t: Tensor, start: int, digest: int) -> bool:
+        """Fill a whole tensor with what has this hash; return whether it was to be had.
+
+        Raises DeviceError.
+        """
+        ...
+
+
+@runtime_checkable
+class Splitting(Protocol):
+    """A device that computes on other servers, whose devices it has to have for a program too."""
+
+    @property
+    def members(self) -> list[int]:
+        """Return the identities of all servers behind this one, those behind these too."""
+        ...
+
+    async def hold(self, seconds: float) -> str:
+        """Get hold of all servers within ``seconds``; return who has one otherwise, '' if none.
+
+        Raises DeviceError.
+        """
+        ...
+
+    async def renew(self) -> bool:
+        """Keep what is held unless others wait for it; return whether it is still held."""
+        ...
+
+    def let_go(self) -> None:
+        """Give back what is held."""
+        ...
+
+    async def keep_slices(self, cache: TensorCache) -> str:
+        """Have the servers keep their slices of weights, and its own in ``cache``.
+
+        Returns how many do, in words.
+        """
         ...
 
 

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 from protocol.commands import Command
 from protocol.errors import ProtocolError
 from protocol.framing import Request
-from protocol.split import MAX_PARTS, MAX_PROGRAMS, VERSION, decode_program, program_size
+from protocol.split import (
+    MAX_PARTS,
+    MAX_PROGRAMS,
+    VERSION,
+    decode_program,
+    members_fields,
+    program_size,
+)
+from rpc_server.devices.base import Splitting
 from rpc_server.handlers.base import Handler, device_index
 from rpc_server.handlers.buffers import allocate
 from rpc_server.handlers.graphs import run
+from rpc_server.leases import Lease
 from rpc_server.runs import Run
 
 if TYPE_CHECKING:
     from rpc_server.session import Session
+
+# Longest that a client is left without an answer for a lease, seconds.
+_MOST_PATIENCE = 60.0
 
 
 def _split_query(s: Session, request: Request) -> None:
@@ -61,15 +74,61 @@ def _split_run(s: Session, request: Request) -> None:
     plan = s.programs.find(index, request.fields.program)
     if not s.writable:
         raise ProtocolError("SPLIT_RUN from a client that has not taken its answers")
-    s.begin_stream()
     task = Run()
 
-    run(s, request.command, s.lane(index), task, lambda: task.go(plan))
+    def start() -> None:
+        s.begin_stream()
+        run(s, request.command, s.lane(index), task, lambda: task.go(plan))
+
+    s.with_lease(index, start)
 
 
 def _split_status(s: Session, request: Request) -> None:
     device = s.device(device_index(s, request))
     s.answer(request.command, device.split_status())
+
+
+def _split_members(s: Session, request: Request) -> None:
+    device = s.device(device_index(s, request))
+    members = [s.context.identity, *(device.members if isinstance(device, Splitting) else ())]
+    s.answer(request.command, members_fields(members))
+
+
+def _split_acquire(s: Session, request: Request) -> None:
+    index = device_index(s, request)
+    s.wait(_acquire(s, request, index, min(request.fields.patience_ms / 1000, _MOST_PATIENCE)))
+
+
+async def _acquire(s: Session, request: Request, index: int, seconds: float) -> None:
+    lease, device = s.context.leases[index], s.device(index)
+    end = time.monotonic() + seconds
+    granted = await lease.acquire(s, seconds)
+    holder = "" if granted else lease.holder
+    if granted and isinstance(device, Splitting):
+        # Whoever has a coordinator has its workers: within a program it is too late to wait.
+        holder = await device.hold(max(0.0, end - time.monotonic()))
+        if holder:
+            lease.release(s)
+    # Nobody is left in the way of one that came too late.
+    granted = lease.held_by(s)
+    s.answer(request.command, {"granted": int(granted), "holder": holder.encode()[:63]})
+
+
+def _split_release(s: Session, request: Request) -> None:
+    lease = s.context.leases[index := device_index(s, request)]
+    device = s.device(index)
+    if not request.fields.keep:
+        lease.release(s)
+    elif lease.renew(s) and isinstance(device, Splitting):
+        s.wait(_renew(s, request, lease, device))
+        return
+    s.answer(request.command, {"kept": int(lease.held_by(s))})
+
+
+async def _renew(s: Session, request: Request, lease: Lease, device: Splitting) -> None:
+    if not await device.renew():
+        lease.release(s)
+    s.answer(request.command, {"kept": int(lease.held_by(s))})
 
 
 HANDLERS: dict[int, Handler] = {
@@ -78,4 +137,7 @@ HANDLERS: dict[int, Handler] = {
     Command.SPLIT_PROGRAM: _split_program,
     Command.SPLIT_RUN: _split_run,
     Command.SPLIT_STATUS: _split_status,
+    Command.SPLIT_MEMBERS: _split_members,
+    Command.SPLIT_ACQUIRE: _split_acquire,
+    Command.SPLIT_RELEASE: _split_release,
 }

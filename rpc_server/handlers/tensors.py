@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from protocol.commands import Command
 from protocol.framing import Request
 from rpc_server.cache import TensorCache
-from rpc_server.devices.base import Copying, Relaying, Storage
+from rpc_server.devices.base import Copying, Relaying, Slicing, Storage
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
 from rpc_server.handlers.base import Handler, elsewhere
@@ -30,7 +30,7 @@ def _set_tensor_hash(s: Session, request: Request) -> None:
     cache = s.context.cache
     if cache is not None:
         tensor = tensor_of_message(fields.tensor, s.dialect)
-        if not _apart(buffer, start, tensor):
+        if not _apart(buffer, start, tensor) or isinstance(buffer.storage, Slicing):
             s.wait(_load_cached(s, request, cache, buffer, start, tensor))
             return
     s.answer(request.command, {"result": 0})
@@ -47,7 +47,14 @@ async def _load_cached(
         with buffer.storage.place(start, size) as place:
             return cache.load(request.fields.hash, place)
 
-    if fits and elsewhere(buffer, start, size, tensor):
+    if fits and _apart(buffer, start, tensor):
+        storage = buffer.storage
+        assert isinstance(storage, Slicing)
+        # Of a part of a tensor nobody has the hash.
+        found = not request.fields.offset and await storage.recall(
+            tensor, start, request.fields.hash
+        )
+    elif fits and elsewhere(buffer, start, size, tensor):
         found = await _load_elsewhere(request, cache, buffer, start, tensor)
     else:
         found = fits and await asyncio.to_thread(load)

@@ -8,6 +8,7 @@ product of its own rows meanwhile.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import time
@@ -30,6 +31,8 @@ from rpc_server.ops.rows import checked_indices
 from rpc_server.ops.table import ContractError
 from rpc_server.split.assemble import Assembler, Programmed
 from rpc_server.split.exchange import Peer, Transfer
+from rpc_server.split.holding import Holding
+from rpc_server.split.identity import conflict, same_server
 from rpc_server.split.link import (
     PREPARE_TIMEOUT,
     Link,
@@ -37,6 +40,7 @@ from rpc_server.split.link import (
     Tls,
     UnfitError,
     WorkerLost,
+    WorkerSilent,
     open_links,
 )
 from rpc_server.split.measure import measure_parts
@@ -48,11 +52,13 @@ from rpc_server.split.segments import (
     find_segments,
     indices_of,
 )
+from rpc_server.split.slices import Slices
 from rpc_server.split.stream import BYTES_SENT
 from rpc_server.split.weights import SplitStorage, SplitWeight
 from rpc_server.split.worker import program_items
 
 if TYPE_CHECKING:
+    from rpc_server.cache import TensorCache
     from rpc_server.devices.cpu.plan import CpuPlan
 
 log = logging.getLogger(__name__)
@@ -65,6 +71,10 @@ LOCAL = "local"
 # The first protocol whose tensors say how often they are used.
 COUNTED_FROM = (5, 1, 0)
 _RETRY_SECONDS = 1.0
+# How often workers that split over others are asked which.
+_MEMBERS_SECONDS = 3.0
+# How often a graph that waits for other coordinators looks whether it is still wanted.
+_LOOK_SECONDS = 0.25
 # Longest that preparing a graph on the workers may take.
 _PREPARE_SECONDS = 2 * PREPARE_TIMEOUT
 
@@ -84,6 +94,8 @@ class SplitOptions:
     by_columns: bool = False
     timeout: float = 30.0
     tls: Mapping[tuple[str, int], Tls] = field(default_factory=dict)
+    # This server's own, which none of the parts may have.
+    identity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +163,7 @@ class SplitPlan:
             return
         plan.check_indices()
         started = time.perf_counter()
-        with self._device.lent(plan.programs):
+        with self._device.lent(plan.programs, lambda: self._stopped):
             plan.inner.run()
         self._device.count(time.perf_counter() - started, plan.tokens)
 
@@ -175,6 +187,10 @@ class SplitDevice(CpuDevice):
         self._storages: weakref.WeakSet[SplitStorage] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
+        self._slices: Slices | None = None
+        # By worker, why it keeps no slices, as far as the log has said so.
+        self._keeps_not: dict[str, str] = {}
+        self._holding = Holding(lambda: self.links, self._in_background)
         self.graphs = 0
         self.graph_seconds = 0.0
         self.tokens = 0
@@ -217,13 +233,31 @@ class SplitDevice(CpuDevice):
         opened = await open_links([e for _, e in wanted], options.timeout, options.tls)
         for (i, _), link in zip(wanted, opened, strict=True):
             if isinstance(link, Link):
-                self._links[i] = link
-                self._missing.pop(i, None)
-            else:
+                reason = conflict(link, self._others(i), options.identity)
+                if not reason:
+                    if self._slices is not None:
+                        await self._find_keeping(link)
+                    self._links[i] = link
+                    self._missing.pop(i, None)
+                    continue
+                link.abort(reason)
+                if self._missing.get(i) != reason and self._keeper is not None:
+                    log.error("%s", reason)
+                self._missing[i] = reason
+        for (i, endpoint), link in zip(wanted, opened, strict=True):
+            if isinstance(link, WorkerSilent):
+                twin = await same_server(endpoint, self._others(i))
+                self._missing[i] = twin or str(link)
+            elif isinstance(link, WorkerLost):
                 self._missing[i] = str(link)
 
+    def _others(self, part: int) -> list[Link]:
+        """The workers that are there, but for that of ``part``."""
+        return [n for i, n in enumerate(self._links) if i != part and n is not None and not n.lost]
+
     async def _keep(self) -> None:
-        """Reconnect to workers that were lost."""
+        """Reconnect to workers that were lost, and see that those there are don't form a circle."""
+        asked = time.monotonic()
         while True:
             await asyncio.sleep(_RETRY_SECONDS)
             lost = [i for i, link in enumerate(self._links) if link is not None and link.lost]
@@ -235,6 +269,19 @@ class SplitDevice(CpuDevice):
                     self._missing[i] = link.loss
             if lost:
                 await self._connect(lost)
+            if time.monotonic() - asked >= _MEMBERS_SECONDS:
+                asked = time.monotonic()
+                for i, link in enumerate(self._links):
+                    if link is not None and not link.lost and link.splits:
+                        self._in_background(self._check_members(i, link))
+
+    async def _check_members(self, part: int, link: Link) -> None:
+        """Let a worker go that has become one of those which it must not be."""
+        with contextlib.suppress(WorkerLost):
+            await link.refresh_members()
+            reason = conflict(link, self._others(part), self._options.identity)
+            if reason:
+                link.abort(reason)
 
     @property
     def links(self) -> list[Link]:
@@ -342,6 +389,7 @@ class SplitDevice(CpuDevice):
             by_columns=self._options.by_columns,
             spare=lambda: usable(CpuDevice.memory(self)[0]),
         )
+        storage.slices = self._slices
         self._storages.add(storage)
         return storage
 
@@ -484,20 +532,25 @@ class SplitDevice(CpuDevice):
     # -- running
 
     @contextlib.contextmanager
-    def lent(self, programs: Sequence[Programmed]) -> Iterator[None]:
-        """The workers' sockets belong to the calling thread meanwhile. Raises WorkerLost.
+    def lent(
+        self, programs: Sequence[Programmed], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """The workers' sockets belong to the calling thread meanwhile.
 
-        What fails before a worker was sent anything costs nobody else a worker.
+        Other coordinators are waited for until ``stopped`` says otherwise. What fails before a
+        worker was sent anything costs nobody else a worker. Raises WorkerLost, GraphError.
         """
         streams = [p.link.peer.stream for p in programs]
 
         async def lend() -> None:
+            await self._holding.begin([p.link for p in programs])
             for p in programs:
                 await p.link.lend(p.program)
 
         def give_back() -> None:
             for p in programs:
                 p.link.take_back()
+            self._holding.end()
 
         def hang_up(reason: str) -> None:
             for p, stream, before in zip(programs, streams, sent, strict=True):
@@ -506,10 +559,12 @@ class SplitDevice(CpuDevice):
             give_back()
 
         sent = [stream.count(BYTES_SENT) for stream in streams]
+        future = asyncio.run_coroutine_threadsafe(lend(), self._loop)
         try:
-            self._on_loop(lend())
+            _result(future, stopped)
         except BaseException:
-            self._loop.call_soon_threadsafe(give_back)
+            # Where it was not waited for it goes on, until it knows what it has to give back.
+            future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(give_back))
             raise
         try:
             yield
@@ -518,6 +573,42 @@ class SplitDevice(CpuDevice):
             self._loop.call_soon_threadsafe(hang_up, f"given up after: {error}")
             raise
         self._loop.call_soon_threadsafe(give_back)
+
+    # -- as a worker of another coordinator: see Splitting
+
+    @property
+    def members(self) -> list[int]:
+        return [member for link in self.links if not link.lost for member in link.members]
+
+    async def hold(self, seconds: float) -> str:
+        return await self._holding.lease_out(seconds)
+
+    async def renew(self) -> bool:
+        return await self._holding.renew()
+
+    def let_go(self) -> None:
+        self._holding.take_in()
+
+    # -- what the workers keep on disk
+
+    async def keep_slices(self, cache: TensorCache) -> str:
+        self._slices = Slices.of(cache)
+        links = self.links
+        for link in links:
+            await self._find_keeping(link)
+        return f"and of {sum(n.keeps for n in links)} of {len(links)} workers"
+
+    async def _find_keeping(self, link: Link) -> None:
+        """Let the log say of a worker that it keeps nothing."""
+        with contextlib.suppress(WorkerLost):
+            reason = await link.find_keeping()
+            if reason and self._keeps_not.get(link.name) != reason:
+                log.warning(
+                    "worker %s %s: weights that it has a slice of are uploaded each time",
+                    link.name,
+                    reason,
+                )
+            self._keeps_not[link.name] = reason
 
     def split_status(self) -> dict[str, Any]:
         """Rows, bytes and times by part."""
@@ -547,6 +638,15 @@ class SplitDevice(CpuDevice):
         for link in self.links:
             self._loop.call_soon_threadsafe(link.close)
         super().close()
+
+
+def _result(future: concurrent.futures.Future[None], stopped: Callable[[], bool]) -> None:
+    """Wait for ``future``. Raises what it raises, and GraphError once ``stopped`` says so."""
+    while not future.done():
+        concurrent.futures.wait([future], _LOOK_SECONDS)
+        if not future.done() and stopped():
+            raise GraphError("was stopped")
+    future.result()
 
 
 def _watching(resolve: Resolve, storages: dict[int, SplitStorage]) -> Resolve:

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from client.backend import Backend, Buffer
 from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
+from client.graph import GraphBuilder
 from client.steps import (
     Frames,
     Region,
@@ -30,9 +33,11 @@ from client.steps import (
 )
 from client.tensors import ShapeError, Tensor
 from protocol.commands import Command
+from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
-from protocol.ggml_types import GgmlType
-from protocol.split import MAX_PROGRAMS, split_part_fields
+from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.hashing import fnv1a_64
+from protocol.split import LEASES_SINCE, MAX_MEMBERS, MAX_PROGRAMS, split_part_fields
 from rpc_server.devices.base import DeviceError
 from rpc_server.graph.errors import GraphError
 from rpc_server.sockets import shut_down
@@ -45,6 +50,10 @@ CONNECT_TIMEOUT = 10.0
 # More than any machine has.
 _MOST_MEMORY = 1 << 50
 _MOST_ALIGNMENT = 1 << 30
+# From this version on it is said with a tensor whether it is to be kept; before, size decided.
+_KEEPS_SINCE = (7, 0, 0)
+# What a worker is asked to keep, to see whether it does.
+_KEPT = b"a coordinator asked whether tensors are kept here\n"
 # Longest that a worker may take to plan a graph: the first one compiles kernels.
 PREPARE_TIMEOUT = 300.0
 
@@ -59,6 +68,10 @@ class WorkerLost(DeviceError):  # noqa: N818 - says what happened
 
 class NoRoom(WorkerLost):
     """The worker has no memory for something; its connection goes on."""
+
+
+class WorkerSilent(WorkerLost):
+    """It takes connections, and doesn't answer: others may have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,14 @@ class Link:
         self.round_trip = 0.0
         self.rows = 0
         self.bytes = 0
+        # Whether this server has the lease of the worker's device now.
+        self.leased = False
+        # The identities of the worker and of all servers behind it; none of those without leases.
+        self.members: tuple[int, ...] = ()
+        # Whether the worker is a coordinator itself.
+        self.splits = False
+        # Whether it keeps on disk what it is sent, as far as it was asked (see find_keeping).
+        self.keeps = False
         self._region = Region(backend)
         self._kept = Region(backend)
         self._programs: dict[int, Program] = {}
@@ -114,7 +135,7 @@ class Link:
 
         ``timeout`` (seconds) is how long one exchange may take. Raises WorkerLost.
         """
-        name = f"{host}:{port}"
+        name = format_endpoint(host, port)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 connection = await connect_any(
@@ -126,8 +147,10 @@ class Link:
                     connection.abort()
                     raise
         except TimeoutError:
-            raise WorkerLost(
-                f"worker {name} accepts but does not answer (does another client hold it?)"
+            raise WorkerSilent(
+                f"worker {name} accepts but does not answer within {CONNECT_TIMEOUT:g} s: another "
+                "client or coordinator has it (llama.cpp's ggml-rpc-server serves one at a time), "
+                "or it hangs"
             ) from None
         except VersionMismatch as error:
             raise WorkerLost(f"worker {name}: {error}") from None
@@ -141,7 +164,7 @@ class Link:
             "worker %s: protocol %s, %s, %d of %d MiB free",
             name,
             connection.dialect.name,
-            "split extension" if connection.split_version else "ordinary commands",
+            link.speaks,
             link.free >> 20,
             link.total >> 20,
         )
@@ -153,6 +176,7 @@ class Link:
         link = cls(name, await Backend.open(connection), timeout)
         link.free, link.total = await connection.get_device_memory()
         link._check_figures()
+        await link._find_members()
         await link._measure()
         return link
 
@@ -175,6 +199,28 @@ class Link:
     def extended(self) -> bool:
         """Whether the worker has the split extension."""
         return self.backend.connection.split_version > 0
+
+    @property
+    def has_leases(self) -> bool:
+        """Whether the worker lets one coordinator run at a time."""
+        return self.backend.connection.split_version >= LEASES_SINCE
+
+    @property
+    def speaks(self) -> str:
+        """What the worker understands, for people."""
+        if not self.extended:
+            return "ordinary commands"
+        return "split extension" if self.has_leases else "split extension without leases"
+
+    @property
+    def identity(self) -> int:
+        """What the worker is known by under whatever address; 0 where it doesn't tell."""
+        return self.members[0] if self.members else 0
+
+    @property
+    def peer_address(self) -> tuple[str, int]:
+        """The address and port at the other end of the connection."""
+        return self.backend.connection.peer_address
 
     @property
     def lost(self) -> bool:
@@ -239,6 +285,52 @@ class Link:
             times.append(time.perf_counter() - started)
         self.round_trip = min(times)
 
+    async def _find_members(self) -> None:
+        if not self.has_leases:
+            return
+        query = await self.backend.connection.request(Command.SPLIT_QUERY, device=0)
+        self.splits = query.n_parts > 0
+        answer = await self.backend.connection.request(Command.SPLIT_MEMBERS, device=0)
+        if not 0 < answer.n_members <= MAX_MEMBERS:
+            raise ProtocolError(
+                f"it splits over {answer.n_members - 1} servers, {MAX_MEMBERS - 1} is the most"
+            )
+        self.members = tuple(answer.members[: answer.n_members])
+
+    async def refresh_members(self) -> None:
+        """Ask a worker that splits over others which these are now. Raises WorkerLost."""
+        async with self._asking(self._timeout):
+            await self._find_members()
+
+    # -- leases
+
+    async def acquire_lease(self, seconds: float) -> str:
+        """Ask for the lease of the worker's device, which may wait ``seconds`` there.
+
+        Returns '' when it is had, else the name of who has it. Raises WorkerLost.
+        """
+        async with self._asking(self._timeout + seconds):
+            answer = await self.backend.connection.request(
+                Command.SPLIT_ACQUIRE, device=0, patience_ms=int(seconds * 1000)
+            )
+        self.leased = bool(answer.granted)
+        if self.leased:
+            return ""
+        return bytes(answer.holder).rstrip(b"\0").decode("ascii", "replace") or "somebody else"
+
+    async def release_lease(self, *, keep: bool = False) -> bool:
+        """Give the lease back, or ``keep`` it if nobody waits; return whether it is still had."""
+        kept = False
+        # A worker that is lost has given it to others already.
+        with contextlib.suppress(WorkerLost):
+            async with self._asking(self._timeout):
+                answer = await self.backend.connection.request(
+                    Command.SPLIT_RELEASE, device=0, keep=int(keep)
+                )
+            kept = bool(answer.kept)
+        self.leased = kept
+        return kept
+
     def status(self) -> dict[str, Any]:
         """The fields of a SplitPart."""
         stream = self.peer.stream
@@ -292,6 +384,54 @@ class Link:
         """Raises WorkerLost."""
         async with self._asking(self._timeout):
             await self.backend.connection.set_tensor(tensor, data, offset)
+
+    async def find_keeping(self) -> str:
+        """Find out whether the worker keeps tensors; return why it doesn't, '' if it does.
+
+        Raises WorkerLost.
+        """
+        self.keeps, connection = False, self.backend.connection
+        if self.splits:
+            return "splits over others, which it does not ask to keep anything"
+        if connection.dialect.version < _KEEPS_SINCE:
+            return f"speaks protocol {connection.dialect.name}, which keeps large tensors only"
+        content = np.frombuffer(_KEPT, np.uint8)
+        tensor = self.backend.graph.new_tensor_1d(GgmlType.I8, len(content), "keeps?")
+        buffer = await self._allocate(tensor)
+        try:
+            async with self._asking(self._timeout):
+                await connection.set_tensor(tensor, content.data, cache_flag=1)
+                self.keeps = await connection.set_tensor_hash(tensor, fnv1a_64(_KEPT))
+        finally:
+            if not self.lost:
+                async with self._asking(self._timeout):
+                    await self.backend.free([buffer], [tensor])
+        return "" if self.keeps else "was started without --cache"
+
+    async def write_kept(self, tensor: Tensor, data: memoryview, offset: int) -> None:
+        """Write whole blocks, which the worker is to keep on disk. Raises WorkerLost."""
+        piece = self._piece(tensor, offset, len(data))
+        async with self._asking(self._timeout):
+            await self.backend.connection.set_tensor(piece, data, cache_flag=1)
+
+    async def recall(self, tensor: Tensor, offset: int, size: int, hash: int) -> bool:
+        """Have the worker fill in what :meth:`write_kept` wrote; whether it had it.
+
+        Raises WorkerLost.
+        """
+        piece = self._piece(tensor, offset, size)
+        async with self._asking(self._timeout):
+            return await self.backend.connection.set_tensor_hash(piece, hash)
+
+    @staticmethod
+    def _piece(tensor: Tensor, offset: int, size: int) -> Tensor:
+        """A tensor of its own for some blocks: a server keeps and serves whole tensors."""
+        info = TYPE_INFO[tensor.type]
+        n = size // info.type_size * info.block_size
+        piece = GraphBuilder().new_tensor_1d(tensor.type, n, tensor.name)
+        handle, address = tensor.location
+        piece.place(handle, address + offset)
+        return piece
 
     async def read(self, tensor: Tensor, offset: int, size: int) -> memoryview:
         """Raises WorkerLost."""

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from rpc_server.devices.base import Storage
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.tensor import Tensor
 from rpc_server.split.link import Link, NoRoom
+
+if TYPE_CHECKING:
+    from rpc_server.split.slices import Keeping, Slices
 
 log = logging.getLogger(__name__)
 
@@ -169,11 +172,24 @@ class Upload:
     weight: SplitWeight
     offset: int
     left: int
+    # Watches an upload of the whole tensor whose slices are to be kept.
+    keeping: Keeping | None = None
     _chunk: memoryview = field(default_factory=lambda: memoryview(b""))
+
+    @property
+    def kept(self) -> bool:
+        """Whether the parts keep their slices, now that all of it went through."""
+        return self.keeping is not None and not self.left
 
     def room(self) -> memoryview:
         """Where the next bytes of the upload belong."""
-        self._chunk = self.storage.chunk(self.weight.step(self.offset, self.left))
+        keeping = self.keeping
+        size = (
+            self.weight.step(self.offset, self.left)
+            if keeping is None
+            else keeping.step(self.offset)
+        )
+        self._chunk = self.storage.chunk(size)
         return self._chunk
 
     async def forward(self) -> None:
@@ -190,12 +206,18 @@ class Upload:
                 run.of(np.frombuffer(self.storage.view(begin, len(data)), np.uint8))[...] = run.of(
                     data
                 )
-            if part is not None:
+            if part is not None and self.keeping is None:
                 dense = np.ascontiguousarray(run.of(data)).reshape(-1)
                 writes.append(part.link.write(part.tensor, dense.data, run.at))
+        begun = self.offset
         self.offset += len(data)
         self.left -= len(data)
-        await asyncio.gather(*writes)
+        if self.keeping is None:
+            await asyncio.gather(*writes)
+            return
+        await self.keeping.forward(data, begun)
+        if not self.left:
+            await self.keeping.finish()
 
 
 class SplitStorage(HostStorage):
@@ -233,6 +255,8 @@ class SplitStorage(HostStorage):
         # How often weights came, went or moved: plans made before are out of date.
         self.changes = 0
         self.open = True
+        # Where slices are kept for the next time; None where they aren't.
+        self.slices: Slices | None = None
 
     @property
     def weights(self) -> list[SplitWeight]:
@@ -265,6 +289,36 @@ class SplitStorage(HostStorage):
     def concerns(self, start: int, size: int, t: Tensor | None = None) -> bool:
         """Whether bytes are part of a split weight, or of a tensor that is to become one."""
         return (t is not None and is_split(t)) or bool(self.overlapping(start, size))
+
+    async def upload_kept(self, t: Tensor, start: int, offset: int, size: int) -> Upload | None:
+        """As :meth:`upload`, and the parts are asked to keep their slices. Raises WorkerLost."""
+        upload = await self.upload(t, start, offset, size)
+        if upload is not None and self.slices is not None and size == t.nbytes:
+            upload.keeping = self.slices.keeping(upload.weight)
+        return upload
+
+    async def recall(self, t: Tensor, start: int, digest: int) -> bool:
+        """Load a whole tensor from the disks of all parts; return whether all had their slices.
+
+        Raises WorkerLost.
+        """
+        slices = self.slices
+        if slices is None or not is_split(t) or start + t.nbytes > self.size:
+            return False
+        # Before room is made for it: how it would be cut.
+        imagined = SplitWeight(t, start, *self._cuts(t), [], self._local, 0)
+        hashes = await asyncio.to_thread(slices.notes.find, digest, imagined)
+        if hashes is None:
+            return False
+        upload = await self.upload(t, start, 0, t.nbytes)
+        if upload is None:
+            return False
+        weight = upload.weight
+        if weight.gathered or (weight.axis, weight.cuts) != (imagined.axis, imagined.cuts):
+            return False
+        return await slices.load(
+            digest, weight, hashes, lambda: np.frombuffer(self.view(start, t.nbytes), np.uint8)
+        )
 
     async def upload(self, t: Tensor, start: int, offset: int, size: int) -> Upload | None:
         """How ``size`` bytes of ``t`` from ``offset`` on are taken; None: written here as any.
@@ -342,14 +396,20 @@ class SplitStorage(HostStorage):
                 self.refuse(weight)
             self.forget(weight)
 
-    async def _place(self, t: Tensor, begin: int) -> SplitWeight:
+    def _cuts(self, t: Tensor) -> tuple[int, list[Rows]]:
+        """Along which axis a weight is cut, and what each part gets."""
         axis = 0 if self._by_columns and is_cut_by_columns(t.name) else 1
-        cuts = partition(t.ne[axis], self._proportions, cut_multiple(t, axis))
-        return await self._new(t, begin, axis, cuts)
+        return axis, partition(t.ne[axis], self._proportions, cut_multiple(t, axis))
+
+    @property
+    def _local(self) -> int | None:
+        return next((i for i, link in enumerate(self.links) if link is None), None)
+
+    async def _place(self, t: Tensor, begin: int) -> SplitWeight:
+        return await self._new(t, begin, *self._cuts(t))
 
     async def _new(self, t: Tensor, begin: int, axis: int, cuts: list[Rows]) -> SplitWeight:
-        local = next((i for i, link in enumerate(self.links) if link is None), None)
-        weight = SplitWeight(t, begin, axis, cuts, [], local, self.address + begin)
+        weight = SplitWeight(t, begin, axis, cuts, [], self._local, self.address + begin)
 
         async def part(i: int, link: Link | None) -> Part | None:
             if link is None or not len(cuts[i]):

@@ -19,6 +19,7 @@ from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.device import CudaDevice
 from rpc_server.devices.cuda.lane import CudaLane
 from rpc_server.devices.cuda.storage import StagingPool
+from rpc_server.listening import listen
 from rpc_server.memory import Budget
 from rpc_server.server import Server
 from tests.cuda import emulation, standin
@@ -52,7 +53,9 @@ class Serving:
 async def serving() -> AsyncIterator[Serving]:
     with standin.installed():
         made = Serving()
-        made.port = await made.server.start("127.0.0.1", 0)
+        sockets = await listen("127.0.0.1", 0)
+        made.port = sockets[0].getsockname()[1]
+        await made.server.start(sockets)
         yield made
         await made.server.stop()
 

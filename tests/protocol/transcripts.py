@@ -19,6 +19,7 @@ from protocol.messages import RPC_TENSOR_DTYPE, RpcTensor
 from protocol.split import (
     ProgramStep,
     encode_program,
+    members_fields,
     split_caps,
     split_status_fields,
     with_split,
@@ -109,12 +110,16 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
         Command.SPLIT_ALLOC_BUFFER: {"remote_ptr": HANDLE + 16, "remote_size": 1 << 20},
         Command.SPLIT_PROGRAM: {"result": 0},
         Command.SPLIT_STATUS: split_status_fields(),
+        Command.SPLIT_MEMBERS: members_fields([1 << 63, 3]),
+        Command.SPLIT_ACQUIRE: {"granted": 1, "holder": b""},
+        Command.SPLIT_RELEASE: {"kept": 0},
     }
     tensor = tensor_fields(dialect, "blk.0.attn_q.weight", (max(upload, 8) // 4, 2, 1, 1))
     fields: dict[str, Any] = {
         "tensor": tensor, "src": tensor, "dst": tensor, "srcs": [tensor] * 10, "device": 0,
         "remote_ptr": HANDLE, "offset": 0, "size": download, "value": 7, "hash": 1 << 60,
         "cache_flag": 1, "n_proportions": 1, "proportions": [1.0] * 16, "program": 3,
+        "patience_ms": 100, "keep": 1,
     }  # fmt: skip
     for command, spec in dialect.commands.items():
         if command is Command.HELLO:

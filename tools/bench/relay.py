@@ -18,6 +18,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from tools.arguments import endpoint
+
 _CHUNK = 256 << 10
 
 
@@ -84,15 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--listen", type=int, required=True, metavar="PORT")
-    add("--to", required=True, metavar="HOST:PORT")
+    add("--to", type=endpoint, required=True, metavar="HOST:PORT")
     add("--delay", type=float, default=0.0, metavar="MS", help="one way (default: %(default)s)")
     add("--rate", type=float, default=10.0, metavar="GBIT", help="a second (default: %(default)s)")
     options = parser.parse_args(arguments)
-    host, _, port = options.to.rpartition(":")
     # Switching threads every 5 ms would be a delay of its own.
     sys.setswitchinterval(20e-6)
     with contextlib.suppress(KeyboardInterrupt):
-        serve(options.listen, (host, int(port)), options.delay / 1e3, options.rate * 1e9 / 8)
+        serve(options.listen, options.to, options.delay / 1e3, options.rate * 1e9 / 8)
     return 0
 
 

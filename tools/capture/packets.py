@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import dpkt
 
+from protocol.endpoint import format_endpoint
 from tools.capture.files import Frame
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
@@ -132,6 +133,5 @@ def _network(link: int, data: bytes) -> tuple[int, int]:
 def address_text(address: tuple[bytes, int]) -> str:
     """host:port, with an IPv6 host in brackets."""
     host, port = address
-    if len(host) == 4:
-        return f"{socket.inet_ntop(socket.AF_INET, host)}:{port}"
-    return f"[{socket.inet_ntop(socket.AF_INET6, host)}]:{port}"
+    family = socket.AF_INET if len(host) == 4 else socket.AF_INET6
+    return format_endpoint(socket.inet_ntop(family, host), port)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from protocol.annotate import text_of
 from protocol.commands import Command
 from protocol.conversation import Message
+from protocol.endpoint import format_endpoint
 
 if TYPE_CHECKING:
     # Not at run time: the command line is read without what captures need.
@@ -29,7 +30,7 @@ class Filters:
         if self.connections and connection.number not in self.connections:
             return False
         return not self.clients or any(
-            client in (connection.client, connection.client.rpartition(":")[0].strip("[]"))
+            client == connection.client or connection.client.startswith(format_endpoint(client, ""))
             for client in self.clients
         )
 

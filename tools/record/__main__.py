@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from protocol.endpoint import format_endpoint
 from tools import arguments
 from tools.record.figures import Figures
 from tools.record.frames import Address
@@ -51,7 +52,8 @@ async def _run(options: argparse.Namespace, recorder: Recorder) -> int:
     try:
         port = await proxy.listen(host, port)
     except OSError as error:
-        print(f"can't listen on {host}:{port}: {error.strerror}", file=sys.stderr)
+        where = format_endpoint(host, port)
+        print(f"can't listen on {where}: {error.strerror}", file=sys.stderr)
         return 1
     to = Address(*options.to)
     print(f"recording {Address(host, port)} -> {to} into {recorder.path}", flush=True)

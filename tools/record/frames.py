@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from protocol.endpoint import format_endpoint
 from protocol.events import Side
 
 Buffer = bytes | memoryview
@@ -45,7 +46,7 @@ class Address:
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return format_endpoint(self.host, self.port)
 
 
 def ones_complement_sum(data: Buffer) -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, cast
 
+from protocol.endpoint import format_endpoint
 from protocol.events import Side
 from tools.record.frames import Address
 
@@ -111,7 +112,9 @@ class _Link:
                 await loop.create_connection(lambda: self.ends[Side.SERVER], host, port)
         except OSError as error:
             reason = error.strerror or "no answer"
-            self.proxy.report(f"{client}: no connection to {host}:{port} ({reason})")
+            self.proxy.report(
+                f"{client}: no connection to {format_endpoint(host, port)} ({reason})"
+            )
             self.proxy.watcher.refused(client, server, now)
             self.break_off()
             return

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from protocol.endpoint import format_endpoint
 from tools import arguments
 from tools.capture.errors import CaptureError
 from tools.replay.player import Player, ReplayError, Result
@@ -90,7 +91,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         reason = error.strerror or "no answer in time"
-        print(f"no connection to {host}:{port}: {reason}", file=sys.stderr)
+        where = format_endpoint(host, port)
+        print(f"no connection to {where}: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 2

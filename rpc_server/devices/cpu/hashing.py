@@ -14,17 +14,19 @@ from rpc_server.native.routine import CompileError
 _FNV = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
 
 
-def compiled_hash() -> Callable[[memoryview], int]:
-    """FNV-1a 64 of bytes. The function's code is got ready from here on."""
+def compiled_hash() -> Callable[..., int]:
+    """FNV-1a 64, called as protocol.hashing.fnv1a_64. Its code is got ready from here on."""
     library().request([fnv1a])
 
-    def fnv(data: memoryview) -> int:
+    def fnv(data: memoryview, value: int = FNV_OFFSET) -> int:
         array = np.frombuffer(data, np.uint8)
         try:
             run = _FNV(fnv1a.address)
         except CompileError:
-            return fnv1a_64(data)
-        digest: int = run(array.ctypes.data, len(array), FNV_OFFSET - (1 << 64))
+            return fnv1a_64(data, value)
+        # The system's numbers have a sign.
+        begun = value - (1 << 64) if value >> 63 else value
+        digest: int = run(array.ctypes.data, len(array), begun)
         return digest % (1 << 64)
 
     return fnv

@@ -1,0 +1,384 @@
+"""Coordinators that don't know each other over the same workers, and parts that can't be parts.
+
+A program holds a worker until its last step. Whoever needs several workers at once must not keep
+one while it waits for another: whatever the order in which they are named, nobody waits for a
+timeout, everybody gets right numbers, and everybody gets on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from client.backend import Backend
+from client.connection import Connection, connect
+from client.errors import ConnectionLost
+from client.steps import Step, encode_steps
+from protocol.commands import Command
+from protocol.ggml_types import GgmlType
+from protocol.split import caps_version, split_caps
+from rpc_server.split.link import Link
+from tests.split.cluster import HOST, Coordinator, Worker, backend, nmse, values, weight
+from tools.ports import free_port
+from tools.serving import Process, listens, own_command, upstream_command
+
+F32 = GgmlType.F32
+PATIENCE = 30.0
+# Far above what any of these graphs takes, and waited for only by what is stuck.
+TIMEOUT = ("--split-timeout", "20")
+GRAPHS = 60
+
+
+async def computing(coordinator: Worker, seed: int, graphs: int = GRAPHS) -> None:
+    """Chains of products, each several exchanges, with new input every time; all are right."""
+    shape = (256, 256)
+    data = values(*shape, seed=seed) / 16
+    async with backend(coordinator) as b:
+        w = await weight(b, F32, shape, data.tobytes())
+        x = await b.tensor(F32, (256, 2))
+        y = x
+        for _ in range(4):
+            y = b.graph.mul_mat(w, b.graph.scale(y, 1.5))
+        plan = await b.prepare(y)
+        for i in range(graphs):
+            new = values(2, 256, seed=1000 * seed + i)
+            await b.upload(x, new)
+            await plan.run()
+            expected = new
+            for _ in range(4):
+                expected = (expected * np.float32(1.5)) @ data.T
+            got = (await b.download(y)).reshape(2, 256)
+            assert nmse(got, expected) < 1e-9, f"graph {i} of client {seed}"
+
+
+def check(*servers: Worker) -> None:
+    for server in servers:
+        assert server.alive, server.log
+        for trouble in ("ERROR", "Traceback", "did not answer", "never retrieved"):
+            assert trouble not in server.log, server.log
+
+
+@pytest.fixture
+def pair() -> Iterator[list[Worker]]:
+    with Worker() as first, Worker() as second:
+        yield [first, second]
+
+
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+async def test_two_over_the_same_workers_in_opposite_orders(mode: str, pair: list[Worker]) -> None:
+    options = (*TIMEOUT, "--split-mode", mode)
+    with Coordinator(pair, *options) as one, Coordinator(pair[::-1], *options) as two:
+        await asyncio.wait_for(
+            asyncio.gather(*(computing(c, seed) for seed, c in enumerate((one, two, one, two)))),
+            4 * PATIENCE,
+        )
+        check(one, two, *pair)
+
+
+async def test_three_that_share_a_worker_with_each_of_the_others() -> None:
+    """Philosophers at a table."""
+    with contextlib.ExitStack() as stack:
+        w = [stack.enter_context(Worker()) for _ in range(3)]
+        parts = ((w[0], w[1]), (w[1], w[2]), (w[2], w[0], "local"))
+        coordinators = [stack.enter_context(Coordinator(p, *TIMEOUT)) for p in parts]
+        await asyncio.wait_for(
+            asyncio.gather(*(computing(c, seed) for seed, c in enumerate(coordinators))),
+            4 * PATIENCE,
+        )
+        check(*coordinators, *w)
+
+
+async def test_one_is_not_kept_off_by_another_that_never_pauses(pair: list[Worker]) -> None:
+    """Graph after graph of one coordinator, and the other still gets its turn each time."""
+    with Coordinator(pair, *TIMEOUT) as busy, Coordinator(pair[::-1], *TIMEOUT) as other:
+        endless = [asyncio.ensure_future(computing(busy, s, 1_000_000)) for s in (1, 2)]
+        await asyncio.wait_for(computing(other, 3, 20), 2 * PATIENCE)
+        for task in endless:
+            assert not task.done(), task
+            task.cancel()
+        await asyncio.gather(*endless, return_exceptions=True)
+        assert busy.alive
+        assert other.alive
+
+
+async def test_coordinators_of_coordinators(pair: list[Worker]) -> None:
+    """A coordinator is leased with all that it runs on, or the two at the top could get stuck."""
+    a, b = pair
+    with (
+        Coordinator([a], *TIMEOUT) as over_a,
+        Coordinator([b], *TIMEOUT) as over_b,
+        Coordinator([over_a, b], *TIMEOUT) as one,
+        Coordinator([over_b, a], *TIMEOUT) as two,
+    ):
+        servers = (one, two, over_a, over_b)
+        await asyncio.wait_for(
+            asyncio.gather(*(computing(c, seed, 30) for seed, c in enumerate(servers))),
+            4 * PATIENCE,
+        )
+        check(*servers, a, b)
+
+
+async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[Worker]) -> None:
+    with Coordinator(pair, *TIMEOUT) as doomed, Coordinator(pair[::-1], *TIMEOUT) as other:
+        task = asyncio.ensure_future(computing(doomed, 1, 1_000_000))
+        await computing(other, 2, 5)
+        doomed.kill()
+        with pytest.raises(ConnectionLost):
+            await task
+        await asyncio.wait_for(computing(other, 3, 20), PATIENCE)
+        check(other)
+
+
+async def test_a_coordinator_that_stalls_is_waited_for_up_to_a_limit() -> None:
+    """It is not the worker that is blamed, and the one who waits is served in the end."""
+    with contextlib.ExitStack() as stack:
+        pair = [stack.enter_context(Worker("--peer-timeout", "3")) for _ in range(2)]
+        stalled = stack.enter_context(Coordinator(pair, *TIMEOUT))
+        other = stack.enter_context(Coordinator(pair[::-1], *TIMEOUT))
+        await computing(other, 1, 1)
+        task = asyncio.ensure_future(computing(stalled, 2, 1_000_000))
+        async with backend(other) as b:
+            # Until it is caught with the workers in its hands.
+            for _ in range(200):
+                await asyncio.sleep(0.05)
+                stalled.child.send_signal(signal.SIGSTOP)
+                if await is_held(pair[0]):
+                    break
+                stalled.child.send_signal(signal.SIGCONT)
+            else:
+                pytest.fail("the coordinator was never stopped with a lease")
+            await b.connection.get_alignment()
+        try:
+            await asyncio.wait_for(computing(other, 3, 5), PATIENCE)
+        finally:
+            stalled.child.send_signal(signal.SIGCONT)
+        with pytest.raises(ConnectionLost):
+            await task
+        assert re.search(
+            r"worker \S+ is in use by another: client \d+ \(127[^\n]*; waiting", other.log
+        )
+        assert any("--peer-timeout" in w.log for w in pair)
+        check(other)
+
+
+async def is_held(worker: Worker) -> bool:
+    """Whether some client has the lease of a worker."""
+    async with await connect(HOST, worker.port, split=True) as c:
+        answer = await c.request(Command.SPLIT_ACQUIRE, device=0, patience_ms=0)
+    return not answer.granted
+
+
+# -- the worker's side
+
+
+async def acquire(c: Connection, patience: float = 0.0) -> tuple[bool, str]:
+    answer = await c.request(Command.SPLIT_ACQUIRE, device=0, patience_ms=int(patience * 1000))
+    return bool(answer.granted), bytes(answer.holder).rstrip(b"\0").decode()
+
+
+async def release(c: Connection, *, keep: bool = False) -> bool:
+    answer = await c.request(Command.SPLIT_RELEASE, device=0, keep=int(keep))
+    return bool(answer.kept)
+
+
+async def test_a_lease_is_one_clients(whole: Worker) -> None:
+    async with backend(whole) as a, backend(whole) as b, backend(whole) as c:
+        one, two, three = (n.connection for n in (a, b, c))
+        assert await acquire(one) == (True, "")
+        assert await acquire(one) == (True, "")
+        granted, holder = await acquire(two)
+        assert not granted
+        port = one._transport.get_extra_info("sockname")[1]
+        assert re.fullmatch(rf"client \d+ \(127\.0\.0\.1:{port}\)", holder)
+        granted, holder = await acquire(two, 0.1)
+        assert not granted
+        assert str(port) in holder
+        # Nobody waits any more.
+        assert await release(one, keep=True)
+        # In the order in which they came.
+        second = asyncio.ensure_future(acquire(two, 20.0))
+        await asyncio.sleep(0.1)
+        third = asyncio.ensure_future(acquire(three, 20.0))
+        await asyncio.sleep(0.1)
+        assert not await release(one, keep=True)
+        assert (await second)[0]
+        assert not third.done()
+        assert not await release(two)
+        assert (await third)[0]
+        assert not await release(one)
+        assert not (await acquire(one))[0]
+
+
+async def test_a_lease_goes_on_when_its_holder_leaves(whole: Worker) -> None:
+    async with backend(whole) as b:
+        async with backend(whole) as a, backend(whole) as gone:
+            assert (await acquire(a.connection))[0]
+            await gone.connection.start(Command.SPLIT_ACQUIRE, device=0, patience_ms=60000)
+            waiting = asyncio.ensure_future(acquire(b.connection, 20.0))
+            await asyncio.sleep(0.1)
+            gone.connection.abort()
+        # The one before it in the queue is gone as well.
+        assert (await asyncio.wait_for(waiting, PATIENCE))[0]
+        await release(b.connection)
+
+
+async def test_a_program_without_a_lease_waits_for_one(whole: Worker) -> None:
+    """Clients of the first version, and those that need one server only."""
+    async with backend(whole) as a, old_client(whole) as b:
+        x = b.graph.new_tensor(F32, (64,), "x")
+        y = b.graph.scale(x, 2.0)
+        await b.allocate([x, y])
+        step = Step((x,), b.graph.build([y]), (y,))
+        data = encode_steps(b.connection, [step])
+        await b.connection.request(Command.SPLIT_PROGRAM, data=data, device=0, program=0)
+        assert (await acquire(a.connection))[0]
+        given = values(64)
+        message = b.connection.message(Command.SPLIT_RUN, device=0, program=0) + given.tobytes()
+        got = np.empty(64, np.float32)
+        (answer,) = await b.connection.exchange(
+            [message], [(Command.SPLIT_RUN, got.data.cast("B"))], framed=False
+        )
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(answer), 0.3)
+        assert not await release(a.connection, keep=True)
+        await asyncio.wait_for(answer, PATIENCE)
+        assert np.array_equal(got, given * 2)
+        # It had it for that run.
+        assert (await acquire(a.connection, 5.0))[0]
+        await release(a.connection)
+
+
+@contextlib.asynccontextmanager
+async def old_client(server: Worker) -> Iterator[Backend]:
+    """One that speaks version 1 of the extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("client.connection.split_caps", lambda: split_caps(1))
+        connection = await connect(HOST, server.port, split=True)
+    assert caps_version(connection.server_caps) > 1
+    assert connection.split_version == 1
+    assert Command.SPLIT_ACQUIRE not in connection.dialect.commands
+    async with connection:
+        yield await Backend.open(connection)
+
+
+async def test_a_holder_that_does_nothing_is_let_go() -> None:
+    with Worker("--peer-timeout", "1") as worker:
+        async with backend(worker) as a, backend(worker) as b:
+            assert (await acquire(a.connection))[0]
+            # As long as nobody waits it may have it.
+            await asyncio.sleep(1.5)
+            assert await release(a.connection, keep=True)
+            assert (await acquire(b.connection, 20.0))[0]
+            with pytest.raises(ConnectionLost):
+                await a.connection.get_alignment()
+        assert re.search(r"ERROR +client [^\n]*has the device's lease for 1 s, runs nothing and "
+                         r"others wait \(--peer-timeout\)", worker.log)  # fmt: skip
+
+
+async def test_coordinators_of_the_first_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that don't know leases are used without."""
+    monkeypatch.setattr("client.connection.split_caps", lambda: split_caps(1))
+    with Worker() as worker:
+        link = await Link.open(HOST, worker.port, 20.0)
+        assert link.extended
+        assert not link.has_leases
+        assert link.members == ()
+        assert link.speaks == "split extension without leases"
+        link.close()
+
+
+# -- what can't be a part
+
+
+def refused(parts: Sequence[str], *options: str, port: int = 0) -> str:
+    """The line with which a coordinator doesn't start."""
+    done = subprocess.run(
+        own_command(port, "--split", ",".join(parts), *options),
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_the_same_address_twice() -> None:
+    assert "127.0.0.1:1234 twice" in refused(["127.0.0.1:1234", "127.0.0.1:1234"])
+
+
+def test_the_same_worker_under_two_names(pair: list[Worker]) -> None:
+    first, second = pair
+    names = [first.address, f"localhost:{first.port}", second.address]
+    line = refused(names)
+    assert re.search(rf"error: worker (\S+:{first.port}) is the same server as (\S+:{first.port}): "
+                     "name each once", line), line  # fmt: skip
+    check(first, second)
+
+
+def test_its_own_address() -> None:
+    port = free_port()
+    line = refused([f"{HOST}:{port}", "local"], port=port)
+    assert f"worker {HOST}:{port} is this server itself; its own share is called 'local'" in line
+    with Worker() as worker:
+        line = refused([worker.address, f"localhost:{port}"], "--host", "0.0.0.0", port=port)
+        assert f"worker localhost:{port} is this server itself" in line
+
+
+def test_a_part_that_is_behind_another_part(pair: list[Worker]) -> None:
+    first, second = pair
+    with Coordinator(pair) as over_both, Coordinator([first, "local"]) as over_first:
+        line = refused([over_both.address, second.address])
+        assert f"worker {over_both.address} splits over {second.address}, which is a part" in line
+        line = refused([over_both.address, over_first.address])
+        assert "split over the same server" in line
+        with Coordinator([over_first, second]) as sound:
+            check(sound)
+
+
+def test_a_circle_that_comes_about_later() -> None:
+    """A worker ends, and in its place comes a coordinator over the one who looks for it."""
+    with Worker() as worker, Coordinator([worker]) as coordinator:
+        port = worker.port
+        worker.stop()
+        coordinator.wait_for("was lost; trying")
+        with Coordinator([coordinator], "--port", str(port)):
+            coordinator.wait_for(rf"ERROR +worker {HOST}:{port} splits over this server")
+        assert coordinator.alive
+
+
+@pytest.mark.upstream
+def test_an_upstream_worker_twice_or_taken(tmp_path: object) -> None:
+    """It serves one client at a time, and the next gets no answer until that leaves."""
+    port = free_port()
+    command = upstream_command(port, "-t", "1")
+    if command is None:
+        pytest.skip("no ggml-rpc-server: run python -m tools.upstream")
+    with Process(command) as server:
+        server.wait_until(lambda: listens(port), PATIENCE, "listening socket")
+        line = refused([f"{HOST}:{port}", f"localhost:{port}"])
+        assert "is the same server as" in line
+        with Coordinator([f"{HOST}:{port}"]):
+            line = refused([f"{HOST}:{port}"])
+        assert "another client or coordinator has it" in line
+        assert "serves one at a time" in line
+
+
+def test_a_worker_that_nobody_answers_for_is_not_taken_for_its_neighbour() -> None:
+    with Worker() as worker, socket.socket() as silent:
+        silent.bind((HOST, 0))
+        silent.listen(5)
+        started = time.monotonic()
+        line = refused([worker.address, f"{HOST}:{silent.getsockname()[1]}"])
+        assert "accepts but does not answer" in line
+        assert "same server" not in line
+        assert time.monotonic() - started < PATIENCE
