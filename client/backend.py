@@ -219,7 +219,7 @@ class Backend:
         """
         graph = self.graph.build(outputs)
         for node in graph.nodes:
-            self.connection.dialect.op_number(node.op)
+            self.connection.wire_tensor(node)
         placed = [t for t in graph.roots if not t.placed]
         buffers = await self.allocate(placed)
         payload = graph.encode(self.connection.dialect, self.device)

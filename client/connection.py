@@ -48,6 +48,7 @@ from protocol.dialects import (
 from protocol.errors import ProtocolError
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES, RPC_TENSOR_SIZE, RpcTensor
+from protocol.numbering import wire_params
 from protocol.responses import ResponseReader
 from protocol.split import caps_version, split_caps, with_split
 
@@ -513,10 +514,12 @@ class Connection:
                 future.exception()
 
     def wire_tensor(self, tensor: TensorLike) -> Mapping[str, Any]:
-        """The rpc_tensor of ``tensor`` with this version's op number; ValueError if it has none."""
+        """The rpc_tensor of ``tensor`` with this version's numbers; ValueError if it has none."""
         if not isinstance(tensor, Tensor):
             return tensor
-        return {**tensor.fields(), "op": self.dialect.op_number(tensor.op)}
+        fields = tensor.fields()
+        params = wire_params(self.dialect.numbering, tensor.op, fields["op_params"])
+        return {**fields, "op": self.dialect.op_number(tensor.op), "op_params": params}
 
     # -- commands
 

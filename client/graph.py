@@ -25,6 +25,7 @@ from protocol.dialects import USE_COUNT_SINCE, Dialect
 from protocol.ggml_ops import Op
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE
+from protocol.numbering import wire_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,10 @@ class Graph:
         for name in RPC_TENSOR_DTYPE.names or ():
             if name == "op":
                 tensors[name] = [dialect.op_number(row[name]) for row in rows]
+            elif rows and name == "op_params":
+                tensors[name] = [
+                    wire_params(dialect.numbering, row["op"], row[name]) for row in rows
+                ]
             elif rows:
                 tensors[name] = [row[name] for row in rows]
         if dialect.version < USE_COUNT_SINCE:

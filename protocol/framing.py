@@ -25,6 +25,7 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Body, CommandSpec, Dialect
 from protocol.errors import ProtocolError, TooLargeError
+from protocol.names import size_by_frame, size_by_graph, size_by_upload, upload_head_size
 from protocol.staging import Staging
 
 FRAME = struct.Struct("<BQ")
@@ -78,10 +79,17 @@ Event = Hello | Request | UploadStart | UploadPart | UploadEnd
 
 
 class RequestReader:
-    """Reads the requests of one connection; the owner sets ``dialect`` when HELLO is answered."""
+    """Reads the requests of one connection; the owner sets ``dialect`` when HELLO is answered.
+
+    Until a request tells how long the names of tensors are, that is open; then ``dialect`` is the
+    one with such names, and the connection is held to it.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.dialect: Dialect | None = None
+        # Whether a request has told the size of names; whether one was read without knowing it.
+        self._names_known = False
+        self._names_assumed = False
         self._limits = limits or Limits()
         self._staging = Staging()
         self._frame: tuple[Command, CommandSpec, int] | None = None
@@ -146,6 +154,8 @@ class RequestReader:
         if self._frame is None and not self._read_frame():
             return None
         assert self._frame is not None
+        if not self._names_known and self._frame[1].body is Body.DATA and not self._look_ahead():
+            return None
         command, spec, size = self._frame
         head = codec(spec.request)
         if len(self._staging) < head.size:
@@ -173,8 +183,37 @@ class RequestReader:
         if self.dialect is None:
             self._frame = (*first_frame(number, size), size)
         else:
+            if not self._names_known:
+                self._settle_names(size_by_frame(self.dialect, number, size))
             self._frame = (*check_frame(self.dialect, number, size, self._limits), size)
         return True
+
+    def _look_ahead(self) -> bool:
+        """Settle the size of names by the upload that comes next; False if more is needed."""
+        assert self._frame is not None
+        assert self.dialect is not None
+        command, _, size = self._frame
+        needed = upload_head_size(self.dialect, size)
+        if len(self._staging) < needed:
+            return False
+        name_size = size_by_upload(self.dialect, size, self._staging.peek(needed))
+        self._settle_names(name_size)
+        self._names_assumed |= name_size is None
+        self._frame = (command, self.dialect.commands[command], size)
+        return True
+
+    def _settle_names(self, size: int | None) -> None:
+        if size is None or self.dialect is None:
+            return
+        self._names_known = True
+        if size == self.dialect.name_size:
+            return
+        if self._names_assumed:
+            raise ProtocolError(
+                f"names of {size} bytes, after uploads that were read with names of "
+                f"{self.dialect.name_size}: they could have been either"
+            )
+        self.dialect = self.dialect.with_names(size)
 
     def _hello(self, size: int) -> Hello:
         caps = self._staging.take(size)
@@ -199,6 +238,9 @@ class RequestReader:
         self._frame = None
         if self._graph is None:
             return UploadEnd()
+        if not self._names_known and self._graph[0] is Command.GRAPH_COMPUTE:
+            assert self.dialect is not None
+            self._settle_names(size_by_graph(self.dialect, self._graph[2]))
         request = Request(*self._graph)
         self._graph = None
         return request

@@ -1,12 +1,16 @@
-"""ggml's ops by name, and how each protocol version numbers them.
+"""ggml's ops by name, and how clients number them.
 
-``enum ggml_op`` is renumbered whenever an op is inserted, and only the patch number of the protocol
-tells. Everywhere else in this project an op is its name; numbers exist on the wire only.
+``enum ggml_op`` is renumbered whenever an op is inserted, and so are the functions of UNARY and
+GLU. Everywhere else in this project an op is its name; numbers exist on the wire only, and a
+:class:`Numbering` says which. Numberings are written as what each lacks of the next newer one.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 
 class Op(enum.StrEnum):
@@ -119,19 +123,6 @@ class Op(enum.StrEnum):
 VIEWS = frozenset({Op.NONE, Op.RESHAPE, Op.VIEW, Op.PERMUTE, Op.TRANSPOSE})
 
 
-def _without(*ops: Op) -> tuple[Op, ...]:
-    return tuple(op for op in Op if op not in ops)
-
-
-_DSV4 = (Op.DSV4_HC_COMB, Op.DSV4_HC_PRE, Op.DSV4_HC_POST)
-
-# A numbering: position = number on the wire. Named by how many ops it has.
-OPS_101: tuple[Op, ...] = tuple(Op)
-OPS_98: tuple[Op, ...] = _without(*_DSV4)
-OPS_97: tuple[Op, ...] = _without(*_DSV4, Op.LIGHTNING_INDEXER)
-OPS_96: tuple[Op, ...] = _without(*_DSV4, Op.LIGHTNING_INDEXER, Op.COL2IM_1D)
-
-
 class UnaryOp(enum.IntEnum):
     """``enum ggml_unary_op``: op_params[0] of UNARY."""
 
@@ -179,3 +170,72 @@ class TensorFlag(enum.IntFlag):
     PARAM = 4
     LOSS = 8
     COMPUTE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Numbering:
+    """How one release line of ggml numbers its ops, and where its ``op_params`` mean another thing.
+
+    ``ops[n]`` is the op with number ``n``; ``functions[op][n]`` is the function that ``n`` in
+    op_params[0] of UNARY or GLU stands for, as the number it has in :class:`UnaryOp` or
+    :class:`GluOp`. ``pads_behind``: PAD has no op_params and pads behind, by the difference of the
+    shapes.
+    """
+
+    ops: tuple[Op, ...]
+    functions: Mapping[Op, tuple[int, ...]]
+    pads_behind: bool = False
+
+    @cached_property
+    def numbers(self) -> dict[Op, int]:
+        """The number of each op."""
+        return {op: number for number, op in enumerate(self.ops)}
+
+    @cached_property
+    def function_numbers(self) -> dict[Op, dict[int, int]]:
+        """By op: the number on the wire of each function of UNARY or GLU."""
+        return {
+            op: {known: number for number, known in enumerate(functions)}
+            for op, functions in self.functions.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"<{len(self.ops)} ops>"
+
+
+def _without(ops: tuple[Op, ...], *lacking: Op) -> tuple[Op, ...]:
+    return tuple(op for op in ops if op not in lacking)
+
+
+OPS_101: tuple[Op, ...] = tuple(Op)
+OPS_98 = _without(OPS_101, Op.DSV4_HC_COMB, Op.DSV4_HC_PRE, Op.DSV4_HC_POST)
+OPS_97 = _without(OPS_98, Op.LIGHTNING_INDEXER)
+OPS_96 = _without(OPS_97, Op.COL2IM_1D)
+OPS_95 = _without(OPS_96, Op.GATED_DELTA_NET)
+OPS_90 = _without(OPS_95, Op.CUMSUM, Op.TOP_K, Op.TRI, Op.FILL, Op.SOLVE_TRI)
+OPS_88 = _without(OPS_90, Op.IM2COL_3D, Op.CONV_3D)
+OPS_86 = _without(OPS_88, Op.ADD_ID, Op.OPT_STEP_SGD)
+OPS_82 = _without(OPS_86, Op.SET_ROWS, Op.CONV_2D, Op.ROLL, Op.GLU)
+
+_UNARY = tuple(UnaryOp)
+# EXPM1 and SOFTPLUS were inserted together with CUMSUM and TRI. The functions behind GELU_ERF came
+# one after the other, in this order: releases that lack the last ones never send their numbers.
+_UNARY_90 = tuple(u for u in UnaryOp if u not in (UnaryOp.EXPM1, UnaryOp.SOFTPLUS))
+_GLU = tuple(GluOp)
+# SWIGLU_OAI was inserted together with ADD_ID.
+_GLU_86 = tuple(g for g in GluOp if g not in (GluOp.SWIGLU_OAI, GluOp.SWIGLU_CLAMP))
+
+_FUNCTIONS: Mapping[Op, tuple[int, ...]] = {Op.UNARY: _UNARY, Op.GLU: _GLU}
+_FUNCTIONS_90: Mapping[Op, tuple[int, ...]] = {Op.UNARY: _UNARY_90, Op.GLU: _GLU}
+_FUNCTIONS_86: Mapping[Op, tuple[int, ...]] = {Op.UNARY: _UNARY_90, Op.GLU: _GLU_86}
+
+# Named by how many ops they have.
+NUMBERING_101 = Numbering(OPS_101, _FUNCTIONS)
+NUMBERING_98 = Numbering(OPS_98, _FUNCTIONS)
+NUMBERING_97 = Numbering(OPS_97, _FUNCTIONS)
+NUMBERING_96 = Numbering(OPS_96, _FUNCTIONS)
+NUMBERING_95 = Numbering(OPS_95, _FUNCTIONS)
+NUMBERING_90 = Numbering(OPS_90, _FUNCTIONS_90)
+NUMBERING_88 = Numbering(OPS_88, _FUNCTIONS_90, pads_behind=True)
+NUMBERING_86 = Numbering(OPS_86, _FUNCTIONS_86, pads_behind=True)
+NUMBERING_82 = Numbering(OPS_82, _FUNCTIONS_86, pads_behind=True)

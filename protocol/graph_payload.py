@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
-from protocol.messages import RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE
+from protocol.messages import NAME_SIZES, RPC_TENSOR_DTYPES
 
 
 @dataclass(slots=True)
 class GraphPayload:
-    """A graph as it was sent: ``nodes`` uint64[n_nodes], ``tensors`` RPC_TENSOR_DTYPE[n]."""
+    """A graph as it was sent: ``nodes`` uint64[n_nodes], ``tensors`` rpc_tensor rows [n]."""
 
     device: int
     nodes: npt.NDArray[np.uint64]
@@ -48,13 +48,26 @@ def decode_graph(payload: bytes | bytearray | memoryview, dialect: Dialect) -> G
     nodes = np.frombuffer(payload, "<u8", n_nodes, at)
     at += 8 * n_nodes
     n_tensors = word()
-    if at + RPC_TENSOR_SIZE * n_tensors != size:
+    taken = dialect.tensor_size * n_tensors
+    if at + taken != size:
         raise ProtocolError(
-            f"graph of {size} bytes: {n_tensors} tensors take {RPC_TENSOR_SIZE * n_tensors}, "
-            f"{size - at} are left"
+            f"graph of {size} bytes: {n_tensors} tensors take {taken}, {size - at} are left"
         )
-    tensors = np.frombuffer(payload, RPC_TENSOR_DTYPE, n_tensors, at)
+    tensors = np.frombuffer(payload, dialect.tensor_dtype, n_tensors, at)
     return GraphPayload(device, nodes, tensors)
+
+
+def graph_name_sizes(payload: bytes | bytearray | memoryview, dialect: Dialect) -> list[int]:
+    """Return the sizes of names with which the counts of a payload fill it; all for no tensors."""
+    at = 4 if dialect.graph_device else 0
+    if at + 4 > len(payload):
+        return []
+    at += 4 + 8 * int(struct.unpack_from("<I", payload, at)[0])
+    if at + 4 > len(payload):
+        return []
+    (n_tensors,) = struct.unpack_from("<I", payload, at)
+    left = len(payload) - at - 4
+    return [n for n in NAME_SIZES if n_tensors * RPC_TENSOR_DTYPES[n].itemsize == left]
 
 
 def encode_graph(graph: GraphPayload, dialect: Dialect) -> bytes:
@@ -63,7 +76,7 @@ def encode_graph(graph: GraphPayload, dialect: Dialect) -> bytes:
         raise ValueError(f"protocol {dialect.name} has one device, not number {graph.device}")
     head = struct.pack("<I", graph.device) if dialect.graph_device else b""
     nodes = np.ascontiguousarray(graph.nodes, "<u8")
-    tensors = np.ascontiguousarray(graph.tensors, RPC_TENSOR_DTYPE)
+    tensors = np.ascontiguousarray(graph.tensors, dialect.tensor_dtype)
     return b"".join(
         (
             head,

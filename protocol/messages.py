@@ -26,26 +26,39 @@ from construct import (
 MAX_DIMS = 4
 MAX_SOURCES = 10
 MAX_PARAM_WORDS = 16
+# GGML_MAX_NAME as ggml has it, and as programs compile it that need longer names
+# (stable-diffusion.cpp): nothing else of the wire differs.
 MAX_NAME = 64
+NAME_SIZES = (MAX_NAME, 128)
 CONN_CAPS_SIZE = 24
 
-# rpc_tensor of ggml-rpc.cpp. Its last four bytes were padding (sent as zero) before protocol 5.1.
-RpcTensor = Struct(
-    "id" / Int64ul,
-    "type" / Int32ul,
-    "buffer" / Int64ul,
-    "ne" / Array(MAX_DIMS, Int32ul),
-    "nb" / Array(MAX_DIMS, Int32ul),
-    "op" / Int32ul,
-    "op_params" / Array(MAX_PARAM_WORDS, Int32sl),
-    "flags" / Int32sl,
-    "src" / Array(MAX_SOURCES, Int64ul),
-    "view_src" / Int64ul,
-    "view_offs" / Int64ul,
-    "data" / Int64ul,
-    "name" / Bytes(MAX_NAME),
-    "use_count" / Int32sl,
-)
+
+def _rpc_tensor(name_size: int) -> Any:
+    """Declare rpc_tensor of ggml-rpc.cpp.
+
+    Its last four bytes were padding (sent as zero) before protocol 5.1.
+    """
+    return Struct(
+        "id" / Int64ul,
+        "type" / Int32ul,
+        "buffer" / Int64ul,
+        "ne" / Array(MAX_DIMS, Int32ul),
+        "nb" / Array(MAX_DIMS, Int32ul),
+        "op" / Int32ul,
+        "op_params" / Array(MAX_PARAM_WORDS, Int32sl),
+        "flags" / Int32sl,
+        "src" / Array(MAX_SOURCES, Int64ul),
+        "view_src" / Int64ul,
+        "view_offs" / Int64ul,
+        "data" / Int64ul,
+        "name" / Bytes(name_size),
+        "use_count" / Int32sl,
+    )
+
+
+# By the size of a name, bytes.
+RPC_TENSORS = {size: _rpc_tensor(size) for size in NAME_SIZES}
+RpcTensor = RPC_TENSORS[MAX_NAME]
 
 
 def _numpy_field(field: Any) -> tuple[Any, tuple[int, ...]]:
@@ -69,8 +82,26 @@ def numpy_dtype(struct: Any) -> np.dtype[Any]:
     return dtype
 
 
-RPC_TENSOR_DTYPE = numpy_dtype(RpcTensor)
-RPC_TENSOR_SIZE = RpcTensor.sizeof()
+RPC_TENSOR_DTYPES = {size: numpy_dtype(tensor) for size, tensor in RPC_TENSORS.items()}
+RPC_TENSOR_DTYPE = RPC_TENSOR_DTYPES[MAX_NAME]
+RPC_TENSOR_SIZE = RPC_TENSOR_DTYPE.itemsize
+
+
+def with_names(declaration: Any, size: int) -> Any:
+    """Return a message's declaration with names of ``size`` bytes in its tensors."""
+    if declaration in RPC_TENSORS.values():
+        return RPC_TENSORS[size]
+    if isinstance(declaration, Array):
+        inner = with_names(declaration.subcon, size)
+        return declaration if inner is declaration.subcon else Array(declaration.count, inner)
+    if not isinstance(declaration, Struct):
+        return declaration
+    fields = [with_names(f.subcon, size) if f.name else f for f in declaration.subcons]
+    pairs = list(zip(fields, declaration.subcons, strict=True))
+    if all(new is (f.subcon if f.name else f) for new, f in pairs):
+        return declaration
+    return Struct(*(f.name / new if f.name else new for new, f in pairs))
+
 
 Empty = Struct()
 

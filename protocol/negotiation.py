@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from protocol.dialects import DIALECTS, Dialect, Version, compatible_dialects, find_dialects
+from protocol.dialects import DIALECTS, Dialect, Version, distinct_numberings, find_dialects
 from protocol.errors import ProtocolError
 
 _MAX_PEERS = 4096
@@ -54,7 +54,7 @@ def _offers(dialects: list[Dialect]) -> list[Offer]:
         lowest = min(d.version for d in twins)
         major, minor = lowest[:2]
         patch = max(d.version[2] for d in twins if d.version[:2] == (major, minor))
-        offers.append(Offer((major, minor, patch), tuple(compatible_dialects(dialect))))
+        offers.append(Offer((major, minor, patch), distinct_numberings(twins)))
     return offers
 
 

@@ -1,67 +1,160 @@
 """Which numbering of ops a graph was written by, where the protocol's version doesn't tell.
 
-Versions that differ in their patch number only number ops differently. Read by a wrong numbering a
-graph has ops that never travel, or ops with too few or too many sources.
+Everything that differs between clients of one version is here: numbers of ops, numbers of the
+functions of UNARY and GLU, and PAD without op_params. A *reading* is what a graph says under one
+numbering, by names that mean the same in all. Graphs whose readings are alike compute the same;
+readings that differ are told apart by what no graph of ggml has: ops that never travel, functions
+that don't exist, too few or too many sources. What is left is for whoever knows the contracts of
+ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol.dialects import Dialect
-from protocol.ggml_ops import OPS_101, VIEWS, Op
+from protocol.errors import NotInRelease
+from protocol.ggml_ops import NUMBERING_101, OPS_101, VIEWS, Numbering, Op
 
 _NEVER = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
+_FUNCTIONS = (Op.UNARY, Op.GLU)
 
-# How many sources the ops have whose numbers differ: those from COL2IM_1D on.
-_SOURCES: dict[Op, tuple[int, int]] = {
-    Op.CONV_2D: (2, 2),
-    Op.CONV_3D: (2, 2),
-    Op.CONV_2D_DW: (2, 2),
-    Op.CONV_TRANSPOSE_2D: (2, 2),
-    Op.POOL_2D_BACK: (2, 2),
-    Op.ARANGE: (0, 0),
-    Op.FLASH_ATTN_EXT: (3, 5),
-    Op.FLASH_ATTN_BACK: (4, 4),
-    Op.SSM_CONV: (2, 2),
-    Op.SSM_SCAN: (7, 7),
-    Op.ADD_REL_POS: (3, 3),
-    Op.RWKV_WKV6: (6, 6),
-    Op.GATED_LINEAR_ATTN: (5, 5),
-    Op.RWKV_WKV7: (7, 7),
-    Op.SOLVE_TRI: (2, 2),
-    Op.GATED_DELTA_NET: (6, 6),
-    Op.LIGHTNING_INDEXER: (4, 4),
-    Op.DSV4_HC_COMB: (3, 3),
-    Op.DSV4_HC_PRE: (2, 2),
-    Op.DSV4_HC_POST: (3, 4),
-    Op.CROSS_ENTROPY_LOSS: (2, 2),
-    Op.CROSS_ENTROPY_LOSS_BACK: (3, 3),
-    Op.OPT_STEP_ADAMW: (5, 5),
-    Op.OPT_STEP_SGD: (3, 3),
-    Op.GLU: (1, 2),
+# How many sources ops have, where it isn't one. Views have any number.
+_NUMBERS_OF_SOURCES: dict[tuple[int, int], tuple[Op, ...]] = {
+    (0, 0): (Op.ARANGE,),
+    (1, 2): (Op.CPY, Op.GLU),
+    (1, 3): (Op.SOFT_MAX,),
+    (2, 2): (
+        Op.ADD, Op.ADD1, Op.ACC, Op.SUB, Op.MUL, Op.DIV, Op.COUNT_EQUAL, Op.CONCAT, Op.SILU_BACK,
+        Op.RMS_NORM_BACK, Op.MUL_MAT, Op.OUT_PROD, Op.SET, Op.GET_ROWS, Op.GET_ROWS_BACK,
+        Op.SOFT_MAX_BACK, Op.CONV_TRANSPOSE_1D, Op.IM2COL, Op.IM2COL_BACK, Op.IM2COL_3D,
+        Op.CONV_2D, Op.CONV_3D, Op.CONV_2D_DW, Op.CONV_TRANSPOSE_2D, Op.POOL_2D_BACK, Op.SSM_CONV,
+        Op.SOLVE_TRI, Op.DSV4_HC_PRE, Op.CROSS_ENTROPY_LOSS,
+    ),
+    (2, 3): (Op.SET_ROWS, Op.ROPE, Op.ROPE_BACK),
+    (3, 3): (
+        Op.ADD_ID, Op.MUL_MAT_ID, Op.ADD_REL_POS, Op.DSV4_HC_COMB, Op.CROSS_ENTROPY_LOSS_BACK,
+        Op.OPT_STEP_SGD,
+    ),
+    (3, 4): (Op.DSV4_HC_POST,),
+    (3, 5): (Op.FLASH_ATTN_EXT,),
+    (4, 4): (Op.FLASH_ATTN_BACK, Op.LIGHTNING_INDEXER),
+    (5, 5): (Op.GATED_LINEAR_ATTN, Op.OPT_STEP_ADAMW),
+    (6, 6): (Op.RWKV_WKV6, Op.GATED_DELTA_NET),
+    (7, 7): (Op.RWKV_WKV7, Op.SSM_SCAN),
+}  # fmt: skip
+SOURCES: dict[Op, tuple[int, int]] = {
+    **dict.fromkeys(Op, (1, 1)),
+    **dict.fromkeys(VIEWS, (0, 10)),
+    **{op: numbers for numbers, ops in _NUMBERS_OF_SOURCES.items() for op in ops},
 }
-_FIRST_RENUMBERED = OPS_101.index(Op.COL2IM_1D)
-_ONE = (1, 1)
+
+# A reading's word for a node: the op's place in OPS_101 in the high half, its function in the low.
+_FUNCTION_BITS = 16
+_UNKNOWN = -1
+# In the low half: a PAD whose op_params mean nothing.
+_BEHIND = 1
+_PLACE = {op: i for i, op in enumerate(OPS_101)}
+
+
+def canonical_params(numbering: Numbering, op: Op, params: tuple[int, ...]) -> tuple[int, ...]:
+    """Return op_params with the function of a UNARY or GLU by the number that we know it by.
+
+    A function that ``numbering`` doesn't have becomes -1, which is none.
+    """
+    functions = numbering.functions.get(op)
+    if functions is None:
+        return params
+    number = params[0]
+    known = functions[number] if 0 <= number < len(functions) else _UNKNOWN
+    return params if known == number else (known, *params[1:])
+
+
+def wire_params(numbering: Numbering, op: Op, params: Sequence[int]) -> Sequence[int]:
+    """Return op_params as clients of ``numbering`` send them: the reverse of canonical_params.
+
+    Raises:
+        NotInRelease: These clients can't say it: no such function, or a PAD before the elements.
+    """
+    if op is Op.PAD and numbering.pads_behind:
+        if any(params[0:8:2]) or any(params[8:]):
+            raise NotInRelease(f"with {len(numbering.ops)} ops PAD pads behind, with zeros")
+        return (0,) * len(params)
+    numbers = numbering.function_numbers.get(op)
+    if numbers is None or params[0] not in NUMBERING_101.function_numbers[op]:
+        return params
+    if params[0] not in numbers:
+        raise NotInRelease(f"with {len(numbering.ops)} ops {op} has no function {params[0]}")
+    return (numbers[params[0]], *params[1:])
+
+
+def padding_behind(
+    shape: Sequence[int], source_shape: Sequence[int], n_params: int
+) -> tuple[int, ...]:
+    """Return op_params of a PAD to ``shape`` that says nothing itself and pads behind."""
+    behind = [max(0, n - m) for n, m in zip(shape, source_shape, strict=True)]
+    words = [word for n in behind for word in (0, n)]
+    return (*words, *[0] * (n_params - len(words)))
+
+
+def reading(tensors: Any, numbering: Numbering) -> npt.NDArray[np.int32]:
+    """Return int32[n]: what each of ``tensors`` (rpc_tensor rows) does under ``numbering``.
+
+    Words are equal where the same is done, whatever the numbering; -1 is an op that it lacks.
+    """
+    table = _words(numbering)
+    numbers = np.minimum(tensors["op"], len(table) - 1).astype(np.intp)
+    words = table[numbers]
+    for op in _FUNCTIONS:
+        number = numbering.numbers.get(op)
+        if number is None:
+            continue
+        (rows,) = np.nonzero(tensors["op"] == number)
+        if len(rows):
+            functions = np.array([*numbering.functions[op], 0xFFFF], np.int32)
+            chosen = tensors["op_params"][rows, 0].astype(np.int64)
+            chosen[(chosen < 0) | (chosen >= len(functions))] = len(functions) - 1
+            words[rows] |= functions[chosen]
+    return words
+
+
+def _words(numbering: Numbering) -> npt.NDArray[np.int32]:
+    """The words by number on the wire; the last one is that of all that are none."""
+    words = [_PLACE[op] << _FUNCTION_BITS for op in numbering.ops]
+    if numbering.pads_behind:
+        words[numbering.numbers[Op.PAD]] |= _BEHIND
+    return np.array([*words, _UNKNOWN], np.int32)
 
 
 def fits(tensors: Any, dialect: Dialect) -> bool:
-    """Whether all ``tensors`` (RPC_TENSOR_DTYPE) have ops of ``dialect`` with sources to match."""
-    numbers = tensors["op"].tolist()
-    counts = np.count_nonzero(tensors["src"], axis=1).tolist()
-    for number, count in set(zip(numbers, counts, strict=True)):
-        if number >= len(dialect.ops):
+    """Whether all ``tensors`` (rpc_tensor rows) have ops of ``dialect`` with sources to match."""
+    numbering = dialect.numbering
+    words = reading(tensors, numbering)
+    counts = np.count_nonzero(tensors["src"], axis=1)
+    for word, count in set(zip(words.tolist(), counts.tolist(), strict=True)):
+        if word == _UNKNOWN:
             return False
-        op = dialect.ops[number]
-        if number < _FIRST_RENUMBERED or op in VIEWS:
+        op = OPS_101[word >> _FUNCTION_BITS]
+        if op is Op.NONE:
             continue
-        least, most = _SOURCES.get(op, _ONE)
+        least, most = SOURCES[op]
         if op in _NEVER or not least <= count <= most:
             return False
+        if op in _FUNCTIONS and word & 0xFFFF == 0xFFFF:
+            return False
     return True
+
+
+def alike(tensors: Any, dialects: Iterable[Dialect]) -> list[list[Dialect]]:
+    """Return ``dialects`` in groups that read ``tensors`` (rpc_tensor rows) alike, in order."""
+    groups: dict[bytes, list[Dialect]] = {}
+    for dialect in dialects:
+        groups.setdefault(reading(tensors, dialect.numbering).tobytes(), []).append(dialect)
+    return list(groups.values())
 
 
 def likeliest(tensors: Any, dialects: Sequence[Dialect]) -> Dialect:
@@ -69,6 +162,6 @@ def likeliest(tensors: Any, dialects: Sequence[Dialect]) -> Dialect:
     return next((d for d in dialects if fits(tensors, d)), dialects[0])
 
 
-def tells(tensors: Any) -> bool:
-    """Whether the graph has ops whose numbers differ between numberings."""
-    return bool((tensors["op"] >= _FIRST_RENUMBERED).any())
+def tells(tensors: Any, dialects: Sequence[Dialect]) -> bool:
+    """Whether ``dialects`` read the graph's tensors differently."""
+    return len(alike(tensors, dialects)) > 1

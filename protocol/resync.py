@@ -20,7 +20,6 @@ from protocol.dialects import DIALECTS, Body, CommandSpec, Dialect
 from protocol.framing import FRAME
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.ggml_types import nbytes as tensor_nbytes
-from protocol.messages import RPC_TENSOR_SIZE, RpcTensor
 
 _WORD = struct.Struct("<I")
 _TYPES = {int(t): t for t in GgmlType}
@@ -114,16 +113,17 @@ class FrameFinder:
         if len(data) < at + words * _WORD.size:
             return None
         (n_nodes,) = _WORD.unpack_from(data, at + (words - 1) * _WORD.size)
+        tensor_size = self.dialect.tensor_size
         tensors = size - (words + 1) * _WORD.size - 8 * n_nodes
-        if not n_nodes or tensors < RPC_TENSOR_SIZE * n_nodes or tensors % RPC_TENSOR_SIZE:
+        if not n_nodes or tensors < tensor_size * n_nodes or tensors % tensor_size:
             return False
         first = at + (words + 1) * _WORD.size + 8 * n_nodes
-        if len(data) < first + RPC_TENSOR_SIZE:
+        if len(data) < first + tensor_size:
             return None
         (n_tensors,) = _WORD.unpack_from(data, first - _WORD.size)
-        if n_tensors * RPC_TENSOR_SIZE != tensors:
+        if n_tensors * tensor_size != tensors:
             return False
-        return plausible_tensor(codec(RpcTensor).parse(data, first), self.dialect)
+        return plausible_tensor(codec(self.dialect.tensor).parse(data, first), self.dialect)
 
 
 @functools.lru_cache(maxsize=32)

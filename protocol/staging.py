@@ -85,6 +85,10 @@ class Staging:
         self._start += n
         return data
 
+    def peek(self, n: int) -> bytes:
+        """Return the ``n`` bytes at the front, which must be there, and leave them."""
+        return bytes(self._view[self._start : self._start + n])
+
     def begin(self, target: memoryview) -> None:
         """The bytes from here on fill ``target``."""
         self._target = target

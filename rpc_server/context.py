@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from protocol.ggml_types import GgmlType
 from protocol.negotiation import Negotiator
+from protocol.numbering_memory import NumberingMemory
 from rpc_server.cache import TensorCache
 from rpc_server.devices.base import Splitting
 from rpc_server.leases import Lease
@@ -55,6 +56,7 @@ class ServerContext:
     kept_elsewhere: str = ""
     # By device, who may run programs there.
     leases: list[Lease] = field(init=False)
+    numberings: NumberingMemory = field(default_factory=NumberingMemory)
     _announced: set[tuple[int, int]] = field(default_factory=set)
     _releasing: set[asyncio.Task[None]] = field(default_factory=set)
     _departing: set[asyncio.Future[None]] = field(default_factory=set)

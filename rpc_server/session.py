@@ -29,6 +29,7 @@ from protocol.framing import (
     UploadPart,
     UploadStart,
 )
+from protocol.messages import MAX_NAME
 from rpc_server.context import ServerContext
 from rpc_server.devices.base import Device, DeviceError, Lane
 from rpc_server.graph.errors import GraphError, NodeError
@@ -42,6 +43,7 @@ from rpc_server.memory import BadAddressError, Buffer, Buffers, LimitedError, Ou
 from rpc_server.metrics import ClientFigures
 from rpc_server.plans import PlanCache
 from rpc_server.progress import UploadMeter
+from rpc_server.readings import Readings
 from rpc_server.runs import Run
 from rpc_server.sockets import shut_down
 from rpc_server.split.programs import Programs
@@ -116,6 +118,8 @@ class Session:
         self.handshake = Handshake(
             context.negotiator, figures.address, self.log, extension=extension
         )
+        # By which op numberings its graphs may be read; nothing before HELLO.
+        self.readings = Readings(context.numberings, figures.address, ())
         self.plans = [PlanCache() for _ in context.budgets]
         # By device; there is none before the first graph.
         self._lanes: list[Lane | None] = [None for _ in context.budgets]
@@ -131,6 +135,8 @@ class Session:
         self.writable = True
         # The server wants to end: nothing new is begun.
         self.leaving = False
+        # The reader's dialect when it was last looked at.
+        self._spoken: Dialect | None = None
         self._broken = False
         self._ended = False
         self._task: asyncio.Task[None] | None = None
@@ -145,9 +151,26 @@ class Session:
 
     # -- life ----------------------------------------------------------------------------------
 
+    def _note_names(self) -> None:
+        """Log that the client's tensors are longer than ggml's are by default."""
+        self._spoken = self.reader.dialect
+        size = self.dialect.name_size
+        if size == MAX_NAME:
+            return
+        news = self.context.numberings.long_names(self.figures.address)
+        self.log.log(
+            logging.INFO if news else logging.DEBUG,
+            "sends names of %d bytes: its ggml is compiled with GGML_MAX_NAME = %d, as "
+            "stable-diffusion.cpp's",
+            size,
+            size,
+        )
+
     def handle(self, event: Event) -> None:
         """Do one event. Raises what REFUSALS lists; the connection can't go on then."""
         self.handled += 1
+        if self.reader.dialect is not self._spoken:
+            self._note_names()
         if isinstance(event, Request):
             if not self.handshake.done:
                 self.handshake.went_on()
@@ -345,6 +368,9 @@ class Session:
 
     def _hello(self, hello: Hello) -> None:
         self.reader.dialect, answer = self.handshake.hello(hello)
+        self.readings = Readings(
+            self.context.numberings, self.figures.address, self.handshake.dialects
+        )
         self.figures.protocol = self.reader.dialect.name
         self.answer(Command.HELLO, answer)
 

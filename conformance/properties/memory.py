@@ -23,6 +23,7 @@ from protocol.ggml_ops import Op, TensorFlag, UnaryOp
 from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_SOURCES, RPC_TENSOR_DTYPE
+from protocol.numbering import wire_params
 
 F32 = npt.NDArray[np.float32]
 
@@ -207,7 +208,8 @@ class ModelGraph:
             _fill(row, k + 1, node.target)
             row["op"] = dialect.op_number(node.kind.op)
             row["flags"] = TensorFlag.COMPUTE
-            row["op_params"] = encode_params(node.kind.params(node.factor))
+            params = encode_params(node.kind.params(node.factor))
+            row["op_params"] = wire_params(dialect.numbering, node.kind.op, params)
             ids = [i + 1 for i in node.sources]
             row["src"] = ids + [0] * (MAX_SOURCES - len(ids))
             if node.view_of is not None:

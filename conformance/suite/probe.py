@@ -8,9 +8,11 @@ from conformance.suite.context import Context, Facts
 from conformance.suite.errors import Closed, Failed, NoAnswer
 from conformance.suite.peer import Peer
 from protocol.commands import Command
-from protocol.dialects import DIALECTS, Dialect, Version
+from protocol.dialects import DIALECTS, Dialect, Version, compatible_dialects
+from protocol.ggml_ops import Op, UnaryOp
 from protocol.ggml_types import GgmlType
 from protocol.hashing import FNV_OFFSET, FNV_PRIME, fnv1a_64
+from protocol.messages import MAX_PARAM_WORDS
 from protocol.split import VERSION
 
 # Up to protocol 6 a server keeps what is larger than this; from 7 on the client says.
@@ -70,6 +72,8 @@ def probe(address: tuple[str, int], dialect: Dialect | None, patience: float) ->
         if Command.DEVICE_COUNT in dialect.commands:
             devices = peer.call(Command.DEVICE_COUNT).device_count
         cache = devices > 0 and _has_cache(peer)
+        if devices:
+            introduce_numbering(peer)
         concurrent = _is_concurrent(address, peer, patience)
         version = peer.version
         split = 0
@@ -79,6 +83,21 @@ def probe(address: tuple[str, int], dialect: Dialect | None, patience: float) ->
         return Facts(version, dialect, devices, concurrent, cache, split)
     finally:
         context.close()
+
+
+def introduce_numbering(peer: Peer) -> None:
+    """Compute a graph that makes sense by the peer's numbering of ops alone.
+
+    A server of several releases can't know from small graphs which one it has before it, and must
+    not guess; one that serves a single release computes it as any other.
+    """
+    if len(compatible_dialects(peer.dialect)) == 1:
+        return
+    buffer = peer.alloc(256)
+    x = buffer.leaf(1, (32,))
+    function = {"op_params": [int(UnaryOp.NEG), *[0] * (MAX_PARAM_WORDS - 1)]}
+    peer.compute([buffer.node(2, (32,), Op.UNARY, 1, at=128, **function)], [x])
+    peer.call(Command.FREE_BUFFER, remote_ptr=buffer.handle)
 
 
 def _is_concurrent(address: tuple[str, int], first: Peer, patience: float) -> bool:

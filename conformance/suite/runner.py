@@ -15,9 +15,11 @@ from pathlib import Path
 
 from conformance.suite.context import Context, Facts
 from conformance.suite.errors import CaseEnded, Differs, Failed, Skipped
+from conformance.suite.probe import introduce_numbering
 from conformance.suite.registry import Case, Group
 from conformance.suite.results import Result, Run, Verdict
 from conformance.suite.target import ServerGone, Target
+from protocol.errors import NotInRelease
 from protocol.split import split_commands
 
 # A process that fails an assertion closes its connections while it ends: that it did shows shortly
@@ -164,13 +166,18 @@ class Runner:
             result.verdict = Verdict.FAIL
             result.came = f"{trouble}; {result.came}" if result.came else trouble
 
-    def _sign_of_life(self) -> str:
-        """What is wrong with the server for a new client; empty if nothing is."""
+    def _sign_of_life(self, *, introduce: bool = False) -> str:
+        """What is wrong with the server for a new client; empty if nothing is.
+
+        ``introduce``: let the server know how the suite numbers ops.
+        """
         context = Context(
             self._target.address, self._facts, seconds=self._patience, patience=self._patience
         )
         try:
-            context.connect("afterwards")
+            peer = context.connect("afterwards")
+            if introduce:
+                introduce_numbering(peer)
         except Failed as error:
             return f"a new client afterwards: {error}"
         finally:
@@ -185,7 +192,7 @@ class Runner:
         self._target.stop()
         try:
             self._target.ensure(self._reconnect)
-            trouble = self._sign_of_life()
+            trouble = self._sign_of_life(introduce=True)
         except ServerGone as error:
             return f"the server is gone since case {result.case.id}: {error}"
         return f"the server is of no use since case {result.case.id}: {trouble}" if trouble else ""
@@ -199,7 +206,7 @@ class Runner:
 def _judge(case: Case, context: Context) -> tuple[Verdict, str]:
     try:
         case.check(context)
-    except Skipped as error:
+    except (Skipped, NotInRelease) as error:
         return Verdict.SKIPPED, str(error)
     except Differs as error:
         return Verdict.DIFFERS, str(error)

@@ -14,6 +14,7 @@ from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES, RPC_TENSOR_DTYPE
+from protocol.numbering import wire_params
 
 Fields = dict[str, Any]
 
@@ -103,6 +104,9 @@ class RemoteBuffer:
             "src": sources(*src),
             "flags": FLAG_COMPUTE,
         }
+        if "op_params" in fields:
+            params = wire_params(self.dialect.numbering, op, fields["op_params"])
+            fields["op_params"] = list(params)
         return self.leaf(id, ne, at, type, **{**computed, **fields})
 
     def whole(self) -> Fields:

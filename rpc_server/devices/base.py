@@ -214,8 +214,8 @@ class Lane(Protocol):
     One job of a lane is submitted at a time.
     """
 
-    def prepare(self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve) -> Plan:
-        """Parse, validate and plan a graph; the first dialect that fits is taken.
+    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Plan:
+        """Parse, validate and plan a graph of ``dialect``.
 
         Runs on a thread of the device's. Raises GraphError, NotReadyError.
         """

@@ -1,33 +1,17 @@
-"""What making a plan is on every device: which dialect fits, and lowering node by node."""
+"""What making a plan is on every device: lowering node by node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
-from protocol.dialects import Dialect
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec, check
 
-P = TypeVar("P")
 R = TypeVar("R")
 
 Step = Callable[[], None]
-
-
-def under_first_dialect(dialects: Sequence[Dialect], make: Callable[[Dialect], P]) -> P:
-    """What ``make`` makes under the first dialect whose op numbering makes the graph valid.
-
-    Raises GraphError, that of the first dialect, if there is none.
-    """
-    first: GraphError | None = None
-    for dialect in dialects:
-        try:
-            return make(dialect)
-        except GraphError as error:
-            first = first or error
-    raise first or GraphError("no dialect to read the graph by")
 
 
 class NodePlanner(Protocol):

@@ -5,6 +5,7 @@ Everything later (contracts, plans, kernels) relies on what is established here:
 * every id that a node or tensor names is present, ids are unique;
 * references have no cycle, and a node reads only what earlier nodes or no node computes;
 * types and op numbers exist in the dialect, rows are whole blocks;
+* ops, and what their op_params say, are those of the newest ggml, whatever the client numbers;
 * elements and blocks are aligned, as ggml's are by construction;
 * a tensor with an address lies wholly inside a live buffer of this client, counted in Python
   integers; one whose data is not here has address 0;
@@ -21,6 +22,8 @@ from protocol.dialects import Dialect
 from protocol.ggml_ops import Op, TensorFlag
 from protocol.ggml_types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
+from protocol.messages import MAX_PARAM_WORDS
+from protocol.numbering import canonical_params, padding_behind
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 
@@ -80,6 +83,8 @@ def parse_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> dict[int, Te
         raise GraphError("a tensor has id 0")
     tensors = _read_tensors(wire, dialect, resolve)
     _link(tensors, wire, index)
+    if dialect.numbering.pads_behind:
+        _say_padding(tensors)
     return dict(zip(ids, tensors, strict=True))
 
 
@@ -92,7 +97,8 @@ def tensor_with_id(tensors: dict[int, Tensor], id_: int) -> Tensor:
 
 
 def _read_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> list[Tensor]:
-    ops = dialect.ops
+    numbering = dialect.numbering
+    ops = numbering.ops
     buffers: dict[int, BufferLike | None] = {}
     columns = [wire[name].tolist() for name in _COLUMNS]
     tensors: list[Tensor] = []
@@ -116,7 +122,7 @@ def _read_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> list[Tensor]
             op=ops[op],
             ne=tuple(ne),
             nb=tuple(nb),
-            op_params=tuple(params),
+            op_params=canonical_params(numbering, ops[op], tuple(params)),
             flags=flags,
             use_count=use_count,
         )
@@ -183,6 +189,14 @@ def _link(tensors: list[Tensor], wire: Any, index: dict[int, int]) -> None:
         _refuse_cycles(tensors)
 
 
+def _say_padding(tensors: list[Tensor]) -> None:
+    """Give each PAD the op_params that it has in newer releases."""
+    for tensor in tensors:
+        source = tensor.src[0]
+        if tensor.op is Op.PAD and source is not None:
+            tensor.op_params = padding_behind(tensor.ne, source.ne, MAX_PARAM_WORDS)
+
+
 def _refuse_cycles(tensors: list[Tensor]) -> None:
     done: set[int] = set()
     for root in tensors:
@@ -222,7 +236,7 @@ def check_order(nodes: list[Tensor]) -> None:
 def _to_compute(nodes: list[Tensor], dialect: Dialect) -> list[Tensor]:
     # The flag came in 2026-01; clients of protocol 3.6 exist with and without it.
     chosen = [node for node in nodes if node.flags & TensorFlag.COMPUTE]
-    if not chosen and dialect.version < (4, 0, 0):
+    if not chosen and not dialect.always_flags:
         return nodes
     return chosen
 

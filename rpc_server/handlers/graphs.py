@@ -63,7 +63,7 @@ def _graph_compute(s: Session, request: Request) -> None:
         s.figures.plan_misses += 1
     else:
         s.figures.plan_hits += 1
-    dialects, here = s.handshake.dialects, _Here(s.buffers, index)
+    readings, here = s.readings, _Here(s.buffers, index)
     task = Run(nodes)
 
     def job() -> None:
@@ -72,7 +72,7 @@ def _graph_compute(s: Session, request: Request) -> None:
             return
         task.begin()
         try:
-            made = lane.prepare(graph, dialects, here)
+            made = lane.prepare(graph, readings.choose(graph, here), here)
         except GraphError as error:
             raise here.explained(error) from None
         plans.add(payload, made, nodes)

@@ -395,7 +395,7 @@ class SplitDevice(CpuDevice):
 
     # -- graphs
 
-    def _prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
+    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
         storages: dict[int, SplitStorage] = {}
         nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
         return self._plan(nodes, dialect, list(storages.values()))

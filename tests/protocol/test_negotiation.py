@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.dialects import DIALECTS
+from protocol.dialects import DIALECTS, find_dialects
 from protocol.errors import ProtocolError
 from protocol.negotiation import Negotiator, Offer
 
@@ -94,6 +94,23 @@ def test_patch_levels_are_candidates_newest_first() -> None:
     offer = Negotiator("4").choose(HERE, 24)
     assert [d.version for d in offer.dialects] == [(4, 0, p) for p in (3, 2, 1, 0)]
     assert len({d.ops for d in offer.dialects}) == 4
+
+
+@pytest.mark.parametrize(
+    ("pinned", "version", "names"),
+    [
+        ("4.0.0", (4, 0, 0), ["4.0.0"]),
+        ("4.0", (4, 0, 3), ["4.0.3", "4.0.2", "4.0.1", "4.0.0"]),
+        ("3.6", (3, 6, 1), ["3.6.1", "3.6.0"]),
+        ("2.0.0-86", (2, 0, 0), ["2.0.0-86"]),
+        ("2.0", (2, 0, 0), ["2.0.0-90", "2.0.0-88", "2.0.0-86", "2.0.0-82"]),
+    ],
+)
+def test_a_pinned_row_is_read_by_that_row_alone(
+    pinned: str, version: tuple[int, int, int], names: list[str]
+) -> None:
+    offer = Negotiator(pinned).choose(HERE, find_dialects(pinned)[0].hello_size)
+    assert (offer.version, [d.name for d in offer.dialects]) == (version, names)
 
 
 def test_pinned() -> None:

@@ -79,12 +79,13 @@ def hello(dialect: Dialect, caps: bytes | None = None) -> list[Turn]:
 
 
 def small_graph(dialect: Dialect) -> bytes:
-    """y = glu(w * x), whose GLU tells how ops are numbered."""
+    """y = f(w * x), whose GLU or, before there was one, UNARY tells how ops are numbered."""
     w = tensor_fields(dialect, "w", (8, 4, 1, 1))
     x = tensor_fields(dialect, "x", (8, 1, 1, 1))
     y = tensor_fields(dialect, "y", (4, 1, 1, 1), Op.MUL_MAT)
     y["src"] = (w["id"], x["id"], *[0] * 8)
-    z = tensor_fields(dialect, "z", (2, 1, 1, 1), Op.GLU)
+    gated = Op.GLU in dialect.ops
+    z = tensor_fields(dialect, "z", (2 if gated else 4, 1, 1, 1), Op.GLU if gated else Op.UNARY)
     z["src"] = (y["id"], *[0] * 9)
     nodes = np.array([y["id"], z["id"]], "<u8")
     return encode_graph(GraphPayload(0, nodes, tensor_array(w, x, y, z)), dialect)

@@ -15,7 +15,6 @@ from protocol.split import ProgramPayload, split_status_fields
 from rpc_server.devices.cpu.isa import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.storage import HostStorage
-from rpc_server.devices.planning import under_first_dialect
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
@@ -77,15 +76,9 @@ class CpuDevice:
         return tensor.nbytes
 
     def prepare(
-        self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
-    ) -> CpuPlan | SplitPlan:
-        """Plan under the first of ``dialects`` whose op numbering makes the graph valid."""
-        return under_first_dialect(dialects, lambda d: self._prepare(payload, d, resolve))
-
-    def _prepare(
         self, payload: GraphPayload, dialect: Dialect, resolve: Resolve
     ) -> CpuPlan | SplitPlan:
-        """Plan under one dialect, as clients' graphs are planned. Raises as :meth:`prepare`."""
+        """Plan a client's graph of ``dialect``."""
         return self.plan_here(payload, dialect, resolve, wait=False)
 
     def plan_here(

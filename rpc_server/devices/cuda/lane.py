@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from protocol.dialects import Dialect
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload
 from rpc_server.devices.cuda.plan import CudaPlan, PlanBuilder, StatusWord
-from rpc_server.devices.planning import under_first_dialect
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 
@@ -51,13 +50,8 @@ class CudaLane:
             self._library = self.card.library()
         return self._library
 
-    def prepare(
-        self, payload: GraphPayload, dialects: Sequence[Dialect], resolve: Resolve
-    ) -> CudaPlan:
-        """Plan under the first of ``dialects`` whose op numbering makes the graph valid."""
-        return under_first_dialect(dialects, lambda d: self._plan(payload, d, resolve))
-
-    def _plan(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> CudaPlan:
+    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> CudaPlan:
+        """Plan a graph of ``dialect``."""
         storages: dict[int, CudaStorage] = {}
 
         def watched(handle: int) -> BufferLike | None:
