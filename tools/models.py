@@ -252,6 +252,9 @@ def _add_metadata(writer: gguf.GGUFWriter, name: str, shape: Architecture) -> No
             writer.add_array(full, list(value))
 
 
+# The tokens of bytes that aren't ASCII, behind three controls.
+_LONG_BYTES = slice(3 + 0x80, 3 + 0x100)
+
 _FRAGMENTS = """
 th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io le ve co me
 de hi ri ro ic ne ea ra ce li ch ll be ma si om ur the and ing her ere ent tha nth was eth for dth
@@ -319,6 +322,10 @@ def _weights(name: str, shape: Architecture) -> dict[str, Array]:
         tensors["output_norm.bias"] = bias(width)
     if not shape.tied_output:
         tensors["output.weight"] = matrix(shape.vocabulary, width, gain=3.0)
+    if shape.vocabulary >= VOCABULARY_SIZE:
+        # Bytes of longer characters are never likely: together they would spell none, and
+        # programs hold such text back.
+        tensors["token_embd.weight" if shape.tied_output else "output.weight"][_LONG_BYTES] = 0
     for layer in range(shape.layers):
         block = f"blk.{layer}."
         tensors[block + "attn_norm.weight"] = scale(width)

@@ -172,7 +172,7 @@ def _row(part: Part, graph_seconds: float) -> tuple[str, ...]:
     # What is computed by the coordinator itself is neither sent nor waited for.
     remote = part.round_trip_seconds > 0
     return (
-        part.name,
+        _shown(part.name),
         str(part.rows),
         _mib(part.bytes),
         str(part.exchanges) if remote else "-",
@@ -181,6 +181,11 @@ def _row(part: Part, graph_seconds: float) -> tuple[str, ...]:
         f"{part.round_trip_seconds * 1e6:.0f} us" if remote else "-",
         waited if remote else "-",
     )
+
+
+def _shown(name: str) -> str:
+    """Return a name from the wire without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _mib(size: int) -> str:

@@ -245,11 +245,14 @@ class SplitDevice(CpuDevice):
                     log.error("%s", reason)
                 self._missing[i] = reason
         for (i, endpoint), link in zip(wanted, opened, strict=True):
-            if isinstance(link, WorkerSilent):
-                twin = await same_server(endpoint, self._others(i))
-                self._missing[i] = twin or str(link)
-            elif isinstance(link, WorkerLost):
-                self._missing[i] = str(link)
+            if isinstance(link, Link):
+                continue
+            silent = isinstance(link, WorkerSilent)
+            twin = await same_server(endpoint, self._others(i)) if silent else ""
+            before, self._missing[i] = self._missing.get(i, ""), twin or str(link)
+            if self._links[i] is not None and before != self._missing[i]:
+                # It is tried every second: only what is new is told.
+                log.error("%s", self._missing[i])
 
     def _others(self, part: int) -> list[Link]:
         """The workers that are there, but for that of ``part``."""
@@ -315,8 +318,12 @@ class SplitDevice(CpuDevice):
     # -- memory
 
     def memory(self) -> tuple[int, int]:
-        """What a model may take whatever it consists of, and that without any client; see room."""
-        free = self._room().anything
+        """What a model may take whatever it consists of, and that without any client; see room.
+
+        While a worker is missing nothing is free.
+        """
+        missing = self._missing or any(link.lost for link in self.links)
+        free = 0 if missing else self._room().anything
         return free, max(free, self._whole_room().anything)
 
     def capacity(self) -> int:

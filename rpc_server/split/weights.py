@@ -342,7 +342,9 @@ class SplitStorage(HostStorage):
         except NoRoom as error:
             if t.nbytes > self._spare():
                 raise
-            log.warning("%s: it stays here as a whole", error)
+            # A part that is full has no room for any of the rest either.
+            level = logging.DEBUG if self._whole else logging.WARNING
+            log.log(level, "%s: it stays here, and so may others", error)
             self._whole.add(begin)
             return None
         self._weights[begin] = weight

@@ -27,7 +27,7 @@ def _found(runs: int, only: list[str]) -> list[str]:
 
 
 def test_rows_by_indices_stay_inside() -> None:
-    assert not _found(100, ["rows by indices", "rows of computed indices", "GET_ROWS"])
+    assert not _found(300, ["rows by indices", "rows of computed indices", "GET_ROWS"])
 
 
 def test_a_planted_second_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,5 +36,5 @@ def test_a_planted_second_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         return emulation.build(f"{of.label}-planted", of.text.replace(_ONCE, _TWICE))
 
     monkeypatch.setattr(harness, "unit", planted)
-    found = _found(400, ["rows by indices"])
+    found = _found(600, ["rows by indices"])
     assert "out of bounds" in found[0]

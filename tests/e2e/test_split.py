@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.e2e import llama
-from tests.e2e.conftest import needs_own_server
+from tests.e2e.conftest import Serve, StartLlamaServer, needs_own_server
 from tests.e2e.logits import Request, compute, nmse
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tests.upstream_server import running_upstream
@@ -138,3 +139,73 @@ def test_a_model_takes_memory_on_the_workers_only(split: StartSplit) -> None:
     before = coordinator.rss()
     llama.completion(model, PLAIN_PROMPTS[0], 2, rpc=coordinator.address)
     assert coordinator.peak_rss() - before < model.stat().st_size / 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options"),
+    [(("ours", "ours"), ()), (("upstream", "local"), ("-ctk", "q8_0", "-ctv", "q8_0"))],
+    ids=str,
+)
+def test_several_slots_in_tensor_mode(
+    kinds: Sequence[str],
+    options: Sequence[str],
+    split: StartSplit,
+    rpc: str,
+    llama_server: StartLlamaServer,
+    model_folder: Path,
+) -> None:
+    """Sequences with a cache of their own each, which graphs store to and read in any number."""
+    model = llama.random_model(model_folder, "qwen2", "F16")
+    prompts = PLAIN_PROMPTS[:3]
+    coordinator = split(kinds, "--split-mode", "tensor")
+
+    def texts(address: str) -> list[list[llama.Token]]:
+        server = llama_server(model, "-fa", "on", *options, rpc=address, slots=3)
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(lambda prompt: server.generate(prompt, 16), prompts))
+        server.stop()
+        return answers
+
+    expected, got = texts(rpc), texts(coordinator.address)
+    gaps = [llama.gap_where_different(*pair) for pair in zip(expected, got, strict=True)]
+    assert all(gap is None or gap < llama.NEAR_TIE for gap in gaps), gaps
+    llama.run(
+        "llama-batched-bench",
+        *("-m", model, "-c", 1024, "-npp", 32, "-ntg", 8, "-npl", "1,2,4", "-fa", "on", "-t", 1),
+        *options,
+        *llama.device_options(coordinator.address),
+    )
+    assert "ERROR" not in coordinator.log
+    # The cache stays with the heads.
+    assert "comes here" not in coordinator.log
+    assert "goes by rows" not in coordinator.log
+
+
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    [
+        ((165, 165), ("--split-mode", "tensor")),
+        ((300, 20), ("--tensor-split", "auto")),
+    ],
+    ids=str,
+)
+def test_what_fits_by_what_is_told_loads(
+    memory: Sequence[int], options: Sequence[str], serve: Serve
+) -> None:
+    """llama.cpp puts on the device as much as it is told there is, without a margin."""
+    model = llama.smollm2("F16")
+    workers = [serve("--threads", "1", "--mem", str(size)) for size in memory]
+    names = ",".join(worker.address for worker in workers)
+    coordinator = serve("--split", names, *options)
+    expected = llama.completion(model, PLAIN_PROMPTS[0], 6)
+    # Without -ngl, so that llama.cpp decides.
+    ordinary = llama.completion_arguments(model, PLAIN_PROMPTS[0], 6)
+    ordinary = ordinary[: -len(llama.device_options(None))]
+    place = ["--rpc", coordinator.address, "--fit-target", "0"]
+    output, _ = llama.run("llama-completion", *ordinary, *place)
+    # What a program prints may be cut at its end; what it computed up to there counts.
+    assert output.strip()
+    assert expected.startswith(output.rstrip("\n"))
+    assert all(worker.alive for worker in workers)
+    for word in ("ERROR", "no buffer of"):
+        assert word not in coordinator.log

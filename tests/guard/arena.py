@@ -23,6 +23,7 @@ _libc.mmap.argtypes = (
 )  # fmt: skip
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _FAILED = ctypes.c_void_p(-1).value
 
 # Of addresses on each side: 2^31 rows of 4 KiB, or as much of that as there is.
@@ -58,6 +59,7 @@ class Arena:
                 if guard <= _NARROWEST:
                     raise
                 guard //= 2
+        self._start, self._length = start, 2 * guard + self._room
         self._inner = start + guard
         if _libc.mprotect(self._inner, self._room, mmap.PROT_READ | mmap.PROT_WRITE):
             raise OSError(ctypes.get_errno(), "mprotect")
@@ -66,6 +68,9 @@ class Arena:
         self._bytes[...] = CANARY
         self.size, self.address, self.base = 0, self._inner, self._inner
         self.side = Side.BEGIN
+
+    def __del__(self) -> None:
+        _libc.munmap(self._start, self._length)
 
     def take(self, size: int, side: Side) -> None:
         """Be ``size`` bytes, whole units, that end or begin where nobody may go on."""
@@ -120,6 +125,11 @@ class GuardedScratch:
     def canaries_intact(self) -> bool:
         """Whether nothing was written in front of a piece."""
         return all(piece.canaries_intact for piece in self._pieces.values())
+
+    def restore_canaries(self) -> None:
+        """Let the bytes in front of pieces be as they were."""
+        for piece in self._pieces.values():
+            piece.restore_canaries()
 
     def trim(self, keep: int) -> None:
         """Nothing is given back."""

@@ -61,6 +61,12 @@ class GuardedMemory:
         around += ctypes.string_at(self.address + self.size, after)
         return around.count(CANARY) == len(around)
 
+    def restore_canaries(self) -> None:
+        """Let the bytes beside the memory be as they were."""
+        content = self.read()
+        ctypes.memset(self._start, CANARY, self._inner)
+        self.write(content)
+
     def close(self) -> None:
         """Unmap it: whoever still writes there will be noticed."""
         self._map.close()

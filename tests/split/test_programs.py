@@ -19,8 +19,10 @@ from client.errors import ConnectionLost
 from client.steps import Step, encode_steps
 from client.tensors import Array, Tensor
 from protocol.commands import Command
+from protocol.ggml_ops import Op
 from protocol.ggml_types import GgmlType
 from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
+from rpc_server.split.link import Link, UnfitError
 from tests.split.cluster import HOST, Worker, backend, values
 
 F32 = GgmlType.F32
@@ -375,3 +377,37 @@ async def test_stopping_does_not_wait_for_a_client() -> None:
                 assert await asyncio.to_thread(worker.stop, 10) == 0
                 assert time.monotonic() - started < 5
                 assert await stream.ended()
+
+
+async def test_a_node_that_cannot_be_computed_is_answered(b: Backend, whole: Worker) -> None:
+    """A coordinator has other clients: the program is refused, and the connection goes on."""
+    g = b.graph
+    x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (32, 2), "y")
+    bad = await step(b, [x, y], [g.op(Op.MUL_MAT, F32, (64,), (x, y))])
+    payload = encode_steps(b.connection, [bad])
+    nothing = encode_program([], g.build([]).payload(b.connection.dialect).tensors)
+    await b.connection.request(Command.SPLIT_PROGRAM, data=nothing, device=0, program=1)
+    answer = await b.connection.request(Command.SPLIT_PROGRAM, data=payload, device=0, program=2)
+    assert answer.result == 1
+    assert "the program is refused" in whole.log
+    # The other one runs still, and one in the place of a program that is refused is gone.
+    await run_blindly(b, 1)
+    assert await b.connection.get_alignment() == b.alignment
+    answer = await b.connection.request(Command.SPLIT_PROGRAM, data=payload, device=0, program=1)
+    assert answer.result == 1
+    await run_blindly(b, 1)
+    await refused(b, whole, "SPLIT_RUN of program 1, which device 0 doesn't have")
+
+
+async def test_a_link_outlives_a_program_that_is_refused(whole: Worker) -> None:
+    link = await Link.open(HOST, whole.port, 20.0)
+    try:
+        g = link.backend.graph
+        x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (32, 2), "y")
+        bad = await step(link.backend, [x, y], [g.op(Op.MUL_MAT, F32, (64,), (x, y))])
+        with pytest.raises(UnfitError, match=f"worker {HOST}:{whole.port} refuses"):
+            await link.program([bad])
+        assert not link.lost
+        await link.program([await doubling(link.backend)])
+    finally:
+        link.close()

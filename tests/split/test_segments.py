@@ -213,3 +213,55 @@ def test_a_weight_that_a_graph_writes_comes_home() -> None:
     w = split_weight((64, 64), 1, 32)
     written = node(Op.SCALE, F32, (64, 64), [w.tensor], params(2.0), inplace=w.tensor)
     assert [entry[1] for entry in segments([written], [w]).written] == [w]
+
+
+# -- what works in place
+
+
+def test_what_changes_after_a_segment_began_is_no_input_of_it() -> None:
+    x, t = tensor(F32, (64, 2)), tensor(F32, (64, 2))
+    w = split_weight((64, 64), 1, 32)
+    first = product(w, x)
+    changed = node(Op.SCALE, F32, (64, 2), [t], params(2.0), inplace=t)
+    nodes = [first, changed, node(Op.MUL, F32, (64, 2), [first, t])]
+    assert names(segments(nodes, [w], chain=True), nodes) == [[0]]
+    # Before it began there is nothing wrong with that.
+    nodes = [changed, first, node(Op.MUL, F32, (64, 2), [first, t])]
+    assert names(segments(nodes, [w], chain=True), nodes) == [[1, 2]]
+
+
+def test_a_result_of_the_parts_that_is_changed_here_is_read_here() -> None:
+    w = split_weight((64, 64), 1, 32)
+    first = product(w, tensor(F32, (64, 2)))
+    changed = node(Op.SCALE, F32, (64, 2), [first], params(2.0), inplace=first)
+    nodes = [first, changed, node(Op.SQR, F32, (64, 2), [first])]
+    found = segments(nodes, [w], chain=True)
+    assert names(found, nodes) == [[0]]
+    assert outputs(found.segments[0], nodes) == [0]
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, True), (2, False)])
+def test_an_input_is_sent_once_unless_it_changes(at: int, kept: bool) -> None:
+    x, y, t = tensor(F32, (64, 2)), tensor(F32, (64, 2)), tensor(F32, (64, 2))
+    w = split_weight((64, 64), 1, 32)
+    nodes = []
+    for source in (x, y):
+        nodes.append(product(w, source))
+        nodes.append(node(Op.MUL, F32, (64, 2), [nodes[-1], t]))
+    nodes.insert(at, node(Op.SCALE, F32, (64, 2), [t], params(2.0), inplace=t))
+    found = segments(nodes, [w], chain=True)
+    assert len(found.segments) == 2
+    assert [i.kept for i in found.segments[1].inputs.values() if i.tensor is t] == [kept]
+
+
+def test_a_view_through_others_is_one_of_its_root() -> None:
+    """Seen as something without slices, and as what it was again."""
+    w = split_weight((64, 128), 1, 64)
+    first = product(w, tensor(F32, (64, 2)))
+    flat = view(first, (256, 1), (4, 1024, 1024, 1024))
+    again = view(first, (32, 4, 2), (4, 128, 512, 1024))
+    again.src = (flat, *(None,) * 9)
+    nodes = [first, flat, again, node(Op.SQR, F32, (32, 4, 2), [again])]
+    found = segments(nodes, [w], chain=True)
+    assert names(found, nodes) == [[0, 3]]
+    assert found.shards[id(nodes[3])] == cut(1, 2, 4)

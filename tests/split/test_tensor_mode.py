@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -272,3 +275,150 @@ async def test_an_attention_block_is_one_exchange(tensor_mode: Coordinator) -> N
         # Each sends back its sum of all rows, once a graph, and nothing else.
         assert new.bytes_received - old.bytes_received == (5 + 1) * WIDTH * 4
         assert new.exchanges - old.exchanges == 2
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A graph of several sequences, as llama.cpp may make it or as nobody does."""
+
+    cache_type: GgmlType
+    cells: int
+    streams: int
+    # Which of them are in the batch, of each so many tokens.
+    first: int
+    count: int
+    tokens: int
+    seen: int
+    # How rows are stored: as rows of all streams, or of a view of those in the batch.
+    stored: Literal["reshaped", "viewed"]
+    # What is done with the views on their way: nothing, there and back, or flat and up again.
+    detour: Literal["none", "permuted", "flat"]
+    # Whether something beside the parts reads the cache.
+    read_here: bool
+
+    @classmethod
+    def random(cls, rng: random.Random) -> Sequences:
+        streams = rng.choice([1, 2, 3, 4])
+        count = rng.randint(1, streams)
+        cells = rng.choice([32, 64])
+        return cls(
+            rng.choice([F16, F32, Q8_0]),
+            cells,
+            streams,
+            rng.randint(0, streams - count),
+            count,
+            rng.randint(1, 4),
+            rng.choice([32, cells]),
+            rng.choice(["reshaped", "viewed"]),
+            rng.choice(["none", "permuted", "flat"]),
+            rng.random() < 0.2,
+        )
+
+
+async def attention_of_sequences(
+    b: Backend, shares: Sequence[float], s: Sequences, rounds: int = 2
+) -> list[Array]:
+    """What each round gives, and the caches at the end."""
+    g = b.graph
+    kv = KV_HEADS * HEAD
+    shapes = {
+        "attn_q": (WIDTH, HEADS * HEAD),
+        "attn_k": (WIDTH, kv),
+        "attn_v": (WIDTH, kv),
+        "attn_output": (HEADS * HEAD, WIDTH),
+    }
+    w = {
+        name: await weight(
+            b, F32, shape, content(F32, shape, i), shares=shares, name=f"blk.0.{name}.weight"
+        )
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    shape = (kv, s.cells, s.streams)
+    caches = [
+        await weight(b, s.cache_type, shape, shares=shares, name=f"cache_{x}_l0") for x in "kv"
+    ]
+    for cache in caches:
+        await b.connection.buffer_clear(cache.buffer)
+    row, plane = caches[0].nb[1], caches[0].nb[2]
+    head = caches[0].nb[1] // KV_HEADS
+    n = s.tokens * s.count
+
+    def store(cache: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        if s.stored == "reshaped":
+            return g.set_rows(g.reshape(cache, kv, s.cells * s.streams), rows, at)
+        target = g.view_3d(cache, kv, s.cells, s.count, row, plane, plane * s.first)
+        return g.set_rows(target, g.reshape(rows, kv, s.tokens, s.count), at)
+
+    def look(cache: Tensor) -> Tensor:
+        offset = plane * s.first
+        seen = g.view_4d(cache, HEAD, KV_HEADS, s.seen, s.count, head, row, plane, offset)
+        if s.detour == "permuted":
+            seen = g.permute(g.permute(seen, 0, 3, 1, 2), 0, 2, 3, 1)
+        elif s.detour == "flat" and seen.contiguous:
+            seen = g.reshape(g.reshape(seen, seen.nelements), *seen.ne)
+        return g.permute(seen, 0, 2, 1, 3)
+
+    results = []
+    for turn in range(rounds):
+        x = await b.tensor(F32, (WIDTH, n), values(n, WIDTH, seed=turn) * np.float32(0.1))
+        cells = np.arange(s.tokens)[None, :] + turn * s.tokens
+        planes = np.arange(s.count)[:, None] * np.ones_like(cells)
+        if s.stored == "reshaped":
+            rows = (planes + s.first) * s.cells + cells
+            at = await b.tensor(GgmlType.I64, (n,), rows.reshape(-1))
+        else:
+            at = await b.tensor(GgmlType.I64, (s.tokens, s.count), 0 * planes + cells)
+        where = (0 * planes + cells).reshape(-1)
+        positions = await b.tensor(GgmlType.I32, (n,), where)
+        allowed = np.arange(s.seen) <= where.reshape(s.count, 1, s.tokens, 1)
+        mask = await b.tensor(F16, (s.seen, s.tokens, 1, s.count), np.where(allowed, 0.0, -np.inf))
+        h = g.rms_norm(x, 1e-6)
+        q = g.rope(g.reshape(g.mul_mat(w["attn_q"], h), HEAD, HEADS, n), positions, HEAD)
+        k = g.rope(g.reshape(g.mul_mat(w["attn_k"], h), HEAD, KV_HEADS, n), positions, HEAD)
+        outputs = [
+            store(caches[0], g.reshape(k, kv, n), at),
+            store(caches[1], g.mul_mat(w["attn_v"], h), at),
+        ]
+        q = g.view_4d(q, HEAD, HEADS, s.tokens, s.count, q.nb[1], q.nb[2], q.nb[2] * s.tokens, 0)
+        y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), *map(look, caches), mask, HEAD**-0.5)
+        y = g.add(g.mul_mat(w["attn_output"], g.reshape(y, HEADS * HEAD, n)), x)
+        if s.read_here:
+            first = g.view_2d(caches[0], kv, s.cells, row, plane * s.first)
+            one = await b.tensor(GgmlType.I32, (2,), [0, s.cells - 1])
+            outputs.append(g.get_rows(first, one))
+        results.append((await b.compute(*outputs, y))[-1])
+    return [*results, *[await b.download(cache) for cache in caches]]
+
+
+async def test_any_number_of_sequences(whole: Worker, tensor_mode: Coordinator) -> None:
+    """Whatever views a graph has of its caches: either parts have them exactly, or nothing does."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(24):
+        s, cut = Sequences.random(rng), rng.choice(SHARES)
+        print(s, cut)
+        async with backend(whole) as b:
+            expected = await attention_of_sequences(b, (), s)
+        async with backend(tensor_mode) as b:
+            got = await attention_of_sequences(b, cut, s)
+        for one, other in zip(expected[:-2], got[:-2], strict=True):
+            assert nmse(other, one) < 1e-5
+        for one, other in zip(expected[-2:], got[-2:], strict=True):
+            assert one.any()
+            if s.cache_type is not Q8_0:
+                assert nmse(other.astype(np.float32), one.astype(np.float32)) < 1e-5
+
+
+async def test_sequences_of_one_graph_are_one_exchange(tensor_mode: Coordinator) -> None:
+    """The caches stay with the heads: of each graph the parts give its sums and nothing else."""
+    s = Sequences(F16, 64, 4, 1, 3, 2, 32, "reshaped", "none", read_here=False)
+    async with backend(tensor_mode) as b:
+        await emptied(b)
+        before = await status(b)
+        got = await attention_of_sequences(b, (1, 1, 0), s)
+        after = await status(b)
+    assert got[0].any()
+    for old, new in zip(before.parts[:2], after.parts[:2], strict=True):
+        assert new.exchanges - old.exchanges == 2
+        assert new.bytes_received - old.bytes_received == 2 * s.tokens * s.count * WIDTH * 4

@@ -201,10 +201,11 @@ def _local_tokens(programs: Programs, combination: Combination) -> list[list[lla
             *programs.answering(combination),
             slots=combination.n_slots,
         ) as server:
-            return [
-                server.generate(prompt, _count(combination))
-                for prompt in programs.prompts(combination)
-            ]
+            count = _count(combination)
+            said = [server.generate(prompt, count) for prompt in programs.prompts(combination)]
+        if any(len(tokens) != count for tokens in said):
+            raise ProgramError("llama-server left out what spells no character")
+        return said
 
     answering = tuple(programs.answering(combination))
     key = ("tokens", combination.model, answering, combination.n_slots)
@@ -355,25 +356,25 @@ def _windows(combination: Combination) -> list[str]:
     batch = WINDOW * combination.n_slots
     return [
         *("-c", str(WINDOW), "-b", str(batch), "--chunks", "4", "-t", str(llama.THREADS)),
-        "--no-warmup",
     ]
 
 
 def _perplexity(programs: Programs, combination: Combination, where: Sequence[str]) -> str:
     def measure(where: Sequence[str] = where) -> float:
-        output, log = llama.run(
-            "llama-perplexity",
-            *("-m", programs.model(combination), "-f", programs.text_file()),
-            *_windows(combination),
-            *programs.answering(combination),
-            *_unified(combination),
-            *where,
-            timeout=SECONDS,
-        )
-        found = re.search(r"Final estimate: PPL = ([0-9.]+)", output + log)
-        if not found:
-            raise ProgramError(f"llama-perplexity printed no estimate:\n{llama.tail(log)}")
-        return float(found[1])
+        for _attempt in range(3):
+            output, log = llama.run(
+                "llama-perplexity",
+                *("-m", programs.model(combination), "-f", programs.text_file()),
+                *("--no-warmup", *_windows(combination)),
+                *programs.answering(combination),
+                *_unified(combination),
+                *where,
+                timeout=SECONDS,
+            )
+            # As of llama-completion: it may end before all it has to say is printed.
+            if found := re.search(r"Final estimate: PPL = ([0-9.]+)", output + log):
+                return float(found[1])
+        raise ProgramError(f"llama-perplexity printed no estimate:\n{llama.tail(log)}")
 
     key = programs.key(combination, combination.slots)
     expected: float = programs.local(key, functools.partial(measure, LOCAL))
