@@ -140,7 +140,13 @@ async def connect_any(
             major = str(error.theirs[0])
             version = next((v for v in versions if v.split(".")[0] == major), None)
             if version is None:
-                raise
+                if split:
+                    raise
+                # A server of this project that takes us for another client of this address, an old
+                # llama.cpp, tells us from it by the mark of the extension.
+                split = True
+                answered.clear()
+                continue
             # Servers of older protocols can't have the extension.
             return await connect(host, port, version=version, timeout=timeout, tls=tls, token=token)
 

@@ -41,7 +41,7 @@ from protocol.framing import FRAME, Limits, check_frame, first_frame
 from protocol.graph_payload import decode_graph
 from protocol.halves import SIZE, Expected, Half, Incoming
 from protocol.names import size_by_frame, size_by_graph, size_by_upload, upload_head_size
-from protocol.numbering import likeliest, tells
+from protocol.numbering import fits, tells
 from protocol.resync import FrameFinder, finder, guess_dialect
 from protocol.split import caps_version, decode_program, step_sizes, with_split
 
@@ -415,9 +415,9 @@ class Conversation:
         message.graph = graph
         if len(self.dialects) > 1 and tells(graph.tensors, self.dialects):
             # Clients of versions that number ops differently can't be told apart before.
-            chosen = likeliest(graph.tensors, self.dialects)
-            self.dialects = (chosen,)
-            self.dialect = message.dialect = chosen
+            left = tuple(d for d in self.dialects if fits(graph.tensors, d))
+            self.dialects = left or self.dialects
+            self.dialect = message.dialect = self.dialects[0]
 
     def _run(self, message: Message) -> None:
         fields = message.fields

@@ -10,6 +10,7 @@ ops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def reading(tensors: Any, numbering: Numbering) -> npt.NDArray[np.int32]:
     """
     table = _words(numbering)
     numbers = np.minimum(tensors["op"], len(table) - 1).astype(np.intp)
-    words = table[numbers]
+    words: npt.NDArray[np.int32] = table[numbers]
     for op in _FUNCTIONS:
         number = numbering.numbers.get(op)
         if number is None:
@@ -122,6 +123,7 @@ def reading(tensors: Any, numbering: Numbering) -> npt.NDArray[np.int32]:
     return words
 
 
+@functools.cache
 def _words(numbering: Numbering) -> npt.NDArray[np.int32]:
     """The words by number on the wire; the last one is that of all that are none."""
     words = [_PLACE[op] << _FUNCTION_BITS for op in numbering.ops]
@@ -155,11 +157,6 @@ def alike(tensors: Any, dialects: Iterable[Dialect]) -> list[list[Dialect]]:
     for dialect in dialects:
         groups.setdefault(reading(tensors, dialect.numbering).tobytes(), []).append(dialect)
     return list(groups.values())
-
-
-def likeliest(tensors: Any, dialects: Sequence[Dialect]) -> Dialect:
-    """The first of ``dialects`` that the graph's tensors fit, the first one if they fit none."""
-    return next((d for d in dialects if fits(tensors, d)), dialects[0])
 
 
 def tells(tensors: Any, dialects: Sequence[Dialect]) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from protocol.dialects import Dialect
 from protocol.framing import Hello
 from protocol.messages import CONN_CAPS_SIZE
-from protocol.negotiation import Negotiator, Offer
+from protocol.negotiation import Greeting, HangUp, Negotiator
 from protocol.split import VERSION, caps_version, split_caps, with_split
 from rpc_server.logs import ClientLog
 
@@ -24,15 +25,16 @@ class Handshake:
         self._extension = extension
         self._address = address
         self._log = log
-        self.offer: Offer | None = None
+        self._greeting: Greeting | None = None
         # Whether a request came after HELLO: the client takes the version.
         self.done = False
         # By which op numberings its graphs may be read, the likeliest first.
         self.dialects: list[Dialect] = []
 
     def hello(self, hello: Hello) -> tuple[Dialect, dict[str, Any]]:
-        """The dialect of the connection from here on, and the fields of the answer."""
-        offer = self.offer = self._negotiator.choose(self._address, len(hello.caps))
+        """Return the dialect of the connection from here on, and the fields of the answer."""
+        self._greeting = self._negotiator.greet(self._address, hello.caps, time.monotonic())
+        offer = self._greeting.offer
         self.dialects = list(offer.dialects)
         dialect = offer.dialect
         # Capabilities are those of RDMA, or of our own extension for those who asked for it;
@@ -46,12 +48,13 @@ class Handshake:
         return dialect, {"major": major, "minor": minor, "patch": patch, "conn_caps": caps}
 
     def went_on(self) -> None:
-        """A request came: from now on this address is offered the version first."""
+        """Note that a request came: from now on this address is offered the version first."""
         self.done = True
-        offer = self.offer
-        if offer is None:
+        greeting = self._greeting
+        if greeting is None:
             return
-        news = self._negotiator.accepted(self._address, offer)
+        news = greeting.went_on(time.monotonic())
+        offer = greeting.offer
         how = "24 bytes, so 4.0 or later" if offer.dialect.hello_size else "empty, so 1.0 to 3.x"
         self._log.log(
             logging.INFO if news else logging.DEBUG,
@@ -61,28 +64,46 @@ class Handshake:
             *offer.version,
         )
 
-    def hung_up(self) -> None:
-        """The client left: if that is how it refuses the version, offer another one next time."""
-        if self.done or self.offer is None:
+    def ended(self, *, by_server: bool) -> None:
+        """Note the connection's end: without a request it may be how a client refuses a version.
+
+        ``by_server``: it was this server that had enough of it, which says nothing of the client.
+        """
+        if self._greeting is None or (by_server and not self.done):
             return
-        offer = self.offer
-        following = self._negotiator.refused(self._address, offer)
-        if following is None:
-            self._log.warning(
-                "hung up on protocol %s, the last one it was not offered yet; "
-                "its next try starts over with the newest",
-                offer.name,
+        hang_up = self._greeting.ended(time.monotonic())
+        if hang_up is not None:
+            self._tell(self._greeting, hang_up)
+
+    def _tell(self, greeting: Greeting, hang_up: HangUp) -> None:
+        """Log a hang-up: a warning only where it may be a user's client that was refused."""
+        offered, following = greeting.offer.name, hang_up.following.name
+        if hang_up.accepted is not None:
+            self._log.log(
+                logging.INFO if hang_up.evidence else logging.DEBUG,
+                "hung up right after HELLO (offered: protocol %s); %s, which has accepted %s, "
+                "is offered %s next",
+                offered,
+                self._address,
+                hang_up.accepted.name,
+                following,
             )
-            return
-        self._log.warning(
-            "hung up on protocol %s; the next try from %s is offered %s "
-            "(start the client again, or pin a version with --protocol)",
-            offer.name,
-            self._address,
-            following.name,
-        )
+        elif following == offered:
+            self._log.warning(
+                "hung up right after HELLO; protocol %s is the only one of that HELLO here "
+                "(--protocol pins another)",
+                offered,
+            )
+        else:
+            self._log.warning(
+                "hung up right after HELLO; if that was a client refusing protocol %s, start it "
+                "again: the next try from %s is offered %s (or pin a version with --protocol)",
+                offered,
+                self._address,
+                following,
+            )
 
     def broken(self) -> None:
-        """What came was no message of the version: forget what was assumed of the peer."""
-        if self.offer is not None:
-            self._negotiator.forget(self._address, self.offer)
+        """Note that what came was no message of the version."""
+        if self._greeting is not None:
+            self._greeting.broken()

@@ -317,7 +317,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help=f"token to show these workers (or in the variable {SPLIT_TOKEN_VARIABLE})",
     )
-    add("--protocol", type=_protocol, metavar="auto|X.Y", help="speak this version only (auto)")
+    add(
+        "--protocol",
+        type=_protocol,
+        metavar="auto|X.Y[.Z][-OPS]",
+        help="speak this version only (auto)",
+    )
     add(
         "--log-level",
         choices=LOG_LEVELS,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.dialects import Dialect
+from protocol.dialects import Dialect, version_name
 from protocol.ggml_ops import TensorFlag
 from protocol.graph_payload import GraphPayload
 from protocol.numbering import alike, fits
@@ -48,7 +48,7 @@ class Readings:
             return self.possible[0]
         nodes = _computed(graph, self.possible[0])
         in_range = _in_range(graph.tensors, self.possible)
-        groups = alike(nodes, in_range)
+        groups = alike(nodes, in_range or self.possible)
         if len(groups) == 1 and len(in_range) == len(self.possible):
             return groups[0][0]
         sound = _sound(groups, graph, nodes, resolve)
@@ -86,9 +86,9 @@ def _computed(graph: GraphPayload, dialect: Dialect) -> Any:
 
 
 def _in_range(tensors: Any, dialects: Sequence[Dialect]) -> Group:
-    """Those of ``dialects`` that have an op for each number; all if there is none."""
+    """Those of ``dialects`` that have an op for each number."""
     most = int(tensors["op"].max()) if len(tensors) else 0
-    return [d for d in dialects if most < len(d.ops)] or list(dialects)
+    return [d for d in dialects if most < len(d.ops)]
 
 
 def _sound(groups: list[Group], graph: GraphPayload, nodes: Any, resolve: Resolve) -> list[Group]:
@@ -108,7 +108,11 @@ def _sound(groups: list[Group], graph: GraphPayload, nodes: Any, resolve: Resolv
             best = passed, error
     if not sound:
         assert best is not None
-        raise best[1]
+        version = version_name(groups[0][0].version)
+        raise GraphError(
+            f"{best[1]} (no release of protocol {version} would send this graph; forks with ops of "
+            "their own, such as ik_llama.cpp, are not served)"
+        )
     return sound
 
 

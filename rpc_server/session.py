@@ -199,10 +199,10 @@ class Session:
         self._flushed.set()
         for lease in self.context.leases:
             lease.leave(self)
-        if not self._broken and not self.leaving:
-            if not self.reader.at_boundary:
-                self.log.warning("hung up within %s", self.reader.within)
-            self.handshake.hung_up()
+        by_server = self._broken or self.leaving
+        if not by_server and not self.reader.at_boundary:
+            self.log.warning("hung up within %s", self.reader.within)
+        self.handshake.ended(by_server=by_server)
         if self.busy:
             # A graph on the device's thread still uses the buffers; _finished comes after it.
             if self.running is not None:

@@ -352,3 +352,23 @@ def version_is_known(c: Context) -> None:
     known |= {(3, n) for n in range(1, 5)}
     if peer.version[:2] not in known:
         c.differs(f"version {'.'.join(map(str, peer.version))} is not one of llama.cpp's")
+
+
+@HANDSHAKE.case(
+    28,
+    sends="a request on one connection, HELLO and nothing more on nine, and HELLO again",
+    expects="the version that the first client went on with",
+    source="ggml-rpc.cpp rpc_server::hello; since 6.0 clients connect to give back what they had",
+    hostile=True,
+)
+def hang_ups_change_nothing(c: Context) -> None:
+    """A dry run, a device without layers and a monitor's probe all say HELLO and close."""
+    peer = c.connect()
+    served = peer.version
+    peer.close()
+    for _ in range(9):
+        other = c.connect(hello=False)
+        other.hello()
+        other.close()
+    again = c.connect(hello=False)
+    c.equal(again.hello(), served, "the version for the next client")

@@ -67,27 +67,30 @@ def _step(b: Bench, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Step
     return Step(tuple(inputs), graph, tuple(outputs))
 
 
-def _scaling(b: Bench, n: int = 64, factor: float = 2.0) -> Program:
+def scaling(b: Bench, n: int = 64, factor: float = 2.0) -> Program:
+    """Return a program that multiplies ``n`` numbers."""
     x = b.g.new_tensor(F32, (n,), "x")
     return Program(b, [_step(b, [x], [b.g.scale(x, factor)])])
 
 
-def _programs(c: Context) -> Bench:
-    """A connection to a server that keeps programs. Skips where it is split itself."""
+def programs(c: Context) -> Bench:
+    """Open a connection to a server that keeps programs. Skips where it is split itself."""
     peer = c.connect(split=True)
     if parts_of(peer) > 1:
         c.skip("a server that splits over others keeps no programs")
     return Bench(peer)
 
 
-def _run(b: Bench, number: int, *inputs: Array) -> None:
+def run(b: Bench, number: int, *inputs: Array) -> None:
+    """Start a program and send inputs."""
     b.peer.send_bytes(
         b.peer.message(Command.SPLIT_RUN, program=number) + b"".join(x.tobytes() for x in inputs),
         command=Command.SPLIT_RUN.name,
     )
 
 
-def _output(b: Bench, *shape: int) -> Array:
+def output(b: Bench, *shape: int) -> Array:
+    """Receive an output of this shape."""
     n = int(np.prod(shape))
     return np.frombuffer(b.peer._receive(4 * n, "outputs"), np.float32).reshape(shape)
 
@@ -101,7 +104,7 @@ def _output(b: Bench, *shape: int) -> Array:
 )
 def program_of_several_steps(c: Context) -> None:
     """A layer's products: activations there, results back, nothing between them."""
-    b = _programs(c)
+    b = programs(c)
     g = b.g
     w = b.leaf(values(96, 256, seed=20))
     x, y = (g.new_tensor(F32, (256, 4), name) for name in "xy")
@@ -113,14 +116,14 @@ def program_of_several_steps(c: Context) -> None:
     Program(b, [first, second, third]).send(5)
     for seed in range(3):
         p, q, r = values(4, 256, seed=seed), values(4, 256, seed=seed + 9), values(100, seed=seed)
-        _run(b, 5, p, q)
-        same(c, _output(b, 4, 256), p + q, "step 1, ADD")
+        run(b, 5, p, q)
+        same(c, output(b, 4, 256), p + q, "step 1, ADD")
         product = p.astype(np.float64) @ values(96, 256, seed=20).T
-        close(c, _output(b, 4, 96), product, "step 1, MUL_MAT", PRODUCT_BOUND)
-        same(c, _output(b, 4, 256), p * q, "step 1, MUL")
+        close(c, output(b, 4, 96), product, "step 1, MUL_MAT", PRODUCT_BOUND)
+        same(c, output(b, 4, 256), p * q, "step 1, MUL")
         b.peer.send_bytes(r.tobytes(), command="inputs")
-        same(c, _output(b, 100), r * r, "step 2")
-        same(c, _output(b, 4, 256), (p + q) * np.float32(3), "step 3")
+        same(c, output(b, 100), r * r, "step 2")
+        same(c, output(b, 4, 256), (p + q) * np.float32(3), "step 3")
     b.peer.ping()
 
 
@@ -133,7 +136,7 @@ def program_of_several_steps(c: Context) -> None:
 )
 def everything_at_once(c: Context) -> None:
     """Where a stream ends only counting tells: what follows it is not part of it."""
-    b = _programs(c)
+    b = programs(c)
     g = b.g
     x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (3000,), "y")
     Program(b, [_step(b, [x], [g.scale(x, 2.0)]), _step(b, [y], [g.scale(y, 3.0)])]).send()
@@ -143,8 +146,8 @@ def everything_at_once(c: Context) -> None:
     b.peer.send_bytes(run + run + ask + run + ask, command="SPLIT_RUN and GET_ALIGNMENT")
     for runs in (2, 1):
         for _ in range(runs):
-            same(c, _output(b, 64), p * 2, "step 1")
-            same(c, _output(b, 3000), q * np.float32(3), "step 2")
+            same(c, output(b, 64), p * 2, "step 1")
+            same(c, output(b, 3000), q * np.float32(3), "step 2")
         b.peer.answer(Command.GET_ALIGNMENT)
 
 
@@ -157,15 +160,15 @@ def everything_at_once(c: Context) -> None:
 )
 def inputs_in_any_segments(c: Context) -> None:
     """TCP keeps no boundaries."""
-    b = _programs(c)
-    _scaling(b).send()
+    b = programs(c)
+    scaling(b).send()
     p = values(64, seed=23)
     data = b.peer.message(Command.SPLIT_RUN, program=0) + p.tobytes()
     at, size = 0, 1
     while at < len(data):
         b.peer.send_bytes(data[at : at + size], more=at > 0, command=Command.SPLIT_RUN.name)
         at, size = at + size, size % 7 + 1
-    same(c, _output(b, 64), p * 2, "the output")
+    same(c, output(b, 64), p * 2, "the output")
 
 
 @SPLIT.case(
@@ -177,12 +180,12 @@ def inputs_in_any_segments(c: Context) -> None:
 )
 def number_taken_again(c: Context) -> None:
     """Numbers are few: a client reuses them."""
-    b = _programs(c)
+    b = programs(c)
     p = values(64, seed=24)
     for factor in (2.0, 5.0):
-        _scaling(b, factor=factor).send(MAX_PROGRAMS - 1)
-        _run(b, MAX_PROGRAMS - 1, p)
-        same(c, _output(b, 64), p * np.float32(factor), f"the program that scales by {factor}")
+        scaling(b, factor=factor).send(MAX_PROGRAMS - 1)
+        run(b, MAX_PROGRAMS - 1, p)
+        same(c, output(b, 64), p * np.float32(factor), f"the program that scales by {factor}")
 
 
 @SPLIT.case(
@@ -194,12 +197,12 @@ def number_taken_again(c: Context) -> None:
 )
 def programs_of_nothing(c: Context) -> None:
     """A part may have no rows of any weight."""
-    b = _programs(c)
+    b = programs(c)
     empty: list[list[ProgramStep]] = [[], [ProgramStep((), (), ())] * 3]
     for number, steps in enumerate(empty):
         body = encode_program(steps, no_tensors())
         b.peer.call(Command.SPLIT_PROGRAM, body, program=number)
-        _run(b, number)
+        run(b, number)
         b.peer.ping()
 
 
@@ -214,11 +217,11 @@ def programs_of_nothing(c: Context) -> None:
 )
 def program_whose_buffer_was_freed(c: Context) -> None:
     """It would read and write memory that is somebody else's by now."""
-    b = _programs(c)
-    made = _scaling(b)
+    b = programs(c)
+    made = scaling(b)
     made.send(1)
     b.peer.call(Command.FREE_BUFFER, remote_ptr=made.steps[0].inputs[0].buffer)
-    _run(b, 1, values(64))
+    run(b, 1, values(64))
     _ended(c, b.peer)
 
 
@@ -241,22 +244,22 @@ def _ended(c: Context, peer: Peer) -> None:
 )
 def numbers_that_no_program_has(c: Context) -> None:
     """What follows a SPLIT_RUN on the stream can't be known without its program."""
-    b = _programs(c)
-    _scaling(b).send(1)
-    _run(b, 2)
+    b = programs(c)
+    scaling(b).send(1)
+    run(b, 2)
     c.refused(b.peer)
     b.peer.close()
     for number in (MAX_PROGRAMS, 0xFFFFFFFF):
-        b = _programs(c)
-        body = _scaling(b).encode()
+        b = programs(c)
+        body = scaling(b).encode()
         b.peer.send(Command.SPLIT_PROGRAM, body, program=number)
         c.refused(b.peer, Command.SPLIT_PROGRAM)
         b.peer.close()
 
 
 def _bad_program(c: Context, change: Callable[[Program], bytes]) -> None:
-    b = _programs(c)
-    body = change(_scaling(b))
+    b = programs(c)
+    body = change(scaling(b))
     b.peer.send(Command.SPLIT_PROGRAM, body, program=0)
     c.refused(b.peer, Command.SPLIT_PROGRAM)
     b.peer.close()
@@ -341,8 +344,8 @@ def program_with_tensors_elsewhere(c: Context) -> None:
 )
 def program_in_another_clients_memory(c: Context) -> None:
     """A program is no way around what a graph may not."""
-    theirs = _scaling(_programs(c)).encode()
-    b = _programs(c)
+    theirs = scaling(programs(c)).encode()
+    b = programs(c)
     b.peer.send(Command.SPLIT_PROGRAM, theirs, program=0)
     c.refused(b.peer, Command.SPLIT_PROGRAM)
 
@@ -356,13 +359,13 @@ def program_in_another_clients_memory(c: Context) -> None:
 )
 def programs_are_not_the_last_graph(c: Context) -> None:
     """A client that uses both counts on each."""
-    b = _programs(c)
+    b = programs(c)
     total = b.leaf(np.ones(16, np.float32))
     b.compute(b.g.scale(total, 2.0, inplace=True))
-    _scaling(b).send()
+    scaling(b).send()
     p = values(64, seed=25)
-    _run(b, 0, p)
-    same(c, _output(b, 64), p * 2, "the program's output")
+    run(b, 0, p)
+    same(c, output(b, 64), p * 2, "the program's output")
     b.peer.call(Command.GRAPH_RECOMPUTE)
     same(c, b.get(total), np.full(16, 4), "what the graph wrote")
 
@@ -377,9 +380,9 @@ def programs_are_not_the_last_graph(c: Context) -> None:
 )
 def hanging_up_within_a_program(c: Context) -> None:
     """The device must not wait for an input that never comes."""
-    b = _programs(c)
-    _scaling(b, 4096).send()
-    _run(b, 0, values(1000))
+    b = programs(c)
+    scaling(b, 4096).send()
+    run(b, 0, values(1000))
     b.peer.half_close()
     _ended(c, b.peer)
 
@@ -393,11 +396,11 @@ def hanging_up_within_a_program(c: Context) -> None:
 )
 def program_number(c: Context) -> None:
     """A layer has several programs, and a client may have many layers."""
-    b = _programs(c)
+    b = programs(c)
     p = values(64, seed=26)
     factors = {0: 2.0, 7: 3.0, 3: 5.0, MAX_PROGRAMS - 1: 7.0}
     for number, factor in factors.items():
-        _scaling(b, factor=factor).send(number)
+        scaling(b, factor=factor).send(number)
     for number in (7, 0, 3, 0, MAX_PROGRAMS - 1, 7):
-        _run(b, number, p)
-        same(c, _output(b, 64), p * np.float32(factors[number]), f"program {number}")
+        run(b, number, p)
+        same(c, output(b, 64), p * np.float32(factors[number]), f"program {number}")

@@ -12,13 +12,14 @@ from typing import Any
 from conformance.properties.properties import PROPERTIES, Property, Target
 from conformance.properties.reduce import reduced
 from conformance.properties.search import Search, search
-from conformance.suite.errors import CaseEnded, Failed
+from conformance.suite.context import accepts
+from conformance.suite.errors import CaseEnded, Failed, NotOffered
 from conformance.suite.probe import introduce_numbering, probe
 from conformance.suite.target import Target as Server
 from conformance.suite.transcript import Message, Transcript
 from protocol.annotate import describe, message_of_answer, message_of_request
 from protocol.commands import Command
-from protocol.dialects import Dialect, compatible_dialects, find_dialects
+from protocol.dialects import Dialect, Version, compatible_dialects, find_dialects
 from protocol.errors import ProtocolError
 
 # Bytes of one message that are printed; the file has more.
@@ -184,7 +185,12 @@ def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterat
     """
     facts = probe(server.address, wanted[0] if len(wanted) == 1 else None, patience)
     seen: list[Dialect] = []
+    # What a server that always says the same answers this size of HELLO with.
+    fixed: dict[int, Version] = {}
     for dialect in wanted:
+        only = fixed.get(dialect.hello_size)
+        if only is not None and not accepts(dialect, only):
+            continue
         if any(dialect in compatible_dialects(other) for other in seen):
             continue
         seen.append(dialect)
@@ -193,6 +199,10 @@ def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterat
             with target.context() as context:
                 peer = context.connect()
                 introduce_numbering(peer)
+        except NotOffered as error:
+            if len(set(error.offered)) == 1:
+                fixed[dialect.hello_size] = error.offered[0]
+            continue
         except Failed:
             continue
         yield replace(target, facts=replace(target.facts, version=peer.version))

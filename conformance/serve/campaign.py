@@ -16,7 +16,7 @@ from conformance.serve.server import PATIENCE, Offered, Script, ScriptedServer, 
 from conformance.suite.registry import Case, Group
 from conformance.suite.results import Result, Verdict
 from protocol.dialects import DIALECTS, Dialect, Version
-from protocol.negotiation import Negotiator
+from protocol.negotiation import Greeting, Negotiator
 
 # A client may have a time limit for answers; one that has none waits as long as it is let.
 _SILENT_PATIENCE = 15.0
@@ -187,19 +187,25 @@ class _Offers:
 
     def __init__(self, negotiator: Negotiator) -> None:
         self._negotiator = negotiator
-        self._size = DIALECTS[0].hello_size
+        self._greeting: Greeting | None = None
+        self._tried: set[Version] = set()
         self.last: Offered | None = None
 
     def offer(self, size: int) -> Offered | None:
-        offer = self._negotiator.choose("client", size)
-        self._size = size
+        # Of a client that connects several times in a run all are offered the same.
+        self._greeting = self._negotiator.greet("client", bytes(size), 0.0)
+        offer = self._greeting.offer
         self.last = Offered(offer.version, offer.dialect)
         return self.last
 
     def refused(self) -> bool:
-        """The client hung up: go to the next one; False if there is none."""
-        offer = self._negotiator.choose("client", self._size)
-        return self._negotiator.refused("client", offer) is not None
+        """Go to the next version, as the client hung up; False if there is none."""
+        if self._greeting is None:
+            return False
+        refused = self._greeting.offer
+        self._tried.add(refused.version)
+        hang_up = self._greeting.ended(0.0)
+        return hang_up is not None and hang_up.following.version not in self._tried
 
 
 def planned(found: Found, every_dialect: bool) -> list[Scenario]:

@@ -327,6 +327,9 @@ class _Connection:
     def _begin(self, command: Command, fields: Any, follow: int, body: Bytes = b"") -> None:
         """Note a request: its fields, and the ``follow`` bytes behind them, as far as they came."""
         assert self._reader.dialect is not None
+        if self._session is not None:
+            # A request may have told that the names of tensors are longer.
+            self._session.dialect = self._reader.dialect
         head = codec(self._reader.dialect.commands[command].request).build(fields)
         size = len(head) + follow
         data = FRAME.pack(command, size) + head + body[:KEPT]

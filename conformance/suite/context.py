@@ -6,18 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from conformance.suite.errors import Closed, Differs, Failed, Skipped
+from conformance.suite.errors import Closed, Differs, Failed, NotOffered, Skipped
 from conformance.suite.peer import Peer
 from conformance.suite.transcript import Transcript
 from protocol.commands import Command
 from protocol.conversation import dialect_of_version
 from protocol.dialects import Dialect, Version
+from protocol.negotiation import retry_pause
 from protocol.split import split_caps
-
-# A server that guesses a client's version offers another at each try.
-_MOST_OFFERS = 12
-_SAME_OFFERS = 2
-_BETWEEN_OFFERS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,7 @@ class Context:
         """
         speaks = dialect or self.dialect
         offered: list[Version] = []
-        for _ in range(_MOST_OFFERS):
+        while True:
             peer = self._open(name, speaks)
             if not hello:
                 return peer
@@ -85,12 +81,12 @@ class Context:
                 return peer
             peer.drop()
             offered.append(theirs)
-            if offered.count(theirs) > _SAME_OFFERS:
+            # A server that guesses a client's version offers another one at some later try.
+            pause = retry_pause(offered)
+            if pause is None:
                 break
-            # A server that guesses has to see that this one hung up first.
-            time.sleep(_BETWEEN_OFFERS)
-        names = ", ".join(".".join(map(str, version)) for version in sorted(set(offered)))
-        raise Failed(f"a client of protocol {speaks.name} is offered {names}")
+            time.sleep(pause)
+        raise NotOffered(speaks, offered)
 
     def _open(self, name: str, dialect: Dialect) -> Peer:
         number = len(self._peers) + 1

@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from protocol.dialects import Dialect, Version
+
 
 class CaseEnded(Exception):
     """Ends a case; the message is what came, for the report."""
@@ -31,3 +35,12 @@ class NoAnswer(Failed):
 
 class Malformed(Failed):
     """The server answered with what is no answer to the request."""
+
+
+class NotOffered(Failed):
+    """The server never offered the version that the client speaks; ``offered`` is what it did."""
+
+    def __init__(self, dialect: Dialect, offered: Sequence[Version]) -> None:
+        self.offered = list(offered)
+        names = ", ".join(".".join(map(str, version)) for version in sorted(set(offered)))
+        super().__init__(f"a client of protocol {dialect.name} is offered {names}")

@@ -95,8 +95,8 @@ def introduce_numbering(peer: Peer) -> None:
         return
     buffer = peer.alloc(256)
     x = buffer.leaf(1, (32,))
-    function = {"op_params": [int(UnaryOp.NEG), *[0] * (MAX_PARAM_WORDS - 1)]}
-    peer.compute([buffer.node(2, (32,), Op.UNARY, 1, at=128, **function)], [x])
+    params = [int(UnaryOp.NEG), *[0] * (MAX_PARAM_WORDS - 1)]
+    peer.compute([buffer.node(2, (32,), Op.UNARY, 1, at=128, op_params=params)], [x])
     peer.call(Command.FREE_BUFFER, remote_ptr=buffer.handle)
 
 

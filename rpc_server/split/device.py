@@ -649,11 +649,14 @@ class SplitDevice(CpuDevice):
 
 def _result(future: concurrent.futures.Future[None], stopped: Callable[[], bool]) -> None:
     """Wait for ``future``. Raises what it raises, and GraphError once ``stopped`` says so."""
-    while not future.done():
-        concurrent.futures.wait([future], _LOOK_SECONDS)
-        if not future.done() and stopped():
-            raise GraphError("was stopped")
-    future.result()
+    while True:
+        try:
+            return future.result(_LOOK_SECONDS)
+        except TimeoutError:
+            if future.done():
+                return future.result()
+            if stopped():
+                raise GraphError("was stopped") from None
 
 
 def _watching(resolve: Resolve, storages: dict[int, SplitStorage]) -> Resolve:

@@ -60,7 +60,9 @@ async def scripted(dialect: Dialect, script: Script) -> AsyncIterator[int]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await script(Peer(dialect, reader, writer))
+            # A client that gives up before HELLO is answered resets the connection.
+            with contextlib.suppress(ConnectionResetError):
+                await script(Peer(dialect, reader, writer))
             done.set_result(None)
         except BaseException as error:
             done.set_exception(error)

@@ -22,6 +22,8 @@ from protocol.hashing import fnv1a_64
 from rpc_server.types import to_f32
 from tests.client.test_gguf_file import write
 from tests.upstream_server import Endpoint
+from tools.ports import free_port
+from tools.serving import Process, listens, upstream_command
 
 F32, F16, I32, I64, I8 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64, GgmlType.I8
 
@@ -366,3 +368,21 @@ async def test_a_gguf_file_of_types_the_package_lacks(
     taken = b.graph.get_rows(weight, await b.tensor(I32, (2,), [4, 0]))
     expected = to_f32(type_, blocks.reshape(rows, -1))[[4, 0]]
     assert np.array_equal((await b.compute(taken))[0, 0], expected)
+
+
+@pytest.mark.upstream
+async def test_giving_up_before_hello_is_answered_leaves_the_server_alive(tmp_path: Path) -> None:
+    """llama.cpp's server answers it when its turn comes, and must not die of that."""
+    port = free_port()
+    command = upstream_command(port, "-t", "1")
+    if command is None:
+        pytest.skip("no ggml-rpc-server: run python -m tools.upstream")
+    with Process(command, tmp_path / "log") as server:
+        server.wait_until(lambda: listens(port), 20.0, "listening socket")
+        async with await connect("127.0.0.1", port):
+            with pytest.raises(TimeoutError):
+                await connect("127.0.0.1", port, timeout=0.5)
+        # Its turn was before this one's.
+        async with await connect("127.0.0.1", port) as connection:
+            await connection.get_alignment()
+        assert server.alive, server.log

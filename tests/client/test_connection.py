@@ -26,7 +26,7 @@ from protocol.dialects import DIALECTS, Answer, Dialect, find_dialects
 from protocol.errors import ProtocolError
 from protocol.ggml_types import GgmlType
 from protocol.messages import RPC_TENSOR_DTYPE
-from protocol.split import SPLIT_COMMANDS, split_caps, with_split
+from protocol.split import SPLIT_COMMANDS, VERSION, split_caps, with_split
 from tests.client.scripted import Peer, scripted, talking_to
 
 NEWEST = DIALECTS[0]
@@ -408,7 +408,7 @@ async def test_failures_that_are_answers() -> None:
 
 
 async def test_nothing_is_sent_that_the_version_cannot_say() -> None:
-    dialect = BY_NAME["2.0.0"]
+    dialect = BY_NAME["2.0.0-90"]
 
     async def script(peer: Peer) -> None:
         await peer.hello()
@@ -477,7 +477,7 @@ async def test_bytes_without_a_frame_wait_for_answers_in_frames() -> None:
     async with scripted(dialect, script) as port:
         c = await connect("127.0.0.1", port, split=True)
         async with c:
-            assert c.split_version == 1
+            assert c.split_version == VERSION
             results = await asyncio.gather(
                 c.get_tensor(placed(9000)), run(c, 1), run(c, 2), c.get_alignment()
             )

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
+from client.backend import HASH_THRESHOLD
 from tests.e2e import llama
 from tests.e2e.conftest import Serve, StartLlamaServer, needs_own_server
 from tests.e2e.logits import Request, compute, nmse
 from tests.e2e.test_generation import PLAIN_PROMPTS
+from tests.split.relay import Relay
 from tests.upstream_server import running_upstream
+from tools.models import write_large_model
 from tools.upstream import DEFAULT_BUILD, DIALECT_BUILDS
 
 pytestmark = needs_own_server
@@ -209,3 +213,64 @@ def test_what_fits_by_what_is_told_loads(
     assert all(worker.alive for worker in workers)
     for word in ("ERROR", "no buffer of"):
         assert word not in coordinator.log
+
+
+def test_two_coordinators_over_the_same_workers(log_folder: Path, expected_text: str) -> None:
+    """They name the workers in opposite orders, and neither waits for a timeout."""
+    model = llama.smollm2(llama.SMOLLM2_TYPE)
+    with contextlib.ExitStack() as stack:
+
+        def start(*options: str) -> llama.RpcServer:
+            server = llama.RpcServer(log_folder, *options)
+            stack.callback(server.stop)
+            return server
+
+        workers = [start("--threads", "1") for _ in range(2)]
+        names = [w.address for w in workers]
+        coordinators = [
+            start("--split", ",".join(order), "--tensor-split", "1,1", "--split-timeout", "60")
+            for order in (names, names[::-1])
+        ]
+
+        def generate(coordinator: llama.RpcServer) -> str:
+            return llama.completion(model, PLAIN_PROMPTS[0], COUNT, rpc=coordinator.address)
+
+        with ThreadPoolExecutor(2) as pool:
+            texts = list(pool.map(generate, coordinators))
+        assert texts == [expected_text] * 2
+        for server in (*workers, *coordinators):
+            assert "ERROR" not in server.log
+
+
+def test_a_model_loads_from_the_workers_disks(log_folder: Path, tmp_path: Path) -> None:
+    """The second load sends the workers what llama.cpp never offers by its hash, no more."""
+    model = tmp_path / "model.gguf"
+    write_large_model(model, 240 << 20, "F32")
+    sizes = [int(t.n_bytes) for t in GGUFReader(model).tensors]
+    small = sum(n for n in sizes if n <= HASH_THRESHOLD)
+    assert small < 0.07 * sum(sizes)
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, *options: str) -> llama.RpcServer:
+            cache = ("--cache-dir", str(tmp_path / name))
+            server = llama.RpcServer(log_folder, *cache, *options)
+            stack.callback(server.stop)
+            return server
+
+        workers = [start(f"worker-{i}", "--threads", "1") for i in range(2)]
+        relays = [Relay(w.port) for w in workers]
+        sent, logits = [0], []
+        for _ in range(2):
+            coordinator = start(
+                "coordinator",
+                *("--split", ",".join(r.address for r in relays)),
+                *("--tensor-split", "2,1", "--split-mode", "tensor"),
+            )
+            logits += compute([Request(str(model), TEXT, 8, 1, rpc=coordinator.address)])
+            sent.append(sum(r.sent for r in relays))
+            assert "ERROR" not in coordinator.log
+        assert sent[1] > 0.9 * sum(sizes)
+        assert sent[2] - sent[1] < small + 0.01 * sum(sizes)
+        assert np.array_equal(*logits)
+        for relay in relays:
+            relay.close()

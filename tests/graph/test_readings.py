@@ -154,6 +154,15 @@ def test_a_graph_that_makes_no_sense_is_refused_by_the_reading_that_makes_most()
         readings(dialect, NumberingMemory()).choose(graph, resolve)
 
 
+def test_a_fork_with_ops_of_its_own_gets_one_clear_line() -> None:
+    """ik_llama.cpp says protocol 2.0 and has more ops than any release of it."""
+    dialect = dialect_of("2.0-90")
+    graph = payload(dialect, unary)
+    graph.tensors["op"][-1] = 95
+    with pytest.raises(GraphError, match=r"no release of protocol 2\.0\.0 .*ik_llama\.cpp"):
+        readings(dialect, NumberingMemory()).choose(graph, resolve)
+
+
 def test_the_memory_is_bounded() -> None:
     memory, dialect = NumberingMemory(most=3), dialect_of("4.0.0")
     version = compatible_dialects(dialect)

@@ -33,13 +33,14 @@ every_capture = pytest.mark.parametrize("name", NAMES)
 
 
 def test_there_is_a_capture_of_every_version_and_command() -> None:
-    seen = defaultdict(set)
+    seen, settled = defaultdict(set), set()
     for name in NAMES:
-        for _, message in collected(name).messages:
-            seen[message.dialect.name].add(message.command)
-    assert set(seen) == {d.name for d in DIALECTS}
+        for connection, message in collected(name).messages:
+            seen[message.dialect.version].add(message.command)
+            settled.add(connection.conversation.dialect.name)
+    assert settled == {d.name for d in DIALECTS}
     for dialect in DIALECTS:
-        lacking = set(dialect.commands) - seen[dialect.name]
+        lacking = set(dialect.commands) - seen[dialect.version]
         # What llama.cpp asks for when it copies between devices or clears a part of a tensor;
         # of these versions only llama.cpp's sessions are recorded, and they do neither.
         allowed = {Command.COPY_TENSOR, Command.MEMSET_TENSOR, Command.SET_TENSOR_HASH}
@@ -62,7 +63,7 @@ def test_is_decoded_to_the_text_that_was_read(name: str) -> None:
 def test_nothing_is_left_over(name: str) -> None:
     found = collected(name)
     assert not found.others
-    version = name.rpartition("-")[2]
+    version = name.partition("-")[2]
     assert {c.conversation.dialect.name for c in found.connections if c.conversation.dialect} == {
         version
     }
@@ -124,7 +125,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @every_capture
 def test_is_answered_again_as_it_was(name: str, server: ServerProcess) -> None:
-    result = asyncio.run(Player(HOST, server.port, tolerance=BOUND).play(path_of(name)))
+    with contextlib.ExitStack() as stack:
+        if name.count("-") > 1:
+            # One of several numberings: the server has met the others at this address.
+            pinned = ServerProcess("--threads", "1", "--protocol", name.partition("-")[2])
+            server = stack.enter_context(pinned)
+        result = asyncio.run(Player(HOST, server.port, tolerance=BOUND).play(path_of(name)))
     assert result.differences == []
     assert result.notes == []
     answers = [m for _, m in collected(name).messages if m.kind in (Kind.ANSWER, Kind.OUTPUTS)]

@@ -13,6 +13,7 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS, Body, Dialect
 from protocol.errors import ProtocolError
 from protocol.framing import Hello, Limits, Request, RequestReader, UploadEnd, UploadStart
+from tests.protocol.transcripts import request, small_graph, tensor_fields
 
 NEWEST = DIALECTS[0]
 
@@ -172,3 +173,69 @@ def test_a_graph_gets_memory_as_it_comes(size: int) -> None:
     peer.feed(graph[:size])
     peer.feed(message(Command.DEVICE_COUNT, NEWEST))
     assert peer.seen[1:] == [("GRAPH_COMPUTE", graph[:size]), ("DEVICE_COUNT", b"")]
+
+
+# -- names of 64 or 128 bytes --------------------------------------------------------------------
+
+
+def _wide(dialect: Dialect) -> Dialect:
+    return dialect.with_names(128)
+
+
+def _upload(dialect: Dialect, size: int, *, name: bytes = b"w", offset: int = 0) -> bytes:
+    """A SET_TENSOR of ``size`` bytes of a tensor of F32 with 1024 elements."""
+    tensor = tensor_fields(dialect, "w", (1024, 1, 1, 1))
+    tensor["name"] = name
+    fields = {"tensor": tensor, "offset": offset, "cache_flag": 0}
+    return request(dialect, Command.SET_TENSOR, fields, bytes(size))[1]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
+@pytest.mark.parametrize("size", [64, 128])
+def test_any_request_with_a_tensor_tells_how_long_names_are(dialect: Dialect, size: int) -> None:
+    spoken = dialect.with_names(size)
+    tensor = tensor_fields(spoken, "w", (1024, 1, 1, 1))
+    first = [
+        (Command.INIT_TENSOR, {"tensor": tensor}, b""),
+        (Command.GET_TENSOR, {"tensor": tensor, "offset": 0, "size": 4}, b""),
+        (Command.COPY_TENSOR, {"src": tensor, "dst": tensor}, b""),
+        (Command.GET_ALLOC_SIZE, {"tensor": tensor, "device": 0, "srcs": [tensor] * 10}, b""),
+        (Command.GRAPH_COMPUTE, {}, small_graph(spoken)),
+        (Command.SET_TENSOR, {"tensor": tensor, "offset": 0, "cache_flag": 0}, bytes(4096)),
+    ]
+    if size == 64:
+        part = {"tensor": tensor, "offset": 4000, "cache_flag": 0}
+        first.append((Command.SET_TENSOR, part, bytes(96)))
+    for command, fields, body in first:
+        peer = Peer(dialect)
+        peer.feed(hello(dialect))
+        # What carries no tensor tells nothing.
+        peer.feed(request(dialect, Command.BUFFER_GET_BASE, {"remote_ptr": 1})[1])
+        turn = request(spoken, command, fields, body)[1]
+        for i in range(0, len(turn), 100):
+            peer.feed(turn[i : i + 100])
+        assert peer.reader.dialect is spoken, command
+        assert peer.reader.at_boundary
+        assert peer.seen[-1][1] == body
+        # And the connection is held to it.
+        other = dialect.with_names(192 - size)
+        with pytest.raises(ProtocolError, match="INIT_TENSOR of"):
+            peer.feed(request(other, Command.INIT_TENSOR, {"tensor": tensor})[1])
+
+
+def test_a_long_name_is_read_whole() -> None:
+    wide = _wide(NEWEST)
+    peer = Peer(NEWEST)
+    peer.feed(hello(NEWEST))
+    peer.feed(_upload(wide, 4096, name=b"n" * 100))
+    assert peer.reader.dialect is wide
+
+
+def test_an_upload_that_may_be_either_is_taken_as_most_are_and_held_to_it() -> None:
+    """A part of a tensor, all zeros: nothing in it says how long its name is."""
+    peer = Peer(NEWEST)
+    peer.feed(hello(NEWEST))
+    peer.feed(_upload(NEWEST, 512))
+    assert peer.reader.dialect is NEWEST
+    with pytest.raises(ProtocolError, match="names of 128 bytes, after uploads"):
+        peer.feed(_upload(_wide(NEWEST), 4096, name=b"n" * 100))

@@ -253,3 +253,17 @@ def test_the_commands_are_unknown_without_the_extension() -> None:
     feed(reader, run_program(0))
     with pytest.raises(ProtocolError, match="SPLIT_RUN is no command of protocol"):
         reader.next_event()
+
+
+def test_versions() -> None:
+    """Both sides speak the lower one: each has the commands of those before it."""
+    names = [set(with_split(NEWEST, v).commands) - set(NEWEST.commands) for v in (0, 1, 2)]
+    assert names[0] == set()
+    assert min(names[1]) == Command.SPLIT_QUERY
+    assert max(names[1]) == Command.SPLIT_STATUS
+    assert names[2] - names[1] == {
+        Command.SPLIT_MEMBERS,
+        Command.SPLIT_ACQUIRE,
+        Command.SPLIT_RELEASE,
+    }
+    assert names[2] == set(SPLIT_COMMANDS)

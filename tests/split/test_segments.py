@@ -14,7 +14,7 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.split.segments import Found, Segment, WeightIndex, find_segments
 from rpc_server.split.shard import Shard, Slice, carry
 from rpc_server.split.weights import SplitWeight
-from tests.ops.harness import node, params, tensor
+from tests.ops.harness import node, params, tensor, view
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 

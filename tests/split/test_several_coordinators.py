@@ -26,6 +26,7 @@ from client.steps import Step, encode_steps
 from protocol.commands import Command
 from protocol.ggml_types import GgmlType
 from protocol.split import caps_version, split_caps
+from rpc_server.options import parse_options
 from rpc_server.split.link import Link
 from tests.split.cluster import HOST, Coordinator, Worker, backend, nmse, values, weight
 from tools.ports import free_port
@@ -382,3 +383,30 @@ def test_a_worker_that_nobody_answers_for_is_not_taken_for_its_neighbour() -> No
         assert "accepts but does not answer" in line
         assert "same server" not in line
         assert time.monotonic() - started < PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("http://box:50052", "'http://box:50052' is a URL; write box:50052, without 'http://'"),
+        ("local,https://box/", "is a URL; write box, without 'https://'"),
+        ("tls://http://box", "is a URL"),
+        ("box:port", "'port' is not a port"),
+        ("fe80::1:8080", "write [fe80::1:8080] or [fe80::1]:8080"),
+        ("box,box:50052", "names box:50052 twice"),
+        ("[::1],::1:50052", "names [::1]:50052 twice"),
+    ],
+)
+def test_addresses_that_are_none(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_options(["--split", text])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_addresses_of_parts() -> None:
+    options = parse_options(["--split", "a,[::1]:5,local,tls://b:7,fe80::2,c"])
+    assert options.split == (
+        ("a", 50052, False), ("::1", 5, False), None, ("b", 7, True), ("fe80::2", 50052, False),
+        ("c", 50052, False),
+    )  # fmt: skip

@@ -7,11 +7,9 @@ and the result is right.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +24,8 @@ from rpc_server.graph.tensor import Tensor as ServerTensor
 from rpc_server.split import slices
 from rpc_server.split.slices import Notes, chunks, pieces
 from rpc_server.split.weights import SplitWeight
-from tests.split.cluster import HOST, NAME, Coordinator, Worker, backend, content, nmse, values
+from tests.split.cluster import NAME, Coordinator, Worker, backend, content, nmse, values
+from tests.split.relay import Relay
 from tools.ports import free_port
 from tools.serving import Process, listens, upstream_command
 
@@ -38,46 +37,6 @@ LITTLE = NBYTES // 20
 PATIENCE = 30.0
 # llama.cpp's name of a weight that tensor mode cuts by columns.
 DOWN = "blk.0.ffn_down.weight"
-
-
-class Relay:
-    """Passes connections on to ``port`` and counts the bytes on their way there."""
-
-    def __init__(self, port: int) -> None:
-        self.sent = 0
-        self._target = port
-        self._loop = asyncio.new_event_loop()
-        started = threading.Event()
-
-        def serve() -> None:
-            asyncio.set_event_loop(self._loop)
-            server = self._loop.run_until_complete(asyncio.start_server(self._pass_on, HOST, 0))
-            self.port = server.sockets[0].getsockname()[1]
-            started.set()
-            self._loop.run_forever()
-
-        threading.Thread(target=serve, daemon=True).start()
-        assert started.wait(PATIENCE)
-
-    @property
-    def address(self) -> str:
-        return f"{HOST}:{self.port}"
-
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(HOST, self._target)
-
-        async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter, count: bool) -> None:
-            with contextlib.suppress(ConnectionError):
-                while data := await source.read(1 << 18):
-                    self.sent += len(data) * count
-                    to.write(data)
-                    await to.drain()
-            to.close()
-
-        await asyncio.gather(copy(reader, back, True), copy(there, writer, False))
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
 
 
 class Site:

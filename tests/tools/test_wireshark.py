@@ -161,7 +161,7 @@ def check(seen: list[Shown], messages: list[Message], *, whole: bool = True) -> 
         assert found.fields == expected_fields(message)
         ops = [op_text(op, message.dialect) for op, _ in tensors_of(message)]
         assert found.generated["tensor.op_name"] == ops
-        functions = [sub_op(Op(name), parameter) for name, (_, parameter) in
+        functions = [sub_op(Op(name), parameter, message.dialect) for name, (_, parameter) in
                      zip(ops, tensors_of(message), strict=True)]  # fmt: skip
         assert found.generated["tensor.function"] == [f for f in functions if f]
 

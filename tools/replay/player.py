@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from protocol.commands import Command
 from protocol.conversation import dialect_of_version
 from protocol.dialects import Answer, Version
 from protocol.events import Event, Failure, Kind, Message, Skipped
+from protocol.negotiation import retry_pause
 from protocol.split import ProgramPayload, caps_version
 from tools.capture.connections import Connection, Connections, Options
 from tools.capture.files import read_capture
@@ -22,8 +24,6 @@ from tools.replay.rewrite import Rewriter
 
 # All data are needed to send them.
 _KEEP = 1 << 62
-# A server that guesses versions comes to the right one within so many connections.
-_TRIES = 8
 
 
 class ReplayError(Exception):
@@ -222,16 +222,18 @@ class Player:
         """Take the server's version, or connect again until it offers the recorded one."""
         assert played.hello is not None
         seen: list[Version] = []
-        for _attempt in range(_TRIES):
+        while True:
             version = _version(message, data)
             seen.append(version)
             if _same_commands(message, version):
                 self._check_extension(message, data)
                 return data
-            if seen.count(version) > 1:
-                break
             # As a client does that is offered another version; the next offer may be another one.
             await played.live.close()
+            pause = retry_pause(seen)
+            if pause is None:
+                break
+            await asyncio.sleep(pause)
             played.live = await self._connect()
             played.live.expect(len(data))
             try:

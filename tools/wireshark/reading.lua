@@ -299,15 +299,12 @@ end
 
 local function settle_numbering(stream, message, tvb)
   if #stream.dialects < 2 or not tells(message.graph, tvb) then return end
-  local chosen = stream.dialects[1]
+  local left = {}
   for _, candidate in ipairs(stream.dialects) do
-    if fits(candidate, message.graph, tvb) then
-      chosen = candidate
-      break
-    end
+    if fits(candidate, message.graph, tvb) then left[#left + 1] = candidate end
   end
-  stream.dialects = {chosen}
-  message.dialect = chosen
+  if #left > 0 then stream.dialects = left end
+  message.dialect = stream.dialects[1]
 end
 
 local function program_key(message)

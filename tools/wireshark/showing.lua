@@ -44,7 +44,7 @@ local function add_field(tree, tvb, at, f, dialect)
   if f.filter == "ggml_rpc.tensor.op" then
     local name = op_name(dialect, range:le_uint())
     tree:add(FIELD["ggml_rpc.tensor.op_name"], range, name):set_generated()
-    local functions = FUNCTIONS[name]
+    local functions = FUNCTIONS[DIALECTS[dialect].ops][name]
     if functions then
       local params = tvb(at - f.at + TENSOR.op_params, 4)
       tree:add(FIELD["ggml_rpc.tensor.function"], params, functions[params:le_int()] or "?")

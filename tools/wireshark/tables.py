@@ -14,7 +14,7 @@ from protocol import messages, split
 from protocol.annotate import value_text
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, compatible_dialects
-from protocol.ggml_ops import GluOp, Op, UnaryOp
+from protocol.ggml_ops import GluOp, Numbering, Op, UnaryOp
 from protocol.ggml_types import TYPE_INFO
 from protocol.messages import MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
 from protocol.numbering import fits
@@ -113,7 +113,7 @@ class Tables:
     def text(self) -> str:
         """All tables, as local variables."""
         command_sets = _distinct([d.commands for d in DIALECTS])
-        op_lists = _distinct([d.ops for d in DIALECTS])
+        numberings = _distinct([d.numbering for d in DIALECTS])
         dialects = [
             {
                 "version": list(d.version),
@@ -121,7 +121,7 @@ class Tables:
                 "hello_size": d.hello_size,
                 "graph_device": d.graph_device,
                 "commands": _index(command_sets, d.commands),
-                "ops": _index(op_lists, d.ops),
+                "ops": _index(numberings, d.numbering),
                 "compatible": [DIALECTS.index(c) + 1 for c in compatible_dialects(d)],
             }
             for d in DIALECTS
@@ -142,12 +142,9 @@ class Tables:
             "SPLIT_COMMANDS": self.commands(SPLIT_COMMANDS),
             # Capability bytes that announce the split extension, up to its version.
             "SPLIT_MAGIC": caps[:at].hex(),
-            "OPS": [dict(enumerate(map(str, ops))) for ops in op_lists],
-            "SOURCES": [_sources(ops) for ops in op_lists],
-            "FUNCTIONS": {
-                str(op): {int(f): f.name for f in functions}
-                for op, functions in ((Op.UNARY, UnaryOp), (Op.GLU, GluOp))
-            },
+            "OPS": [dict(enumerate(map(str, n.ops))) for n in numberings],
+            "SOURCES": [_sources(n) for n in numberings],
+            "FUNCTIONS": [_functions(n) for n in numberings],
             "TYPES": {
                 int(t): {"name": t.name, "block": info.block_size, "size": info.type_size}
                 for t, info in TYPE_INFO.items()
@@ -180,9 +177,18 @@ def _is_hexadecimal(filter_name: str) -> bool:
     return value_text(name, 1, DIALECTS[0]).startswith("0x")
 
 
-def _sources(ops: tuple[Op, ...]) -> dict[int, list[int]]:
+def _functions(numbering: Numbering) -> dict[str, dict[int, str]]:
+    """The functions of UNARY and GLU by their numbers."""
+    return {
+        str(op): {i: functions(n).name for i, n in enumerate(numbering.functions[op])}
+        for op, functions in ((Op.UNARY, UnaryOp), (Op.GLU, GluOp))
+    }
+
+
+def _sources(numbering: Numbering) -> dict[int, list[int]]:
     """Least and most sources of each op that a graph of this numbering can have; absent: any."""
-    dialect = next(d for d in DIALECTS if d.ops is ops)
+    dialect = next(d for d in DIALECTS if d.numbering is numbering)
+    ops = numbering.ops
     limits: dict[int, list[int]] = {}
     for number in range(len(ops)):
         counts = [n for n in range(MAX_SOURCES + 1) if _has_sources(number, n, dialect)]

@@ -137,6 +137,36 @@ def version_that_changes() -> None:
     _answering_hello(lambda answer: {"minor": next(minors)})
 
 
+@fault(
+    "a connection that says HELLO and closes has the next one answered otherwise: 5.1, or 5.0",
+    "hang-ups-change-nothing",
+    options=("--protocol", "5.1"),
+)
+def version_given_up_at_a_hang_up() -> None:
+    minor = served = 1
+
+    def make(right: Any) -> Any:
+        def went_on(self: Handshake) -> None:
+            nonlocal served
+            served = minor
+            right(self)
+
+        return went_on
+
+    def make_ended(right: Any) -> Any:
+        def ended(self: Handshake, *, by_server: bool) -> None:
+            nonlocal minor
+            if not self.done:
+                minor = 1 - served
+            right(self, by_server=by_server)
+
+        return ended
+
+    _answering_hello(lambda answer: {"minor": minor})
+    replace_method(Handshake, "went_on", make)
+    replace_method(Handshake, "ended", make_ended)
+
+
 @fault("HELLO's answer has capability bytes that say nothing known", "unused-bytes-are-zero")
 def capabilities_from_nowhere() -> None:
     _answering_hello(lambda answer: {"conn_caps": b"\x01" * CONN_CAPS_SIZE})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,8 @@ def _shift_ops(major: int) -> None:
     for dialect in DIALECTS:
         if dialect.version[0] == major:
             ops = dialect.ops
-            object.__setattr__(dialect, "ops", (*ops[:4], ops[3], *ops[4:-1]))
+            shifted = replace(dialect.numbering, ops=(*ops[:4], ops[3], *ops[4:-1]))
+            object.__setattr__(dialect, "numbering", shifted)
 
 
 @fault("ops are numbered one off from ADD1 on", "ops-by-this-versions-numbers")

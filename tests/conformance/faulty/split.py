@@ -6,10 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from client.partition import Rows, Run
+from protocol.commands import Command
+from rpc_server.context import new_identity
+from rpc_server.leases import Client, Lease
 from rpc_server.memory import Buffers
+from rpc_server.session import Session
 from rpc_server.split import weights
 from rpc_server.split.programs import Programs
-from tests.conformance.faulty.registry import fault, replace_method
+from tests.conformance.faulty.registry import fault, handle, replace_method
 
 _OVER_TWO = ("--split", "local,{worker}", "--tensor-split", "1,1")
 
@@ -47,3 +51,67 @@ def split_rows_off_by_one() -> None:
         return row_runs
 
     replace_method(weights, "row_runs", make)
+
+
+@fault("everybody who asks for the lease gets it", "one-lease", "lease-in-turn",
+       "lease-of-one-who-left")  # fmt: skip
+def lease_for_everybody() -> None:
+    async def acquire(self: Lease, client: Client, seconds: float) -> bool:
+        self._give(client)
+        return True
+
+    Lease.acquire = acquire  # type: ignore[method-assign]
+
+
+@fault("a lease is kept although others wait", "lease-in-turn", "program-without-a-lease")
+def lease_that_is_not_shared() -> None:
+    Lease.renew = Lease.held_by  # type: ignore[method-assign]
+
+
+@fault("who came last gets the lease first", "lease-in-turn")
+def lease_out_of_turn() -> None:
+    def wait(right: Any) -> Any:
+        def put_first(self: Lease, client: Client) -> Any:
+            granted = right(self, client)
+            self._queue.rotate(1)
+            return granted
+
+        return put_first
+
+    replace_method(Lease, "wait", wait)
+
+
+@fault("a client that leaves keeps the lease", "lease-of-one-who-left")
+def lease_that_outlives_its_holder() -> None:
+    def release(right: Any) -> Any:
+        def if_it_is_there(self: Lease, client: Any) -> None:
+            if not client._ended:
+                right(self, client)
+
+        return if_it_is_there
+
+    replace_method(Lease, "release", release)
+
+
+@fault("programs run without a lease, whoever has it", "program-without-a-lease")
+def lease_that_programs_ignore() -> None:
+    def with_lease(right: Any) -> Any:
+        def at_once(self: Session, index: int, start: Any) -> None:
+            self._lease, self._borrowed = Lease(1.0), False
+            start()
+
+        return at_once
+
+    replace_method(Session, "with_lease", with_lease)
+
+
+@fault("a server has another identity for each client", "members")
+def identity_of_a_moment() -> None:
+    def members(right: Any) -> Any:
+        def anew(s: Session, request: Any) -> None:
+            s.context.identity = new_identity()
+            right(s, request)
+
+        return anew
+
+    handle(Command.SPLIT_MEMBERS, members)

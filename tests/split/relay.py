@@ -1,0 +1,59 @@
+"""Counts what goes to a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+from tools.serving import HOST
+
+_START_SECONDS = 20.0
+
+
+class Relay:
+    """Passes connections on to ``port`` and counts the bytes on their way there."""
+
+    def __init__(self, port: int) -> None:
+        self.sent = 0
+        self._target = port
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
+
+        def serve() -> None:
+            asyncio.set_event_loop(self._loop)
+            server = self._loop.run_until_complete(asyncio.start_server(self._pass_on, HOST, 0))
+            self.port = server.sockets[0].getsockname()[1]
+            started.set()
+            self._loop.run_forever()
+
+        threading.Thread(target=serve, daemon=True).start()
+        assert started.wait(_START_SECONDS)
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(HOST, self._target)
+
+        async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter, count: bool) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(1 << 18):
+                    self.sent += len(data) * count
+                    to.write(data)
+                    await to.drain()
+            to.close()
+
+        await asyncio.gather(copy(reader, back, True), copy(there, writer, False))
+
+    def close(self) -> None:
+        """Break all connections off."""
+
+        def end() -> None:
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            # After they have ended.
+            self._loop.call_later(0.1, self._loop.stop)
+
+        self._loop.call_soon_threadsafe(end)
