@@ -25,6 +25,9 @@ NEEDED = (
     "llama-server",
     "llama-quantize",
     "llama-perplexity",
+    "llama-imatrix",
+    "llama-batched-bench",
+    "llama-tokenize",
     "libllama.so",
 )
 

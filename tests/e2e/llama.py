@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ SERVER_COMMAND = os.environ.get(
 IS_OWN_SERVER = "E2E_SERVER_COMMAND" not in os.environ
 # Two logits nearer than this are a tie that the order of a sum may decide.
 NEAR_TIE = 0.1
+# A program that gives up says why in its last line, not before a debugger's pages.
+CLIENT_ENV = {"GGML_NO_BACKTRACE": "1"}
 # The first start on a machine compiles kernels.
 START_SECONDS = 120.0
 
@@ -115,6 +117,7 @@ def run(
     try:
         done = subprocess.run(
             command,
+            env={**os.environ, **CLIENT_ENV},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout,
@@ -217,33 +220,21 @@ class Token:
     gap: float
 
 
-class LlamaServer(Process):
-    """llama-server with a model, on this machine's CPU or on an RPC server.
+class ChattyServer(Process):
+    """A llama-server by its command line, which has it listen on ``port``, with its model loaded.
 
-    ``devices``: options in place of those of ``device_options(rpc)``.
+    ``env`` are variables beside those of this process. Raises ProgramError where it doesn't start.
     """
 
     def __init__(
         self,
-        folder: Path,
-        model: Path,
-        *options: object,
-        rpc: str | None = None,
-        devices: Sequence[str] | None = None,
-        slots: int = 1,
+        command: Sequence[str],
+        port: int,
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        port = free_port()
-        command = [
-            str(program("llama-server")),
-            *("-m", str(model), "--host", "127.0.0.1", "--port", str(port)),
-            *("-c", str(512 * slots), "-np", str(slots), "-t", str(THREADS)),
-            *("--no-webui", "--no-warmup", "--cache-ram", "0", "--offline"),
-            *(device_options(rpc) if devices is None else devices),
-            *map(str, options),
-        ]
-        where = "local" if rpc is None else rpc.rpartition(":")[2]
         self.port = port
-        super().__init__(command, folder / f"llama-server-{where}-{port}.log")
+        super().__init__(command, log_path, {**CLIENT_ENV, **(env or {})})
         try:
             self.wait_until(self._healthy, START_SECONDS, "loaded model")
         except ProgramError:
@@ -270,6 +261,34 @@ class LlamaServer(Process):
                 return json.load(answer)
         except OSError as error:
             raise ProgramError(f"{path}: {error}\n{tail(self.log)}") from None
+
+
+class LlamaServer(ChattyServer):
+    """llama-server with a model, on this machine's CPU or on an RPC server.
+
+    ``devices``: options in place of those of ``device_options(rpc)``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        *options: object,
+        rpc: str | None = None,
+        devices: Sequence[str] | None = None,
+        slots: int = 1,
+    ) -> None:
+        port = free_port()
+        command = [
+            str(program("llama-server")),
+            *("-m", str(model), "--host", "127.0.0.1", "--port", str(port)),
+            *("-c", str(512 * slots), "-np", str(slots), "-t", str(THREADS)),
+            *("--no-webui", "--no-warmup", "--cache-ram", "0", "--offline"),
+            *(device_options(rpc) if devices is None else devices),
+            *map(str, options),
+        ]
+        where = "local" if rpc is None else rpc.rpartition(":")[2]
+        super().__init__(command, port, folder / f"llama-server-{where}-{port}.log")
 
     def generate(self, prompt: str, count: int) -> list[Token]:
         """``count`` greedy tokens."""

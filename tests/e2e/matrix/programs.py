@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -348,6 +348,22 @@ def _demand_kept(answer: Any) -> None:
         raise MismatchError("llama-server computed the prompt anew")
 
 
+_Found = TypeVar("_Found")
+
+
+def _told(find: Callable[[str], _Found | None], name: str, *arguments: object) -> _Found:
+    """What ``find`` makes of all that a program prints.
+
+    Programs may end before all they have to say is printed, as tests.e2e.llama has it: then they
+    run again. Raises ProgramError where they never say it.
+    """
+    for _attempt in range(3):
+        said = "".join(llama.run(name, *arguments, timeout=SECONDS))
+        if found := find(said):
+            return found
+    raise ProgramError(f"{name} doesn't say what it found:\n{llama.tail(said)}")
+
+
 # --- numbers ------------------------------------------------------------------------------------
 
 
@@ -361,20 +377,16 @@ def _windows(combination: Combination) -> list[str]:
 
 def _perplexity(programs: Programs, combination: Combination, where: Sequence[str]) -> str:
     def measure(where: Sequence[str] = where) -> float:
-        for _attempt in range(3):
-            output, log = llama.run(
-                "llama-perplexity",
-                *("-m", programs.model(combination), "-f", programs.text_file()),
-                *("--no-warmup", *_windows(combination)),
-                *programs.answering(combination),
-                *_unified(combination),
-                *where,
-                timeout=SECONDS,
-            )
-            # As of llama-completion: it may end before all it has to say is printed.
-            if found := re.search(r"Final estimate: PPL = ([0-9.]+)", output + log):
-                return float(found[1])
-        raise ProgramError(f"llama-perplexity printed no estimate:\n{llama.tail(log)}")
+        found = _told(
+            lambda said: re.search(r"Final estimate: PPL = ([0-9.]+)", said),
+            "llama-perplexity",
+            *("-m", programs.model(combination), "-f", programs.text_file()),
+            *("--no-warmup", *_windows(combination)),
+            *programs.answering(combination),
+            *_unified(combination),
+            *where,
+        )
+        return float(found[1])
 
     key = programs.key(combination, combination.slots)
     expected: float = programs.local(key, functools.partial(measure, LOCAL))
@@ -419,7 +431,9 @@ def _embedding(programs: Programs, combination: Combination, where: Sequence[str
             llama.LlamaServer(
                 programs.folder,
                 programs.model(combination),
-                *("--embedding", "--pooling", "mean"),
+                # A mean would be that of the tokens in a sequence's last batch, and where that
+                # begins is a matter of which texts arrive together, without a server too.
+                *("--embedding", "--pooling", "last"),
                 *programs.answering(combination),
                 *_unified(combination),
                 devices=where,
@@ -448,7 +462,8 @@ def _batched_bench(programs: Programs, combination: Combination, where: Sequence
     sequences = sorted({1, combination.n_slots})
 
     def measure(where: Sequence[str] = where) -> list[tuple[int, ...]]:
-        output, _ = llama.run(
+        return _told(
+            rows,
             "llama-batched-bench",
             *("-m", programs.model(combination), "-c", 512, "-t", llama.THREADS),
             *("-npp", 32, "-ntg", 8, "-npl", ",".join(map(str, sequences))),
@@ -456,15 +471,19 @@ def _batched_bench(programs: Programs, combination: Combination, where: Sequence
             *programs.answering(combination),
             *_unified(combination),
             *where,
-            timeout=SECONDS,
         )
-        rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        return [(row["pp"], row["tg"], row["pl"], row["n_kv"]) for row in rows]
+
+    def rows(said: str) -> list[tuple[int, ...]]:
+        """All rows of its table, or none."""
+        found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        if len(found) != len(sequences):
+            return []
+        return [(row["pp"], row["tg"], row["pl"], row["n_kv"]) for row in found]
 
     key = programs.key(combination, combination.slots)
     expected: list[tuple[int, ...]] = programs.local(key, functools.partial(measure, LOCAL))
     actual = measure()
-    if len(expected) != len(sequences) or actual != expected:
+    if actual != expected:
         raise MismatchError(f"batches {actual} instead of {expected}")
     return f"{len(actual)} batches done"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return not self.fault
+
+    @property
+    def reason(self) -> str:
+        """The line of ``fault`` that says most."""
+        lines = [line.strip() for line in self.fault.splitlines()]
+        telling = [line for line in lines if re.search(r"GGML_ASSERT|RPC|mismatch|ERROR", line)]
+        return (telling or lines or [""])[0]
 
 
 class Bench:
