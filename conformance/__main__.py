@@ -50,7 +50,8 @@ _EXIT_NO_SERVER = 3
 _EXIT_INTERRUPTED = 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m conformance",
         description=__doc__,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--serve" in given:
         given.remove("--serve")
         return serve.main(given)
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(given)
     console = make_console()
     try:

@@ -143,10 +143,13 @@ def _devices(text: str) -> list[str]:
 _DEFAULTS = ServerLimits()
 
 # Of each limit: its field of ServerLimits, what its option takes, and what is said of it.
-_LIMITS: dict[str, tuple[str, Callable[[str], object], str, str]] = {
+Limits = dict[str, tuple[str, Callable[[str], object], str, str]]
+_MEMORY_LIMITS: Limits = {
     "--mem-per-client": (
         "memory_per_client", memory_size, "SIZE", "most memory for one client (default: --mem)"
     ),
+}  # fmt: skip
+_LIMITS: Limits = {
     "--max-message": (
         "message", memory_size, "SIZE", "largest graph or program, MiB (default: 64)"
     ),
@@ -176,19 +179,28 @@ _LIMITS: dict[str, tuple[str, Callable[[str], object], str, str]] = {
 }  # fmt: skip
 
 
-def _add_operation(group: argparse._ArgumentGroup) -> None:
+def _add_listening(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
-        "--metrics-port",
-        type=port,
-        metavar="N",
-        help="serve /metrics (Prometheus), /healthz and /readyz over HTTP (default: not; 0: any)",
-    )
-    add(
-        "--metrics-host",
+        "-H",
+        "--host",
         default=DEFAULT_HOST,
         metavar="ADDRESS",
-        help="address of --metrics-port (default: %(default)s)",
+        help="address to listen on (default: %(default)s)",
+    )
+    add(
+        "-p",
+        "--port",
+        type=port,
+        default=DEFAULT_PORT,
+        metavar="N",
+        help="port (default: %(default)s; 0: any)",
+    )
+    add(
+        "--protocol",
+        type=_protocol,
+        metavar="auto|X.Y[.Z][-OPS]",
+        help="speak this version only (auto)",
     )
     add(
         "--drain-seconds",
@@ -199,77 +211,28 @@ def _add_operation(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_access(group: argparse._ArgumentGroup) -> None:
+def _add_devices(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--allow",
-        type=_networks,
-        default=(),
-        metavar="CIDR[,CIDR]",
-        help="let in only clients from these networks (default: any)",
-    )
-    add("--tls-port", type=port, metavar="N", help="serve inside of TLS too, on this port (0: any)")
-    add("--tls-host", metavar="ADDRESS", help="address of --tls-port (default: that of --host)")
-    add("--tls-cert", type=Path, metavar="FILE", help="certificate (and chain) of --tls-port, PEM")
-    add("--tls-key", type=Path, metavar="FILE", help="its key, if not in --tls-cert")
-    add(
-        "--tls-ca",
-        type=Path,
-        metavar="FILE",
-        help="clients of --tls-port need a certificate that this one vouches for",
-    )
-    add(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="clients of --tls-port have to show the token in this file (or in the variable "
-        f"{TOKEN_VARIABLE})",
-    )
-
-
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    for option, (field, type_, metavar, help_) in _LIMITS.items():
-        default = getattr(_DEFAULTS, field)
-        group.add_argument(
-            option, type=type_, default=default, metavar=metavar, dest=f"limit_{field}", help=help_
-        )
-
-
-def server_limits(options: argparse.Namespace) -> ServerLimits:
-    """The limits that were chosen."""
-    chosen = {field: getattr(options, f"limit_{field}") for field, *_ in _LIMITS.values()}
-    return dataclasses.replace(_DEFAULTS, **chosen, drain=options.drain_seconds)
-
-
-def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with status 2 and a message if it is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rpc_server",
-        description="Serves this machine's memory and processors to llama.cpp (--rpc host:port).",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("-H", "--host", default=DEFAULT_HOST, help="address to listen on (default: %(default)s)")
-    add("-p", "--port", type=port, default=DEFAULT_PORT, help="port (default: %(default)s; 0: any)")
+    add("-d", "--device", type=_devices, default=[], metavar="DEV[,DEV]", help="devices to offer")
     add(
         "-t", "--threads", type=_positive, metavar="N", help="threads of the CPU device (all cores)"
     )
-    add("-d", "--device", type=_devices, default=[], metavar="DEV[,DEV]", help="devices to offer")
     add(
         "--allow-host-ops",
         action="store_true",
         help="run ops that have no kernel for the GPU on the host, which is slow",
     )
-    add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
-    add("--cache-dir", type=Path, metavar="DIR", help="the folder of --cache, which it implies")
-    add(
-        "--cache-size",
-        type=memory_size,
-        metavar="SIZE",
-        help="most that --cache keeps, which it implies (default: 100G)",
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mem", type=memory_size, metavar="SIZE", help="most memory for clients: 4096 (MiB), 8G"
     )
-    add("--mem", type=memory_size, metavar="SIZE", help="most memory for clients: 4096 (MiB), 8G")
+    _add_limits(group, _MEMORY_LIMITS)
+
+
+def _add_splitting(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--split",
         type=_split,
@@ -317,12 +280,58 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help=f"token to show these workers (or in the variable {SPLIT_TOKEN_VARIABLE})",
     )
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
+    add("--cache-dir", type=Path, metavar="DIR", help="the folder of --cache, which it implies")
     add(
-        "--protocol",
-        type=_protocol,
-        metavar="auto|X.Y[.Z][-OPS]",
-        help="speak this version only (auto)",
+        "--cache-size",
+        type=memory_size,
+        metavar="SIZE",
+        help="most that --cache keeps, which it implies (default: 100G)",
     )
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--allow",
+        type=_networks,
+        default=(),
+        metavar="CIDR[,CIDR]",
+        help="let in only clients from these networks (default: any)",
+    )
+    add("--tls-port", type=port, metavar="N", help="serve inside of TLS too, on this port (0: any)")
+    add("--tls-host", metavar="ADDRESS", help="address of --tls-port (default: that of --host)")
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate (and chain) of --tls-port, PEM")
+    add("--tls-key", type=Path, metavar="FILE", help="its key, if not in --tls-cert")
+    add(
+        "--tls-ca",
+        type=Path,
+        metavar="FILE",
+        help="clients of --tls-port need a certificate that this one vouches for",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="clients of --tls-port have to show the token in this file (or in the variable "
+        f"{TOKEN_VARIABLE})",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup, limits: Limits = _LIMITS) -> None:
+    for option, (field, type_, metavar, help_) in limits.items():
+        default = getattr(_DEFAULTS, field)
+        group.add_argument(
+            option, type=type_, default=default, metavar=metavar, dest=f"limit_{field}", help=help_
+        )
+
+
+def _add_logs_and_metrics(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--log-level",
         choices=LOG_LEVELS,
@@ -335,10 +344,60 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="text",
         help="json: one object a line (default: %(default)s)",
     )
-    _add_operation(parser.add_argument_group("operation"))
-    _add_access(parser.add_argument_group("who may connect"))
-    _add_limits(parser.add_argument_group("limits", "In seconds 0 is none where a default is."))
-    add("--version", action="version", version=server_version())
+    add(
+        "--metrics-port",
+        type=port,
+        metavar="N",
+        help="serve /metrics (Prometheus), /healthz and /readyz over HTTP (default: not; 0: any)",
+    )
+    add(
+        "--metrics-host",
+        default=DEFAULT_HOST,
+        metavar="ADDRESS",
+        help="address of --metrics-port (default: %(default)s)",
+    )
+
+
+# In the order of --help.
+_GROUPS: dict[str, Callable[[argparse._ArgumentGroup], None]] = {
+    "listening": _add_listening,
+    "devices": _add_devices,
+    "memory": _add_memory,
+    "splitting one model over several servers": _add_splitting,
+    "cache on disk": _add_cache,
+    "access and TLS": _add_access,
+    "limits of a client (in seconds 0 is none where a default is)": _add_limits,
+    "logs and metrics": _add_logs_and_metrics,
+}
+
+
+def server_limits(options: argparse.Namespace) -> ServerLimits:
+    """The limits that were chosen."""
+    chosen = {
+        field: getattr(options, f"limit_{field}")
+        for field, *_ in (_MEMORY_LIMITS | _LIMITS).values()
+    }
+    return dataclasses.replace(_DEFAULTS, **chosen, drain=options.drain_seconds)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all options, grouped as --help shows them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rpc_server",
+        usage="%(prog)s [OPTIONS]",
+        description="Serves this machine's memory and processors to llama.cpp (--rpc host:port).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=server_version())
+    for title, add_options in _GROUPS.items():
+        add_options(parser.add_argument_group(title))
+    return parser
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and a message if it is wrong."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
     options.log_level = options.log_level or ("warning" if options.quiet else "info")
     options.cache = bool(options.cache or options.cache_dir or options.cache_size)

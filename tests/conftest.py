@@ -2,18 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Generator
+import sys
+import threading
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
+
+from protocol.ggml_types import GgmlType
+from rpc_server.devices.cpu import catalog
+from rpc_server.devices.cpu.isa import chosen_isa
+from rpc_server.native.folder import cache_base
+from rpc_server.native.library import Library
+from rpc_server.native.routine import CompileError
+from tools import smollm2
 
 # How long an example takes says more about what else the machine does.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
+# Hundreds of servers are started, and pytest rewrites every test: where the environment says not to
+# keep bytecode beside the sources it is kept in the cache, or all is compiled each time.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ["PYTHONPYCACHEPREFIX"] = str(cache_base() / "bytecode")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"]
+    sys.dont_write_bytecode = False
+
 # CI has llama.cpp's programs: there, a test that was skipped for want of them has failed.
 REQUIRE_UPSTREAM = bool(os.environ.get("REQUIRE_UPSTREAM"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the kernels compiled that most tests need, by one process a core, while tests begin.
+
+    Each server that has to compile starts processes of its own, which takes longer. Only for a run
+    of all tests: a single one needs few kernels.
+    """
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if everything and not hasattr(config, "workerinput") and not config.option.collectonly:
+        library = catalog.library()
+        threading.Thread(target=_compile_ahead, args=[library], daemon=True).start()
+
+
+def _compile_ahead(library: Library) -> None:
+    # Without a compiler tests say so themselves.
+    with contextlib.suppress(CompileError):
+        isa = chosen_isa()
+        types = sorted(catalog.PRODUCT_TYPES)
+        wanted = [catalog.kernels_of_weights(GgmlType.F16, isa)]
+        wanted += [[catalog.product_kernel(type_, isa)] for type_ in types]
+        library.request(itertools.chain(*wanted))
+
+
+@contextlib.contextmanager
+def _skipped_without_the_model() -> Iterator[None]:
+    try:
+        yield
+    except smollm2.ModelUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    with _skipped_without_the_model():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    with _skipped_without_the_model():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
     python -m tools.models DIR                  # every architecture, F16 and Q8_0
     python -m tools.models DIR --only qwen3 --only gemma2
+    python -m tools.models smollm2              # none of these: download SmolLM2 for the tests
 
 A model here answers nonsense, but computes every operation its architecture is made of. Weights
 come from a fixed seed, scaled so that activations stay near one through the layers and logits
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.gguf_file import GgufFile
+from tools import smollm2
 
 Array = npt.NDArray[np.float32]
 
@@ -369,10 +371,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", action="append", choices=list(ARCHITECTURES))
-    parser.add_argument("--type", action="append", choices=list(WEIGHT_TYPES))
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="where to write; or the word smollm2, see above")
+    add("--only", action="append", choices=list(ARCHITECTURES), help="this one; may be repeated")
+    add("--type", action="append", choices=list(WEIGHT_TYPES), help="of weights; may be repeated")
     options = parser.parse_args(arguments)
+    if options.folder == Path("smollm2"):
+        try:
+            print(smollm2.fetch())
+        except smollm2.ModelUnavailableError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
     options.folder.mkdir(parents=True, exist_ok=True)
     for architecture in options.only or ARCHITECTURES:
         for weight_type in options.type or ("F16", "Q8_0"):

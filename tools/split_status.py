@@ -217,8 +217,8 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 shown, 1 no status to be had (the reason is printed)."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.split_status",
         description=__doc__,
@@ -230,7 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--device", type=int, default=0, help="the server's device (0)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 shown, 1 no status to be had (the reason is printed)."""
+    options = make_parser().parse_args(arguments)
     host, port = options.endpoint
     try:
         asyncio.run(show(host, port, options.device, options.watch, options.json))

@@ -160,7 +160,7 @@ def ensure(
     folder = cache_root() / str(build)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = jobs or os.cpu_count() or 1
-    with _locked(folder / "lock"):
+    with locked(folder / "lock", "build"):
         if _complete(build, only):
             return bin_dir(build)
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch:
@@ -187,8 +187,11 @@ def _complete(build: int, only: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file, so that two test runs don't build the same thing."""
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file, so that two test runs don't make the same thing.
+
+    ``what`` another one is doing, for who has to wait: build, download.
+    """
     with path.open("w") as file:
         if sys.platform != "win32":
             import fcntl
@@ -196,7 +199,7 @@ def _locked(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _say(f"waiting for another build ({path})")
+                _say(f"waiting for another {what} ({path})")
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -273,7 +276,7 @@ def _unpack_sdist(
     package: str, version: str, work: Path, find_links: str | None, log: Path
 ) -> None:
     """Download a package's sources and unpack them into ``work``/sdist."""
-    # Of this package alone: what its build needs may come as wheels.
+    # Not ":all:": that would build CMake itself from source, for the package's metadata.
     options = ("--no-binary", package, "--dest", str(work))
     _run([*_pip("download", *options, find_links=find_links), f"{package}=={version}"], log)
     archive = next(work.glob("*.tar.gz"))
@@ -307,7 +310,7 @@ def ensure_library(
     """
     target = library_dir(client)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(f"{client.name}.lock")):
+    with locked(target.with_name(f"{client.name}.lock"), "build"):
         if has_library(client):
             return target
         with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as scratch:

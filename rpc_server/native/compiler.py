@@ -2,7 +2,8 @@
 
 Reads a routine a line from stdin (JSON: module, name, constants, file) and answers each with a line
 on stdout (JSON: null, or what went wrong). Ends with its input, that is with the process which
-started it. Several may work in one folder: files are moved into place whole.
+started it. Several may work in one folder, those of other servers too: files are moved into place
+whole, and each is made by one of them while the others wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +123,41 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def _answer(folder: Path, request: dict[str, Any]) -> str | None:
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tell one content of a file from the next."""
     try:
-        function = find(request["module"], request["name"], request["constants"])
-        _write(folder / request["file"], content(object_code(function)))
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Keep other compilers of this machine from making the same file; whether one just has.
+
+    What was there before is to be replaced: somebody found it damaged.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    import fcntl
+
+    before = _version(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "compiling").open("w") as lock:
+        # One byte for each file; two that share one wait for one another, and that is all.
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, zlib.crc32(path.name.encode()))
+        yield _version(path) not in (before, None)
+
+
+def _answer(folder: Path, request: dict[str, Any]) -> str | None:
+    path = folder / request["file"]
+    try:
+        with _alone(path) as made:
+            if not made:
+                function = find(request["module"], request["name"], request["constants"])
+                _write(path, content(object_code(function)))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

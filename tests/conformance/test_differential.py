@@ -28,7 +28,7 @@ def test_every_op_agrees_with_upstream(device: str) -> None:
     if program is None:
         pytest.skip("no ggml-rpc-server of llama.cpp: run python -m tools.upstream")
     if device == "cuda" and emulation.compiler() is None:
-        pytest.skip("no g++ to emulate CUDA with")
+        pytest.skip(emulation.NO_COMPILER)
     own = f"{sys.executable} {COMMANDS[device]}"
     servers = Servers(None, own, None, f"{program} -p {{port}} -t 2")
     seed = int(os.environ.get("DIFFERENTIAL_SEED", "0"))

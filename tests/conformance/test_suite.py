@@ -230,7 +230,10 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_upstreams_server_is_tested_to_the_end(build: int, tmp_path: Path) -> None:
     program = upstream.find_program("ggml-rpc-server", build)
     if program is None:
-        pytest.skip(f"llama.cpp build {build} is not there")
+        pytest.skip(
+            f"no ggml-rpc-server of llama.cpp b{build}: "
+            f"run python -m tools.upstream --build {build} --only ggml-rpc-server"
+        )
     command = f"{shlex.quote(str(program))} -H 127.0.0.1 -p {{port}} -t 1"
     path = tmp_path / "json"
     assert main(["--restart-command", command, "--only", _GROUPS, "--json", str(path)]) == 1

@@ -27,9 +27,7 @@ from rpc_server.ops.table import ContractError, OpSpec, check
 from tests.cuda import emulation
 from tests.ops import harness
 
-needs_compiler = pytest.mark.skipif(
-    emulation.compiler() is None, reason="no g++ to emulate CUDA with"
-)
+needs_compiler = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 
 # Where records have the address of the status word and the number of their node.
 STATUS_WORD, NODE_WORD = EXTRA_WORD - 2, EXTRA_WORD - 1

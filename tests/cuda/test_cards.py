@@ -20,7 +20,7 @@ from tests.cuda import emulation
 from tools.ports import free_port
 from tools.serving import Process, listens
 
-pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no g++ to emulate CUDA with")
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 
 MIB = 1 << 20
 F32 = GgmlType.F32

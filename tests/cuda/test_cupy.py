@@ -11,7 +11,7 @@ import pytest
 from rpc_server.devices.cpu.record import RECORD_WORDS
 from rpc_server.devices.cuda.card import by_value
 
-cupy = pytest.importorskip("cupy")
+cupy = pytest.importorskip("cupy", reason="no CuPy: pip install '.[cuda12]'")
 
 
 def launch(argument: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rpc_server.devices.cuda.compile import joined
 from tests.cuda import emulation
 
-pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no g++ to emulate CUDA with")
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 
 THREADS = 64
 

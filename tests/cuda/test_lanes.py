@@ -24,7 +24,7 @@ from rpc_server.memory import Budget
 from rpc_server.server import Server
 from tests.cuda import emulation, standin
 
-pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no g++ to emulate CUDA with")
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 
 F32 = GgmlType.F32
 

@@ -122,7 +122,7 @@ def test_copies_between_cards(peering: bool) -> None:
         assert bytes(pinned._bytes) == bytes([7] * 4)
 
 
-@pytest.mark.skipif(emulation.compiler() is None, reason="no g++ to emulate CUDA with")
+@pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 def test_kernels_see_their_cards_memory_only(cupy: Any) -> None:
     module = cupy.RawModule(code=SOURCE, options=(), backend="nvrtc")
     kernel = module.get_function("move")

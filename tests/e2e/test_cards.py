@@ -15,7 +15,7 @@ from tools.serving import Process, listens
 
 pytestmark = [
     needs_own_server,
-    pytest.mark.skipif(emulation.compiler() is None, reason="no g++ to emulate CUDA with"),
+    pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER),
 ]
 
 # The emulated cards take seconds for a token.

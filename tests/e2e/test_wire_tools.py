@@ -96,8 +96,7 @@ def captured(folder: Path, log_folder: Path, model: Path, prompt: str) -> Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, log_folder: Path) -> Run:
     """With a real model."""
-    model = llama.find_smollm2()
-    assert model is not None
+    model = llama.smollm2(llama.SMOLLM2_TYPE)
     return captured(tmp_path_factory.mktemp("real"), log_folder, model, "Once upon a time")
 
 

@@ -39,6 +39,19 @@ def scaled_table(factor: int):  # type: ignore[no-untyped-def]
     return look_up
 
 
+def noted(factor: int):  # type: ignore[no-untyped-def]
+    """Tells in a file that it is compiled, and takes its time."""
+    with open(os.environ["NATIVE_SOURCES_NOTES"], "a") as notes:
+        notes.write(f"{factor}\n")
+    time.sleep(1.0)
+
+    @routine
+    def multiplied(i):  # type: ignore[no-untyped-def]
+        return i * factor
+
+    return multiplied
+
+
 @routine
 def exponentials(address, n):  # type: ignore[no-untyped-def]
     """Calls the C library; ``n`` F32 are overwritten."""

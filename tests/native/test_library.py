@@ -200,7 +200,22 @@ def test_two_servers_compile_the_same_at_once(open_library: Open, tmp_path: Path
         assert all(isinstance(address, int) for address in addresses)
         assert call(int(str(addresses[2])), 3) == 8
     left = {path.name for path in libraries[0].file(wanted[0]).parent.iterdir()}
-    assert left == {"in-use", *(library.file(one).name for one in wanted)}
+    assert left == {"in-use", "compiling", *(library.file(one).name for one in wanted)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="compiles in both")
+def test_what_two_servers_need_at_once_is_compiled_once(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes"
+    monkeypatch.setenv("NATIVE_SOURCES_NOTES", str(notes))
+    wanted = [routine("noted", factor) for factor in (2, 3)]
+    libraries = [open_library(2), open_library(2)]
+    for library in libraries:
+        library.request(wanted)
+    for library in libraries:
+        assert [call(library.address(one), 7) for one in wanted] == [14, 21]
+    assert sorted(notes.read_text().split()) == ["2", "3"]
 
 
 def test_object_files_load_where_images_can_not_be_made(compiled: Library) -> None:

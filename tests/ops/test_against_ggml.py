@@ -80,7 +80,7 @@ class Ggml:
 def ggml() -> Iterator[Ggml]:
     for name in ("libggml-base.so", "libggml-cpu.so"):
         if not (upstream.bin_dir() / name).is_file():
-            pytest.skip(f"no {name} in {upstream.bin_dir()}: build it with tools.upstream")
+            pytest.skip(f"no {name} in {upstream.bin_dir()}: run python -m tools.upstream")
     library = Ggml()
     yield library
     library.close()

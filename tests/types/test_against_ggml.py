@@ -28,7 +28,7 @@ BLOCKS = 257
 @pytest.fixture(scope="module")
 def ggml() -> ctypes.CDLL:
     if not LIBRARY.is_file():
-        pytest.skip(f"no {LIBRARY}: build it with python -m tools.upstream")
+        pytest.skip(f"no {LIBRARY}: run python -m tools.upstream")
     return ctypes.CDLL(str(LIBRARY))
 
 

@@ -82,8 +82,8 @@ async def _run(options: argparse.Namespace, recorder: Recorder) -> int:
     return 3 if recorder.failed else 0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.record",
         description=__doc__,
@@ -115,7 +115,12 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     add("--comment", default="", help="a comment to keep in the file")
     add("--plain", action="store_true", help="lines instead of a table that changes in place")
-    options = parser.parse_args(words)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = make_parser().parse_args(words)
     if options.output.is_file() and not options.overwrite:
         print(f"{options.output} exists; --overwrite replaces it", file=sys.stderr)
         return 1

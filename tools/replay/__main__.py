@@ -54,8 +54,8 @@ def report(result: Result, tolerance: float) -> str:
     return "\n".join(lines)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.replay",
         description=__doc__,
@@ -81,7 +81,12 @@ def main(words: Sequence[str] | None = None) -> int:
     add(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="for an answer (%(default)s)"
     )
-    options = parser.parse_args(words)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = make_parser().parse_args(words)
     host, port = options.to
     player = Player(host, port, tolerance=options.tolerance, timeout=options.timeout)
     try:

@@ -38,8 +38,8 @@ def dissector(port: int = arguments.DEFAULT_PORT) -> str:
     return head + "\n" + engine.replace(_TABLES, tables)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 written, 1 not, 2 wrong options."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.wireshark",
         description=__doc__,
@@ -54,7 +54,12 @@ def main(words: Sequence[str] | None = None) -> int:
         help="a port that is always ggml RPC; on others it is recognised by its first bytes "
         "(%(default)s)",
     )
-    options = parser.parse_args(words)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 written, 1 not, 2 wrong options."""
+    options = make_parser().parse_args(words)
     text = dissector(options.port)
     if options.output == "-":
         sys.stdout.write(text)

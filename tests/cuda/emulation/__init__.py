@@ -5,20 +5,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+# Why a test that needs this is skipped.
+NO_COMPILER = "no g++ to emulate CUDA with: apt-get install g++"
+
 _HERE = Path(__file__).parent
-_COMPILE = ("-std=c++20", "-g", "-fPIC", "-march=native", "-x", "c++", "-w")
+# Of what debuggers are told, only which line is where.
+_COMPILE = ("-std=c++20", "-g1", "-fPIC", "-march=native", "-w")
 # Loads and stores stay as they are written: merged ones would be checked as one, wider than it is.
 _CHECKED = ("-O1", "-fno-store-merging", "-fsanitize=thread,alignment")
 
@@ -41,9 +47,20 @@ def _folder() -> Path:
     return base / "ggml-rpc-server" / "emulation"
 
 
+@contextlib.contextmanager
+def _to_be_made(output: Path) -> Iterator[bool]:
+    """Keep other processes from making the same file; whether it still has to be made."""
+    if output.exists():
+        yield False
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_name(output.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not output.exists()
+
+
 def _make(output: Path, *arguments: str) -> None:
     """Run the compiler so that ``output`` appears whole or not at all. Raises CompileError."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=output.parent, suffix=output.suffix)
     os.close(descriptor)
     program = compiler()
@@ -65,10 +82,25 @@ def _digest(paths: Iterable[Path], *options: str) -> str:
 def _runtime() -> Path:
     sources = [_HERE / "runtime.cpp", _HERE / "cuda_emulation.h"]
     output = _folder() / f"runtime-{_digest(sources)}.o"
-    if not output.exists():
-        options = ("-std=c++20", "-O2", "-g", "-fPIC")
-        _make(output, *options, "-c", str(sources[0]))
+    with _to_be_made(output) as absent:
+        if absent:
+            options = ("-std=c++20", "-O2", "-g", "-fPIC")
+            _make(output, *options, "-c", str(sources[0]))
     return output
+
+
+def _header(how: Sequence[str]) -> Path:
+    """What every source includes, parsed once for each way to compile: a third of the work."""
+    source = _HERE / "cuda_emulation.h"
+    folder = _folder() / f"header-{_digest([source], *how)}"
+    header = folder / source.name
+    parsed = header.with_suffix(".h.gch")
+    with _to_be_made(parsed) as absent:
+        if absent:
+            # g++ takes the parsed one that lies beside it, if it was made with the same options.
+            shutil.copyfile(source, header)
+            _make(parsed, *how, "-x", "c++-header", str(header))
+    return header
 
 
 @functools.cache
@@ -79,17 +111,18 @@ def build(name: str, text: str, *, checked: bool = True) -> Module:
     CompileError.
     """
     how = (*_COMPILE, *(_CHECKED if checked else ("-O2",)))
-    header = _HERE / "cuda_emulation.h"
-    digest = _digest([_HERE / "runtime.cpp", header], *how, text)
+    digest = _digest([_HERE / "runtime.cpp", _HERE / "cuda_emulation.h"], *how, text)
     output = _folder() / f"{name}-{digest}.so"
-    if not output.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            source, kernels = Path(folder) / f"{name}.cu", Path(folder) / f"{name}.o"
-            source.write_text(text)
-            _make(kernels, *how, "-include", str(header), "-c", str(source))
-            # Its own symbols first: each module in the process has a runtime of its own.
-            flags = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
-            _make(output, *flags, str(kernels), str(_runtime()))
+    with _to_be_made(output) as absent:
+        if absent:
+            with tempfile.TemporaryDirectory() as folder:
+                source, kernels = Path(folder) / f"{name}.cu", Path(folder) / f"{name}.o"
+                source.write_text(text)
+                words = ("-include", str(_header(how)), "-x", "c++", "-c", str(source))
+                _make(kernels, *how, *words)
+                # Its own symbols first: each module in the process has a runtime of its own.
+                flags = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
+                _make(output, *flags, str(kernels), str(_runtime()))
     return Module(output)
 
 
