@@ -57,16 +57,18 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = parser.add_argument_group("the server").add_argument
     add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")
     add("--protocol", metavar="X.Y", help="version to speak (what the server answers HELLO with)")
+    add("--timeout", type=float, default=10.0, help="seconds for one answer (%(default)s)")
+    add = parser.add_argument_group("which cases").add_argument
     add("--only", metavar="CASE[,CASE]", help="these cases or groups only, by number or name")
     add("--list", action="store_true", help="print the cases")
     add("--explain", metavar="CASE", help="print what a case sends and expects, and why")
     add("--seed", type=int, default=0, help="of generated cases (%(default)s)")
-    add("--timeout", type=float, default=10.0, help="seconds for one answer (%(default)s)")
     add("--replay", type=Path, metavar="FILE", help="try a finding of conformance.properties again")
+    add = parser.add_argument_group("reports").add_argument
     add("--verbose", action="store_true", help="list cases that passed or were skipped too")
     add("--json", type=Path, metavar="FILE", help="write the results as JSON")
     add("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")

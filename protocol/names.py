@@ -49,9 +49,10 @@ def upload_head_size(dialect: Dialect, size: int) -> int:
 def size_by_upload(dialect: Dialect, size: int, head: Buffer) -> int | None:
     """Return the size of names by a SET_TENSOR of ``size`` bytes that begins with ``head``.
 
-    None if it may be either. Clients write within tensors, mostly whole ones.
+    None if it may be either: a part of a tensor, or a whole one whose data begins with zeros.
+    Clients write within tensors.
     """
-    possible: dict[int, bool] = {}
+    possible: list[int] = []
     request = dialect.commands[Command.SET_TENSOR].request
     for name_size, head_size in _head_sizes(request).items():
         if size < head_size:
@@ -61,14 +62,9 @@ def size_by_upload(dialect: Dialect, size: int, head: Buffer) -> int | None:
         name, _, rest = tensor.name.partition(b"\0")
         if tensor.type not in _TYPES or len(name) == name_size or rest.strip(b"\0"):
             continue
-        nbytes = tensor_nbytes(_TYPES[tensor.type], tensor.ne, tensor.nb)
-        if fields.offset + left <= nbytes:
-            possible[name_size] = left == nbytes
-    whole = [n for n, is_whole in possible.items() if is_whole]
-    for sizes in (whole, list(possible)):
-        if len(sizes) == 1:
-            return sizes[0]
-    return None
+        if fields.offset + left <= tensor_nbytes(_TYPES[tensor.type], tensor.ne, tensor.nb):
+            possible.append(name_size)
+    return possible[0] if len(possible) == 1 else None
 
 
 def size_by_graph(dialect: Dialect, payload: Buffer) -> int | None:

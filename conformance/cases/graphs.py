@@ -352,13 +352,17 @@ def ops_by_this_versions_numbers(c: Context) -> None:
     x = np.random.default_rng(28).permutation(60).reshape(3, 20).astype(np.float32) - 30
     p = b.leaf(x)
     g = b.g
-    outputs = [g.neg(p), g.reglu(p), g.pad(p, 2, 1), g.argsort(p), g.roll(p, 3, 1)]
-    negated, gated, padded, order, rolled = b.compute(*outputs)
-    same(c, negated, -x, "UNARY NEG")
-    same(c, gated, np.maximum(x[:, :10], 0) * x[:, 10:], "GLU REGLU")
-    same(c, padded, np.pad(x, ((0, 1), (0, 2))), "PAD")
-    same(c, order, np.argsort(x, 1), "ARGSORT")
-    same(c, rolled, np.roll(x, (1, 3), (0, 1)), "ROLL")
+    expected = {
+        g.neg(p): (-x, "UNARY NEG"),
+        g.reglu(p): (np.maximum(x[:, :10], 0) * x[:, 10:], "GLU REGLU"),
+        g.pad(p, 2, 1): (np.pad(x, ((0, 1), (0, 2))), "PAD"),
+        g.argsort(p): (np.argsort(x, 1), "ARGSORT"),
+        g.roll(p, 3, 1): (np.roll(x, (1, 3), (0, 1)), "ROLL"),
+    }
+    # The oldest releases lack some.
+    outputs = [t for t in expected if t.op in c.dialect.ops]
+    for t, computed in zip(outputs, b.compute(*outputs), strict=True):
+        same(c, computed, *expected[t])
 
 
 @GRAPHS.case(

@@ -33,7 +33,7 @@ needs_llama = pytest.mark.skipif(
 )
 
 
-def _words(document: str, programs: Path = PROGRAMS) -> dict[str, str]:
+def _words(document: str, programs: Path = PROGRAMS, project: Path = PROJECT) -> dict[str, str]:
     """What has to be replaced in the commands of a document."""
     words = {
         "llama-completion": str(upstream.bin_dir() / "llama-completion"),
@@ -51,7 +51,7 @@ def _words(document: str, programs: Path = PROGRAMS) -> dict[str, str]:
         # Boxes that listen on all addresses would meet: they are one machine here.
         words |= {"0.0.0.0": a, "192.168.1.10": a, "192.168.1.11": b}
         words |= {"192.168.1.0/24": "127.0.0.0/8", "~/rpc/bin/": f"{programs}/"}
-        words["<path or address of this repository>"] = "."
+        words["<path or address of this repository>"] = str(project)
         words["~/rpc"] = str(programs.parent)
     return words
 
@@ -123,15 +123,18 @@ def test_a_reader_who_does_all_of_it(document: str, tmp_path: Path) -> None:
 @documents
 def test_a_reader_who_installs_it_too(document: str, tmp_path: Path) -> None:
     """From nothing: a copy of the project, a new environment, packages from the registry."""
-    home = tmp_path / "home"
+    clone = tmp_path / "clone"
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True
     )
     for name in filter(None, tracked.stdout.split("\0")):
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(PROJECT / name, home / name)
-    programs = home / ".venv" / "bin"
-    with Walk(
-        tmp_path, _words(document, programs), programs=programs, home=home, install=True
-    ) as walk:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(PROJECT / name, clone / name)
+    # Who follows the README is in the clone; who sets up boxes is not, and has what was installed.
+    home, programs = clone, clone / ".venv" / "bin"
+    if document == HOMELAB:
+        home, programs = tmp_path / "home", tmp_path / "rpc" / "bin"
+        home.mkdir()
+    words = _words(document, programs, clone)
+    with Walk(tmp_path, words, programs=programs, home=home, install=True) as walk:
         _follow(document, walk)

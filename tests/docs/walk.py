@@ -22,7 +22,7 @@ SECONDS = 240
 # to talk, and a reader's port 8080 is free.
 TOKENS = 12
 # A server is looked at as a person does: on a terminal its lines are others than in a file.
-_TERMINAL = (sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)")
+_TERMINAL = "import os, pty, sys; os.chdir(sys.argv[1]); sys.exit(pty.spawn(sys.argv[2:]) >> 8)"
 _ADDRESS = re.compile(r"([\w.]+):(\d+)")
 
 
@@ -35,7 +35,7 @@ class Walk:
 
     ``words`` are what has to be replaced in its commands, and by what. A sentence's ``python`` is
     that of the folder ``programs``. What is to be installed is there already, unless ``install``
-    is set: then environments are made anew. Commands run in ``home``, a copy of this project.
+    is set: then environments are made anew. Commands run in the folder ``home``.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Walk:
 
     def _start(self, words: Sequence[str]) -> None:
         log = self.folder / f"server-{len(self.servers)}.log"
-        process = Process([*_TERMINAL, *words], log, {"COLUMNS": "200"})
+        command = [sys.executable, "-c", _TERMINAL, str(self.home), *words]
+        process = Process(command, log, {"COLUMNS": "200"})
         self._stack.callback(process.stop)
         process.wait_for(r"Devices:\s+\S", llama.START_SECONDS)
         self.servers.append(process)
@@ -195,7 +196,8 @@ def _run(
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=1200,
+        # An installation may compile packages.
+        timeout=3000,
         check=False,
     )
     if done.returncode:

@@ -139,7 +139,7 @@ def completion(
     ``devices``: options in place of those of ``device_options(rpc)``.
     """
     arguments = completion_arguments(model, prompt, count, rpc=rpc, devices=devices)
-    for _attempt in range(3):
+    for _attempt in range(5):
         output, log = run("llama-completion", *arguments, *options, build=build, timeout=timeout)
         # Output and log go through one queue, which the program doesn't always empty before it
         # ends. The timings come after the text: where they are, all of the text is.

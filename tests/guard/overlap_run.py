@@ -141,7 +141,7 @@ class Item:
     def layouts(self, case: Case, number: int, n_cases: int) -> Iterator[tuple[Places, Side, Any]]:
         """Layouts of a case, at which end of the memory, and what contents are drawn with."""
         random = np.random.default_rng([self._seed, number])
-        count = max(self.runs // (self._runs_of_a_layout * n_cases), 1)
+        count = -(-self.runs // (self._runs_of_a_layout * n_cases))
         for places in layouts(case, count, random):
             yield places, (Side.END, Side.BEGIN)[int(random.integers(2))], random
 

@@ -196,6 +196,22 @@ def test_the_graph_tells_how_ops_are_numbered() -> None:
         assert events[-1].dialect.ops == dialect.ops
 
 
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
+def test_long_names_are_found_out(dialect: Dialect) -> None:
+    wide = dialect.with_names(128)
+    # Whole tensors of 64 bytes, as clients upload them first.
+    events = messages(events_of(Conversation(), full_session(wide, upload=64, download=64)))
+    graphs = [e for e in events if e.command is Command.GRAPH_COMPUTE and e.kind is Kind.REQUEST]
+    assert graphs
+    assert all(e.dialect.tensor_size == 360 and not e.problem for e in graphs)
+    assert [name.rstrip(b"\0") for name in graphs[0].graph.tensors["name"]] == [
+        b"w",
+        b"x",
+        b"y",
+        b"z",
+    ]
+
+
 def test_numbers_of_sources_are_those_of_the_contracts() -> None:
     for op in OPS_101:
         if op in OPS and op not in _NEVER:

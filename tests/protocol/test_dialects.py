@@ -8,6 +8,7 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, Dialect, compatible_dialects, find_dialects
 from protocol.ggml_ops import GluOp, Op, UnaryOp
+from tools import upstream
 
 
 def dialect(text: str) -> Dialect:
@@ -145,6 +146,14 @@ def test_long_names_change_tensors_and_nothing_else() -> None:
             longer = codec(wide.commands[command].request).size - codec(spec.request).size
             assert longer == 64 * count, command
             assert wide.commands[command].answer is spec.answer
+
+
+def test_what_proves_a_row_is_what_the_tests_run() -> None:
+    libraries = {(c.dialect, f"{c.package} {c.version}") for c in upstream.CLIENT_LIBRARIES}
+    builds = {(v, f"{upstream.PACKAGE} {build}") for v, build in upstream.DIALECT_BUILDS.items()}
+    assert {(d.name, client) for d in DIALECTS for client in d.clients} <= libraries | builds
+    for client in upstream.CLIENT_LIBRARIES:
+        assert [d.name for d in find_dialects(client.dialect)] == [client.dialect]
 
 
 def test_kinds_are_numbered_without_gaps() -> None:

@@ -201,7 +201,7 @@ def test_any_request_with_a_tensor_tells_how_long_names_are(dialect: Dialect, si
         (Command.COPY_TENSOR, {"src": tensor, "dst": tensor}, b""),
         (Command.GET_ALLOC_SIZE, {"tensor": tensor, "device": 0, "srcs": [tensor] * 10}, b""),
         (Command.GRAPH_COMPUTE, {}, small_graph(spoken)),
-        (Command.SET_TENSOR, {"tensor": tensor, "offset": 0, "cache_flag": 0}, bytes(4096)),
+        (Command.SET_TENSOR, {"tensor": tensor, "offset": 0, "cache_flag": 0}, b"\xab" * 4096),
     ]
     if size == 64:
         part = {"tensor": tensor, "offset": 4000, "cache_flag": 0}

@@ -156,8 +156,16 @@ class Behind(RuleBasedStateMachine):
         process = self._start(self.version(which))
         return multiple() if process is None else process
 
-    @rule(target=processes, which=WHICH)
-    def start_twice(self, which: int):  # type: ignore[no-untyped-def]
+    @rule(
+        target=processes,
+        which=WHICH,
+        quiet=st.sampled_from([0.0, WORKING, RECENT]),
+        probes=st.sampled_from([0, 1, 2]),
+    )
+    def start_twice(self, which: int, quiet: float, probes: int):  # type: ignore[no-untyped-def]
+        """Start a client, and again if it was refused, some time after probes."""
+        self.now += quiet
+        self.probe(which, probes, WORKING)
         process = self._start(self.version(which)) or self._start(self.version(which))
         return multiple() if process is None else process
 

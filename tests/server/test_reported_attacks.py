@@ -386,9 +386,9 @@ class Bystander:
 @pytest.fixture(scope="module", params=SPOKEN.values(), ids=lambda d: d.name)
 def target(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, Bystander]]:
     dialect: Dialect = request.param
-    major, minor, _ = dialect.version
     with (
-        running("--protocol", f"{major}.{minor}") as server,
+        # By one numbering: what is wrong with a node is then told of the op that it is.
+        running("--protocol", dialect.name) as server,
         Wire(server.port, dialect) as wire,
     ):
         yield server, Bystander(wire)

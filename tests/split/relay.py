@@ -1,4 +1,4 @@
-"""Counts what goes to a server."""
+"""Counts what goes to a server, and takes its time with it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ _START_SECONDS = 20.0
 
 
 class Relay:
-    """Passes connections on to ``port`` and counts the bytes on their way there."""
+    """Passes connections on to ``port`` and counts the bytes on their way there.
 
-    def __init__(self, port: int) -> None:
+    What goes there is ``delay`` seconds late.
+    """
+
+    def __init__(self, port: int, delay: float = 0.0) -> None:
         self.sent = 0
+        self._delay = delay
         self._target = port
         self._loop = asyncio.new_event_loop()
         started = threading.Event()
@@ -41,6 +45,8 @@ class Relay:
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(1 << 18):
                     self.sent += len(data) * count
+                    if count and self._delay:
+                        await asyncio.sleep(self._delay)
                     to.write(data)
                     await to.drain()
             to.close()

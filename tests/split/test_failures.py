@@ -289,7 +289,11 @@ async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
         started = time.monotonic()
         await lost(task, 2 + PATIENCE)
         assert time.monotonic() - started > 1
-    pattern = {"upload": "no answer within 2 s", "decode": "did not answer in time"}[stage]
+    # Between graphs the lease is offered: it may be that which is not answered.
+    pattern = {
+        "upload": "no answer within 2 s",
+        "decode": "(did not answer in time|no answer within 2 s)",
+    }[stage]
     assert re.search(
         rf"ERROR +client [^\n]*worker {cluster.bad.address}[^\n]*{pattern}[^\n]*; closing",
         cluster.log,

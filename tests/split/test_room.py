@@ -126,7 +126,7 @@ _KINDS = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate", "ff
 
 def random_tensor(i: int, rng: random.Random, address: int) -> Tensor:
     type_ = rng.choice([F32, F16, Q8_0])
-    ne = four((32 * rng.randint(1, 24), rng.choice([64, 96, 100, 256, 500, 1024])))
+    ne = four((32 * rng.randint(1, 24), rng.choice([64, 96, 100, 256, 500])))
     name = f"blk.{i}.{rng.choice(_KINDS)}.weight"
     if rng.random() < 0.1:
         ne, name = four((ne[0],)), f"blk.{i}.attn_norm.weight"
@@ -140,18 +140,18 @@ async def test_a_model_that_is_told_to_fit_loads() -> None:
     """
     rng = seeded()
     kept = 0
-    for _ in range(60):
+    for _ in range(400):
         n = rng.randint(1, 4)
         home = rng.choice([4, 16, 64]) * MIB
         links = [
-            FullLink(str(i), rng.choice([0, rng.randrange(MIB), rng.randrange(20 * MIB)]))
+            FullLink(str(i), rng.choice([rng.randrange(MIB), rng.randrange(12 * MIB)]))
             for i in range(n)
         ]
         shares = [rng.choice([0.0, 1.0, 1.0, rng.random(), 5 * rng.random()]) for _ in links]
         told = Room([link.free for link in links], shares, home).anything
         # Weights and all else in any proportion.
-        model, size, goal = [], 0, rng.choice([told, int(rng.random() * told)])
-        for i in range(100):
+        model, size, goal = [], 0, rng.choice([told, told, int(rng.random() * told)])
+        for i in range(200):
             t = random_tensor(i + 1, rng, size)
             if t.nbytes + size <= goal:
                 model.append(t)
@@ -183,8 +183,7 @@ async def test_a_model_that_is_told_to_fit_loads() -> None:
         for work in waiting:
             await work
         assert not any(link.bytes for link in links)
-    # The fallback was needed, and not always.
-    assert kept
+    assert kept, "no part was ever full: this has tried nothing"
 
 
 def test_what_clients_hold_is_not_taken_off_twice(monkeypatch: pytest.MonkeyPatch) -> None:

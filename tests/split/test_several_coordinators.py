@@ -29,6 +29,7 @@ from protocol.split import caps_version, split_caps
 from rpc_server.options import parse_options
 from rpc_server.split.link import Link
 from tests.split.cluster import HOST, Coordinator, Worker, backend, nmse, values, weight
+from tests.split.relay import Relay
 from tools.ports import free_port
 from tools.serving import Process, listens, own_command, upstream_command
 
@@ -36,28 +37,38 @@ F32 = GgmlType.F32
 PATIENCE = 30.0
 # Far above what any of these graphs takes, and waited for only by what is stuck.
 TIMEOUT = ("--split-timeout", "20")
-GRAPHS = 60
+GRAPHS = 10
+TOKENS = 2
+# From a coordinator to the part that it names last: others come first there.
+FAR = 0.05
 
 
-async def computing(coordinator: Worker, seed: int, graphs: int = GRAPHS) -> None:
-    """Chains of products, each several exchanges, with new input every time; all are right."""
+async def computing(
+    coordinator: Worker, seed: int, graphs: int = GRAPHS, start: asyncio.Barrier | None = None
+) -> None:
+    """Chains of products, each several exchanges, with new input every time; all are right.
+
+    With ``start`` each begins together with those of others.
+    """
     shape = (256, 256)
     data = values(*shape, seed=seed) / 16
     async with backend(coordinator) as b:
         w = await weight(b, F32, shape, data.tobytes())
-        x = await b.tensor(F32, (256, 2))
+        x = await b.tensor(F32, (256, TOKENS))
         y = x
         for _ in range(4):
             y = b.graph.mul_mat(w, b.graph.scale(y, 1.5))
         plan = await b.prepare(y)
         for i in range(graphs):
-            new = values(2, 256, seed=1000 * seed + i)
+            new = values(TOKENS, 256, seed=1000 * seed + i)
             await b.upload(x, new)
+            if start is not None:
+                await start.wait()
             await plan.run()
             expected = new
             for _ in range(4):
                 expected = (expected * np.float32(1.5)) @ data.T
-            got = (await b.download(y)).reshape(2, 256)
+            got = (await b.download(y)).reshape(TOKENS, 256)
             assert nmse(got, expected) < 1e-9, f"graph {i} of client {seed}"
 
 
@@ -77,11 +88,18 @@ def pair() -> Iterator[list[Worker]]:
 @pytest.mark.parametrize("mode", ["row", "tensor"])
 async def test_two_over_the_same_workers_in_opposite_orders(mode: str, pair: list[Worker]) -> None:
     options = (*TIMEOUT, "--split-mode", mode)
-    with Coordinator(pair, *options) as one, Coordinator(pair[::-1], *options) as two:
-        await asyncio.wait_for(
-            asyncio.gather(*(computing(c, seed) for seed, c in enumerate((one, two, one, two)))),
-            4 * PATIENCE,
-        )
+    first, second = pair
+    with contextlib.ExitStack() as stack:
+        far = [Relay(w.port, FAR) for w in pair]
+        for relay in far:
+            stack.callback(relay.close)
+        one = stack.enter_context(Coordinator([first, far[1].address], *options))
+        two = stack.enter_context(Coordinator([second, far[0].address], *options))
+        together = asyncio.Barrier(4)
+        clients = [
+            computing(c, seed, start=together) for seed, c in enumerate((one, two, one, two))
+        ]
+        await asyncio.wait_for(asyncio.gather(*clients), 4 * PATIENCE)
         check(one, two, *pair)
 
 

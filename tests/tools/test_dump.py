@@ -18,6 +18,7 @@ from protocol.commands import Command
 from protocol.conversation import Side
 from protocol.dialects import DIALECTS
 from protocol.ggml_ops import Op
+from protocol.split import VERSION
 from tests.protocol.transcripts import (
     BASE,
     answer,
@@ -282,7 +283,7 @@ def test_several_connections_and_the_split_extension(
     path = write_pcapng(tmp_path / "two.pcapng", sorted([*first, *second], key=lambda f: f.time))
     code, out, _ = dump(capsys, path)
     assert code == 0
-    assert "HELLO = protocol 7.0.0 split extension 1" in out
+    assert f"HELLO = protocol 7.0.0 split extension {VERSION}" in out
     assert "SPLIT_RUN outputs of step 2, 16 B" in out
     assert "#2   -- closed; protocol 1.0.0" in out
     code, out, _ = dump(capsys, path, "-v", "--hex")

@@ -165,21 +165,39 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = made.add_argument
-    add("--model", type=Path, action="append", default=[], help="GGUF file, may be repeated")
-    add("-p", "--prompt", type=int, default=128, help="tokens of the prompt (%(default)s)")
-    add("-n", "--generate", type=int, default=32, help="tokens to generate (%(default)s)")
+    add = made.add_argument_group("with a model").add_argument
+    add(
+        *("-m", "--model"),
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="GGUF file, may be repeated",
+    )
+    add(
+        *("-p", "--prompt"),
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of the prompt (%(default)s)",
+    )
+    add(
+        *("-n", "--generate"),
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens to generate (%(default)s)",
+    )
     add(
         *("-d", "--depth"),
         type=numbers,
         default=(0,),
+        metavar="N[,N]",
         help="tokens in the KV cache before, commas between several (0)",
     )
-    add("-t", "--threads", type=int, default=2, help="threads of the server (%(default)s)")
-    add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
-    add("--rounds", type=int, default=3, help="starts of each server (%(default)s)")
     add("--flash", action="store_true", help="flash attention")
     add("--cold", action="store_true", help="also the first token without compiled kernels")
+    add = made.add_argument_group("without one").add_argument
     add(
         "--upload",
         type=int,
@@ -194,6 +212,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="MiB",
         help="also load a random model of this size by llama.cpp (1000 takes 1 GB of disk)",
     )
+    add = made.add_argument_group("how").add_argument
+    add(
+        *("-t", "--threads"),
+        type=int,
+        default=2,
+        metavar="N",
+        help="threads of the server (%(default)s)",
+    )
+    add(
+        *("-r", "--repetitions"),
+        type=int,
+        default=2,
+        metavar="N",
+        help="of llama-bench a round (%(default)s)",
+    )
+    add("--rounds", type=int, default=3, metavar="N", help="starts of each server (%(default)s)")
+    add = made.add_argument_group("results").add_argument
     add("--show", type=Path, metavar="FILE", help="measure nothing: show what --json wrote")
     add("--json", type=Path, metavar="FILE", help="write all samples to this file")
     add("--picture", type=Path, metavar="FILE", help="draw the ratios in this SVG file")

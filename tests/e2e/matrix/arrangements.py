@@ -50,7 +50,7 @@ ARRANGEMENTS: dict[str, tuple[Ours | Upstream, ...]] = {
     "tensor, local": (_coordinator("tensor", LOCAL, Ours(), Ours()),),
     "row over upstream": (_coordinator("row", Upstream(), Ours()),),
     "row beside plain": (_coordinator("row", Ours(), Ours()), Ours()),
-    "upstream beside ours": (Upstream(), Ours()),
+    "upstream beside ours": (Ours(), Upstream()),
 }
 
 

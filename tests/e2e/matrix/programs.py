@@ -3,7 +3,8 @@
 The local answer is that of the same program without --rpc, with plain weights (--no-repack). What
 must not change an answer is left out there: a draft model, saved slots, a kept prompt, where
 sampling is done. The bounds are those of tests/e2e: texts part at a near-tie or not at all,
-perplexity is within 0.5%, other numbers have an NMSE below 1e-4.
+perplexity is within 0.5%, other numbers have an NMSE below 1e-4 or, with a quantized cache, one
+that is not above what that cache costs here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import shlex
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.e2e.logits import nmse
 from tests.e2e.matrix import combinations as c
 from tests.e2e.matrix.arrangements import Running, devices
 from tests.e2e.matrix.combinations import Combination
-from tests.e2e.test_architectures import BOUND
+from tests.e2e.test_architectures import BOUND, SLACK
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tools import models
 from tools.serving import ProgramError
@@ -357,7 +358,7 @@ def _told(find: Callable[[str], _Found | None], name: str, *arguments: object) -
     Programs may end before all they have to say is printed, as tests.e2e.llama has it: then they
     run again. Raises ProgramError where they never say it.
     """
-    for _attempt in range(3):
+    for _attempt in range(5):
         said = "".join(llama.run(name, *arguments, timeout=SECONDS))
         if found := find(said):
             return found
@@ -398,7 +399,7 @@ def _perplexity(programs: Programs, combination: Combination, where: Sequence[st
 
 
 def _imatrix(programs: Programs, combination: Combination, where: Sequence[str]) -> str:
-    def measure(where: Sequence[str] = where) -> dict[str, np.ndarray]:
+    def measure(*more: str, where: Sequence[str] = where) -> Arrays:
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder, "imatrix.gguf")
             llama.run(
@@ -407,26 +408,24 @@ def _imatrix(programs: Programs, combination: Combination, where: Sequence[str])
                 *("--no-ppl", "--process-output"),
                 *_windows(combination),
                 *programs.answering(combination),
+                *more,
                 *where,
                 timeout=SECONDS,
             )
             return {
                 name: tensor.data.view(np.float32).copy()
                 for name, tensor in read_tensors(made).items()
+                # Made of the sums, with NaN for what can't be told.
+                if not name.endswith(".stats")
             }
 
-    key = programs.key(combination, combination.slots)
-    expected: dict[str, np.ndarray] = programs.local(key, functools.partial(measure, LOCAL))
-    actual = measure()
-    if actual.keys() != expected.keys():
-        raise MismatchError(f"other tensors: {sorted(actual.keys() ^ expected.keys())[:4]}")
-    return _near({name: (actual[name], expected[name]) for name in expected})
+    return _numbers(programs, combination, measure)
 
 
 def _embedding(programs: Programs, combination: Combination, where: Sequence[str]) -> str:
     texts = PLAIN_PROMPTS[: combination.n_slots]
 
-    def measure(where: Sequence[str] = where) -> list[np.ndarray]:
+    def measure(*more: str, where: Sequence[str] = where) -> Arrays:
         with (
             llama.LlamaServer(
                 programs.folder,
@@ -435,26 +434,68 @@ def _embedding(programs: Programs, combination: Combination, where: Sequence[str
                 # begins is a matter of which texts arrive together, without a server too.
                 *("--embedding", "--pooling", "last"),
                 *programs.answering(combination),
+                *more,
                 *_unified(combination),
                 devices=where,
                 slots=combination.n_slots,
             ) as server,
             ThreadPoolExecutor(len(texts)) as pool,
         ):
-            return [np.array(vector, np.float32) for vector in pool.map(server.embed, texts)]
+            vectors = pool.map(server.embed, texts)
+            return {f"text {i}": np.array(v, np.float32) for i, v in enumerate(vectors)}
 
-    key = programs.key(combination, combination.slots)
-    expected: list[np.ndarray] = programs.local(key, functools.partial(measure, LOCAL))
-    actual = measure()
-    return _near({f"text {i}": pair for i, pair in enumerate(zip(actual, expected, strict=True))})
+    return _numbers(programs, combination, measure)
 
 
-def _near(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """Words for the largest error; MismatchError if it is over the bound."""
-    worst, name = max((nmse(*pair), name) for name, pair in pairs.items())
-    if not worst < BOUND:
-        raise MismatchError(f"NMSE {worst:.1e} of {name}")
-    return f"NMSE {worst:.0e}"
+def _numbers(programs: Programs, combination: Combination, measure: Callable[..., Arrays]) -> str:
+    """Hold arrays that a program gives against those it gives here."""
+
+    def here(*more: str) -> Arrays:
+        key = programs.key(combination, combination.slots, *more)
+        arrays: Arrays = programs.local(key, lambda: measure(*more, where=LOCAL))
+        return arrays
+
+    quantized = "q8_0" in combination.cache
+    exact = functools.partial(here, "-ctk", "f32", "-ctv", "f32") if quantized else None
+    return _near(measure(), here(), exact)
+
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def _error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """NMSE; also where nothing but zeros is expected, as of an expert that was never chosen."""
+    if not expected.any():
+        return float("inf") if actual.any() else 0.0
+    return nmse(actual, expected)
+
+
+def _near(actual: Arrays, expected: Arrays, exact: Callable[[], Arrays] | None) -> str:
+    """Words for the largest error; MismatchError if it is over the bound.
+
+    With a quantized cache, ``exact`` is what an F32 cache gives: then the error may also be one
+    that is no larger than what the cache's type costs here, and is largely the same.
+    """
+    if actual.keys() != expected.keys():
+        raise MismatchError(f"not the same tensors: {sorted(actual.keys() ^ expected.keys())[:4]}")
+    if not all(np.isfinite(array).all() for array in actual.values()):
+        raise MismatchError("not all numbers are finite")
+    worst, name = max((_error(actual[name], expected[name]), name) for name in expected)
+    if worst < BOUND:
+        return f"NMSE {worst:.0e}"
+    words = f"NMSE {worst:.1e} of {name}"
+    if exact is None:
+        raise MismatchError(words)
+    unrounded = exact()
+
+    def mean(some: Arrays, others: Arrays) -> float:
+        return float(np.mean([_error(some[name], others[name]) for name in others]))
+
+    here, there = mean(expected, unrounded), mean(actual, unrounded)
+    words += f"; the cache costs {there:.1e}, here {here:.1e}"
+    if not (there < SLACK * here + BOUND and mean(actual, expected) < here):
+        raise MismatchError(words)
+    return words
 
 
 def _batched_bench(programs: Programs, combination: Combination, where: Sequence[str]) -> str:
@@ -466,7 +507,8 @@ def _batched_bench(programs: Programs, combination: Combination, where: Sequence
             rows,
             "llama-batched-bench",
             *("-m", programs.model(combination), "-c", 512, "-t", llama.THREADS),
-            *("-npp", 32, "-ntg", 8, "-npl", ",".join(map(str, sequences))),
+            # One row more than is asked about: the last one it prints may be lost.
+            *("-npp", 32, "-ntg", 8, "-npl", ",".join(map(str, [*sequences, 1]))),
             *("--output-format", "jsonl"),
             *programs.answering(combination),
             *_unified(combination),
@@ -476,9 +518,9 @@ def _batched_bench(programs: Programs, combination: Combination, where: Sequence
     def rows(said: str) -> list[tuple[int, ...]]:
         """All rows of its table, or none."""
         found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-        if len(found) != len(sequences):
+        if len(found) < len(sequences):
             return []
-        return [(row["pp"], row["tg"], row["pl"], row["n_kv"]) for row in found]
+        return [(row["pp"], row["tg"], row["pl"], row["n_kv"]) for row in found[: len(sequences)]]
 
     key = programs.key(combination, combination.slots)
     expected: list[tuple[int, ...]] = programs.local(key, functools.partial(measure, LOCAL))
