@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from client.builder.graph import Graph, GraphBuilder
 from client.connection import Connection, connect_any
 from client.connection import connect as open_connection
-from client.graph import Graph, GraphBuilder
 from client.tensors import Array, Tensor, from_bytes, require, to_bytes
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
 from protocol.errors import ProtocolError
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 Values = Array | bytes | bytearray | memoryview | Sequence[Any] | float
 
@@ -48,7 +48,7 @@ _MAY_EXPAND = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Buffer:
+class BackendBuffer:
     """A buffer on the server: its handle, the address of its first byte, its bytes."""
 
     handle: int
@@ -69,7 +69,7 @@ class Backend:
         self.max_size = max_size
         self.graph = GraphBuilder()
         self._alloc_sizes: dict[Hashable, int] = {}
-        self._last_run: Plan | None = None
+        self._last_run: PreparedGraph | None = None
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -104,7 +104,7 @@ class Backend:
 
     # -- memory
 
-    async def allocate(self, tensors: Iterable[Tensor]) -> list[Buffer]:
+    async def allocate(self, tensors: Iterable[Tensor]) -> list[BackendBuffer]:
         """Place tensors in as few new buffers as the server's limit allows.
 
         Views are placed with what they view. Raises AllocationFailed; ShapeError for a tensor that
@@ -123,7 +123,7 @@ class Backend:
             offset = self._aligned(used[-1])
             groups[-1].append((tensor, offset))
             used[-1] = offset + size
-        buffers: list[Buffer] = []
+        buffers: list[BackendBuffer] = []
         try:
             for group, size in zip(groups, used, strict=True):
                 buffers.append(await self._new_buffer(size))
@@ -135,15 +135,15 @@ class Backend:
         await asyncio.gather(*(self.connection.init_tensor(t) for t in roots if _padded(t)))
         return buffers
 
-    async def _new_buffer(self, size: int) -> Buffer:
+    async def _new_buffer(self, size: int) -> BackendBuffer:
         # A server need not give out buffers without any byte.
         handle, got = await self.connection.alloc_buffer(max(size, 1), self.device)
         base = await self.connection.buffer_get_base(handle)
         if got < size or base + got > 1 << 64:
             raise ProtocolError(f"a buffer of {got} bytes at {base:#x}, {size} asked for")
-        return Buffer(handle, base, got)
+        return BackendBuffer(handle, base, got)
 
-    async def free(self, buffers: Iterable[Buffer], tensors: Iterable[Tensor] = ()) -> None:
+    async def free(self, buffers: Iterable[BackendBuffer], tensors: Iterable[Tensor] = ()) -> None:
         """Give buffers back; ``tensors`` that lay in them lose their place."""
         handles = {buffer.handle for buffer in buffers}
         for tensor in tensors:
@@ -211,7 +211,7 @@ class Backend:
 
     # -- graphs
 
-    async def prepare(self, outputs: Tensor | Iterable[Tensor]) -> Plan:
+    async def prepare(self, outputs: Tensor | Iterable[Tensor]) -> PreparedGraph:
         """Order the graph of ``outputs`` and give every node without a place memory of its own.
 
         So any node can be read after a run; a leaf without values holds whatever was there.
@@ -223,7 +223,7 @@ class Backend:
         placed = [t for t in graph.roots if not t.placed]
         buffers = await self.allocate(placed)
         payload = graph.encode(self.connection.dialect, self.device)
-        return Plan(self, graph, payload, placed, buffers)
+        return PreparedGraph(self, graph, payload, placed, buffers)
 
     async def compute(self, *outputs: Tensor) -> Any:
         """Compute ``outputs`` once and download them: an array, of several outputs a list.
@@ -240,7 +240,7 @@ class Backend:
         return arrays[0] if len(outputs) == 1 else arrays
 
 
-class Plan:
+class PreparedGraph:
     """A graph with memory on the server, to be run any number of times."""
 
     def __init__(
@@ -249,7 +249,7 @@ class Plan:
         graph: Graph,
         payload: bytes,
         placed: list[Tensor],
-        buffers: list[Buffer],
+        buffers: list[BackendBuffer],
     ) -> None:
         self.graph = graph
         self._backend = backend

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file, uploaded to a backend straight from the mapped file.
 
 The package ``gguf`` reads a file's metadata, and where each tensor is described. Types and sizes
-are those of ``protocol.ggml_types``: the package's own table lags behind ggml's (0.19 has no Q2_0,
+are those of ``protocol.ggml.types``: the package's own table lags behind ggml's (0.19 has no Q2_0,
 and a Q8_1 that is 4 bytes too long), and its reader gives up on a file with a type it doesn't know.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from client.backend import Backend
 from client.tensors import Array, Tensor
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 
 MAX_DIMS = 4
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import (
+from protocol.ggml.ops import Op
+from protocol.ggml.types import (
     TYPE_INFO,
     GgmlType,
     has_contiguous_rows,
     is_contiguous,
     row_size,
 )
-from protocol.ggml_types import nbytes as tensor_nbytes
+from protocol.ggml.types import nbytes as tensor_nbytes
 
 Dims = tuple[int, int, int, int]
 Array = npt.NDArray[Any]

@@ -36,12 +36,17 @@ from conformance.properties.findings import run_replay
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
 from conformance.reports.junit import write_junit
-from conformance.reports.terminal import Terminal, make_console, print_explanation, print_list
+from conformance.reports.terminal import (
+    TerminalReport,
+    make_console,
+    print_explanation,
+    print_list,
+)
 from conformance.suite.errors import Failed
 from conformance.suite.probe import NotUnderstood, probe
 from conformance.suite.registry import Case, load, select
-from conformance.suite.results import Run, Verdict
-from conformance.suite.runner import Runner
+from conformance.suite.results import SuiteRun, Verdict
+from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import ServerGone, Target
 from protocol.dialects import Dialect, find_dialects
 
@@ -128,9 +133,9 @@ def _run(
     except (ServerGone, NotUnderstood, Failed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_NO_SERVER
-    run = Run(options.restart_command or "{}:{}".format(*target.address), facts)
-    runner = Runner(target, facts, patience=options.timeout, seed=options.seed)
-    with Terminal(len(cases), verbose=options.verbose, console=console) as terminal:
+    run = SuiteRun(options.restart_command or "{}:{}".format(*target.address), facts)
+    runner = SuiteRunner(target, facts, patience=options.timeout, seed=options.seed)
+    with TerminalReport(len(cases), verbose=options.verbose, console=console) as terminal:
         terminal.head(run)
         # Who has seen enough still gets what there is.
         with contextlib.suppress(KeyboardInterrupt):

@@ -21,7 +21,7 @@ _Take = Callable[[tuple[Any, ...], int], tuple[Any, int]]
 _Put = Callable[[Any, list[Any]], None]
 
 
-class Record(SimpleNamespace):
+class Message(SimpleNamespace):
     """A message read off the wire: one attribute a field, arrays as tuples, nested structs too."""
 
 
@@ -87,7 +87,7 @@ def _compile_struct(declaration: Any) -> tuple[str, _Take, _Put]:
     ]
 
     def take(values: tuple[Any, ...], at: int) -> tuple[Any, int]:
-        record = Record()
+        record = Message()
         members = record.__dict__
         for name, _, take_field, _ in fields:
             value, at = take_field(values, at)
@@ -119,7 +119,7 @@ class Codec:
         """The Record at ``offset``; ``data`` must hold ``size`` bytes from there (struct.error)."""
         return self._take(self._struct.unpack_from(data, offset), 0)[0]
 
-    def build(self, value: Mapping[str, Any] | Record) -> bytes:
+    def build(self, value: Mapping[str, Any] | Message) -> bytes:
         """The bytes of a message given as a mapping or Record; KeyError for a missing field."""
         out: list[Any] = []
         self._put(value, out)

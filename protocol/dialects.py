@@ -24,7 +24,7 @@ import numpy as np
 from protocol import messages as m
 from protocol.commands import Command
 from protocol.errors import NotInRelease
-from protocol.ggml_ops import (
+from protocol.ggml.ops import (
     NUMBERING_82,
     NUMBERING_86,
     NUMBERING_88,

@@ -13,8 +13,8 @@ from typing import Any
 from protocol.codec import Buffer, codec
 from protocol.commands import Command
 from protocol.dialects import Body, Dialect
-from protocol.ggml_types import GgmlType
-from protocol.ggml_types import nbytes as tensor_nbytes
+from protocol.ggml.types import GgmlType
+from protocol.ggml.types import nbytes as tensor_nbytes
 from protocol.graph_payload import graph_name_sizes
 from protocol.messages import NAME_SIZES, with_names
 

@@ -265,7 +265,7 @@ class Greeting:
         self._went_on = False
         self._news = False
 
-    def went_on(self, now: float) -> bool:
+    def accepted(self, now: float) -> bool:
         """Note the request after HELLO: the client accepts the version.
 
         Return whether the address is offered another version first from now on: clients connect a

@@ -27,7 +27,7 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, CommandSpec
 from protocol.errors import ProtocolError
-from protocol.staging import Staging
+from protocol.receive_buffer import ReceiveBuffer
 
 _SIZE = struct.Struct("<Q")
 
@@ -60,7 +60,7 @@ class ResponseReader:
 
     def __init__(self) -> None:
         self._expected: deque[_Expected] = deque()
-        self._staging = Staging()
+        self._staging = ReceiveBuffer()
         self._in_answer = False
 
     def expect(

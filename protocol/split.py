@@ -45,8 +45,8 @@ from construct import Array, Bytes, Float32l, Float64l, Int8ul, Int32ul, Int64ul
 from protocol.commands import Command
 from protocol.dialects import Answer, Body, CommandSpec, Dialect
 from protocol.errors import ProtocolError
-from protocol.ggml_types import GgmlType
-from protocol.ggml_types import nbytes as tensor_nbytes
+from protocol.ggml.types import GgmlType
+from protocol.ggml.types import nbytes as tensor_nbytes
 from protocol.messages import (
     CONN_CAPS_SIZE,
     RPC_TENSOR_DTYPE,

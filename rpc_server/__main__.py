@@ -18,16 +18,22 @@ from client.tunnel import SecretError, client_context, read_token, server_contex
 from protocol.endpoint import format_endpoint
 from protocol.negotiation import Negotiator
 from protocol.split import WIRE_TYPES
-from rpc_server.cache import CacheError, TensorCache, default_cache_dir
-from rpc_server.cache_room import DEFAULT_LIMIT
-from rpc_server.context import ServerContext, new_identity
+from rpc_server.cache.quota import DEFAULT_LIMIT
+from rpc_server.cache.store import CacheError, TensorCache, default_cache_dir
 from rpc_server.devices.base import Device, DeviceError, Splitting
 from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import compiled_hash
-from rpc_server.devices.registry import Options, UnknownDeviceError, open_devices
-from rpc_server.listening import PortInUseError, is_here, is_loopback, is_name, listen
-from rpc_server.logs import set_up
-from rpc_server.memory import Budget
+from rpc_server.devices.registry import DeviceOptions, UnknownDeviceError, open_devices
+from rpc_server.net.listener import Server
+from rpc_server.net.listening import (
+    PortInUseError,
+    is_here,
+    is_loopback,
+    is_name,
+    listen,
+)
+from rpc_server.observability.console import report
+from rpc_server.observability.logs import set_up
 from rpc_server.options import (
     SPLIT_TOKEN_VARIABLE,
     TOKEN_VARIABLE,
@@ -35,11 +41,11 @@ from rpc_server.options import (
     server_limits,
     server_version,
 )
-from rpc_server.server import Server
-from rpc_server.terminal import report
+from rpc_server.session.buffers import Budget
+from rpc_server.session.context import ServerContext, new_identity
 
 if TYPE_CHECKING:
-    from rpc_server.split.link import Tls
+    from rpc_server.devices.split.worker import Tls
 
 log = logging.getLogger("rpc_server")
 
@@ -95,7 +101,7 @@ def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: st
 
 def _split_tls(options: Namespace) -> dict[tuple[str, int], Tls]:
     """How workers named tls:// are spoken to. Raises SecretError."""
-    from rpc_server.split.link import Tls
+    from rpc_server.devices.split.worker import Tls
 
     named = [part[:2] for part in options.split if part and part[2]]
     if not named:
@@ -125,8 +131,8 @@ async def _start_tls(options: Namespace, server: Server) -> str | None:
 
 async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
     if not options.split:
-        return open_devices(options.device, Options(options.threads, options.allow_host_ops))
-    from rpc_server.split.device import SplitDevice, SplitOptions
+        return open_devices(options.device, DeviceOptions(options.threads, options.allow_host_ops))
+    from rpc_server.devices.split.device import SplitDevice, SplitOptions
 
     wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
     by_columns = options.split_mode == "tensor"
@@ -173,7 +179,7 @@ async def _metrics(options: Namespace, context: ServerContext) -> list[asyncio.A
     """The HTTP side, if there is one. Raises StartError."""
     if options.metrics_port is None:
         return []
-    from rpc_server.exporter import MissingError, serve
+    from rpc_server.observability.exporter import MissingError, serve
 
     sockets, endpoint = await _listen(options.metrics_host, options.metrics_port, "--metrics-port")
     try:
@@ -215,7 +221,7 @@ async def _serve(options: Namespace) -> bool:
     progress = None
     if not options.quiet:
         _banner(endpoint, tls, context, options.protocol)
-        progress = asyncio.create_task(report(context.figures))
+        progress = asyncio.create_task(report(context.stats))
     stopped = _signals()
     await stopped.acquire()
     if progress is not None:

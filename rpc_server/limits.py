@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.framing import Limits
+from protocol.requests import Limits
 
 # What a peer has to move within --stall-timeout, if the message isn't over before: one that
 # trickles a byte a second is no better than one that says nothing.

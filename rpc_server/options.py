@@ -14,8 +14,8 @@ from protocol.dialects import DIALECTS, find_dialects
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import __version__
-from rpc_server.access import Network
 from rpc_server.limits import ServerLimits
+from rpc_server.net.admission import Network
 
 DEFAULT_HOST = "127.0.0.1"
 TOKEN_VARIABLE = "GGML_RPC_TOKEN"

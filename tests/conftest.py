@@ -12,9 +12,9 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import settings
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu import catalog
-from rpc_server.devices.cpu.isa import chosen_isa
+from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa
 from rpc_server.native.folder import cache_base
 from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError

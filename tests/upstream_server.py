@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tools.ports import free_port
-from tools.serving import HOST, Process, listens, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    HOST,
+    Process,
+    listens,
+    upstream_command,
+)
 from tools.upstream import DEFAULT_BUILD
 
 

@@ -27,11 +27,18 @@ import numpy as np
 
 from client.backend import Backend
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.types import GgmlType
 from tools import models, upstream
-from tools.ports import free_port
-from tools.serving import HOST, PROJECT, Process, listens, own_command, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    HOST,
+    PROJECT,
+    Process,
+    listens,
+    own_command,
+    upstream_command,
+)
 
 # What a server of a capture has; a client may ask for it, and it is in the answers.
 SERVER_OPTIONS = ("--threads", "1", "--mem", "64")

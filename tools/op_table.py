@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 import conformance.differential.families  # noqa: F401  (these fill the tables)
 import rpc_server.devices.cpu.lower
 import rpc_server.ops  # noqa: F401  (these fill the tables)
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES, Family
 from conformance.differential.uncovered import UNCOVERED
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import VIEWS, Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import VIEWS, Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
@@ -73,8 +73,8 @@ class _Buffer:
     address = 1 << 40
 
 
-def _cases(family: Family, variant: object) -> list[Case]:
-    found: list[Case] = []
+def _cases(family: Family, variant: object) -> list[GraphCase]:
+    found: list[GraphCase] = []
     search = settings(
         max_examples=_EXAMPLES,
         database=None,
@@ -84,14 +84,14 @@ def _cases(family: Family, variant: object) -> list[Case]:
         phases=(Phase.generate,),
     )
 
-    def note(case: Case) -> None:
+    def note(case: GraphCase) -> None:
         found.append(case)
 
     search(given(family.strategy(variant))(note))()
     return found
 
 
-def _nodes(case: Case) -> Sequence[Tensor]:
+def _nodes(case: GraphCase) -> Sequence[Tensor]:
     at = 0
     for root in case.graph.roots:
         root.place(1, _Buffer.base + at)

@@ -32,8 +32,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import smollm2, upstream
-from tools.ports import free_port
-from tools.serving import HOST, Process, ProgramError, listens, own_command, tail
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    HOST,
+    Process,
+    ProgramError,
+    listens,
+    own_command,
+    tail,
+)
 
 QUESTIONS = (
     "The harbour wakes before the town does, and boats come in with lamps still burning.\n" * 3
@@ -96,7 +103,7 @@ class LlamaServer(Process):
 
 
 @dataclass
-class Tally:
+class SoakTally:
     """What happened."""
 
     correct: int = 0
@@ -110,7 +117,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
 
-class Servers:
+class SoakServers:
     """Two workers and the coordinator over them, with one thread each. Raises ProgramError."""
 
     def __init__(self, folder: Path) -> None:
@@ -154,7 +161,7 @@ class Servers:
 class Disturber(threading.Thread):
     """Takes a worker away every now and then, and gives it back."""
 
-    def __init__(self, servers: Servers, tally: Tally, every: float, seed: int) -> None:
+    def __init__(self, servers: SoakServers, tally: SoakTally, every: float, seed: int) -> None:
         super().__init__(daemon=True)
         self._servers = servers
         self._tally = tally
@@ -191,7 +198,7 @@ class Disturber(threading.Thread):
 
 
 @dataclass
-class Options:
+class SoakOptions:
     minutes: float
     every: float
     tokens: int
@@ -205,11 +212,11 @@ class Options:
 class Soak:
     """The run itself."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, options: SoakOptions, folder: Path) -> None:
         self._options = options
         self._folder = folder
-        self.tally = Tally()
-        self.servers = Servers(folder)
+        self.tally = SoakTally()
+        self.servers = SoakServers(folder)
         # Of the coordinator, at the start and at the end.
         self.memory: list[int] = []
         self._llama: LlamaServer | None = None
@@ -367,7 +374,7 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def parse(arguments: Sequence[str] | None) -> Options:
+def parse(arguments: Sequence[str] | None) -> SoakOptions:
     parser = argparse.ArgumentParser(
         prog="python -m tools.soak",
         description=__doc__,
@@ -394,7 +401,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         options.model = options.model or smollm2.fetch()
     except smollm2.ModelUnavailableError as error:
         parser.error(f"name a --model: {error}")
-    return Options(**vars(options))
+    return SoakOptions(**vars(options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ class StatusError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartStatus:
     """One part as the coordinator counts; times are seconds."""
 
     name: str
@@ -50,25 +50,25 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class CoordinatorStatus:
     """All that a coordinator has counted since it started."""
 
     graphs: int
     graph_seconds: float
     tokens: int
-    parts: tuple[Part, ...]
+    parts: tuple[PartStatus, ...]
 
     @property
     def tokens_per_second(self) -> float | None:
         return self.tokens / self.graph_seconds if self.graph_seconds > 0 else None
 
-    def since(self, earlier: Status) -> Status:
+    def since(self, earlier: CoordinatorStatus) -> CoordinatorStatus:
         """What was added since then; rows, bytes and round trips as they are now.
 
         Where a worker was reached anew, its counts are those since then.
         """
         before = {part.name: part for part in earlier.parts}
-        return Status(
+        return CoordinatorStatus(
             self.graphs - earlier.graphs,
             self.graph_seconds - earlier.graph_seconds,
             self.tokens - earlier.tokens,
@@ -80,10 +80,10 @@ class Status:
         return json.dumps({**asdict(self), "tokens_per_second": self.tokens_per_second})
 
 
-def _part_since(part: Part, earlier: Part | None) -> Part:
+def _part_since(part: PartStatus, earlier: PartStatus | None) -> PartStatus:
     if earlier is None or earlier.exchanges > part.exchanges:
         return part
-    return Part(
+    return PartStatus(
         part.name,
         part.rows,
         part.bytes,
@@ -116,7 +116,7 @@ async def open_coordinator(host: str, port: int) -> Connection:
     return connection
 
 
-async def read_status(connection: Connection, name: str, device: int = 0) -> Status:
+async def read_status(connection: Connection, name: str, device: int = 0) -> CoordinatorStatus:
     """Ask for the status. Raises StatusError if the server is no coordinator or hangs up."""
     try:
         answer = await connection.request(Command.SPLIT_STATUS, device=device)
@@ -128,12 +128,12 @@ async def read_status(connection: Connection, name: str, device: int = 0) -> Sta
             "Ask the server that was started with --split"
         )
     parts = tuple(_part(part) for part in answer.parts[: answer.n_parts])
-    return Status(answer.graphs, answer.graph_seconds, answer.tokens, parts)
+    return CoordinatorStatus(answer.graphs, answer.graph_seconds, answer.tokens, parts)
 
 
-def _part(record: Any) -> Part:
+def _part(record: Any) -> PartStatus:
     name = bytes(record.name).split(b"\0")[0].decode("utf-8", "replace")
-    return Part(
+    return PartStatus(
         name,
         record.rows,
         record.bytes,
@@ -148,7 +148,7 @@ def _part(record: Any) -> Part:
 _HEAD = ("part", "rows", "MiB", "exchanges", "sent MiB", "recv MiB", "round trip", "waited")
 
 
-def as_text(name: str, status: Status) -> str:
+def as_text(name: str, status: CoordinatorStatus) -> str:
     """A line for the whole and a table of the parts."""
     speed = status.tokens_per_second
     rate = "" if speed is None else f", {speed:.1f} tokens/s"
@@ -165,7 +165,7 @@ def as_text(name: str, status: Status) -> str:
     return "\n".join(lines)
 
 
-def _row(part: Part, graph_seconds: float) -> tuple[str, ...]:
+def _row(part: PartStatus, graph_seconds: float) -> tuple[str, ...]:
     waited = f"{part.wait_seconds:.2f} s"
     if graph_seconds > 0:
         waited += f" ({100 * part.wait_seconds / graph_seconds:.0f} %)"

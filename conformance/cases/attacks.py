@@ -10,8 +10,8 @@ from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.tensors import Fields
 from protocol.commands import Command
 from protocol.dialects import Answer
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 BUFFER_SIZE = 64 << 10
 # Where results lie in the buffer; leaves start at its base, integers at half of this.

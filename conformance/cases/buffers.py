@@ -8,8 +8,13 @@ from conformance.cases.groups import BUFFERS
 from conformance.suite import Context, Peer, RemoteBuffer, tensor
 from conformance.suite.tensors import sources_of
 from protocol.commands import Command
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, nbytes, row_size
+from protocol.ggml.ops import Op
+from protocol.ggml.types import (
+    TYPE_INFO,
+    GgmlType,
+    nbytes,
+    row_size,
+)
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
 _NO_HANDLE = 0xDEAD_BEEF_0000

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from conformance.cases.groups import CLIENTS
 from conformance.suite import Closed, Context, Peer, RemoteBuffer
 from protocol.commands import Command
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
 _ONE_SERVER_A_CLIENT = "ggml-rpc.cpp rpc_serve_client: buffers are of one connection, since 1.0"

@@ -9,7 +9,7 @@ from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.filled import SIZE, check_content, filled
 from conformance.suite.tensors import Fields
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
 _2_64 = 1 << 64

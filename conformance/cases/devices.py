@@ -9,7 +9,7 @@ from conformance.cases.groups import DEVICES
 from conformance.suite import Context, Peer, RemoteBuffer, tensor
 from conformance.suite.tensors import graph_bytes
 from protocol.commands import Command
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
 _COUNTED = (Command.DEVICE_COUNT,)

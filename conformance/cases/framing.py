@@ -12,7 +12,7 @@ from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.tensors import graph_bytes
 from protocol.commands import Command
 from protocol.dialects import Answer, Body
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from protocol.messages import fixed_size
 
 _RECV = "ggml-rpc.cpp recv_msg, since 1.0"

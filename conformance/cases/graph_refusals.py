@@ -17,8 +17,8 @@ from conformance.suite.arrays import (
 from conformance.suite.tensors import Fields, graph_bytes, sources
 from protocol.commands import Command
 from protocol.dialects import compatible_dialects
-from protocol.ggml_ops import Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op, UnaryOp
+from protocol.ggml.types import GgmlType
 
 _COMPUTE = "ggml-rpc.cpp rpc_server::graph_compute, since 1.0"
 _NODE = "ggml-rpc.cpp rpc_server::create_node, since 1.0"

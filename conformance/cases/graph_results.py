@@ -17,7 +17,7 @@ from conformance.suite.arrays import (
     values,
     weights,
 )
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 

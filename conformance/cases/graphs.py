@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from client.graph import Graph
+from client.builder.graph import Graph
 from client.tensors import FLAG_OUTPUT
 from conformance.cases.groups import GRAPHS
 from conformance.suite import Context
@@ -17,7 +17,7 @@ from conformance.suite.arrays import (
     same,
     values,
 )
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
 
 F32 = GgmlType.F32

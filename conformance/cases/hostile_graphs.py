@@ -14,8 +14,8 @@ from conformance.cases.attacks import (
 )
 from conformance.suite.tensors import Fields
 from protocol.commands import Command
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from protocol.messages import RPC_TENSOR_SIZE
 
 _GRAPH = "ggml-rpc.cpp rpc_server::graph_compute"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from conformance.cases.attacks import INDEX_WHY, Attack, graph_fails, refused_graph
 from conformance.cases.groups import HOSTILE
 from conformance.suite import Context
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 
 def _declare_op_number(number: int, name: str, shown: str, op: Callable[[Context], int]) -> None:

@@ -9,7 +9,7 @@ from conformance.suite import Context, Peer, tensor
 from conformance.suite.filled import check_content, filled
 from conformance.suite.probe import CACHED_FROM, cacheable, fnv_of_zeros
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
 

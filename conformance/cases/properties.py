@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from conformance.cases.groups import PROPERTIES
 from conformance.properties.findings import explore
-from conformance.properties.properties import DAMAGE, GRAPHS, SESSIONS, Property, Target
+from conformance.properties.properties import (
+    DAMAGE,
+    GRAPHS,
+    SESSIONS,
+    Property,
+    PropertyTarget,
+)
 from conformance.suite import Context
 
 _EXAMPLES = {SESSIONS.name: 100, GRAPHS.name: 20, DAMAGE.name: 40}
 
 
 def _search(c: Context, property_: Property) -> None:
-    target = Target(c.address, c.facts, patience=10.0)
+    target = PropertyTarget(c.address, c.facts, patience=10.0)
     if not property_.fits(target):
         c.skip("which ops a graph of this version has shows by its patch number only")
     _, finding = explore(target, property_, _EXAMPLES[property_.name], c.seed)

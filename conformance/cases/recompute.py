@@ -8,7 +8,7 @@ from conformance.cases.groups import RECOMPUTE
 from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.arrays import Bench, same, values
 from protocol.commands import Command
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 
 _RECOMPUTE = "ggml-rpc.cpp rpc_server::graph_recompute, since 3.5"
 _FREE = "ggml-rpc.cpp rpc_server::free_buffer: stored graphs are dropped (3.5: on any buffer)"

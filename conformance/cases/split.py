@@ -13,7 +13,7 @@ from conformance.cases.groups import SPLIT
 from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.arrays import PRODUCT_BOUND, Array, Bench, close, same, values, weights
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml.types import GgmlType, row_size
 from protocol.messages import CONN_CAPS_SIZE, RPC_TENSOR_DTYPE
 from protocol.split import (
     MAX_PARTS,

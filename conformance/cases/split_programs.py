@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from client.steps import Step
+from client.split.steps import Step
 from client.tensors import Tensor
 from conformance.cases.groups import SPLIT
 from conformance.cases.split import SOURCE, no_tensors, parts_of
 from conformance.suite import Closed, Context, Peer
 from conformance.suite.arrays import PRODUCT_BOUND, Array, Bench, close, same, values
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.split import (
     MAX_PROGRAMS,
     ProgramStep,
@@ -26,7 +26,7 @@ F32 = GgmlType.F32
 
 
 @dataclass(slots=True)
-class Program:
+class StreamedProgram:
     """Steps on one connection, their tensors placed."""
 
     b: Bench
@@ -67,10 +67,10 @@ def _step(b: Bench, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Step
     return Step(tuple(inputs), graph, tuple(outputs))
 
 
-def scaling(b: Bench, n: int = 64, factor: float = 2.0) -> Program:
+def scaling(b: Bench, n: int = 64, factor: float = 2.0) -> StreamedProgram:
     """Return a program that multiplies ``n`` numbers."""
     x = b.g.new_tensor(F32, (n,), "x")
-    return Program(b, [_step(b, [x], [b.g.scale(x, factor)])])
+    return StreamedProgram(b, [_step(b, [x], [b.g.scale(x, factor)])])
 
 
 def programs(c: Context) -> Bench:
@@ -113,7 +113,7 @@ def program_of_several_steps(c: Context) -> None:
     second = _step(b, [z], [g.sqr(z)])
     # What an earlier step computed is still there.
     third = _step(b, [], [g.scale(first.outputs[0], 3.0)])
-    Program(b, [first, second, third]).send(5)
+    StreamedProgram(b, [first, second, third]).send(5)
     for seed in range(3):
         p, q, r = values(4, 256, seed=seed), values(4, 256, seed=seed + 9), values(100, seed=seed)
         run(b, 5, p, q)
@@ -139,7 +139,7 @@ def everything_at_once(c: Context) -> None:
     b = programs(c)
     g = b.g
     x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (3000,), "y")
-    Program(b, [_step(b, [x], [g.scale(x, 2.0)]), _step(b, [y], [g.scale(y, 3.0)])]).send()
+    StreamedProgram(b, [_step(b, [x], [g.scale(x, 2.0)]), _step(b, [y], [g.scale(y, 3.0)])]).send()
     p, q = values(64, seed=21), values(3000, seed=22)
     run = b.peer.message(Command.SPLIT_RUN, program=0) + p.tobytes() + q.tobytes()
     ask = b.peer.message(Command.GET_ALIGNMENT)
@@ -257,7 +257,7 @@ def numbers_that_no_program_has(c: Context) -> None:
         b.peer.close()
 
 
-def _bad_program(c: Context, change: Callable[[Program], bytes]) -> None:
+def _bad_program(c: Context, change: Callable[[StreamedProgram], bytes]) -> None:
     b = programs(c)
     body = change(scaling(b))
     b.peer.send(Command.SPLIT_PROGRAM, body, program=0)
@@ -300,7 +300,7 @@ def program_with_unknown_ids(c: Context) -> None:
     """As in a graph."""
     for field in ("inputs", "nodes", "outputs"):
 
-        def change(p: Program, field: str = field) -> bytes:
+        def change(p: StreamedProgram, field: str = field) -> bytes:
             (step,) = p.ids()
             return encode_program([replace(step, **{field: (4711,)})], p.tensors())
 
@@ -320,7 +320,9 @@ def program_with_tensors_elsewhere(c: Context) -> None:
     for which in ("inputs", "outputs"):
         for offset in (1 << 30, -(1 << 30), None):
 
-            def change(p: Program, which: str = which, offset: int | None = offset) -> bytes:
+            def change(
+                p: StreamedProgram, which: str = which, offset: int | None = offset
+            ) -> bytes:
                 tensors = p.tensors().copy()
                 wanted = getattr(p.ids()[0], which)[0]
                 i = int(np.flatnonzero(tensors["id"] == wanted)[0])

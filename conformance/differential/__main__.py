@@ -22,8 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance.arguments import endpoint
-from conformance.differential.campaign import PROFILES, Campaign, Servers, select
-from conformance.differential.case import Case
+from conformance.differential.campaign import (
+    PROFILES,
+    DifferentialCampaign,
+    Servers,
+    select,
+)
+from conformance.differential.case import GraphCase
 from conformance.differential.endpoint import ServerUnavailable
 from conformance.differential.explore import Judge, Mismatch
 from conformance.differential.report import Report
@@ -57,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replay(path: Path, servers: Servers) -> int:
-    case = Case.from_json(json.loads(path.read_text()))
+    case = GraphCase.from_json(json.loads(path.read_text()))
     print(case.describe())
     tested, reference = servers.tested(), servers.reference()
     judge = Judge(tested, reference)
@@ -93,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.replay:
             return _replay(options.replay, servers)
-        campaign = Campaign(servers, options.profile, options.seed, chosen)
+        campaign = DifferentialCampaign(servers, options.profile, options.seed, chosen)
         report = Report(sorted(chosen, key=list(FAMILIES).index))
         for name, tally in campaign.run(options.jobs):
             report.add(name, tally)

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import conformance.differential.families  # noqa: F401  (fills the table)
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.endpoint import Endpoint
-from conformance.differential.explore import Finding, Judge, Mismatch, Tally
+from conformance.differential.explore import (
+    Difference,
+    FamilyTally,
+    Judge,
+    Mismatch,
+)
 from conformance.differential.sketch import FAMILIES, label
 
 # Share of a family's examples that a profile draws.
@@ -65,16 +70,17 @@ def select(only: str | None = None, variant: str | None = None) -> dict[str, lis
     return chosen
 
 
-def regressions(name: str) -> dict[str, Case]:
+def regressions(name: str) -> dict[str, GraphCase]:
     """The kept cases of a family, by file name."""
     folder = REGRESSIONS / name.replace(" ", "_")
     return {
-        p.stem: Case.from_json(json.loads(p.read_text())) for p in sorted(folder.glob("*.json"))
+        p.stem: GraphCase.from_json(json.loads(p.read_text()))
+        for p in sorted(folder.glob("*.json"))
     }
 
 
 @dataclass(frozen=True, slots=True)
-class Campaign:
+class DifferentialCampaign:
     """What is to be tried. ``chosen`` as of :func:`select`."""
 
     servers: Servers
@@ -82,11 +88,11 @@ class Campaign:
     seed: int
     chosen: dict[str, list[str]]
 
-    def run(self, jobs: int = 1) -> Iterator[tuple[str, Tally]]:
+    def run(self, jobs: int = 1) -> Iterator[tuple[str, FamilyTally]]:
         """Tallies of families as they come in, several of one family where jobs share it."""
         names = sorted(self.chosen, key=lambda n: -FAMILIES[n].examples * len(self.chosen[n]))
         if jobs < 2:
-            with Worker(self) as worker:
+            with CampaignWorker(self) as worker:
                 for name in names:
                     yield name, worker.family(name)
             return
@@ -97,15 +103,15 @@ class Campaign:
                 yield futures[future], future.result()
 
 
-class Worker:
+class CampaignWorker:
     """One process's part of a campaign: its own connections, its own started servers."""
 
-    def __init__(self, campaign: Campaign) -> None:
+    def __init__(self, campaign: DifferentialCampaign) -> None:
         self._campaign = campaign
         self._endpoints = (campaign.servers.tested(), campaign.servers.reference())
         self._judge = Judge(*self._endpoints)
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> CampaignWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,9 +119,9 @@ class Worker:
         for endpoint in self._endpoints:
             endpoint.close()
 
-    def family(self, name: str) -> Tally:
+    def family(self, name: str) -> FamilyTally:
         """Regressions first, then every chosen variant."""
-        total = Tally()
+        total = FamilyTally()
         for stem, case in regressions(name).items():
             total.add(self._regression(name, stem, case))
         family, wanted = FAMILIES[name], self._campaign.chosen[name]
@@ -132,29 +138,29 @@ class Worker:
                 total.add(self._judge.explore(family, variant, budget, seed))
         return total
 
-    def _regression(self, name: str, stem: str, case: Case) -> Tally:
-        tally = Tally(cases=1, keys={case.key()})
+    def _regression(self, name: str, stem: str, case: GraphCase) -> FamilyTally:
+        tally = FamilyTally(cases=1, keys={case.key()})
         try:
             refusal = self._judge.judge(case)
         except Mismatch as error:
-            tally.findings.append(Finding(name, f"regression {stem}", case, str(error)))
+            tally.findings.append(Difference(name, f"regression {stem}", case, str(error)))
             return tally
         if refusal:
             tally.refused, tally.reasons[refusal] = 1, 1
         return tally
 
 
-_worker: Worker | None = None
+_worker: CampaignWorker | None = None
 
 
-def _start_worker(campaign: Campaign) -> None:
+def _start_worker(campaign: DifferentialCampaign) -> None:
     import atexit
 
     global _worker
-    _worker = Worker(campaign)
+    _worker = CampaignWorker(campaign)
     atexit.register(_worker.__exit__)
 
 
-def _family(name: str) -> Tally:
+def _family(name: str) -> FamilyTally:
     assert _worker is not None
     return _worker.family(name)

@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from client.graph import Graph, GraphBuilder
+from client.builder.graph import Graph, GraphBuilder
 from client.tensors import Tensor, dims
-from conformance.differential.compare import Check, How
-from conformance.differential.values import Fill, Kind
-from protocol.ggml_ops import VIEWS, GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from conformance.differential.compare import Check, Equality
+from conformance.differential.values import Fill, ValueKind
+from protocol.ggml.ops import (
+    VIEWS,
+    GluOp,
+    Op,
+    UnaryOp,
+)
+from protocol.ggml.types import GgmlType
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class GraphCase:
     """``outputs`` are compared; ``fills`` say what leaves hold (of all roots that aren't nodes)."""
 
     outputs: tuple[tuple[Tensor, Check], ...]
@@ -25,7 +30,7 @@ class Case:
     graph: Graph
 
     @classmethod
-    def of(cls, outputs: Sequence[tuple[Tensor, Check]], fills: dict[Tensor, Fill]) -> Case:
+    def of(cls, outputs: Sequence[tuple[Tensor, Check]], fills: dict[Tensor, Fill]) -> GraphCase:
         graph = GraphBuilder().build([t for t, _ in outputs])
         return cls(tuple(outputs), {t: fills[t] for t in graph.leaves}, graph)
 
@@ -98,7 +103,7 @@ class Case:
         return f'{{"tensors": [\n  {tensors}\n ],\n "outputs": {outputs}}}\n'
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Case:
+    def from_json(cls, data: dict[str, Any]) -> GraphCase:
         """What to_json gave."""
         tensors: list[Tensor] = []
         fills: dict[Tensor, Fill] = {}
@@ -119,11 +124,13 @@ class Case:
             t.src = tuple(None if s is None else tensors[s] for s in row["src"])
             if "fill" in row:
                 fields = dict(row["fill"])
-                fills[t] = Fill(Kind(fields.pop("kind")), **fields)
+                fills[t] = Fill(ValueKind(fields.pop("kind")), **fields)
         outputs = [
             (
                 tensors[o["tensor"]],
-                Check(How(o["how"]), o["bound"], None if o["of"] is None else tensors[o["of"]]),
+                Check(
+                    Equality(o["how"]), o["bound"], None if o["of"] is None else tensors[o["of"]]
+                ),
             )
             for o in data["outputs"]
         ]

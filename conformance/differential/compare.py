@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.tensors import Array, Tensor, from_bytes
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 # ggml's own bounds for backends (tests/test-backend-ops.cpp): for all ops, and for those which
 # round activations or accumulate in their own order.
@@ -18,7 +18,7 @@ DEFAULT_NMSE = 1e-7
 PRODUCT_NMSE = 5e-4
 
 
-class How(enum.StrEnum):
+class Equality(enum.StrEnum):
     """What makes two results the same."""
 
     NMSE = "nmse"  # the error's norm against the reference's; NaN and infinities in the same places
@@ -31,12 +31,12 @@ class How(enum.StrEnum):
 class Check:
     """How an output is compared; ``bound`` is NMSE's, ``of`` the tensor that indices refer to."""
 
-    how: How = How.NMSE
+    how: Equality = Equality.NMSE
     bound: float = DEFAULT_NMSE
     of: Tensor | None = None
 
 
-EXACT = Check(How.EXACT)
+EXACT = Check(Equality.EXACT)
 
 
 def numbers(t: Tensor, array: Array) -> Array:
@@ -61,19 +61,19 @@ def nmse(expected: Array, actual: Array) -> float:
     return error / norm
 
 
-def difference(check: Check, t: Tensor, expected: Memory, actual: Memory) -> str:
+def difference(check: Check, t: Tensor, expected: CaseMemory, actual: CaseMemory) -> str:
     """What is wrong with ``t`` as computed by the server under test; empty if nothing is."""
     want, got = expected.array(t), actual.array(t)
     match check.how:
-        case How.EXACT:
+        case Equality.EXACT:
             return "" if want.tobytes() == got.tobytes() else _first_difference(want, got)
-        case How.NMSE:
+        case Equality.NMSE:
             a, b = numbers(t, want), numbers(t, got)
             error = nmse(a, b)
             if error <= check.bound:
                 return ""
             return f"NMSE {error:.3g} > {check.bound:g}; {_first_difference(a, b)}"
-        case How.ORDER | How.SET:
+        case Equality.ORDER | Equality.SET:
             assert check.of is not None
             return _ranks(check, want, got, numbers(check.of, expected.array(check.of)))
 
@@ -87,7 +87,7 @@ def _ranks(check: Check, want: Array, got: Array, values: Array) -> str:
         return "an index occurs twice in a row"
     a = np.take_along_axis(values, want.astype(np.int64), -1)
     b = np.take_along_axis(values, got.astype(np.int64), -1)
-    if check.how is How.SET:
+    if check.how is Equality.SET:
         a, b = np.sort(a, axis=-1), np.sort(b, axis=-1)
     return "" if np.array_equal(a, b, equal_nan=True) else _first_difference(a, b)
 
@@ -109,7 +109,7 @@ def _first_difference(want: Array, got: Array) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class CaseMemory:
     """All bytes of a case after it ran on one server; ``offsets`` of roots in it."""
 
     image: npt.NDArray[np.uint8]

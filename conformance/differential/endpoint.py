@@ -11,7 +11,7 @@ from pathlib import Path
 from client.connection import Connection, connect
 from client.errors import ConnectionLost
 from protocol.dialects import Dialect
-from tools.ports import free_port
+from tools.serving.ports import free_port
 
 
 class ServerUnavailable(RuntimeError):  # noqa: N818

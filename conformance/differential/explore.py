@@ -14,10 +14,10 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 
-from conformance.differential.case import Case
-from conformance.differential.compare import Memory, difference
+from conformance.differential.case import GraphCase
+from conformance.differential.compare import CaseMemory, difference
 from conformance.differential.endpoint import Endpoint
-from conformance.differential.runner import Image, Refused, Runner
+from conformance.differential.runner import CaseRunner, Image, ServerRefused
 from conformance.differential.sketch import Family, label
 
 T = TypeVar("T")
@@ -31,17 +31,17 @@ class Mismatch(AssertionError):  # noqa: N818
 
 
 @dataclass(slots=True)
-class Finding:
+class Difference:
     """The smallest case found that differs."""
 
     family: str
     variant: str
-    case: Case
+    case: GraphCase
     reason: str
 
 
 @dataclass(slots=True)
-class Tally:
+class FamilyTally:
     """What was tried of one family's variant; sums of several are tallies too."""
 
     cases: int = 0
@@ -49,9 +49,9 @@ class Tally:
     seconds: float = 0.0
     keys: set[str] = field(default_factory=set)
     reasons: Counter[str] = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Difference] = field(default_factory=list)
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: FamilyTally) -> None:
         self.cases += other.cases
         self.refused += other.refused
         self.seconds += other.seconds
@@ -69,8 +69,8 @@ class Judge:
 
     def __init__(self, tested: Endpoint, reference: Endpoint, *, timeout: float = 60.0) -> None:
         self._loop = asyncio.new_event_loop()
-        self._tested = Runner(tested, timeout=timeout)
-        self._reference = Runner(reference, timeout=timeout)
+        self._tested = CaseRunner(tested, timeout=timeout)
+        self._reference = CaseRunner(reference, timeout=timeout)
 
     def close(self) -> None:
         """Hang up on both."""
@@ -81,18 +81,18 @@ class Judge:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(work)
 
-    def judge(self, case: Case) -> str:
+    def judge(self, case: GraphCase) -> str:
         """Raises Mismatch if the servers differ; why the reference refused, empty if it didn't."""
         image = Image.of(case)
         try:
             expected = self._wait(self._reference.run(case, image))
-        except (Refused, TimeoutError) as error:
+        except (ServerRefused, TimeoutError) as error:
             return str(error) or "no answer in time"
         for stepwise in (False, True) if len(case.graph.nodes) > 1 else (False,):
             how = "node by node: " if stepwise else ""
             try:
                 actual = self._wait(self._tested.run(case, image, stepwise=stepwise))
-            except Refused as error:
+            except ServerRefused as error:
                 raise Mismatch(f"{how}refused: {error}") from None
             except TimeoutError:
                 raise Mismatch(f"{how}no answer in time") from None
@@ -100,7 +100,9 @@ class Judge:
         return ""
 
     @staticmethod
-    def _compare(case: Case, image: Image, expected: Memory, actual: Memory, how: str) -> None:
+    def _compare(
+        case: GraphCase, image: Image, expected: CaseMemory, actual: CaseMemory, how: str
+    ) -> None:
         quiet = image.untouched(case)
         changed = np.flatnonzero(quiet & (actual.image != image.data))
         if len(changed):
@@ -110,12 +112,12 @@ class Judge:
             if wrong:
                 raise Mismatch(f"{how}output {i}: {wrong}")
 
-    def explore(self, family: Family, variant: Any, examples: int, seed: int) -> Tally:
+    def explore(self, family: Family, variant: Any, examples: int, seed: int) -> FamilyTally:
         """Draw ``examples`` cases; a difference is shrunk and becomes a finding."""
-        tally = Tally()
-        last: list[tuple[Case, str]] = []
+        tally = FamilyTally()
+        last: list[tuple[GraphCase, str]] = []
 
-        def attempt(case: Case) -> None:
+        def attempt(case: GraphCase) -> None:
             tally.cases += 1
             tally.keys.add(case.key())
             try:
@@ -142,6 +144,6 @@ class Judge:
             run()
         except (Mismatch, Flaky):
             case, reason = last[-1]
-            tally.findings.append(Finding(family.name, label(variant), case, reason))
+            tally.findings.append(Difference(family.name, label(variant), case, reason))
         tally.seconds = time.perf_counter() - started
         return tally

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from conformance.differential.explore import MOST_REFUSED, Tally
+from conformance.differential.explore import MOST_REFUSED, FamilyTally
 from conformance.differential.sketch import FAMILIES
 
 _HEAD = (
@@ -18,10 +18,10 @@ class Report:
     """Tallies by family, in the order given; prints progress to stderr, the table to stdout."""
 
     def __init__(self, names: list[str]) -> None:
-        self._tallies = {name: Tally() for name in names}
+        self._tallies = {name: FamilyTally() for name in names}
         self._done = 0
 
-    def add(self, name: str, tally: Tally) -> None:
+    def add(self, name: str, tally: FamilyTally) -> None:
         """Take in what was tried of a family, and say so."""
         self._tallies[name].add(tally)
         self._done += 1
@@ -43,12 +43,12 @@ class Report:
         return any(t.findings or self._idle(t) for t in self._tallies.values())
 
     @staticmethod
-    def _idle(t: Tally) -> bool:
+    def _idle(t: FamilyTally) -> bool:
         return t.refused > t.cases * MOST_REFUSED
 
     def table(self) -> str:
         """A line per family and their sum."""
-        total = Tally()
+        total = FamilyTally()
         lines = [_HEAD]
         for name, t in self._tallies.items():
             total.add(t)
@@ -57,7 +57,7 @@ class Report:
         lines.append(self._line("all", variants, total))
         return "\n".join(lines)
 
-    def _line(self, name: str, variants: int, t: Tally) -> str:
+    def _line(self, name: str, variants: int, t: FamilyTally) -> str:
         line = f"{name:28} {variants:8} {t.cases:7} {len(t.keys):8} {t.refused:8}"
         line += f" {len(t.findings):7} {t.seconds:6.1f}"
         return line + ("  mostly refused by the reference" if self._idle(t) else "")

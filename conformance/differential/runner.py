@@ -15,13 +15,13 @@ import numpy.typing as npt
 from client.connection import Connection
 from client.errors import ConnectionLost, GraphFailed
 from client.tensors import Tensor, dims
-from conformance.differential.case import Case
-from conformance.differential.compare import Memory
+from conformance.differential.case import GraphCase
+from conformance.differential.compare import CaseMemory
 from conformance.differential.endpoint import Endpoint
 from conformance.differential.values import leaf_bytes
 from protocol.errors import ProtocolError
-from protocol.ggml_ops import VIEWS
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import VIEWS
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import encode_graph
 
 GUARD_BYTE = 0xA5
@@ -32,7 +32,7 @@ _ALIGNMENT = 64
 _ARENA = 16 << 20
 
 
-class Refused(RuntimeError):  # noqa: N818
+class ServerRefused(RuntimeError):  # noqa: N818
     """The server ended the connection, or its process, instead of computing."""
 
 
@@ -44,7 +44,7 @@ class Image:
     offsets: dict[Tensor, int]
 
     @classmethod
-    def of(cls, case: Case) -> Image:
+    def of(cls, case: GraphCase) -> Image:
         offsets, at = {}, _GUARD
         for root in case.graph.roots:
             offsets[root] = at
@@ -56,7 +56,7 @@ class Image:
             part[...] = POISON_BYTE if fill is None else leaf_bytes(root, fill)
         return cls(data, offsets)
 
-    def untouched(self, case: Case) -> npt.NDArray[np.bool_]:
+    def untouched(self, case: GraphCase) -> npt.NDArray[np.bool_]:
         """Which bytes no node may write: all but the elements of what nodes write."""
         mask = np.ones(len(self.data), np.bool_)
         for t in case.written:
@@ -71,7 +71,7 @@ class Image:
         return mask
 
 
-class Runner:
+class CaseRunner:
     """One server's side; keeps a connection and a buffer for case after case."""
 
     def __init__(self, endpoint: Endpoint, *, timeout: float = 60.0) -> None:
@@ -82,7 +82,7 @@ class Runner:
         self._base = 0
         self._size = 0
 
-    async def run(self, case: Case, image: Image, *, stepwise: bool = False) -> Memory:
+    async def run(self, case: GraphCase, image: Image, *, stepwise: bool = False) -> CaseMemory:
         """The memory after the graph ran once; ``stepwise``: each node as a graph of its own.
 
         Raises Refused when the server hung up, TimeoutError when it took too long.
@@ -93,12 +93,12 @@ class Runner:
         except (ConnectionLost, GraphFailed, ProtocolError) as error:
             died = await self.endpoint.died()
             await self._drop()
-            raise Refused(f"{error}{'; its process ended' if died else ''}") from None
+            raise ServerRefused(f"{error}{'; its process ended' if died else ''}") from None
         except TimeoutError:
             await self._drop()
             raise
 
-    async def _run(self, case: Case, image: Image, stepwise: bool) -> Memory:
+    async def _run(self, case: GraphCase, image: Image, stepwise: bool) -> CaseMemory:
         connection = await self._ready(len(image.data))
         for root, offset in image.offsets.items():
             root.place(self._buffer, self._base + offset)
@@ -115,7 +115,7 @@ class Runner:
             steps.append(connection.graph_compute(encode_graph(payload, connection.dialect)))
         *_, result = await asyncio.gather(*steps, connection.get_tensor(whole))
         assert result is not None  # of gather's types, that of the last
-        return Memory(result, image.offsets)
+        return CaseMemory(result, image.offsets)
 
     async def _ready(self, size: int) -> Connection:
         if self._connection is None or self._connection.closed:

@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import Dims, Tensor, dims
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
-from conformance.differential.values import Fill, Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from conformance.differential.values import Fill, ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class Sketch:
         self,
         type: GgmlType,
         ne: Sequence[int],
-        kind: Kind | Sequence[Kind] = Kind.NORMAL,
+        kind: ValueKind | Sequence[ValueKind] = ValueKind.NORMAL,
         low: float = 0.0,
         high: float = 1.0,
         *,
@@ -117,7 +117,7 @@ class Sketch:
         """
         shape = dims(ne)
         kinds = (kind,) if isinstance(kind, str) else kind
-        fill = Fill(Kind(self.pick(kinds)), self.seed(), low, high)
+        fill = Fill(ValueKind(self.pick(kinds)), self.seed(), low, high)
         # Two in five are dense: the fast paths need their share.
         if layout == "dense" or 0 in shape or self.integer(0, 4) < 2:
             return self._root(type, shape, fill, name)
@@ -197,9 +197,9 @@ class Sketch:
         Distinct ones are ``ne0`` of a row's permutation, through a view.
         """
         if not distinct:
-            return self.leaf(type, ne, Kind.INTEGERS, 0, below - 1, layout=layout)
+            return self.leaf(type, ne, ValueKind.INTEGERS, 0, below - 1, layout=layout)
         shape = dims(ne)
-        fill = Fill(Kind.DISTINCT, self.seed(), below // 2, 1.0)
+        fill = Fill(ValueKind.DISTINCT, self.seed(), below // 2, 1.0)
         root = self._root(type, dims([below, *shape[1:]]), fill, "")
         return self.g.view_4d(root, *shape, root.nb[1], root.nb[2], root.nb[3], 0)
 
@@ -209,8 +209,8 @@ class Sketch:
         """Compare ``t`` (by NMSE 1e-7 unless said otherwise)."""
         self.outputs.append((t, check or Check()))
 
-    def case(self) -> Case:
-        return Case.of(self.outputs, self.fills)
+    def case(self) -> GraphCase:
+        return GraphCase.of(self.outputs, self.fills)
 
 
 def _divisors(n: int) -> list[int]:
@@ -233,11 +233,11 @@ class Family:
     draws: Draws
     examples: int
 
-    def strategy(self, variant: Any) -> st.SearchStrategy[Case]:
+    def strategy(self, variant: Any) -> st.SearchStrategy[GraphCase]:
         """Cases of one variant."""
 
         @st.composite
-        def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
+        def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> GraphCase:
             sketch = Sketch(draw)
             self.draws(sketch, variant)
             return sketch.case()

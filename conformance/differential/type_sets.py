@@ -6,7 +6,7 @@ must know.
 
 from __future__ import annotations
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 I32, I64 = GgmlType.I32, GgmlType.I64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 
 _FUNCTION = "a function of the client's own process, which no server can call"
 

@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from client.tensors import NUMPY_TYPES, Tensor
 from conformance.differential.blocks import Bytes, random_blocks
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 Values = npt.NDArray[np.float64]
 
 
-class Kind(enum.StrEnum):
+class ValueKind(enum.StrEnum):
     """How the values of a leaf are drawn; ``low`` and ``high`` are the Fill's."""
 
     NORMAL = "normal"  # standard normal, scaled by high and moved by low
@@ -39,7 +39,7 @@ class Fill:
     Quantized leaves hold random blocks whatever the kind, but for CONSTANT: all bytes zero.
     """
 
-    kind: Kind = Kind.NORMAL
+    kind: ValueKind = ValueKind.NORMAL
     seed: int = 0
     low: float = 0.0
     high: float = 1.0
@@ -94,17 +94,17 @@ def _hadamard(fill: Fill, n: int, row: int, random: np.random.Generator) -> Valu
 
 
 _INF = float("inf")
-_MAKERS: dict[Kind, Callable[[Fill, int, int, np.random.Generator], Values]] = {
-    Kind.NORMAL: _normal,
-    Kind.UNIFORM: _uniform,
-    Kind.INTEGERS: _integers,
-    Kind.DISTINCT: _distinct,
-    Kind.RANGE: _range,
-    Kind.CONSTANT: _constant,
-    Kind.SPECIAL: _sprinkled(float("nan"), _INF, -_INF, 0.0, -0.0, 1e-40, -1e-40),
-    Kind.INFINITE: _sprinkled(_INF, -_INF),
-    Kind.MASK: _mask,
-    Kind.HADAMARD: _hadamard,
+_MAKERS: dict[ValueKind, Callable[[Fill, int, int, np.random.Generator], Values]] = {
+    ValueKind.NORMAL: _normal,
+    ValueKind.UNIFORM: _uniform,
+    ValueKind.INTEGERS: _integers,
+    ValueKind.DISTINCT: _distinct,
+    ValueKind.RANGE: _range,
+    ValueKind.CONSTANT: _constant,
+    ValueKind.SPECIAL: _sprinkled(float("nan"), _INF, -_INF, 0.0, -0.0, 1e-40, -1e-40),
+    ValueKind.INFINITE: _sprinkled(_INF, -_INF),
+    ValueKind.MASK: _mask,
+    ValueKind.HADAMARD: _hadamard,
 }
 
 
@@ -115,7 +115,7 @@ def leaf_bytes(t: Tensor, fill: Fill) -> Bytes:
     random = np.random.default_rng(fill.seed)
     dtype = NUMPY_TYPES.get(t.type)
     if dtype is None:
-        if fill.kind is Kind.CONSTANT:
+        if fill.kind is ValueKind.CONSTANT:
             return np.zeros(t.nbytes, np.uint8)
         count = t.nbytes // t.nb[0]
         return random_blocks(t.type, count, random).reshape(-1)

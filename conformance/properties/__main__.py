@@ -25,7 +25,7 @@ from conformance.arguments import endpoint
 from conformance.differential.endpoint import Endpoint
 from conformance.properties.findings import Finding, explore, run_replay, spoken
 from conformance.properties.graphs import Reference
-from conformance.properties.properties import PROPERTIES, Property, Target
+from conformance.properties.properties import PROPERTIES, Property, PropertyTarget
 from conformance.suite.errors import Failed
 from conformance.suite.probe import NotUnderstood
 from conformance.suite.target import ServerGone
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _explore(
     server: Server,
-    targets: Sequence[Target],
+    targets: Sequence[PropertyTarget],
     chosen: Sequence[Property],
     options: argparse.Namespace,
 ) -> list[Finding]:

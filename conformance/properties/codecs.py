@@ -1,6 +1,7 @@
 """Properties of whoever reads and writes the wire format, and this project's own readers in them.
 
-To hold another implementation against them, give its functions the shape of :class:`Codec`::
+To hold another implementation against them, give its functions the shape of
+:class:`CodecUnderTest`::
 
     from hypothesis import given
     from conformance.properties import codecs, messages
@@ -21,20 +22,20 @@ from typing import Any, Protocol
 
 from hypothesis import strategies as st
 
-from conformance.properties.messages import Reply, Request
-from protocol.codec import Record
+from conformance.properties.messages import DrawnRequest, Reply
+from protocol.codec import Message
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError
-from protocol.framing import (
+from protocol.requests import (
     Hello,
     Limits,
     RequestReader,
+    UploadChunk,
     UploadEnd,
-    UploadPart,
     UploadStart,
 )
-from protocol.framing import Request as RequestEvent
+from protocol.requests import Request as RequestEvent
 from protocol.responses import ResponseReader
 
 # More than any drawn message has; what announces more is refused, as a server does that has no
@@ -51,10 +52,10 @@ class Seen:
     body: bytes = b""
 
 
-class Codec(Protocol):
+class CodecUnderTest(Protocol):
     """Reads and writes the messages of one connection, segment by segment."""
 
-    def write_request(self, dialect: Dialect, request: Request) -> bytes:
+    def write_request(self, dialect: Dialect, request: DrawnRequest) -> bytes:
         """The bytes of a request."""
 
     def read_requests(self, dialect: Dialect, segments: Iterable[bytes]) -> list[Seen]:
@@ -69,7 +70,7 @@ class Codec(Protocol):
 class OwnCodec:
     """The readers and writers of ``protocol/``."""
 
-    def write_request(self, dialect: Dialect, request: Request) -> bytes:
+    def write_request(self, dialect: Dialect, request: DrawnRequest) -> bytes:
         return request.encode(dialect)
 
     def read_requests(self, dialect: Dialect, segments: Iterable[bytes]) -> list[Seen]:
@@ -92,7 +93,7 @@ class OwnCodec:
                     body = bytes(event.graph or b"")
                     seen.append(Seen(event.command, plain(event.fields), body))
                 else:
-                    assert not isinstance(event, Hello | UploadPart), event
+                    assert not isinstance(event, Hello | UploadChunk), event
 
         for segment in segments:
             _feed(reader, segment, take)
@@ -136,7 +137,7 @@ def _feed(reader: Any, segment: bytes, take: Any) -> None:
 
 def plain(value: Any) -> Any:
     """Records and tuples as dicts and lists, to compare."""
-    if isinstance(value, Record):
+    if isinstance(value, Message):
         return {k: plain(v) for k, v in value.__dict__.items()}
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items() if v is not None}
@@ -206,14 +207,16 @@ def damages() -> st.SearchStrategy[tuple[Damage, ...]]:
 # -- properties ------------------------------------------------------------------------------------
 
 
-def check_request_round_trip(codec_: Codec, dialect: Dialect, request: Request) -> None:
+def check_request_round_trip(
+    codec_: CodecUnderTest, dialect: Dialect, request: DrawnRequest
+) -> None:
     """What is written is read."""
     data = codec_.write_request(dialect, request)
     expected = [Seen(request.command, plain(request.fields), request.body)]
     assert codec_.read_requests(dialect, [data]) == expected
 
 
-def check_reply_round_trip(codec_: Codec, dialect: Dialect, reply: Reply) -> None:
+def check_reply_round_trip(codec_: CodecUnderTest, dialect: Dialect, reply: Reply) -> None:
     """An answer as the tables have it is read."""
     due = [(reply.command, len(reply.data))]
     expected = [Seen(reply.command, plain(reply.fields), reply.data)]
@@ -221,7 +224,10 @@ def check_reply_round_trip(codec_: Codec, dialect: Dialect, reply: Reply) -> Non
 
 
 def check_request_segments(
-    codec_: Codec, dialect: Dialect, requests: Sequence[Request], lengths: Sequence[int]
+    codec_: CodecUnderTest,
+    dialect: Dialect,
+    requests: Sequence[DrawnRequest],
+    lengths: Sequence[int],
 ) -> None:
     """However the stream arrives, it is the same requests."""
     stream = b"".join(codec_.write_request(dialect, r) for r in requests)
@@ -230,7 +236,7 @@ def check_request_segments(
 
 
 def check_reply_segments(
-    codec_: Codec, dialect: Dialect, replies: Sequence[Reply], lengths: Sequence[int]
+    codec_: CodecUnderTest, dialect: Dialect, replies: Sequence[Reply], lengths: Sequence[int]
 ) -> None:
     """However the stream arrives, it is the same answers."""
     stream = b"".join(r.encode(dialect) for r in replies)
@@ -240,9 +246,9 @@ def check_reply_segments(
 
 
 def check_damaged_requests(
-    codec_: Codec,
+    codec_: CodecUnderTest,
     dialect: Dialect,
-    requests: Sequence[Request],
+    requests: Sequence[DrawnRequest],
     damage: Sequence[Damage],
     lengths: Sequence[int],
 ) -> None:
@@ -260,7 +266,7 @@ def check_damaged_requests(
 
 
 def check_damaged_replies(
-    codec_: Codec,
+    codec_: CodecUnderTest,
     dialect: Dialect,
     replies: Sequence[Reply],
     damage: Sequence[Damage],

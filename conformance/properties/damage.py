@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conformance.properties.codecs import Damage, damages
 from conformance.properties.memory import content
-from conformance.properties.messages import Request, requests
+from conformance.properties.messages import DrawnRequest, requests
 from conformance.suite.context import Context
 from conformance.suite.errors import CaseEnded
 from conformance.suite.peer import Peer
@@ -27,10 +27,10 @@ _LEFT_OUT = frozenset({Command.HELLO, Command.ALLOC_BUFFER})
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class DamagedStream:
     """Requests and what is done to their bytes; ``placed`` puts tensors into a real buffer."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[DrawnRequest, ...]
     damage: tuple[Damage, ...]
     placed: bool = True
 
@@ -45,9 +45,9 @@ class Stream:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Stream:
+    def from_json(cls, data: dict[str, Any]) -> DamagedStream:
         made = tuple(
-            Request(Command[r["command"]], _from_json(r["fields"]), bytes.fromhex(r["body"]))
+            DrawnRequest(Command[r["command"]], _from_json(r["fields"]), bytes.fromhex(r["body"]))
             for r in data["requests"]
         )
         return cls(made, tuple(Damage(*d) for d in data["damage"]), data["placed"])
@@ -73,12 +73,12 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def streams(dialect: Dialect) -> st.SearchStrategy[Stream]:
+def streams(dialect: Dialect) -> st.SearchStrategy[DamagedStream]:
     """One to five requests, damaged."""
     commands = [c for c in dialect.commands if c not in _LEFT_OUT]
     one = st.sampled_from(commands).flatmap(lambda c: requests(dialect, c))
     return st.builds(
-        Stream,
+        DamagedStream,
         st.lists(one, min_size=1, max_size=5).map(tuple),
         damages(),
         st.booleans(),
@@ -101,7 +101,7 @@ def _placed(fields: Any, buffer: RemoteBuffer) -> dict[str, Any]:
     return made
 
 
-def endure(context: Context, stream: Stream) -> None:
+def endure(context: Context, stream: DamagedStream) -> None:
     """Send the stream. AssertionError if the server hangs, or another client notices."""
     witness = context.connect("witness") if context.facts.concurrent else None
     kept = content(7, _SIZE)
@@ -130,6 +130,6 @@ def endure(context: Context, stream: Stream) -> None:
         raise AssertionError(str(error)) from None
 
 
-def _encoded(peer: Peer, buffer: RemoteBuffer, request: Request, placed: bool) -> bytes:
+def _encoded(peer: Peer, buffer: RemoteBuffer, request: DrawnRequest, placed: bool) -> bytes:
     fields = _placed(request.fields, buffer) if placed else request.fields
-    return Request(request.command, fields, request.body).encode(peer.dialect)
+    return DrawnRequest(request.command, fields, request.body).encode(peer.dialect)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from client.tensors import Tensor, param_f32
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import GgmlType
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
@@ -31,14 +31,14 @@ _TINY = 1e-36
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Evaluated:
     """``values`` (ne3, ne2, ne1, ne0) and how far off each may be; 0 is equality."""
 
     values: Array
     tolerance: Array | float = 0.0
 
 
-Compute = Callable[[Tensor, Sequence[Array]], Result]
+Compute = Callable[[Tensor, Sequence[Array]], Evaluated]
 _OPS: dict[Op, Compute] = {}
 
 
@@ -51,7 +51,7 @@ def _for(*ops: Op) -> Callable[[Compute], Compute]:
     return register
 
 
-def evaluate(t: Tensor, sources: Sequence[Array]) -> Result:
+def evaluate(t: Tensor, sources: Sequence[Array]) -> Evaluated:
     """What ``t`` has to be, of its sources' values. KeyError for an op that isn't known here."""
     with np.errstate(all="ignore"):
         return _OPS[t.op](t, sources)
@@ -80,33 +80,33 @@ _PAIRS: dict[Op, Callable[[Array, Array], Array]] = {
 
 
 @_for(Op.ADD, Op.SUB, Op.MUL, Op.DIV)
-def _pairs(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(_PAIRS[t.op](s[0], _tiled(s[1], s[0].shape)))
+def _pairs(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(_PAIRS[t.op](s[0], _tiled(s[1], s[0].shape)))
 
 
 @_for(Op.SCALE)
-def _scale(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(s[0] * np.float32(param_f32(t, 0)) + np.float32(param_f32(t, 1)))
+def _scale(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(s[0] * np.float32(param_f32(t, 0)) + np.float32(param_f32(t, 1)))
 
 
 @_for(Op.SQR)
-def _sqr(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(s[0] * s[0])
+def _sqr(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(s[0] * s[0])
 
 
 @_for(Op.SQRT)
-def _sqrt(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(np.sqrt(s[0]))
+def _sqrt(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(np.sqrt(s[0]))
 
 
 @_for(Op.CLAMP)
-def _clamp(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(np.clip(s[0], np.float32(param_f32(t, 0)), np.float32(param_f32(t, 1))))
+def _clamp(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(np.clip(s[0], np.float32(param_f32(t, 0)), np.float32(param_f32(t, 1))))
 
 
 @_for(Op.LEAKY_RELU)
-def _leaky_relu(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(np.where(s[0] > 0, s[0], s[0] * np.float32(param_f32(t, 0))))
+def _leaky_relu(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(np.where(s[0] > 0, s[0], s[0] * np.float32(param_f32(t, 0))))
 
 
 # -- functions -------------------------------------------------------------------------------------
@@ -131,23 +131,23 @@ _FUNCTIONS: dict[UnaryOp, Callable[[Doubles], Doubles]] = {
 }
 
 
-def _close(values: Doubles) -> Result:
-    return Result(values, np.abs(values) * _FUNCTION + _TINY)
+def _close(values: Doubles) -> Evaluated:
+    return Evaluated(values, np.abs(values) * _FUNCTION + _TINY)
 
 
 @_for(Op.UNARY)
-def _unary(t: Tensor, s: Sequence[Array]) -> Result:
+def _unary(t: Tensor, s: Sequence[Array]) -> Evaluated:
     kind = UnaryOp(t.op_params[0])
     if kind in _EXACT:
-        return Result(_EXACT[kind](s[0]))
+        return Evaluated(_EXACT[kind](s[0]))
     result = _close(_FUNCTIONS[kind](_double(s[0])))
     # The exponential's argument is rounded before it is taken.
     slack = np.minimum(np.abs(_double(s[0])), 100.0) * _EPS * 4
-    return Result(result.values, result.tolerance + np.abs(result.values) * slack)
+    return Evaluated(result.values, result.tolerance + np.abs(result.values) * slack)
 
 
 @_for(Op.GLU)
-def _glu(t: Tensor, s: Sequence[Array]) -> Result:
+def _glu(t: Tensor, s: Sequence[Array]) -> Evaluated:
     kind, swapped = GluOp(t.op_params[0]), t.op_params[1]
     if len(s) > 1:
         gate, value = s[0], s[1]
@@ -156,50 +156,50 @@ def _glu(t: Tensor, s: Sequence[Array]) -> Result:
         if swapped:
             gate, value = value, gate
     if kind is GluOp.REGLU:
-        return Result(np.where(gate > 0, gate, np.float32(0)) * value)
+        return Evaluated(np.where(gate > 0, gate, np.float32(0)) * value)
     x = _double(gate)
     values = x * _sigmoid(x) * _double(value)
     slack = np.minimum(np.abs(x), 100.0) * _EPS * 4 + _FUNCTION
-    return Result(values, np.abs(values) * slack + _TINY * (1 + np.abs(_double(value))))
+    return Evaluated(values, np.abs(values) * slack + _TINY * (1 + np.abs(_double(value))))
 
 
 # -- sums ------------------------------------------------------------------------------------------
 
 
-def _summed(values: Doubles, magnitudes: Doubles, n: int) -> Result:
+def _summed(values: Doubles, magnitudes: Doubles, n: int) -> Evaluated:
     """Sums of ``n`` terms in any order; ``magnitudes`` are the sums of their absolute values."""
-    return Result(values, magnitudes * (_EPS * (n + 2)) + _TINY)
+    return Evaluated(values, magnitudes * (_EPS * (n + 2)) + _TINY)
 
 
 @_for(Op.SUM_ROWS)
-def _sum_rows(t: Tensor, s: Sequence[Array]) -> Result:
+def _sum_rows(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x = _double(s[0])
     sums, all_ = x.sum(-1, keepdims=True), np.abs(x).sum(-1, keepdims=True)
     return _summed(sums, all_, x.shape[-1])
 
 
 @_for(Op.MEAN)
-def _mean(t: Tensor, s: Sequence[Array]) -> Result:
+def _mean(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x = _double(s[0])
     sums, all_ = x.mean(-1, keepdims=True), np.abs(x).mean(-1, keepdims=True)
     return _summed(sums, all_, x.shape[-1])
 
 
 @_for(Op.SUM)
-def _sum(t: Tensor, s: Sequence[Array]) -> Result:
+def _sum(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x = _double(s[0])
     shape = (1, 1, 1, 1)
     return _summed(x.sum().reshape(shape), np.abs(x).sum().reshape(shape), x.size)
 
 
 @_for(Op.CUMSUM)
-def _cumsum(t: Tensor, s: Sequence[Array]) -> Result:
+def _cumsum(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x = _double(s[0])
     return _summed(np.cumsum(x, -1), np.cumsum(np.abs(x), -1), x.shape[-1])
 
 
 @_for(Op.MUL_MAT)
-def _mul_mat(t: Tensor, s: Sequence[Array]) -> Result:
+def _mul_mat(t: Tensor, s: Sequence[Array]) -> Evaluated:
     a, b = _double(s[0]), _double(s[1])
     a = np.repeat(np.repeat(a, b.shape[0] // a.shape[0], 0), b.shape[1] // a.shape[1], 1)
     values = b @ a.swapaxes(-1, -2)
@@ -209,7 +209,7 @@ def _mul_mat(t: Tensor, s: Sequence[Array]) -> Result:
     if source is not None and source.type is GgmlType.F16:
         # Activations are rounded to F16 too, to an absolute error where they are very small.
         small = np.full_like(b, 2.0**-25) @ np.abs(a).swapaxes(-1, -2)
-        return Result(values, result.tolerance + magnitudes * _EPS_F16 + small)
+        return Evaluated(values, result.tolerance + magnitudes * _EPS_F16 + small)
     return result
 
 
@@ -217,7 +217,7 @@ def _mul_mat(t: Tensor, s: Sequence[Array]) -> Result:
 
 
 @_for(Op.NORM)
-def _norm(t: Tensor, s: Sequence[Array]) -> Result:
+def _norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x, n = _double(s[0]), s[0].shape[-1]
     centred = x - x.mean(-1, keepdims=True)
     variance = (centred**2).mean(-1, keepdims=True)
@@ -225,26 +225,26 @@ def _norm(t: Tensor, s: Sequence[Array]) -> Result:
     # The mean is off by as much as sums are, and so is every difference from it.
     off = np.abs(x).max(-1, keepdims=True) * _EPS * (n + 4)
     values = centred / root
-    return Result(values, off / root * (1 + np.abs(values)) + np.abs(values) * _EPS * (n + 8))
+    return Evaluated(values, off / root * (1 + np.abs(values)) + np.abs(values) * _EPS * (n + 8))
 
 
 @_for(Op.RMS_NORM)
-def _rms_norm(t: Tensor, s: Sequence[Array]) -> Result:
+def _rms_norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x, n = _double(s[0]), s[0].shape[-1]
     values = x / np.sqrt((x**2).mean(-1, keepdims=True) + param_f32(t, 0))
-    return Result(values, np.abs(values) * _EPS * (n + 8) + _TINY)
+    return Evaluated(values, np.abs(values) * _EPS * (n + 8) + _TINY)
 
 
 @_for(Op.L2_NORM)
-def _l2_norm(t: Tensor, s: Sequence[Array]) -> Result:
+def _l2_norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x, n = _double(s[0]), s[0].shape[-1]
     length = np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), param_f32(t, 0))
     values = x / length
-    return Result(values, np.abs(values) * _EPS * (n + 8) + _TINY)
+    return Evaluated(values, np.abs(values) * _EPS * (n + 8) + _TINY)
 
 
 @_for(Op.SOFT_MAX)
-def _soft_max(t: Tensor, s: Sequence[Array]) -> Result:
+def _soft_max(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x = _double(s[0] * np.float32(param_f32(t, 0)))
     if len(s) > 1:
         x = x + _double(s[1][:, :, : x.shape[2]])
@@ -254,65 +254,67 @@ def _soft_max(t: Tensor, s: Sequence[Array]) -> Result:
     # What the exponent is rounded by, the result is off by, relatively: also by the greatest's.
     finite = np.where(np.isfinite(x), np.abs(x), 0.0)
     slack = (finite.max(-1, keepdims=True) * 4 + x.shape[-1] + 32) * _EPS
-    return Result(values, values * slack + _TINY)
+    return Evaluated(values, values * slack + _TINY)
 
 
 # -- moving ----------------------------------------------------------------------------------------
 
 
 @_for(Op.REPEAT)
-def _repeat(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(_tiled(s[0], _shape(t)))
+def _repeat(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(_tiled(s[0], _shape(t)))
 
 
 @_for(Op.CONCAT)
-def _concat(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(np.concatenate(s[:2], axis=3 - t.op_params[0]))
+def _concat(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(np.concatenate(s[:2], axis=3 - t.op_params[0]))
 
 
 @_for(Op.CPY, Op.CONT, Op.DUP)
-def _copy(t: Tensor, s: Sequence[Array]) -> Result:
+def _copy(t: Tensor, s: Sequence[Array]) -> Evaluated:
     moved = np.ascontiguousarray(s[0]).reshape(_shape(t))
-    return Result(moved.astype(np.float16) if t.type is GgmlType.F16 else moved.astype(np.float32))
+    return Evaluated(
+        moved.astype(np.float16) if t.type is GgmlType.F16 else moved.astype(np.float32)
+    )
 
 
 @_for(Op.GET_ROWS)
-def _get_rows(t: Tensor, s: Sequence[Array]) -> Result:
+def _get_rows(t: Tensor, s: Sequence[Array]) -> Evaluated:
     table, ids = s[0], s[1][0]
     i3 = np.arange(table.shape[0])[:, None, None]
     i2 = np.arange(table.shape[1])[:, None]
-    return Result(table[i3, i2, ids].astype(np.float32))
+    return Evaluated(table[i3, i2, ids].astype(np.float32))
 
 
 @_for(Op.SET_ROWS)
-def _set_rows(t: Tensor, s: Sequence[Array]) -> Result:
+def _set_rows(t: Tensor, s: Sequence[Array]) -> Evaluated:
     rows, ids, into = s[0], s[1].reshape(-1), s[2].copy()
     into[:, :, ids] = rows
-    return Result(into)
+    return Evaluated(into)
 
 
 @_for(Op.ARGSORT)
-def _argsort(t: Tensor, s: Sequence[Array]) -> Result:
+def _argsort(t: Tensor, s: Sequence[Array]) -> Evaluated:
     keys = -s[0] if t.op_params[0] else s[0]
-    return Result(np.argsort(keys, axis=-1, kind="stable").astype(np.int32))
+    return Evaluated(np.argsort(keys, axis=-1, kind="stable").astype(np.int32))
 
 
 @_for(Op.PAD)
-def _pad(t: Tensor, s: Sequence[Array]) -> Result:
+def _pad(t: Tensor, s: Sequence[Array]) -> Evaluated:
     pairs = [(t.op_params[2 * i], t.op_params[2 * i + 1]) for i in range(4)]
-    return Result(np.pad(s[0], list(reversed(pairs))))
+    return Evaluated(np.pad(s[0], list(reversed(pairs))))
 
 
 @_for(Op.ROLL)
-def _roll(t: Tensor, s: Sequence[Array]) -> Result:
-    return Result(np.roll(s[0], tuple(reversed(t.op_params[:4])), axis=(0, 1, 2, 3)))
+def _roll(t: Tensor, s: Sequence[Array]) -> Evaluated:
+    return Evaluated(np.roll(s[0], tuple(reversed(t.op_params[:4])), axis=(0, 1, 2, 3)))
 
 
 @_for(Op.DIAG_MASK_ZERO)
-def _diag_mask_zero(t: Tensor, s: Sequence[Array]) -> Result:
+def _diag_mask_zero(t: Tensor, s: Sequence[Array]) -> Evaluated:
     _, _, rows, columns = s[0].shape
     beyond = np.arange(columns) > t.op_params[0] + np.arange(rows)[:, None]
-    return Result(np.where(beyond, np.float32(0), s[0]))
+    return Evaluated(np.where(beyond, np.float32(0), s[0]))
 
 
 KNOWN = frozenset(_OPS)

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conformance.properties.properties import PROPERTIES, Property, Target
+from conformance.properties.properties import PROPERTIES, Property, PropertyTarget
 from conformance.properties.reduce import reduced
 from conformance.properties.search import Search, search
 from conformance.suite.context import accepts
 from conformance.suite.errors import CaseEnded, Failed, NotOffered
 from conformance.suite.probe import introduce_numbering, probe
 from conformance.suite.target import Target as Server
-from conformance.suite.transcript import Message, Transcript
-from protocol.annotate import describe, message_of_answer, message_of_request
+from conformance.suite.transcript import Transcript, TranscriptMessage
 from protocol.commands import Command
 from protocol.dialects import Dialect, Version, compatible_dialects, find_dialects
 from protocol.errors import ProtocolError
+from protocol.observe.annotate import describe, message_of_answer, message_of_request
 
 # Bytes of one message that are printed; the file has more.
 _SHOWN = 64
@@ -103,7 +103,7 @@ def readable(transcript: Transcript) -> Iterable[tuple[str, str]]:
         )
 
 
-def _words(message: Message, transcript: Transcript) -> str:
+def _words(message: TranscriptMessage, transcript: Transcript) -> str:
     if message.note:
         return message.note
     dialect = transcript.dialects.get(message.peer)
@@ -127,7 +127,7 @@ class Broken(AssertionError):  # noqa: N818
         self.transcript = transcript
 
 
-def attempt(target: Target, property_: Property, value: Any) -> None:
+def attempt(target: PropertyTarget, property_: Property, value: Any) -> None:
     """Hold the property to one value. Raises Broken."""
     with target.context() as context:
         try:
@@ -137,7 +137,7 @@ def attempt(target: Target, property_: Property, value: Any) -> None:
 
 
 def explore(
-    target: Target, property_: Property, examples: int, seed: int
+    target: PropertyTarget, property_: Property, examples: int, seed: int
 ) -> tuple[Search[Any], Finding | None]:
     """Search for a value that breaks the property; the finding has the smallest one's messages."""
 
@@ -162,7 +162,7 @@ def explore(
     return done, again
 
 
-def replay(target: Target, finding: Finding) -> Finding | None:
+def replay(target: PropertyTarget, finding: Finding) -> Finding | None:
     """Try the value of a finding once more; what is found now, None if all is well."""
     try:
         attempt(target, finding.property, finding.value)
@@ -177,7 +177,7 @@ def replay(target: Target, finding: Finding) -> Finding | None:
     return None
 
 
-def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterator[Target]:
+def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterator[PropertyTarget]:
     """A target for each of these versions that the server speaks.
 
     Of those that differ in the numbering of ops alone it is the first: a server takes all that
@@ -194,7 +194,7 @@ def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterat
         if any(dialect in compatible_dialects(other) for other in seen):
             continue
         seen.append(dialect)
-        target = Target(server.address, replace(facts, dialect=dialect), patience=patience)
+        target = PropertyTarget(server.address, replace(facts, dialect=dialect), patience=patience)
         try:
             with target.context() as context:
                 peer = context.connect()

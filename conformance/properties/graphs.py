@@ -14,23 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 from client.tensors import FLAG_OUTPUT, NUMPY_TYPES, Tensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.compare import (
     DEFAULT_NMSE,
     PRODUCT_NMSE,
+    CaseMemory,
     Check,
-    Memory,
     difference,
 )
 from conformance.differential.endpoint import Endpoint
 from conformance.differential.explore import Mismatch
-from conformance.differential.runner import Image, Refused, Runner
-from conformance.properties.evaluate import Result, evaluate
+from conformance.differential.runner import CaseRunner, Image, ServerRefused
+from conformance.properties.evaluate import Evaluated, evaluate
 from conformance.suite.context import Context
 from conformance.suite.errors import CaseEnded
 from protocol.commands import Command
-from protocol.ggml_ops import VIEWS, Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import VIEWS, Op
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
 
 Array = npt.NDArray[Any]
@@ -42,17 +42,17 @@ _EPS = 2.0**-24
 _WHOLE = 0x7FFF_FFFF
 
 
-def last_writers(case: Case, image: Image) -> npt.NDArray[np.int32]:
+def last_writers(case: GraphCase, image: Image) -> npt.NDArray[np.int32]:
     """For each byte of the image the number of the node that wrote it last, -1 if none did."""
     writers = np.full(len(image.data), -1, np.int32)
-    memory = Memory(np.empty(0, np.uint8), image.offsets)
+    memory = CaseMemory(np.empty(0, np.uint8), image.offsets)
     for i, t in enumerate(case.graph.nodes):
         if t.op not in VIEWS and t.nelements:
             _of_elements(writers, memory, t)[...] = i
     return writers
 
 
-def _of_elements(per_byte: Array, memory: Memory, t: Tensor) -> Array:
+def _of_elements(per_byte: Array, memory: CaseMemory, t: Tensor) -> Array:
     """What an array with an item for each byte of the image has for the elements of ``t``."""
     root = t if t.view_src is None else t.view_src
     start = memory.offsets[root] + (t.view_offs if t.view_src is not None else 0)
@@ -62,15 +62,15 @@ def _of_elements(per_byte: Array, memory: Memory, t: Tensor) -> Array:
     return np.ndarray(shape, per_byte.dtype, per_byte, start * item, strides)
 
 
-def check(case: Case, image: Image, actual: Memory) -> None:
+def check(case: GraphCase, image: Image, actual: CaseMemory) -> None:
     """Raises Mismatch if ``actual``, a server's memory after the graph ran, is not right."""
     quiet = image.untouched(case)
     changed = np.flatnonzero(quiet & (actual.image != image.data))
     if len(changed):
         raise Mismatch(f"wrote outside its tensors: byte {int(changed[0])} of the image")
     writers = last_writers(case, image)
-    ours = Memory(image.data.copy(), image.offsets)
-    inner: dict[Tensor, Result] = {}
+    ours = CaseMemory(image.data.copy(), image.offsets)
+    inner: dict[Tensor, Evaluated] = {}
     for i, t in enumerate(case.graph.nodes):
         if t.op in VIEWS or not t.nelements:
             continue
@@ -89,7 +89,7 @@ def check(case: Case, image: Image, actual: Memory) -> None:
         into[...] = np.where(final, got, result.values.astype(got.dtype))
 
 
-def _expected(t: Tensor, ours: Memory, inner: dict[Tensor, Result]) -> Result:
+def _expected(t: Tensor, ours: CaseMemory, inner: dict[Tensor, Evaluated]) -> Evaluated:
     sources = [s for s in t.src if s is not None and s is not t]
     result = evaluate(t, [ours.array(s) for s in sources])
     if not inner or sources[0] not in inner:
@@ -97,10 +97,10 @@ def _expected(t: Tensor, ours: Memory, inner: dict[Tensor, Result]) -> Result:
     # A product, of which the first factor is as far off as it was allowed to be.
     first, factors = inner[sources[0]], ours.array(sources[1]).astype(np.float64)
     values = first.values * factors
-    return Result(values, (first.tolerance + np.abs(first.values) * _EPS) * np.abs(factors))
+    return Evaluated(values, (first.tolerance + np.abs(first.values) * _EPS) * np.abs(factors))
 
 
-def _wrong(result: Result, got: Array) -> npt.NDArray[np.bool_]:
+def _wrong(result: Evaluated, got: Array) -> npt.NDArray[np.bool_]:
     want = result.values
     with np.errstate(invalid="ignore", over="ignore"):
         rounded = want.astype(got.dtype)
@@ -112,7 +112,7 @@ def _wrong(result: Result, got: Array) -> npt.NDArray[np.bool_]:
     return np.asarray(~near)
 
 
-def _worst(result: Result, got: Array, wrong: npt.NDArray[np.bool_]) -> str:
+def _worst(result: Evaluated, got: Array, wrong: npt.NDArray[np.bool_]) -> str:
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.where(wrong, np.abs(got.astype(np.float64) - result.values), -1.0)
     gap = np.where(wrong & ~np.isfinite(gap), np.inf, gap)
@@ -129,13 +129,13 @@ def _label(t: Tensor) -> str:
     return f"{t.op} {'x'.join(map(str, t.ne))}{' in place' if t.view_src is not None else ''}"
 
 
-def conditioned(case: Case, image: Image) -> set[int]:
+def conditioned(case: GraphCase, image: Image) -> set[int]:
     """The nodes whose values hardly depend on how earlier ones were rounded.
 
     Found by computing twice, the second time with every inexact node off by a little: what that
     changes much can't be compared between two servers, each of which rounds in its own way.
     """
-    plain, moved = (Memory(image.data.copy(), image.offsets) for _ in range(2))
+    plain, moved = (CaseMemory(image.data.copy(), image.offsets) for _ in range(2))
     random = np.random.default_rng(0)
     steady = set()
     for i, t in enumerate(case.graph.nodes):
@@ -155,7 +155,7 @@ def conditioned(case: Case, image: Image) -> set[int]:
     return steady
 
 
-def run(context: Context, case: Case, image: Image, *, stepwise: bool = False) -> Memory:
+def run(context: Context, case: GraphCase, image: Image, *, stepwise: bool = False) -> CaseMemory:
     """A server's memory after the graph ran once; ``stepwise``: each node as a graph of its own.
 
     All tensors lie in one buffer. Raises what ends a case.
@@ -183,7 +183,7 @@ def run(context: Context, case: Case, image: Image, *, stepwise: bool = False) -
         peer.close()
         for root in image.offsets:
             root.place(0, 0)
-    return Memory(np.frombuffer(data, np.uint8), image.offsets)
+    return CaseMemory(np.frombuffer(data, np.uint8), image.offsets)
 
 
 class Reference:
@@ -191,19 +191,19 @@ class Reference:
 
     def __init__(self, endpoint: Endpoint, *, timeout: float = 60.0) -> None:
         self._loop = asyncio.new_event_loop()
-        self._runner = Runner(endpoint, timeout=timeout)
+        self._runner = CaseRunner(endpoint, timeout=timeout)
 
     def close(self) -> None:
         """Hang up."""
         self._loop.run_until_complete(self._runner.close())
         self._loop.close()
 
-    def run(self, case: Case, image: Image) -> Memory:
+    def run(self, case: GraphCase, image: Image) -> CaseMemory:
         """Its memory after the graph. Raises Refused, TimeoutError."""
         return self._loop.run_until_complete(self._runner.run(case, image))
 
 
-def judge(context: Context, case: Case, reference: Reference | None = None) -> None:
+def judge(context: Context, case: GraphCase, reference: Reference | None = None) -> None:
     """Raises Mismatch for what the server under test computes otherwise than numpy.
 
     The graph runs as a whole and node by node: what a planner makes of neighbours must not show.
@@ -226,12 +226,12 @@ def judge(context: Context, case: Case, reference: Reference | None = None) -> N
     try:
         expected = reference.run(case, image)
         check(case, image, expected)
-    except (Refused, TimeoutError, Mismatch) as error:
+    except (ServerRefused, TimeoutError, Mismatch) as error:
         raise Mismatch(f"the reference: {error or 'no answer in time'}") from None
     _compare(case, image, expected, actual)
 
 
-def _compare(case: Case, image: Image, expected: Memory, actual: Memory) -> None:
+def _compare(case: GraphCase, image: Image, expected: CaseMemory, actual: CaseMemory) -> None:
     writers = last_writers(case, image)
     steady = conditioned(case, image)
     for i, t in enumerate(case.graph.nodes):

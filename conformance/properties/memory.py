@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from client.tensors import encode_params
 from protocol.dialects import Dialect
-from protocol.ggml_ops import Op, TensorFlag, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op, TensorFlag, UnaryOp
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_SOURCES, RPC_TENSOR_DTYPE
 from protocol.numbering import wire_params

@@ -24,7 +24,7 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Body, Dialect
 from protocol.errors import NotInRelease
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_DIMS, MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
 from protocol.split import ProgramStep, encode_program
@@ -35,7 +35,7 @@ Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class DrawnRequest:
     """A request: the fields of its head, and the body that follows it."""
 
     command: Command
@@ -180,7 +180,7 @@ def split_programs(draw: Any, dialect: Dialect) -> bytes:
 
 
 @st.composite
-def requests(draw: Any, dialect: Dialect, command: Command | None = None) -> Request:
+def requests(draw: Any, dialect: Dialect, command: Command | None = None) -> DrawnRequest:
     """Any request of the dialect but HELLO, or of one command."""
     chosen = command
     if chosen is None:
@@ -196,7 +196,7 @@ def requests(draw: Any, dialect: Dialect, command: Command | None = None) -> Req
         body = draw(split_programs(dialect))
     elif spec.body is Body.GRAPH:
         body = draw(graphs(dialect))
-    return Request(chosen, fields, body)
+    return DrawnRequest(chosen, fields, body)
 
 
 @st.composite

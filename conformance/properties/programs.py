@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import FLAG_OUTPUT, Dims, Tensor, contiguous_strides, dims
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
-from conformance.differential.values import Fill, Kind
-from protocol.ggml_ops import VIEWS, Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import Fill, ValueKind
+from protocol.ggml.ops import VIEWS, Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 
@@ -59,7 +59,7 @@ class Word:
         return cls(word & 63, word >> 6 & 0xFF, word >> 14 & 0xFF, word >> 22)
 
 
-class Program:
+class GraphProgram:
     """One graph while it is made."""
 
     def __init__(self) -> None:
@@ -77,14 +77,16 @@ class Program:
         self,
         ne: Sequence[int],
         seed: int,
-        kind: Kind = Kind.NORMAL,
+        kind: ValueKind = ValueKind.NORMAL,
         low: float = 0.0,
         high: float = 1.0,
         type: GgmlType = F32,
     ) -> Tensor:
         t = self.g.new_tensor(type, ne)
         self.fills[t] = Fill(kind, seed, low, high)
-        peak = _NORMAL * abs(high) + abs(low) if kind is Kind.NORMAL else max(abs(low), abs(high))
+        peak = (
+            _NORMAL * abs(high) + abs(low) if kind is ValueKind.NORMAL else max(abs(low), abs(high))
+        )
         self._peaks[t] = peak
         return t
 
@@ -148,7 +150,7 @@ class Program:
         return self.leaf(ne, w.second)
 
 
-Makes = Callable[[Program, Tensor, Word], None]
+Makes = Callable[[GraphProgram, Tensor, Word], None]
 _OPS: list[Makes] = []
 
 
@@ -158,35 +160,35 @@ def _op(makes: Makes) -> Makes:
 
 
 @_op
-def _add(p: Program, a: Tensor, w: Word) -> None:
+def _add(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     b = p.repeatable(a, w)
     p.add(p.g.add(a, b), p.peak(a) + p.peak(b))
 
 
 @_op
-def _mul(p: Program, a: Tensor, w: Word) -> None:
+def _mul(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     b = p.repeatable(a, w)
     p.add(p.g.mul(a, b), p.peak(a) * p.peak(b))
 
 
 @_op
-def _sub(p: Program, a: Tensor, w: Word) -> None:
+def _sub(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     b = p.repeatable(a, w)
     p.add(p.g.sub(a, b), p.peak(a) + p.peak(b))
 
 
 @_op
-def _div(p: Program, a: Tensor, w: Word) -> None:
+def _div(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
-    b = p.leaf(a.ne, w.second, Kind.UNIFORM, 0.5, 2.0)
+    b = p.leaf(a.ne, w.second, ValueKind.UNIFORM, 0.5, 2.0)
     p.add(p.g.div(a, b), 2 * p.peak(a))
 
 
 @_op
-def _inplace(p: Program, a: Tensor, w: Word) -> None:
+def _inplace(p: GraphProgram, a: Tensor, w: Word) -> None:
     """In the memory of its operand, which others may still read."""
     a = p.owned(p.rows(p.small(a)))
     kind = w.extra >> 8 & 7
@@ -213,26 +215,26 @@ def _inplace(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _scale(p: Program, a: Tensor, w: Word) -> None:
+def _scale(p: GraphProgram, a: Tensor, w: Word) -> None:
     factor = (0.5, -1.0, 2.0, 0.0, 1.5)[w.second % 5]
     p.add(p.g.scale(p.dense(a), factor), 2 * p.peak(a))
 
 
 @_op
-def _sqr(p: Program, a: Tensor, w: Word) -> None:
+def _sqr(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     p.add(p.g.sqr(a), p.peak(a) ** 2)
 
 
 @_op
-def _sqrt(p: Program, a: Tensor, w: Word) -> None:
+def _sqrt(p: GraphProgram, a: Tensor, w: Word) -> None:
     magnitude = p.add(p.g.abs(p.rows(a)), p.peak(a))
     p.add(p.g.sqrt(magnitude), p.peak(a) + 1)
 
 
 def _unary(name: str, bound: Callable[[float], float]) -> None:
     @_op
-    def makes(p: Program, a: Tensor, w: Word) -> None:
+    def makes(p: GraphProgram, a: Tensor, w: Word) -> None:
         p.add(getattr(p.g, name)(p.rows(a)), bound(p.peak(a)))
 
 
@@ -243,46 +245,46 @@ for _name in ("sgn", "step", "tanh", "sigmoid"):
 
 
 @_op
-def _exp(p: Program, a: Tensor, w: Word) -> None:
+def _exp(p: GraphProgram, a: Tensor, w: Word) -> None:
     bounded = p.add(p.g.clamp(p.dense(a), -20.0, 6.0), 20.0)
     p.add(p.g.exp(bounded), math.exp(6.0))
 
 
 @_op
-def _clamp(p: Program, a: Tensor, w: Word) -> None:
+def _clamp(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.clamp(p.dense(a), -float(w.second % 4), 2.5), 3.0)
 
 
 @_op
-def _leaky_relu(p: Program, a: Tensor, w: Word) -> None:
+def _leaky_relu(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.leaky_relu(p.dense(a), 0.25), p.peak(a))
 
 
 @_op
-def _sum_rows(p: Program, a: Tensor, w: Word) -> None:
+def _sum_rows(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     p.add(p.g.sum_rows(a), a.ne[0] * p.peak(a))
 
 
 @_op
-def _mean(p: Program, a: Tensor, w: Word) -> None:
+def _mean(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.mean(p.rows(a)), p.peak(a))
 
 
 @_op
-def _sum(p: Program, a: Tensor, w: Word) -> None:
+def _sum(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     p.add(p.g.sum(a), a.nelements * p.peak(a))
 
 
 @_op
-def _cumsum(p: Program, a: Tensor, w: Word) -> None:
+def _cumsum(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(p.small(a))
     p.add(p.g.cumsum(a), a.ne[0] * p.peak(a))
 
 
 @_op
-def _repeat(p: Program, a: Tensor, w: Word) -> None:
+def _repeat(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(a)
     times = [1 + (w.extra >> (2 * i) & 1) for i in range(4)]
     ne = [n * t for n, t in zip(a.ne, times, strict=True)]
@@ -293,7 +295,7 @@ def _repeat(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _concat(p: Program, a: Tensor, w: Word) -> None:
+def _concat(p: GraphProgram, a: Tensor, w: Word) -> None:
     dim = w.extra & 3
     fitting = [
         t
@@ -309,19 +311,19 @@ def _concat(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _norm(p: Program, a: Tensor, w: Word) -> None:
+def _norm(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(p.small(a))
     p.add(p.g.norm(a, 1e-3), math.sqrt(a.ne[0]) + 1)
 
 
 @_op
-def _rms_norm(p: Program, a: Tensor, w: Word) -> None:
+def _rms_norm(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(a)
     p.add(p.g.rms_norm(a, 1e-6), math.sqrt(a.ne[0]) + 1)
 
 
 @_op
-def _norm_and_scale(p: Program, a: Tensor, w: Word) -> None:
+def _norm_and_scale(p: GraphProgram, a: Tensor, w: Word) -> None:
     """As models have it: upstream's server makes one of the two nodes."""
     a = p.rows(a)
     inner = p.g.rms_norm(a, 1e-6)
@@ -330,21 +332,21 @@ def _norm_and_scale(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _l2_norm(p: Program, a: Tensor, w: Word) -> None:
+def _l2_norm(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.l2_norm(p.dense(a), 1e-6), 1.01)
 
 
 @_op
-def _soft_max(p: Program, a: Tensor, w: Word) -> None:
+def _soft_max(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(a)
     mask = None
     if w.extra & 1:
-        mask = p.leaf((a.ne[0], a.ne[1]), w.second, Kind.MASK)
+        mask = p.leaf((a.ne[0], a.ne[1]), w.second, ValueKind.MASK)
     p.add(p.g.soft_max_ext(a, mask, 0.5, 0.0), 1.01)
 
 
 @_op
-def _mul_mat(p: Program, a: Tensor, w: Word) -> None:
+def _mul_mat(p: GraphProgram, a: Tensor, w: Word) -> None:
     """A weight of F32 or F16 times an earlier result."""
     a = p.dense(p.small(a))
     rows = _SIZES[w.second % len(_SIZES)]
@@ -356,7 +358,7 @@ def _mul_mat(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _mul_mat_both(p: Program, a: Tensor, w: Word) -> None:
+def _mul_mat_both(p: GraphProgram, a: Tensor, w: Word) -> None:
     """Two earlier results, as attention does with keys and queries."""
     a = p.dense(p.small(a))
     fitting = [
@@ -377,37 +379,39 @@ def _mul_mat_both(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _get_rows(p: Program, a: Tensor, w: Word) -> None:
+def _get_rows(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.rows(a)
     count = min(_SIZES[w.second % len(_SIZES)], max(_MOST_ELEMENTS // a.nelements, 1))
     ne = (count, a.ne[2], a.ne[3])
-    ids = p.leaf(ne, w.second, Kind.INTEGERS, 0, a.ne[1] - 1, type=I32)
+    ids = p.leaf(ne, w.second, ValueKind.INTEGERS, 0, a.ne[1] - 1, type=I32)
     p.add(p.g.get_rows(a, ids), p.peak(a))
 
 
 @_op
-def _get_rows_sorted(p: Program, a: Tensor, w: Word) -> None:
+def _get_rows_sorted(p: GraphProgram, a: Tensor, w: Word) -> None:
     """Rows in the order of an ARGSORT: indices that are computed."""
     a = p.rows(a)
-    keys = p.leaf((a.ne[1], a.ne[2], a.ne[3]), w.second, Kind.DISTINCT)
+    keys = p.leaf((a.ne[1], a.ne[2], a.ne[3]), w.second, ValueKind.DISTINCT)
     order = p.add(p.g.argsort(keys, bool(w.extra & 1)))
     p.add(p.g.get_rows(a, order), p.peak(a))
 
 
 @_op
-def _set_rows(p: Program, a: Tensor, w: Word) -> None:
+def _set_rows(p: GraphProgram, a: Tensor, w: Word) -> None:
     """Some rows written into memory that others read."""
     a = p.owned(p.rows(a))
     count = 1 + w.second % a.ne[1]
     values = p.leaf((a.ne[0], count, a.ne[2], a.ne[3]), w.second)
-    wide = p.leaf((a.ne[1],), w.second, Kind.DISTINCT, a.ne[1] // 2, 1.0, (I64, I32)[w.extra & 1])
+    wide = p.leaf(
+        (a.ne[1],), w.second, ValueKind.DISTINCT, a.ne[1] // 2, 1.0, (I64, I32)[w.extra & 1]
+    )
     ids = p.g.view_1d(wide, count)
     p.nodes.append(ids)
     p.add(p.g.set_rows(a, values, ids), _NORMAL)
 
 
 @_op
-def _copy_into(p: Program, a: Tensor, w: Word) -> None:
+def _copy_into(p: GraphProgram, a: Tensor, w: Word) -> None:
     """Into part of what is there, as a KV cache is filled."""
     fitting = [
         t for t in p.pool if t.nelements >= a.nelements and t.contiguous and not _shares(t, a)
@@ -423,21 +427,21 @@ def _copy_into(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _cont(p: Program, a: Tensor, w: Word) -> None:
+def _cont(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.cont(p.g.transpose(a) if w.extra & 1 else a), p.peak(a))
 
 
 @_op
-def _dup(p: Program, a: Tensor, w: Word) -> None:
+def _dup(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.dup(a), p.peak(a))
 
 
 @_op
-def _through_f16(p: Program, a: Tensor, w: Word) -> None:
+def _through_f16(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.small(a)
     half = p.add(p.g.cast(a, F16), p.peak(a))
     if w.extra & 1:
-        ids = p.leaf((half.ne[1], half.ne[2], half.ne[3]), w.second, Kind.INTEGERS, 0,
+        ids = p.leaf((half.ne[1], half.ne[2], half.ne[3]), w.second, ValueKind.INTEGERS, 0,
                      half.ne[1] - 1, type=I32)  # fmt: skip
         p.add(p.g.get_rows(half, ids), p.peak(a))
     else:
@@ -445,7 +449,7 @@ def _through_f16(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _view(p: Program, a: Tensor, w: Word) -> None:
+def _view(p: GraphProgram, a: Tensor, w: Word) -> None:
     """Some rows and columns of it."""
     a = p.rows(a)
     columns = 1 + w.second % a.ne[0]
@@ -457,7 +461,7 @@ def _view(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _reshape(p: Program, a: Tensor, w: Word) -> None:
+def _reshape(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(a)
     ne0 = _divisor(a.nelements, w.second)
     ne1 = _divisor(a.nelements // ne0, w.extra)
@@ -465,7 +469,7 @@ def _reshape(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _permute(p: Program, a: Tensor, w: Word) -> None:
+def _permute(p: GraphProgram, a: Tensor, w: Word) -> None:
     axes = [0, 1, 2, 3]
     i, k = w.second & 3, w.second >> 2 & 3
     axes[i], axes[k] = axes[k], axes[i]
@@ -475,12 +479,12 @@ def _permute(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _transpose(p: Program, a: Tensor, w: Word) -> None:
+def _transpose(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.transpose(a))
 
 
 @_op
-def _swiglu(p: Program, a: Tensor, w: Word) -> None:
+def _swiglu(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(p.small(a))
     if a.ne[0] % 2:
         b = p.leaf(a.ne, w.second)
@@ -490,7 +494,7 @@ def _swiglu(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _pad(p: Program, a: Tensor, w: Word) -> None:
+def _pad(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(a)
     more = [w.extra >> (2 * i) & 1 for i in range(4)]
     if math.prod(n + m for n, m in zip(a.ne, more, strict=True)) <= _MOST_ELEMENTS:
@@ -500,13 +504,13 @@ def _pad(p: Program, a: Tensor, w: Word) -> None:
 
 
 @_op
-def _roll(p: Program, a: Tensor, w: Word) -> None:
+def _roll(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(a)
     p.add(p.g.roll(a, *((w.extra >> (2 * i) & 3) % n for i, n in enumerate(a.ne))), p.peak(a))
 
 
 @_op
-def _diag_mask_zero(p: Program, a: Tensor, w: Word) -> None:
+def _diag_mask_zero(p: GraphProgram, a: Tensor, w: Word) -> None:
     a = p.dense(a)
     p.add(p.g.diag_mask_zero(a, w.second % (a.ne[0] + 1)), p.peak(a))
 
@@ -526,9 +530,9 @@ def _divisor(n: int, choice: int) -> int:
     return divisors[choice % len(divisors)]
 
 
-def build(words: Sequence[int], most: int = MAX_NODES) -> Case:
+def build(words: Sequence[int], most: int = MAX_NODES) -> GraphCase:
     """The graph of ``words``, no more than about ``most`` nodes; every node is an output."""
-    p = Program()
+    p = GraphProgram()
     for seed, ne in enumerate(((16, 8), (4, 3, 2), (32,))):
         p.pool.append(p.leaf(ne, seed))
     for number in words:
@@ -543,7 +547,7 @@ def build(words: Sequence[int], most: int = MAX_NODES) -> Case:
             continue
         _OPS[w.op % len(_OPS)](p, p.operand(w.first), w)
     outputs = [(t, Check()) for t in p.nodes] or [(p.g.scale(p.pool[0], 1.0), Check())]
-    return Case.of(outputs, p.fills)
+    return GraphCase.of(outputs, p.fills)
 
 
 def _shape(w: Word) -> Dims:

@@ -10,18 +10,18 @@ from typing import Any
 from hypothesis import strategies as st
 
 from conformance.properties import damage, graphs, session
-from conformance.properties.damage import Stream, streams
+from conformance.properties.damage import DamagedStream, streams
 from conformance.properties.programs import build, programs
 from conformance.properties.reduce import simpler_numbers, without_parts
-from conformance.properties.steps import Session, sessions
+from conformance.properties.steps import ActionSequence, sessions
 from conformance.suite.context import Context, Facts
-from protocol.conversation import dialect_of_version
 from protocol.dialects import Dialect
 from protocol.errors import NotInRelease
+from protocol.observe.conversation import dialect_of_version
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PropertyTarget:
     """The server under test; ``reference`` is another that graphs are held against, too."""
 
     address: tuple[str, int]
@@ -60,8 +60,8 @@ class Property:
 
     name: str
     title: str
-    values: Callable[[Target], st.SearchStrategy[Any]]
-    hold: Callable[[Target, Context, Any], None]
+    values: Callable[[PropertyTarget], st.SearchStrategy[Any]]
+    hold: Callable[[PropertyTarget, Context, Any], None]
     to_json: Callable[[Any], Any]
     from_json: Callable[[Any], Any]
     lines: Callable[[Any], list[str]]
@@ -71,7 +71,7 @@ class Property:
     hostile: bool = False
     numbered: bool = False
 
-    def fits(self, target: Target) -> bool:
+    def fits(self, target: PropertyTarget) -> bool:
         """Whether it can be tried in this protocol version on this server."""
         if not self.numbered:
             return True
@@ -79,7 +79,7 @@ class Property:
         return told is None or told.ops == target.dialect.ops
 
 
-def _session_lines(value: Session) -> list[str]:
+def _session_lines(value: ActionSequence) -> list[str]:
     lines = [f"{value.clients} clients, compared after every {value.every} steps"]
     if value.cuts:
         lines.append(f"requests cut into segments of {', '.join(map(str, value.cuts))} bytes")
@@ -91,7 +91,7 @@ def _session_lines(value: Session) -> list[str]:
     return lines
 
 
-def _stream_lines(value: Stream) -> list[str]:
+def _stream_lines(value: DamagedStream) -> list[str]:
     lines = [f"{r.command.name} with {len(r.body)} bytes behind its head" for r in value.requests]
     lines += [f"damage: {d.kind} at {d.at} (value {d.value})" for d in value.damage]
     return [*lines, "tensors lie in a buffer of the client" if value.placed else "tensors anywhere"]
@@ -101,7 +101,7 @@ def _graph_lines(words: Sequence[int]) -> list[str]:
     return build(words).describe().splitlines()
 
 
-def _smaller_sessions(value: Session) -> Iterator[Session]:
+def _smaller_sessions(value: ActionSequence) -> Iterator[ActionSequence]:
     for steps in without_parts(value.steps):
         yield replace(value, steps=steps)
     for plain in ({"cuts": ()}, {"every": 1}, {"clients": 1}):
@@ -117,7 +117,7 @@ def _smaller_sessions(value: Session) -> Iterator[Session]:
             yield replace(value, steps=(*value.steps[:i], simple_step, *value.steps[i + 1 :]))
 
 
-def _smaller_streams(value: Stream) -> Iterator[Stream]:
+def _smaller_streams(value: DamagedStream) -> Iterator[DamagedStream]:
     for requests in without_parts(value.requests):
         yield replace(value, requests=requests)
     for damages in without_parts(value.damage):
@@ -129,8 +129,8 @@ SESSIONS = Property(
     "a server's memory is what its clients made of it, after every request",
     lambda target: sessions(target.dialect, target.clients),
     lambda target, context, value: session.play(context, value),
-    Session.to_json,
-    Session.from_json,
+    ActionSequence.to_json,
+    ActionSequence.from_json,
     _session_lines,
     _smaller_sessions,
     quick=400,
@@ -138,7 +138,7 @@ SESSIONS = Property(
 )
 
 
-def _judge_graph(target: Target, context: Context, value: Any) -> None:
+def _judge_graph(target: PropertyTarget, context: Context, value: Any) -> None:
     # A program with an op that came with a later release is none of this version.
     with contextlib.suppress(NotInRelease):
         graphs.judge(context, build(value), target.reference)
@@ -162,8 +162,8 @@ DAMAGE = Property(
     "damaged requests end a connection or are others; nothing hangs, no other client notices",
     lambda target: streams(target.dialect),
     lambda target, context, value: damage.endure(context, value),
-    Stream.to_json,
-    Stream.from_json,
+    DamagedStream.to_json,
+    DamagedStream.from_json,
     _stream_lines,
     _smaller_streams,
     quick=60,

@@ -14,15 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conformance.properties.memory import ModelBuffer, ModelGraph, Range, content
-from conformance.properties.steps import MAX_BUFFERS, MAX_BYTES, Kind, Session, Step
+from conformance.properties.steps import (
+    MAX_BUFFERS,
+    MAX_BYTES,
+    Action,
+    ActionKind,
+    ActionSequence,
+)
 from conformance.suite.context import Context
 from conformance.suite.errors import CaseEnded
 from conformance.suite.peer import Peer
 from conformance.suite.tensors import Fields, tensor
 from protocol.commands import Command
 from protocol.dialects import Answer
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 
 # Answers that may be due before they are taken.
 _MOST_DUE = 16
@@ -58,17 +64,17 @@ class _Client:
         return self.buffers[number % len(self.buffers)] if self.buffers else None
 
 
-class Player:
+class SequencePlayer:
     """Plays one session; :meth:`play` raises Violation."""
 
-    def __init__(self, context: Context, session: Session) -> None:
+    def __init__(self, context: Context, session: ActionSequence) -> None:
         self._context = context
         self._session = session
         self._clients: list[_Client] = []
 
     def play(self) -> None:
         """Do all steps, compare after each (or every few). Raises Violation."""
-        step: Step | None = None
+        step: Action | None = None
         number = 0
         try:
             for i in range(self._session.clients):
@@ -161,7 +167,7 @@ class Player:
 
     # -- steps
 
-    def _alloc(self, client: _Client, step: Step) -> None:
+    def _alloc(self, client: _Client, step: Action) -> None:
         if len(client.buffers) >= MAX_BUFFERS:
             return
         size = step.size % MAX_BYTES + 1
@@ -182,7 +188,7 @@ class Player:
         found = self._now(client, Command.GET_TENSOR, tensor=whole, size=size)
         client.buffers.append(ModelBuffer(handle, base, bytearray(found)))
 
-    def _set(self, client: _Client, step: Step) -> None:
+    def _set(self, client: _Client, step: Action) -> None:
         buffer = client.buffer(step.a)
         if buffer is None:
             return
@@ -200,12 +206,12 @@ class Player:
         buffer.write(at, data)
 
     @staticmethod
-    def _part(buffer: ModelBuffer, step: Step) -> tuple[int, int]:
+    def _part(buffer: ModelBuffer, step: Action) -> tuple[int, int]:
         """A range of at least a byte in the buffer."""
         at = step.at % len(buffer.data)
         return at, step.size % (len(buffer.data) - at) + 1
 
-    def _clear(self, client: _Client, step: Step) -> None:
+    def _clear(self, client: _Client, step: Action) -> None:
         buffer = client.buffer(step.a)
         if buffer is None:
             return
@@ -213,7 +219,7 @@ class Player:
         self._ask(client, Command.BUFFER_CLEAR, {"remote_ptr": buffer.handle, "value": value})
         buffer.write(0, bytes([value]) * len(buffer.data))
 
-    def _memset(self, client: _Client, step: Step) -> None:
+    def _memset(self, client: _Client, step: Action) -> None:
         buffer = client.buffer(step.a)
         if buffer is None:
             return
@@ -225,7 +231,7 @@ class Player:
         self._ask(client, Command.MEMSET_TENSOR, fields)
         buffer.write(at, bytes([value]) * size)
 
-    def _copy(self, client: _Client, step: Step) -> None:
+    def _copy(self, client: _Client, step: Action) -> None:
         source, target = client.buffer(step.a), client.buffer(step.b)
         if source is None or target is None:
             return
@@ -246,12 +252,12 @@ class Player:
         self._ask(client, Command.COPY_TENSOR, fields, check)
         target.write(to, bytes(source.data[at : at + size]))
 
-    def _get(self, client: _Client, step: Step) -> None:
+    def _get(self, client: _Client, step: Action) -> None:
         buffer = client.buffer(step.a)
         if buffer is not None:
             self._read(client, buffer, *self._part(buffer, step))
 
-    def _graph(self, client: _Client, step: Step) -> None:
+    def _graph(self, client: _Client, step: Action) -> None:
         n = step.size % 64 + 1
         roomy = [b for b in client.buffers if len(b.data) >= 4 * n]
         if not roomy:
@@ -264,7 +270,7 @@ class Player:
         client.graph = ModelGraph(leaves, step.words)
         self._run(client, Command.GRAPH_COMPUTE, {}, client.graph.payload(client.peer.dialect))
 
-    def _rerun(self, client: _Client, step: Step) -> None:
+    def _rerun(self, client: _Client, step: Action) -> None:
         if client.graph is not None:
             self._run(client, Command.GRAPH_RECOMPUTE, {})
 
@@ -278,7 +284,7 @@ class Player:
         assert client.graph is not None
         client.graph.run()
 
-    def _hash(self, client: _Client, step: Step) -> None:
+    def _hash(self, client: _Client, step: Action) -> None:
         """Offer contents by their hash: some that the server was asked to keep, or others."""
         buffer = client.buffer(step.a)
         if buffer is None:
@@ -301,7 +307,7 @@ class Player:
             # It says that it had them: then they are there.
             buffer.write(at, data)
 
-    def _query(self, client: _Client, step: Step) -> None:
+    def _query(self, client: _Client, step: Action) -> None:
         """Questions that change nothing."""
         which = step.a % 6
         if which == 0:
@@ -325,7 +331,7 @@ class Player:
                 lambda a: "" if a.base_ptr == base else f"base {a.base_ptr:#x}, was {base:#x}",
             )
 
-    def _ask_alloc_size(self, client: _Client, step: Step) -> None:
+    def _ask_alloc_size(self, client: _Client, step: Action) -> None:
         """What tensors take that have no place yet; rows of blocks may be padded, not cut."""
         for type_ in _SIZED:
             ne = (TYPE_INFO[type_].block_size * (1 + step.at % 4), 1 + step.size % 8)
@@ -338,7 +344,7 @@ class Player:
             fields = {"tensor": tensor(1, ne, type=type_)}
             self._ask(client, Command.GET_ALLOC_SIZE, fields, check)
 
-    def _free(self, client: _Client, step: Step) -> None:
+    def _free(self, client: _Client, step: Action) -> None:
         buffer = client.buffer(step.a)
         if buffer is None:
             return
@@ -348,7 +354,7 @@ class Player:
         client.buffers.remove(buffer)
         client.graph = None
 
-    def _reconnect(self, client: _Client, step: Step) -> None:
+    def _reconnect(self, client: _Client, step: Action) -> None:
         """Hang up, also in the middle of what is to be answered, and come back with nothing."""
         if not self._context.facts.concurrent:
             # What that does to a server without a thread to spare, cases of group 2 find out.
@@ -378,22 +384,22 @@ def _some_devices(answer: Any) -> str:
     return "" if answer.device_count > 0 else "no device"
 
 
-_DO: dict[Kind, Callable[[Player, _Client, Step], None]] = {
-    Kind.ALLOC: Player._alloc,
-    Kind.SET: Player._set,
-    Kind.CLEAR: Player._clear,
-    Kind.MEMSET: Player._memset,
-    Kind.COPY: Player._copy,
-    Kind.GET: Player._get,
-    Kind.GRAPH: Player._graph,
-    Kind.RERUN: Player._rerun,
-    Kind.HASH: Player._hash,
-    Kind.ASK: Player._query,
-    Kind.FREE: Player._free,
-    Kind.RECONNECT: Player._reconnect,
+_DO: dict[ActionKind, Callable[[SequencePlayer, _Client, Action], None]] = {
+    ActionKind.ALLOC: SequencePlayer._alloc,
+    ActionKind.SET: SequencePlayer._set,
+    ActionKind.CLEAR: SequencePlayer._clear,
+    ActionKind.MEMSET: SequencePlayer._memset,
+    ActionKind.COPY: SequencePlayer._copy,
+    ActionKind.GET: SequencePlayer._get,
+    ActionKind.GRAPH: SequencePlayer._graph,
+    ActionKind.RERUN: SequencePlayer._rerun,
+    ActionKind.HASH: SequencePlayer._hash,
+    ActionKind.ASK: SequencePlayer._query,
+    ActionKind.FREE: SequencePlayer._free,
+    ActionKind.RECONNECT: SequencePlayer._reconnect,
 }
 
 
-def play(context: Context, session: Session) -> None:
+def play(context: Context, session: ActionSequence) -> None:
     """Play a session on the server. Raises Violation."""
-    Player(context, session).play()
+    SequencePlayer(context, session).play()

@@ -21,7 +21,7 @@ MAX_BUFFERS = 5
 MAX_BYTES = 4096
 
 
-class Kind(enum.StrEnum):
+class ActionKind(enum.StrEnum):
     """What a step does; those with a command need a dialect that has it."""
 
     ALLOC = "alloc"
@@ -39,35 +39,35 @@ class Kind(enum.StrEnum):
 
 
 _NEEDS = {
-    Kind.MEMSET: Command.MEMSET_TENSOR,
-    Kind.RERUN: Command.GRAPH_RECOMPUTE,
-    Kind.HASH: Command.SET_TENSOR_HASH,
+    ActionKind.MEMSET: Command.MEMSET_TENSOR,
+    ActionKind.RERUN: Command.GRAPH_RECOMPUTE,
+    ActionKind.HASH: Command.SET_TENSOR_HASH,
 }
 # How often each is drawn, of the sum.
 _WEIGHTS = {
-    Kind.ALLOC: 4,
-    Kind.SET: 6,
-    Kind.CLEAR: 1,
-    Kind.MEMSET: 2,
-    Kind.COPY: 3,
-    Kind.GET: 2,
-    Kind.GRAPH: 7,
-    Kind.RERUN: 5,
-    Kind.HASH: 2,
-    Kind.ASK: 2,
-    Kind.FREE: 2,
-    Kind.RECONNECT: 1,
+    ActionKind.ALLOC: 4,
+    ActionKind.SET: 6,
+    ActionKind.CLEAR: 1,
+    ActionKind.MEMSET: 2,
+    ActionKind.COPY: 3,
+    ActionKind.GET: 2,
+    ActionKind.GRAPH: 7,
+    ActionKind.RERUN: 5,
+    ActionKind.HASH: 2,
+    ActionKind.ASK: 2,
+    ActionKind.FREE: 2,
+    ActionKind.RECONNECT: 1,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Action:
     """``client`` does ``kind``; ``a`` and ``b`` choose buffers, ``at`` and ``size`` ranges of them.
 
     ``seed`` makes contents. ``words`` are the nodes of a graph, see conformance.properties.memory.
     """
 
-    kind: Kind
+    kind: ActionKind
     client: int = 0
     a: int = 0
     b: int = 0
@@ -87,19 +87,19 @@ class Step:
         return row
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Step:
-        fields = {**row, "kind": Kind(row["kind"]), "words": tuple(row.get("words", ()))}
+    def from_json(cls, row: dict[str, Any]) -> Action:
+        fields = {**row, "kind": ActionKind(row["kind"]), "words": tuple(row.get("words", ()))}
         return cls(**fields)
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class ActionSequence:
     """Steps of ``clients`` clients; all memory is compared after every ``every`` of them.
 
     Requests go out in segments of the lengths ``cuts``, in turn; whole if there are none.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[Action, ...]
     clients: int = 2
     every: int = 1
     cuts: tuple[int, ...] = ()
@@ -110,25 +110,27 @@ class Session:
         return {**shape, "steps": steps}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Session:
-        steps = tuple(Step.from_json(row) for row in data["steps"])
+    def from_json(cls, data: dict[str, Any]) -> ActionSequence:
+        steps = tuple(Action.from_json(row) for row in data["steps"])
         return cls(steps, data["clients"], data["every"], tuple(data["cuts"]))
 
 
-def step_kinds(dialect: Dialect) -> Sequence[Kind]:
+def step_kinds(dialect: Dialect) -> Sequence[ActionKind]:
     """The kinds that this dialect's clients can do, each as often as it is drawn."""
-    kinds: list[Kind] = []
+    kinds: list[ActionKind] = []
     for kind, weight in _WEIGHTS.items():
         if kind not in _NEEDS or _NEEDS[kind] in dialect.commands:
             kinds += [kind] * weight
     return kinds
 
 
-def sessions(dialect: Dialect, clients: int = 2, most: int = 24) -> st.SearchStrategy[Session]:
+def sessions(
+    dialect: Dialect, clients: int = 2, most: int = 24
+) -> st.SearchStrategy[ActionSequence]:
     """Sessions of up to ``most`` steps; each client begins with a buffer that holds something."""
     small, large = st.integers(0, 7), st.integers(0, MAX_BYTES - 1)
     drawn = st.builds(
-        Step,
+        Action,
         kind=st.sampled_from(step_kinds(dialect)),
         client=st.integers(0, clients - 1),
         a=small,
@@ -138,15 +140,15 @@ def sessions(dialect: Dialect, clients: int = 2, most: int = 24) -> st.SearchStr
         seed=st.integers(0, 0xFFFF),
     )
     graphs = st.builds(
-        Step,
-        kind=st.just(Kind.GRAPH),
+        Action,
+        kind=st.just(ActionKind.GRAPH),
         client=st.integers(0, clients - 1),
         a=small,
         b=small,
         size=st.integers(0, 63),
         words=st.lists(st.integers(0, 0xFFFFFF), min_size=1, max_size=4).map(tuple),
     )
-    one = drawn.flatmap(lambda s: graphs if s.kind is Kind.GRAPH else st.just(s))
+    one = drawn.flatmap(lambda s: graphs if s.kind is ActionKind.GRAPH else st.just(s))
     # Drawn lists are short by themselves, and some faults take many steps to show.
     lengths = [n for n in (1, 8, 16) if n < most]
     steps = st.sampled_from(lengths).flatmap(
@@ -156,12 +158,12 @@ def sessions(dialect: Dialect, clients: int = 2, most: int = 24) -> st.SearchStr
         step
         for client in range(clients)
         for step in (
-            Step(Kind.ALLOC, client, size=1023),
-            Step(Kind.SET, client, size=MAX_BYTES, seed=client),
+            Action(ActionKind.ALLOC, client, size=1023),
+            Action(ActionKind.SET, client, size=MAX_BYTES, seed=client),
         )
     )
     return st.builds(
-        lambda chosen, every, cuts: Session((*opening, *chosen), clients, every, cuts),
+        lambda chosen, every, cuts: ActionSequence((*opening, *chosen), clients, every, cuts),
         steps,
         st.sampled_from((1, 1, 1, 4)),
         st.just(()) | st.lists(st.integers(1, 400), min_size=1, max_size=4).map(tuple),

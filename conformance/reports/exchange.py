@@ -10,12 +10,18 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from conformance.suite.transcript import Message
-from protocol.annotate import Span, annotate, describe, message_of_answer, message_of_request
+from conformance.suite.transcript import TranscriptMessage
 from protocol.commands import Command
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
-from protocol.framing import FRAME
+from protocol.observe.annotate import (
+    Span,
+    annotate,
+    describe,
+    message_of_answer,
+    message_of_request,
+)
+from protocol.requests import FRAME
 
 # Frames of one piece of the stream that are read one by one; a pipelined hundred looks alike.
 _MOST_FRAMES = 8
@@ -27,12 +33,12 @@ _ZEROS = frozenset({"0", "0x0"})
 class Shown:
     """One message as it is shown: a line, its bytes as far as they are kept, what they are."""
 
-    message: Message
+    message: TranscriptMessage
     line: str
     spans: tuple[Span, ...]
 
 
-def show(message: Message, dialect: Dialect) -> Shown:
+def show(message: TranscriptMessage, dialect: Dialect) -> Shown:
     """Read a recorded message by the dialect of its connection."""
     if not message.size:
         return Shown(message, message.note, ())
@@ -41,7 +47,7 @@ def show(message: Message, dialect: Dialect) -> Shown:
     return _answer(message, dialect)
 
 
-def _request(message: Message, dialect: Dialect) -> Shown:
+def _request(message: TranscriptMessage, dialect: Dialect) -> Shown:
     data, spans, lines = message.data, list[Span](), list[str]()
     at = 0
     while at < len(data) and len(lines) < _MOST_FRAMES:
@@ -88,7 +94,7 @@ def _frame(data: bytes, dialect: Dialect) -> tuple[list[Span], str, int]:
     return spans, line, FRAME.size + there
 
 
-def _answer(message: Message, dialect: Dialect) -> Shown:
+def _answer(message: TranscriptMessage, dialect: Dialect) -> Shown:
     data = message.data
     whole = len(data) == message.size
     if whole and message.command in Command.__members__:

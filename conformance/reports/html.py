@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 
 from conformance.reports.exchange import Shown, merge_zeros, show
-from conformance.suite.results import Result, Run, Verdict
-from conformance.suite.transcript import Message
-from protocol.annotate import Span
+from conformance.suite.results import CaseResult, SuiteRun, Verdict
+from conformance.suite.transcript import TranscriptMessage
+from protocol.observe.annotate import Span
 
 _ROW = 16
 # Of one message so many bytes are shown.
@@ -32,12 +32,12 @@ _MARKS = {
 }
 
 
-def to_html(run: Run) -> str:
+def to_html(run: SuiteRun) -> str:
     """The page."""
     return "".join(_page(run))
 
 
-def write_html(run: Run, path: Path) -> None:
+def write_html(run: SuiteRun, path: Path) -> None:
     path.write_text(to_html(run), encoding="utf-8")
 
 
@@ -45,7 +45,7 @@ def _asset(name: str) -> str:
     return resources.files("conformance.reports").joinpath(name).read_text(encoding="utf-8")
 
 
-def _page(run: Run) -> Iterator[str]:
+def _page(run: SuiteRun) -> Iterator[str]:
     counts = run.counts
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -53,7 +53,7 @@ def _page(run: Run) -> Iterator[str]:
     yield f"<style>{_asset('report.css')}</style></head><body>"
     yield from _head(run)
     yield "<main>"
-    groups: dict[int, list[Result]] = {}
+    groups: dict[int, list[CaseResult]] = {}
     for result in run.results:
         groups.setdefault(result.case.group.number, []).append(result)
     for results in groups.values():
@@ -61,7 +61,7 @@ def _page(run: Run) -> Iterator[str]:
     yield f"</main><script>{_asset('report.js')}</script></body></html>\n"
 
 
-def _head(run: Run) -> Iterator[str]:
+def _head(run: SuiteRun) -> Iterator[str]:
     facts = run.facts
     yield "<header><h1>ggml RPC conformance</h1>"
     yield f'<p class="server">{escape(run.server)}</p>'
@@ -91,7 +91,7 @@ def _slug(verdict: Verdict) -> str:
     return verdict.value.replace(" ", "-")
 
 
-def _group(results: list[Result]) -> Iterator[str]:
+def _group(results: list[CaseResult]) -> Iterator[str]:
     group = results[0].case.group
     passed = sum(1 for result in results if result.verdict is Verdict.PASS)
     failed = sum(1 for result in results if result.verdict is Verdict.FAIL)
@@ -102,7 +102,7 @@ def _group(results: list[Result]) -> Iterator[str]:
     yield "</section>"
 
 
-def _case(result: Result) -> Iterator[str]:
+def _case(result: CaseResult) -> Iterator[str]:
     case, slug = result.case, _slug(result.verdict)
     yield f'<details class="case {slug}" id="case-{case.id}"><summary>'
     yield f'<span class="mark">{_MARKS[result.verdict]}</span>'
@@ -125,7 +125,7 @@ def _case(result: Result) -> Iterator[str]:
     yield "</details>"
 
 
-def _exchange(result: Result) -> Iterator[str]:
+def _exchange(result: CaseResult) -> Iterator[str]:
     transcript = result.transcript
     messages = transcript.messages
     last_sent = max((i for i, m in enumerate(messages) if _tells(m)), default=-1)
@@ -142,7 +142,7 @@ def _exchange(result: Result) -> Iterator[str]:
         yield f'<p class="gap">{transcript.left_out} messages more</p>'
 
 
-def _tells(message: Message) -> bool:
+def _tells(message: TranscriptMessage) -> bool:
     """Whether a message may be what the case is about: not the question that is put behind it."""
     return message.sent and bool(message.size) and message.command != "GET_ALIGNMENT"
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conformance.suite.results import Result, Run, Verdict
-from conformance.suite.transcript import Message
+from conformance.suite.results import CaseResult, SuiteRun, Verdict
+from conformance.suite.transcript import TranscriptMessage
 
 
-def to_json(run: Run) -> dict[str, Any]:
+def to_json(run: SuiteRun) -> dict[str, Any]:
     """The run as what json.dumps takes; exchanges only of cases that failed or differ."""
     facts = run.facts
     return {
@@ -27,7 +27,7 @@ def to_json(run: Run) -> dict[str, Any]:
     }
 
 
-def _case(result: Result) -> dict[str, Any]:
+def _case(result: CaseResult) -> dict[str, Any]:
     case = result.case
     made: dict[str, Any] = {
         "id": case.id,
@@ -49,7 +49,7 @@ def _case(result: Result) -> dict[str, Any]:
     return made
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: TranscriptMessage) -> dict[str, Any]:
     made: dict[str, Any] = {
         "connection": message.peer,
         "from": "client" if message.sent else "server",
@@ -64,5 +64,5 @@ def _message(message: Message) -> dict[str, Any]:
     return made
 
 
-def write_json(run: Run, path: Path) -> None:
+def write_json(run: SuiteRun, path: Path) -> None:
     path.write_text(json.dumps(to_json(run), indent=1) + "\n")

@@ -6,19 +6,19 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from conformance.suite.results import Result, Run, Verdict
+from conformance.suite.results import CaseResult, SuiteRun, Verdict
 
 # XML 1.0 has no room for these, escaped or not.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def to_junit(run: Run) -> ElementTree.Element:
+def to_junit(run: SuiteRun) -> ElementTree.Element:
     """The testsuites element."""
     counts = run.counts
     root = ElementTree.Element("testsuites", name=f"ggml RPC conformance of {run.server}")
     _count(root, run.results)
     root.set("time", f"{run.seconds:.3f}")
-    groups: dict[int, list[Result]] = {}
+    groups: dict[int, list[CaseResult]] = {}
     for result in run.results:
         groups.setdefault(result.case.group.number, []).append(result)
     for results in groups.values():
@@ -32,7 +32,7 @@ def to_junit(run: Run) -> ElementTree.Element:
     return root
 
 
-def _count(element: ElementTree.Element, results: list[Result]) -> None:
+def _count(element: ElementTree.Element, results: list[CaseResult]) -> None:
     verdicts = [result.verdict for result in results]
     element.set("tests", str(len(verdicts)))
     element.set("failures", str(verdicts.count(Verdict.FAIL)))
@@ -41,7 +41,7 @@ def _count(element: ElementTree.Element, results: list[Result]) -> None:
     element.set("errors", "0")
 
 
-def _test(result: Result) -> ElementTree.Element:
+def _test(result: CaseResult) -> ElementTree.Element:
     case = result.case
     test = ElementTree.Element(
         "testcase",
@@ -69,7 +69,7 @@ def _clean(text: str) -> str:
     return _NOT_XML.sub("?", text)
 
 
-def write_junit(run: Run, path: Path) -> None:
+def write_junit(run: SuiteRun, path: Path) -> None:
     tree = ElementTree.ElementTree(to_junit(run))
     ElementTree.indent(tree)
     tree.write(path, encoding="utf-8", xml_declaration=True)

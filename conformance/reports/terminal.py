@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.suite.registry import Case
-from conformance.suite.results import Result, Run, Verdict
+from conformance.suite.results import CaseResult, SuiteRun, Verdict
 
 _STYLES = {
     Verdict.PASS: "green",
@@ -25,7 +25,7 @@ _PLAIN_WIDTH = 160
 _VERDICT_WIDTH = 9
 
 
-class Terminal:
+class TerminalReport:
     """Prints to ``console``; ``verbose`` lists every case and not only what was found."""
 
     def __init__(self, total: int, *, verbose: bool = False, console: Console | None = None):
@@ -55,7 +55,7 @@ class Terminal:
     ) -> None:
         self._progress.stop()
 
-    def head(self, run: Run) -> None:
+    def head(self, run: SuiteRun) -> None:
         """Print what is tested."""
         facts = run.facts
         version = ".".join(map(str, facts.version))
@@ -72,7 +72,7 @@ class Terminal:
         self.console.print(f"[bold]{escape(run.server)}[/]: protocol {version}{spoken}")
         self.console.print(f"[dim]{', '.join(has)}[/]")
 
-    def add(self, result: Result) -> None:
+    def add(self, result: CaseResult) -> None:
         """Show one more result."""
         case = result.case
         self._progress.update(self._task, advance=1, description=str(case))
@@ -84,7 +84,7 @@ class Terminal:
             self.console.print(f"\n[bold]{case.group.number} {case.group.title}[/]")
         self._print_finding(result)
 
-    def _print_finding(self, result: Result) -> None:
+    def _print_finding(self, result: CaseResult) -> None:
         case, style = result.case, _STYLES[result.verdict]
         verdict = f"[{style}]{result.verdict.value}[/]"
         text = case.name + (f": {escape(result.came)}" if result.came else "")
@@ -105,7 +105,7 @@ class Terminal:
             table.add_row(f"  {mark}", id_, line)
         self.console.print(table)
 
-    def finish(self, run: Run) -> None:
+    def finish(self, run: SuiteRun) -> None:
         """Print the table."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("group")

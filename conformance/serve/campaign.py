@@ -6,15 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from conformance.serve.faults import How
+from conformance.serve.faults import Mishap
 from conformance.serve.judge import judge
 from conformance.serve.memory import HashStore
 from conformance.serve.program import Ended, run_client
 from conformance.serve.rules import RULES, Notes
-from conformance.serve.scenarios import Expected, Scenario, Subject, foreign, plain, scenarios
+from conformance.serve.scenarios import (
+    Conduct,
+    Scenario,
+    Topic,
+    foreign,
+    plain,
+    scenarios,
+)
 from conformance.serve.server import PATIENCE, Offered, Script, ScriptedServer, Visit
 from conformance.suite.registry import Case, Group
-from conformance.suite.results import Result, Verdict
+from conformance.suite.results import CaseResult, Verdict
 from protocol.dialects import DIALECTS, Dialect, Version
 from protocol.negotiation import Greeting, Negotiator
 
@@ -42,7 +49,7 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ClientVersion:
     """A client's version: what it accepted, and the dialect."""
 
     version: Version
@@ -50,20 +57,20 @@ class Found:
 
 
 @dataclass(slots=True)
-class Campaign:
+class ClientCampaign:
     """Runs scenarios with one client; ``announce`` is told of each before it begins."""
 
     client: Client
     announce: Callable[[str, int], None] = lambda text, port: None
     notes: Notes = field(default_factory=Notes)
-    _groups: dict[Subject, Group] = field(default_factory=dict)
+    _groups: dict[Topic, Group] = field(default_factory=dict)
 
     # -- one visit
 
     def visit(self, script: Script, store: HashStore | None = None) -> tuple[Visit, Ended | None]:
         """One run of the client against a server with this script."""
         client = self.client
-        silent = script.fault is not None and script.fault.how is How.SILENT
+        silent = script.fault is not None and script.fault.how is Mishap.SILENT
         patience = max(client.patience, _SILENT_PATIENCE) if silent else client.patience
         server = ScriptedServer(script, client.host, client.port, patience, store)
         try:
@@ -80,7 +87,7 @@ class Campaign:
 
     # -- the client's version
 
-    def find_version(self) -> Found:
+    def find_version(self) -> ClientVersion:
         """The newest version that the client accepts, by offering one after the other.
 
         Raises NoClient.
@@ -92,7 +99,7 @@ class Campaign:
             visit, ended = self.visit(Script(offers.offer))
             if visit.went_on:
                 assert offers.last is not None
-                return Found(offers.last.version, offers.last.dialect)
+                return ClientVersion(offers.last.version, offers.last.dialect)
             if not any(record.hello_size is not None for record in visit.connections):
                 said = f":\n{ended.output}" if ended is not None else ""
                 raise NoClient(f"the client sent no HELLO{said}")
@@ -102,7 +109,7 @@ class Campaign:
 
     # -- scenarios
 
-    def run(self, scenario: Scenario, found: Found) -> Result:
+    def run(self, scenario: Scenario, found: ClientVersion) -> CaseResult:
         """One scenario's result."""
         started = time.monotonic()
         self.announce(f"{scenario.name}: {scenario.does}", 0)
@@ -110,17 +117,19 @@ class Campaign:
         script = scenario.script(found.dialect, found.version)
         for _ in range(2 if scenario.repeated else 1):
             visit, ended = self.visit(script, store)
-            if scenario.expected is not Expected.SUCCEEDS:
+            if scenario.expected is not Conduct.SUCCEEDS:
                 # Whoever can't go on may leave without tidying up.
                 visit.notes.tested.pop("buffer/all-freed", None)
                 visit.notes.broken.pop("buffer/all-freed", None)
             self.notes.add(visit.notes)
         verdict, came = judge(scenario, visit, ended)
-        result = Result(self._case(scenario), verdict, came, seconds=time.monotonic() - started)
+        result = CaseResult(self._case(scenario), verdict, came, seconds=time.monotonic() - started)
         self._tell(result, visit, ended, found.dialect)
         return result
 
-    def _tell(self, result: Result, visit: Visit, ended: Ended | None, dialect: Dialect) -> None:
+    def _tell(
+        self, result: CaseResult, visit: Visit, ended: Ended | None, dialect: Dialect
+    ) -> None:
         """Add what was seen to a result, in words."""
 
         def line(who: str, sent: bool, text: str) -> None:
@@ -139,9 +148,9 @@ class Campaign:
             said = ended.output.splitlines()[-_LAST_LINES:]
             line("the program", True, "\n".join([*said, ended.words]))
 
-    def rule_results(self) -> Iterator[Result]:
+    def rule_results(self) -> Iterator[CaseResult]:
         """The verdict on every rule, over all that was seen."""
-        group = self._group(Subject.RULES)
+        group = self._group(Topic.RULES)
         for number, rule in enumerate(RULES.values(), 1):
             verdict, came = self.notes.verdict(rule.name)
             case = Case(
@@ -154,9 +163,9 @@ class Campaign:
                 source="docs/protocol.md",
                 check=_not_called,
             )
-            yield Result(case, verdict, came if verdict is not Verdict.PASS else "")
+            yield CaseResult(case, verdict, came if verdict is not Verdict.PASS else "")
 
-    def _group(self, subject: Subject) -> Group:
+    def _group(self, subject: Topic) -> Group:
         number, name, title = subject.value
         return self._groups.setdefault(subject, Group(number, name, title))
 
@@ -208,7 +217,7 @@ class _Offers:
         return hang_up is not None and hang_up.following.version not in self._tried
 
 
-def planned(found: Found, every_dialect: bool) -> list[Scenario]:
+def planned(found: ClientVersion, every_dialect: bool) -> list[Scenario]:
     """The scenarios for a client of this version, in the order of the report."""
     # By the version that the client took: of several with the same messages it may be an older.
     made: list[Scenario] = [replace(plain(found.dialect), dialect=None)]

@@ -14,15 +14,21 @@ from rich.markup import escape
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
 from conformance.reports.junit import write_junit
-from conformance.reports.terminal import Terminal, make_console
-from conformance.serve.campaign import Campaign, Client, Found, NoClient, planned
+from conformance.reports.terminal import TerminalReport, make_console
+from conformance.serve.campaign import (
+    Client,
+    ClientCampaign,
+    ClientVersion,
+    NoClient,
+    planned,
+)
 from conformance.serve.scenarios import Scenario, scenarios, select
 from conformance.serve.server import PATIENCE
 from conformance.suite.context import Facts
-from conformance.suite.results import Run, Verdict
+from conformance.suite.results import SuiteRun, Verdict
 from protocol.dialects import DIALECTS, find_dialects
 from protocol.endpoint import format_endpoint
-from tools.ports import free_port
+from tools.serving.ports import free_port
 
 DESCRIPTION = """Checks a client of the ggml RPC wire format, by serving it in scripted ways.
 
@@ -90,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.client_command:
             console.print(f"[dim]{escape(text)}{where}[/]", highlight=False)
 
-    campaign = Campaign(client, announce)
+    campaign = ClientCampaign(client, announce)
     try:
-        found = Found(pinned.version, pinned) if pinned else campaign.find_version()
+        found = ClientVersion(pinned.version, pinned) if pinned else campaign.find_version()
         chosen = planned(found, every)
         if options.scenario:
             chosen = select(chosen, options.scenario)
@@ -115,18 +121,18 @@ def _list(console: Console, chosen: list[Scenario]) -> None:
 
 
 def _run(
-    campaign: Campaign,
-    found: Found,
+    campaign: ClientCampaign,
+    found: ClientVersion,
     chosen: list[Scenario],
     options: argparse.Namespace,
     console: Console,
 ) -> int:
     started = time.monotonic()
     facts = Facts(found.version, found.dialect)
-    run = Run(options.client_command or "a client", facts)
+    run = SuiteRun(options.client_command or "a client", facts)
     version = ".".join(map(str, found.version))
     console.print(f"[bold]{escape(run.server)}[/]: protocol {version}", highlight=False)
-    with Terminal(len(chosen), verbose=options.verbose, console=console) as terminal:
+    with TerminalReport(len(chosen), verbose=options.verbose, console=console) as terminal:
         try:
             for scenario in chosen:
                 result = campaign.run(scenario, found)

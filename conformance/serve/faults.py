@@ -18,7 +18,7 @@ _DRIBBLED = 256
 _PIECES = 50
 
 
-class How(enum.Enum):
+class Mishap(enum.Enum):
     """What happens to an answer, or instead of one."""
 
     CLOSE = "closes the connection instead of answering"
@@ -35,7 +35,7 @@ class How(enum.Enum):
     @property
     def fatal(self) -> bool:
         """Whether no client can go on with the connection."""
-        return self not in (How.DELAY, How.DRIBBLE)
+        return self not in (Mishap.DELAY, Mishap.DRIBBLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Fault:
     ``within`` asks for the middle of a SET_TENSOR's data; ``seconds`` is of DELAY.
     """
 
-    how: How
+    how: Mishap
     command: Command | None = None
     number: int = 1
     within: bool = False
@@ -74,35 +74,35 @@ def send_answer(
 ) -> None:
     """Send an answer (None: there is none) as the fault has it. Raises Hangup, OSError."""
     how = fault.how if fault is not None else None
-    if how is How.CLOSE or (how in (How.CUT, How.CUT_SIZE) and payload is None):
+    if how is Mishap.CLOSE or (how in (Mishap.CUT, Mishap.CUT_SIZE) and payload is None):
         raise Hangup(watch=False)
-    if how is How.RESET:
+    if how is Mishap.RESET:
         reset(sock)
         raise Hangup(watch=False)
-    if how is How.SILENT:
+    if how is Mishap.SILENT:
         raise Hangup(watch=True)
-    if how is How.DELAY:
+    if how is Mishap.DELAY:
         assert fault is not None
         stop.wait(fault.seconds)
     if payload is None:
         return
     framed = _SIZE.pack(len(payload))
-    if how is How.CUT_SIZE:
+    if how is Mishap.CUT_SIZE:
         sock.sendall(framed[:5])
         raise Hangup(watch=False)
-    if how is How.CUT:
+    if how is Mishap.CUT:
         # An empty answer has no middle but its size's end.
         body = bytes(payload)
         sock.sendall(framed + body[: len(body) // 2] if body else framed[:7])
         raise Hangup(watch=False)
-    if how is How.HUGE:
+    if how is Mishap.HUGE:
         sock.sendall(_SIZE.pack(1 << 62) + bytes(payload))
         raise Hangup(watch=True)
-    if how in (How.LONG, How.SHORT):
-        body = bytes(payload) + b"\0" if how is How.LONG else bytes(payload)[:-1]
+    if how in (Mishap.LONG, Mishap.SHORT):
+        body = bytes(payload) + b"\0" if how is Mishap.LONG else bytes(payload)[:-1]
         sock.sendall(_SIZE.pack(len(body)) + body)
         raise Hangup(watch=True)
-    if how is How.DRIBBLE:
+    if how is Mishap.DRIBBLE:
         _dribble(sock, framed + bytes(payload))
         return
     sock.sendall(framed)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.serve.memory import Block
 from conformance.serve.tensors import TensorView, name_of
-from protocol.ggml_ops import Op
-from protocol.ggml_types import is_contiguous
+from protocol.ggml.ops import Op
+from protocol.ggml.types import is_contiguous
 from protocol.graph_payload import GraphPayload
 from protocol.messages import RPC_TENSOR_DTYPE
 
 if TYPE_CHECKING:
-    from conformance.serve.state import Session
+    from conformance.serve.state import ServedSession
 
 _COMPUTE = 16
 # Ops that compute nothing: their tensor is another view of its source's bytes.
@@ -33,7 +33,7 @@ class GraphState:
             block.data[start : start + size] = 0
 
 
-def check_graph(session: Session, graph: GraphPayload) -> GraphState:
+def check_graph(session: ServedSession, graph: GraphPayload) -> GraphState:
     """Check a graph by every rule; raises Refused where a server can't compute it."""
     notes = session.notes
     rows = [_record(values) for values in graph.tensors.tolist()]
@@ -78,7 +78,7 @@ def _names(by_id: dict[int, Any], ids: list[int]) -> str:
     return ", ".join(repr(name_of(by_id[id])) for id in ids)
 
 
-def _place(session: Session, tensor: TensorView) -> Block | None:
+def _place(session: ServedSession, tensor: TensorView) -> Block | None:
     """The buffer that a tensor of a graph lies in, None where it has no data here."""
     if not tensor.buffer:
         return None
@@ -89,7 +89,7 @@ def _place(session: Session, tensor: TensorView) -> Block | None:
 
 
 def _check_spare(
-    session: Session, tensor: TensorView, block: Block, sources: list[TensorView]
+    session: ServedSession, tensor: TensorView, block: Block, sources: list[TensorView]
 ) -> None:
     """The room that a node has behind its result holds none of what it reads."""
     room = session.asked(block.device, tensor)

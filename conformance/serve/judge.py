@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from conformance.serve.program import Ended
 from conformance.serve.rules import RULES
-from conformance.serve.scenarios import Expected, Scenario, Subject
+from conformance.serve.scenarios import Conduct, Scenario, Topic
 from conformance.serve.server import ConnectionRecord, Visit
 from conformance.suite.results import Verdict
 
 Judgement = tuple[Verdict, str]
 
 _PASS: Judgement = (Verdict.PASS, "")
-_ABOUT_RULES = (Subject.DIALECTS, Subject.LIMITS)
+_ABOUT_RULES = (Topic.DIALECTS, Topic.LIMITS)
 _ORDER = (Verdict.FAIL, Verdict.DIFFERS, Verdict.SKIPPED, Verdict.PASS)
 
 
@@ -68,7 +68,7 @@ def _rules(scenario: Scenario, visit: Visit) -> Judgement:
 def _wire(scenario: Scenario, visit: Visit) -> Judgement:
     """What the connections themselves show."""
     connections = visit.connections
-    if scenario.expected is Expected.SUCCEEDS:
+    if scenario.expected is Conduct.SUCCEEDS:
         if any(record.hello_size is not None and not record.went_on for record in connections):
             first = next(r for r in connections if r.hello_size is not None and not r.went_on)
             if not visit.went_on:
@@ -86,14 +86,14 @@ def _wire(scenario: Scenario, visit: Visit) -> Judgement:
             )
         if record.ended_by == "watch":
             waited = f"{record.seconds_to_end:.0f} s"
-            if scenario.subject is Subject.SILENT:
+            if scenario.subject is Topic.SILENT:
                 return Verdict.DIFFERS, f"the client was still waiting after {waited}"
             return Verdict.FAIL, f"the connection was still open {waited} later"
     return _PASS
 
 
 def _refused_hello(scenario: Scenario, connections: list[ConnectionRecord]) -> Judgement:
-    if scenario.expected is not Expected.REFUSES:
+    if scenario.expected is not Conduct.REFUSES:
         return _PASS
     for record in connections:
         if record.went_on:
@@ -103,9 +103,9 @@ def _refused_hello(scenario: Scenario, connections: list[ConnectionRecord]) -> J
 
 
 def _process(scenario: Scenario, visit: Visit, ended: Ended | None) -> Judgement:
-    if ended is None or ended.status is None or scenario.subject is Subject.SILENT:
+    if ended is None or ended.status is None or scenario.subject is Topic.SILENT:
         return _PASS
-    if scenario.expected is Expected.SUCCEEDS:
+    if scenario.expected is Conduct.SUCCEEDS:
         if ended.status:
             return Verdict.FAIL, f"{ended.words} ({_last(visit.connections[-1])})"
         return _PASS
@@ -115,7 +115,7 @@ def _process(scenario: Scenario, visit: Visit, ended: Ended | None) -> Judgement
         return Verdict.DIFFERS, f"{ended.words}, without a word"
     if ended.signal:
         return Verdict.DIFFERS, f"{ended.words}, not with a status"
-    if ended.status == 0 and scenario.expected is not Expected.COPES:
+    if ended.status == 0 and scenario.expected is not Conduct.COPES:
         return Verdict.DIFFERS, "it went on without the server, and ended with status 0"
     return _PASS
 

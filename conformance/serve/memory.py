@@ -53,7 +53,7 @@ class Addresses:
             return next(self._handles), base
 
 
-class Memory:
+class ServedMemory:
     """The buffers of one connection; ``limit`` is bytes in all."""
 
     def __init__(self, addresses: Addresses, limit: int) -> None:

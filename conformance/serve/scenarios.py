@@ -9,14 +9,14 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from conformance.serve.faults import Fault, How
+from conformance.serve.faults import Fault, Mishap
 from conformance.serve.server import Offered, Script
 from conformance.serve.state import Properties
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect, Version
 
 
-class Expected(enum.Enum):
+class Conduct(enum.Enum):
     """How a run of a client has to end. Rules are kept and nothing hangs in every one."""
 
     SUCCEEDS = "The client does its work; a program ends with status 0."
@@ -31,7 +31,7 @@ class Expected(enum.Enum):
     COPES = "The client goes on without what it didn't get, or says so and ends, without a crash."
 
 
-class Subject(enum.Enum):
+class Topic(enum.Enum):
     """The groups of scenarios; values are number, word to select by, and title."""
 
     RULES = (20, "rules", "What a client keeps, whatever it is answered")
@@ -53,10 +53,10 @@ class Scenario:
     is the command without which there is nothing to see.
     """
 
-    subject: Subject
+    subject: Topic
     name: str
     does: str
-    expected: Expected
+    expected: Conduct
     why: str
     properties: Properties = field(default_factory=Properties)
     fault: Fault | None = None
@@ -85,36 +85,36 @@ _MANY = 100
 
 
 def _versions() -> list[Scenario]:
-    subject = Subject.VERSIONS
+    subject = Topic.VERSIONS
     reads = "Another major version may have other messages altogether."
     newer = "A newer minor version may expect what this client doesn't send."
     return [
         Scenario(
             subject, "newer-major", "HELLO is answered with the next major version",
-            Expected.REFUSES, reads, shift=(1, 0, 0),
+            Conduct.REFUSES, reads, shift=(1, 0, 0),
         ),
         Scenario(
             subject, "older-major", "HELLO is answered with the major version before",
-            Expected.REFUSES, reads, shift=(-1, 0, 0),
+            Conduct.REFUSES, reads, shift=(-1, 0, 0),
         ),
         Scenario(
             subject, "newer-minor", "HELLO is answered with a newer minor version",
-            Expected.REFUSES, newer, shift=(0, _MANY, 0),
+            Conduct.REFUSES, newer, shift=(0, _MANY, 0),
         ),
         Scenario(
             subject, "newer-patch", "HELLO is answered with a newer patch number",
-            Expected.SUCCEEDS, "Patch numbers aren't compared.", shift=(0, 0, _MANY),
+            Conduct.SUCCEEDS, "Patch numbers aren't compared.", shift=(0, 0, _MANY),
         ),
     ]  # fmt: skip
 
 
 def _limits() -> list[Scenario]:
-    subject, succeeds, copes = Subject.LIMITS, Expected.SUCCEEDS, Expected.COPES
+    subject, succeeds, copes = Topic.LIMITS, Conduct.SUCCEEDS, Conduct.COPES
 
     def row(
         name: str,
         does: str,
-        expected: Expected,
+        expected: Conduct,
         why: str,
         needs: Command | None = None,
         repeated: bool = False,
@@ -187,10 +187,10 @@ def _faults(dialect: Dialect) -> list[Scenario]:
     made: list[Scenario] = []
 
     def add(
-        subject: Subject,
-        how: How,
+        subject: Topic,
+        how: Mishap,
         command: Command,
-        expected: Expected,
+        expected: Conduct,
         why: str,
         name: str = "",
         does: str = "",
@@ -214,49 +214,49 @@ def _faults(dialect: Dialect) -> list[Scenario]:
     torn = "What came of the answer is no answer."
     size = "An answer of another size is of another protocol, or damaged: nothing after it fits."
     for command in dialect.commands:
-        add(Subject.CLOSED, How.CLOSE, command, Expected.NOTICES, gone)
+        add(Topic.CLOSED, Mishap.CLOSE, command, Conduct.NOTICES, gone)
     add(
-        Subject.CLOSED, How.CLOSE, Command.SET_TENSOR, Expected.NOTICES, gone,
+        Topic.CLOSED, Mishap.CLOSE, Command.SET_TENSOR, Conduct.NOTICES, gone,
         "closed-within-set-tensor", "the server closes the connection within the data", within=True,
     )  # fmt: skip
     add(
-        Subject.CLOSED, How.RESET, Command.GRAPH_COMPUTE, Expected.NOTICES, gone,
+        Topic.CLOSED, Mishap.RESET, Command.GRAPH_COMPUTE, Conduct.NOTICES, gone,
         "reset-graph-compute", "the server resets the connection at the first graph",
     )  # fmt: skip
     for command in answering:
         empty = not dialect.commands[command].response.sizeof()
         if dialect.commands[command].answer is Answer.FIXED and empty:
             continue
-        add(Subject.CUT, How.CUT, command, Expected.NOTICES, torn)
+        add(Topic.CUT, Mishap.CUT, command, Conduct.NOTICES, torn)
     add(
-        Subject.CUT, How.CUT_SIZE, Command.GET_TENSOR, Expected.NOTICES, torn, "cut-size",
+        Topic.CUT, Mishap.CUT_SIZE, Command.GET_TENSOR, Conduct.NOTICES, torn, "cut-size",
         "the server closes the connection within the size of an answer",
     )  # fmt: skip
     for command in answering:
         add(
-            Subject.WRONG, How.LONG, command, Expected.REFUSES, size, f"long-{_named(command)}",
+            Topic.WRONG, Mishap.LONG, command, Conduct.REFUSES, size, f"long-{_named(command)}",
         )  # fmt: skip
-    add(Subject.WRONG, How.SHORT, Command.HELLO, Expected.REFUSES, size, "short-hello")
-    add(Subject.WRONG, How.SHORT, Command.GET_TENSOR, Expected.REFUSES, size, "short-get-tensor")
-    add(Subject.WRONG, How.HUGE, Command.GET_TENSOR, Expected.REFUSES, size, "huge-get-tensor")
+    add(Topic.WRONG, Mishap.SHORT, Command.HELLO, Conduct.REFUSES, size, "short-hello")
+    add(Topic.WRONG, Mishap.SHORT, Command.GET_TENSOR, Conduct.REFUSES, size, "short-get-tensor")
+    add(Topic.WRONG, Mishap.HUGE, Command.GET_TENSOR, Conduct.REFUSES, size, "huge-get-tensor")
     add(
-        Subject.SLOW, How.DELAY, Command.GET_TENSOR, Expected.SUCCEEDS,
+        Topic.SLOW, Mishap.DELAY, Command.GET_TENSOR, Conduct.SUCCEEDS,
         "A large graph takes its time.", "late", "the first GET_TENSOR is answered 3 s late",
         seconds=3.0,
     )  # fmt: skip
     made.append(
         Scenario(
-            Subject.SLOW,
+            Topic.SLOW,
             "dribble",
             "answers come byte by byte, large ones in uneven pieces",
-            Expected.SUCCEEDS,
+            Conduct.SUCCEEDS,
             "TCP is a stream: an answer may arrive in any pieces.",
-            fault=Fault(How.DRIBBLE),
+            fault=Fault(Mishap.DRIBBLE),
         )
     )
     for command in (Command.HELLO, Command.GET_TENSOR):
         add(
-            Subject.SILENT, How.SILENT, command, Expected.REFUSES,
+            Topic.SILENT, Mishap.SILENT, command, Conduct.REFUSES,
             "A server that hangs is as lost as one that is gone.", f"silent-{_named(command)}",
         )  # fmt: skip
     return made
@@ -272,10 +272,10 @@ def scenarios(dialect: Dialect) -> list[Scenario]:
 def plain(dialect: Dialect) -> Scenario:
     """A plain server of one version."""
     return Scenario(
-        Subject.DIALECTS,
+        Topic.DIALECTS,
         f"plain-{dialect.name}",
         f"a plain server of protocol {dialect.name}",
-        Expected.SUCCEEDS,
+        Conduct.SUCCEEDS,
         "A client of this version has to work with it.",
         dialect=dialect,
     )
@@ -283,7 +283,7 @@ def plain(dialect: Dialect) -> Scenario:
 
 def foreign(dialect: Dialect) -> Scenario:
     """A plain server of a version that isn't the client's."""
-    return replace(plain(dialect), expected=Expected.REFUSES, why="It is another version.")
+    return replace(plain(dialect), expected=Conduct.REFUSES, why="It is another version.")
 
 
 def select(made: Iterable[Scenario], wanted: str) -> list[Scenario]:

@@ -19,14 +19,21 @@ from typing import Any, Self
 from conformance.serve.faults import Fault, Hangup, send_answer
 from conformance.serve.memory import Addresses, HashStore
 from conformance.serve.rules import Notes
-from conformance.serve.state import Properties, Refused, Session
-from conformance.suite.transcript import KEPT, Message
+from conformance.serve.state import Properties, RequestRefused, ServedSession
+from conformance.suite.transcript import KEPT, TranscriptMessage
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect, Version
 from protocol.errors import ProtocolError
-from protocol.framing import FRAME, Hello, Request, RequestReader, UploadEnd, UploadStart
 from protocol.messages import CONN_CAPS_SIZE
+from protocol.requests import (
+    FRAME,
+    Hello,
+    Request,
+    RequestReader,
+    UploadEnd,
+    UploadStart,
+)
 
 Bytes = bytes | bytearray | memoryview
 
@@ -67,7 +74,7 @@ class ConnectionRecord:
     offered: Version | None = None
     commands: list[tuple[str, int]] = field(default_factory=list)
     # The last messages of both sides, for the report.
-    messages: deque[Message] = field(default_factory=lambda: deque(maxlen=_LAST_MESSAGES))
+    messages: deque[TranscriptMessage] = field(default_factory=lambda: deque(maxlen=_LAST_MESSAGES))
     # Whether a request came after HELLO was answered.
     went_on: bool = False
     # Whether the fault happened here, and how many bytes the client sent when it knew of it.
@@ -89,7 +96,9 @@ class ConnectionRecord:
         """Keep a message for the report: its first bytes, of ``size``."""
         name = f"connection {self.number}"
         kept = bytes(data[:KEPT])
-        self.messages.append(Message(name, sent, command.name, kept, size, seconds=seconds))
+        self.messages.append(
+            TranscriptMessage(name, sent, command.name, kept, size, seconds=seconds)
+        )
 
     @property
     def story(self) -> str:
@@ -223,9 +232,9 @@ class ScriptedServer:
     def patience(self) -> float:
         return self._patience
 
-    def session(self, dialect: Dialect, notes: Notes) -> Session:
+    def session(self, dialect: Dialect, notes: Notes) -> ServedSession:
         properties = self.script.properties
-        return Session(dialect, properties, self._addresses, self._store, notes, self._asked)
+        return ServedSession(dialect, properties, self._addresses, self._store, notes, self._asked)
 
 
 class _ClientGone(Exception):  # noqa: N818
@@ -250,7 +259,7 @@ class _Connection:
         self._stop = stop
         self._started = time.monotonic()
         self._reader = RequestReader()
-        self._session: Session | None = None
+        self._session: ServedSession | None = None
 
     def run(self) -> None:
         record, notes = self._record, self._notes
@@ -265,7 +274,7 @@ class _Connection:
             )
             if self._session is not None and whole:
                 self._session.ended()
-        except Refused as refusal:
+        except RequestRefused as refusal:
             record.ended_by, record.refusal = "server", str(refusal)
         except ProtocolError as error:
             record.ended_by, record.refusal = "server", str(error)
@@ -372,7 +381,7 @@ class _Connection:
         offered = self._server.script.offer(size)
         self._due = self._server.due_fault(Command.HELLO)
         if offered is None:
-            raise Refused(f"no version has a HELLO of {size} bytes in this scenario")
+            raise RequestRefused(f"no version has a HELLO of {size} bytes in this scenario")
         self._record.offered = offered.version
         dialect = self._reader.dialect = offered.dialect
         self._session = self._server.session(dialect, self._notes)

@@ -1,7 +1,7 @@
 """One connection's state as the wire's rules see it: each request checked, and its plain answer.
 
-``Session.answer`` gives what a correct server answers, or raises Refused where it would close the
-connection. What is sent in a scenario may be something else; that is not decided here.
+``ServedSession.answer`` gives what a correct server answers, or raises Refused where it would close
+the connection. What is sent in a scenario may be something else; that is not decided here.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conformance.serve.graphs import GraphState, check_graph
-from conformance.serve.memory import Addresses, Block, HashStore, Memory
+from conformance.serve.memory import (
+    Addresses,
+    Block,
+    HashStore,
+    ServedMemory,
+)
 from conformance.serve.rules import Notes
 from conformance.serve.tensors import TensorView, describe, view_of
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError
-from protocol.framing import Request, UploadStart
+from protocol.ggml.hashing import fnv1a_64
 from protocol.graph_payload import decode_graph
-from protocol.hashing import fnv1a_64
 from protocol.messages import MAX_SOURCES
+from protocol.requests import Request, UploadStart
 
 HASH_THRESHOLD = 10 << 20
 # llama.cpp asks for the room of quantized tensors whose rows aren't multiples of this.
 _PADDED_ROW = 512
 
 
-class Refused(Exception):  # noqa: N818
+class RequestRefused(Exception):  # noqa: N818
     """A correct server closes the connection here; the message says why."""
 
 
@@ -75,7 +80,7 @@ class _Upload:
 
 
 @dataclass(slots=True)
-class Session:
+class ServedSession:
     """What one connection has; ``notes`` takes what is found."""
 
     dialect: Dialect
@@ -85,7 +90,7 @@ class Session:
     notes: Notes
     # What GET_ALLOC_SIZE answered, by device and layout: a client keeps it for later connections.
     _asked: dict[Any, int]
-    memory: Memory = field(init=False)
+    memory: ServedMemory = field(init=False)
     _allocations: int = 0
     _graphs: dict[int, GraphState] = field(default_factory=dict)
     _offers: dict[tuple[int, int], _Offer] = field(default_factory=dict)
@@ -93,7 +98,7 @@ class Session:
     _upload: _Upload | None = None
 
     def __post_init__(self) -> None:
-        self.memory = Memory(self.addresses, self.properties.total)
+        self.memory = ServedMemory(self.addresses, self.properties.total)
 
     # -- life
 
@@ -139,7 +144,7 @@ class Session:
 
     def _require(self, rule: str, kept: bool, otherwise: str) -> None:
         if not self.notes.check(rule, kept, otherwise):
-            raise Refused(otherwise)
+            raise RequestRefused(otherwise)
 
     def _device_count(self, request: Request) -> Mapping[str, Any]:
         return {"device_count": self.properties.devices}
@@ -384,7 +389,7 @@ class Session:
             graph = decode_graph(request.graph, self.dialect)
         except (ProtocolError, struct.error) as error:
             self.notes.check("graph/counts", False, str(error))
-            raise Refused(str(error)) from None
+            raise RequestRefused(str(error)) from None
         self.notes.check("graph/counts", True, "")
         self._check_device(request.command, graph.device)
         state = check_graph(self, graph)
@@ -421,21 +426,21 @@ class Session:
 
 
 _Fields = Mapping[str, Any] | memoryview | None
-_HANDLERS: dict[Command, Callable[[Session, Request], _Fields]] = {
-    Command.DEVICE_COUNT: Session._device_count,
-    Command.GET_ALIGNMENT: Session._get_alignment,
-    Command.GET_MAX_SIZE: Session._get_max_size,
-    Command.GET_DEVICE_MEMORY: Session._get_device_memory,
-    Command.GET_ALLOC_SIZE: Session._get_alloc_size,
-    Command.ALLOC_BUFFER: Session._alloc_buffer,
-    Command.BUFFER_GET_BASE: Session._buffer_get_base,
-    Command.FREE_BUFFER: Session._free_buffer,
-    Command.BUFFER_CLEAR: Session._buffer_clear,
-    Command.SET_TENSOR_HASH: Session._set_tensor_hash,
-    Command.INIT_TENSOR: Session._init_tensor,
-    Command.MEMSET_TENSOR: Session._memset_tensor,
-    Command.GET_TENSOR: Session._get_tensor,
-    Command.COPY_TENSOR: Session._copy_tensor,
-    Command.GRAPH_COMPUTE: Session._graph_compute,
-    Command.GRAPH_RECOMPUTE: Session._graph_recompute,
+_HANDLERS: dict[Command, Callable[[ServedSession, Request], _Fields]] = {
+    Command.DEVICE_COUNT: ServedSession._device_count,
+    Command.GET_ALIGNMENT: ServedSession._get_alignment,
+    Command.GET_MAX_SIZE: ServedSession._get_max_size,
+    Command.GET_DEVICE_MEMORY: ServedSession._get_device_memory,
+    Command.GET_ALLOC_SIZE: ServedSession._get_alloc_size,
+    Command.ALLOC_BUFFER: ServedSession._alloc_buffer,
+    Command.BUFFER_GET_BASE: ServedSession._buffer_get_base,
+    Command.FREE_BUFFER: ServedSession._free_buffer,
+    Command.BUFFER_CLEAR: ServedSession._buffer_clear,
+    Command.SET_TENSOR_HASH: ServedSession._set_tensor_hash,
+    Command.INIT_TENSOR: ServedSession._init_tensor,
+    Command.MEMSET_TENSOR: ServedSession._memset_tensor,
+    Command.GET_TENSOR: ServedSession._get_tensor,
+    Command.COPY_TENSOR: ServedSession._copy_tensor,
+    Command.GRAPH_COMPUTE: ServedSession._graph_compute,
+    Command.GRAPH_RECOMPUTE: ServedSession._graph_recompute,
 }

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.ggml_types import TYPE_INFO, GgmlType, TypeInfo, nbytes
+from protocol.ggml.types import (
+    TYPE_INFO,
+    GgmlType,
+    TypeInfo,
+    nbytes,
+)
 
 _TYPES = {int(type): type for type in GgmlType}
 

@@ -51,7 +51,7 @@ A ``Peer``:
   ``closed_by_server()``, ``half_close()``, ``close()``;
 * ``alloc(size, device=0)``: a ``RemoteBuffer``; ``set(tensor, data, offset=0)``,
   ``get(tensor, size, offset=0)``; ``compute(nodes, leaves, device=0)`` of tensors as field dicts;
-  ``send(Command.GRAPH_COMPUTE, payload)`` for a graph from ``client.graph.GraphBuilder``;
+  ``send(Command.GRAPH_COMPUTE, payload)`` for a graph from ``client.builder.graph.GraphBuilder``;
 * a server that hangs up, answers with another size or not at all within the deadline makes the
   case fail by itself (``Closed``, ``Malformed``, ``NoAnswer``); catch them to judge otherwise.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.graph import Graph, GraphBuilder
+from client.builder.graph import Graph, GraphBuilder
 from client.tensors import NUMPY_TYPES, Tensor, from_bytes
 from conformance.differential.blocks import random_blocks
 from conformance.differential.compare import nmse
@@ -17,7 +17,7 @@ from conformance.suite.errors import Failed
 from conformance.suite.peer import Peer
 from conformance.suite.tensors import RemoteBuffer
 from protocol.commands import Command
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
 Array = npt.NDArray[Any]
 _GAP = 64

@@ -10,9 +10,9 @@ from conformance.suite.errors import Closed, Differs, Failed, NotOffered, Skippe
 from conformance.suite.peer import Peer
 from conformance.suite.transcript import Transcript
 from protocol.commands import Command
-from protocol.conversation import dialect_of_version
 from protocol.dialects import Dialect, Version
 from protocol.negotiation import retry_pause
+from protocol.observe.conversation import dialect_of_version
 from protocol.split import split_caps
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from conformance.suite.errors import Closed, Failed, Malformed, NoAnswer
 from conformance.suite.tensors import NO_TENSOR, Fields, RemoteBuffer, graph_bytes
-from conformance.suite.transcript import Message, Transcript
+from conformance.suite.transcript import Transcript, TranscriptMessage
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, CommandSpec, Dialect, Version
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES
 from protocol.split import caps_version, with_split
 
@@ -70,8 +70,8 @@ class Peer:
         self._deadline = deadline
         self._transcript = Transcript() if transcript is None else transcript
         self._transcript.dialects[name] = dialect
-        self._sending: Message | None = None
-        self._receiving: Message | None = None
+        self._sending: TranscriptMessage | None = None
+        self._receiving: TranscriptMessage | None = None
         self.socket = socket.create_connection(address, timeout=patience)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -9,9 +9,9 @@ from conformance.suite.errors import Closed, Failed, NoAnswer
 from conformance.suite.peer import Peer
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect, Version, compatible_dialects
-from protocol.ggml_ops import Op, UnaryOp
-from protocol.ggml_types import GgmlType
-from protocol.hashing import FNV_OFFSET, FNV_PRIME, fnv1a_64
+from protocol.ggml.hashing import FNV_OFFSET, FNV_PRIME, fnv1a_64
+from protocol.ggml.ops import Op, UnaryOp
+from protocol.ggml.types import GgmlType
 from protocol.messages import MAX_PARAM_WORDS
 from protocol.split import VERSION
 

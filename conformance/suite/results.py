@@ -26,7 +26,7 @@ class Verdict(enum.StrEnum):
 
 
 @dataclass(slots=True)
-class Result:
+class CaseResult:
     """``came`` says what came where that isn't what was expected, or why a case did not run.
 
     ``ended`` says how the server's process ended in this case, ``output`` what it wrote last.
@@ -42,12 +42,12 @@ class Result:
 
 
 @dataclass(slots=True)
-class Run:
+class SuiteRun:
     """All results of a run; ``server`` names what was tested."""
 
     server: str
     facts: Facts
-    results: list[Result] = field(default_factory=list)
+    results: list[CaseResult] = field(default_factory=list)
     seconds: float = 0.0
 
     @property

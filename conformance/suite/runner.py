@@ -17,7 +17,7 @@ from conformance.suite.context import Context, Facts
 from conformance.suite.errors import CaseEnded, Differs, Failed, Skipped
 from conformance.suite.probe import introduce_numbering
 from conformance.suite.registry import Case, Group
-from conformance.suite.results import Result, Run, Verdict
+from conformance.suite.results import CaseResult, SuiteRun, Verdict
 from conformance.suite.target import ServerGone, Target
 from protocol.errors import NotInRelease
 from protocol.split import split_commands
@@ -63,7 +63,7 @@ class _Canary:
         self._context.close()
 
 
-class Runner:
+class SuiteRunner:
     """Runs cases on one server. ``patience`` is how many seconds a single answer may take.
 
     ``reconnect``: for how long a server that is not ours to start is waited for.
@@ -86,13 +86,15 @@ class Runner:
         self._canary: _Canary | None = None
         self._group: Group | None = None
 
-    def run(self, cases: Sequence[Case], run: Run, report: Callable[[Result], None]) -> None:
+    def run(
+        self, cases: Sequence[Case], run: SuiteRun, report: Callable[[CaseResult], None]
+    ) -> None:
         """Run the cases in order; each result is added to ``run`` and given to ``report``."""
         started = time.monotonic()
         gone = ""
         for case in cases:
             if gone:
-                result = Result(case, Verdict.NOT_RUN, gone)
+                result = CaseResult(case, Verdict.NOT_RUN, gone)
             else:
                 result = self._run_one(case)
                 gone = self._have_server(result)
@@ -101,18 +103,18 @@ class Runner:
             report(result)
         self._drop_canary()
 
-    def _run_one(self, case: Case) -> Result:
+    def _run_one(self, case: Case) -> CaseResult:
         if self._group is not case.group:
             self._drop_canary()
             self._group = case.group
         reason = self.reason_to_skip(case)
         if reason:
-            return Result(case, Verdict.SKIPPED, reason)
+            return CaseResult(case, Verdict.SKIPPED, reason)
         if case.hostile and self._facts.concurrent and self._canary is None:
             try:
                 self._canary = _Canary(self._target.address, self._facts, self._patience)
             except CaseEnded as error:
-                return Result(case, Verdict.FAIL, f"before the case, another client: {error}")
+                return CaseResult(case, Verdict.FAIL, f"before the case, another client: {error}")
         mark = self._target.mark()
         started = time.monotonic()
         context = Context(
@@ -123,7 +125,7 @@ class Runner:
             seed=self._seed,
         )
         verdict, came = _judge(case, context)
-        result = Result(case, verdict, came, time.monotonic() - started, context.transcript)
+        result = CaseResult(case, verdict, came, time.monotonic() - started, context.transcript)
         self._look_after(result)
         if result.verdict is Verdict.FAIL:
             result.output = self._target.output(mark)
@@ -148,7 +150,7 @@ class Runner:
             return "the server doesn't have the split extension"
         return ""
 
-    def _look_after(self, result: Result) -> None:
+    def _look_after(self, result: CaseResult) -> None:
         """Whether the server lives, and another client's data with it; else the case has failed."""
         trouble = ""
         if result.case.hostile or result.verdict is Verdict.FAIL:
@@ -184,7 +186,7 @@ class Runner:
             context.close()
         return ""
 
-    def _have_server(self, result: Result) -> str:
+    def _have_server(self, result: CaseResult) -> str:
         """Start the server again if it needs that; why there is none, if that can't be had."""
         if not result.ended:
             return ""

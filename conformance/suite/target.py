@@ -16,7 +16,7 @@ import time
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from tools.ports import free_port
+from tools.serving.ports import free_port
 
 _PAUSE = 0.02
 

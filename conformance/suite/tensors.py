@@ -10,8 +10,8 @@ import numpy as np
 
 from client.tensors import FLAG_COMPUTE, contiguous_strides, dims
 from protocol.dialects import Dialect
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES, RPC_TENSOR_DTYPE
 from protocol.numbering import wire_params

@@ -14,7 +14,7 @@ MOST_MESSAGES = 400
 
 
 @dataclass(slots=True)
-class Message:
+class TranscriptMessage:
     """One message or piece of the stream.
 
     ``data`` are its first KEPT bytes of ``size``; ``command`` is the request's name, of an answer
@@ -41,15 +41,17 @@ class Message:
 class Transcript:
     """The messages of a case; ``left_out`` counts those over MOST_MESSAGES."""
 
-    messages: list[Message] = field(default_factory=list)
+    messages: list[TranscriptMessage] = field(default_factory=list)
     left_out: int = 0
     # By the name of a connection, what it speaks: the bytes are read by that.
     dialects: dict[str, Dialect] = field(default_factory=dict)
     _start: float = field(default_factory=time.monotonic)
 
-    def add(self, peer: str, *, sent: bool, command: str = "", note: str = "") -> Message:
+    def add(self, peer: str, *, sent: bool, command: str = "", note: str = "") -> TranscriptMessage:
         """A new message, to be extended by its bytes."""
-        message = Message(peer, sent, command, note=note, seconds=time.monotonic() - self._start)
+        message = TranscriptMessage(
+            peer, sent, command, note=note, seconds=time.monotonic() - self._start
+        )
         if len(self.messages) < MOST_MESSAGES:
             self.messages.append(message)
         else:

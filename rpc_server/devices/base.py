@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from protocol.dialects import Dialect
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload
 from rpc_server.graph.parse import BufferLike, Resolve
 from rpc_server.graph.tensor import Tensor
 
 if TYPE_CHECKING:
-    from rpc_server.cache import TensorCache
-    from rpc_server.split.exchange import Peer
+    from rpc_server.cache.store import TensorCache
+    from rpc_server.devices.cpu.streaming.transfer import StreamPeer
 
 T = TypeVar("T")
 
@@ -24,10 +24,10 @@ __all__ = [
     "Copying",
     "Device",
     "DeviceError",
-    "Lane",
     "NotReadyError",
     "Plan",
-    "Relaying",
+    "Queue",
+    "RemoteStorage",
     "Resolve",
     "Slicing",
     "Splitting",
@@ -72,13 +72,13 @@ class KeptUpload(Upload, Protocol):
 
 
 @runtime_checkable
-class Relaying(Protocol):
+class RemoteStorage(Protocol):
     """A Storage of which some bytes lie elsewhere: these come and go by its own ways."""
 
     # Whether all of its bytes are at one place, so that the cache may hold and serve them.
     whole: bool
 
-    def concerns(self, start: int, size: int, t: Tensor | None = None) -> bool:
+    def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
         """Whether bytes lie elsewhere, or belong there when ``t`` is uploaded to them."""
         ...
 
@@ -208,10 +208,10 @@ class Plan(Protocol):
         ...
 
 
-class Lane(Protocol):
+class Queue(Protocol):
     """What graphs of one client run by on a device: one after the other, and maybe beside others'.
 
-    One job of a lane is submitted at a time.
+    One job of a queue is submitted at a time.
     """
 
     def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Plan:
@@ -222,7 +222,7 @@ class Lane(Protocol):
         ...
 
     def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
     ) -> Plan:
         """Plan a program of the split extension, whose stream is ``peer``'s; as prepare."""
         ...
@@ -276,11 +276,11 @@ class Device(Protocol):
         """Bytes the tensor needs in a buffer of this device (GET_ALLOC_SIZE)."""
         ...
 
-    def lane(self) -> Lane:
+    def queue(self) -> Queue:
         """For the graphs of one client."""
         ...
 
-    def expect_weights(self, type: GgmlType) -> None:
+    def prefetch_kernels(self, type: GgmlType) -> None:
         """Weights of ``type`` are being uploaded: get kernels ready, without blocking."""
         ...
 

@@ -17,7 +17,7 @@ class UnknownDeviceError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DeviceOptions:
     """What devices are made with.
 
     ``threads`` None means all cores the process may use; ``allow_host_ops`` lets ops without a
@@ -28,16 +28,16 @@ class Options:
     allow_host_ops: bool = False
 
 
-Factory = Callable[[Options], Device]
+Factory = Callable[[DeviceOptions], Device]
 
 
-def _cpu(options: Options) -> Device:
+def _cpu(options: DeviceOptions) -> Device:
     from rpc_server.devices.cpu.device import CpuDevice
 
     return CpuDevice(options.threads)
 
 
-def _cuda(index: int, options: Options) -> Device:
+def _cuda(index: int, options: DeviceOptions) -> Device:
     from rpc_server.devices.cuda.device import CudaDevice
 
     return CudaDevice(index, allow_host_ops=options.allow_host_ops)
@@ -66,7 +66,7 @@ def available() -> list[str]:
     return list(_factories())
 
 
-def open_devices(names: list[str], options: Options) -> list[Device]:
+def open_devices(names: list[str], options: DeviceOptions) -> list[Device]:
     """The named devices (any case); for an empty list all GPUs, or the CPU where there is none.
 
     ``cuda`` names all GPUs. Raises UnknownDeviceError.

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from protocol.dialects import Dialect
-from protocol.ggml_ops import Op, TensorFlag
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op, TensorFlag
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.messages import MAX_PARAM_WORDS
 from protocol.numbering import canonical_params, padding_behind
@@ -53,14 +53,14 @@ Resolve = Callable[[int], BufferLike | None]
 
 
 @dataclass(slots=True)
-class Graph:
+class LinkedGraph:
     """Nodes in execution order, views included; ``dialect`` is the numbering they were read by."""
 
     nodes: Sequence[Tensor]
     dialect: Dialect
 
 
-def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Graph:
+def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> LinkedGraph:
     """Link and check the graph of a GRAPH_COMPUTE.
 
     ``resolve`` maps a buffer handle off the wire to the client's buffer, None if it has no such.
@@ -70,7 +70,7 @@ def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Gr
     node_ids: list[int] = payload.nodes.tolist()
     nodes = [tensor_with_id(tensors, id_) for id_ in node_ids]
     check_order(nodes)
-    return Graph(_to_compute(nodes, dialect), dialect)
+    return LinkedGraph(_to_compute(nodes, dialect), dialect)
 
 
 def parse_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> dict[int, Tensor]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import (
+from protocol.ggml.ops import Op
+from protocol.ggml.types import (
     TYPE_INFO,
     GgmlType,
     has_contiguous_rows,
     is_contiguous,
     row_size,
 )
-from protocol.ggml_types import nbytes as tensor_nbytes
+from protocol.ggml.types import nbytes as tensor_nbytes
 
 Dims = tuple[int, int, int, int]
 

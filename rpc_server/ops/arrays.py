@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.types import from_f32, to_f32
 

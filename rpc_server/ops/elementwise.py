@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import gelu
 from rpc_server.ops.arrays import ArrayContext

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 Floats = npt.NDArray[np.float32]
 

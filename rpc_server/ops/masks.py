@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import (
     F32_ONLY,

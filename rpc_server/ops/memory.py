@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from protocol.ggml_ops import VIEWS, Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, nbytes
+from protocol.ggml.ops import VIEWS, Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, nbytes
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE, ArrayContext
 from rpc_server.ops.checks import (

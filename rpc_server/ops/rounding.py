@@ -8,7 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.types import from_f32, to_f32
 
 # Weights with a minimum, and blocks of 32 elements.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 
 if TYPE_CHECKING:
     from rpc_server.graph.tensor import Tensor

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.types import decode, encode, encode_iq4, encode_k, floats
 
 # Types that graphs may read or write through float32.

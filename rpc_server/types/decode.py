@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.types.tables import FP4_VALUES, UE4M3_VALUES
+from protocol.ggml.tables import FP4_VALUES, UE4M3_VALUES
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
 # uint8 and float32, a row for each block.
 Bytes = np.ndarray[Any, Any]

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.tables import E8M0_VALUES, FP4_VALUES, UE4M3_VALUES
+from protocol.ggml.types import GgmlType
 from rpc_server.types.blocks import (
     Bytes,
     Encoder,
@@ -29,7 +30,6 @@ from rpc_server.types.blocks import (
     round_away,
     sum_in_order,
 )
-from rpc_server.types.tables import E8M0_VALUES, FP4_VALUES, UE4M3_VALUES
 
 
 def _low_and_high(codes: Bytes, bits: int) -> list[Bytes]:

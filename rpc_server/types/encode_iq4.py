@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.tables import IQ4_VALUES
+from protocol.ggml.types import GgmlType
 from rpc_server.types.blocks import (
     GROUP_EPSILON,
     Bytes,
@@ -20,7 +21,6 @@ from rpc_server.types.blocks import (
     nibbles,
     sum_in_order,
 )
-from rpc_server.types.tables import IQ4_VALUES
 
 _ONE = np.float32(1)
 _ZERO = np.float32(0)

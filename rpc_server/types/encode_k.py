@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.types.blocks import (
     GROUP_EPSILON,
     Bytes,

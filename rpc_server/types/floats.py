@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 Convert = Callable[[Any, ModuleType], Any]
 

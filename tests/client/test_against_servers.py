@@ -17,13 +17,13 @@ from client.errors import ConnectionLost, VersionMismatch
 from client.gguf_file import load_gguf
 from client.tensors import Array, ShapeError, Tensor
 from protocol.dialects import DIALECTS
-from protocol.ggml_types import TYPE_INFO, GgmlType
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.types import to_f32
 from tests.client.test_gguf_file import write
 from tests.upstream_server import Endpoint
-from tools.ports import free_port
-from tools.serving import Process, listens, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens, upstream_command
 
 F32, F16, I32, I64, I8 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64, GgmlType.I8
 

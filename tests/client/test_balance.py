@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.balance import Speed, balanced, shares_by_time
-from client.partition import partition
+from client.split.balance import Speed, balanced, shares_by_time
+from client.split.partition import partition
 
 
 def times(

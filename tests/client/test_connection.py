@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import uvloop
 
+from client.builder.graph import GraphBuilder
 from client.connection import Connection, connect
 from client.errors import (
     AllocationFailed,
@@ -19,12 +20,11 @@ from client.errors import (
     UnsupportedCommand,
     VersionMismatch,
 )
-from client.graph import GraphBuilder
 from client.tensors import Tensor
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect, find_dialects
 from protocol.errors import ProtocolError
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.messages import RPC_TENSOR_DTYPE
 from protocol.split import SPLIT_COMMANDS, VERSION, split_caps, with_split
 from tests.client.scripted import Peer, scripted, talking_to

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from client.graph import GraphBuilder
-from client.parts import Triangle
-from client.products import ROPE_NEOX
+from client.builder.graph import GraphBuilder
+from client.builder.partial import Triangle
+from client.builder.products import ROPE_NEOX
 from client.tensors import FLAG_PARAM, ShapeError, Tensor, param_f32
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 F32, F16, BF16, I32, I64, Q8_0 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64, GgmlType.Q8_0,

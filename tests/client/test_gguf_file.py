@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from client.gguf_file import GgufFile, read_tensors
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 
 ROWS = 3
 Content = Mapping[str, tuple[int, tuple[int, ...], bytes]]

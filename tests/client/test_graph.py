@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from client.graph import GraphBuilder
-from client.products import ROPE_MROPE, ROPE_NEOX
+from client.builder.graph import GraphBuilder
+from client.builder.products import ROPE_MROPE, ROPE_NEOX
 from client.tensors import FLAG_COMPUTE, ShapeError, Tensor, encode_params
 from protocol.dialects import DIALECTS, find_dialects
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import decode_graph
 
 F32, F16, I32, Q4_0 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.Q4_0

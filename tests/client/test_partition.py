@@ -9,7 +9,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from client.partition import ROW_MULTIPLE, Rows, column_runs, partition, row_runs
+from client.split.partition import (
+    ROW_MULTIPLE,
+    Rows,
+    column_extents,
+    partition,
+    row_extents,
+)
 
 shares = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=16).filter(
     lambda s: sum(s) > 0
@@ -74,7 +80,7 @@ def test_a_range_of_bytes_is_found_in_the_parts(
     there = [whole[:, p.first : p.last].reshape(-1) for p in parts]
     offset, size = data.draw(ranges(whole.size))
     found = np.full(size, -1)
-    for piece in row_runs(parts, row_bytes, n_rows, offset, size):
+    for piece in row_extents(parts, row_bytes, n_rows, offset, size):
         run = slice(piece.start, piece.start + piece.size)
         assert (found[run] == -1).all(), "a byte belongs to two parts"
         assert piece.size > 0
@@ -93,7 +99,7 @@ def test_a_range_of_bytes_is_found_in_columns(
     there = [whole[:, e.first : e.last].reshape(-1) for e in edges]
     offset, size = data.draw(ranges(whole.size))
     found = np.full(size, -1)
-    for run in column_runs(edges, row_bytes, offset, size):
+    for run in column_extents(edges, row_bytes, offset, size):
         for i in range(run.count):
             start = run.start + i * run.distance
             part = slice(start, start + run.size)
@@ -104,4 +110,4 @@ def test_a_range_of_bytes_is_found_in_columns(
 
 
 def test_there_is_nothing_in_a_weight_without_rows() -> None:
-    assert row_runs([Rows(0, 0)], 64, 0, 0, 0) == []
+    assert row_extents([Rows(0, 0)], 64, 0, 0, 0) == []

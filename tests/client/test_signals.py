@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from client.graph import GraphBuilder
-from client.signals import SCALE_ALIGN_CORNERS, SCALE_ANTIALIAS, SCALE_BICUBIC
+from client.builder.graph import GraphBuilder
+from client.builder.signals import SCALE_ALIGN_CORNERS, SCALE_ANTIALIAS, SCALE_BICUBIC
 from client.tensors import ShapeError, Tensor, encode_params
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from tests.ops import harness
 from tests.ops.test_against_ggml import Ggml
 from tests.ops.test_against_ggml import ggml as ggml  # the fixture

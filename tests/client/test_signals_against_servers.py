@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from client.signals import (
+from client.builder.signals import (
     POOL_AVG,
     POOL_MAX,
     SCALE_ALIGN_CORNERS,
@@ -23,7 +23,7 @@ from client.signals import (
     SCALE_NEAREST,
 )
 from client.tensors import Array, Tensor
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.ops.harness import nmse
 from tests.upstream_server import Endpoint
 

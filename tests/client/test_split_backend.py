@@ -18,16 +18,16 @@ from client import backend as client_backend
 from client.backend import Backend
 from client.connection import Connection, connect, connect_any
 from client.errors import AllocationFailed, ServerLost, VersionMismatch
-from client.partition import Rows
-from client.split import SplitBackend
+from client.split.backend import SplitBackend
+from client.split.partition import Rows
 from client.tensors import Array, ShapeError
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PROGRAMS
 from tests.server.process import running
 from tests.upstream_server import running_upstream
-from tools.ports import free_port
+from tools.serving.ports import free_port
 
 HOST = "127.0.0.1"
 NEWEST = DIALECTS[0]

@@ -17,8 +17,8 @@ from client.connection import connect
 from client.errors import VersionMismatch
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect, Version, find_dialects
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from protocol.negotiation import retry_pause
 from tests.server.process import running
 from tests.upstream_server import Endpoint

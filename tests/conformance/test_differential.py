@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conformance.differential.campaign import Campaign, Servers, select
+from conformance.differential.campaign import DifferentialCampaign, Servers, select
 from conformance.differential.report import Report
 from tests.cuda import emulation
 from tools.upstream import find_program
@@ -34,7 +34,7 @@ def test_every_op_agrees_with_upstream(device: str) -> None:
     seed = int(os.environ.get("DIFFERENTIAL_SEED", "0"))
     chosen = select()
     report = Report(list(chosen))
-    for name, tally in Campaign(servers, "short", seed, chosen).run(_JOBS):
+    for name, tally in DifferentialCampaign(servers, "short", seed, chosen).run(_JOBS):
         report.add(name, tally)
     print(f"seed {seed}\n{report.table()}")
     assert not report.failed, f"seed {seed}: see the findings above"

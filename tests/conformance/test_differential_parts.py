@@ -12,17 +12,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import conformance.differential.families  # noqa: F401  (fills the table)
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import Tensor, dims
 from conformance.differential.blocks import random_blocks
-from conformance.differential.case import Case
-from conformance.differential.compare import EXACT, Check, How, Memory, difference, nmse
+from conformance.differential.case import GraphCase
+from conformance.differential.compare import (
+    EXACT,
+    CaseMemory,
+    Check,
+    Equality,
+    difference,
+    nmse,
+)
 from conformance.differential.explore import Judge, Mismatch
 from conformance.differential.runner import Image
 from conformance.differential.sketch import FAMILIES, Sketch
 from conformance.differential.type_sets import DECODABLE, ENCODABLE, QUANTIZED
-from conformance.differential.values import Fill, Kind, leaf_bytes
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from conformance.differential.values import Fill, ValueKind, leaf_bytes
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from rpc_server.types import ENCODABLE as SERVER_ENCODABLE
 from rpc_server.types import to_f32
 
@@ -37,7 +44,7 @@ def leaf(type: GgmlType, ne: Sequence[int]) -> Tensor:
 # -- cases -----------------------------------------------------------------------------------------
 
 
-def drawn() -> st.SearchStrategy[Case]:
+def drawn() -> st.SearchStrategy[GraphCase]:
     """A case of any family."""
     pairs = [(f, v) for f in FAMILIES.values() for v in f.variants]
     return st.sampled_from(pairs).flatmap(lambda pair: pair[0].strategy(pair[1]))
@@ -45,8 +52,8 @@ def drawn() -> st.SearchStrategy[Case]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn())
-def test_a_case_survives_json(case: Case) -> None:
-    again = Case.from_json(json.loads(case.dumps()))
+def test_a_case_survives_json(case: GraphCase) -> None:
+    again = GraphCase.from_json(json.loads(case.dumps()))
     assert again.to_json() == case.to_json()
     assert again.key() == case.key()
     assert again.describe() == case.describe()
@@ -55,11 +62,11 @@ def test_a_case_survives_json(case: Case) -> None:
     np.testing.assert_array_equal(first.untouched(case), second.untouched(again))
 
 
-def added(seed: int = 0, n: int = 6) -> Case:
+def added(seed: int = 0, n: int = 6) -> GraphCase:
     """(a + b), of which b repeats, in memory of its own."""
     g = GraphBuilder()
     a, b = g.new_tensor(F32, (n, 2)), g.new_tensor(F32, (n,))
-    return Case.of([(g.add(a, b), Check())], {a: Fill(seed=seed), b: Fill(seed=1)})
+    return GraphCase.of([(g.add(a, b), Check())], {a: Fill(seed=seed), b: Fill(seed=1)})
 
 
 def test_equal_cases_are_those_that_differ_in_seeds_only() -> None:
@@ -80,7 +87,7 @@ def test_a_case_knows_what_its_nodes_write() -> None:
     a, b = g.new_tensor(F32, (4,)), g.new_tensor(F32, (4,))
     view = g.reshape(a, 2, 2)
     inplace = g.sqr_inplace(view)
-    case = Case.of([(inplace, EXACT), (b, EXACT)], {a: Fill(), b: Fill()})
+    case = GraphCase.of([(inplace, EXACT), (b, EXACT)], {a: Fill(), b: Fill()})
     assert case.written == [inplace]
     kept = ~Image.of(case).untouched(case)
     assert kept.sum() == a.nbytes
@@ -90,18 +97,18 @@ def test_a_case_knows_what_its_nodes_write() -> None:
 
 
 RANDOM = (
-    Kind.NORMAL,
-    Kind.UNIFORM,
-    Kind.INTEGERS,
-    Kind.DISTINCT,
-    Kind.SPECIAL,
-    Kind.INFINITE,
-    Kind.MASK,
+    ValueKind.NORMAL,
+    ValueKind.UNIFORM,
+    ValueKind.INTEGERS,
+    ValueKind.DISTINCT,
+    ValueKind.SPECIAL,
+    ValueKind.INFINITE,
+    ValueKind.MASK,
 )
 
 
-@pytest.mark.parametrize("kind", [*RANDOM, Kind.RANGE, Kind.CONSTANT])
-def test_values_are_the_same_each_time_and_follow_the_seed(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [*RANDOM, ValueKind.RANGE, ValueKind.CONSTANT])
+def test_values_are_the_same_each_time_and_follow_the_seed(kind: ValueKind) -> None:
     t = leaf(F32, (32, 8))
     first = leaf_bytes(t, Fill(kind, 3, 1.0, 4.0))
     assert first.size == t.nbytes
@@ -114,26 +121,26 @@ def test_values_are_the_same_each_time_and_follow_the_seed(kind: Kind) -> None:
 def test_kinds_keep_their_promise(type: GgmlType) -> None:
     ne = (32, 16)
 
-    def make(kind: Kind, low: float = 0.0, high: float = 1.0) -> npt.NDArray[np.float64]:
+    def make(kind: ValueKind, low: float = 0.0, high: float = 1.0) -> npt.NDArray[np.float64]:
         raw = leaf_bytes(leaf(type, ne), Fill(kind, 1, low, high))
         if type is I32:
             return raw.view(np.int32).astype(np.float64).reshape(16, 32)
         return np.asarray(to_f32(type, raw.reshape(16, -1)), np.float64)
 
-    uniform = make(Kind.UNIFORM, -3.0, 5.0)
+    uniform = make(ValueKind.UNIFORM, -3.0, 5.0)
     assert uniform.min() >= -3.0
     assert uniform.max() <= 5.0
-    assert set(np.unique(make(Kind.INTEGERS, -2, 2))) == {-2, -1, 0, 1, 2}
-    ranks = np.sort(make(Kind.DISTINCT, 16, 1.0), axis=1)
+    assert set(np.unique(make(ValueKind.INTEGERS, -2, 2))) == {-2, -1, 0, 1, 2}
+    ranks = np.sort(make(ValueKind.DISTINCT, 16, 1.0), axis=1)
     np.testing.assert_array_equal(ranks, np.tile(np.arange(32.0), (16, 1)))
-    assert (make(Kind.CONSTANT, 7.0) == 7).all()
-    np.testing.assert_array_equal(make(Kind.RANGE, 2.0, 0.5)[0, 0:5:2], [2, 3, 4])
+    assert (make(ValueKind.CONSTANT, 7.0) == 7).all()
+    np.testing.assert_array_equal(make(ValueKind.RANGE, 2.0, 0.5)[0, 0:5:2], [2, 3, 4])
     if type is not I32:
-        special = make(Kind.SPECIAL)
+        special = make(ValueKind.SPECIAL)
         assert np.isnan(special).any()
         assert (special == INF).any()
         assert (special == -INF).any()
-        mask = make(Kind.MASK)
+        mask = make(ValueKind.MASK)
         assert set(np.unique(mask)) == {-INF, 0.0}
         assert (mask[:, 0] == 0).all()
 
@@ -158,7 +165,7 @@ def test_random_blocks_hold_numbers(type: GgmlType) -> None:
 
 
 def test_zeros_are_blocks_of_zeros() -> None:
-    raw = leaf_bytes(leaf(GgmlType.Q5_0, (64, 2)), Fill(Kind.CONSTANT))
+    raw = leaf_bytes(leaf(GgmlType.Q5_0, (64, 2)), Fill(ValueKind.CONSTANT))
     assert (to_f32(GgmlType.Q5_0, raw.reshape(2, -1)) == 0).all()
 
 
@@ -169,8 +176,8 @@ def test_the_server_encodes_what_upstreams_does() -> None:
 # -- comparison ------------------------------------------------------------------------------------
 
 
-def memory(t: Tensor, values: object, dtype: npt.DTypeLike = np.float32) -> Memory:
-    return Memory(np.array(values, dtype).reshape(-1).view(np.uint8), {t: 0})
+def memory(t: Tensor, values: object, dtype: npt.DTypeLike = np.float32) -> CaseMemory:
+    return CaseMemory(np.array(values, dtype).reshape(-1).view(np.uint8), {t: 0})
 
 
 def compared(
@@ -214,26 +221,26 @@ def test_exact_sees_the_sign_of_zero_and_the_bits_of_nan() -> None:
 @pytest.mark.parametrize(
     ("how", "order", "wrong"),
     [
-        (How.ORDER, [2, 0, 1, 3], ""),
-        (How.ORDER, [2, 1, 0, 3], ""),  # 0 and 1 are equal
-        (How.ORDER, [2, 0, 3, 1], "[2, 0, 0, 0]"),
-        (How.ORDER, [2, 0, 0, 3], "twice"),
-        (How.ORDER, [2, 0, 1, 4], "index 4 of 4"),
-        (How.ORDER, [2, 0, 1, -1], "index -1 of 4"),
-        (How.SET, [3, 2, 1, 0], ""),
-        (How.SET, [3, 3, 1, 0], "twice"),
+        (Equality.ORDER, [2, 0, 1, 3], ""),
+        (Equality.ORDER, [2, 1, 0, 3], ""),  # 0 and 1 are equal
+        (Equality.ORDER, [2, 0, 3, 1], "[2, 0, 0, 0]"),
+        (Equality.ORDER, [2, 0, 0, 3], "twice"),
+        (Equality.ORDER, [2, 0, 1, 4], "index 4 of 4"),
+        (Equality.ORDER, [2, 0, 1, -1], "index -1 of 4"),
+        (Equality.SET, [3, 2, 1, 0], ""),
+        (Equality.SET, [3, 3, 1, 0], "twice"),
     ],
 )
 def test_orders_are_compared_by_the_values_they_choose(
-    how: How, order: list[int], wrong: str
+    how: Equality, order: list[int], wrong: str
 ) -> None:
     g = GraphBuilder()
     values, t = g.new_tensor(F32, (4,)), g.new_tensor(I32, (4,))
     image = np.array([5, 5, 1, 9], np.float32).view(np.uint8)
 
-    def run(indices: list[int]) -> Memory:
+    def run(indices: list[int]) -> CaseMemory:
         both = np.concatenate([image, np.array(indices, np.int32).view(np.uint8)])
-        return Memory(both, {values: 0, t: 16})
+        return CaseMemory(both, {values: 0, t: 16})
 
     message = difference(Check(how, of=values), t, run([2, 0, 1, 3]), run(order))
     assert message == wrong or (wrong and wrong in message)
@@ -243,14 +250,14 @@ def test_a_set_of_other_values_differs() -> None:
     g = GraphBuilder()
     values, t = g.new_tensor(F32, (4,)), g.new_tensor(I32, (2,))
 
-    def run(indices: list[int]) -> Memory:
+    def run(indices: list[int]) -> CaseMemory:
         parts = (
             np.array([5, 6, 1, 9], np.float32).view(np.uint8),
             np.array(indices, np.int32).view(np.uint8),
         )
-        return Memory(np.concatenate(parts), {values: 0, t: 16})
+        return CaseMemory(np.concatenate(parts), {values: 0, t: 16})
 
-    check = Check(How.SET, of=values)
+    check = Check(Equality.SET, of=values)
     assert not difference(check, t, run([3, 1]), run([1, 3]))
     assert difference(check, t, run([3, 1]), run([3, 0]))
 
@@ -258,26 +265,26 @@ def test_a_set_of_other_values_differs() -> None:
 # -- planted faults --------------------------------------------------------------------------------
 
 
-def answered(case: Case) -> tuple[Image, Memory]:
+def answered(case: GraphCase) -> tuple[Image, CaseMemory]:
     """A case and its memory after a + b was computed rightly."""
     image = Image.of(case)
     data = image.data.copy()
     node = case.outputs[0][0]
-    a, b = (Memory(data, image.offsets).array(s) for s in node.src if s is not None)
+    a, b = (CaseMemory(data, image.offsets).array(s) for s in node.src if s is not None)
     at = image.offsets[node]
     data[at : at + node.nbytes] = (a + b).reshape(-1).view(np.uint8)
-    return image, Memory(data, image.offsets)
+    return image, CaseMemory(data, image.offsets)
 
 
 @pytest.fixture
-def sound() -> tuple[Case, Image, Memory, Memory]:
+def sound() -> tuple[GraphCase, Image, CaseMemory, CaseMemory]:
     """A case with the reference's memory and a copy of it to spoil."""
     case = added()
     image, right = answered(case)
-    return case, image, right, Memory(right.image.copy(), right.offsets)
+    return case, image, right, CaseMemory(right.image.copy(), right.offsets)
 
 
-Sound = tuple[Case, Image, Memory, Memory]
+Sound = tuple[GraphCase, Image, CaseMemory, CaseMemory]
 
 
 def test_a_right_answer_passes(sound: Sound) -> None:
@@ -318,11 +325,11 @@ def test_a_byte_between_the_rows_of_a_view_is_found() -> None:
     g = GraphBuilder()
     root = g.new_tensor(F32, (4, 3))
     view = g.sqr_inplace(g.view_2d(root, 2, 3, root.nb[1], 4))
-    case = Case.of([(view, EXACT)], {root: Fill()})
+    case = GraphCase.of([(view, EXACT)], {root: Fill()})
     image = Image.of(case)
-    right = Memory(image.data.copy(), image.offsets)
+    right = CaseMemory(image.data.copy(), image.offsets)
     right.array(view)[...] **= 2
-    spoiled = Memory(right.image.copy(), right.offsets)
+    spoiled = CaseMemory(right.image.copy(), right.offsets)
     Judge._compare(case, image, right, spoiled, "")
     spoiled.image[image.offsets[root] + 12] ^= 1
     with pytest.raises(Mismatch, match="wrote outside its tensors"):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 import conformance.differential.families  # noqa: F401  (fills the table)
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.runner import Image
 from conformance.differential.sketch import FAMILIES, Family, label
 from conformance.differential.uncovered import UNCOVERED
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import OPS_101, VIEWS, Op
+from protocol.ggml.ops import OPS_101, VIEWS, Op
 
 COVERED = {f.op for f in FAMILIES.values() if f.op is not None}
 
@@ -33,7 +33,7 @@ def test_reasons_are_given(op: Op) -> None:
 NEWEST = DIALECTS[0]
 
 
-def check(case: Case) -> None:
+def check(case: GraphCase) -> None:
     """Something is compared, all lies in memory of its own, and it fits on the wire and in JSON."""
     assert case.outputs
     assert set(case.fills) == set(case.graph.leaves)
@@ -43,18 +43,18 @@ def check(case: Case) -> None:
         offset = 0 if t.view_src is None else t.view_offs
         assert offset + t.nbytes <= root.nbytes
         assert root in image.offsets
-    again = Case.from_json(json.loads(case.dumps()))
+    again = GraphCase.from_json(json.loads(case.dumps()))
     assert again.to_json() == case.to_json()
     assert again.key() == case.key()
     # Tensors have other ids now, which are as long.
     assert len(again.graph.encode(NEWEST)) == len(case.graph.encode(NEWEST))
 
 
-def draw(family: Family, variant: Any) -> list[Case]:
+def draw(family: Family, variant: Any) -> list[GraphCase]:
     """A few cases, the same in each run."""
-    drawn: list[Case] = []
+    drawn: list[GraphCase] = []
 
-    def keep(case: Case) -> None:
+    def keep(case: GraphCase) -> None:
         drawn.append(case)
 
     search = settings(

@@ -11,8 +11,8 @@ import pytest
 from conformance.suite.errors import Failed
 from conformance.suite.probe import NotUnderstood, probe
 from conformance.suite.registry import Case, load, select
-from conformance.suite.results import Result, Run, Verdict
-from conformance.suite.runner import Runner
+from conformance.suite.results import CaseResult, SuiteRun, Verdict
+from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import Target
 from tests.conformance.faulty.planted import FAULTS, Fault
 from tests.server.process import running
@@ -41,15 +41,15 @@ def worker() -> Iterator[str]:
 
 def results(
     fault: str, options: Sequence[str], cases: Sequence[Case], patience: float = PATIENCE
-) -> list[Result]:
+) -> list[CaseResult]:
     """What becomes of the cases on a server with this fault."""
     words = [sys.executable, "-m", "tests.conformance.faulty", "--fault", fault, *options]
     target = Target(command=shlex.join([*words, "-t", "1", "--log-level", "error"]) + " -p {port}")
     try:
         target.ensure(0)
         facts = probe(target.address, None, patience)
-        run = Run(fault, facts)
-        Runner(target, facts, patience=patience).run(cases, run, lambda result: None)
+        run = SuiteRun(fault, facts)
+        SuiteRunner(target, facts, patience=patience).run(cases, run, lambda result: None)
         return run.results
     finally:
         target.close()

@@ -8,28 +8,28 @@ import pytest
 
 from conformance.suite.probe import probe
 from conformance.suite.registry import load, select
-from conformance.suite.results import Run, Verdict
-from conformance.suite.runner import Runner
+from conformance.suite.results import SuiteRun, Verdict
+from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import Target
 from protocol.dialects import find_dialects
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from tests.server.process import ServerProcess, running
 
 
-def results(port: int, wanted: str, protocol: str = "7") -> Run:
+def results(port: int, wanted: str, protocol: str = "7") -> SuiteRun:
     target = Target(("127.0.0.1", port))
     facts = probe(target.address, find_dialects(protocol)[0], 20.0)
-    run = Run("server", facts)
-    Runner(target, facts, patience=20.0).run(select(load(), wanted), run, lambda result: None)
+    run = SuiteRun("server", facts)
+    SuiteRunner(target, facts, patience=20.0).run(select(load(), wanted), run, lambda result: None)
     return run
 
 
-def wrong(run: Run) -> dict[str, str]:
+def wrong(run: SuiteRun) -> dict[str, str]:
     bad = (Verdict.FAIL, Verdict.NOT_RUN, Verdict.DIFFERS)
     return {str(r.case): r.came for r in run.results if r.verdict in bad}
 
 
-def skipped(run: Run) -> set[str]:
+def skipped(run: SuiteRun) -> set[str]:
     return {r.case.id for r in run.results if r.verdict is Verdict.SKIPPED}
 
 

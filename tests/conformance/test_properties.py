@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from client.tensors import FLAG_OUTPUT
 from conformance.__main__ import main
-from conformance.differential.compare import Memory
+from conformance.differential.compare import CaseMemory
 from conformance.differential.explore import Mismatch
 from conformance.differential.runner import Image
 from conformance.properties import codecs, damage, graphs, messages
@@ -24,15 +24,26 @@ from conformance.properties.evaluate import evaluate
 from conformance.properties.findings import Finding, explore, replay, spoken
 from conformance.properties.memory import ModelBuffer, ModelGraph, Range
 from conformance.properties.programs import MAX_NODES, build, programs
-from conformance.properties.properties import DAMAGE, GRAPHS, PROPERTIES, SESSIONS, Target
+from conformance.properties.properties import (
+    DAMAGE,
+    GRAPHS,
+    PROPERTIES,
+    SESSIONS,
+    PropertyTarget,
+)
 from conformance.properties.search import search
 from conformance.properties.session import Violation
-from conformance.properties.steps import Kind, Session, sessions, step_kinds
+from conformance.properties.steps import (
+    ActionKind,
+    ActionSequence,
+    sessions,
+    step_kinds,
+)
 from conformance.suite.target import Target as Server
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect, find_dialects
 from protocol.errors import ProtocolError
-from protocol.ggml_ops import VIEWS
+from protocol.ggml.ops import VIEWS
 from protocol.split import with_split
 from tests.server.process import ServerProcess, running
 
@@ -94,7 +105,7 @@ class Careless(codecs.OwnCodec):
 
 
 def test_a_codec_that_is_wrong_is_found() -> None:
-    def attempt(value: tuple[list[messages.Request], tuple[int, ...]]) -> None:
+    def attempt(value: tuple[list[messages.DrawnRequest], tuple[int, ...]]) -> None:
         try:
             codecs.check_request_segments(Careless(), NEWEST, *value)
         except ProtocolError as error:
@@ -125,17 +136,17 @@ def test_damage_changes_bytes(kind: str) -> None:
 @given(data=st.data())
 def test_values_are_the_same_after_json(data: st.DataObject) -> None:
     session = data.draw(sessions(NEWEST))
-    assert Session.from_json(json.loads(json.dumps(session.to_json()))) == session
+    assert ActionSequence.from_json(json.loads(json.dumps(session.to_json()))) == session
     stream = data.draw(damage.streams(NEWEST))
-    again = damage.Stream.from_json(json.loads(json.dumps(stream.to_json())))
+    again = damage.DamagedStream.from_json(json.loads(json.dumps(stream.to_json())))
     assert [r.encode(NEWEST) for r in again.requests] == [r.encode(NEWEST) for r in stream.requests]
     assert again.damage == stream.damage
 
 
 def test_steps_are_what_a_dialect_can_do() -> None:
     oldest, newest = step_kinds(DIALECTS[-1]), step_kinds(NEWEST)
-    assert set(newest) == set(Kind)
-    assert set(newest) - set(oldest) == {Kind.MEMSET, Kind.RERUN}
+    assert set(newest) == set(ActionKind)
+    assert set(newest) - set(oldest) == {ActionKind.MEMSET, ActionKind.RERUN}
 
 
 def test_model_of_a_graph() -> None:
@@ -166,11 +177,11 @@ def test_any_words_are_a_graph(words: tuple[int, ...]) -> None:
         assert case.graph.encode(dialect)
 
 
-def computed(words: tuple[int, ...]) -> tuple[object, Image, Memory]:
+def computed(words: tuple[int, ...]) -> tuple[object, Image, CaseMemory]:
     """A graph with the memory that numpy makes of it."""
     case = build(words)
     image = Image.of(case)
-    memory = Memory(image.data.copy(), image.offsets)
+    memory = CaseMemory(image.data.copy(), image.offsets)
     for t in case.graph.nodes:
         if t.op not in VIEWS:
             sources = [memory.array(s) for s in t.src if s is not None and s is not t]
@@ -232,7 +243,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
-def targets(server: ServerProcess) -> list[Target]:
+def targets(server: ServerProcess) -> list[PropertyTarget]:
     """One for each version; the server is asked once what it is."""
     return list(spoken(Server(("127.0.0.1", server.port)), DIALECTS, 20.0))
 
@@ -243,7 +254,7 @@ _SPOKEN = ("7.0.0", "5.1.0", "4.0.3", "3.6.1", "3.0.0", "1.0.0")
 @pytest.mark.parametrize("version", _SPOKEN)
 @pytest.mark.parametrize(("name", "examples"), [("sessions", 12), ("graphs", 3), ("damage", 6)])
 def test_server_keeps_the_properties(
-    targets: list[Target], version: str, name: str, examples: int
+    targets: list[PropertyTarget], version: str, name: str, examples: int
 ) -> None:
     assert [t.dialect.name for t in targets] == [
         "7.0.0", "6.0.0", "5.1.0", "5.0.0", "4.0.3", "3.6.1", "3.5.0", "3.0.0", "2.0.0-90", "1.0.0",
@@ -265,7 +276,10 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_a_fault_is_found_shrunk_kept_and_repeated(
-    faulty: Server, targets: list[Target], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    faulty: Server,
+    targets: list[PropertyTarget],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (target,) = spoken(faulty, find_dialects("7"), 20.0)
     done, finding = explore(target, SESSIONS, 300, seed=0)
@@ -274,9 +288,9 @@ def test_a_fault_is_found_shrunk_kept_and_repeated(
     # A buffer with something in it, a graph that changes it, its second run.
     kinds = [s.kind for s in finding.value.steps]
     assert len(kinds) <= 5
-    assert kinds[0] is Kind.ALLOC
-    assert kinds[-1] is Kind.RERUN
-    assert kinds.count(Kind.GRAPH) == 1
+    assert kinds[0] is ActionKind.ALLOC
+    assert kinds[-1] is ActionKind.RERUN
+    assert kinds.count(ActionKind.GRAPH) == 1
     assert finding.value.clients == 1
     assert "(rerun)" in finding.reason
     text = finding.text()
@@ -305,7 +319,7 @@ def test_a_finding_of_something_else_is_refused(tmp_path: Path) -> None:
             Finding.loads(text)
 
 
-def test_which_versions_tell_their_ops(targets: list[Target]) -> None:
+def test_which_versions_tell_their_ops(targets: list[PropertyTarget]) -> None:
     """Clients of 4.0.0 to 4.0.2 get the answer 4.0.3: their ops can't be told in every graph."""
     assert all(p.fits(t) for p in (SESSIONS, DAMAGE, GRAPHS) for t in targets)
     taken = replace(targets[0].facts, dialect=DIALECTS[5], version=(4, 0, 3))
@@ -314,18 +328,18 @@ def test_which_versions_tell_their_ops(targets: list[Target]) -> None:
     assert GRAPHS.fits(replace(targets[0], facts=told))
 
 
-def test_a_violation_names_the_step_and_the_bytes(targets: list[Target]) -> None:
+def test_a_violation_names_the_step_and_the_bytes(targets: list[PropertyTarget]) -> None:
     """A model that expects something else than the server does."""
-    from conformance.properties.session import Player
+    from conformance.properties.session import SequencePlayer
 
-    class Wrong(Player):
+    class Wrong(SequencePlayer):
         def _compare(self) -> None:
             for client in self._clients:
                 for buffer in client.buffers[:1]:
                     buffer.data[17] ^= 1
             super()._compare()
 
-    session = Session.from_json(
+    session = ActionSequence.from_json(
         {
             "clients": 1,
             "every": 1,

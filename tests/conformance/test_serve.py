@@ -15,13 +15,26 @@ import pytest
 
 from client.errors import ConnectionLost, VersionMismatch
 from conformance.__main__ import main
-from conformance.serve.campaign import Campaign, Client, Found, NoClient, planned
-from conformance.serve.faults import Fault, How
+from conformance.serve.campaign import (
+    Client,
+    ClientCampaign,
+    ClientVersion,
+    NoClient,
+    planned,
+)
+from conformance.serve.faults import Fault, Mishap
 from conformance.serve.judge import judge
 from conformance.serve.memory import HashStore
 from conformance.serve.program import Ended, run_client
 from conformance.serve.rules import RULES, Notes
-from conformance.serve.scenarios import Expected, Scenario, Subject, plain, scenarios, select
+from conformance.serve.scenarios import (
+    Conduct,
+    Scenario,
+    Topic,
+    plain,
+    scenarios,
+    select,
+)
 from conformance.serve.server import ConnectionRecord, Script, ScriptedServer, Visit
 from conformance.serve.state import Properties
 from conformance.suite.results import Verdict
@@ -121,10 +134,10 @@ def test_a_version_that_is_not_the_clients_is_refused(name: str) -> None:
     assert judge(chosen, visit, None)[0] is Verdict.FAIL
 
 
-@pytest.mark.parametrize("how", [how for how in How if how.fatal and how is not How.SILENT])
-def test_an_answer_that_is_none_ends_the_connection(how: How) -> None:
+@pytest.mark.parametrize("how", [how for how in Mishap if how.fatal and how is not Mishap.SILENT])
+def test_an_answer_that_is_none_ends_the_connection(how: Mishap) -> None:
     chosen = Scenario(
-        Subject.WRONG, "x", "", Expected.NOTICES, "", fault=Fault(how, Command.BUFFER_GET_BASE)
+        Topic.WRONG, "x", "", Conduct.NOTICES, "", fault=Fault(how, Command.BUFFER_GET_BASE)
     )
     visit, error = served(chosen.script(NEWEST))
     assert error in ("ConnectionLost", "ProtocolError")
@@ -133,7 +146,7 @@ def test_an_answer_that_is_none_ends_the_connection(how: How) -> None:
 
 
 def test_pieces_and_delays_are_borne() -> None:
-    for fault in (Fault(How.DRIBBLE), Fault(How.DELAY, Command.GET_TENSOR, seconds=0.2)):
+    for fault in (Fault(Mishap.DRIBBLE), Fault(Mishap.DELAY, Command.GET_TENSOR, seconds=0.2)):
         visit, error = served(replace(script(), fault=fault))
         assert error == ""
         assert visit.fault_happened
@@ -152,7 +165,7 @@ def test_data_known_from_an_earlier_run_are_not_sent_again() -> None:
 
 
 def test_the_server_can_leave_within_an_upload() -> None:
-    fault = Fault(How.CLOSE, Command.SET_TENSOR, number=4, within=True)
+    fault = Fault(Mishap.CLOSE, Command.SET_TENSOR, number=4, within=True)
     visit, error = served(replace(script(), fault=fault))
     assert error == "ConnectionLost"
     assert visit.fault_happened
@@ -160,8 +173,8 @@ def test_the_server_can_leave_within_an_upload() -> None:
 
 
 def test_a_client_that_stays_on_a_dead_connection_fails() -> None:
-    fault = Fault(How.LONG, Command.GET_ALIGNMENT)
-    chosen = Scenario(Subject.WRONG, "x", "", Expected.REFUSES, "", fault=fault)
+    fault = Fault(Mishap.LONG, Command.GET_ALIGNMENT)
+    chosen = Scenario(Topic.WRONG, "x", "", Conduct.REFUSES, "", fault=fault)
     with ScriptedServer(chosen.script(NEWEST), patience=1.0) as server:
         breaker = Breaker(server.port)
         breaker.wire.send(Command.GET_ALIGNMENT, bytes(4))
@@ -229,11 +242,11 @@ def test_programs_are_watched_and_ended() -> None:
 
 def test_the_clients_version_is_found() -> None:
     old = f"{GOOD} --protocol 6.0"
-    found = Campaign(Client(old, 30)).find_version()
+    found = ClientCampaign(Client(old, 30)).find_version()
     assert found.version == (6, 0, 0)
     assert found.dialect.version == (6, 0, 0)
     with pytest.raises(NoClient, match="no HELLO"):
-        Campaign(Client(f"{shlex.quote(sys.executable)} -c 'pass'", 30)).find_version()
+        ClientCampaign(Client(f"{shlex.quote(sys.executable)} -c 'pass'", 30)).find_version()
 
 
 def test_clients_that_come_by_themselves_are_waited_for() -> None:
@@ -248,8 +261,8 @@ def test_clients_that_come_by_themselves_are_waited_for() -> None:
             threads.append(threading.Thread(target=come))
             threads[-1].start()
 
-    campaign = Campaign(Client(), announce)
-    result = campaign.run(scenario("newer-major"), Found(NEWEST.version, NEWEST))
+    campaign = ClientCampaign(Client(), announce)
+    result = campaign.run(scenario("newer-major"), ClientVersion(NEWEST.version, NEWEST))
     for thread in threads:
         thread.join()
     assert len(threads) == 1
@@ -257,7 +270,7 @@ def test_clients_that_come_by_themselves_are_waited_for() -> None:
 
 
 def test_every_dialect_is_planned() -> None:
-    names = {s.name for s in planned(Found((7, 0, 0), NEWEST), every_dialect=True)}
+    names = {s.name for s in planned(ClientVersion((7, 0, 0), NEWEST), every_dialect=True)}
     assert {f"plain-{d.name}" for d in DIALECTS} <= names
     for dialect in DIALECTS:
         made = scenarios(dialect)

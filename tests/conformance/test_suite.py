@@ -16,8 +16,8 @@ import pytest
 from conformance.__main__ import main
 from conformance.suite.probe import probe
 from conformance.suite.registry import load, select
-from conformance.suite.results import Run, Verdict
-from conformance.suite.runner import Runner
+from conformance.suite.results import SuiteRun, Verdict
+from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import Target
 from protocol.dialects import DIALECTS, Dialect
 from tests.server.process import ServerProcess, running
@@ -174,9 +174,9 @@ def test_a_server_that_is_gone(tmp_path: Path) -> None:
         started.ensure(0)
         target = Target(started.address)
         facts = probe(target.address, None, 5.0)
-        run = Run("gone", facts)
+        run = SuiteRun("gone", facts)
         cases = select(load(), "1.4,1.5,1.6,1.7")
-        Runner(target, facts, patience=5.0, reconnect=0.2).run(cases, run, lambda result: None)
+        SuiteRunner(target, facts, patience=5.0, reconnect=0.2).run(cases, run, lambda result: None)
     verdicts = [result.verdict for result in run.results]
     assert verdicts == [Verdict.PASS, Verdict.FAIL, Verdict.NOT_RUN, Verdict.NOT_RUN]
     assert "the server is gone since case 1.5" in run.results[2].came

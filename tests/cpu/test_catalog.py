@@ -7,7 +7,7 @@ import pkgutil
 
 from rpc_server.devices.cpu import catalog, kernels
 from rpc_server.devices.cpu.kernels import dequantize, formats, quantize
-from rpc_server.devices.cpu.layout import PRODUCT_TYPES, SCALE_GROUPS
+from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.native.source import is_routine
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.executor import Executor, RecordProgram
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     RECORD_WORDS,
     Status,
@@ -18,7 +19,6 @@ from rpc_server.devices.cpu.abi import (
     ne,
     store_i64,
 )
-from rpc_server.devices.cpu.executor import Executor, Program
 from rpc_server.native.folder import Folder
 from rpc_server.native.library import Library
 from rpc_server.native.routine import Routine
@@ -69,7 +69,7 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 def test_threads_meet_between_records(executor: Executor, kernels: tuple[int, int]) -> None:
     words = np.zeros(8, np.int64)
     records = [record(words, extra0=i + 1) for i in range(200)]
-    program = Program([kernels[0]] * 200, records)
+    program = RecordProgram([kernels[0]] * 200, records)
     assert executor.run(program) == (0, -1)
     assert words[: executor.n_threads].tolist() == [200] * executor.n_threads
 
@@ -80,18 +80,18 @@ def test_failing_record_stops_the_program(executor: Executor, kernels: tuple[int
     append, fail = kernels
     program_kernels = [append] * 3 + [fail] + [append] * 3
     records = [record(words, n=last, extra0=i + 1) for i in range(7)]
-    program = Program(program_kernels, records)
+    program = RecordProgram(program_kernels, records)
     for _ in range(200):
         words[:] = 0
         assert executor.run(program) == (Status.INDEX_OUT_OF_RANGE, 3)
         assert words.max() == 3
     # The state of the failure is gone with the next program.
     words[:] = 0
-    assert executor.run(Program([append] * 3, records[:3])) == (0, -1)
+    assert executor.run(RecordProgram([append] * 3, records[:3])) == (0, -1)
 
 
 def test_empty_program_runs(executor: Executor) -> None:
-    assert executor.run(Program([], [])) == (0, -1)
+    assert executor.run(RecordProgram([], [])) == (0, -1)
 
 
 def test_needs_a_thread() -> None:

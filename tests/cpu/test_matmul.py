@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.catalog import FLOAT_TYPES, product_kernel
-from rpc_server.devices.cpu.isa import Isa, chosen_isa, host_isas
-from rpc_server.devices.cpu.layout import PRODUCT_TYPES, SCALE_GROUPS
+from rpc_server.devices.cpu.kernels.interface.isa import Isa, chosen_isa, host_isas
+from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError

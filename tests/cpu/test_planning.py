@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu import catalog, plan, planner, schedule
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu import catalog, plan, planner
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.plan import PlanBuilder
+from rpc_server.devices.cpu.kernels.interface import schedule
+from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.parse import Graph
+from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError, NoMemoryNowError
 from tests.ops.harness import nmse, node, run, tensor, values
@@ -55,8 +56,8 @@ def chain(length: int) -> list[Tensor]:
 
 def test_scratch_does_not_grow_with_the_graph(executor: Executor) -> None:
     """Converted rows are kept for as long as somebody reads what they were made of."""
-    builder = PlanBuilder(executor, ScratchArena())
-    peaks = [builder.build(Graph(chain(n), DIALECTS[0])).scratch for n in (3, 20)]
+    builder = CpuPlanBuilder(executor, ScratchArena())
+    peaks = [builder.build(LinkedGraph(chain(n), DIALECTS[0])).scratch for n in (3, 20)]
     assert peaks[0] == peaks[1]
 
 
@@ -108,9 +109,9 @@ def test_ops_whose_kernels_can_not_be_had_run_by_their_references(
     # The product's own kernel is there, but not the one that gets its activations ready.
     broken = Without(catalog.CONVERTERS[catalog.activation_form(a.type)])
     monkeypatch.setattr(plan, "library", lambda: broken)
-    builder = PlanBuilder(executor, ScratchArena())
+    builder = CpuPlanBuilder(executor, ScratchArena())
     for _ in range(2):
-        made = builder.build(Graph(nodes, DIALECTS[0]))
+        made = builder.build(LinkedGraph(nodes, DIALECTS[0]))
         assert made.interpreted == {Op.MUL_MAT: 1}
         made.run()
         assert nmse(expected, values(second)) < 1e-4
@@ -122,11 +123,11 @@ def test_a_kernel_that_found_no_memory_once_is_asked_for_again(
     nodes = [product(matrix(64, 8, 1), activations(64, 3))]
     form = catalog.activation_form(GgmlType.Q8_0)
     broken = Without(catalog.CONVERTERS[form], error=NoMemoryNowError("no mapping"))
-    builder = PlanBuilder(executor, ScratchArena())
+    builder = CpuPlanBuilder(executor, ScratchArena())
     with monkeypatch.context() as at_first:
         at_first.setattr(plan, "library", lambda: broken)
-        assert builder.build(Graph(nodes, DIALECTS[0])).interpreted == {Op.MUL_MAT: 1}
-    assert builder.build(Graph(nodes, DIALECTS[0])).interpreted == {}
+        assert builder.build(LinkedGraph(nodes, DIALECTS[0])).interpreted == {Op.MUL_MAT: 1}
+    assert builder.build(LinkedGraph(nodes, DIALECTS[0])).interpreted == {}
 
 
 def test_a_device_without_a_compiler_runs_all_by_references(
@@ -140,7 +141,7 @@ def test_a_device_without_a_compiler_runs_all_by_references(
     monkeypatch.setattr(Kernel, "address", property(fails))
     device = CpuDevice(2)
     with caplog.at_level(logging.ERROR):
-        built = device._plans().build(Graph([total], DIALECTS[0]))
+        built = device._plans().build(LinkedGraph([total], DIALECTS[0]))
     assert "running without kernels, which is very slow: no compiler" in caplog.text
     assert built.interpreted == {Op.ADD: 1}
     built.run()
@@ -154,10 +155,10 @@ def test_few_converted_rows_are_kept(executor: Executor) -> None:
     # Each is read again, when all others were read in between.
     inputs = [activations(64, 3) for _ in range(planner._MOST_KEPT + 8)]
     nodes = [product(weights, x) for x in (*inputs, *inputs)]
-    built = PlanBuilder(executor, ScratchArena()).build(Graph(nodes, DIALECTS[0]))
+    built = CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes, DIALECTS[0]))
     built.run()
     actual = [values(t) for t in nodes]
-    few = PlanBuilder(executor, ScratchArena()).build(Graph(nodes[:1], DIALECTS[0]))
+    few = CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes[:1], DIALECTS[0]))
     assert built.scratch <= planner._MOST_KEPT * few.scratch
     for t, result in zip(nodes, actual, strict=True):
         run(t, kernels=False)
@@ -180,7 +181,7 @@ def test_many_records_are_scheduled_in_pieces(
     nodes = [node(Op.ADD, GgmlType.F32, x.ne, [x, x])]
     for i in range(1, 12):
         nodes.append(node(Op.ADD, GgmlType.F32, x.ne, [nodes[-1] if i % 5 == 0 else x, x]))
-    PlanBuilder(executor, ScratchArena()).build(Graph(nodes, DIALECTS[0])).run()
+    CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes, DIALECTS[0])).run()
     assert sizes == [5, 5, 2]
     for i, t in enumerate(nodes):
         assert (values(t) == (3 if i and i % 5 == 0 else 2) * values(x)).all()

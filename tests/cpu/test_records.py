@@ -9,8 +9,8 @@ import numpy as np
 import rpc_server.devices.cpu.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import DIALECTS
+from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD, N_SLOTS, SLOT_WORDS
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
-from rpc_server.devices.cpu.record import EXTRA_WORD, N_SLOTS, SLOT_WORDS
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import parse_graph
 from rpc_server.ops.table import check

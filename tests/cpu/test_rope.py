@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from rpc_server.graph.parse import Graph
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.rope import Mode
 from tests.ops.harness import (
@@ -123,5 +123,5 @@ def test_one_table_of_angles_for_a_graph() -> None:
     for expected, actual in zip(*results, strict=True):
         assert nmse(expected, actual) < 1e-11
     assert all(guards_intact(t) for t in (before, same, after))
-    plan = builder(2, True).build(Graph([before, same, change, after], DIALECTS[0]))
+    plan = builder(2, True).build(LinkedGraph([before, same, change, after], DIALECTS[0]))
     assert not plan.interpreted

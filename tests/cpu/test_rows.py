@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.catalog import DECODABLE, QUANTIZABLE
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpc_server.devices.cpu.schedule import SERIAL_BELOW, Span, Step, schedule
+from rpc_server.devices.cpu.kernels.interface.schedule import (
+    SERIAL_BELOW,
+    Span,
+    StepFlag,
+    schedule,
+)
 
 
 @dataclass
@@ -19,8 +24,8 @@ class Record:
     private: bool = False
 
 
-def steps(*records: Record) -> list[Step]:
-    return [Step(s) for s in schedule(records)]
+def steps(*records: Record) -> list[StepFlag]:
+    return [StepFlag(s) for s in schedule(records)]
 
 
 BIG, SMALL = SERIAL_BELOW, 10
@@ -30,24 +35,27 @@ def test_products_that_share_their_input_do_not_meet() -> None:
     x = (0, 10)
     q, k, v = (Record([x], [(20 + 10 * i, 30 + 10 * i)]) for i in range(3))
     after = Record([(20, 50)], [(100, 110)])
-    barrier = Step.BARRIER_AFTER
-    assert steps(q, k, v, after) == [Step(0), Step(0), barrier, Step(0)]
+    barrier = StepFlag.BARRIER_AFTER
+    assert steps(q, k, v, after) == [StepFlag(0), StepFlag(0), barrier, StepFlag(0)]
 
 
 def test_small_records_stay_on_one_thread_without_meeting() -> None:
     chain = [Record([(i, i + 1)], [(i + 1, i + 2)], SMALL) for i in range(3)]
-    assert steps(*chain) == [Step.SERIAL] * 3
+    assert steps(*chain) == [StepFlag.SERIAL] * 3
     wide = Record([(3, 4)], [(50, 60)])
-    assert steps(*chain, wide) == [Step.SERIAL] * 2 + [Step.SERIAL | Step.BARRIER_AFTER, Step(0)]
+    assert steps(*chain, wide) == [StepFlag.SERIAL] * 2 + [
+        StepFlag.SERIAL | StepFlag.BARRIER_AFTER,
+        StepFlag(0),
+    ]
 
 
 def test_writing_over_what_is_still_read_waits() -> None:
     reader, writer = Record([(0, 10)], [(20, 30)]), Record([(40, 50)], [(5, 6)])
-    assert steps(reader, writer) == [Step.BARRIER_AFTER, Step(0)]
+    assert steps(reader, writer) == [StepFlag.BARRIER_AFTER, StepFlag(0)]
 
 
 def test_scratch_of_a_thread_is_used_by_that_thread() -> None:
-    assert steps(Record([(0, 1)], [(1, 2)], SMALL, private=True)) == [Step(0)]
+    assert steps(Record([(0, 1)], [(1, 2)], SMALL, private=True)) == [StepFlag(0)]
 
 
 def test_nothing_to_do() -> None:
@@ -64,7 +72,7 @@ records = st.builds(
 
 
 def run(
-    listed: list[Record], flags: list[Step], n_threads: int, choose: random.Random
+    listed: list[Record], flags: list[StepFlag], n_threads: int, choose: random.Random
 ) -> list[int]:
     """Threads advance in a random order; a record's part takes a hash of what it reads.
 
@@ -79,13 +87,13 @@ def run(
         ]
         t = choose.choice(ready)
         i = at[t]
-        owner = 0 if flags[i] & Step.SERIAL else i % n_threads
+        owner = 0 if flags[i] & StepFlag.SERIAL else i % n_threads
         if owner == t:
             value = hash((i, *(memory[p] for a, b in listed[i].reads for p in range(a, b))))
             for a, b in listed[i].writes:
                 memory[a:b] = [value] * (b - a)
         at[t] += 1
-        if flags[i] & Step.BARRIER_AFTER or at[t] == len(listed):
+        if flags[i] & StepFlag.BARRIER_AFTER or at[t] == len(listed):
             generation[t] += 1
     return memory
 
@@ -94,5 +102,5 @@ def run(
 def test_threads_give_what_one_gives(listed: list[Record], n_threads: int, seed: int) -> None:
     flags = steps(*listed)
     # A record that races with itself would be the kernel's fault, not the schedule's.
-    expected = run(listed, [Step.BARRIER_AFTER] * len(listed), 1, random.Random(0))
+    expected = run(listed, [StepFlag.BARRIER_AFTER] * len(listed), 1, random.Random(0))
     assert run(listed, flags, n_threads, random.Random(seed)) == expected

@@ -15,7 +15,7 @@ import conformance.differential.families  # noqa: F401  (fills the table of fami
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (both fill their tables)
 from client.tensors import Tensor as ClientTensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES
 from rpc_server.devices.cuda.planner import CudaPlanner, lower_to_launches
 from rpc_server.graph.tensor import Tensor
@@ -28,7 +28,7 @@ Gap = tuple[str, str]
 _APART = 1 << 40
 
 
-def nodes_of(case: Case) -> list[Tensor]:
+def nodes_of(case: GraphCase) -> list[Tensor]:
     """The case's nodes as the server's tensors, each root at an address of its own."""
     made: dict[ClientTensor, Tensor] = {}
 
@@ -78,7 +78,7 @@ def survey(examples: int = 1) -> set[Gap]:
     """What has no kernel in ``examples`` cases of each variant."""
     found: set[Gap] = set()
 
-    def look(case: Case) -> None:
+    def look(case: GraphCase) -> None:
         try:
             found.update(
                 (str(node.op), reason(node))

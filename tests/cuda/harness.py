@@ -11,7 +11,7 @@ import pytest
 
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
-from rpc_server.devices.cpu.record import EXTRA_WORD, RECORD_WORDS
+from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD, RECORD_WORDS
 from rpc_server.devices.cuda.kernels import Unit
 from rpc_server.devices.cuda.planner import (
     CudaPlanner,
@@ -20,7 +20,7 @@ from rpc_server.devices.cuda.planner import (
     lower_to_launches,
     place_scratch,
 )
-from rpc_server.devices.planning import lower_node
+from rpc_server.devices.planning.nodes import lower_node
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec, check

@@ -14,11 +14,11 @@ from client.backend import Backend
 from client.connection import Connection, connect
 from client.tensors import Tensor
 from protocol.dialects import DIALECTS
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, decode_graph, encode_graph
 from tests.cuda import emulation
-from tools.ports import free_port
-from tools.serving import Process, listens
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import VIEWS, Op
+from protocol.ggml.ops import VIEWS, Op
 from rpc_server.devices.cuda.planner import LOWERINGS
 from tests.cuda.coverage import survey
 

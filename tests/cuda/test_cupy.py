@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpc_server.devices.cpu.record import RECORD_WORDS
+from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
 from rpc_server.devices.cuda.card import by_value
 
 cupy = pytest.importorskip("cupy", reason="no CuPy: pip install '.[cuda12]'")

@@ -12,12 +12,12 @@ import pytest
 
 from client.backend import Backend
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.types import GgmlType
 from tests.cuda import emulation
 from tests.server.process import tensor
-from tools.ports import free_port
-from tools.serving import Process, listens
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens
 from tools.wire import Wire
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import FLOATS

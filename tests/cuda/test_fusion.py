@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protocol.ggml_ops import GluOp, Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import GluOp, Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.planner import Launch
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError

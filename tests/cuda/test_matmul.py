@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cuda.lower import matmul
 from rpc_server.devices.cuda.lower.matmul import TILES, at_once
 from rpc_server.devices.cuda.planner import Launch
@@ -22,8 +22,8 @@ from tests.cuda import harness as cuda
 from tests.ops.harness import CONTEXT, nmse, node, noise, permuted, raw, tensor
 from tests.ops.harness import values as tensor_values
 from tests.ops.type_cases import random_content
-from tools.ports import free_port
-from tools.serving import Process, listens
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens
 
 pytestmark = cuda.needs_compiler
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cuda.compile import ARCHITECTURES, OPTIONS, SOURCES
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,

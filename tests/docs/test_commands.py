@@ -20,8 +20,8 @@ from tests.docs.commands import Shown, pattern, shown, steps, substituted
 from tests.docs.walk import UnknownCommandError, Walk, handler
 from tests.e2e import llama
 from tools import upstream
-from tools.ports import free_port
-from tools.serving import PROJECT, ProgramError
+from tools.serving.ports import free_port
+from tools.serving.processes import PROJECT, ProgramError
 
 README, HOMELAB = "README.md", "docs/homelab.md"
 PROGRAMS = Path(sys.executable).parent

@@ -14,8 +14,14 @@ from pathlib import Path
 from tests.docs.commands import Shown, steps, substituted
 from tests.e2e import llama
 from tools import upstream
-from tools.ports import free_port
-from tools.serving import PROJECT, Process, ProgramError, listens, tail
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    PROJECT,
+    Process,
+    ProgramError,
+    listens,
+    tail,
+)
 
 SECONDS = 240
 # llama.cpp takes options from the environment too: the words stay as they are printed. Models like

@@ -21,8 +21,13 @@ from typing import Any
 
 from tools import models, upstream
 from tools import smollm2 as distributed
-from tools.ports import free_port
-from tools.serving import Process, ProgramError, listens, tail
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    Process,
+    ProgramError,
+    listens,
+    tail,
+)
 
 DATA = Path(__file__).parent / "data"
 THREADS = 2

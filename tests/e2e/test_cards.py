@@ -10,8 +10,8 @@ import pytest
 from tests.cuda import emulation
 from tests.e2e import llama
 from tests.e2e.conftest import needs_own_server
-from tools.ports import free_port
-from tools.serving import Process, listens
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens
 
 pytestmark = [
     needs_own_server,

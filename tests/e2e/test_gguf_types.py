@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from client.gguf_file import read_tensors
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.types import to_f32
 from tests.e2e import llama
 from tools import models

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from protocol.dialects import find_dialects
-from protocol.ggml_ops import GluOp, Op, UnaryOp
+from protocol.ggml.ops import GluOp, Op, UnaryOp
 from tests.e2e.conftest import Serve, needs_own_server
 from tests.e2e.ggml_client import CASES
 from tests.e2e.llama import RpcServer

@@ -18,8 +18,8 @@ from tests.e2e import llama
 from tests.e2e.conftest import needs_own_server
 from tests.tools.test_wireshark import script, tshark
 from tools.models import write_tiny_model
-from tools.ports import free_port
-from tools.serving import PROJECT
+from tools.serving.ports import free_port
+from tools.serving.processes import PROJECT
 
 __all__ = ["script"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import ProtocolError
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload, decode_graph, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE
 from protocol.split import ProgramPayload, ProgramStep, decode_program, encode_program

@@ -21,14 +21,14 @@ from protocol.split import decode_program, encode_program
 from rpc_server.devices.base import BufferLike, DeviceError, NotReadyError
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.plan import CpuPlan, PlanBuilder
+from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
 from rpc_server.devices.cpu.planner import Emitted
 from rpc_server.devices.cpu.scratch import ScratchArena
+from rpc_server.devices.cpu.streaming.program import program_items
+from rpc_server.devices.cpu.streaming.transfer import StreamPeer
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import Graph, parse_graph
+from rpc_server.graph.parse import LinkedGraph, parse_graph
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split.exchange import Peer
-from rpc_server.split.worker import program_items
 from tests.fuzz.streams import SPOKEN, promised
 from tests.guard.mapping import PAGE, GuardedMemory
 
@@ -141,7 +141,7 @@ def _check_promises(nodes: Sequence[Tensor], buffers: Iterable[BufferLike]) -> N
             promised(s is None or position.get(id(s), -1) <= i, f"{t.label} before its source")
 
 
-class _Planner(PlanBuilder):
+class _Planner(CpuPlanBuilder):
     """Lowers whole graphs without asking for any kernel's code."""
 
     def _addresses(self, parts: list[list[Emitted] | Tensor], wait: bool) -> dict[Kernel, int]:
@@ -157,7 +157,7 @@ class _Threads(Executor):
 
 
 @functools.cache
-def planner() -> PlanBuilder:
+def planner() -> CpuPlanBuilder:
     """Plans for three threads that don't exist."""
     return _Planner(_Threads(3), ScratchArena())
 
@@ -193,14 +193,14 @@ def program(data: bytes) -> bool:
 
 
 @functools.cache
-def _peer() -> Peer:
-    return Peer("peer", 1.0)
+def _peer() -> StreamPeer:
+    return StreamPeer("peer", 1.0)
 
 
 @functools.cache
-def _builders() -> tuple[PlanBuilder, PlanBuilder]:
+def _builders() -> tuple[CpuPlanBuilder, CpuPlanBuilder]:
     """By kernels, and by references alone."""
-    return PlanBuilder(Executor(1), ScratchArena()), PlanBuilder(None, ScratchArena())
+    return CpuPlanBuilder(Executor(1), ScratchArena()), CpuPlanBuilder(None, ScratchArena())
 
 
 def run(data: bytes) -> bool:
@@ -235,7 +235,7 @@ def run(data: bytes) -> bool:
     return True
 
 
-def _build(builder: PlanBuilder, graph: Graph) -> CpuPlan:
+def _build(builder: CpuPlanBuilder, graph: LinkedGraph) -> CpuPlan:
     return builder.build(graph, wait=False)
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from client.tensors import Tensor
-from conformance.differential.case import Case
-from conformance.differential.values import Kind
+from conformance.differential.case import GraphCase
+from conformance.differential.values import ValueKind
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, Dialect
-from protocol.ggml_ops import VIEWS
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import VIEWS
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
 from protocol.split import ProgramStep, encode_program
 from tests.fuzz.graphs import CONTENTS, MAX_BUFFERS, GraphInput, handle, wire_base
@@ -36,12 +36,12 @@ _CONTENT = {
 }
 
 
-def cases(count: int, seed: int) -> list[Case]:
+def cases(count: int, seed: int) -> list[GraphCase]:
     """Cases of all families, some chained."""
     return draw_cases(any_case(), count, seed) + draw_cases(chains(), count // _CHAINS, seed)
 
 
-def _placed(case: Case) -> tuple[tuple[int, int], ...] | None:
+def _placed(case: GraphCase) -> tuple[tuple[int, int], ...] | None:
     """Put each root into a buffer of its size; None if there are too many or too large ones."""
     roots = case.graph.roots
     if len(roots) > MAX_BUFFERS or any(root.nbytes >= 1 << 24 for root in roots):
@@ -51,7 +51,7 @@ def _placed(case: Case) -> tuple[tuple[int, int], ...] | None:
         root.place(handle(i), wire_base(i) + -root.nbytes % PAGE)
         what = _CONTENT.get(root.type, "random")
         fill = case.fills.get(root)
-        if fill is not None and fill.kind is Kind.SPECIAL:
+        if fill is not None and fill.kind is ValueKind.SPECIAL:
             what = "special"
         buffers.append((CONTENTS.index(what), root.nbytes))
     return tuple(buffers)

@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from protocol import framing
+from protocol import requests as protocol_requests
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect
 from protocol.errors import ProtocolError
-from protocol.framing import (
+from protocol.requests import (
     Hello,
     Limits,
     Request,
     RequestReader,
+    UploadChunk,
     UploadEnd,
-    UploadPart,
     UploadStart,
 )
 from protocol.responses import ResponseReader
@@ -92,7 +92,7 @@ def read_requests(stream: bytes, dialect: Dialect, seed: int) -> list[str]:
                         return [*seen, "an upload too large"]
                     seen.append(f"upload {event.fields}")
                     upload, given = bytearray(event.size), 0
-                if isinstance(event, UploadStart | UploadPart):
+                if isinstance(event, UploadStart | UploadChunk):
                     # All of it, or parts as a relay's owner names them.
                     n = len(upload) - given
                     if seed % 3 == 2 and n:
@@ -114,7 +114,7 @@ def requests(data: bytes) -> bool:
     dialect, stream = SPOKEN[data[0] % len(SPOKEN)], data[2:]
     whole = read_requests(stream, dialect, 0)
     # Graphs larger than this grow while they arrive, which must not show either.
-    with mock.patch.object(framing, "_FIRST_PIECE", _SMALL_PIECE):
+    with mock.patch.object(protocol_requests, "_FIRST_PIECE", _SMALL_PIECE):
         split = read_requests(stream, dialect, data[1])
     promised(whole == split, f"{whole} in one piece, {split} in segments")
     return True

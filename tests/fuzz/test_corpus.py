@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from protocol.graph_payload import decode_graph
-from protocol.staging import Staging
+from protocol.receive_buffer import ReceiveBuffer
 from rpc_server.graph.parse import parse_graph
 from tests.fuzz import graphs, seeds, streams
 from tests.fuzz.__main__ import _summary, main
@@ -77,7 +77,7 @@ def test_damage_changes_inputs_and_keeps_them_small(target: Target) -> None:
 # -- targets find faults
 
 
-def _lossy_take(self: Staging, n: int) -> bytes:
+def _lossy_take(self: ReceiveBuffer, n: int) -> bytes:
     """As Staging.take, but the last byte is lost unless more has arrived already."""
     whole = bytes(self._view[self._start : self._start + n])
     self._start += n
@@ -89,7 +89,7 @@ def test_a_reader_that_depends_on_segments_is_found(monkeypatch: pytest.MonkeyPa
     count = bytes((15,)) + bytes(8)
     inputs = [bytes((0, seed)) + hello + count for seed in range(1, 20)]
     assert all(map(streams.requests, inputs))
-    monkeypatch.setattr(Staging, "take", _lossy_take)
+    monkeypatch.setattr(ReceiveBuffer, "take", _lossy_take)
     with pytest.raises(streams.BrokenPromise, match="in segments"):
         list(map(streams.requests, inputs))
 

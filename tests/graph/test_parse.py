@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.dialects import DIALECTS, Dialect
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.messages import RPC_TENSOR_DTYPE
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import Graph, parse_graph
+from rpc_server.graph.parse import LinkedGraph, parse_graph
 from tests.server.process import sources, tensor
 
 NEWEST = DIALECTS[0]
@@ -32,7 +32,7 @@ class FakeBuffer:
 
 def parse(
     nodes: list[dict[str, Any]], leaves: list[dict[str, Any]], dialect: Dialect = NEWEST
-) -> Graph:
+) -> LinkedGraph:
     tensors = [*leaves, *nodes]
     array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
     for row, fields in zip(array, tensors, strict=True):

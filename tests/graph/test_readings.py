@@ -10,18 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import Tensor
 from protocol.dialects import DIALECTS, Dialect, compatible_dialects, find_dialects
-from protocol.ggml_ops import OPS_101, GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import (
+    OPS_101,
+    GluOp,
+    Op,
+    UnaryOp,
+)
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.numbering import alike, canonical_params, reading, wire_params
 from protocol.numbering_memory import NumberingMemory
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import parse_graph
 from rpc_server.ops.table import ContractError, check
-from rpc_server.readings import Readings
+from rpc_server.session.readings import Readings
 
 F32 = GgmlType.F32
 HERE = "192.168.1.7"

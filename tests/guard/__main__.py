@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES, label
 from tests.guard import overlap_run, overlaps
 from tests.guard.cases import chains, draw_cases
@@ -59,7 +59,7 @@ class Item:
             return f"{_CHAINS} {self.variant}"
         return f"{self.family} {label(FAMILIES[self.family].variants[self.variant])}".strip()
 
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[GraphCase]:
         """The same ones each time."""
         seed = zlib.crc32(f"{self.seed} {self.name}".encode())
         if self.family == _CHAINS:
@@ -109,7 +109,7 @@ class Tally:
     runs: int = 0
     refused: int = 0
     found: list[str] = field(default_factory=list)
-    cases: list[tuple[str, Case]] = field(default_factory=list)
+    cases: list[tuple[str, GraphCase]] = field(default_factory=list)
     _told: tuple[int, int] = (0, 0)
 
     def finished(self, family: str) -> None:

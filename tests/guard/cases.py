@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 import conformance.differential.families  # noqa: F401  (fills the table)
 from client.tensors import Dims, Tensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES, Family, Sketch
-from conformance.differential.values import Fill, Kind
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import Fill, ValueKind
+from protocol.ggml.types import GgmlType
 
 # What later nodes may read instead of a leaf. Of other types values are indices, or blocks.
 _NUMBERS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
-_INDICES = (Kind.INTEGERS, Kind.DISTINCT, Kind.RANGE)
+_INDICES = (ValueKind.INTEGERS, ValueKind.DISTINCT, ValueKind.RANGE)
 _LONGEST = 5
 # A chain grows with what is broadcast, and is dropped beyond this.
 _MOST_BYTES = 4 << 20
@@ -46,7 +46,7 @@ def _pairs() -> list[tuple[Family, Any]]:
 
 
 @st.composite
-def chains(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
+def chains(draw: Callable[[st.SearchStrategy[Any]], Any]) -> GraphCase:
     """Graphs of several families, each reading what those before it computed."""
     pairs = _pairs()
     sketch = _Chain(draw)
@@ -58,9 +58,9 @@ def chains(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
     return case
 
 
-def draw_cases(strategy: st.SearchStrategy[Case], count: int, seed: int) -> list[Case]:
+def draw_cases(strategy: st.SearchStrategy[GraphCase], count: int, seed: int) -> list[GraphCase]:
     """``count`` cases at most, the same for the same seed."""
-    cases: list[Case] = []
+    cases: list[GraphCase] = []
 
     @hypothesis.seed(seed)
     @settings(
@@ -71,13 +71,13 @@ def draw_cases(strategy: st.SearchStrategy[Case], count: int, seed: int) -> list
         phases=(Phase.generate,),
     )
     @given(strategy)
-    def collect(case: Case) -> None:
+    def collect(case: GraphCase) -> None:
         cases.append(case)
 
     collect()
     return cases
 
 
-def any_case() -> st.SearchStrategy[Case]:
+def any_case() -> st.SearchStrategy[GraphCase]:
     """A case of any family and variant."""
     return st.sampled_from(_pairs()).flatmap(lambda pair: pair[0].strategy(pair[1]))

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from client.tensors import Tensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.runner import Image
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import VIEWS
-from protocol.ggml_types import TYPE_INFO
+from protocol.ggml.ops import VIEWS
+from protocol.ggml.types import TYPE_INFO
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.graph.errors import GraphError
 from tests.guard.mapping import GuardedMemory, Side
@@ -52,7 +52,7 @@ class Layout:
     written: Mapping[Tensor, npt.NDArray[np.bool_]]
 
     @classmethod
-    def of(cls, case: Case) -> Layout:
+    def of(cls, case: GraphCase) -> Layout:
         image = Image.of(case)
         read = np.zeros(len(image.data), np.bool_)
         for node in case.graph.nodes:
@@ -73,7 +73,7 @@ class Layout:
 
 
 @contextmanager
-def placed(case: Case, side: Side) -> Iterator[dict[Tensor, GuardedMemory]]:
+def placed(case: GraphCase, side: Side) -> Iterator[dict[Tensor, GuardedMemory]]:
     """Memory of its own for each root of the case, known to clients by its real address."""
     memory: dict[Tensor, GuardedMemory] = {}
     try:
@@ -88,7 +88,7 @@ def placed(case: Case, side: Side) -> Iterator[dict[Tensor, GuardedMemory]]:
 
 
 def _run(
-    case: Case,
+    case: GraphCase,
     memory: Mapping[Tensor, GuardedMemory],
     content: Mapping[Tensor, Bytes],
     kernels: bool,
@@ -105,7 +105,7 @@ def _run(
     return ""
 
 
-def findings(case: Case, layout: Layout, side: Side, kernels: bool) -> tuple[str, list[str]]:
+def findings(case: GraphCase, layout: Layout, side: Side, kernels: bool) -> tuple[str, list[str]]:
     """Why the case was refused (empty if it ran), and what is wrong with what it did to memory.
 
     A byte read or written beyond a guard page ends the process.

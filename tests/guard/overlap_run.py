@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.sketch import label
 from rpc_server.devices.cpu import plan as plan_module
-from rpc_server.devices.cpu import schedule as schedule_module
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.plan import PlanBuilder
+from rpc_server.devices.cpu.kernels.interface import schedule as schedule_module
+from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import Graph, parse_graph
+from rpc_server.graph.parse import LinkedGraph, parse_graph
 from rpc_server.ops.table import ContractError
 from tests.guard.arena import Arena, Bytes, GuardedScratch
 from tests.guard.check import DIALECT
@@ -74,9 +74,9 @@ class Way:
         self._at_once = at_once
         self.scratch = GuardedScratch(n_threads)
         executor = Executor(n_threads) if kernels else None
-        self._builder = PlanBuilder(executor, self.scratch, use_kernels=kernels)
+        self._builder = CpuPlanBuilder(executor, self.scratch, use_kernels=kernels)
 
-    def plan(self, graph: Graph) -> Run:
+    def plan(self, graph: LinkedGraph) -> Run:
         """Make a plan for ``graph``. Raises GraphError."""
         if not self._at_once:
             return self._builder.build(graph).run
@@ -130,7 +130,7 @@ class Item:
     def _runs_of_a_layout(self) -> int:
         return self.contents * (1 if self.card else 4)
 
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[GraphCase]:
         """The same ones each time."""
         overlapping = families()[self.family]
         family = overlapping.family
@@ -138,7 +138,9 @@ class Item:
         count = max(self.runs // (self._runs_of_a_layout * of_a_case), 1)
         return draw_small(family, family.variants[self.variant], count, self._seed)
 
-    def layouts(self, case: Case, number: int, n_cases: int) -> Iterator[tuple[Places, Side, Any]]:
+    def layouts(
+        self, case: GraphCase, number: int, n_cases: int
+    ) -> Iterator[tuple[Places, Side, Any]]:
         """Layouts of a case, at which end of the memory, and what contents are drawn with."""
         random = np.random.default_rng([self._seed, number])
         count = -(-self.runs // (self._runs_of_a_layout * n_cases))
@@ -227,7 +229,7 @@ def child(chosen: Sequence[Item], note: Note, say: Callable[[str], None]) -> Non
 
 
 def _run_layout(
-    case: Case,
+    case: GraphCase,
     places: Places,
     side: Side,
     random: np.random.Generator,
@@ -257,7 +259,7 @@ def _run_layout(
                 yield wrong
 
 
-def _planned(way: Any, graph: Graph) -> Run | None:
+def _planned(way: Any, graph: LinkedGraph) -> Run | None:
     """None for a graph that is refused."""
     try:
         planned: Run = way.plan(graph)
@@ -392,7 +394,7 @@ class _CardWay:
         self.scratch = GuardedScratch(1)
         self._seeds = itertools.count(1)
 
-    def plan(self, graph: Graph) -> Run:
+    def plan(self, graph: LinkedGraph) -> Run:
         """Raises GraphError, also where there is no kernel."""
         from tests.cuda import harness
 
@@ -410,7 +412,7 @@ class _CardWay:
         return run
 
 
-def _touched(graph: Graph) -> list[Any]:
+def _touched(graph: LinkedGraph) -> list[Any]:
     return [t for node in graph.nodes for t in (node, *node.src) if t is not None]
 
 

@@ -19,10 +19,10 @@ from hypothesis.errors import Unsatisfiable
 
 import conformance.differential.families  # noqa: F401  (fills the table)
 from client.tensors import Dims, Tensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES, Family, Sketch
-from conformance.differential.values import Kind, leaf_bytes
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import ValueKind, leaf_bytes
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from tests.guard.arena import Arena
 from tests.guard.cases import draw_cases
 
@@ -148,7 +148,7 @@ def families() -> dict[str, Overlapping]:
     return found
 
 
-def draw_small(family: Family, variant: Any, count: int, seed: int) -> list[Case]:
+def draw_small(family: Family, variant: Any, count: int, seed: int) -> list[GraphCase]:
     """``count`` cases of a variant at most, the same each time; none if all are too large."""
     try:
         return draw_cases(_small_cases(family, variant), count, seed)
@@ -156,11 +156,11 @@ def draw_small(family: Family, variant: Any, count: int, seed: int) -> list[Case
         return []
 
 
-def _small_cases(family: Family, variant: Any) -> st.SearchStrategy[Case]:
+def _small_cases(family: Family, variant: Any) -> st.SearchStrategy[GraphCase]:
     """Cases of one variant that fit into the arena."""
 
     @st.composite
-    def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Case:
+    def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> GraphCase:
         sketch = Small(draw)
         family.draws(sketch, variant)
         case = sketch.case()
@@ -182,13 +182,13 @@ def _units(size: int) -> int:
     return -(-size // Arena.UNIT) * Arena.UNIT
 
 
-def written_roots(case: Case) -> list[Tensor]:
+def written_roots(case: GraphCase) -> list[Tensor]:
     """The memory that nodes write, each once."""
     roots = [t if t.view_src is None else t.view_src for t in case.written]
     return list(dict.fromkeys(roots))
 
 
-def pairs(case: Case) -> list[tuple[Tensor, Tensor, int]]:
+def pairs(case: GraphCase) -> list[tuple[Tensor, Tensor, int]]:
     """(result, source, distance): each place of a result at which it overlaps other memory.
 
     Those over indices come first.
@@ -204,7 +204,7 @@ def pairs(case: Case) -> list[tuple[Tensor, Tensor, int]]:
 
 
 def side_by_side(
-    case: Case, pair: tuple[Tensor, Tensor, int] | None, random: np.random.Generator
+    case: GraphCase, pair: tuple[Tensor, Tensor, int] | None, random: np.random.Generator
 ) -> Places:
     """All roots apart but for the two of a pair; in any order, so that each may be at an end."""
     at, places = 0, dict[Tensor, int]()
@@ -228,14 +228,14 @@ def side_by_side(
     return places
 
 
-def anywhere(case: Case, random: np.random.Generator) -> Places:
+def anywhere(case: GraphCase, random: np.random.Generator) -> Places:
     """All roots anywhere in an arena hardly larger than the largest: most overlap."""
     largest = max(t.nbytes for t in case.graph.roots)
     room = _units(int(largest * random.choice([1.0, 1.2, 2.0])) + 2 * Arena.UNIT)
     return {t: _aligned(t, int(random.integers(room - t.nbytes + 1))) for t in case.graph.roots}
 
 
-def layouts(case: Case, count: int, random: np.random.Generator) -> Iterator[Places]:
+def layouts(case: GraphCase, count: int, random: np.random.Generator) -> Iterator[Places]:
     """``count`` of them: every pair if there are fewer, otherwise some; and others at random."""
     every = pairs(case)
     wanted = max(count * 2 // 3, 1)
@@ -266,11 +266,15 @@ _WRONG = np.array(
 )  # fmt: skip
 
 
-def is_index(case: Case, t: Tensor) -> bool:
+def is_index(case: GraphCase, t: Tensor) -> bool:
     """Whether a root holds whole numbers that may be indices: a leaf, or a result."""
     if t.type not in (_I32, _I64):
         return False
-    return t not in case.fills or case.fills[t].kind in (Kind.INTEGERS, Kind.DISTINCT, Kind.RANGE)
+    return t not in case.fills or case.fills[t].kind in (
+        ValueKind.INTEGERS,
+        ValueKind.DISTINCT,
+        ValueKind.RANGE,
+    )
 
 
 def wrong_numbers(size: int, random: np.random.Generator) -> Bytes:
@@ -281,7 +285,7 @@ def wrong_numbers(size: int, random: np.random.Generator) -> Bytes:
     return words.view(np.uint8)[:size]
 
 
-def fill(case: Case, places: Places, memory: Bytes, random: np.random.Generator) -> None:
+def fill(case: GraphCase, places: Places, memory: Bytes, random: np.random.Generator) -> None:
     """What the memory holds before the graph runs: indices that are right, the rest often not."""
     last = []
     # Results first: what they hold counts only where nothing else lies.

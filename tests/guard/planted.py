@@ -13,10 +13,19 @@ from typing import Any
 import numba
 from numba import types
 
-from rpc_server.devices.cpu.abi import DST, SRC0, SRC1, data, load_i64, memory_copy, nb, ne
 from rpc_server.devices.cpu.catalog import Kernel
+from rpc_server.devices.cpu.kernels.intrinsics import (
+    DST,
+    SRC0,
+    SRC1,
+    data,
+    load_i64,
+    memory_copy,
+    nb,
+    ne,
+)
 from rpc_server.devices.cpu.kernels.typed import share_rows
-from rpc_server.devices.cpu.plan import PlanBuilder
+from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from tests.guard.__main__ import main
 
 _WORDS = types.int64(types.int64, types.int64, types.int64)
@@ -39,13 +48,13 @@ def _set_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
     return 0
 
 
-def _planted(self: PlanBuilder, parts: Any, wait: bool) -> dict[Kernel, int]:
+def _planted(self: CpuPlanBuilder, parts: Any, wait: bool) -> dict[Kernel, int]:
     found = _ADDRESSES(self, parts, wait)
     return {k: _set_rows.address if k.name == "set_rows_kernel" else a for k, a in found.items()}
 
 
-_ADDRESSES = PlanBuilder._addresses
+_ADDRESSES = CpuPlanBuilder._addresses
 
 if __name__ == "__main__":
-    PlanBuilder._addresses = _planted  # type: ignore[method-assign]
+    CpuPlanBuilder._addresses = _planted  # type: ignore[method-assign]
     sys.exit(main())

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import Tensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
 from conformance.differential.values import Fill
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.plan import CpuPlan
 from tests.guard import __main__ as program
 from tests.guard.cases import chains, draw_cases
@@ -64,13 +64,13 @@ def test_a_byte_too_far_is_fatal(side: Side, offset: int, touch: tuple[str, str]
 # -- what is found
 
 
-def _case() -> tuple[Case, Tensor]:
+def _case() -> tuple[GraphCase, Tensor]:
     """a + b into every second row of a larger tensor, and that tensor."""
     g = GraphBuilder()
     a, b, target = (g.new_tensor(F32, (8, n)) for n in (3, 3, 6))
     rows = g.view_2d(target, 8, 3, 2 * target.nb[1], 0)
     result = g.cpy(g.add(a, b), rows)
-    return Case.of([(result, Check())], {t: Fill() for t in (a, b, target)}), target
+    return GraphCase.of([(result, Check())], {t: Fill() for t in (a, b, target)}), target
 
 
 def _run_then(harm: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import Tensor
-from conformance.differential.case import Case
+from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
-from conformance.differential.values import Fill, Kind, leaf_bytes
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import Fill, ValueKind, leaf_bytes
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.planner import Planner
 from tests.guard import overlap_run
 from tests.guard.arena import Arena, GuardedScratch
@@ -34,15 +34,15 @@ from tests.guard.overlaps import (
 F32, I64 = GgmlType.F32, GgmlType.I64
 
 
-def _case() -> Case:
+def _case() -> GraphCase:
     """Three rows of F32 to those of eight that indices name."""
     g = GraphBuilder()
     to, rows, ids = g.new_tensor(F32, (4, 8)), g.new_tensor(F32, (4, 3)), g.new_tensor(I64, (3,))
-    fills = {to: Fill(), rows: Fill(), ids: Fill(Kind.DISTINCT, 0, 4, 1.0)}
-    return Case.of([(g.set_rows(to, rows, ids), Check())], fills)
+    fills = {to: Fill(), rows: Fill(), ids: Fill(ValueKind.DISTINCT, 0, 4, 1.0)}
+    return GraphCase.of([(g.set_rows(to, rows, ids), Check())], fills)
 
 
-def _roots(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def _roots(case: GraphCase) -> tuple[Tensor, Tensor, Tensor]:
     """Where rows go, rows, and indices."""
     by_rows = {t.ne[1]: t for t in case.graph.roots}
     return by_rows[8], by_rows[3], by_rows[1]

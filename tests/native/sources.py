@@ -8,7 +8,12 @@ import time
 
 import numpy as np
 
-from rpc_server.devices.cpu.abi import inline_helper, load_f32, memory_copy, store_f32
+from rpc_server.devices.cpu.kernels.intrinsics import (
+    inline_helper,
+    load_f32,
+    memory_copy,
+    store_f32,
+)
 from rpc_server.native.source import routine
 
 TABLE = np.array([3, 1, 4, 1, 5, 9, 2, 6], np.int64)

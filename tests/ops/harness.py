@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.layout import activation_form
-from rpc_server.devices.cpu.plan import PlanBuilder
+from rpc_server.devices.cpu.kernels.interface.layout import activation_form
+from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.parse import Graph
+from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import ContractError, check
@@ -130,14 +130,14 @@ def node(
 
 
 @functools.cache
-def builder(n_threads: int, use_kernels: bool) -> PlanBuilder:
-    return PlanBuilder(Executor(n_threads), ScratchArena(), use_kernels=use_kernels)
+def builder(n_threads: int, use_kernels: bool) -> CpuPlanBuilder:
+    return CpuPlanBuilder(Executor(n_threads), ScratchArena(), use_kernels=use_kernels)
 
 
 def run(nodes: Tensor | Sequence[Tensor], *, kernels: bool, n_threads: int = 2) -> None:
     """Plan and run nodes; raises GraphError as a server would."""
     listed = [nodes] if isinstance(nodes, Tensor) else list(nodes)
-    builder(n_threads, kernels).build(Graph(listed, DIALECTS[0])).run()
+    builder(n_threads, kernels).build(LinkedGraph(listed, DIALECTS[0])).run()
 
 
 def raw(t: Tensor) -> np.ndarray[Any, Any]:
@@ -170,7 +170,7 @@ def by_both(t: Tensor, n_threads: int = 2) -> tuple[np.ndarray[Any, Any], np.nda
     expected = values(t)
     for s, content in before:
         CONTEXT.memory(s.address, s.nbytes)[...] = content
-    plan = builder(n_threads, True).build(Graph([t], DIALECTS[0]))
+    plan = builder(n_threads, True).build(LinkedGraph([t], DIALECTS[0]))
     assert not plan.interpreted, f"no kernel for {t.label}"
     plan.run()
     if t.id in _memory and t.view_src is None:

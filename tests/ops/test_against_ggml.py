@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from tests.ops import harness
 from tests.ops.harness import node, params, tensor

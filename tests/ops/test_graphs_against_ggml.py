@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from client.graph import GraphBuilder
-from client.parts import Triangle
-from client.products import ROPE_IMROPE, ROPE_NEOX
+from client.builder.graph import GraphBuilder
+from client.builder.partial import Triangle
+from client.builder.products import ROPE_IMROPE, ROPE_NEOX
 from client.tensors import Tensor
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.types import from_f32
 from tests.ops.harness import four, nmse
 from tests.server.process import running

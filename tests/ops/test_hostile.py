@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, nbytes
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, nbytes
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS, check

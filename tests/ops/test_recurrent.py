@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check

@@ -14,8 +14,8 @@ import pytest
 from client.backend import Backend
 from client.errors import ConnectionLost
 from client.tensors import Array
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.types import to_f32
 from tests.ops import harness
 from tests.ops.type_cases import EXACT, FAMILIES, MAX_NMSE, Case

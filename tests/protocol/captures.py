@@ -6,8 +6,13 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protocol.events import Event, Failure, Message, Skipped
-from tools.capture.connections import Connection, Connections, Options
+from protocol.observe.events import (
+    Event,
+    Failure,
+    ObservedMessage,
+    SkippedBytes,
+)
+from tools.capture.connections import CapturedConnection, Connections, ReadOptions
 from tools.capture.files import read_capture
 
 FOLDER = Path(__file__).parents[1] / "data" / "captures"
@@ -18,20 +23,20 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.pcapng"))
 class Collected:
     """All that was said in a capture, in its order."""
 
-    connections: list[Connection] = field(default_factory=list)
-    messages: list[tuple[Connection, Message]] = field(default_factory=list)
-    others: list[Failure | Skipped] = field(default_factory=list)
+    connections: list[CapturedConnection] = field(default_factory=list)
+    messages: list[tuple[CapturedConnection, ObservedMessage]] = field(default_factory=list)
+    others: list[Failure | SkippedBytes] = field(default_factory=list)
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         self.connections.append(connection)
 
-    def event(self, connection: Connection, event: Event) -> None:
-        if isinstance(event, Message):
+    def event(self, connection: CapturedConnection, event: Event) -> None:
+        if isinstance(event, ObservedMessage):
             self.messages.append((connection, event))
         else:
             self.others.append(event)
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         pass
 
 
@@ -42,7 +47,7 @@ def path_of(name: str) -> Path:
 def collect(path: Path) -> Collected:
     """The messages of a capture with all their bytes."""
     collected = Collected()
-    Connections(collected, Options(keep=1 << 62)).run(read_capture(path))
+    Connections(collected, ReadOptions(keep=1 << 62)).run(read_capture(path))
     return collected
 
 

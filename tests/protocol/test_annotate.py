@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.annotate import (
+from protocol.codec import codec
+from protocol.commands import Command
+from protocol.dialects import DIALECTS, Dialect
+from protocol.errors import ProtocolError
+from protocol.ggml.ops import Op, UnaryOp
+from protocol.graph_payload import GraphPayload
+from protocol.observe.annotate import (
     annotate,
     describe,
     graph_lines,
@@ -15,13 +21,7 @@ from protocol.annotate import (
     size_text,
     tree,
 )
-from protocol.codec import codec
-from protocol.commands import Command
-from protocol.conversation import Conversation, Kind, Message
-from protocol.dialects import DIALECTS, Dialect
-from protocol.errors import ProtocolError
-from protocol.ggml_ops import Op, UnaryOp
-from protocol.graph_payload import GraphPayload
+from protocol.observe.conversation import Conversation, MessageKind, ObservedMessage
 from tests.protocol.transcripts import (
     answer,
     events_of,
@@ -37,8 +37,12 @@ from tests.protocol.transcripts import (
 NEWEST = DIALECTS[0]
 
 
-def session_messages(dialect: Dialect) -> list[Message]:
-    return [e for e in events_of(Conversation(), full_session(dialect)) if isinstance(e, Message)]
+def session_messages(dialect: Dialect) -> list[ObservedMessage]:
+    return [
+        e
+        for e in events_of(Conversation(), full_session(dialect))
+        if isinstance(e, ObservedMessage)
+    ]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
@@ -173,7 +177,7 @@ def test_nothing_in_a_message_is_an_exception(data: st.DataObject, dialect: Dial
         at = data.draw(st.integers(0, len(broken) - 1))
         broken[at] = data.draw(st.integers(0, 255))
     try:
-        if message.kind is Kind.REQUEST:
+        if message.kind is MessageKind.REQUEST:
             read = message_of_request(bytes(broken), dialect)
         else:
             read = message_of_answer(bytes(broken), message.command, dialect)

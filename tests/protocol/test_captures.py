@@ -15,9 +15,9 @@ import pytest
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Body
-from protocol.events import Kind, Message, Side
-from protocol.framing import FRAME
 from protocol.graph_payload import GraphPayload, encode_graph
+from protocol.observe.events import MessageKind, ObservedMessage, Side
+from protocol.requests import FRAME
 from protocol.split import ProgramPayload, encode_program
 from tests.protocol.captures import NAMES, collected, path_of
 from tests.server.process import ServerProcess
@@ -84,17 +84,17 @@ def payloads(path: Path) -> dict[tuple[int, int], bytes]:
     return streams
 
 
-def encoded(message: Message) -> bytes:
+def encoded(message: ObservedMessage) -> bytes:
     """The bytes of a message, from what it says."""
     body = bytes(message.body or b"")
     if isinstance(message.graph, GraphPayload):
         body = encode_graph(message.graph, message.dialect)
     elif isinstance(message.graph, ProgramPayload):
         body = encode_program(message.graph.steps, message.graph.tensors)
-    if message.kind is Kind.REQUEST:
+    if message.kind is MessageKind.REQUEST:
         head = codec(message.spec.request).build(message.fields)
         return FRAME.pack(message.command, len(head) + len(body)) + head + body
-    if message.kind is Kind.ANSWER:
+    if message.kind is MessageKind.ANSWER:
         head = b""
         if not message.body_size and message.command is not Command.GET_TENSOR:
             head = codec(message.spec.response).build(message.fields)
@@ -111,7 +111,7 @@ def test_is_encoded_to_the_same_bytes(name: str) -> None:
         ports = connection.client_address[1], connection.server_address[1]
         key = ports if message.side is Side.CLIENT else ports[::-1]
         streams[key] += encoded(message)
-        graphs += message.spec.body is Body.GRAPH and message.kind is Kind.REQUEST
+        graphs += message.spec.body is Body.GRAPH and message.kind is MessageKind.REQUEST
     assert streams == payloads(path_of(name))
     assert graphs or name.startswith("cache")
 
@@ -133,5 +133,9 @@ def test_is_answered_again_as_it_was(name: str, server: ServerProcess) -> None:
         result = asyncio.run(Player(HOST, server.port, tolerance=BOUND).play(path_of(name)))
     assert result.differences == []
     assert result.notes == []
-    answers = [m for _, m in collected(name).messages if m.kind in (Kind.ANSWER, Kind.OUTPUTS)]
+    answers = [
+        m
+        for _, m in collected(name).messages
+        if m.kind in (MessageKind.ANSWER, MessageKind.OUTPUTS)
+    ]
     assert result.answers == len(answers)

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.annotate import annotate, describe
 from protocol.commands import Command
-from protocol.conversation import (
+from protocol.dialects import DIALECTS, Answer, Dialect, compatible_dialects
+from protocol.ggml.ops import OPS_101
+from protocol.numbering import _NEVER, SOURCES
+from protocol.observe.annotate import annotate, describe
+from protocol.observe.conversation import (
     Conversation,
     Failure,
-    Kind,
-    Message,
+    MessageKind,
+    ObservedMessage,
     Side,
-    Skipped,
+    SkippedBytes,
     dialect_of_version,
 )
-from protocol.dialects import DIALECTS, Answer, Dialect, compatible_dialects
-from protocol.ggml_ops import OPS_101
-from protocol.numbering import _NEVER, SOURCES
 from rpc_server.ops.table import OPS
 from tests.protocol.transcripts import (
     answer,
@@ -39,8 +39,8 @@ from tests.protocol.transcripts import (
 NEWEST = DIALECTS[0]
 
 
-def messages(events: list) -> list[Message]:
-    assert all(isinstance(event, Message) for event in events), events
+def messages(events: list) -> list[ObservedMessage]:
+    assert all(isinstance(event, ObservedMessage) for event in events), events
     return events
 
 
@@ -52,15 +52,15 @@ def test_every_command_of_every_dialect(dialect: Dialect) -> None:
     assert conversation.version == dialect.version
     kinds = Counter((e.command, e.kind) for e in events)
     for command, spec in dialect.commands.items():
-        assert kinds.pop((command, Kind.REQUEST)) == 1
+        assert kinds.pop((command, MessageKind.REQUEST)) == 1
         if spec.answer is not Answer.NEVER:
-            assert kinds.pop((command, Kind.ANSWER)) == 1
+            assert kinds.pop((command, MessageKind.ANSWER)) == 1
     assert not kinds
     assert not conversation.unanswered
     for event in events:
         assert event.missing == 0
         assert event.problem == ""
-        if event.kind is Kind.ANSWER:
+        if event.kind is MessageKind.ANSWER:
             assert event.request is not None
             assert event.request.number == event.number
             assert event.request.command == event.command
@@ -94,11 +94,11 @@ def test_a_program_and_its_run(cuts: list[int]) -> None:
     events = messages(events_of(conversation, turns, cuts))
     run = [e for e in events if e.command is Command.SPLIT_RUN]
     assert [(e.kind, e.step, e.body_size) for e in run] == [
-        (Kind.REQUEST, 0, 0),
-        (Kind.INPUTS, 1, 32),
-        (Kind.OUTPUTS, 1, 16),
-        (Kind.INPUTS, 2, 32),
-        (Kind.OUTPUTS, 2, 16),
+        (MessageKind.REQUEST, 0, 0),
+        (MessageKind.INPUTS, 1, 32),
+        (MessageKind.OUTPUTS, 1, 16),
+        (MessageKind.INPUTS, 2, 32),
+        (MessageKind.OUTPUTS, 2, 16),
     ]
     assert [bytes(e.body or b"")[0] for e in run[1:]] == [0, 100, 32, 116]
     assert not conversation.unanswered
@@ -124,7 +124,7 @@ def test_large_data_are_handed_on_and_not_kept() -> None:
     size = 300_000
     got = bytearray(size)
 
-    def sink(message: Message, at: int, chunk: bytes | bytearray | memoryview) -> None:
+    def sink(message: ObservedMessage, at: int, chunk: bytes | bytearray | memoryview) -> None:
         assert message.command in (Command.SET_TENSOR, Command.GET_TENSOR)
         if message.command is Command.SET_TENSOR:
             got[at : at + len(chunk)] = chunk
@@ -138,7 +138,9 @@ def test_large_data_are_handed_on_and_not_kept() -> None:
     sent = next(data for _, data in turns if len(data) > size)
     assert bytes(got) == sent[-size:]
     assert upload.fields.tensor.name.rstrip(b"\0") == b"blk.0.attn_q.weight"
-    download = next(e for e in events if e.command is Command.GET_TENSOR and e.kind is Kind.ANSWER)
+    download = next(
+        e for e in events if e.command is Command.GET_TENSOR and e.kind is MessageKind.ANSWER
+    )
     assert download.body is None
     assert download.body_size == size
 
@@ -150,8 +152,8 @@ def test_times() -> None:
     [asked] = conversation.feed(side, first[5:], 11.0)
     conversation.feed(Side.SERVER, second[:20], 12.0)
     [said] = conversation.feed(Side.SERVER, second[20:], 13.5)
-    assert isinstance(asked, Message)
-    assert isinstance(said, Message)
+    assert isinstance(asked, ObservedMessage)
+    assert isinstance(said, ObservedMessage)
     assert (asked.started, asked.ended) == (10.0, 11.0)
     assert (said.started, said.ended) == (12.0, 13.5)
     assert said.latency == 2.5
@@ -159,8 +161,8 @@ def test_times() -> None:
     [one, other] = conversation.feed(side, two + two[:3], 20.0) + conversation.feed(
         side, two[3:], 21.0
     )
-    assert isinstance(one, Message)
-    assert isinstance(other, Message)
+    assert isinstance(one, ObservedMessage)
+    assert isinstance(other, ObservedMessage)
     assert (one.started, one.ended, other.started, other.ended) == (20.0, 20.0, 20.0, 21.0)
 
 
@@ -201,7 +203,9 @@ def test_long_names_are_found_out(dialect: Dialect) -> None:
     wide = dialect.with_names(128)
     # Whole tensors of 64 bytes, as clients upload them first.
     events = messages(events_of(Conversation(), full_session(wide, upload=64, download=64)))
-    graphs = [e for e in events if e.command is Command.GRAPH_COMPUTE and e.kind is Kind.REQUEST]
+    graphs = [
+        e for e in events if e.command is Command.GRAPH_COMPUTE and e.kind is MessageKind.REQUEST
+    ]
     assert graphs
     assert all(e.dialect.tensor_size == 360 and not e.problem for e in graphs)
     assert [name.rstrip(b"\0") for name in graphs[0].graph.tensors["name"]] == [
@@ -240,7 +244,7 @@ def test_a_flipped_bit_is_an_event_and_no_exception(
     turns[i] = side, bytes(broken)
     events = events_of(Conversation(joined=joined), turns)
     for event in events:
-        assert isinstance(event, Message | Failure | Skipped)
+        assert isinstance(event, ObservedMessage | Failure | SkippedBytes)
     # Every byte is in a message, skipped, or behind a failure.
     for side in Side:
         total = sum(len(d) for s, d in turns if s is side)
@@ -293,15 +297,15 @@ def test_a_connection_joined_in_its_middle(data: st.DataObject, dialect: Dialect
     inside = data.draw(st.integers(0, len(content) - 1))
     events = events_of(Conversation(dialect), [(side, content[inside:]), *turns[skipped + 1 :]])
     assert not [e for e in events if isinstance(e, Failure)]
-    known = {(row[0], row[1], row[5], row[8]) for row in whole if isinstance(row[0], Kind)}
-    found = [e for e in events if isinstance(e, Message)]
+    known = {(row[0], row[1], row[5], row[8]) for row in whole if isinstance(row[0], MessageKind)}
+    found = [e for e in events if isinstance(e, ObservedMessage)]
     for event in found:
         assert (event.kind, event.command, event.head, bytes(event.body or b"")) in known
     # The second time round all of it is read.
     requests = sum(s is Side.CLIENT for s, _ in turns[len(turns) // 2 :])
-    assert sum(e.kind is Kind.REQUEST for e in found) >= requests - 1
+    assert sum(e.kind is MessageKind.REQUEST for e in found) >= requests - 1
     answers = sum(s is Side.SERVER for s, _ in turns[len(turns) // 2 :])
-    assert sum(e.kind is Kind.ANSWER for e in found) >= answers - 1
+    assert sum(e.kind is MessageKind.ANSWER for e in found) >= answers - 1
 
 
 def test_the_dialect_of_a_joined_connection_is_guessed() -> None:
@@ -309,7 +313,7 @@ def test_the_dialect_of_a_joined_connection_is_guessed() -> None:
     conversation = Conversation(joined=True)
     events = events_of(conversation, [(turns[0][0], turns[0][1][3:]), *turns[1:]])
     assert conversation.dialect is NEWEST
-    assert sum(isinstance(e, Message) for e in events) >= len(turns) / 2
+    assert sum(isinstance(e, ObservedMessage) for e in events) >= len(turns) / 2
     older = next(d for d in DIALECTS if d.version == (3, 0, 0))
     conversation = Conversation(joined=True)
     turns = session(older) * 2
@@ -345,7 +349,7 @@ def test_a_hole_costs_what_is_in_it(data: st.DataObject) -> None:
     events += conversation.close()
     assert not [e for e in events if isinstance(e, Failure)]
     whole = messages(events_of(Conversation(), turns))
-    found = [e for e in events if isinstance(e, Message)]
+    found = [e for e in events if isinstance(e, ObservedMessage)]
     if side is Side.SERVER:
         # All sizes are known: nothing but the content of what is in the hole is missed.
         assert len(found) == len(whole)
@@ -366,7 +370,7 @@ def test_a_hole_in_an_upload_is_counted() -> None:
     at = next(i for i, (_, d) in enumerate(turns) if len(d) > 50_000)
     conversation = Conversation()
     events = events_of_parts(conversation, turns, at, 20_000, 30_000)
-    assert not [e for e in events if not isinstance(e, Message)]
+    assert not [e for e in events if not isinstance(e, ObservedMessage)]
     upload = next(e for e in events if e.command is Command.SET_TENSOR)
     assert (upload.missing, upload.body_size, upload.body) == (10_000, 50_000, None)
 
@@ -398,9 +402,11 @@ def test_answers_that_are_due_before_a_hole_are_paired() -> None:
     for side, data in [said[0], said[1], asked[2], said[2]]:
         events += conversation.feed(side, data)
     events += conversation.close()
-    answers = [e for e in events if isinstance(e, Message) and e.kind is Kind.ANSWER][1:]
+    answers = [
+        e for e in events if isinstance(e, ObservedMessage) and e.kind is MessageKind.ANSWER
+    ][1:]
     assert [(e.body_size, e.number) for e in answers] == [(16, 1), (24, 2)]
-    assert [(e.side, e.size) for e in events if isinstance(e, Skipped)] == [
+    assert [(e.side, e.size) for e in events if isinstance(e, SkippedBytes)] == [
         (Side.CLIENT, len(asked[1][1])),
         (Side.SERVER, len(said[1][1])),
     ]
@@ -427,10 +433,10 @@ def test_a_hole_within_a_request_costs_that_request(seen: int) -> None:
     events += conversation.close()
     found = messages(events)[2:]
     assert [(m.kind, m.command) for m in found] == [
-        (Kind.REQUEST, Command.GET_TENSOR),
-        (Kind.ANSWER, Command.GET_TENSOR),
-        (Kind.REQUEST, Command.DEVICE_COUNT),
-        (Kind.ANSWER, Command.DEVICE_COUNT),
+        (MessageKind.REQUEST, Command.GET_TENSOR),
+        (MessageKind.ANSWER, Command.GET_TENSOR),
+        (MessageKind.REQUEST, Command.DEVICE_COUNT),
+        (MessageKind.ANSWER, Command.DEVICE_COUNT),
     ]
     assert found[0].fields is None
     assert (found[0].missing, found[0].size) == (len(first) - seen, len(first))
@@ -447,7 +453,7 @@ def test_the_version_is_read_though_the_rest_of_the_answer_is_missing() -> None:
     conversation.feed(Side.CLIENT, asked)
     conversation.feed(Side.SERVER, said[:-6])
     [found] = conversation.gap(Side.SERVER, 6)
-    assert isinstance(found, Message)
+    assert isinstance(found, ObservedMessage)
     assert found.fields is None
     assert conversation.dialect is DIALECTS[1]
     assert conversation.version == DIALECTS[1].version
@@ -459,7 +465,7 @@ def test_what_only_looks_like_a_frame_is_passed_over() -> None:
     false = asked[:9] + b"\xa5" * (len(asked) - 9)
     conversation = Conversation(NEWEST)
     events = conversation.feed(Side.CLIENT, false + asked) + conversation.close()
-    assert [type(e) for e in events] == [Skipped, Message]
+    assert [type(e) for e in events] == [SkippedBytes, ObservedMessage]
     assert events[0].size == len(false)
 
 
@@ -476,7 +482,7 @@ def test_a_wrong_answer_ends_the_servers_side_only() -> None:
     assert failure.side is Side.SERVER
     assert failure.text == "the answer to GET_TENSOR has 12 bytes, not 16"
     assert failure.offset == len(turns[1][1])
-    assert [e.command for e in events if isinstance(e, Message)][-1] is Command.DEVICE_COUNT
+    assert [e.command for e in events if isinstance(e, ObservedMessage)][-1] is Command.DEVICE_COUNT
 
 
 def _get(size: int) -> dict:

@@ -7,7 +7,7 @@ import pytest
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, Dialect, compatible_dialects, find_dialects
-from protocol.ggml_ops import GluOp, Op, UnaryOp
+from protocol.ggml.ops import GluOp, Op, UnaryOp
 from tools import upstream
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import messages
-from protocol.codec import Record, codec
+from protocol.codec import Message, codec
 from protocol.dialects import DIALECTS, Answer
 from protocol.messages import (
     MAX_SOURCES,
@@ -33,7 +33,7 @@ NAMES = {id(value): name for name, value in vars(messages).items() if isinstance
 
 def plain(value: Any) -> Any:
     """What a codec or construct has parsed, as dicts and lists without padding."""
-    if isinstance(value, Record):
+    if isinstance(value, Message):
         value = value.__dict__
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items() if k and not k.startswith("_")}

@@ -40,7 +40,7 @@ class House:
         greeting = self.negotiator.greet(address, caps, self.now)
         served = accepts(client, greeting.offer)
         if served:
-            greeting.went_on(self.now)
+            greeting.accepted(self.now)
         greeting.ended(self.now)
         return served
 
@@ -209,7 +209,7 @@ def test_who_happens_upon_a_trial_is_served_at_the_next_start(house: House) -> N
 
 def test_a_client_that_leaves_may_connect_again(house: House) -> None:
     greeting = house.negotiator.greet(HERE, NEW, house.now)
-    greeting.went_on(house.now)
+    greeting.accepted(house.now)
     house.now += RECENT
     assert house.starts((4, 0)) == 6
     house.now += 3600.0
@@ -255,7 +255,7 @@ def test_an_unfinished_search_is_forgotten(house: House) -> None:
 def test_acceptance_is_news_once(house: House) -> None:
     for news in (True, False):
         greeting = house.negotiator.greet(HERE, NEW, house.now)
-        assert greeting.went_on(house.now) == news
+        assert greeting.accepted(house.now) == news
         assert greeting.ended(house.now) is None
 
 
@@ -324,12 +324,12 @@ def test_unknown_version() -> None:
 
 def test_what_turns_out_to_be_no_client_is_forgotten(house: House) -> None:
     greeting = house.negotiator.greet(HERE, NEW, house.now)
-    greeting.went_on(house.now)
+    greeting.accepted(house.now)
     house.now += RECENT
     house.probe()
     other = house.negotiator.greet(HERE, NEW, house.now)
     assert other.offer.version == (6, 0, 0)
-    other.went_on(house.now)
+    other.accepted(house.now)
     other.broken()
     other.ended(house.now)
     assert house.offer().version == (7, 0, 0)
@@ -339,7 +339,7 @@ def test_a_broken_connection_does_not_undo_what_others_accepted(house: House) ->
     house.starts((4, 0))
     for _ in range(10):
         greeting = house.negotiator.greet(HERE, NEW, house.now)
-        greeting.went_on(house.now)
+        greeting.accepted(house.now)
         greeting.broken()
         greeting.ended(house.now)
         greeting = house.negotiator.greet(HERE, NEW, house.now)

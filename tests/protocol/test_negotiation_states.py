@@ -103,9 +103,9 @@ class Behind(RuleBasedStateMachine):
     def hello(self, kind: bool) -> Greeting:
         return self.negotiator.greet(HERE, CAPS[kind], self.now)
 
-    def went_on(self, greeting: Greeting, kind: bool) -> None:
+    def accepted(self, greeting: Greeting, kind: bool) -> None:
         world = self.kinds[kind]
-        news = greeting.went_on(self.now)
+        news = greeting.accepted(self.now)
         assert news == (world.accepted[:1] != [greeting.offer])
         if news:
             world.accepted = [greeting.offer, *(o for o in world.accepted if o != greeting.offer)]
@@ -175,7 +175,7 @@ class Behind(RuleBasedStateMachine):
         served_before = bool(world.accepted) and accepts(client, world.accepted[0])
         greeting = self.hello(kind)
         if accepts(client, greeting.offer):
-            self.went_on(greeting, kind)
+            self.accepted(greeting, kind)
             self.left(greeting, kind)
             return Process(client, greeting.offer, self.now)
         if served_before:
@@ -208,7 +208,7 @@ class Behind(RuleBasedStateMachine):
             return
         greeting = self.hello(process.kind)
         assert accepts(process.client, greeting.offer), "refused in the middle of its start"
-        self.went_on(greeting, process.kind)
+        self.accepted(greeting, process.kind)
         process.seen = self.now
         if stay:
             process.connections.append(greeting)

@@ -13,8 +13,15 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.errors import ProtocolError
-from protocol.framing import Event, Request, RequestReader, UploadEnd, UploadPart, UploadStart
 from protocol.messages import CONN_CAPS_SIZE, RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE
+from protocol.requests import (
+    Event,
+    Request,
+    RequestReader,
+    UploadChunk,
+    UploadEnd,
+    UploadStart,
+)
 from protocol.split import (
     MAX_PARTS,
     SPLIT_COMMANDS,
@@ -187,12 +194,12 @@ def test_an_upload_goes_to_its_places_part_by_part(
             at += feed(reader, stream[at : at + most])
             continue
         events.append(event)
-        if isinstance(event, UploadStart | UploadPart):
+        if isinstance(event, UploadStart | UploadChunk):
             place = places[given_so_far] if places else bytearray()
             given_so_far += 1
             reader.direct(memoryview(place))
     kinds = [type(e) for e in events]
-    assert kinds == [UploadStart, *[UploadPart] * (len(sizes) - 1), UploadEnd, Request]
+    assert kinds == [UploadStart, *[UploadChunk] * (len(sizes) - 1), UploadEnd, Request]
     assert b"".join(places) == content
     assert isinstance(events[-1], Request)
     assert events[-1].fields.program == behind
@@ -208,7 +215,7 @@ def test_a_place_must_be_some_of_what_is_left() -> None:
     reader.direct(memoryview(bytearray(4)))
     with pytest.raises(ValueError, match="place"):
         reader.direct(memoryview(bytearray(1)))
-    assert isinstance(reader.next_event(), UploadPart)
+    assert isinstance(reader.next_event(), UploadChunk)
     with pytest.raises(ValueError, match="no place yet"):
         reader.next_event()
     with pytest.raises(ValueError, match="place"):

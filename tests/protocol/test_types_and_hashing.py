@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.ggml_types import TYPE_INFO, GgmlType, nbytes, row_size
-from protocol.hashing import FNV_OFFSET, FNV_PRIME, fnv1a_64
+from protocol.ggml.hashing import FNV_OFFSET, FNV_PRIME, fnv1a_64
+from protocol.ggml.types import (
+    TYPE_INFO,
+    GgmlType,
+    nbytes,
+    row_size,
+)
 
 small = st.tuples(*[st.integers(1, 4)] * 4)
 strides = st.tuples(*[st.integers(0, 64)] * 4)

@@ -10,12 +10,17 @@ import numpy as np
 
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.conversation import Conversation, Event, Message, Side
 from protocol.dialects import Answer, Body, Dialect
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE, RpcTensor
+from protocol.observe.conversation import (
+    Conversation,
+    Event,
+    ObservedMessage,
+    Side,
+)
 from protocol.split import (
     ProgramStep,
     encode_program,
@@ -179,7 +184,7 @@ def summary(events: Sequence[Event]) -> list[tuple[Any, ...]]:
     """What events say, without times."""
     found: list[tuple[Any, ...]] = []
     for event in events:
-        if isinstance(event, Message):
+        if isinstance(event, ObservedMessage):
             found.append(
                 (
                     event.kind, event.command, event.number, event.start, event.end, event.head,

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml.types import GgmlType, row_size
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE
-from tools.serving import PROJECT as REPOSITORY
-from tools.serving import Process, ProgramError, own_command
+from tools.serving.processes import PROJECT as REPOSITORY
+from tools.serving.processes import Process, ProgramError, own_command
 from tools.wire import NEWEST, ClosedError
 from tools.wire import Wire as BlockingWire
 

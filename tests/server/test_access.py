@@ -23,11 +23,11 @@ from client.errors import ConnectionLost
 from client.tensors import Tensor
 from client.tunnel import SecretError, client_context, read_token, server_context
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.token import encode_token, token_size
-from rpc_server.access import Gate
 from rpc_server.limits import ServerLimits
-from rpc_server.metrics import Figures
+from rpc_server.net.admission import Admission
+from rpc_server.observability.metrics import ServerStats
 from rpc_server.options import parse_options
 from tests.server.process import ServerProcess, Wire, running
 from tests.split.cluster import content, status, values, weight
@@ -56,8 +56,8 @@ TOKEN = b"a token that nobody can guess"
 )
 def test_networks(address: str, allowed: bool) -> None:
     networks = parse_options(["--allow", "10.1.0.0/16,192.168.7.9,fd00::/8, fe80::/10"]).allow
-    gate = Gate(networks, ServerLimits(), Figures())
-    assert gate.admit(address, "client") is allowed
+    admission = Admission(networks, ServerLimits(), ServerStats())
+    assert admission.admit(address, "client") is allowed
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1/8", "hostname", "10.0.0.0/33", "1.2.3"])

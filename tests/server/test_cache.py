@@ -19,13 +19,18 @@ import pytest
 
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.hashing import fnv1a_64
-from rpc_server import cache as cache_module
-from rpc_server.cache import HASH_THRESHOLD, CacheError, TensorCache, default_cache_dir
-from rpc_server.cache_room import PARTIAL, Room
+from protocol.ggml.hashing import fnv1a_64
+from rpc_server.cache import store as cache_module
+from rpc_server.cache.quota import PARTIAL, Quota
+from rpc_server.cache.store import (
+    HASH_THRESHOLD,
+    CacheError,
+    TensorCache,
+    default_cache_dir,
+)
 from tests.server.process import REPOSITORY, Wire, running, tensor
-from tools.ports import free_port
-from tools.serving import Process, listens, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens, upstream_command
 
 SIZE = 1 << 20
 
@@ -274,7 +279,8 @@ def test_servers_of_several_users() -> None:
     # A child goes on as another user, as the interpreter may be in a folder of root's alone.
     script = (
         "import os, sys; from pathlib import Path; import numpy as np;"
-        "from rpc_server.cache import TensorCache; from protocol.hashing import fnv1a_64;"
+        "from rpc_server.cache.store import TensorCache; from protocol.ggml.hashing import "
+        "fnv1a_64;"
         "ours, theirs = (np.random.default_rng(n).bytes(1 << 20) for n in (1, 2));"
         "digest = fnv1a_64(ours);"
         "os.setgid(65534); os.setuid(65534);"
@@ -409,7 +415,7 @@ def test_errors_cost_only_the_cache(
 
 def test_unfinished_files_of_dead_servers_are_deleted(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
-    room = Room(tmp_path, sums(tmp_path), 10 * SIZE)
+    room = Quota(tmp_path, sums(tmp_path), 10 * SIZE)
     with room.reserve(SIZE) as (file, temporary):
         assert temporary.stat().st_size == SIZE
         dead = tmp_path / f"{PARTIAL}dead"
@@ -426,7 +432,7 @@ def test_unfinished_files_of_dead_servers_are_deleted(tmp_path: Path) -> None:
 
 def test_what_is_being_written_counts(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path, limit=2 * SIZE)
-    room = Room(tmp_path, sums(tmp_path), 2 * SIZE)
+    room = Quota(tmp_path, sums(tmp_path), 2 * SIZE)
     with room.reserve(SIZE):
         first = keep(cache, some_bytes(SIZE, seed=1))
         second = keep(cache, some_bytes(SIZE, seed=2))
@@ -470,8 +476,8 @@ def test_several_servers_and_threads_in_one_folder(tmp_path: Path) -> None:
 _KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from protocol.hashing import fnv1a_64
-from rpc_server.cache import TensorCache
+from protocol.ggml.hashing import fnv1a_64
+from rpc_server.cache.store import TensorCache
 
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 random.seed(5)
@@ -525,7 +531,8 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
 def test_a_limit_of_the_size_of_files(tmp_path: Path) -> None:
     """As a user's quota has it: an error, not a signal that ends the server."""
     script = (
-        "import resource, sys; from pathlib import Path; from rpc_server.cache import TensorCache;"
+        "import resource, sys; from pathlib import Path; from rpc_server.cache.store import "
+        "TensorCache;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({SIZE}, {SIZE}));"
         "cache = TensorCache(Path(sys.argv[1]));"
         f"assert cache.store(memoryview(bytes({SIZE + 1}))) is None;"

@@ -22,7 +22,7 @@ import pytest
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
 from tests.server.process import ClosedError, ServerProcess, Wire, running, sources, tensor
 
 if sys.platform != "win32":

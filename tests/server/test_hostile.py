@@ -11,7 +11,7 @@ import pytest
 
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.server.process import ServerProcess, Wire, sources, tensor
 
 BUFFER = 4096

@@ -12,7 +12,7 @@ import pytest
 
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml.types import GgmlType, row_size
 from tests.server.process import Wire, running, sources, tensor
 
 MIB = 1 << 20

@@ -21,9 +21,9 @@ from protocol.dialects import DIALECTS
 from protocol.graph_payload import decode_graph
 from protocol.split import ProgramStep, encode_program, split_caps, with_split
 from rpc_server.limits import ServerLimits
-from rpc_server.metrics import ClientFigures, Figures
-from rpc_server.plans import PlanCache
-from rpc_server.watch import Clock
+from rpc_server.net.timeouts import Deadlines
+from rpc_server.observability.metrics import ClientStats, ServerStats
+from rpc_server.session.plan_cache import PlanCache
 from tests.server.clients import Bystander, endless
 from tests.server.process import ServerProcess, Wire, running, sources, tensor
 
@@ -401,7 +401,7 @@ class Peer:
 
 
 def test_a_slow_message_that_goes_on_is_let_be() -> None:
-    clock, peer = Clock(ServerLimits(stall=60), 0), Peer()
+    clock, peer = Deadlines(ServerLimits(stall=60), 0), Peer()
     peer.awaits_rest = True
     for second in range(1000):
         peer.received += 2000
@@ -415,7 +415,7 @@ def test_a_slow_message_that_goes_on_is_let_be() -> None:
 
 def test_many_small_messages_are_no_stall() -> None:
     """By chance each look may find it within one."""
-    clock, peer = Clock(ServerLimits(stall=60), 0), Peer()
+    clock, peer = Deadlines(ServerLimits(stall=60), 0), Peer()
     peer.awaits_rest = True
     for second in range(1000):
         peer.received += 20
@@ -425,7 +425,7 @@ def test_many_small_messages_are_no_stall() -> None:
 
 
 def test_no_limit_is_none() -> None:
-    clock, peer = Clock(ServerLimits(stall=None, graph=None, idle=None), 0), Peer()
+    clock, peer = Deadlines(ServerLimits(stall=None, graph=None, idle=None), 0), Peer()
     peer.awaits_rest = peer.awaits_taking = True
     peer.running = 1e9
     clock.look(peer, 1e9)
@@ -433,15 +433,15 @@ def test_no_limit_is_none() -> None:
 
 
 def test_figures_outlive_their_client() -> None:
-    figures = Figures()
-    client = ClientFigures(number=1)
-    figures.connected(client)
+    stats = ServerStats()
+    client = ClientStats(number=1)
+    stats.connected(client)
     client.bytes_in += 10
     client.commands[Command.GET_TENSOR] += 2
     client.graph(3, 0.004)
-    before = figures.total()
-    figures.disconnected(client)
-    after = figures.total()
+    before = stats.total()
+    stats.disconnected(client)
+    after = stats.total()
     assert before.by_command() == after.by_command() == {"GET_TENSOR": 2}
     assert (after.bytes_in, after.graphs, after.nodes, sum(after.graph_times)) == (10, 1, 3, 1)
-    assert figures.clients == {}
+    assert stats.clients == {}

@@ -11,11 +11,11 @@ import pytest
 
 from client.connection import connect
 from rpc_server import __main__ as program
-from rpc_server import listening
-from rpc_server.listening import PortInUseError, is_here, listen
+from rpc_server.net import listening
+from rpc_server.net.listening import PortInUseError, is_here, listen
 from tests.server.process import ServerProcess
-from tools.ports import free_port
-from tools.serving import Process, own_command
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, own_command
 
 V4, V6 = "127.0.0.1", "::1"
 

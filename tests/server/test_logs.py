@@ -7,7 +7,13 @@ import logging
 import pytest
 
 from protocol.commands import Command
-from rpc_server.logs import TEXT, ClientLog, LineBudget, TextFormatter, printable
+from rpc_server.observability.logs import (
+    TEXT,
+    ClientLog,
+    LineBudget,
+    TextFormatter,
+    printable,
+)
 from tests.server.clients import Bystander
 from tests.server.process import ServerProcess, Wire, sources, tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.commands import Command
-from rpc_server.memory import AddressSpace, Buffers, OutOfMemoryError
+from rpc_server.session.buffers import AddressSpace, Buffers, OutOfMemoryError
 from tests.server.clients import Bystander
 from tests.server.process import ServerProcess, Wire
 

@@ -17,13 +17,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protocol.commands import Command
-from rpc_server.exporter import Collector
-from rpc_server.logs import ClientLog, JsonFormatter
-from rpc_server.metrics import GRAPH_BUCKETS
-from rpc_server.progress import UploadMeter
+from rpc_server.observability.exporter import Collector
+from rpc_server.observability.logs import ClientLog, JsonFormatter
+from rpc_server.observability.metrics import GRAPH_BUCKETS
+from rpc_server.observability.progress import UploadMeter
 from tests.server.clients import Bystander, endless
 from tests.server.process import ServerProcess, Wire, running, tensor
-from tests.split.cluster import Coordinator, Worker
+from tests.split.cluster import Coordinator, WorkerProcess
 
 HOST = "127.0.0.1"
 
@@ -165,7 +165,7 @@ def test_it_is_not_ready_while_it_drains() -> None:
 
 
 def test_a_coordinator_counts_its_workers() -> None:
-    with Worker() as worker, Coordinator([worker], "--metrics-port", "0") as coordinator:
+    with WorkerProcess() as worker, Coordinator([worker], "--metrics-port", "0") as coordinator:
         values = Scraper(coordinator).values()
     labels = f"{{device=0,worker={worker.address}}}"
     assert values[f"split_exchanges_total{labels}"] == 0
@@ -233,7 +233,7 @@ def test_traces_and_odd_names_stay_on_one_line(caplog: pytest.LogCaptureFixture)
 def test_the_collector_needs_no_server() -> None:
     """Names are what docs/operating.md promises; each occurs once."""
     from protocol.negotiation import Negotiator
-    from rpc_server.context import ServerContext
+    from rpc_server.session.context import ServerContext
 
     context = ServerContext(budgets=[], negotiator=Negotiator(None))
     names = [family.name for family in Collector(context).collect()]

@@ -12,7 +12,7 @@ from client.backend import Backend
 from client.connection import connect
 from client.errors import ConnectionLost, VersionMismatch
 from protocol.dialects import DIALECTS, Dialect, compatible_dialects, find_dialects
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.server.process import ServerProcess
 
 HOST = "127.0.0.1"

@@ -25,7 +25,7 @@ import pytest
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.server.process import ServerProcess, Wire, running, sources, tensor
 
 F32, I32, I64 = GgmlType.F32, GgmlType.I32, GgmlType.I64

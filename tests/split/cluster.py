@@ -13,7 +13,7 @@ from client.backend import Backend
 from client.connection import connect
 from client.tensors import Array, Tensor
 from protocol.commands import Command
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from protocol.split import MAX_PARTS
 from tests.server.process import ServerProcess
 
@@ -30,7 +30,7 @@ _SCALES = {
 }
 
 
-class Worker(ServerProcess):
+class WorkerProcess(ServerProcess):
     """A server with one thread."""
 
     def __init__(self, *options: str) -> None:
@@ -41,16 +41,16 @@ class Worker(ServerProcess):
         return f"{HOST}:{self.port}"
 
 
-class Coordinator(Worker):
+class Coordinator(WorkerProcess):
     """A server that splits over ``parts``: workers, addresses, or 'local'."""
 
-    def __init__(self, parts: Sequence[Worker | str], *options: str) -> None:
+    def __init__(self, parts: Sequence[WorkerProcess | str], *options: str) -> None:
         names = [p if isinstance(p, str) else p.address for p in parts]
         super().__init__("--split", ",".join(names), *options)
 
 
 @contextlib.asynccontextmanager
-async def backend(server: Worker | int, timeout: float = 20.0) -> AsyncIterator[Backend]:
+async def backend(server: WorkerProcess | int, timeout: float = 20.0) -> AsyncIterator[Backend]:
     """A client that has the split extension."""
     port = server if isinstance(server, int) else server.port
     async with await connect(HOST, port, split=True, timeout=timeout) as connection:

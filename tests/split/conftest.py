@@ -5,24 +5,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.split.cluster import Coordinator, Worker
+from tests.split.cluster import Coordinator, WorkerProcess
 
 
 @pytest.fixture(scope="session")
-def whole() -> Iterator[Worker]:
+def whole() -> Iterator[WorkerProcess]:
     """A server that keeps weights whole: what all others must agree with."""
-    with Worker() as started:
+    with WorkerProcess() as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[list[Worker]]:
+def workers() -> Iterator[list[WorkerProcess]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Worker()) for _ in range(2)]
+        yield [stack.enter_context(WorkerProcess()) for _ in range(2)]
 
 
 @pytest.fixture(scope="session")
-def split(workers: list[Worker]) -> Iterator[Coordinator]:
+def split(workers: list[WorkerProcess]) -> Iterator[Coordinator]:
     """Two workers and a share of its own; activations travel as they are."""
     with Coordinator([*workers, "local"]) as started:
         yield started

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 
-from tools.serving import HOST
+from tools.serving.processes import HOST
 
 _START_SECONDS = 20.0
 

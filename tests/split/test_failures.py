@@ -24,15 +24,15 @@ from client.backend import Backend
 from client.errors import ConnectionLost
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.split import worker as links
+from rpc_server.devices.split.worker import Worker, WorkerLost
 from rpc_server.options import parse_options
-from rpc_server.split import link as links
-from rpc_server.split.link import Link, WorkerLost
 from tests.client.scripted import Peer, scripted
 from tests.split.cluster import (
     HOST,
     Coordinator,
-    Worker,
+    WorkerProcess,
     backend,
     content,
     nmse,
@@ -40,8 +40,13 @@ from tests.split.cluster import (
     values,
     weight,
 )
-from tools.ports import free_port
-from tools.serving import Process, listens, own_command, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    Process,
+    listens,
+    own_command,
+    upstream_command,
+)
 
 F32, I32 = GgmlType.F32, GgmlType.I32
 # What any of these may take at most, on a busy machine.
@@ -52,7 +57,7 @@ class Cluster:
     """A coordinator and two workers of its own, of which the second is the one that suffers."""
 
     def __init__(self, *options: str) -> None:
-        self.good, self.bad = Worker("--mem", "512"), Worker("--mem", "512")
+        self.good, self.bad = WorkerProcess("--mem", "512"), WorkerProcess("--mem", "512")
         try:
             self.coordinator = Coordinator([self.good, self.bad], *options)
         except BaseException:
@@ -61,7 +66,7 @@ class Cluster:
             raise
 
     @property
-    def servers(self) -> tuple[Worker, Worker, Worker]:
+    def servers(self) -> tuple[WorkerProcess, WorkerProcess, WorkerProcess]:
         return self.coordinator, self.good, self.bad
 
     def revive(self) -> None:
@@ -69,7 +74,7 @@ class Cluster:
         address, before = self.bad.address, self.connections()
         self.bad.stop()
         self.bad.forget()
-        self.bad = Worker("--mem", "512", "--port", address.rpartition(":")[2])
+        self.bad = WorkerProcess("--mem", "512", "--port", address.rpartition(":")[2])
         self.wait_for_reconnection(before)
 
     def connections(self) -> int:
@@ -161,7 +166,7 @@ async def lost(task: asyncio.Task[None], seconds: float = PATIENCE) -> None:
         await asyncio.wait_for(task, seconds)
 
 
-async def check_works(coordinator: Worker) -> None:
+async def check_works(coordinator: WorkerProcess) -> None:
     """A new client gets right numbers, and nothing is left of those before it."""
     data, x = values(256, 512, seed=50), values(7, 512, seed=51)
     async with backend(coordinator) as b:
@@ -173,7 +178,7 @@ async def check_works(coordinator: Worker) -> None:
         assert nmse(got.reshape(7, 256), x @ data.T) < 1e-9
 
 
-async def freed(worker: Worker) -> None:
+async def freed(worker: WorkerProcess) -> None:
     """All weights on a worker were given back; what is left are places for exchanges."""
 
     async def used() -> int:
@@ -188,7 +193,7 @@ async def freed(worker: Worker) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(coordinator: Worker, job: Job) -> AsyncIterator[asyncio.Task[None]]:
+async def running(coordinator: WorkerProcess, job: Job) -> AsyncIterator[asyncio.Task[None]]:
     """``job`` on its way, as a client of the coordinator."""
     begun = asyncio.Event()
     async with backend(coordinator) as b:
@@ -243,7 +248,7 @@ async def test_a_worker_is_killed_while_nobody_needs_it(cluster: Cluster) -> Non
 @pytest.mark.parametrize("stage", JOBS)
 async def test_an_upstream_worker_is_killed(stage: str, tmp_path: Path) -> None:
     """One without the extension: its exchanges are ordinary commands."""
-    with Worker("--mem", "512") as good, contextlib.ExitStack() as stack:
+    with WorkerProcess("--mem", "512") as good, contextlib.ExitStack() as stack:
         port = free_port()
 
         def start() -> None:
@@ -365,8 +370,8 @@ async def test_a_graph_that_fails_between_exchanges(cluster: Cluster) -> None:
 async def test_a_worker_without_room() -> None:
     """What it can't take stays on the coordinator, which has no room for all things either."""
     with (
-        Worker() as good,
-        Worker("--mem", "1") as small,
+        WorkerProcess() as good,
+        WorkerProcess("--mem", "1") as small,
         Coordinator([good, small]) as coordinator,
     ):
         async with backend(coordinator) as b:
@@ -390,7 +395,7 @@ async def test_a_worker_without_room() -> None:
 
 
 def test_it_does_not_start_without_its_workers() -> None:
-    with Worker() as good:
+    with WorkerProcess() as good:
         address = f"{HOST}:{free_port()}"
         done = subprocess.run(
             own_command(0, "--split", f"{good.address},{address}"),
@@ -448,7 +453,7 @@ async def test_what_is_no_worker(
     monkeypatch.setattr(links, "CONNECT_TIMEOUT", 0.3)
     async with scripted(DIALECTS[0], script) as port:
         with pytest.raises(WorkerLost, match=message) as caught:
-            await Link.open(HOST, port, 30.0)
+            await Worker.open(HOST, port, 30.0)
     assert f"worker {HOST}:{port}" in str(caught.value)
 
 
@@ -470,7 +475,7 @@ async def test_answers_that_are_none(cluster: Cluster) -> None:
         await peer.reader.read()
 
     async with scripted(DIALECTS[0], script) as port:
-        link = await Link.open(HOST, port, 30.0)
+        link = await Worker.open(HOST, port, 30.0)
         with pytest.raises(WorkerLost, match=rf"worker {HOST}:{port}: .*ALLOC_BUFFER has 5 bytes"):
             await link.place(F32, (256, 64), "some")
         assert link.lost
@@ -486,7 +491,7 @@ def test_a_listener_behind_a_full_backlog_is_no_worker(monkeypatch: pytest.Monke
         listener.listen(0)
         port = listener.getsockname()[1]
         with pytest.raises(WorkerLost, match="does not answer"):
-            asyncio.run(Link.open(HOST, port, 30.0))
+            asyncio.run(Worker.open(HOST, port, 30.0))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])

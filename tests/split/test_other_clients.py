@@ -16,9 +16,17 @@ import pytest
 from client.backend import Backend
 from client.errors import ConnectionLost
 from client.tensors import Array
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from tests.split.cluster import Coordinator, Worker, backend, content, nmse, values, weight
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from tests.split.cluster import (
+    Coordinator,
+    WorkerProcess,
+    backend,
+    content,
+    nmse,
+    values,
+    weight,
+)
 from tests.upstream_server import running_upstream
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
@@ -31,11 +39,11 @@ CELLS, SEQUENCES = 16, 4
 )
 def coordinator(
     request: pytest.FixtureRequest,
-    workers: list[Worker],
+    workers: list[WorkerProcess],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Coordinator]:
     with contextlib.ExitStack() as stack:
-        parts: list[Worker | str] = [*workers]
+        parts: list[WorkerProcess | str] = [*workers]
         if request.param == "upstream":
             folder: Path = tmp_path_factory.mktemp("workers")
             ends = [
@@ -61,7 +69,7 @@ async def projected(b: Backend, tokens: int) -> tuple[Any, Array]:
 
 
 @contextlib.asynccontextmanager
-async def bystander(server: Worker) -> AsyncIterator[None]:
+async def bystander(server: WorkerProcess) -> AsyncIterator[None]:
     """Another client, whose weights have to be there still when the block is over."""
     async with backend(server) as b:
         product, expected = await projected(b, 2)
@@ -138,7 +146,7 @@ async def test_a_graph_that_cannot_be_done_ends_its_client_only(
 
 
 async def test_rows_of_several_sequences_are_stored_in_one_go(
-    coordinator: Coordinator, whole: Worker
+    coordinator: Coordinator, whole: WorkerProcess
 ) -> None:
     """The cache of llama.cpp's sequences: rows of all of them at once, whichever they are in."""
 

@@ -14,11 +14,11 @@ import pytest
 
 from client.backend import Backend
 from client.tensors import Array
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.split.cluster import (
     NAME,
     Coordinator,
-    Worker,
+    WorkerProcess,
     backend,
     content,
     nmse,
@@ -42,7 +42,7 @@ Job = Callable[[Backend, Shares], Awaitable[Sequence[Array]]]
 
 
 async def compare(
-    whole: Worker, split: Worker, job: Job, shares: Sequence[Shares] = SHARES
+    whole: WorkerProcess, split: WorkerProcess, job: Job, shares: Sequence[Shares] = SHARES
 ) -> None:
     """``job`` on the split server, cut in various ways, against the one that doesn't split."""
     async with backend(whole) as b:
@@ -58,7 +58,9 @@ async def compare(
 
 
 @pytest.mark.parametrize("type_", TYPES, ids=lambda t: t.name)
-async def test_products_are_equal_to_the_bit(type_: GgmlType, whole: Worker, split: Worker) -> None:
+async def test_products_are_equal_to_the_bit(
+    type_: GgmlType, whole: WorkerProcess, split: WorkerProcess
+) -> None:
     data = content(type_, (COLUMNS, ROWS), seed=3)
     inputs = [values(n, COLUMNS, seed=n) for n in (1, 5, 300)]
 
@@ -74,7 +76,7 @@ async def test_products_are_equal_to_the_bit(type_: GgmlType, whole: Worker, spl
 
 
 @pytest.mark.parametrize("type_", [F32, GgmlType.Q4_0], ids=lambda t: t.name)
-async def test_more_dimensions(type_: GgmlType, whole: Worker, split: Worker) -> None:
+async def test_more_dimensions(type_: GgmlType, whole: WorkerProcess, split: WorkerProcess) -> None:
     """Activations of more dimensions than the weight, and rows that don't lie one by one."""
     data = content(type_, (COLUMNS, ROWS), seed=4)
     x = values(3, 2, 4, COLUMNS, seed=5)
@@ -95,7 +97,7 @@ async def test_more_dimensions(type_: GgmlType, whole: Worker, split: Worker) ->
 @pytest.mark.parametrize("type_", [F32, F16, GgmlType.Q8_0, GgmlType.Q4_K], ids=lambda t: t.name)
 @pytest.mark.parametrize("tokens", [1, 40])
 async def test_experts_are_equal_to_the_bit(
-    type_: GgmlType, tokens: int, whole: Worker, split: Worker
+    type_: GgmlType, tokens: int, whole: WorkerProcess, split: WorkerProcess
 ) -> None:
     experts, used = 4, 2
     shape = (256, 136, experts)
@@ -121,7 +123,7 @@ async def test_experts_are_equal_to_the_bit(
 
 
 async def test_a_weight_of_three_dimensions_in_a_plain_product(
-    whole: Worker, split: Worker
+    whole: WorkerProcess, split: WorkerProcess
 ) -> None:
     data = content(F16, (256, 96, 3), seed=9)
     x = values(3, 5, 256, seed=10)
@@ -154,11 +156,11 @@ async def a_layer(b: Backend, shares: Shares, tokens: int = 3) -> Sequence[Array
     return outputs
 
 
-async def test_a_layer_is_equal_to_the_bit(whole: Worker, split: Worker) -> None:
+async def test_a_layer_is_equal_to_the_bit(whole: WorkerProcess, split: WorkerProcess) -> None:
     await compare(whole, split, a_layer)
 
 
-async def test_products_of_one_input_share_an_exchange(split: Worker) -> None:
+async def test_products_of_one_input_share_an_exchange(split: WorkerProcess) -> None:
     async with backend(split) as b:
         before = await status(b)
         await a_layer(b, (1, 1, 0), tokens=3)
@@ -172,7 +174,9 @@ async def test_products_of_one_input_share_an_exchange(split: Worker) -> None:
     assert after.tokens == before.tokens + 3
 
 
-async def test_an_input_that_is_written_between_is_sent_again(whole: Worker, split: Worker) -> None:
+async def test_an_input_that_is_written_between_is_sent_again(
+    whole: WorkerProcess, split: WorkerProcess
+) -> None:
     data = content(F32, (COLUMNS, COLUMNS), seed=12)
 
     async def job(b: Backend, shares: Shares) -> Sequence[Array]:
@@ -188,7 +192,9 @@ async def test_an_input_that_is_written_between_is_sent_again(whole: Worker, spl
     await compare(whole, split, job, SHARES[:3])
 
 
-async def test_the_same_graph_again_with_other_inputs(whole: Worker, split: Worker) -> None:
+async def test_the_same_graph_again_with_other_inputs(
+    whole: WorkerProcess, split: WorkerProcess
+) -> None:
     """What llama.cpp does for each token: GRAPH_RECOMPUTE."""
     data = content(GgmlType.Q4_0, (COLUMNS, ROWS), seed=14)
 
@@ -208,7 +214,7 @@ async def test_the_same_graph_again_with_other_inputs(whole: Worker, split: Work
 
 
 async def test_a_table_that_rows_are_taken_from_is_brought_here(
-    whole: Worker, split: Coordinator
+    whole: WorkerProcess, split: Coordinator
 ) -> None:
     data = content(GgmlType.Q8_0, (COLUMNS, ROWS), seed=15)
     wanted = np.array([0, ROWS - 1, 7, 200], np.int32)
@@ -229,10 +235,10 @@ async def test_a_table_that_rows_are_taken_from_is_brought_here(
 
 @pytest.mark.parametrize("where", ["whole", "split"])
 async def test_a_weight_that_a_graph_writes(
-    where: str, request: pytest.FixtureRequest, whole: Worker
+    where: str, request: pytest.FixtureRequest, whole: WorkerProcess
 ) -> None:
     """Fine-tuning and merged adapters do: a product must see what was written."""
-    server: Worker = request.getfixturevalue(where)
+    server: WorkerProcess = request.getfixturevalue(where)
     before, after = values(ROWS, 256, seed=16), values(ROWS, 256, seed=17)
     x = values(2, 256, seed=18)
     async with backend(server) as b:
@@ -257,7 +263,7 @@ async def test_a_weight_that_a_graph_writes(
 
 @pytest.fixture(scope="module", params=["f16", "q8_0"])
 def rounded(
-    request: pytest.FixtureRequest, workers: list[Worker]
+    request: pytest.FixtureRequest, workers: list[WorkerProcess]
 ) -> Iterator[tuple[Coordinator, float]]:
     """A coordinator with another --split-wire, and the error that it may make.
 
@@ -272,7 +278,7 @@ def rounded(
 
 @pytest.mark.parametrize("columns", [COLUMNS, 80])
 async def test_fewer_bits_cost_no_more_than_they_must(
-    columns: int, rounded: tuple[Coordinator, float], whole: Worker
+    columns: int, rounded: tuple[Coordinator, float], whole: WorkerProcess
 ) -> None:
     """Rows that are no whole blocks travel as F16."""
     coordinator, bound = rounded
@@ -297,7 +303,9 @@ async def test_fewer_bits_cost_no_more_than_they_must(
     assert np.array_equal(there, expected), "rows of this server are not rounded"
 
 
-async def test_experts_with_fewer_bits(rounded: tuple[Coordinator, float], whole: Worker) -> None:
+async def test_experts_with_fewer_bits(
+    rounded: tuple[Coordinator, float], whole: WorkerProcess
+) -> None:
     coordinator, bound = rounded
     data = content(F32, (256, 64, 4), seed=21)
     ids = np.array([[0, 3], [2, 1], [1, 0]], np.int32)
@@ -318,7 +326,7 @@ async def test_experts_with_fewer_bits(rounded: tuple[Coordinator, float], whole
 # -- more than one at a time
 
 
-async def test_two_clients_at_once(whole: Worker, split: Worker) -> None:
+async def test_two_clients_at_once(whole: WorkerProcess, split: WorkerProcess) -> None:
     """Uploads of one go on between the exchanges of another; neither sees the other."""
 
     async def computes(seed: int) -> list[Array]:
@@ -352,7 +360,7 @@ async def test_two_clients_at_once(whole: Worker, split: Worker) -> None:
         assert all(np.array_equal(got, expected) for got in results)
 
 
-async def test_a_coordinator_of_a_coordinator(whole: Worker, split: Coordinator) -> None:
+async def test_a_coordinator_of_a_coordinator(whole: WorkerProcess, split: Coordinator) -> None:
     """Its workers' results pass through; the inner one cuts by its own proportions."""
     with Coordinator([split, "local"]) as outer:
 
@@ -363,7 +371,7 @@ async def test_a_coordinator_of_a_coordinator(whole: Worker, split: Coordinator)
         assert "internal error" not in outer.log
 
 
-async def test_more_programs_than_a_worker_keeps(split: Worker) -> None:
+async def test_more_programs_than_a_worker_keeps(split: WorkerProcess) -> None:
     """Graphs of many shapes: an old one is sent again when it is used again."""
     data = content(F32, (COLUMNS, 64), seed=40)
     async with backend(split) as b:
@@ -381,10 +389,12 @@ async def test_more_programs_than_a_worker_keeps(split: Worker) -> None:
             assert nmse(got, expected[:n]) < 1e-9
 
 
-async def test_a_prompt_of_thousands_over_three(workers: list[Worker], whole: Worker) -> None:
+async def test_a_prompt_of_thousands_over_three(
+    workers: list[WorkerProcess], whole: WorkerProcess
+) -> None:
     """What is sent and what comes back are each more than sockets hold: nobody waits in a ring."""
     tokens = 2000
-    with Worker() as third, Coordinator([*workers, third]) as coordinator:
+    with WorkerProcess() as third, Coordinator([*workers, third]) as coordinator:
 
         async def job(b: Backend, shares: Shares) -> Sequence[Array]:
             return await a_layer(b, shares, tokens)

@@ -16,21 +16,26 @@ import pytest
 from client.backend import Backend
 from client.connection import Connection
 from client.errors import ConnectionLost
-from client.steps import Step, encode_steps
+from client.split.steps import Step, encode_steps
 from client.tensors import Array, Tensor
 from protocol.commands import Command
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
-from rpc_server.split.link import Link, UnfitError
-from tests.split.cluster import HOST, Worker, backend, values
+from rpc_server.devices.split.worker import UnfitError, Worker
+from tests.split.cluster import (
+    HOST,
+    WorkerProcess,
+    backend,
+    values,
+)
 
 F32 = GgmlType.F32
 PATIENCE = 30.0
 
 
 @pytest.fixture
-async def b(whole: Worker) -> AsyncIterator[Backend]:
+async def b(whole: WorkerProcess) -> AsyncIterator[Backend]:
     async with backend(whole) as made:
         yield made
     assert whole.alive, whole.log
@@ -178,7 +183,7 @@ async def test_a_new_program_takes_the_number_of_an_old_one(b: Backend) -> None:
             assert np.array_equal(await stream.receive(64), x * np.float32(factor))
 
 
-async def test_programs_are_not_graphs_but_runs_are(b: Backend, whole: Worker) -> None:
+async def test_programs_are_not_graphs_but_runs_are(b: Backend, whole: WorkerProcess) -> None:
     await program(b, [await doubling(b)])
     x = values(64)
     for _ in range(2):
@@ -190,7 +195,7 @@ async def test_programs_are_not_graphs_but_runs_are(b: Backend, whole: Worker) -
     whole.wait_for(rf"\({HOST}:{name}\): disconnected; freed \d+ buffers, [0-9.]+ MiB; 2 graphs")
 
 
-async def refused(b: Backend, whole: Worker, pattern: str) -> None:
+async def refused(b: Backend, whole: WorkerProcess, pattern: str) -> None:
     """The connection ends, the log says why, and the server goes on."""
     name = b.connection._transport.get_extra_info("sockname")[1]
     with pytest.raises(ConnectionLost):
@@ -206,27 +211,27 @@ async def run_blindly(b: Backend, number: int) -> None:
     await b.connection.send_raw(run_message(b.connection, number))
 
 
-async def test_a_number_without_a_program(b: Backend, whole: Worker) -> None:
+async def test_a_number_without_a_program(b: Backend, whole: WorkerProcess) -> None:
     await program(b, [await doubling(b)], 1)
     await run_blindly(b, 2)
     await refused(b, whole, "SPLIT_RUN of program 2, which device 0 doesn't have")
 
 
 @pytest.mark.parametrize("number", [MAX_PROGRAMS, 2**32 - 1])
-async def test_a_number_that_no_program_has(b: Backend, whole: Worker, number: int) -> None:
+async def test_a_number_that_no_program_has(b: Backend, whole: WorkerProcess, number: int) -> None:
     with pytest.raises(ConnectionLost):
         await program(b, [await doubling(b)], number)
     await refused(b, whole, f"program {number}, there are {MAX_PROGRAMS}")
 
 
-async def test_a_device_that_is_none(b: Backend, whole: Worker) -> None:
+async def test_a_device_that_is_none(b: Backend, whole: WorkerProcess) -> None:
     payload = encode_steps(b.connection, [await doubling(b)])
     with pytest.raises(ConnectionLost):
         await b.connection.request(Command.SPLIT_PROGRAM, data=payload, device=3, program=0)
     await refused(b, whole, "SPLIT_PROGRAM for device 3")
 
 
-async def test_a_program_is_forgotten_with_a_buffer_of_it(b: Backend, whole: Worker) -> None:
+async def test_a_program_is_forgotten_with_a_buffer_of_it(b: Backend, whole: WorkerProcess) -> None:
     made = await doubling(b)
     await program(b, [made], 1)
     await program(b, [await doubling(b)], 2)
@@ -245,13 +250,13 @@ async def send_program(b: Backend, payload: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 100, 5000])
-async def test_garbage_is_refused(b: Backend, whole: Worker, size: int) -> None:
+async def test_garbage_is_refused(b: Backend, whole: WorkerProcess, size: int) -> None:
     await send_program(b, np.random.default_rng(size).bytes(size))
     await refused(b, whole, "program of")
 
 
 @pytest.mark.parametrize("field", ["inputs", "outputs", "nodes"])
-async def test_ids_that_no_tensor_has(b: Backend, whole: Worker, field: str) -> None:
+async def test_ids_that_no_tensor_has(b: Backend, whole: WorkerProcess, field: str) -> None:
     made = await doubling(b)
     tensors = made.graph.payload(b.connection.dialect).tensors
     x, y = made.inputs[0].id, made.outputs[0].id
@@ -271,7 +276,7 @@ async def test_ids_that_no_tensor_has(b: Backend, whole: Worker, field: str) -> 
     ],
 )
 async def test_tensors_outside_their_buffers(
-    b: Backend, whole: Worker, which: str, offset: int | None, pattern: str
+    b: Backend, whole: WorkerProcess, which: str, offset: int | None, pattern: str
 ) -> None:
     made = await doubling(b)
     tensors = made.graph.payload(b.connection.dialect).tensors.copy()
@@ -285,7 +290,7 @@ async def test_tensors_outside_their_buffers(
     await refused(b, whole, pattern)
 
 
-async def test_a_buffer_of_another_client(b: Backend, whole: Worker) -> None:
+async def test_a_buffer_of_another_client(b: Backend, whole: WorkerProcess) -> None:
     async with backend(whole) as other:
         made = await doubling(other)
         payload = encode_steps(other.connection, [made])
@@ -294,7 +299,7 @@ async def test_a_buffer_of_another_client(b: Backend, whole: Worker) -> None:
         await program(other, [made])
 
 
-async def test_strided_outputs(b: Backend, whole: Worker) -> None:
+async def test_strided_outputs(b: Backend, whole: WorkerProcess) -> None:
     g = b.graph
     x = await b.tensor(F32, (64, 8), values(8, 64))
     view = g.view_2d(x, 32, 8, x.nb[1], 0)
@@ -306,7 +311,7 @@ async def test_strided_outputs(b: Backend, whole: Worker) -> None:
     await refused(b, whole, "whole and here")
 
 
-async def test_nodes_in_the_wrong_order(b: Backend, whole: Worker) -> None:
+async def test_nodes_in_the_wrong_order(b: Backend, whole: WorkerProcess) -> None:
     g = b.graph
     x = g.new_tensor(F32, (64,), "x")
     first = g.scale(x, 2.0)
@@ -330,7 +335,7 @@ async def test_a_program_without_anything(b: Backend) -> None:
         assert await b.connection.get_alignment() == b.alignment
 
 
-async def test_a_client_that_hangs_up_within_a_program(b: Backend, whole: Worker) -> None:
+async def test_a_client_that_hangs_up_within_a_program(b: Backend, whole: WorkerProcess) -> None:
     """The thread that waits for its input is free at once, and its memory too."""
     await program(b, [await doubling(b, 1 << 20)])
     name = b.connection._transport.get_extra_info("sockname")[1]
@@ -343,7 +348,7 @@ async def test_a_client_that_hangs_up_within_a_program(b: Backend, whole: Worker
 
 
 async def test_others_wait_for_a_program_but_not_with_their_hello(
-    b: Backend, whole: Worker
+    b: Backend, whole: WorkerProcess
 ) -> None:
     """A program has the device's thread to its end: what else is asked there waits for it."""
     await program(b, [await doubling(b)])
@@ -367,7 +372,7 @@ async def test_others_wait_for_a_program_but_not_with_their_hello(
 
 
 async def test_stopping_does_not_wait_for_a_client() -> None:
-    with Worker("--drain-seconds", "0.3") as worker:
+    with WorkerProcess("--drain-seconds", "0.3") as worker:
         async with backend(worker) as b:
             await program(b, [await doubling(b)])
             async with Stream.of(b) as stream:
@@ -379,7 +384,7 @@ async def test_stopping_does_not_wait_for_a_client() -> None:
                 assert await stream.ended()
 
 
-async def test_a_node_that_cannot_be_computed_is_answered(b: Backend, whole: Worker) -> None:
+async def test_a_node_that_cannot_be_computed_is_answered(b: Backend, whole: WorkerProcess) -> None:
     """A coordinator has other clients: the program is refused, and the connection goes on."""
     g = b.graph
     x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (32, 2), "y")
@@ -399,8 +404,8 @@ async def test_a_node_that_cannot_be_computed_is_answered(b: Backend, whole: Wor
     await refused(b, whole, "SPLIT_RUN of program 1, which device 0 doesn't have")
 
 
-async def test_a_link_outlives_a_program_that_is_refused(whole: Worker) -> None:
-    link = await Link.open(HOST, whole.port, 20.0)
+async def test_a_link_outlives_a_program_that_is_refused(whole: WorkerProcess) -> None:
+    link = await Worker.open(HOST, whole.port, 20.0)
     try:
         g = link.backend.graph
         x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (32, 2), "y")

@@ -16,19 +16,19 @@ from client.connection import connect
 from client.errors import AllocationFailed
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType, row_size
+from rpc_server.devices.split import room
+from rpc_server.devices.split.room import HomeMemory, Room, usable
+from rpc_server.devices.split.weights import SplitStorage, is_split
+from rpc_server.devices.split.worker import NoRoom, Worker, WorkerLost
 from rpc_server.graph.tensor import Tensor
-from rpc_server.split import room
-from rpc_server.split.link import Link, NoRoom, WorkerLost
-from rpc_server.split.room import HomeMemory, Room, usable
-from rpc_server.split.weights import SplitStorage, is_split
 from tests.client.scripted import Peer, scripted
 from tests.ops.harness import dense_strides, four
 from tests.split.cluster import (
     HOST,
     Coordinator,
-    Worker,
+    WorkerProcess,
     backend,
     content,
     emptied,
@@ -37,7 +37,7 @@ from tests.split.cluster import (
     values,
     weight,
 )
-from tools.serving import own_command
+from tools.serving.processes import own_command
 
 F32, F16, Q8_0 = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0
 MIB = 1 << 20
@@ -229,8 +229,8 @@ async def test_what_a_coordinator_tells(
 ) -> None:
     """The same however often it is asked, and nothing that a model can't have."""
     with (
-        Worker("--mem", str(memory[0])) as a,
-        Worker("--mem", str(memory[1])) as b,
+        WorkerProcess("--mem", str(memory[0])) as a,
+        WorkerProcess("--mem", str(memory[1])) as b,
         Coordinator([a, b], *options) as coordinator,
     ):
         async with await connect(HOST, coordinator.port, split=True) as c:
@@ -245,7 +245,7 @@ async def test_what_a_coordinator_tells(
             assert not (await c.get_device_memory())[0]
 
 
-async def test_a_slice_without_room_stays_here(whole: Worker) -> None:
+async def test_a_slice_without_room_stays_here(whole: WorkerProcess) -> None:
     """Rows are rounded to what a part has no room for: the model loads and computes anyway."""
     shape = (1024, 1024)
     data = content(F32, shape)
@@ -258,7 +258,7 @@ async def test_a_slice_without_room_stays_here(whole: Worker) -> None:
 
     async with backend(whole) as b:
         expected = await job(b)
-    with Worker("--mem", "64") as a, Worker("--mem", "3") as small:
+    with WorkerProcess("--mem", "64") as a, WorkerProcess("--mem", "3") as small:
         shares = ("--tensor-split", "1,1")
         with Coordinator([a, small], *shares) as coordinator:
             async with backend(coordinator) as b:
@@ -273,7 +273,7 @@ async def test_a_slice_without_room_stays_here(whole: Worker) -> None:
     assert nmse(got, expected) < 1e-10
 
 
-async def test_a_worker_without_room_for_activations(whole: Worker) -> None:
+async def test_a_worker_without_room_for_activations(whole: WorkerProcess) -> None:
     """Its weights come back, and this server does their products itself."""
     shape, tokens = (1024, 1024), 2000
     data = content(F32, shape)
@@ -286,8 +286,8 @@ async def test_a_worker_without_room_for_activations(whole: Worker) -> None:
     async with backend(whole) as b:
         expected = await job(b)
     with (
-        Worker("--mem", "100") as a,
-        Worker("--mem", "7") as small,
+        WorkerProcess("--mem", "100") as a,
+        WorkerProcess("--mem", "7") as small,
         Coordinator([a, small], "--tensor-split", "1,1") as coordinator,
     ):
         async with backend(coordinator) as b:
@@ -329,7 +329,7 @@ async def tells(peer: Peer, figures: dict[str, int]) -> None:
 async def test_numbers_that_no_worker_has(figures: dict[str, int], message: str) -> None:
     async with scripted(DIALECTS[0], lambda peer: tells(peer, figures)) as port:
         with pytest.raises(WorkerLost, match=message) as caught:
-            await Link.open(HOST, port, 30.0)
+            await Worker.open(HOST, port, 30.0)
     assert f"worker {HOST}:{port}" in str(caught.value)
 
 

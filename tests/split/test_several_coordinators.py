@@ -22,16 +22,29 @@ import pytest
 from client.backend import Backend
 from client.connection import Connection, connect
 from client.errors import ConnectionLost
-from client.steps import Step, encode_steps
+from client.split.steps import Step, encode_steps
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.split import caps_version, split_caps
+from rpc_server.devices.split.worker import Worker
 from rpc_server.options import parse_options
-from rpc_server.split.link import Link
-from tests.split.cluster import HOST, Coordinator, Worker, backend, nmse, values, weight
+from tests.split.cluster import (
+    HOST,
+    Coordinator,
+    WorkerProcess,
+    backend,
+    nmse,
+    values,
+    weight,
+)
 from tests.split.relay import Relay
-from tools.ports import free_port
-from tools.serving import Process, listens, own_command, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    Process,
+    listens,
+    own_command,
+    upstream_command,
+)
 
 F32 = GgmlType.F32
 PATIENCE = 30.0
@@ -44,7 +57,10 @@ FAR = 0.05
 
 
 async def computing(
-    coordinator: Worker, seed: int, graphs: int = GRAPHS, start: asyncio.Barrier | None = None
+    coordinator: WorkerProcess,
+    seed: int,
+    graphs: int = GRAPHS,
+    start: asyncio.Barrier | None = None,
 ) -> None:
     """Chains of products, each several exchanges, with new input every time; all are right.
 
@@ -72,7 +88,7 @@ async def computing(
             assert nmse(got, expected) < 1e-9, f"graph {i} of client {seed}"
 
 
-def check(*servers: Worker) -> None:
+def check(*servers: WorkerProcess) -> None:
     for server in servers:
         assert server.alive, server.log
         for trouble in ("ERROR", "Traceback", "did not answer", "never retrieved"):
@@ -80,13 +96,15 @@ def check(*servers: Worker) -> None:
 
 
 @pytest.fixture
-def pair() -> Iterator[list[Worker]]:
-    with Worker() as first, Worker() as second:
+def pair() -> Iterator[list[WorkerProcess]]:
+    with WorkerProcess() as first, WorkerProcess() as second:
         yield [first, second]
 
 
 @pytest.mark.parametrize("mode", ["row", "tensor"])
-async def test_two_over_the_same_workers_in_opposite_orders(mode: str, pair: list[Worker]) -> None:
+async def test_two_over_the_same_workers_in_opposite_orders(
+    mode: str, pair: list[WorkerProcess]
+) -> None:
     options = (*TIMEOUT, "--split-mode", mode)
     first, second = pair
     with contextlib.ExitStack() as stack:
@@ -106,7 +124,7 @@ async def test_two_over_the_same_workers_in_opposite_orders(mode: str, pair: lis
 async def test_three_that_share_a_worker_with_each_of_the_others() -> None:
     """Philosophers at a table."""
     with contextlib.ExitStack() as stack:
-        w = [stack.enter_context(Worker()) for _ in range(3)]
+        w = [stack.enter_context(WorkerProcess()) for _ in range(3)]
         parts = ((w[0], w[1]), (w[1], w[2]), (w[2], w[0], "local"))
         coordinators = [stack.enter_context(Coordinator(p, *TIMEOUT)) for p in parts]
         await asyncio.wait_for(
@@ -116,7 +134,7 @@ async def test_three_that_share_a_worker_with_each_of_the_others() -> None:
         check(*coordinators, *w)
 
 
-async def test_one_is_not_kept_off_by_another_that_never_pauses(pair: list[Worker]) -> None:
+async def test_one_is_not_kept_off_by_another_that_never_pauses(pair: list[WorkerProcess]) -> None:
     """Graph after graph of one coordinator, and the other still gets its turn each time."""
     with Coordinator(pair, *TIMEOUT) as busy, Coordinator(pair[::-1], *TIMEOUT) as other:
         endless = [asyncio.ensure_future(computing(busy, s, 1_000_000)) for s in (1, 2)]
@@ -129,7 +147,7 @@ async def test_one_is_not_kept_off_by_another_that_never_pauses(pair: list[Worke
         assert other.alive
 
 
-async def test_coordinators_of_coordinators(pair: list[Worker]) -> None:
+async def test_coordinators_of_coordinators(pair: list[WorkerProcess]) -> None:
     """A coordinator is leased with all that it runs on, or the two at the top could get stuck."""
     a, b = pair
     with (
@@ -146,7 +164,7 @@ async def test_coordinators_of_coordinators(pair: list[Worker]) -> None:
         check(*servers, a, b)
 
 
-async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[Worker]) -> None:
+async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[WorkerProcess]) -> None:
     with Coordinator(pair, *TIMEOUT) as doomed, Coordinator(pair[::-1], *TIMEOUT) as other:
         task = asyncio.ensure_future(computing(doomed, 1, 1_000_000))
         await computing(other, 2, 5)
@@ -160,7 +178,7 @@ async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[Worker]
 async def test_a_coordinator_that_stalls_is_waited_for_up_to_a_limit() -> None:
     """It is not the worker that is blamed, and the one who waits is served in the end."""
     with contextlib.ExitStack() as stack:
-        pair = [stack.enter_context(Worker("--peer-timeout", "3")) for _ in range(2)]
+        pair = [stack.enter_context(WorkerProcess("--peer-timeout", "3")) for _ in range(2)]
         stalled = stack.enter_context(Coordinator(pair, *TIMEOUT))
         other = stack.enter_context(Coordinator(pair[::-1], *TIMEOUT))
         await computing(other, 1, 1)
@@ -189,7 +207,7 @@ async def test_a_coordinator_that_stalls_is_waited_for_up_to_a_limit() -> None:
         check(other)
 
 
-async def is_held(worker: Worker) -> bool:
+async def is_held(worker: WorkerProcess) -> bool:
     """Whether some client has the lease of a worker."""
     async with await connect(HOST, worker.port, split=True) as c:
         answer = await c.request(Command.SPLIT_ACQUIRE, device=0, patience_ms=0)
@@ -209,7 +227,7 @@ async def release(c: Connection, *, keep: bool = False) -> bool:
     return bool(answer.kept)
 
 
-async def test_a_lease_is_one_clients(whole: Worker) -> None:
+async def test_a_lease_is_one_clients(whole: WorkerProcess) -> None:
     async with backend(whole) as a, backend(whole) as b, backend(whole) as c:
         one, two, three = (n.connection for n in (a, b, c))
         assert await acquire(one) == (True, "")
@@ -237,7 +255,7 @@ async def test_a_lease_is_one_clients(whole: Worker) -> None:
         assert not (await acquire(one))[0]
 
 
-async def test_a_lease_goes_on_when_its_holder_leaves(whole: Worker) -> None:
+async def test_a_lease_goes_on_when_its_holder_leaves(whole: WorkerProcess) -> None:
     async with backend(whole) as b:
         async with backend(whole) as a, backend(whole) as gone:
             assert (await acquire(a.connection))[0]
@@ -250,7 +268,7 @@ async def test_a_lease_goes_on_when_its_holder_leaves(whole: Worker) -> None:
         await release(b.connection)
 
 
-async def test_a_program_without_a_lease_waits_for_one(whole: Worker) -> None:
+async def test_a_program_without_a_lease_waits_for_one(whole: WorkerProcess) -> None:
     """Clients of the first version, and those that need one server only."""
     async with backend(whole) as a, old_client(whole) as b:
         x = b.graph.new_tensor(F32, (64,), "x")
@@ -277,7 +295,7 @@ async def test_a_program_without_a_lease_waits_for_one(whole: Worker) -> None:
 
 
 @contextlib.asynccontextmanager
-async def old_client(server: Worker) -> Iterator[Backend]:
+async def old_client(server: WorkerProcess) -> Iterator[Backend]:
     """One that speaks version 1 of the extension."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("client.connection.split_caps", lambda: split_caps(1))
@@ -290,7 +308,7 @@ async def old_client(server: Worker) -> Iterator[Backend]:
 
 
 async def test_a_holder_that_does_nothing_is_let_go() -> None:
-    with Worker("--peer-timeout", "1") as worker:
+    with WorkerProcess("--peer-timeout", "1") as worker:
         async with backend(worker) as a, backend(worker) as b:
             assert (await acquire(a.connection))[0]
             # As long as nobody waits it may have it.
@@ -306,8 +324,8 @@ async def test_a_holder_that_does_nothing_is_let_go() -> None:
 async def test_coordinators_of_the_first_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that don't know leases are used without."""
     monkeypatch.setattr("client.connection.split_caps", lambda: split_caps(1))
-    with Worker() as worker:
-        link = await Link.open(HOST, worker.port, 20.0)
+    with WorkerProcess() as worker:
+        link = await Worker.open(HOST, worker.port, 20.0)
         assert link.extended
         assert not link.has_leases
         assert link.members == ()
@@ -335,7 +353,7 @@ def test_the_same_address_twice() -> None:
     assert "127.0.0.1:1234 twice" in refused(["127.0.0.1:1234", "127.0.0.1:1234"])
 
 
-def test_the_same_worker_under_two_names(pair: list[Worker]) -> None:
+def test_the_same_worker_under_two_names(pair: list[WorkerProcess]) -> None:
     first, second = pair
     names = [first.address, f"localhost:{first.port}", second.address]
     line = refused(names)
@@ -348,12 +366,12 @@ def test_its_own_address() -> None:
     port = free_port()
     line = refused([f"{HOST}:{port}", "local"], port=port)
     assert f"worker {HOST}:{port} is this server itself; its own share is called 'local'" in line
-    with Worker() as worker:
+    with WorkerProcess() as worker:
         line = refused([worker.address, f"localhost:{port}"], "--host", "0.0.0.0", port=port)
         assert f"worker localhost:{port} is this server itself" in line
 
 
-def test_a_part_that_is_behind_another_part(pair: list[Worker]) -> None:
+def test_a_part_that_is_behind_another_part(pair: list[WorkerProcess]) -> None:
     first, second = pair
     with Coordinator(pair) as over_both, Coordinator([first, "local"]) as over_first:
         line = refused([over_both.address, second.address])
@@ -366,7 +384,7 @@ def test_a_part_that_is_behind_another_part(pair: list[Worker]) -> None:
 
 def test_a_circle_that_comes_about_later() -> None:
     """A worker ends, and in its place comes a coordinator over the one who looks for it."""
-    with Worker() as worker, Coordinator([worker]) as coordinator:
+    with WorkerProcess() as worker, Coordinator([worker]) as coordinator:
         port = worker.port
         worker.stop()
         coordinator.wait_for("was lost; trying")
@@ -393,7 +411,7 @@ def test_an_upstream_worker_twice_or_taken(tmp_path: object) -> None:
 
 
 def test_a_worker_that_nobody_answers_for_is_not_taken_for_its_neighbour() -> None:
-    with Worker() as worker, socket.socket() as silent:
+    with WorkerProcess() as worker, socket.socket() as silent:
         silent.bind((HOST, 0))
         silent.listen(5)
         started = time.monotonic()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from client.balance import measure
-from protocol.ggml_types import GgmlType
+from client.split.balance import measure
+from protocol.ggml.types import GgmlType
 from rpc_server.options import parse_options
 from tests.server.process import ServerProcess, running
 from tools import split_status

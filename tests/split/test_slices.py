@@ -16,18 +16,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.partition import partition
+from client.split.partition import partition
 from client.tensors import Tensor
-from protocol.ggml_types import GgmlType
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.split import slices
+from rpc_server.devices.split.slices import SliceNotes, chunks, pieces
+from rpc_server.devices.split.weights import ShardedWeight
 from rpc_server.graph.tensor import Tensor as ServerTensor
-from rpc_server.split import slices
-from rpc_server.split.slices import Notes, chunks, pieces
-from rpc_server.split.weights import SplitWeight
-from tests.split.cluster import NAME, Coordinator, Worker, backend, content, nmse, values
+from tests.split.cluster import (
+    NAME,
+    Coordinator,
+    WorkerProcess,
+    backend,
+    content,
+    nmse,
+    values,
+)
 from tests.split.relay import Relay
-from tools.ports import free_port
-from tools.serving import Process, listens, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import Process, listens, upstream_command
 
 F16, Q8_0 = GgmlType.F16, GgmlType.Q8_0
 SHAPE = (2048, 4096)
@@ -46,7 +54,7 @@ class Site:
         self.folder = folder
         self._stack = contextlib.ExitStack()
         self.workers = [
-            self._stack.enter_context(Worker(*self.cache(f"worker-{i}") * (second or not i)))
+            self._stack.enter_context(WorkerProcess(*self.cache(f"worker-{i}") * (second or not i)))
             for i in range(2)
         ]
         self.relays = [Relay(w.port) for w in self.workers]
@@ -83,7 +91,11 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 async def load(
-    c: Worker, data: bytes, type_: GgmlType = F16, shape: tuple[int, ...] = SHAPE, name: str = NAME
+    c: WorkerProcess,
+    data: bytes,
+    type_: GgmlType = F16,
+    shape: tuple[int, ...] = SHAPE,
+    name: str = NAME,
 ) -> bool:
     """Load a weight as llama.cpp does, and check it; whether the server had it."""
     async with backend(c, 60.0) as b:
@@ -252,16 +264,16 @@ async def test_upstreams_workers_keep_their_slices_too(tmp_path: Path) -> None:
 # -- by themselves
 
 
-def weight(shape: tuple[int, int, int], axis: int, shares: tuple[float, ...]) -> SplitWeight:
+def weight(shape: tuple[int, int, int], axis: int, shares: tuple[float, ...]) -> ShardedWeight:
     cols, rows, matrices = shape
     nb = (2, 2 * cols, 2 * cols * rows, 2 * cols * rows * matrices)
     t = ServerTensor(1, NAME, F16, slices_op(), (cols, rows, matrices, 1), nb, address=0)
     cuts = partition(shape[axis], shares)
-    return SplitWeight(t, 0, axis, cuts, [None] * len(shares), None, 0)
+    return ShardedWeight(t, 0, axis, cuts, [None] * len(shares), None, 0)
 
 
 def slices_op() -> object:
-    from protocol.ggml_ops import Op
+    from protocol.ggml.ops import Op
 
     return Op.NONE
 
@@ -294,7 +306,7 @@ def test_pieces_are_all_that_parts_have(
 
 
 def test_notes_are_bounded(tmp_path: Path) -> None:
-    notes = Notes(tmp_path, most=20)
+    notes = SliceNotes(tmp_path, most=20)
     w = weight((64, 96, 1), 1, (1.0, 1.0))
     for i in range(25):
         notes.keep(i, w, [i, i])
@@ -309,7 +321,7 @@ def test_notes_are_bounded(tmp_path: Path) -> None:
 def test_a_folder_of_others_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / f".slices-{os.geteuid()}").mkdir(mode=0o777)
     os.chmod(tmp_path / f".slices-{os.geteuid()}", 0o777)
-    notes = Notes(tmp_path)
+    notes = SliceNotes(tmp_path)
     w = weight((64, 96, 1), 1, (1.0, 1.0))
     notes.keep(1, w, [1, 2])
     assert notes.find(1, w) is None

@@ -14,13 +14,13 @@ from client.connection import connect
 from client.errors import AllocationFailed, ConnectionLost
 from client.tensors import Tensor
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PARTS
 from tests.split.cluster import (
     HOST,
     NAME,
     Coordinator,
-    Worker,
+    WorkerProcess,
     allocate,
     backend,
     content,
@@ -261,7 +261,7 @@ async def test_proportions_that_are_none(b: Backend, n: int, shares: list[float]
         )
 
 
-async def test_a_server_that_does_not_split_ignores_proportions(whole: Worker) -> None:
+async def test_a_server_that_does_not_split_ignores_proportions(whole: WorkerProcess) -> None:
     async with backend(whole) as b:
         await weight(b, F32, (256, 192), content(F32, (256, 192)), shares=SHARES)
         assert (await status(b)).n_parts == 0
@@ -269,7 +269,7 @@ async def test_a_server_that_does_not_split_ignores_proportions(whole: Worker) -
         assert answer.n_parts == 0
 
 
-async def test_a_split_device_tells_what_it_can_use(b: Backend, whole: Worker) -> None:
+async def test_a_split_device_tells_what_it_can_use(b: Backend, whole: WorkerProcess) -> None:
     """Weights may take what all have; what isn't weights may not, and is told nothing else."""
     answer = await b.connection.request(Command.SPLIT_QUERY, device=0)
     assert answer.n_parts == 3
@@ -296,7 +296,7 @@ async def test_without_the_extension_its_commands_are_unknown(split: Coordinator
             await c.get_alignment()
 
 
-async def test_an_upload_takes_no_memory_here(workers: list[Worker]) -> None:
+async def test_an_upload_takes_no_memory_here(workers: list[WorkerProcess]) -> None:
     """96 MiB of weights over two workers: the coordinator grows by a chunk or two."""
     shape = (4096, 3072)
     data = bytes(shape[0] * shape[1] * 2)

@@ -12,10 +12,10 @@ import pytest
 
 from client.backend import Backend
 from client.tensors import Array, Tensor
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.split.cluster import (
     Coordinator,
-    Worker,
+    WorkerProcess,
     backend,
     content,
     emptied,
@@ -31,7 +31,7 @@ WIDTH, INNER = 256, 1024
 
 
 @pytest.fixture(scope="module")
-def tensor_mode(workers: list[Worker]) -> Iterator[Coordinator]:
+def tensor_mode(workers: list[WorkerProcess]) -> Iterator[Coordinator]:
     with Coordinator([*workers, "local"], "--split-mode", "tensor") as started:
         yield started
         assert started.alive
@@ -67,7 +67,7 @@ async def test_a_feed_forward_block(
     type_: GgmlType,
     tokens: int,
     shares: Sequence[float],
-    whole: Worker,
+    whole: WorkerProcess,
     tensor_mode: Coordinator,
 ) -> None:
     """Sums over columns are made in another order; in F32 that is all."""
@@ -124,7 +124,7 @@ async def test_columns_are_memory_too(
 
 
 async def test_experts_in_blocks(
-    shares: Sequence[float], whole: Worker, tensor_mode: Coordinator
+    shares: Sequence[float], whole: WorkerProcess, tensor_mode: Coordinator
 ) -> None:
     experts, used, tokens = 4, 2, 5
 
@@ -154,7 +154,7 @@ async def test_experts_in_blocks(
 
 
 async def test_a_cache_lives_on_the_parts(
-    shares: Sequence[float], whole: Worker, tensor_mode: Coordinator
+    shares: Sequence[float], whole: WorkerProcess, tensor_mode: Coordinator
 ) -> None:
     """What graphs store there is read, cleared and stored again, each after the other."""
     cells, tokens = 64, 4
@@ -253,7 +253,7 @@ async def attention(
 
 @pytest.mark.parametrize(("cells", "seen"), [(64, 32), (32, 32)], ids=["part", "whole"])
 async def test_an_attention_block(
-    cells: int, seen: int, shares: Sequence[float], whole: Worker, tensor_mode: Coordinator
+    cells: int, seen: int, shares: Sequence[float], whole: WorkerProcess, tensor_mode: Coordinator
 ) -> None:
     """Heads with their cache on the parts, over a prompt and tokens that follow it."""
     rounds = (5, 1, 1, 3)
@@ -390,7 +390,7 @@ async def attention_of_sequences(
     return [*results, *[await b.download(cache) for cache in caches]]
 
 
-async def test_any_number_of_sequences(whole: Worker, tensor_mode: Coordinator) -> None:
+async def test_any_number_of_sequences(whole: WorkerProcess, tensor_mode: Coordinator) -> None:
     """Whatever views a graph has of its caches: either parts have them exactly, or nothing does."""
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from protocol.conversation import Side
+from protocol.observe.conversation import Side
 from tests.protocol.transcripts import Turn
 from tools.capture.files import CaptureWriter, Frame
 from tools.record.frames import Address, TcpFrames

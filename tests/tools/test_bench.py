@@ -15,9 +15,17 @@ from client.gguf_file import GgufFile
 from tools import models, upstream
 from tools.bench import llama, micro, picture, report
 from tools.bench.__main__ import main, numbers
-from tools.bench.results import OURS, SERVERS, UPSTREAM, Figure, Result, Sample, Table
+from tools.bench.results import (
+    OURS,
+    SERVERS,
+    UPSTREAM,
+    BenchResult,
+    Figure,
+    ResultTable,
+    Sample,
+)
 from tools.bench.servers import serving
-from tools.serving import ProgramError
+from tools.serving.processes import ProgramError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -26,8 +34,10 @@ def figure(ours: list[float], theirs: list[float], *, more: bool = True) -> Figu
     return Figure("speed", "GB/s", more, {OURS: ours, UPSTREAM: theirs})
 
 
-def result(*figures: Figure, title: str = "a model") -> Result:
-    return Result({"cores": 2}, {"ours": "1.0"}, {"rounds": 3}, [Table(title, list(figures))])
+def result(*figures: Figure, title: str = "a model") -> BenchResult:
+    return BenchResult(
+        {"cores": 2}, {"ours": "1.0"}, {"rounds": 3}, [ResultTable(title, list(figures))]
+    )
 
 
 # -- arithmetic
@@ -52,7 +62,7 @@ def test_rounds_of_unequal_number_have_no_ratio() -> None:
 
 
 def test_a_table_gathers_rounds_in_the_order_of_the_figures() -> None:
-    table = Table("t")
+    table = ResultTable("t")
     for value in (1.0, 2.0):
         for server in SERVERS:
             table.add(server, [Sample("b", "s", False, value), Sample("a", "s", False, 3 * value)])
@@ -86,7 +96,7 @@ def test_json_keeps_everything(
     made = result(figure(ours, theirs, more=more), title=title)
     path = tmp_path_factory.getbasetemp() / "bench.json"
     made.save(path)
-    assert Result.load(path) == made
+    assert BenchResult.load(path) == made
 
 
 def test_tables_show_medians_ratio_and_range() -> None:
@@ -108,7 +118,7 @@ def test_markdown_has_a_cell_for_each_column() -> None:
     assert {line.count("|") for line in lines} == {7}
 
 
-def bars(made: Result) -> Iterator[tuple[str, float, float]]:
+def bars(made: BenchResult) -> Iterator[tuple[str, float, float]]:
     """Kind, left and right of each bar."""
     for rect in ElementTree.fromstring(picture.svg(made)).iter(f"{SVG}rect"):
         if rect.get("class") in ("ahead", "behind"):
@@ -233,7 +243,7 @@ def test_a_run_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     kept, drawn = tmp_path / "result.json", tmp_path / "result.svg"
     words = f"--model {model} -p 8 -n 2 -d 0,16 -r 1 --rounds 1 --flash --upload 1 --json {kept}"
     assert main(words.split()) == 0
-    made = Result.load(kept)
+    made = BenchResult.load(kept)
     by_itself, of_model = made.tables
     assert [f.name for f in of_model.figures] == [
         "load",

@@ -12,8 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.conversation import Event, Failure, Kind, Message, Side, Skipped
 from protocol.dialects import DIALECTS
+from protocol.observe.conversation import (
+    Event,
+    Failure,
+    MessageKind,
+    ObservedMessage,
+    Side,
+    SkippedBytes,
+)
 from tests.protocol.transcripts import full_session, session, summary
 from tests.tools.packets import (
     CLIENT6,
@@ -29,11 +36,11 @@ from tests.tools.packets import (
     pcap_bytes,
     tagged,
 )
-from tools.capture.connections import Connection, Connections, Options
+from tools.capture.connections import CapturedConnection, Connections, ReadOptions
 from tools.capture.errors import CaptureError
 from tools.capture.files import Capture, CaptureWriter, Frame
 from tools.capture.packets import Segment
-from tools.capture.streams import Stream
+from tools.capture.streams import CapturedStream
 from tools.record.frames import Address
 
 NEWEST = DIALECTS[0]
@@ -44,25 +51,25 @@ class Seen:
     """A listener that keeps everything."""
 
     def __init__(self) -> None:
-        self.connections: list[Connection] = []
+        self.connections: list[CapturedConnection] = []
         self.events: list[Event] = []
-        self.closed_connections: list[Connection] = []
+        self.closed_connections: list[CapturedConnection] = []
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         self.connections.append(connection)
 
-    def event(self, connection: Connection, event: Event) -> None:
+    def event(self, connection: CapturedConnection, event: Event) -> None:
         self.events.append(event)
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         self.closed_connections.append(connection)
 
     @property
-    def messages(self) -> list[Message]:
-        return [e for e in self.events if isinstance(e, Message)]
+    def messages(self) -> list[ObservedMessage]:
+        return [e for e in self.events if isinstance(e, ObservedMessage)]
 
 
-def decoded(frames: list[Frame], options: Options | None = None) -> Seen:
+def decoded(frames: list[Frame], options: ReadOptions | None = None) -> Seen:
     seen = Seen()
     Connections(seen, options).run(frames)
     return seen
@@ -298,7 +305,7 @@ def test_overlaps_give_the_same_bytes(data: st.DataObject) -> None:
     )
     got = bytearray()
     lost: list[int] = []
-    stream = Stream(lambda d, _: got.extend(d), lambda n, _: lost.append(n))
+    stream = CapturedStream(lambda d, _: got.extend(d), lambda n, _: lost.append(n))
     stream.begin(first)
     for start, size in ranges:
         stream.segment(segment(first + start, content[start : start + size]))
@@ -312,7 +319,7 @@ def test_overlaps_give_the_same_bytes(data: st.DataObject) -> None:
 def test_a_hole_is_given_up_when_it_was_acknowledged() -> None:
     got: list[bytes] = []
     lost: list[int] = []
-    stream = Stream(lambda d, _: got.append(bytes(d)), lambda n, _: lost.append(n))
+    stream = CapturedStream(lambda d, _: got.append(bytes(d)), lambda n, _: lost.append(n))
     stream.begin(100)
     stream.segment(segment(100, b"one"))
     stream.segment(segment(110, b"two"))
@@ -331,7 +338,7 @@ def test_a_hole_is_given_up_when_it_was_acknowledged() -> None:
 
 def test_a_hole_without_end_is_given_up_before_memory_is() -> None:
     lost: list[int] = []
-    stream = Stream(lambda d, _: None, lambda n, _: lost.append(n))
+    stream = CapturedStream(lambda d, _: None, lambda n, _: lost.append(n))
     stream.begin(0)
     block = bytes(60_000)
     for i in range(200):
@@ -374,16 +381,16 @@ def test_a_capture_with_a_snaplen(snaplen: int) -> None:
     [connection] = seen.closed_connections
     assert any("cut short" in note for note in connection.notes)
     assert not [e for e in seen.events if isinstance(e, Failure)]
-    requests = [m for m in seen.messages if m.kind is Kind.REQUEST]
+    requests = [m for m in seen.messages if m.kind is MessageKind.REQUEST]
     assert len(requests) > 5
     for message in seen.messages:
-        if message.kind is Kind.ANSWER and message.size < snaplen - 60:
+        if message.kind is MessageKind.ANSWER and message.size < snaplen - 60:
             assert message.missing == 0
 
 
-@pytest.mark.parametrize("options", [Options(), Options(ports=frozenset({50052}))])
+@pytest.mark.parametrize("options", [ReadOptions(), ReadOptions(ports=frozenset({50052}))])
 @pytest.mark.parametrize("first", [3, 10, 20])
-def test_a_capture_that_starts_late(options: Options, first: int) -> None:
+def test_a_capture_that_starts_late(options: ReadOptions, first: int) -> None:
     turns = [*full_session(NEWEST, 5000, 5000), *session(NEWEST, 5000, 5000)]
     frames = connection_frames(turns)[first:]
     seen = decoded(frames, options)
@@ -395,7 +402,7 @@ def test_a_capture_that_starts_late(options: Options, first: int) -> None:
     assert dialect.hello_size == 24
     assert not [e for e in seen.events if isinstance(e, Failure)]
     assert len(seen.messages) > len(turns) * 0.4
-    assert all(isinstance(e, Message | Skipped) for e in seen.events)
+    assert all(isinstance(e, ObservedMessage | SkippedBytes) for e in seen.events)
 
 
 def test_packets_before_the_syn() -> None:
@@ -429,10 +436,10 @@ def test_other_connections_are_left_alone() -> None:
 
 def test_a_port_that_is_told_is_believed() -> None:
     frames = connection_frames([(Side.CLIENT, b"GET / HTTP/1.1\r\n\r\n")])
-    seen = decoded(frames, Options(ports=frozenset({50052})))
+    seen = decoded(frames, ReadOptions(ports=frozenset({50052})))
     [failure] = [e for e in seen.events if isinstance(e, Failure)]
     assert "instead of HELLO" in failure.text
-    assert not decoded(frames, Options(ports=frozenset({1}))).connections
+    assert not decoded(frames, ReadOptions(ports=frozenset({1}))).connections
 
 
 def test_ports_that_are_used_again() -> None:

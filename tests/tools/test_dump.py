@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from protocol.commands import Command
-from protocol.conversation import Side
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
+from protocol.observe.conversation import Side
 from protocol.split import VERSION
 from tests.protocol.transcripts import (
     BASE,
@@ -39,7 +39,7 @@ from tools.dump.__main__ import main
 from tools.dump.extract import INDEX
 from tools.dump.screen import Screen, duration_text, printable
 from tools.record.frames import Address
-from tools.serving import PROJECT
+from tools.serving.processes import PROJECT
 
 NEWEST = DIALECTS[0]
 WEIGHT = bytes(i * 3 % 256 for i in range(300_000))

@@ -16,7 +16,7 @@ from client.tensors import Tensor
 from tests.server.process import ServerProcess, running
 from tools.load import __main__ as program
 from tools.load import clients
-from tools.load.clients import Tally, kinds
+from tools.load.clients import LoadTally, kinds
 
 HOST = "127.0.0.1"
 
@@ -52,8 +52,8 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: " in capsys.readouterr().err
 
 
-async def _crowd(server: ServerProcess, behaviour: clients.Behaviour, seconds: float) -> Tally:
-    tally, stop = Tally("one", "steady"), asyncio.Event()
+async def _crowd(server: ServerProcess, behaviour: clients.Behaviour, seconds: float) -> LoadTally:
+    tally, stop = LoadTally("one", "steady"), asyncio.Event()
     asyncio.get_running_loop().call_later(seconds, stop.set)
     await behaviour((HOST, server.port), tally, random.Random(1), stop)
     return tally
@@ -99,7 +99,7 @@ async def test_memory_that_is_not_freed_is_noticed(
     kept: list[Connection] = []
 
     async def hoard(
-        address: clients.Address, tally: Tally, chosen: random.Random, stop: asyncio.Event
+        address: clients.Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
     ) -> None:
         await stop.wait()
         connection = await connect(*address)
@@ -107,7 +107,7 @@ async def test_memory_that_is_not_freed_is_noticed(
         kept.append(connection)
 
     monkeypatch.setitem(clients.KINDS, "steady", hoard)
-    subject = program.Subject((HOST, server.port), None)
+    subject = program.LoadedServer((HOST, server.port), None)
     result = await program.load(subject, 1, 0.1, 0.1, 3)
     assert result.problems == ["1048576 bytes of clients were not freed"]
     for connection in kept:
@@ -115,8 +115,8 @@ async def test_memory_that_is_not_freed_is_noticed(
 
 
 def test_unfair_shares_are_noticed() -> None:
-    tallies = [Tally(f"steady {i}", "steady", rounds=n) for i, n in enumerate((100, 110, 20))]
-    tallies.append(Tally("slow 3", "slow", rounds=1))
+    tallies = [LoadTally(f"steady {i}", "steady", rounds=n) for i, n in enumerate((100, 110, 20))]
+    tallies.append(LoadTally("slow 3", "slow", rounds=1))
     assert program._unfair(tallies) == ["steady 2: 20 rounds, 26% of a fair share"]
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 pytest.importorskip("pyte", reason="no pyte: pip install '.[pictures]'")
 
 from tools import pictures
-from tools.serving import PROJECT, ProgramError
+from tools.serving.processes import PROJECT, ProgramError
 
 SVG = "{http://www.w3.org/2000/svg}"
 

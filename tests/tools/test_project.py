@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.serving import PROJECT
+from tools.serving.processes import PROJECT
 
 pytestmark = pytest.mark.skipif(
     not (PROJECT / ".ci/run").is_file(), reason="the repository's files are not here"

@@ -25,18 +25,23 @@ from rich.console import Console
 from rich.live import Live
 
 from protocol.commands import Command
-from protocol.events import Side
+from protocol.observe.events import Side
 from tests.protocol.captures import collect, collected, path_of
-from tools.ports import free_port
 from tools.record.__main__ import main
-from tools.record.figures import Figures
 from tools.record.frames import Address, TcpFrames, ones_complement_sum
 from tools.record.pcapng import PcapngWriter
 from tools.record.proxy import Proxy
 from tools.record.recorder import Recorder
-from tools.record.screen import Clock, Table, rate_line, summary
+from tools.record.screen import (
+    LiveTable,
+    RateClock,
+    rate_line,
+    summary,
+)
+from tools.record.stats import RecordStats
 from tools.record.watching import Backlog
-from tools.serving import Process
+from tools.serving.ports import free_port
+from tools.serving.processes import Process
 
 HOST = "127.0.0.1"
 CLIENT, SERVER = Address("10.0.0.1", 40000), Address("10.0.0.2", 50052)
@@ -210,8 +215,8 @@ async def proxied(path: Path) -> AsyncIterator[tuple[int, Ends, list[str]]]:
     ends = Ends()
     reports: list[str] = []
     recorder = Recorder(path)
-    figures = Figures(reports.append)
-    backlog = Backlog(recorder, figures)
+    stats = RecordStats(reports.append)
+    backlog = Backlog(recorder, stats)
     async with await asyncio.start_server(ends.accept, HOST, 0) as server:
         proxy = Proxy((HOST, server.sockets[0].getsockname()[1]), backlog, reports.append)
         port = await proxy.listen(HOST, 0)
@@ -329,49 +334,49 @@ async def test_without_a_server_the_client_is_told_and_the_proxy_stays(tmp_path:
 # -- figures --------------------------------------------------------------------------------------
 
 
-def fed(name: str) -> Figures:
+def fed(name: str) -> RecordStats:
     """The figures of a golden capture."""
-    figures = Figures(lambda line: pytest.fail(line))
+    stats = RecordStats(lambda line: pytest.fail(line))
     found = collected(name)
     connections = {}
     for connection, message in found.messages:
         if connection.number not in connections:
-            connections[connection.number] = figures.opened(CLIENT, SERVER, 0)
+            connections[connection.number] = stats.opened(CLIENT, SERVER, 0)
         time_ns = round((message.ended or 0) * 1e9)
         connections[connection.number].data(message.side, message.data, time_ns)
     for counted in connections.values():
         for side in Side:
             counted.ended(side, 0)
-    return figures
+    return stats
 
 
 def test_figures_of_a_generation(tmp_path: Path) -> None:
-    figures = fed("llama-7.0.0")
-    assert figures.tokens == 3
-    assert figures.graphs == 3
-    assert figures.open == 0
-    assert figures.dialects == {"7.0.0": figures.connections}
+    stats = fed("llama-7.0.0")
+    assert stats.tokens == 3
+    assert stats.graphs == 3
+    assert stats.open == 0
+    assert stats.dialects == {"7.0.0": stats.connections}
     messages = [m for _, m in collected("llama-7.0.0").messages]
-    assert sum(f.size for f in figures.commands.values()) == sum(m.size for m in messages)
+    assert sum(f.size for f in stats.commands.values()) == sum(m.size for m in messages)
     reads = [m for m in messages if m.command is Command.GET_TENSOR and m.latency is not None]
-    read = figures.commands[Command.GET_TENSOR]
+    read = stats.commands[Command.GET_TENSOR]
     assert (read.requests, read.answers) == (3, 3)
     assert read.longest == pytest.approx(max(m.latency or 0 for m in reads), abs=1e-6)
     recorder = Recorder(tmp_path / "x.pcapng")
-    text = summary(figures, recorder)
+    text = summary(stats, recorder)
     assert "3 graphs, 3 tokens" in text
     assert "GET_TENSOR" in text
-    line = rate_line(figures, Clock(figures).rates(), recorder)
+    line = rate_line(stats, RateClock(stats).rates(), recorder)
     assert "0.0 tokens/s" in line
     recorder.close()
 
 
 def test_the_table_in_a_terminal(tmp_path: Path) -> None:
-    figures = fed("llama-7.0.0")
+    stats = fed("llama-7.0.0")
     recorder = Recorder(tmp_path / "x.pcapng")
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     with Live(console=console, auto_refresh=False) as live:
-        table = Table(figures, recorder, live)
+        table = LiveTable(stats, recorder, live)
         table.say("[a line] for the user")
         table.update()
     recorder.close()
@@ -384,26 +389,26 @@ def test_the_table_in_a_terminal(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_ggml_rpc_are_reported_once_and_pass_uncounted() -> None:
     lines: list[str] = []
-    figures = Figures(lines.append)
-    connection = figures.opened(CLIENT, SERVER, 0)
+    stats = RecordStats(lines.append)
+    connection = stats.opened(CLIENT, SERVER, 0)
     for _ in range(3):
         connection.data(Side.CLIENT, b"GET / HTTP/1.1\r\n\r\n", 0)
     assert len(lines) == 1
     assert "instead of HELLO" in lines[0]
-    assert figures.sent[Side.CLIENT] == 54
+    assert stats.sent[Side.CLIENT] == 54
 
 
 def test_a_fault_in_reading_ends_the_counting_only(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    figures = Figures(lines.append)
-    connection = figures.opened(CLIENT, SERVER, 0)
+    stats = RecordStats(lines.append)
+    connection = stats.opened(CLIENT, SERVER, 0)
     monkeypatch.setattr(connection._conversation, "feed", lambda *_: 1 // 0)
     for _ in range(3):
         connection.data(Side.CLIENT, b"abc", 0)
     connection.ended(Side.CLIENT, 0)
     (line,) = lines
     assert line.startswith(f"{CLIENT}: not counted any more: ZeroDivisionError")
-    assert figures.sent[Side.CLIENT] == 9
+    assert stats.sent[Side.CLIENT] == 9
 
 
 # -- the command line -----------------------------------------------------------------------------

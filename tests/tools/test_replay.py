@@ -13,9 +13,9 @@ import pytest
 
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.conversation import Conversation
-from protocol.events import Kind, Message, Side
 from protocol.messages import RPC_TENSOR_DTYPE, RpcTensor
+from protocol.observe.conversation import Conversation
+from protocol.observe.events import MessageKind, ObservedMessage, Side
 from protocol.split import ProgramPayload
 from tests.protocol.captures import NAMES, collected, path_of
 from tests.upstream_server import running_upstream
@@ -23,13 +23,13 @@ from tools import upstream
 from tools.capture.files import CaptureWriter, read_capture
 from tools.replay.__main__ import main
 from tools.replay.compare import compare, nmse
-from tools.replay.player import Player, Result
+from tools.replay.player import Player, ReplayResult
 from tools.replay.rewrite import Rewriter
 
 HOST = "127.0.0.1"
 HANDLES, ADDRESSES = 0x5000_0000, 0x7700_0000_0000
 # Changes the bytes of an answer, given the recorded one.
-Change = Callable[[Message, bytearray], bytes | bytearray | None]
+Change = Callable[[ObservedMessage, bytearray], bytes | bytearray | None]
 
 
 class Actor:
@@ -41,11 +41,11 @@ class Actor:
 
     def __init__(self, name: str, change: Change | None = None) -> None:
         self._change = change
-        self._answers: dict[int, list[Message]] = defaultdict(list)
+        self._answers: dict[int, list[ObservedMessage]] = defaultdict(list)
         for connection, message in collected(name).messages:
             if message.side is Side.SERVER:
                 self._answers[connection.number].append(message)
-        self.received: dict[int, list[Message]] = {}
+        self.received: dict[int, list[ObservedMessage]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
@@ -64,7 +64,7 @@ class Actor:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(1 << 16):
                 for event in conversation.feed(Side.CLIENT, data):
-                    assert isinstance(event, Message), event
+                    assert isinstance(event, ObservedMessage), event
                     requests.append(event)
                 while answer is not None and self._may_follow(answer, requests):
                     changed = self._translated(answer)
@@ -73,19 +73,19 @@ class Actor:
                         return
                     writer.write(changed)
                     for event in conversation.feed(Side.SERVER, answer.data):
-                        if isinstance(event, Message) and event.side is Side.CLIENT:
+                        if isinstance(event, ObservedMessage) and event.side is Side.CLIENT:
                             requests.append(event)
                     answer = next(due, None)
             writer.close()
 
-    def _may_follow(self, answer: Message, requests: list[Message]) -> bool:
-        wanted = Kind.INPUTS if answer.kind is Kind.OUTPUTS else Kind.REQUEST
+    def _may_follow(self, answer: ObservedMessage, requests: list[ObservedMessage]) -> bool:
+        wanted = MessageKind.INPUTS if answer.kind is MessageKind.OUTPUTS else MessageKind.REQUEST
         return any(
             r.number == answer.number and r.kind is wanted and r.step == answer.step
             for r in requests
         )
 
-    def _translated(self, answer: Message) -> bytes | bytearray | None:
+    def _translated(self, answer: ObservedMessage) -> bytes | bytearray | None:
         data = bytearray(answer.data)
         if answer.command in (Command.ALLOC_BUFFER, Command.BUFFER_GET_BASE):
             declared = codec(answer.spec.response)
@@ -98,8 +98,8 @@ class Actor:
         return self._change(answer, data) if self._change else data
 
 
-def play(name: str, change: Change | None = None) -> tuple[Result, Actor]:
-    async def run() -> tuple[Result, Actor]:
+def play(name: str, change: Change | None = None) -> tuple[ReplayResult, Actor]:
+    async def run() -> tuple[ReplayResult, Actor]:
         actor = Actor(name, change)
         async with actor.serving() as port:
             return await Player(HOST, port, timeout=5).play(path_of(name)), actor
@@ -107,7 +107,7 @@ def play(name: str, change: Change | None = None) -> tuple[Result, Actor]:
     return asyncio.run(run())
 
 
-def numbers(message: Message) -> list[tuple[int, int]]:
+def numbers(message: ObservedMessage) -> list[tuple[int, int]]:
     """Handle and address of all that a request names."""
     found: list[tuple[int, int]] = []
     for value in vars(message.fields).values() if message.fields is not None else ():
@@ -126,7 +126,7 @@ def numbers(message: Message) -> list[tuple[int, int]]:
 def test_requests_carry_the_servers_numbers_and_nothing_else_changes(name: str) -> None:
     result, actor = play(name)
     assert result.differences == []
-    recorded: dict[int, list[Message]] = defaultdict(list)
+    recorded: dict[int, list[ObservedMessage]] = defaultdict(list)
     for connection, message in collected(name).messages:
         if message.side is Side.CLIENT:
             recorded[connection.number].append(message)
@@ -147,7 +147,7 @@ def test_requests_carry_the_servers_numbers_and_nothing_else_changes(name: str) 
 
 
 def test_a_different_value_is_found_and_told() -> None:
-    def change(answer: Message, data: bytearray) -> bytearray:
+    def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command is Command.GET_TENSOR:
             values = np.frombuffer(data, "<f4", offset=8)
             values[3] += 1
@@ -169,7 +169,7 @@ def test_a_different_value_is_found_and_told() -> None:
     ],
 )
 def test_a_different_answer_is_found_and_told(command: Command, field: int, text: str) -> None:
-    def change(answer: Message, data: bytearray) -> bytearray:
+    def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command is command:
             wide = command is Command.ALLOC_BUFFER
             data[field : field + (8 if wide else 1)] = bytes(8) if wide else bytes([1 - data[8]])
@@ -189,7 +189,7 @@ def test_a_server_that_hangs_up_is_told() -> None:
 
 
 def test_figures_of_the_machine_are_not_compared() -> None:
-    def change(answer: Message, data: bytearray) -> bytearray:
+    def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command in (Command.GET_DEVICE_MEMORY, Command.GET_MAX_SIZE):
             data[8:16] = (1 << 33).to_bytes(8, "little")
         return data
@@ -198,7 +198,7 @@ def test_figures_of_the_machine_are_not_compared() -> None:
 
 
 def test_a_server_that_wants_more_room_is_noted() -> None:
-    def change(answer: Message, data: bytearray) -> bytearray:
+    def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command is Command.GET_ALLOC_SIZE:
             data[8:16] = (1 << 20).to_bytes(8, "little")
         return data
@@ -235,7 +235,7 @@ def test_tolerance_is_for_f32_only() -> None:
     (answer, *_) = [
         m
         for _, m in collected("own-3.6.1").messages
-        if m.command is Command.GET_TENSOR and m.kind is Kind.ANSWER
+        if m.command is Command.GET_TENSOR and m.kind is MessageKind.ANSWER
     ]
     body = bytes(answer.body or b"")
     near = (np.frombuffer(body, "<f4") * np.float32(1 + 1e-6)).tobytes()
@@ -256,7 +256,9 @@ def test_tensors_of_programs_are_translated() -> None:
     (program,) = {
         m.fields.program: m
         for _, m in collected("split-7.0.0").messages
-        if m.command is Command.SPLIT_PROGRAM and m.kind is Kind.REQUEST and not m.fields.program
+        if m.command is Command.SPLIT_PROGRAM
+        and m.kind is MessageKind.REQUEST
+        and not m.fields.program
     }.values()
     assert isinstance(program.graph, ProgramPayload)
     handle = int(program.graph.tensors["buffer"].max())
@@ -275,7 +277,7 @@ def test_the_beginning_of_a_recording_is_played_as_far_as_it_goes(tmp_path: Path
     path = tmp_path / "cut.pcapng"
     path.write_bytes(whole[: len(whole) * 2 // 3])
 
-    async def run() -> Result:
+    async def run() -> ReplayResult:
         async with Actor("own-3.6.1").serving() as port:
             return await Player(HOST, port, timeout=5).play(path)
 
@@ -320,7 +322,7 @@ def test_exit_codes(
 
 
 def test_the_command_line_tells_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
-    def change(answer: Message, data: bytearray) -> bytearray:
+    def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command is Command.GET_TENSOR:
             data[8] ^= 1
         return data
@@ -343,7 +345,7 @@ def test_the_command_line_tells_what_differs(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_server_of_another_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    def change(answer: Message, data: bytearray) -> bytearray:
+    def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command is Command.HELLO:
             data[8:11] = bytes([3, 0, 0])
         return data

@@ -26,7 +26,7 @@ def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def finished(**what: object) -> soak.Soak:
     """A run that went well but for what is said."""
     run = soak.Soak.__new__(soak.Soak)
-    run.tally = soak.Tally(correct=10, starts=2)
+    run.tally = soak.SoakTally(correct=10, starts=2)
     run.tally.disturbances["killed"] = 2
     run.memory = [1 << 20, 2 << 20]
     for name, value in what.items():

@@ -15,12 +15,17 @@ import pytest
 
 from client.backend import Backend
 from client.connection import connect
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tests.server.process import REPOSITORY, ServerProcess, running
 from tests.split.cluster import emptied
 from tests.upstream_server import running_upstream
-from tools.ports import free_port
-from tools.split_status import Part, Status, as_text, main
+from tools.serving.ports import free_port
+from tools.split_status import (
+    CoordinatorStatus,
+    PartStatus,
+    as_text,
+    main,
+)
 
 HOST = "127.0.0.1"
 
@@ -51,12 +56,14 @@ async def compute(port: int, runs: int) -> None:
         assert np.all(await b.download(y) == 64)
 
 
-async def status_of(port: int, capsys: pytest.CaptureFixture[str]) -> Status:
+async def status_of(port: int, capsys: pytest.CaptureFixture[str]) -> CoordinatorStatus:
     # The program has an event loop of its own.
     assert await asyncio.to_thread(main, [f"{HOST}:{port}", "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
     speed = read.pop("tokens_per_second")
-    status = Status(**{**read, "parts": tuple(Part(**part) for part in read["parts"])})
+    status = CoordinatorStatus(
+        **{**read, "parts": tuple(PartStatus(**part) for part in read["parts"])}
+    )
     assert status.tokens_per_second == speed
     return status
 
@@ -180,13 +187,13 @@ async def test_a_device_that_is_not_there_ends_it(
 # -- arithmetic
 
 
-def part(name: str, exchanges: int, waited: float) -> Part:
-    return Part(name, 10, 1 << 20, exchanges, 100 * exchanges, 10 * exchanges, 1e-4, waited)
+def part(name: str, exchanges: int, waited: float) -> PartStatus:
+    return PartStatus(name, 10, 1 << 20, exchanges, 100 * exchanges, 10 * exchanges, 1e-4, waited)
 
 
 def test_what_was_added() -> None:
-    earlier = Status(10, 2.0, 20, (part("a", 5, 1.0), part("b", 50, 2.0)))
-    later = Status(16, 5.0, 80, (part("a", 8, 1.5), part("b", 3, 0.25)))
+    earlier = CoordinatorStatus(10, 2.0, 20, (part("a", 5, 1.0), part("b", 50, 2.0)))
+    later = CoordinatorStatus(16, 5.0, 80, (part("a", 8, 1.5), part("b", 3, 0.25)))
     added = later.since(earlier)
     assert (added.graphs, added.tokens, added.tokens_per_second) == (6, 60, 20.0)
     assert added.parts[0] == part("a", 3, 0.5)
@@ -195,11 +202,16 @@ def test_what_was_added() -> None:
 
 
 def test_the_table_lines_up() -> None:
-    text = as_text("here", Status(4, 2.0, 40, (part("a", 1, 0.5), part("a longer name", 9, 1.0))))
+    text = as_text(
+        "here", CoordinatorStatus(4, 2.0, 40, (part("a", 1, 0.5), part("a longer name", 9, 1.0)))
+    )
     first, *table = text.splitlines()
     assert first == "here: 2 parts, 4 graphs in 2.0 s, 40 tokens, 20.0 tokens/s"
     assert len({len(line) for line in table}) == 1
     assert table[1].endswith("0.50 s (25 %)")
-    local = Part("local", 1, 1, 0, 0, 0, 0.0, 0.0)
-    assert as_text("here", Status(0, 0.0, 0, (local,))).splitlines()[2].split()[3:] == ["-"] * 5
-    assert Status(0, 0.0, 0, ()).tokens_per_second is None
+    local = PartStatus("local", 1, 1, 0, 0, 0, 0.0, 0.0)
+    assert (
+        as_text("here", CoordinatorStatus(0, 0.0, 0, (local,))).splitlines()[2].split()[3:]
+        == ["-"] * 5
+    )
+    assert CoordinatorStatus(0, 0.0, 0, ()).tokens_per_second is None

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protocol.annotate import annotate, op_text, sub_op
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.events import Kind, Message, Side
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from protocol.messages import RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE, RpcTensor
+from protocol.observe.annotate import annotate, op_text, sub_op
+from protocol.observe.events import MessageKind, ObservedMessage, Side
 from tests.conftest import REQUIRE_UPSTREAM
 from tests.protocol.captures import NAMES, collect, collected, path_of
 from tools.record.frames import Address, TcpFrames
@@ -113,7 +113,7 @@ def _is_generated(leaf: str) -> bool:
     return leaf in ("tensor.op_name", "tensor.function")
 
 
-def expected_fields(message: Message) -> list[tuple[str, str]]:
+def expected_fields(message: ObservedMessage) -> list[tuple[str, str]]:
     """The fields of a message with their bytes, by this project's decoder."""
     data = message.data
     found: list[tuple[str, str]] = []
@@ -124,15 +124,15 @@ def expected_fields(message: Message) -> list[tuple[str, str]]:
         found.append((name, data[span.start : span.end].hex()))
     # A request may have a size besides that of its payload.
     at = next((i for i, (name, _) in enumerate(found) if name == "size"), None)
-    if at is not None and message.kind in (Kind.REQUEST, Kind.ANSWER):
+    if at is not None and message.kind in (MessageKind.REQUEST, MessageKind.ANSWER):
         found[at] = ("payload_size", found[at][1])
     return found
 
 
-def tensors_of(message: Message) -> list[tuple[int, int]]:
+def tensors_of(message: ObservedMessage) -> list[tuple[int, int]]:
     """Op and first parameter of every tensor that is shown."""
     found: list[tuple[int, int]] = []
-    if message.kind is not Kind.REQUEST:
+    if message.kind is not MessageKind.REQUEST:
         return found
     for name, value in vars(message.fields).items():
         for tensor in value if name == "srcs" else (value,):
@@ -144,15 +144,15 @@ def tensors_of(message: Message) -> list[tuple[int, int]]:
     return found
 
 
-def check(seen: list[Shown], messages: list[Message], *, whole: bool = True) -> None:
+def check(seen: list[Shown], messages: list[ObservedMessage], *, whole: bool = True) -> None:
     assert len(seen) == len(messages)
     for found, message in zip(seen, messages, strict=True):
         assert found.one("kind") == message.kind.value
         assert int(found.one("number")) == message.number
         # In a first pass HELLO is shown before it is answered.
-        hello = message.kind is Kind.REQUEST and message.command is Command.HELLO
+        hello = message.kind is MessageKind.REQUEST and message.command is Command.HELLO
         assert found.generated["protocol"] == ([] if hello else [message.dialect.name])
-        if message.kind is not Kind.REQUEST:
+        if message.kind is not MessageKind.REQUEST:
             assert int(found.one("command")) == message.command
             assert message.latency is not None
             assert float(found.one("time")) == pytest.approx(message.latency, abs=2e-6)
@@ -166,7 +166,7 @@ def check(seen: list[Shown], messages: list[Message], *, whole: bool = True) -> 
         assert found.generated["tensor.function"] == [f for f in functions if f]
 
 
-def messages_of(name: str) -> list[Message]:
+def messages_of(name: str) -> list[ObservedMessage]:
     return [message for _, message in collected(name).messages]
 
 
@@ -247,7 +247,7 @@ def test_large_data_are_shown_packet_by_packet(script: Path, tmp_path: Path) -> 
     messages = [message for _, message in collect(path).messages]
     seen = shown(script, path, "-o", "ggml_rpc.most:1000")
     large = [m for m in messages if m.body_size > 1000 and m.graph is None]
-    assert {m.kind for m in large} == {Kind.REQUEST, Kind.OUTPUTS}
+    assert {m.kind for m in large} == {MessageKind.REQUEST, MessageKind.OUTPUTS}
     found: dict[int, str] = defaultdict(str)
     for part in seen:
         found[int(part.one("number"))] += part.data

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rpc_server.types
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from rpc_server.types import DECODABLE, ENCODABLE, from_f32, to_f32
 
 QUANTIZED = sorted(t for t in ENCODABLE if TYPE_INFO[t].quantized)

@@ -24,9 +24,15 @@ from pathlib import Path
 from tools import models, upstream
 from tools.bench import llama, micro, picture, report
 from tools.bench.machine import describe_machine, describe_versions
-from tools.bench.results import OURS, SERVERS, Result, Sample, Table
+from tools.bench.results import (
+    OURS,
+    SERVERS,
+    BenchResult,
+    ResultTable,
+    Sample,
+)
 from tools.bench.servers import serving
-from tools.serving import ProgramError
+from tools.serving.processes import ProgramError
 
 # What one server did in one round.
 Measure = Callable[[str], list[Sample]]
@@ -130,17 +136,17 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Measure]]:
     return subjects
 
 
-def run(options: argparse.Namespace) -> Result:
+def run(options: argparse.Namespace) -> BenchResult:
     """Measure all rounds. Raises ProgramError where a program fails, OSError for no such model."""
     said = {name: value for name, value in vars(options).items() if value is not None}
     said["model"] = [model.name for model in options.model]
-    result = Result(
+    result = BenchResult(
         describe_machine(),
         describe_versions(),
         {name: said[name] for name in sorted(said) if name not in _OUTPUTS},
     )
     subjects = plan(options)
-    result.tables = [Table(title) for title, _ in subjects]
+    result.tables = [ResultTable(title) for title, _ in subjects]
     for number in range(options.rounds):
         # Neither always comes second.
         order = SERVERS if number % 2 == 0 else SERVERS[::-1]
@@ -240,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        result = Result.load(options.show) if options.show else run(options)
+        result = BenchResult.load(options.show) if options.show else run(options)
     except (ProgramError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -27,9 +27,9 @@ from pathlib import Path
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.events import Side
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.messages import RPC_TENSOR_SIZE, RpcTensor
+from protocol.observe.events import Side
 from tools import arguments
 from tools.record.frames import Address, TcpFrames
 from tools.record.pcapng import PcapngWriter

@@ -17,7 +17,7 @@ from typing import Any
 
 from tools import upstream
 from tools.bench.results import Sample
-from tools.serving import HOST, ProgramError, tail
+from tools.serving.processes import HOST, ProgramError, tail
 
 # What llama-completion's log lines begin with: minutes, seconds, milliseconds, microseconds since
 # its start.

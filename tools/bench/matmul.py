@@ -15,11 +15,11 @@ from collections.abc import Callable
 import numpy as np
 
 import rpc_server.devices.cpu.lower  # noqa: F401  (fills the table of lowerings)
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
-from rpc_server.devices.cpu.executor import Executor, Program
-from rpc_server.devices.cpu.isa import chosen_isa
-from rpc_server.devices.cpu.layout import PRODUCT_TYPES
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from rpc_server.devices.cpu.executor import Executor, RecordProgram
+from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa
+from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES
 from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
@@ -75,7 +75,7 @@ class Products:
         if not LOWERINGS[Op.MUL_MAT](t, planner):
             raise RuntimeError(f"no kernel for {type_.name}")
         records = planner.records
-        program = Program([r.kernel.address for r in records], [r.words for r in records])
+        program = RecordProgram([r.kernel.address for r in records], [r.words for r in records])
         return seconds(lambda: self._executor.run(program), self._budget)
 
 

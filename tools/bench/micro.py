@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from client.graph import GraphBuilder
+from client.builder.graph import GraphBuilder
 from client.tensors import Tensor
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from tools.bench.results import Sample
 from tools.wire import Wire
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import rpc_server.devices.cpu.lower  # noqa: F401  (fills the table of lowerings)
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
-from rpc_server.devices.cpu.executor import Executor, Program
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from rpc_server.devices.cpu.executor import Executor, RecordProgram
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.tensor import Tensor
@@ -132,7 +132,7 @@ def measure(nodes: list[Tensor], executor: Executor, arena: ScratchArena, runs: 
             raise SystemExit(f"no kernel for {t.label}")
         planner.finish(t)
     records = planner.records
-    program = Program([r.kernel.address for r in records], [r.words for r in records])
+    program = RecordProgram([r.kernel.address for r in records], [r.words for r in records])
     best = float("inf")
     for _ in range(runs):
         start = time.perf_counter()

@@ -12,7 +12,12 @@ from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
 from tools.bench.report import number
-from tools.bench.results import OURS, UPSTREAM, Figure, Result
+from tools.bench.results import (
+    OURS,
+    UPSTREAM,
+    BenchResult,
+    Figure,
+)
 
 _LABEL, _PLOT, _VALUE = 250, 380, 90
 _WIDTH = _LABEL + _PLOT + _VALUE
@@ -40,7 +45,7 @@ text { font: 12px system-ui, sans-serif; fill: #24292f }
 }"""
 
 
-class _Axis:
+class _Scale:
     """Where a ratio lies: powers of two from the smallest to the largest, one always within."""
 
     def __init__(self, ratios: Iterable[float]) -> None:
@@ -74,7 +79,7 @@ def _line(kind: str, x: float, top: float, bottom: float) -> str:
     return f'<line class="{kind}" x1="{x}" y1="{top}" x2="{x}" y2="{bottom}"/>'
 
 
-def _bar(figure: Figure, axis: _Axis, y: float) -> list[str]:
+def _bar(figure: Figure, axis: _Scale, y: float) -> list[str]:
     """A bar from 1 to the ratio, its name to the left, its value to the right."""
     better = figure.times_better
     left, right = sorted((axis.x(1), axis.x(better)))
@@ -89,9 +94,9 @@ def _bar(figure: Figure, axis: _Axis, y: float) -> list[str]:
     ]
 
 
-def svg(result: Result) -> str:
+def svg(result: BenchResult) -> str:
     """The picture as the text of an SVG file."""
-    axis = _Axis(f.times_better for table in result.tables for f in table.figures)
+    axis = _Scale(f.times_better for table in result.tables for f in table.figures)
     parts: list[str] = []
     y = float(_TOP)
     for table in result.tables:

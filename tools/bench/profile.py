@@ -20,12 +20,17 @@ from pathlib import Path
 
 from rpc_server import __main__ as server
 from rpc_server.devices.cpu.catalog import Kernel
-from rpc_server.devices.cpu.executor import Program
-from rpc_server.devices.cpu.plan import PlanBuilder
+from rpc_server.devices.cpu.executor import RecordProgram
+from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.planner import Emitted
 from tools.bench import llama
-from tools.ports import free_port
-from tools.serving import HOST, Process, ProgramError, listens
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    HOST,
+    Process,
+    ProgramError,
+    listens,
+)
 
 # Microseconds a token below which the clocks tell nothing.
 _TELLING = 20.0
@@ -43,7 +48,7 @@ class Timed:
 
 
 class Profiler:
-    """Stands in for PlanBuilder._program_step in the server process."""
+    """Stands in for CpuPlanBuilder._program_step in the server process."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Timed] = {}
@@ -53,10 +58,10 @@ class Profiler:
 
     def program_step(
         self,
-        builder: PlanBuilder,
+        builder: CpuPlanBuilder,
         records: list[Emitted],
         addresses: dict[Kernel, int],
-        programs: list[Program],
+        programs: list[RecordProgram],
     ) -> Callable[[], None]:
         """A step that runs its records in one call, and every other time one by one."""
         whole = _ORIGINAL(builder, records, addresses, programs)
@@ -94,21 +99,21 @@ class Profiler:
         }
 
 
-_ORIGINAL = PlanBuilder._program_step
+_ORIGINAL = CpuPlanBuilder._program_step
 
 
 def _serve(port: int, out: Path) -> int:
     profiler = Profiler()
 
     def program_step(
-        builder: PlanBuilder,
+        builder: CpuPlanBuilder,
         records: list[Emitted],
         addresses: dict[Kernel, int],
-        programs: list[Program],
+        programs: list[RecordProgram],
     ) -> Callable[[], None]:
         return profiler.program_step(builder, records, addresses, programs)
 
-    PlanBuilder._program_step = program_step  # type: ignore[method-assign, assignment]
+    CpuPlanBuilder._program_step = program_step  # type: ignore[method-assign, assignment]
     status = server.main(["--port", str(port), "-t", "1", "--log-level", "warning"])
     out.write_text(json.dumps(profiler.result()))
     return status

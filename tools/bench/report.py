@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tools.bench.results import OURS, UPSTREAM, Figure, Result, Table
+from tools.bench.results import (
+    OURS,
+    UPSTREAM,
+    BenchResult,
+    Figure,
+    ResultTable,
+)
 
 _HEADER = ("figure", OURS, UPSTREAM, "ratio", "min..max", "better")
 
@@ -26,12 +32,12 @@ def cells(figure: Figure) -> tuple[str, ...]:
     )
 
 
-def text(result: Result) -> str:
+def text(result: BenchResult) -> str:
     """The tables with aligned columns."""
     return "\n\n".join(_text_table(table) for table in result.tables)
 
 
-def _text_table(table: Table) -> str:
+def _text_table(table: ResultTable) -> str:
     rows = [_HEADER, *(cells(figure) for figure in table.figures)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -44,7 +50,7 @@ def _text_table(table: Table) -> str:
     return "\n".join([table.title, *lines])
 
 
-def markdown(result: Result) -> str:
+def markdown(result: BenchResult) -> str:
     """The tables for a document, under a line that says what was measured on what."""
     machine = "; ".join(f"{name}: {value}" for name, value in result.machine.items())
     versions = "; ".join(f"{name}: {value}" for name, value in result.versions.items())

@@ -55,7 +55,7 @@ class Figure:
 
 
 @dataclass
-class Table:
+class ResultTable:
     """The figures of one subject: a model, or the server by itself."""
 
     title: str
@@ -75,23 +75,23 @@ class Table:
 
 
 @dataclass
-class Result:
+class BenchResult:
     """A whole run. ``machine``, ``versions`` and ``options`` say what it was made with."""
 
     machine: dict[str, Any]
     versions: dict[str, str]
     options: dict[str, Any]
-    tables: list[Table] = field(default_factory=list)
+    tables: list[ResultTable] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Result:
+    def load(cls, path: Path) -> BenchResult:
         """What :meth:`save` wrote. Raises ValueError, KeyError or TypeError for anything else."""
         data = json.loads(path.read_text())
         tables = [
-            Table(table["title"], [Figure(**figure) for figure in table["figures"]])
+            ResultTable(table["title"], [Figure(**figure) for figure in table["figures"]])
             for table in data.pop("tables")
         ]
         return cls(**data, tables=tables)

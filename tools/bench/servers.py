@@ -9,8 +9,13 @@ from dataclasses import dataclass
 
 from protocol.commands import Command
 from tools.bench.results import OURS, Sample
-from tools.ports import free_port
-from tools.serving import Process, ProgramError, own_command, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    Process,
+    ProgramError,
+    own_command,
+    upstream_command,
+)
 from tools.wire import ClosedError, Wire
 
 _START_SECONDS = 60.0

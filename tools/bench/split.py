@@ -33,8 +33,13 @@ from tools.bench import llama
 from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.servers import answers
-from tools.ports import free_port
-from tools.serving import Process, ProgramError, own_command, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    Process,
+    ProgramError,
+    own_command,
+    upstream_command,
+)
 
 _START_SECONDS = 60.0
 _HOST = "127.0.0.1"
@@ -78,14 +83,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Link:
+class NetworkLink:
     """A network: seconds one way, bytes a second."""
 
     delay: float
     rate: float
 
     @classmethod
-    def of(cls, text: str) -> Link:
+    def of(cls, text: str) -> NetworkLink:
         """'0.25:1' is 0.25 ms and 1 Gbit/s; ArgumentTypeError for anything else."""
         try:
             delay, rate = map(float, text.split(":"))
@@ -123,7 +128,7 @@ def _start(stack: contextlib.ExitStack, core: int, command: list[str] | None, po
 
 @contextlib.contextmanager
 def running(
-    setup: Setup, link: Link | None = None
+    setup: Setup, link: NetworkLink | None = None
 ) -> Iterator[tuple[list[int], Process | None, int]]:
     """The setup's ports for llama.cpp, its coordinator, and the relay's port if there is one."""
     with contextlib.ExitStack() as stack:
@@ -224,7 +229,7 @@ def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
         alone = 1 / _tokens(ports, _decode_only(options), SETUPS[0])["tg"]
     for setup in (s for s in SETUPS if s.split and s.split[0] == "local"):
         base = near = 0.0
-        for link in (Link(0.0, 100e9), *options.link):
+        for link in (NetworkLink(0.0, 100e9), *options.link):
             print(f"{setup.name}: {link.name}", file=sys.stderr, flush=True)
             with running(setup, link) as (ports, _, relay):
                 # The coordinator holds the relay's one connection to the worker, not the relay.
@@ -294,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("-n", "--generate", type=int, default=32, help="tokens to generate (%(default)s)")
     add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
     add("--rounds", type=int, default=3, help="starts of each setup (%(default)s)")
-    add("--link", type=Link.of, action="append", default=[], metavar="DELAY:RATE")
+    add("--link", type=NetworkLink.of, action="append", default=[], metavar="DELAY:RATE")
     add("--picture", type=Path, metavar="FILE", help="draw what --link measured (SVG)")
     add("--json", type=Path, metavar="FILE", help="write all values to this file")
     options = parser.parse_args(arguments)

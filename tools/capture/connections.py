@@ -11,14 +11,19 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from protocol.conversation import Conversation, Event, Message, Side
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
-from protocol.framing import FRAME, first_frame
-from protocol.resync import guess_dialect
+from protocol.observe.conversation import (
+    Conversation,
+    Event,
+    ObservedMessage,
+    Side,
+)
+from protocol.observe.resync import guess_dialect
+from protocol.requests import FRAME, first_frame
 from tools.capture.files import Frame
 from tools.capture.packets import ACK, SYN, PacketReader, Segment, address_text
-from tools.capture.streams import Assembly, Counts, Stream
+from tools.capture.streams import Assembly, CapturedStream, SegmentCounts
 
 Address = tuple[bytes, int]
 
@@ -29,7 +34,7 @@ _MOST_FLOWS = 1 << 13
 
 
 @dataclass(slots=True)
-class Connection:
+class CapturedConnection:
     """A connection that is, or is taken for, ggml RPC. ``number`` counts them from 1.
 
     ``joined``: its start wasn't captured. ``counts`` are of the client's and the server's stream.
@@ -41,7 +46,7 @@ class Connection:
     joined: bool
     conversation: Conversation
     started: float
-    counts: dict[Side, Counts] = field(default_factory=dict)
+    counts: dict[Side, SegmentCounts] = field(default_factory=dict)
     ended: float | None = None
     # Whether its end was captured: closed or reset.
     complete: bool = False
@@ -67,23 +72,25 @@ class Connection:
 class Listener(Protocol):
     """What is done with connections; in the order of the capture."""
 
-    def opened(self, connection: Connection) -> None: ...
-    def event(self, connection: Connection, event: Event) -> None: ...
-    def closed(self, connection: Connection) -> None: ...
+    def opened(self, connection: CapturedConnection) -> None: ...
+    def event(self, connection: CapturedConnection, event: Event) -> None: ...
+    def closed(self, connection: CapturedConnection) -> None: ...
 
 
 class FrameListener(Protocol):
     """Takes the frames of connections, those before it was clear what they are included."""
 
-    def frame(self, connection: Connection, frame: Frame) -> None: ...
+    def frame(self, connection: CapturedConnection, frame: Frame) -> None: ...
 
 
 # Takes bytes of a message's data: where in it they belong, and the bytes, which are only lent.
-ConnectionSink = Callable[[Connection, Message, int, "bytes | bytearray | memoryview"], None]
+ConnectionSink = Callable[
+    [CapturedConnection, ObservedMessage, int, "bytes | bytearray | memoryview"], None
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ReadOptions:
     """``ports`` of servers, none for finding them by content; the others as of Conversation."""
 
     ports: frozenset[int] = frozenset()
@@ -114,7 +121,7 @@ class _Flow:
         self.from_start = False
         self.port_told = False
         self.ignored = False
-        self.connection: Connection | None = None
+        self.connection: CapturedConnection | None = None
         self.frames: list[Frame] = []
         self.time = started
         self._early: list[tuple[int, bytes | int, float]] = []
@@ -123,9 +130,9 @@ class _Flow:
         self.assembly = Assembly(
             first,
             (
-                Stream(lambda data, time: self._data(0, data, time),
+                CapturedStream(lambda data, time: self._data(0, data, time),
                        lambda size, time: self._lost(0, size, time)),
-                Stream(lambda data, time: self._data(1, data, time),
+                CapturedStream(lambda data, time: self._data(1, data, time),
                        lambda size, time: self._lost(1, size, time)),
             ),
         )  # fmt: skip
@@ -210,13 +217,15 @@ class _Flow:
             else:
                 stream.deliver(memoryview(content), time)
 
-    def _sink(self, message: Message, at: int, data: bytes | bytearray | memoryview) -> None:
+    def _sink(
+        self, message: ObservedMessage, at: int, data: bytes | bytearray | memoryview
+    ) -> None:
         sink = self.owner.options.sink
         assert sink is not None
         assert self.connection is not None
         sink(self.connection, message, at, data)
 
-    def _connect(self, stream: Stream, side: Side, connection: Connection) -> None:
+    def _connect(self, stream: CapturedStream, side: Side, connection: CapturedConnection) -> None:
         conversation, listener = connection.conversation, self.owner.listener
         feed, event = conversation.feed, listener.event
 
@@ -252,11 +261,11 @@ class Connections:
     def __init__(
         self,
         listener: Listener,
-        options: Options | None = None,
+        options: ReadOptions | None = None,
         frames: FrameListener | None = None,
     ) -> None:
         self.listener = listener
-        self.options = options or Options()
+        self.options = options or ReadOptions()
         self.frames = frames
         self.packets = PacketReader()
         # Connections of TCP, and those of them that are ggml RPC.
@@ -305,9 +314,9 @@ class Connections:
 
     def new_connection(
         self, flow: _Flow, client: int, joined: bool, conversation: Conversation
-    ) -> Connection:
+    ) -> CapturedConnection:
         self.found += 1
-        return Connection(
+        return CapturedConnection(
             self.found,
             flow.addresses[client],
             flow.addresses[1 - client],

@@ -31,7 +31,7 @@ Lose = Callable[[int, float], None]
 
 
 @dataclass(slots=True)
-class Counts:
+class SegmentCounts:
     """What was met on the way in one direction, in segments unless it says bytes."""
 
     bytes: int = 0
@@ -55,11 +55,11 @@ class Counts:
         return found
 
 
-class Stream:
+class CapturedStream:
     """One direction: segments in, bytes in order out. Sequence numbers are counted on past 2^32."""
 
     def __init__(self, deliver: Deliver, lose: Lose) -> None:
-        self.counts = Counts()
+        self.counts = SegmentCounts()
         self.ended = False
         self.deliver = deliver
         self.lose = lose
@@ -217,7 +217,9 @@ class Assembly:
     Where no SYN was seen, the first segments are held to begin with the earliest of them.
     """
 
-    def __init__(self, client: tuple[bytes, int], streams: tuple[Stream, Stream]) -> None:
+    def __init__(
+        self, client: tuple[bytes, int], streams: tuple[CapturedStream, CapturedStream]
+    ) -> None:
         self._client = client
         self.streams = streams
         self.reset = False
@@ -244,7 +246,7 @@ class Assembly:
         else:
             self._process(segment)
 
-    def _streams_of(self, segment: Segment) -> tuple[Stream, Stream]:
+    def _streams_of(self, segment: Segment) -> tuple[CapturedStream, CapturedStream]:
         """The stream that it is of, and the other one."""
         first, second = self.streams
         return (first, second) if segment.source == self._client else (second, first)

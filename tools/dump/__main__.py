@@ -9,12 +9,17 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from protocol.conversation import Event, Message
+from protocol.observe.conversation import Event, ObservedMessage
 from tools.capture.errors import CaptureError, MissingToolError
 from tools.dump.options import filters_of, parse
 
 try:
-    from tools.capture.connections import Connection, Connections, Listener, Options
+    from tools.capture.connections import (
+        CapturedConnection,
+        Connections,
+        Listener,
+        ReadOptions,
+    )
     from tools.capture.files import Capture, Frame, open_file
     from tools.dump.extract import Extractor
     from tools.dump.graphs import GraphFinder
@@ -40,16 +45,16 @@ class _Views:
         self._views = views
         self.messages = 0
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         for view in self._views:
             view.opened(connection)
 
-    def event(self, connection: Connection, event: Event) -> None:
-        self.messages += isinstance(event, Message)
+    def event(self, connection: CapturedConnection, event: Event) -> None:
+        self.messages += isinstance(event, ObservedMessage)
         for view in self._views:
             view.event(connection, event)
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         for view in self._views:
             view.closed(connection)
 
@@ -120,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     listener = _Views(views)
     connections = Connections(
         listener,
-        Options(
+        ReadOptions(
             ports=frozenset(options.port),
             dialect=options.protocol,
             sink=extractor.sink if extractor is not None else None,

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protocol.annotate import tensor_bytes, text_of, type_text
 from protocol.commands import Command
-from protocol.conversation import Event, Kind, Message
-from tools.capture.connections import Connection
+from protocol.observe.annotate import tensor_bytes, text_of, type_text
+from protocol.observe.conversation import Event, MessageKind, ObservedMessage
+from tools.capture.connections import CapturedConnection
 from tools.capture.errors import CaptureError
 from tools.dump.filters import Filters
 
@@ -82,18 +82,18 @@ class Extractor:
 
     # -- what the decoder says ------------------------------------------------------------------
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         pass
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         self._computing.discard(connection.number)
 
-    def event(self, connection: Connection, event: Event) -> None:
-        if not isinstance(event, Message) or not self._filters.wants(connection):
+    def event(self, connection: CapturedConnection, event: Event) -> None:
+        if not isinstance(event, ObservedMessage) or not self._filters.wants(connection):
             return
         if event.command in (Command.GRAPH_COMPUTE, Command.SPLIT_RUN):
             self._computing.add(connection.number)
-        elif event.command is Command.SET_TENSOR_HASH and event.kind is Kind.ANSWER:
+        elif event.command is Command.SET_TENSOR_HASH and event.kind is MessageKind.ANSWER:
             request = event.request
             known = event.fields is not None and event.fields.result
             if known and request is not None and self._filters.shows(request):
@@ -103,8 +103,8 @@ class Extractor:
 
     def sink(
         self,
-        connection: Connection,
-        message: Message,
+        connection: CapturedConnection,
+        message: ObservedMessage,
         at: int,
         data: bytes | bytearray | memoryview,
     ) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from protocol.annotate import text_of
 from protocol.commands import Command
-from protocol.conversation import Message
 from protocol.endpoint import format_endpoint
+from protocol.observe.annotate import text_of
+from protocol.observe.conversation import ObservedMessage
 
 if TYPE_CHECKING:
     # Not at run time: the command line is read without what captures need.
-    from tools.capture.connections import Connection
+    from tools.capture.connections import CapturedConnection
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Filters:
     clients: tuple[str, ...] = ()
     connections: frozenset[int] = frozenset()
 
-    def wants(self, connection: Connection) -> bool:
+    def wants(self, connection: CapturedConnection) -> bool:
         if self.connections and connection.number not in self.connections:
             return False
         return not self.clients or any(
@@ -34,7 +34,7 @@ class Filters:
             for client in self.clients
         )
 
-    def shows(self, message: Message) -> bool:
+    def shows(self, message: ObservedMessage) -> bool:
         """Whether a message of a connection that is wanted is shown; answers as their requests."""
         if self.commands and message.command not in self.commands:
             return False
@@ -57,7 +57,7 @@ def pattern(text: str) -> str:
     return text if any(mark in text for mark in "*?[") else f"*{text}*"
 
 
-def message_tensors(message: Message) -> Iterator[Any]:
+def message_tensors(message: ObservedMessage) -> Iterator[Any]:
     """The rpc_tensors in a message's fields."""
     if message.fields is None:
         return
@@ -67,7 +67,7 @@ def message_tensors(message: Message) -> Iterator[Any]:
                 yield item
 
 
-def tensor_names(message: Message) -> Iterator[str]:
+def tensor_names(message: ObservedMessage) -> Iterator[str]:
     """Names of the tensors that a message is about, those of its graph included."""
     for tensor in message_tensors(message):
         yield text_of(tensor.name)

@@ -6,13 +6,18 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from protocol.annotate import GraphTensor, graph_lines, graph_tensors, shape_text
-from protocol.conversation import Event, Message
 from protocol.dialects import Dialect
-from protocol.ggml_ops import VIEWS
+from protocol.ggml.ops import VIEWS
 from protocol.graph_payload import GraphPayload
+from protocol.observe.annotate import (
+    GraphTensor,
+    graph_lines,
+    graph_tensors,
+    shape_text,
+)
+from protocol.observe.conversation import Event, ObservedMessage
 from protocol.split import ProgramPayload
-from tools.capture.connections import Connection
+from tools.capture.connections import CapturedConnection
 from tools.capture.errors import MissingToolError
 from tools.dump.filters import Filters
 from tools.dump.screen import printable
@@ -27,16 +32,16 @@ class GraphFinder:
         self._number = number
         self._filters = filters
         self.count = 0
-        self.found: Message | None = None
+        self.found: ObservedMessage | None = None
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         pass
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         pass
 
-    def event(self, connection: Connection, event: Event) -> None:
-        if not isinstance(event, Message) or event.graph is None:
+    def event(self, connection: CapturedConnection, event: Event) -> None:
+        if not isinstance(event, ObservedMessage) or event.graph is None:
             return
         self.count += 1
         if self.count == self._number:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from protocol.annotate import annotate, describe, graph_lines, tree
-from protocol.conversation import Event, Failure, Kind, Message, Side, Skipped
 from protocol.graph_payload import GraphPayload
-from tools.capture.connections import Connection
+from protocol.observe.annotate import (
+    annotate,
+    describe,
+    graph_lines,
+    tree,
+)
+from protocol.observe.conversation import (
+    Event,
+    Failure,
+    MessageKind,
+    ObservedMessage,
+    Side,
+    SkippedBytes,
+)
+from tools.capture.connections import CapturedConnection
 from tools.dump.filters import Filters
 from tools.dump.screen import Screen, duration_text, printable
 
@@ -32,7 +44,7 @@ class LineView:
         self._start: float | None = None
         self._graphs = 0
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         if not self._filters.wants(connection):
             return
         if self._start is None:
@@ -42,7 +54,7 @@ class LineView:
             connection.started, connection, f"{connection.client} to {connection.server}{joined}"
         )
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         if not self._filters.wants(connection):
             return
         dialect = connection.conversation.dialect
@@ -53,19 +65,21 @@ class LineView:
             parts.append(f"{len(waiting)} requests without an answer ({waiting[-1].command.name})")
         self._note(connection.ended, connection, "; ".join([*parts, *connection.notes]))
 
-    def event(self, connection: Connection, event: Event) -> None:
+    def event(self, connection: CapturedConnection, event: Event) -> None:
         graph = None
-        if isinstance(event, Message) and event.graph is not None:
+        if isinstance(event, ObservedMessage) and event.graph is not None:
             self._graphs += 1
             graph = self._graphs
         if not self._filters.wants(connection):
             return
-        if not isinstance(event, Message):
+        if not isinstance(event, ObservedMessage):
             self._trouble(connection, event)
         elif self._filters.shows(event):
             self._message(connection, event, graph)
 
-    def _message(self, connection: Connection, message: Message, graph: int | None) -> None:
+    def _message(
+        self, connection: CapturedConnection, message: ObservedMessage, graph: int | None
+    ) -> None:
         screen = self._screen
         command, _, about = printable(describe(message)).partition(" ")
         side = "client" if message.side is Side.CLIENT else "server"
@@ -87,7 +101,7 @@ class LineView:
             for line in hex_lines(message):
                 screen.line(f"    {line}")
 
-    def _trouble(self, connection: Connection, event: Failure | Skipped) -> None:
+    def _trouble(self, connection: CapturedConnection, event: Failure | SkippedBytes) -> None:
         who = f"the {event.side.value}'s stream"
         if isinstance(event, Failure):
             text = f"{event.text} (at byte {event.offset} of {who}; the rest of it is not read)"
@@ -98,12 +112,14 @@ class LineView:
         self._note(event.time, connection, printable(text), style)
 
     def _note(
-        self, time: float | None, connection: Connection, text: str, style: str = "note"
+        self, time: float | None, connection: CapturedConnection, text: str, style: str = "note"
     ) -> None:
         head = self._head(time, connection, style, "--" if style == "note" else "!!")
         self._screen.line(f"{head} {self._screen.style(text, style)}")
 
-    def _head(self, time: float | None, connection: Connection, style: str, mark: str) -> str:
+    def _head(
+        self, time: float | None, connection: CapturedConnection, style: str, mark: str
+    ) -> str:
         if time is None or self._start is None:
             shown = f"{'?':>11}"
         else:
@@ -112,8 +128,8 @@ class LineView:
         return f"{self._screen.style(shown, 'time')} #{connection.number:<3} {arrow}"
 
 
-def _timing(message: Message) -> Iterator[str]:
-    if message.kind in (Kind.ANSWER, Kind.OUTPUTS) and message.latency is not None:
+def _timing(message: ObservedMessage) -> Iterator[str]:
+    if message.kind in (MessageKind.ANSWER, MessageKind.OUTPUTS) and message.latency is not None:
         yield f"after {duration_text(message.latency)}"
     if message.started is not None and message.ended is not None:
         took = message.ended - message.started
@@ -121,7 +137,7 @@ def _timing(message: Message) -> Iterator[str]:
             yield f"took {duration_text(took)}"
 
 
-def _graph_tree(message: Message) -> list[str]:
+def _graph_tree(message: ObservedMessage) -> list[str]:
     """The nodes of a graph; its tensors field by field would be a thousand pages."""
     assert message.graph is not None
     lines = graph_lines(message.graph, message.dialect)
@@ -130,7 +146,7 @@ def _graph_tree(message: Message) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def hex_lines(message: Message) -> Iterator[str]:
+def hex_lines(message: ObservedMessage) -> Iterator[str]:
     """Every byte of a message, and beside it what it is."""
     data = message.data
     for span in annotate(message):

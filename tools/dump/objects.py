@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from protocol.annotate import graph_tensors, op_text, text_of, type_text
-from protocol.codec import Record
-from protocol.conversation import Event, Failure, Kind, Message
+from protocol.codec import Message
 from protocol.dialects import Dialect
 from protocol.graph_payload import GraphPayload
+from protocol.observe.annotate import (
+    graph_tensors,
+    op_text,
+    text_of,
+    type_text,
+)
+from protocol.observe.conversation import (
+    Event,
+    Failure,
+    MessageKind,
+    ObservedMessage,
+)
 from protocol.split import ProgramPayload
-from tools.capture.connections import Connection
+from tools.capture.connections import CapturedConnection
 from tools.dump.filters import Filters
 from tools.dump.screen import Screen
 
@@ -29,7 +39,7 @@ class JsonView:
         self._whole = whole
         self._graphs = 0
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         if self._filters.wants(connection):
             self._write(
                 connection,
@@ -40,7 +50,7 @@ class JsonView:
                 joined=connection.joined,
             )
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         if not self._filters.wants(connection):
             return
         dialect = connection.conversation.dialect
@@ -54,12 +64,12 @@ class JsonView:
             notes=connection.notes,
         )
 
-    def event(self, connection: Connection, event: Event) -> None:
-        if isinstance(event, Message) and event.graph is not None:
+    def event(self, connection: CapturedConnection, event: Event) -> None:
+        if isinstance(event, ObservedMessage) and event.graph is not None:
             self._graphs += 1
         if not self._filters.wants(connection):
             return
-        if isinstance(event, Message):
+        if isinstance(event, ObservedMessage):
             if self._filters.shows(event):
                 self._message(connection, event)
         elif isinstance(event, Failure):
@@ -74,7 +84,7 @@ class JsonView:
                 text=event.text,
             )  # fmt: skip
 
-    def _message(self, connection: Connection, message: Message) -> None:
+    def _message(self, connection: CapturedConnection, message: ObservedMessage) -> None:
         values: dict[str, Any] = {
             "time": message.ended,
             "first": message.started,
@@ -91,7 +101,7 @@ class JsonView:
             values["body_size"] = message.body_size
         if message.step:
             values["step"] = message.step
-        if message.kind in (Kind.ANSWER, Kind.OUTPUTS):
+        if message.kind in (MessageKind.ANSWER, MessageKind.OUTPUTS):
             values["latency"] = message.latency
         if message.graph is not None:
             values["graph"] = {"number": self._graphs, **graph_object(message, self._whole)}
@@ -101,7 +111,7 @@ class JsonView:
             values["problem"] = message.problem
         self._write(connection, "message", **values)
 
-    def _write(self, connection: Connection, event: str, /, **values: Any) -> None:
+    def _write(self, connection: CapturedConnection, event: str, /, **values: Any) -> None:
         self._screen.line(
             json.dumps({"event": event, "connection": connection.number, **values}, allow_nan=False)
         )
@@ -109,7 +119,7 @@ class JsonView:
 
 def plain(value: Any, dialect: Dialect) -> Any:
     """A value of a message for JSON: ops and types by name, names as text, bytes in hexadecimal."""
-    if isinstance(value, Record):
+    if isinstance(value, Message):
         fields = {name: plain(item, dialect) for name, item in vars(value).items()}
         if hasattr(value, "op_params"):
             fields["op"] = op_text(value.op, dialect)
@@ -126,7 +136,7 @@ def plain(value: Any, dialect: Dialect) -> Any:
     return value
 
 
-def graph_object(message: Message, whole: bool) -> dict[str, Any]:
+def graph_object(message: ObservedMessage, whole: bool) -> dict[str, Any]:
     graph = message.graph
     assert graph is not None
     found: dict[str, Any] = {"tensors": len(graph.tensors)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.capture.connections import Connection
+from tools.capture.connections import CapturedConnection
 from tools.capture.errors import CaptureError
 from tools.capture.files import CaptureWriter, Frame
 from tools.dump.filters import Filters
@@ -23,7 +23,7 @@ class SessionWriter:
         self.connections: set[int] = set()
         self.packets = 0
 
-    def frame(self, connection: Connection, frame: Frame) -> None:
+    def frame(self, connection: CapturedConnection, frame: Frame) -> None:
         if self._filters.wants(connection):
             self.connections.add(connection.number)
             self.packets += 1

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.annotate import size_text
 from protocol.commands import Command
-from protocol.conversation import Event, Kind, Message
-from tools.capture.connections import Connection
+from protocol.observe.annotate import size_text
+from protocol.observe.conversation import Event, MessageKind, ObservedMessage
+from tools.capture.connections import CapturedConnection
 from tools.dump.filters import Filters
 from tools.dump.screen import Screen, duration_text
 
@@ -45,7 +45,7 @@ class Samples:
 
 
 @dataclass(slots=True)
-class CommandFigures:
+class CommandTotals:
     """Of one command: requests and answers, bytes of both, seconds until answered."""
 
     requests: int = 0
@@ -55,7 +55,7 @@ class CommandFigures:
 
 
 @dataclass(slots=True)
-class Step:
+class GenerationStep:
     """What went over a connection from one read-back of results to the next."""
 
     graphs: list[Command] = field(default_factory=list)
@@ -70,13 +70,13 @@ class Step:
 
 
 @dataclass(slots=True)
-class StepFigures:
+class StepTotals:
     """All steps of a kind."""
 
     count: int = 0
     columns: dict[str, Samples] = field(default_factory=dict)
 
-    def add(self, step: Step) -> None:
+    def add(self, step: GenerationStep) -> None:
         self.count += 1
         seconds = None if step.began is None or step.ended is None else step.ended - step.began
         values = {
@@ -101,20 +101,20 @@ class StatsView:
 
     def __init__(self, filters: Filters) -> None:
         self._filters = filters
-        self.commands: dict[Command, CommandFigures] = {}
-        self.steps: dict[str, StepFigures] = {}
-        self._open: dict[int, Step] = {}
+        self.commands: dict[Command, CommandTotals] = {}
+        self.steps: dict[str, StepTotals] = {}
+        self._open: dict[int, GenerationStep] = {}
         self.connections = 0
         self.missing = 0
         self.troubles = 0
         self._notes: list[str] = []
         self._protocols: dict[str, int] = {}
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         if self._filters.wants(connection):
             self.connections += 1
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         self._finish(self._open.pop(connection.number, None))
         if self._filters.wants(connection):
             dialect = connection.conversation.dialect
@@ -122,20 +122,20 @@ class StatsView:
             self._protocols[name] = self._protocols.get(name, 0) + 1
             self._notes += [f"connection {connection.number}: {note}" for note in connection.notes]
 
-    def event(self, connection: Connection, event: Event) -> None:
+    def event(self, connection: CapturedConnection, event: Event) -> None:
         if not self._filters.wants(connection):
             return
-        if not isinstance(event, Message):
+        if not isinstance(event, ObservedMessage):
             self.troubles += 1
             return
         self.missing += event.missing
         self._follow(connection, event)
         if not self._filters.shows(event):
             return
-        figures = self.commands.setdefault(event.command, CommandFigures())
-        if event.kind is Kind.REQUEST:
+        figures = self.commands.setdefault(event.command, CommandTotals())
+        if event.kind is MessageKind.REQUEST:
             figures.requests += 1
-        if event.kind in (Kind.REQUEST, Kind.INPUTS):
+        if event.kind in (MessageKind.REQUEST, MessageKind.INPUTS):
             figures.sent += event.size
         else:
             figures.received += event.size
@@ -144,43 +144,43 @@ class StatsView:
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def _follow(self, connection: Connection, message: Message) -> None:
+    def _follow(self, connection: CapturedConnection, message: ObservedMessage) -> None:
         """A step ends when something else is asked for after its results were read."""
         step = self._open.get(connection.number)
         if (
             step is not None
             and step.read_back
-            and message.kind is Kind.REQUEST
+            and message.kind is MessageKind.REQUEST
             and message.command is not Command.GET_TENSOR
         ):
             self._finish(step)
             step = None
         if step is None:
-            step = self._open[connection.number] = Step()
-        if message.kind is Kind.REQUEST and message.command in _GRAPHS:
+            step = self._open[connection.number] = GenerationStep()
+        if message.kind is MessageKind.REQUEST and message.command in _GRAPHS:
             step.graphs.append(message.command)
         if not step.graphs and not _may_be_input(message):
             # Loading a model and laying out buffers: what comes next begins the step.
-            self._open[connection.number] = Step()
+            self._open[connection.number] = GenerationStep()
             return
         if step.began is None:
             step.began = message.started
         step.ended = message.ended
-        if message.kind in (Kind.REQUEST, Kind.INPUTS):
+        if message.kind in (MessageKind.REQUEST, MessageKind.INPUTS):
             step.sent += message.size
         else:
             step.received += message.size
-        if message.kind is Kind.REQUEST:
+        if message.kind is MessageKind.REQUEST:
             step.requests += 1
             step.round_trips += message.answered
             step.read_back = bool(step.graphs) and message.command is Command.GET_TENSOR
 
-    def _finish(self, step: Step | None) -> None:
+    def _finish(self, step: GenerationStep | None) -> None:
         if step is None or not step.graphs:
             return
         counts = {c: step.graphs.count(c) for c in sorted(set(step.graphs))}
         kind = " + ".join(f"{n} {c.name}" for c, n in counts.items())
-        self.steps.setdefault(kind, StepFigures()).add(step)
+        self.steps.setdefault(kind, StepTotals()).add(step)
 
     # -- output ---------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ class StatsView:
             screen.line(screen.style(text, "command") if i == 0 else text)
 
 
-def _may_be_input(message: Message) -> bool:
+def _may_be_input(message: ObservedMessage) -> bool:
     """Whether it may be for the graphs to come, rather than for loading a model."""
     return message.command is Command.SET_TENSOR
 

@@ -33,8 +33,18 @@ from pathlib import Path
 
 from client.connection import connect_any
 from tools.arguments import endpoint
-from tools.load.clients import KINDS, Address, Tally, kinds
-from tools.serving import HOST, Process, ProgramError, own_command
+from tools.load.clients import (
+    KINDS,
+    Address,
+    LoadTally,
+    kinds,
+)
+from tools.serving.processes import (
+    HOST,
+    Process,
+    ProgramError,
+    own_command,
+)
 
 # Clients' memory, by which what is used is known exactly.
 _LIMIT_MIB = 4096
@@ -72,18 +82,18 @@ class Level:
 
 
 @dataclass(slots=True)
-class Result:
+class LoadResult:
     """What a run saw."""
 
     seconds: float
-    tallies: list[Tally]
+    tallies: list[LoadTally]
     before: Level
     after: Level
     peak_rss: int = 0
     problems: list[str] = field(default_factory=list)
 
 
-class Subject:
+class LoadedServer:
     """The server under load; ``process`` if it was started here."""
 
     def __init__(self, address: Address, process: Process | None) -> None:
@@ -130,10 +140,10 @@ def _grown(before: Level, after: Level) -> list[str]:
     return problems
 
 
-async def _crowd(address: Address, clients: int, seconds: float, seed: int) -> list[Tally]:
+async def _crowd(address: Address, clients: int, seconds: float, seed: int) -> list[LoadTally]:
     """All clients at once for ``seconds``, and until each has left."""
     stop = asyncio.Event()
-    tallies = [Tally(f"{kind} {i}", kind) for i, kind in enumerate(kinds(clients))]
+    tallies = [LoadTally(f"{kind} {i}", kind) for i, kind in enumerate(kinds(clients))]
     tasks = [
         asyncio.create_task(KINDS[t.kind](address, t, random.Random(f"{seed} {t.name}"), stop))
         for t in tallies
@@ -143,7 +153,9 @@ async def _crowd(address: Address, clients: int, seconds: float, seed: int) -> l
     return tallies
 
 
-async def load(subject: Subject, clients: int, seconds: float, warm: float, seed: int) -> Result:
+async def load(
+    subject: LoadedServer, clients: int, seconds: float, warm: float, seed: int
+) -> LoadResult:
     """Warm up, measure, run, measure again."""
     print(f"warming up for {warm:.0f} s", flush=True)
     warmed = await _crowd(subject.address, clients, warm, seed - 1)
@@ -153,7 +165,7 @@ async def load(subject: Subject, clients: int, seconds: float, warm: float, seed
     tallies = await _crowd(subject.address, clients, seconds, seed)
     spent = time.monotonic() - started
     after = await subject.settled(before)
-    result = Result(spent, tallies, before, after)
+    result = LoadResult(spent, tallies, before, after)
     result.problems += [f"{t.name}: {p}" for t in (*warmed, *tallies) for p in t.problems]
     result.problems += _grown(before, after) + _unfair(tallies)
     if subject.process is not None:
@@ -163,7 +175,7 @@ async def load(subject: Subject, clients: int, seconds: float, warm: float, seed
     return result
 
 
-def _unfair(tallies: Sequence[Tally]) -> list[str]:
+def _unfair(tallies: Sequence[LoadTally]) -> list[str]:
     steady = [t for t in tallies if t.kind == "steady"]
     mean = statistics.mean(t.rounds for t in steady) if steady else 0.0
     if mean < _FEW_ROUNDS:
@@ -175,7 +187,7 @@ def _unfair(tallies: Sequence[Tally]) -> list[str]:
     ]
 
 
-def report(result: Result) -> str:
+def report(result: LoadResult) -> str:
     """As text."""
     lines = []
     for kind in KINDS:
@@ -209,14 +221,14 @@ def report(result: Result) -> str:
 
 
 @contextlib.contextmanager
-def _subject(given: Address | None, options: Sequence[str]) -> Iterator[Subject]:
+def _subject(given: Address | None, options: Sequence[str]) -> Iterator[LoadedServer]:
     if given is not None:
-        yield Subject(given, None)
+        yield LoadedServer(given, None)
         return
     command = own_command(0, "--mem", str(_LIMIT_MIB), "--protocol", "7.0", *options)
     with Process(command) as process:
         port = int(process.wait_for(r"endpoint +: \S+:(\d+)")[1])
-        yield Subject((HOST, port), process)
+        yield LoadedServer((HOST, port), process)
 
 
 def _parser() -> argparse.ArgumentParser:

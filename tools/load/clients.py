@@ -23,7 +23,7 @@ from client.backend import Backend
 from client.connection import Connection
 from client.tensors import Tensor
 from protocol.commands import Command
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,7 +44,7 @@ class WrongResult(Exception):  # noqa: N818
 
 
 @dataclass(slots=True)
-class Tally:
+class LoadTally:
     """What one client got done."""
 
     name: str
@@ -58,7 +58,7 @@ class Tally:
 
 
 Address = tuple[str, int]
-Behaviour = Callable[[Address, Tally, random.Random, asyncio.Event], Coroutine[Any, Any, None]]
+Behaviour = Callable[[Address, LoadTally, random.Random, asyncio.Event], Coroutine[Any, Any, None]]
 
 
 class _Work:
@@ -159,7 +159,7 @@ _WAYS = {
 
 
 async def _session(
-    address: Address, tally: Tally, chosen: random.Random, stop: asyncio.Event, pause: float
+    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event, pause: float
 ) -> None:
     """One connection: some rounds of work, then gone in one of many ways."""
     async with Backend.connect(*address, version=None, timeout=PATIENCE) as backend:
@@ -184,7 +184,7 @@ async def _session(
 
 
 async def _forever(
-    address: Address, tally: Tally, chosen: random.Random, stop: asyncio.Event, pause: float
+    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event, pause: float
 ) -> None:
     while not stop.is_set():
         try:
@@ -199,18 +199,22 @@ async def _forever(
 
 
 async def steady(
-    address: Address, tally: Tally, chosen: random.Random, stop: asyncio.Event
+    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
 ) -> None:
     """Works without a pause, and comes back after each time it left."""
     await _forever(address, tally, chosen, stop, 0.0)
 
 
-async def slow(address: Address, tally: Tally, chosen: random.Random, stop: asyncio.Event) -> None:
+async def slow(
+    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
+) -> None:
     """The same with pauses."""
     await _forever(address, tally, chosen, stop, 0.2)
 
 
-async def deaf(address: Address, tally: Tally, chosen: random.Random, stop: asyncio.Event) -> None:
+async def deaf(
+    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
+) -> None:
     """Asks for megabytes and never reads them; hangs up after a while, and comes back."""
     while not stop.is_set():
         with contextlib.suppress(OSError, TimeoutError):
@@ -241,7 +245,7 @@ async def _ask(number: int, requests: bytes) -> None:
 
 
 async def trickling(
-    address: Address, tally: Tally, chosen: random.Random, stop: asyncio.Event
+    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
 ) -> None:
     """Sends an upload a few bytes at a time, and hangs up before its end."""
     while not stop.is_set():

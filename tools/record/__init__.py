@@ -1,5 +1,5 @@
 """Records what a ggml RPC client and server say to each other: a proxy that writes pcapng.
 
 ``proxy`` passes bytes on, ``recorder`` turns them into the packets of a capture (``frames``,
-``pcapng``), ``figures`` counts, ``screen`` shows.
+``pcapng``), ``stats`` counts, ``screen`` shows.
 """

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from protocol.endpoint import format_endpoint
 from tools import arguments
-from tools.record.figures import Figures
 from tools.record.frames import Address
 from tools.record.proxy import Proxy
 from tools.record.recorder import Recorder
 from tools.record.screen import screen, summary
+from tools.record.stats import RecordStats
 from tools.record.watching import Backlog
 
 _FLUSH_SECONDS = 0.2
@@ -45,8 +45,8 @@ async def _run(options: argparse.Namespace, recorder: Recorder) -> int:
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, asked_to_end.set)
     lines: list[str] = []
-    figures = Figures(lines.append)
-    backlog = Backlog(recorder, figures)
+    stats = RecordStats(lines.append)
+    backlog = Backlog(recorder, stats)
     proxy = Proxy(options.to, backlog, lines.append)
     host, port = options.listen
     try:
@@ -57,7 +57,7 @@ async def _run(options: argparse.Namespace, recorder: Recorder) -> int:
         return 1
     to = Address(*options.to)
     print(f"recording {Address(host, port)} -> {to} into {recorder.path}", flush=True)
-    with screen(figures, recorder, plain=options.plain) as display:
+    with screen(stats, recorder, plain=options.plain) as display:
         told = False
         shown = loop.time()
         while not asked_to_end.is_set():
@@ -78,7 +78,7 @@ async def _run(options: argparse.Namespace, recorder: Recorder) -> int:
         recorder.close()
         for line in lines:
             display.say(line)
-    print(summary(figures, recorder), flush=True)
+    print(summary(stats, recorder), flush=True)
     return 3 if recorder.failed else 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protocol.endpoint import format_endpoint
-from protocol.events import Side
+from protocol.observe.events import Side
 
 Buffer = bytes | memoryview
 # A frame in pieces: headers, and bytes of the stream.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from protocol.endpoint import format_endpoint
-from protocol.events import Side
+from protocol.observe.events import Side
 from tools.record.frames import Address
 
 # Bytes that may wait for a side that is slow to take them.

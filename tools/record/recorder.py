@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterable
 from pathlib import Path
 
-from protocol.events import Side
+from protocol.observe.events import Side
 from tools.record.frames import Address, Frame, TcpFrames
 from tools.record.pcapng import PcapngWriter
 

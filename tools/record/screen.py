@@ -1,4 +1,4 @@
-"""Shows the figures of a recording while it runs: a table in a terminal, lines elsewhere."""
+"""Shows the statistics of a recording while it runs: a table in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.events import Side
-from tools.record.figures import Figures
+from protocol.observe.events import Side
 from tools.record.recorder import Recorder
+from tools.record.stats import RecordStats
 
 # Commands shown: those that took longest on average.
 _SHOWN = 6
@@ -50,15 +50,15 @@ class Rates:
         return not (self.to_server or self.to_client)
 
 
-class Clock:
+class RateClock:
     """Turns totals into rates, from one look to the next."""
 
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
+    def __init__(self, stats: RecordStats) -> None:
+        self._stats = stats
         self._last = self._mark()
 
     def _mark(self) -> _Mark:
-        f = self._figures
+        f = self._stats
         sent = f.sent[Side.CLIENT], f.sent[Side.SERVER]
         return _Mark(time.monotonic(), *sent, f.graphs, f.tokens)
 
@@ -82,18 +82,18 @@ def _recording(recorder: Recorder) -> str:
     return state
 
 
-def rate_line(figures: Figures, rates: Rates, recorder: Recorder) -> str:
+def rate_line(stats: RecordStats, rates: Rates, recorder: Recorder) -> str:
     """What happens now, in one line."""
     return (
-        f"{figures.open} open  "
+        f"{stats.open} open  "
         f"{rates.tokens:.1f} tokens/s  {rates.graphs:.1f} graphs/s  "
         f"to server {format_bytes(rates.to_server)}/s  to client {format_bytes(rates.to_client)}/s"
         f"  {_recording(recorder)}"
     )
 
 
-def _slowest(figures: Figures) -> list[tuple[str, ...]]:
-    answered = [(c, f) for c, f in figures.commands.items() if f.answers]
+def _slowest(stats: RecordStats) -> list[tuple[str, ...]]:
+    answered = [(c, f) for c, f in stats.commands.items() if f.answers]
     answered.sort(key=lambda entry: entry[1].mean, reverse=True)
     return [
         (
@@ -107,16 +107,16 @@ def _slowest(figures: Figures) -> list[tuple[str, ...]]:
 _COLUMNS = ("command", "requests", "bytes", "mean ms", "longest ms", "total s")
 
 
-def summary(figures: Figures, recorder: Recorder) -> str:
+def summary(stats: RecordStats, recorder: Recorder) -> str:
     """All that passed, for the end of a recording."""
-    spoken = ", ".join(f"{name} ({n})" for name, n in figures.dialects.most_common())
+    spoken = ", ".join(f"{name} ({n})" for name, n in stats.dialects.most_common())
     lines = [
-        f"{figures.connections} connections; protocol {spoken or 'unknown'}; "
-        f"to server {format_bytes(figures.sent[Side.CLIENT])}, "
-        f"to client {format_bytes(figures.sent[Side.SERVER])}; "
-        f"{figures.graphs} graphs, {figures.tokens} tokens",
+        f"{stats.connections} connections; protocol {spoken or 'unknown'}; "
+        f"to server {format_bytes(stats.sent[Side.CLIENT])}, "
+        f"to client {format_bytes(stats.sent[Side.SERVER])}; "
+        f"{stats.graphs} graphs, {stats.tokens} tokens",
     ]
-    rows = _slowest(figures)
+    rows = _slowest(stats)
     if rows:
         table = [_COLUMNS, *rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -133,9 +133,9 @@ class Lines:
 
     interval = 5.0
 
-    def __init__(self, figures: Figures, recorder: Recorder) -> None:
-        self._figures, self._recorder = figures, recorder
-        self._clock = Clock(figures)
+    def __init__(self, stats: RecordStats, recorder: Recorder) -> None:
+        self._stats, self._recorder = stats, recorder
+        self._clock = RateClock(stats)
 
     def say(self, line: str) -> None:
         """A line for the user at any time."""
@@ -145,17 +145,17 @@ class Lines:
         """Show what is new."""
         rates = self._clock.rates()
         if not rates.idle:
-            self.say(rate_line(self._figures, rates, self._recorder))
+            self.say(rate_line(self._stats, rates, self._recorder))
 
 
-class Table:
+class LiveTable:
     """Shows a table that changes in place (rich)."""
 
     interval = 0.5
 
-    def __init__(self, figures: Figures, recorder: Recorder, live: Any) -> None:
-        self._figures, self._recorder, self._live = figures, recorder, live
-        self._clock = Clock(figures)
+    def __init__(self, stats: RecordStats, recorder: Recorder, live: Any) -> None:
+        self._stats, self._recorder, self._live = stats, recorder, live
+        self._clock = RateClock(stats)
 
     def say(self, line: str) -> None:
         """A line for the user, above the table."""
@@ -167,17 +167,17 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        line = rate_line(self._figures, self._clock.rates(), self._recorder)
+        line = rate_line(self._stats, self._clock.rates(), self._recorder)
         table = RichTable(box=None)
         for i, column in enumerate(_COLUMNS):
             table.add_column(column, justify="right" if i else "left")
-        for row in _slowest(self._figures):
+        for row in _slowest(self._stats):
             table.add_row(*row)
         self._live.update(Group(Text(line, style="bold"), table), refresh=True)
 
 
 @contextlib.contextmanager
-def screen(figures: Figures, recorder: Recorder, *, plain: bool) -> Iterator[Lines | Table]:
+def screen(stats: RecordStats, recorder: Recorder, *, plain: bool) -> Iterator[Lines | LiveTable]:
     """The display that suits where the output goes; ``plain`` asks for lines."""
     if not plain:
         try:
@@ -186,7 +186,7 @@ def screen(figures: Figures, recorder: Recorder, *, plain: bool) -> Iterator[Lin
         except ImportError:
             plain = True
     if plain or not (console := Console()).is_terminal:
-        yield Lines(figures, recorder)
+        yield Lines(stats, recorder)
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        yield Table(figures, recorder, live)
+        yield LiveTable(stats, recorder, live)

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from protocol.events import Side
+from protocol.observe.events import Side
 from tools.record.frames import Address
 from tools.record.proxy import WatchedConnection, Watcher
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from protocol.endpoint import format_endpoint
 from tools import arguments
 from tools.capture.errors import CaptureError
-from tools.replay.player import Player, ReplayError, Result
+from tools.replay.player import Player, ReplayError, ReplayResult
 
 _EPILOG = """\
 exit status: 0 all answers are equal; 1 some differ; 2 wrong options, no connection, or a recording
@@ -28,7 +28,7 @@ that can't be played
 """
 
 
-def report(result: Result, tolerance: float) -> str:
+def report(result: ReplayResult, tolerance: float) -> str:
     """What came of a replay, for people."""
     lines = [
         f"{result.connections} connections, {result.requests} requests, {result.answers} answers "

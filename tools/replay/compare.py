@@ -8,8 +8,8 @@ import numpy as np
 
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.events import Kind, Message
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
+from protocol.observe.events import MessageKind, ObservedMessage
 from protocol.split import ProgramPayload
 
 # Chosen by the server: only whether there is one is compared.
@@ -50,7 +50,10 @@ def nmse(expected: np.ndarray, actual: np.ndarray) -> float:  # type: ignore[typ
 
 
 def compare(
-    recorded: Message, live: bytes, tolerance: float = 0.0, program: ProgramPayload | None = None
+    recorded: ObservedMessage,
+    live: bytes,
+    tolerance: float = 0.0,
+    program: ProgramPayload | None = None,
 ) -> Comparison:
     """Compare a recorded answer with the bytes of another, without their sizes.
 
@@ -58,7 +61,7 @@ def compare(
     the outputs of a SPLIT_RUN.
     """
     expected = bytes(recorded.body or b"") if recorded.body_size else b""
-    if recorded.kind is Kind.OUTPUTS:
+    if recorded.kind is MessageKind.OUTPUTS:
         return _compare_data(expected, live, _outputs_are_f32(recorded, program), tolerance)
     if recorded.command is Command.GET_TENSOR:
         request = recorded.request
@@ -69,7 +72,7 @@ def compare(
     return _compare_fields(recorded, live)
 
 
-def _compare_fields(recorded: Message, live: bytes) -> Comparison:
+def _compare_fields(recorded: ObservedMessage, live: bytes) -> Comparison:
     declaration = recorded.spec.response
     if len(live) != codec(declaration).size:
         return Comparison(f"{len(live)} bytes instead of {codec(declaration).size}")
@@ -115,7 +118,7 @@ def _compare_bytes(expected: bytes, live: bytes) -> Comparison:
     return Comparison(f"{len(at)} of {len(wanted)} bytes differ: {shown}{more}")
 
 
-def _outputs_are_f32(recorded: Message, program: ProgramPayload | None) -> bool:
+def _outputs_are_f32(recorded: ObservedMessage, program: ProgramPayload | None) -> bool:
     if program is None:
         return False
     types = dict(zip(program.tensors["id"].tolist(), program.tensors["type"].tolist(), strict=True))

@@ -8,15 +8,21 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from protocol.annotate import describe
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.conversation import dialect_of_version
 from protocol.dialects import Answer, Version
-from protocol.events import Event, Failure, Kind, Message, Skipped
 from protocol.negotiation import retry_pause
+from protocol.observe.annotate import describe
+from protocol.observe.conversation import dialect_of_version
+from protocol.observe.events import (
+    Event,
+    Failure,
+    MessageKind,
+    ObservedMessage,
+    SkippedBytes,
+)
 from protocol.split import ProgramPayload, caps_version
-from tools.capture.connections import Connection, Connections, Options
+from tools.capture.connections import CapturedConnection, Connections, ReadOptions
 from tools.capture.files import read_capture
 from tools.replay.compare import Comparison, compare
 from tools.replay.live import Live, ServerGoneError
@@ -40,7 +46,7 @@ class Timing:
 
 
 @dataclass(slots=True)
-class Result:
+class ReplayResult:
     """What came of it. ``differences`` are texts for people, in the order of the recording."""
 
     connections: int = 0
@@ -57,10 +63,10 @@ class Result:
 class _Played:
     """One recorded connection and the live one for it."""
 
-    connection: Connection
+    connection: CapturedConnection
     live: Live
     rewriter: Rewriter = field(default_factory=Rewriter)
-    hello: Message | None = None
+    hello: ObservedMessage | None = None
     # When requests were sent, by their numbers; of unframed bytes when the last before them were.
     sent: dict[int, float] = field(default_factory=dict)
     programs: dict[tuple[int, int], ProgramPayload] = field(default_factory=dict)
@@ -78,10 +84,10 @@ class Player:
     ) -> None:
         self.host, self.port = host, port
         self.tolerance, self.timeout = tolerance, timeout
-        self.result = Result()
+        self.result = ReplayResult()
         self._played: dict[int, _Played] = {}
 
-    async def play(self, path: Path) -> Result:
+    async def play(self, path: Path) -> ReplayResult:
         """All of the capture in ``path``.
 
         Raises ReplayError, CaptureError for a file that can't be read, OSError and TimeoutError
@@ -92,7 +98,7 @@ class Player:
             async for connection, event in _events(path):
                 if event is None:
                     await self._close(connection)
-                elif isinstance(event, Message):
+                elif isinstance(event, ObservedMessage):
                     await self._message(connection, event)
                 else:
                     self._unread(connection, event)
@@ -106,18 +112,18 @@ class Player:
 
     # -- what was recorded --------------------------------------------------------------------
 
-    def _unread(self, connection: Connection, event: Failure | Skipped) -> None:
+    def _unread(self, connection: CapturedConnection, event: Failure | SkippedBytes) -> None:
         where = f"connection {connection.number}, {event.side.value}"
-        if isinstance(event, Skipped):
+        if isinstance(event, SkippedBytes):
             raise ReplayError(f"{where}: {event.size} bytes were not recorded ({event.text})")
         self.result.notes.append(f"{where}: {event.text}")
 
-    async def _close(self, connection: Connection) -> None:
+    async def _close(self, connection: CapturedConnection) -> None:
         played = self._played.pop(connection.number, None)
         if played is not None:
             await played.live.close()
 
-    async def _message(self, connection: Connection, message: Message) -> None:
+    async def _message(self, connection: CapturedConnection, message: ObservedMessage) -> None:
         if message.missing:
             # Only the end of a recording may lack something: what begins there isn't played.
             self.result.notes.append(
@@ -134,7 +140,7 @@ class Player:
         if played.gone:
             return
         try:
-            if message.kind is Kind.REQUEST or message.kind is Kind.INPUTS:
+            if message.kind is MessageKind.REQUEST or message.kind is MessageKind.INPUTS:
                 await self._send(played, message)
             else:
                 await self._answer(played, message)
@@ -146,8 +152,8 @@ class Player:
     async def _connect(self) -> Live:
         return await Live.connect(self.host, self.port, self.timeout)
 
-    async def _send(self, played: _Played, message: Message) -> None:
-        if message.kind is Kind.INPUTS:
+    async def _send(self, played: _Played, message: ObservedMessage) -> None:
+        if message.kind is MessageKind.INPUTS:
             played.sent[message.number] = await played.live.send(bytes(message.body or b""))
             return
         self.result.requests += 1
@@ -164,30 +170,30 @@ class Player:
 
     # -- answers ------------------------------------------------------------------------------
 
-    async def _answer(self, played: _Played, message: Message) -> None:
+    async def _answer(self, played: _Played, message: ObservedMessage) -> None:
         request = message.request
         assert request is not None
-        if message.kind is Kind.OUTPUTS:
+        if message.kind is MessageKind.OUTPUTS:
             played.live.expect(message.body_size, framed=False)
         data, came = await played.live.answer(self.timeout)
         if message.command is Command.HELLO:
             data = await self._agree(played, message, data)
         self._learn(played, message, data)
         program = None
-        if message.kind is Kind.OUTPUTS:
+        if message.kind is MessageKind.OUTPUTS:
             program = played.programs.get((request.fields.device, request.fields.program))
         comparison = compare(message, data, self.tolerance, program)
         self.result.answers += 1
         self._timed(played, message, came)
         self._compared(played, message, comparison)
 
-    def _compared(self, played: _Played, message: Message, comparison: Comparison) -> None:
+    def _compared(self, played: _Played, message: ObservedMessage, comparison: Comparison) -> None:
         if comparison.nmse is not None:
             self.result.worst_nmse = max(self.result.worst_nmse, comparison.nmse)
         if not comparison.equal:
             self._differs(played, message, comparison.text)
 
-    def _timed(self, played: _Played, message: Message, came: float) -> None:
+    def _timed(self, played: _Played, message: ObservedMessage, came: float) -> None:
         latency = message.latency
         sent = played.sent.get(message.number)
         if latency is None or sent is None:
@@ -197,7 +203,7 @@ class Player:
         timing.recorded += latency
         timing.live += came - sent
 
-    def _learn(self, played: _Played, message: Message, data: bytes) -> None:
+    def _learn(self, played: _Played, message: ObservedMessage, data: bytes) -> None:
         """Which buffer is meant by the recording's numbers."""
         if message.command in (Command.ALLOC_BUFFER, Command.SPLIT_ALLOC_BUFFER):
             live = codec(message.spec.response).parse(data)
@@ -218,7 +224,7 @@ class Player:
                     f"the recording has room for {recorded}"
                 )
 
-    async def _agree(self, played: _Played, message: Message, data: bytes) -> bytes:
+    async def _agree(self, played: _Played, message: ObservedMessage, data: bytes) -> bytes:
         """Take the server's version, or connect again until it offers the recorded one."""
         assert played.hello is not None
         seen: list[Version] = []
@@ -246,7 +252,7 @@ class Player:
             f"the server speaks protocol {offered}, the recording is of {message.dialect.name}"
         )
 
-    def _check_extension(self, message: Message, data: bytes) -> None:
+    def _check_extension(self, message: ObservedMessage, data: bytes) -> None:
         assert message.request is not None
         recorded = caps_version(getattr(message.fields, "conn_caps", b""))
         asked = caps_version(getattr(message.request.fields, "conn_caps", b""))
@@ -257,15 +263,15 @@ class Player:
 
     # -- what is wrong ------------------------------------------------------------------------
 
-    def _differs(self, played: _Played, message: Message, text: str) -> None:
+    def _differs(self, played: _Played, message: ObservedMessage, text: str) -> None:
         request = message.request
         assert request is not None
         self.result.differences.append(
             f"connection {played.connection.number}, request {message.number}: "
-            f"{describe(request if message.kind is Kind.ANSWER else message)}\n  {text}"
+            f"{describe(request if message.kind is MessageKind.ANSWER else message)}\n  {text}"
         )
 
-    def _gone(self, played: _Played, message: Message, why: str) -> None:
+    def _gone(self, played: _Played, message: ObservedMessage, why: str) -> None:
         played.gone = True
         request = message.request or message
         self.result.differences.append(
@@ -274,7 +280,7 @@ class Player:
         )
 
 
-def _version(message: Message, data: bytes) -> Version:
+def _version(message: ObservedMessage, data: bytes) -> Version:
     declaration = message.spec.response
     if len(data) != codec(declaration).size:
         raise ReplayError(f"the server answers HELLO with {len(data)} bytes")
@@ -282,7 +288,7 @@ def _version(message: Message, data: bytes) -> Version:
     return answer.major, answer.minor, answer.patch
 
 
-def _same_commands(message: Message, version: Version) -> bool:
+def _same_commands(message: ObservedMessage, version: Version) -> bool:
     """Whether the messages of a server of ``version`` look like those that were recorded."""
     hello = message.request
     assert hello is not None
@@ -298,26 +304,26 @@ class _Collector:
     """What the capture's reader tells, until it is asked for."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[Connection, Event | None]] = []
+        self.events: list[tuple[CapturedConnection, Event | None]] = []
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: CapturedConnection) -> None:
         """Nothing to do before the first request."""
 
-    def event(self, connection: Connection, event: Event) -> None:
+    def event(self, connection: CapturedConnection, event: Event) -> None:
         self.events.append((connection, event))
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: CapturedConnection) -> None:
         self.events.append((connection, None))
 
-    def take(self) -> list[tuple[Connection, Event | None]]:
+    def take(self) -> list[tuple[CapturedConnection, Event | None]]:
         events, self.events = self.events, []
         return events
 
 
-async def _events(path: Path) -> AsyncIterator[tuple[Connection, Event | None]]:
+async def _events(path: Path) -> AsyncIterator[tuple[CapturedConnection, Event | None]]:
     """What happens on the connections of a capture, in its order; None for the end of one."""
     collector = _Collector()
-    connections = Connections(collector, Options(keep=_KEEP))
+    connections = Connections(collector, ReadOptions(keep=_KEEP))
     for frame in read_capture(path):
         connections.frame(frame)
         for item in collector.take():

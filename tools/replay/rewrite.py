@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from construct import Array
 
-from protocol.codec import Record, codec
+from protocol.codec import Message, codec
 from protocol.commands import Command
 from protocol.dialects import Body
-from protocol.events import Message
-from protocol.framing import FRAME
 from protocol.messages import RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE, RpcTensor
+from protocol.observe.events import ObservedMessage
+from protocol.requests import FRAME
 
 _WRAP = 1 << 64
 # Numbers for buffers of other servers; high, where no server has its own.
@@ -42,7 +42,7 @@ class Rewriter:
         """The buffer with the recorded ``handle`` began at ``recorded`` and now at ``live``."""
         self._bases[handle] = (recorded, live)
 
-    def request(self, message: Message) -> bytes:
+    def request(self, message: ObservedMessage) -> bytes:
         """The bytes to send for a recorded request; all of it must have been recorded."""
         head = codec(message.spec.request)
         record = head.parse(message.head, FRAME.size)
@@ -72,7 +72,7 @@ class Rewriter:
             return recorded
         return (recorded - base[0] + base[1]) % _WRAP
 
-    def _translate(self, record: Record, declaration: Any) -> None:
+    def _translate(self, record: Message, declaration: Any) -> None:
         for field in declaration.subcons:
             kind = field.subcon
             if kind is RpcTensor:
@@ -83,11 +83,11 @@ class Rewriter:
             elif field.name == "remote_ptr":
                 record.remote_ptr = self.handle(record.remote_ptr)
 
-    def _tensor(self, tensor: Record) -> None:
+    def _tensor(self, tensor: Message) -> None:
         tensor.data = self.address(tensor.buffer, tensor.data)
         tensor.buffer = self.handle(tensor.buffer)
 
-    def _graph(self, body: bytes, message: Message) -> bytes:
+    def _graph(self, body: bytes, message: ObservedMessage) -> bytes:
         """The body of a graph or program: tensors are what it ends with."""
         if message.graph is None:
             return body

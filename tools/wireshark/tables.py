@@ -11,13 +11,18 @@ import numpy as np
 from construct import Array, Bytes, FormatField, Int8ul, Int64ul, Padded, Struct
 
 from protocol import messages, split
-from protocol.annotate import value_text
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, compatible_dialects
-from protocol.ggml_ops import GluOp, Numbering, Op, UnaryOp
-from protocol.ggml_types import TYPE_INFO
+from protocol.ggml.ops import (
+    GluOp,
+    Numbering,
+    Op,
+    UnaryOp,
+)
+from protocol.ggml.types import TYPE_INFO
 from protocol.messages import MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
 from protocol.numbering import fits
+from protocol.observe.annotate import value_text
 from protocol.split import SPLIT_COMMANDS, SplitCaps, SplitStep, split_caps
 
 PREFIX = "ggml_rpc"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from client.nodes import PREC_F32, PREC_UNDEFINED
+from client.builder.nodes import PREC_F32, PREC_UNDEFINED
 from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.families.matmul import QUANTIZED_TYPES
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType, row_size
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 Q8_0, Q4_0, Q4_1 = GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1
@@ -66,11 +66,13 @@ def cache(
     Often as llama.cpp's cache has them: rows of all heads, more positions than are used.
     """
     if s.flag():
-        return s.leaf(type, (head, n_kv, heads, streams), Kind.NORMAL, 0.0, scale, layout="rows")
+        return s.leaf(
+            type, (head, n_kv, heads, streams), ValueKind.NORMAL, 0.0, scale, layout="rows"
+        )
     size = n_kv + s.pick((0, 1, 32))
     spare = s.pick((0, 0, 1))
     whole = (head * heads, size, streams + spare)
-    root = s.leaf(type, whole, Kind.NORMAL, 0.0, scale, layout="dense")
+    root = s.leaf(type, whole, ValueKind.NORMAL, 0.0, scale, layout="dense")
     row = root.nb[1]
     view = s.g.view_4d(
         root,
@@ -91,8 +93,8 @@ def mask(s: Sketch, type: GgmlType, n_kv: int, n_tokens: int, heads: int, batch:
     rows = s.pick((n_tokens, -(-n_tokens // 32) * 32, n_tokens + 3))
     ne = (n_kv, rows, s.pick((1, 1, heads)), s.pick((1, batch)))
     if s.seldom():
-        return s.leaf(type, ne, Kind.CONSTANT, -_INF, layout="dense")
-    return s.leaf(type, ne, [Kind.MASK, Kind.MASK, Kind.NORMAL], layout="dense")
+        return s.leaf(type, ne, ValueKind.CONSTANT, -_INF, layout="dense")
+    return s.leaf(type, ne, [ValueKind.MASK, ValueKind.MASK, ValueKind.NORMAL], layout="dense")
 
 
 @family(Op.FLASH_ATTN_EXT, variants=_CACHES, examples=20)
@@ -115,10 +117,12 @@ def flash_attn_ext(s: Sketch, variant: tuple[GgmlType, GgmlType]) -> None:
     amplitude = 1.0 / _MAGNITUDES.get(k_type, 1.0)
     q_ne = (dk, n_tokens, heads, batch)
     if s.flag():
-        q = s.leaf(F32, q_ne, Kind.NORMAL, 0.0, amplitude, layout="rows")
+        q = s.leaf(F32, q_ne, ValueKind.NORMAL, 0.0, amplitude, layout="rows")
     else:
         # Elements dense even in rows of one, which upstream asserts.
-        q = s.leaf(F32, (dk, heads, n_tokens, batch), Kind.NORMAL, 0.0, amplitude, layout="rows")
+        q = s.leaf(
+            F32, (dk, heads, n_tokens, batch), ValueKind.NORMAL, 0.0, amplitude, layout="rows"
+        )
         q = s.g.permute(q, 0, 2, 1, 3)
     k = cache(s, k_type, dk, n_kv, k_heads, batch)
     v = cache(s, v_type, dv, n_kv, v_heads, batch)
@@ -145,7 +149,7 @@ def flash_attn_ext(s: Sketch, variant: tuple[GgmlType, GgmlType]) -> None:
 def soft_max(s: Sketch, mask_type: str) -> None:
     """A row with an infinity or NaN in it is NaN."""
     ne = s.shape(s.pick((256, 4096, 20_000)))
-    kinds = [Kind.NORMAL] * 6 + [Kind.INFINITE, Kind.SPECIAL]
+    kinds = [ValueKind.NORMAL] * 6 + [ValueKind.INFINITE, ValueKind.SPECIAL]
     low, high = s.pick(((0.0, 1.0), (0.0, 30.0), (100.0, 1.0)))
     a = s.leaf(F32, ne, kinds, low, high, layout="dense")
     max_bias, masked = 0.0, None
@@ -161,7 +165,7 @@ def soft_max(s: Sketch, mask_type: str) -> None:
 @family(Op.SOFT_MAX_BACK, examples=250)
 def soft_max_back(s: Sketch, _: str) -> None:
     ne = s.shape()
-    gradient = s.leaf(F32, ne, [Kind.NORMAL, Kind.UNIFORM], layout="dense")
-    y = s.leaf(F32, ne, [Kind.UNIFORM, Kind.NORMAL], layout="dense")
+    gradient = s.leaf(F32, ne, [ValueKind.NORMAL, ValueKind.UNIFORM], layout="dense")
+    y = s.leaf(F32, ne, [ValueKind.UNIFORM, ValueKind.NORMAL], layout="dense")
     out = s.g.soft_max_ext_back(gradient, y, s.pick((1.0, 0.125, 3.0)), 0.0, inplace=s.flag())
     s.output(out)

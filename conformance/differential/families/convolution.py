@@ -6,20 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from client.signals import Pair, Triple
+from client.builder.signals import Pair, Triple
 from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, F16, F32
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 PRODUCT = Check(bound=PRODUCT_NMSE)
 
-_NUMBERS = (Kind.NORMAL, Kind.NORMAL, Kind.SPECIAL)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.NORMAL, ValueKind.SPECIAL)
 # Not-a-number and infinities meet the zeros of paddings, in some ops and not in others.
-_FACTORS = (*[Kind.NORMAL] * 5, Kind.INFINITE, Kind.SPECIAL)
+_FACTORS = (*[ValueKind.NORMAL] * 5, ValueKind.INFINITE, ValueKind.SPECIAL)
 
 _CHANNELS = (3, 1, 2, 4, 5, 8, 9, 16, 17, 33)
 

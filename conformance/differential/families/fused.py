@@ -6,15 +6,15 @@ doesn't write those in between where it fuses itself.
 
 from __future__ import annotations
 
-from client.products import ROPE_NEOX, ROPE_NORMAL
+from client.builder.products import ROPE_NEOX, ROPE_NORMAL
 from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.families.attention import cache, mask
 from conformance.differential.families.rope import positions
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.values import Kind
-from protocol.ggml_ops import GluOp
-from protocol.ggml_types import GgmlType, row_size
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import GluOp
+from protocol.ggml.types import GgmlType, row_size
 
 F32, F16, BF16, I32, I64 = (
     GgmlType.F32,
@@ -131,7 +131,7 @@ def add_chain(s: Sketch, _: str) -> None:
 
 
 def _weight(s: Sketch, type: GgmlType, k: int, m: int) -> Tensor:
-    return s.leaf(type, (k, m), Kind.NORMAL, 0.0, 0.1, layout="dense")
+    return s.leaf(type, (k, m), ValueKind.NORMAL, 0.0, 0.1, layout="dense")
 
 
 @family("MUL_MAT+ADD", variants=_WEIGHTS, examples=20)
@@ -238,7 +238,7 @@ def rope_set_rows(s: Sketch, type: GgmlType) -> None:
         x = s.g.mul(s.g.rms_norm(x, 1e-6), s.leaf(F32, (head,), layout="dense"))
     n_dims = s.pick((head, head // 2))
     mode = s.pick((ROPE_NORMAL, ROPE_NEOX))
-    factors = s.leaf(F32, (n_dims // 2,), Kind.UNIFORM, 0.9, 4.0, layout="dense")
+    factors = s.leaf(F32, (n_dims // 2,), ValueKind.UNIFORM, 0.9, 4.0, layout="dense")
     turned = s.g.rope_ext(x, positions(s, n_tokens), s.pick((None, factors)), n_dims, mode)
     ids = s.indices((n_tokens,), size, type=s.pick((I64, I32)), distinct=True)
     root = s.leaf(type, (head * heads, size), layout="dense")
@@ -347,10 +347,10 @@ def moe(s: Sketch, gating: str) -> None:
     n_experts = s.pick((4, 8, 16, 32))
     n_used = s.integer(1, 4)
     x = _hidden(s, k, n_tokens)
-    logits = s.leaf(F32, (n_experts, n_tokens), Kind.DISTINCT, 0.0, 0.2, layout="dense")
+    logits = s.leaf(F32, (n_experts, n_tokens), ValueKind.DISTINCT, 0.0, 0.2, layout="dense")
     if s.flag():
         # A product that moves logits by much less than they are apart.
-        gate_inp = s.leaf(F32, (k, n_experts), Kind.NORMAL, 0.0, 1e-4, layout="dense")
+        gate_inp = s.leaf(F32, (k, n_experts), ValueKind.NORMAL, 0.0, 1e-4, layout="dense")
         logits = s.g.add(s.g.mul_mat(gate_inp, x), logits)
     probs = logits
     if gating == "softmax":
@@ -376,7 +376,7 @@ def moe(s: Sketch, gating: str) -> None:
         return
 
     def experts(cols: int, rows: int) -> Tensor:
-        return s.leaf(type, (cols, rows, n_experts), Kind.NORMAL, 0.0, 0.1, layout="dense")
+        return s.leaf(type, (cols, rows, n_experts), ValueKind.NORMAL, 0.0, 0.1, layout="dense")
 
     cur = s.g.reshape(x, k, 1, n_tokens)
     up = s.g.mul_mat_id(experts(k, m), cur, chosen)
@@ -412,7 +412,9 @@ def ssm_step(s: Sketch, _: str) -> None:
     )
     kept = s.leaf(F32, ((d_conv - 1) * width * n_seqs,), layout="dense")
     s.output(s.g.cpy(last, kept))
-    conv = s.g.ssm_conv(joined, s.leaf(F32, (d_conv, width), Kind.NORMAL, 0.0, 0.3, layout="dense"))
+    conv = s.g.ssm_conv(
+        joined, s.leaf(F32, (d_conv, width), ValueKind.NORMAL, 0.0, 0.3, layout="dense")
+    )
     conv = s.g.add(conv, s.leaf(F32, (width,), layout="dense"))
     conv = reuse(s, s.g.silu(conv), conv)
     nb1, nb2 = conv.nb[1], conv.nb[2]
@@ -422,7 +424,7 @@ def ssm_step(s: Sketch, _: str) -> None:
     c = s.g.view_4d(conv, *shape, 4 * d_state, nb1, nb2, 4 * (inner + groups * d_state))
     dt = s.leaf(F32, (n_heads, n_tokens, n_seqs), layout="dense")
     dt = s.g.add(dt, s.leaf(F32, (n_heads,), layout="dense"))
-    a = s.leaf(F32, (1, n_heads), Kind.UNIFORM, -2.0, -0.1, layout="dense")
+    a = s.leaf(F32, (1, n_heads), ValueKind.UNIFORM, -2.0, -0.1, layout="dense")
     old = s.leaf(F32, (d_state, head, n_heads, n_seqs + 1), layout="dense")
     ids = s.indices((n_seqs,), n_seqs + 1, distinct=True)
     scan = s.g.ssm_scan(old, x, dt, a, b, c, ids)

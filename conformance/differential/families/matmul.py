@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from client.nodes import PREC_F32, PREC_UNDEFINED
-from client.products import HINT_SRC0_IS_HADAMARD
+from client.builder.nodes import PREC_F32, PREC_UNDEFINED
+from client.builder.products import HINT_SRC0_IS_HADAMARD
 from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 Q8_0, Q8_1, Q8_K = GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K
@@ -75,9 +75,9 @@ def activations(s: Sketch, type: GgmlType, weights: GgmlType, ne: tuple[int, ...
     layout = "dense" if type is Q8_K else "rows"
     if TYPE_INFO[weights].quantized or not s.seldom():
         if s.seldom():
-            return s.leaf(type, ne, Kind.CONSTANT, 0.0, layout=layout)
-        return s.leaf(type, ne, Kind.NORMAL, 0.0, s.pick((1.0, 0.01, 30.0)), layout=layout)
-    return s.leaf(type, ne, [Kind.SPECIAL, Kind.INFINITE], layout=layout)
+            return s.leaf(type, ne, ValueKind.CONSTANT, 0.0, layout=layout)
+        return s.leaf(type, ne, ValueKind.NORMAL, 0.0, s.pick((1.0, 0.01, 30.0)), layout=layout)
+    return s.leaf(type, ne, [ValueKind.SPECIAL, ValueKind.INFINITE], layout=layout)
 
 
 @family(Op.MUL_MAT, variants=_PAIRS, examples=14)
@@ -105,7 +105,7 @@ def mul_mat(s: Sketch, variant: tuple[GgmlType, GgmlType]) -> None:
 def mul_mat_hadamard(s: Sketch, type: GgmlType) -> None:
     """With the hint ggml doesn't read the matrix; rotated caches are made so."""
     k = s.pick((1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
-    w = s.leaf(F32, (k, k), Kind.HADAMARD, layout="dense")
+    w = s.leaf(F32, (k, k), ValueKind.HADAMARD, layout="dense")
     x = s.leaf(type, (k, s.size(40), s.integer(1, 3), s.integer(1, 2)), layout="rows")
     s.output(s.g.mul_mat(w, x, hint=HINT_SRC0_IS_HADAMARD), PRODUCT)
 
@@ -145,7 +145,7 @@ def out_prod(s: Sketch, type: GgmlType) -> None:
     if s.seldom() and s.seldom():
         # Without rows (k) the sums are zeros.
         k, n = s.pick(((0, n), (k, 0)))
-    kinds = [Kind.NORMAL] * 5 + [Kind.SPECIAL]
+    kinds = [ValueKind.NORMAL] * 5 + [ValueKind.SPECIAL]
     a = s.leaf(type, (m, k, a2, a3), kinds, layout="rows")
-    b = s.leaf(F32, (n, k, a2 * r2, a3 * r3), Kind.NORMAL)
+    b = s.leaf(F32, (n, k, a2 * r2, a3 * r3), ValueKind.NORMAL)
     s.output(s.g.out_prod(a, b), PRODUCT)

@@ -18,9 +18,9 @@ from conformance.differential.type_sets import (
     I32,
     QUANTIZED,
 )
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
 _PLAIN = tuple(t for t in ALL if t not in QUANTIZED)
 # What CONCAT takes element by element, from any strides; and REPEAT, by rows.
@@ -37,8 +37,8 @@ def _block(*types: GgmlType) -> int:
 def _leaf(s: Sketch, type: GgmlType, ne: Sequence[int], layout: str) -> Tensor:
     """Values that tell each element from its neighbours, and are not NaN to integers."""
     if type in FLOATS or TYPE_INFO[type].quantized:
-        return s.leaf(type, ne, [Kind.NORMAL, Kind.SPECIAL], layout=layout)
-    return s.leaf(type, ne, Kind.INTEGERS, -(1 << 20), 1 << 20, layout=layout)
+        return s.leaf(type, ne, [ValueKind.NORMAL, ValueKind.SPECIAL], layout=layout)
+    return s.leaf(type, ne, ValueKind.INTEGERS, -(1 << 20), 1 << 20, layout=layout)
 
 
 def _compare(s: Sketch, t: Tensor) -> None:
@@ -82,7 +82,7 @@ _FROM_BLOCKS: tuple[Pair, ...] = tuple((t, F32) for t in DECODABLE)
 
 def _target(s: Sketch, type: GgmlType, ne: Sequence[int], layout: str) -> Tensor:
     """Memory to copy into: its old values are seen where a copy leaves something out."""
-    return s.leaf(type, ne, Kind.CONSTANT, 7.0, layout=layout)
+    return s.leaf(type, ne, ValueKind.CONSTANT, 7.0, layout=layout)
 
 
 @family(Op.CPY, variants=_SAME + _PLAIN_PAIRS + _TO_BLOCKS + _FROM_BLOCKS, examples=10)
@@ -106,7 +106,7 @@ def _cpy(s: Sketch, types: Pair) -> None:
     else:
         if (source, result) == (F32, I32):
             # What is out of range is undefined in C.
-            a = s.leaf(F32, ne, Kind.UNIFORM, -1e6, 1e6, layout="any")
+            a = s.leaf(F32, ne, ValueKind.UNIFORM, -1e6, 1e6, layout="any")
         else:
             a = _leaf(s, source, ne, "any")
         to = _other_shape(s, ne, 1) if s.flag() else ne
@@ -121,10 +121,10 @@ def _encode(s: Sketch, source: GgmlType, result: GgmlType) -> None:
     Rows of the result are not shorter than the source's: upstream's work space is made for them.
     """
     ne = s.shape(s.pick((512, 4096)), block=_block(result))
-    kinds = [Kind.NORMAL, Kind.UNIFORM, Kind.INTEGERS, Kind.DISTINCT]
+    kinds = [ValueKind.NORMAL, ValueKind.UNIFORM, ValueKind.INTEGERS, ValueKind.DISTINCT]
     if result is not GgmlType.Q8_K:
         # Of blocks of zeros in Q8_K upstream leaves the sums as they were.
-        kinds.append(Kind.CONSTANT)
+        kinds.append(ValueKind.CONSTANT)
     low, high = s.pick(((0.0, 1.0), (-3.0, 100.0), (-8.0, 8.0)))
     a = s.leaf(source, ne, kinds, low, high, layout="rows")
     if s.flag():

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from client.tensors import Tensor
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 F32 = GgmlType.F32
 
 _EPS = (1e-6, 1e-5, 0.0, 1e-12, 0.1)
 # What isn't finite makes whole rows not-a-number, or all zeros but that element.
-_KINDS = [Kind.NORMAL] * 5 + [Kind.INFINITE, Kind.SPECIAL]
+_KINDS = [ValueKind.NORMAL] * 5 + [ValueKind.INFINITE, ValueKind.SPECIAL]
 
 
 def _rows(s: Sketch, layout: str) -> Tensor:
@@ -20,7 +20,7 @@ def _rows(s: Sketch, layout: str) -> Tensor:
     ne = s.shape(s.pick((256, 4096, 16384)))
     if s.seldom():
         # A row that doesn't vary but for rounding has no defined direction; zeros do not vary.
-        return s.leaf(F32, ne, Kind.CONSTANT, 0.0, layout=layout)
+        return s.leaf(F32, ne, ValueKind.CONSTANT, 0.0, layout=layout)
     low, high = s.pick(((0.0, 1.0), (0.0, 1e-4), (0.0, 1e15), (3.0, 1.0), (-20.0, 5.0)))
     return s.leaf(F32, ne, _KINDS, low, high, layout=layout)
 
@@ -56,6 +56,6 @@ def group_norm(s: Sketch, _: str) -> None:
 def rms_norm_back(s: Sketch, _: str) -> None:
     ne = s.shape()
     low, high = s.pick(((0.0, 1.0), (0.0, 1e-3), (0.0, 100.0), (2.0, 1.0)))
-    x = s.leaf(F32, ne, Kind.NORMAL, low, high, layout="rows")
-    gradient = s.leaf(F32, ne, Kind.NORMAL, layout="rows")
+    x = s.leaf(F32, ne, ValueKind.NORMAL, low, high, layout="rows")
+    gradient = s.leaf(F32, ne, ValueKind.NORMAL, layout="rows")
     s.output(s.g.rms_norm_back(gradient, x, s.pick((1e-6, 1e-5, 1e-3, 0.1))))

@@ -8,11 +8,11 @@ from typing import Any
 from client.tensors import Tensor
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, DECODABLE, ENCODABLE, F16, F32, FLOATS
-from conformance.differential.values import Kind
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
-_NUMBERS = (Kind.NORMAL, Kind.SPECIAL, Kind.UNIFORM, Kind.INTEGERS)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL, ValueKind.UNIFORM, ValueKind.INTEGERS)
 
 Types = tuple[GgmlType, GgmlType]
 Triple = tuple[GgmlType, GgmlType, GgmlType]
@@ -85,7 +85,9 @@ def _add(s: Sketch, types: Triple) -> None:
     block = max(TYPE_INFO[t].block_size for t in types)
     ne = s.shape(4096, block=block)
     a = s.leaf(types[0], ne, layout="rows")
-    b = s.leaf(F32, ne, [Kind.NORMAL, Kind.UNIFORM, Kind.CONSTANT], high=0.25, layout="rows")
+    b = s.leaf(
+        F32, ne, [ValueKind.NORMAL, ValueKind.UNIFORM, ValueKind.CONSTANT], high=0.25, layout="rows"
+    )
     if types[2] is a.type and list(a.nb) == sorted(a.nb) and s.flag():
         return _decoded(s, s.g.add_inplace(a, b))
     return _decoded(s, s.g.op(Op.ADD, types[2], ne, (a, b)))
@@ -103,8 +105,8 @@ def _add1(s: Sketch, types: Types) -> None:
     quantized = TYPE_INFO[types[0]].quantized
     # In dimension 3 upstream steps by the wrong stride of a quantized result.
     ne = s.shape(4096, block=TYPE_INFO[types[0]].block_size, rank=3 if quantized else 4)
-    a = s.leaf(types[0], ne, Kind.NORMAL if quantized else _NUMBERS, layout="even")
-    b = s.leaf(types[1], (1,), Kind.UNIFORM, -2.0, 2.0, layout="dense")
+    a = s.leaf(types[0], ne, ValueKind.NORMAL if quantized else _NUMBERS, layout="even")
+    b = s.leaf(types[1], (1,), ValueKind.UNIFORM, -2.0, 2.0, layout="dense")
     _decoded(s, s.g.add1(a, b, inplace=s.flag()))
 
 
@@ -127,8 +129,8 @@ def _part(s: Sketch, type: GgmlType) -> tuple[Tensor, Tensor, tuple[int, int, in
     inner = [s.integer(1, n) for n in ne]
     start = [s.integer(0, n - m) for n, m in zip(ne, inner, strict=True)]
     if type is GgmlType.I32:
-        a = s.leaf(type, ne, Kind.INTEGERS, -1000, 1000, layout="contiguous")
-        b = s.leaf(type, inner, Kind.INTEGERS, -1000, 1000, layout="rows")
+        a = s.leaf(type, ne, ValueKind.INTEGERS, -1000, 1000, layout="contiguous")
+        b = s.leaf(type, inner, ValueKind.INTEGERS, -1000, 1000, layout="rows")
     else:
         a = _values(s, type, ne, "contiguous")
         b = _values(s, type, tuple(inner), "rows")

@@ -8,13 +8,13 @@ from client.tensors import Tensor
 from conformance.differential.compare import Check
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, DECODABLE, F16, F32
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
-_NUMBERS = (Kind.NORMAL, Kind.NORMAL, Kind.SPECIAL)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.NORMAL, ValueKind.SPECIAL)
 # Where there are many sources: one that isn't finite spoils most of the result.
-_SELDOM_SPECIAL = (*[Kind.NORMAL] * 9, Kind.SPECIAL)
+_SELDOM_SPECIAL = (*[ValueKind.NORMAL] * 9, ValueKind.SPECIAL)
 
 
 def _count(s: Sketch, options: tuple[int, ...]) -> int:
@@ -46,15 +46,15 @@ def _ssm_scan(s: Sketch, decays: str) -> None:
     n_tokens, n_sequences = s.pick((1, 2, 3, 5, 8)), s.integer(1, 3)
     n_states = s.integer(1, 5)
     shape = (n_state, dim, n_heads, n_states)
-    states = s.leaf(F32, shape, (*_SELDOM_SPECIAL, Kind.CONSTANT), layout="contiguous")
+    states = s.leaf(F32, shape, (*_SELDOM_SPECIAL, ValueKind.CONSTANT), layout="contiguous")
     x = s.leaf(F32, (dim, n_heads, n_tokens, n_sequences), _SELDOM_SPECIAL, layout="planes")
     low, high = s.pick(((-3.0, 3.0), (-20.0, -10.0), (0.0, 1.0), (18.0, 22.0)))
     steps = (n_heads, n_tokens, n_sequences)
-    dt = s.leaf(F32, steps, Kind.UNIFORM, low, high, layout="contiguous")
+    dt = s.leaf(F32, steps, ValueKind.UNIFORM, low, high, layout="contiguous")
     a = s.leaf(
         F32,
         (n_state if decays == "elements" else 1, n_heads),
-        Kind.UNIFORM,
+        ValueKind.UNIFORM,
         s.pick((-1.0, -16.0, -0.0625)),
         0.0,
         layout="contiguous",
@@ -77,7 +77,7 @@ class _Heads:
 
     def __init__(self, s: Sketch, sizes: tuple[int, ...], *, finite: bool = False) -> None:
         self._s = s
-        self._kinds = (Kind.NORMAL,) if finite else _SELDOM_SPECIAL
+        self._kinds = (ValueKind.NORMAL,) if finite else _SELDOM_SPECIAL
         self.size = s.pick(sizes)
         self.n_heads = s.integer(1, max(min(20000 // self.size**2, 5), 1))
         self.n_sequences = s.integer(1, 3)
@@ -91,14 +91,14 @@ class _Heads:
 
     def decays(self) -> Tensor:
         shape = (self.size, self.n_heads, self.n_tokens)
-        return self._s.leaf(F32, shape, Kind.UNIFORM, 0.0, 1.0, layout="contiguous")
+        return self._s.leaf(F32, shape, ValueKind.UNIFORM, 0.0, 1.0, layout="contiguous")
 
     def shared(self) -> Tensor:
         return self._s.leaf(F32, (self.size, self.n_heads), layout="contiguous")
 
     def states(self) -> Tensor:
         shape = (self.size**2 * self.n_heads, self.n_sequences)
-        return self._s.leaf(F32, shape, (*self._kinds, Kind.CONSTANT), layout="contiguous")
+        return self._s.leaf(F32, shape, (*self._kinds, ValueKind.CONSTANT), layout="contiguous")
 
 
 _SIZES = (64, 32, 16, 128, 8, 1, 3, 20, 33)
@@ -148,12 +148,12 @@ def _gated_delta_net(s: Sketch, gate: str) -> None:
     v = s.leaf(F32, v_shape, _SELDOM_SPECIAL, layout="rows")
     outer = v_shape[1:]
     gates = (size if gate == "elements" else 1, *outer)
-    g = s.leaf(F32, gates, Kind.UNIFORM, s.pick((-1.0, -20.0)), 0.0, layout="contiguous")
-    beta = s.leaf(F32, (1, *outer), Kind.UNIFORM, 0.0, 1.0, layout="contiguous")
+    g = s.leaf(F32, gates, ValueKind.UNIFORM, s.pick((-1.0, -20.0)), 0.0, layout="contiguous")
+    beta = s.leaf(F32, (1, *outer), ValueKind.UNIFORM, 0.0, 1.0, layout="contiguous")
     state = s.leaf(
         F32,
         (size, size, n_heads, n_sequences),
-        (*_SELDOM_SPECIAL, Kind.CONSTANT),
+        (*_SELDOM_SPECIAL, ValueKind.CONSTANT),
         layout="contiguous",
     )
     # Of more snapshots than tokens those of before are left as they are.
@@ -169,9 +169,11 @@ def _solve_tri(s: Sketch, _: str) -> None:
     n, k = s.size(64), s.size(70)
     batches = (s.integer(1, 4), s.integer(1, 3))
     # A diagonal that outweighs the rest: of other systems every rounding is in the solution.
-    rest = s.leaf(F32, (n, n, *batches), Kind.UNIFORM, -0.25, 0.25, layout="contiguous")
-    diagonal = s.leaf(F32, (n, 1, *batches), Kind.UNIFORM, 1.5, 3.0, layout="contiguous")
-    b = s.leaf(F32, (k, n, *batches), (Kind.NORMAL, Kind.CONSTANT), 1.0, layout="contiguous")
+    rest = s.leaf(F32, (n, n, *batches), ValueKind.UNIFORM, -0.25, 0.25, layout="contiguous")
+    diagonal = s.leaf(F32, (n, 1, *batches), ValueKind.UNIFORM, 1.5, 3.0, layout="contiguous")
+    b = s.leaf(
+        F32, (k, n, *batches), (ValueKind.NORMAL, ValueKind.CONSTANT), 1.0, layout="contiguous"
+    )
     s.output(s.g.solve_tri(s.g.add(rest, s.g.diag(diagonal)), b))
 
 
@@ -192,11 +194,11 @@ def _lightning_indexer(s: Sketch, type: GgmlType) -> None:
     masks = s.integer(1, 2)
     n_streams = masks * s.integer(1, 2)
     plain = block == 1 and s.seldom()
-    kinds = (Kind.SPECIAL,) if plain else (Kind.NORMAL,)
+    kinds = (ValueKind.SPECIAL,) if plain else (ValueKind.NORMAL,)
     q = s.leaf(F32, (size, n_heads, n_tokens, n_streams), kinds, layout="rows")
     k = s.leaf(type, (size, 1, n_kv, n_streams), kinds, layout="rows")
     weights = s.leaf(F32, (n_heads, n_tokens, 1, n_streams), kinds, layout="rows")
-    numbers = (Kind.MASK, Kind.NORMAL, Kind.CONSTANT)
+    numbers = (ValueKind.MASK, ValueKind.NORMAL, ValueKind.CONSTANT)
     mask = s.leaf(F16, (n_kv, n_tokens, 1, masks), numbers, layout="rows")
     s.output(s.g.lightning_indexer(q, k, weights, mask), _INDEXER)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from client.tensors import Dims, Tensor
-from conformance.differential.compare import EXACT, Check, How
+from conformance.differential.compare import EXACT, Check, Equality
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, F16, F32, I32
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 
 def _shape(s: Sketch) -> Dims:
@@ -18,7 +18,13 @@ def _shape(s: Sketch) -> Dims:
 
 
 def _addends(s: Sketch, type: GgmlType, ne: Dims) -> Tensor:
-    kinds = (Kind.UNIFORM, Kind.NORMAL, Kind.SPECIAL, Kind.INTEGERS, Kind.INFINITE)
+    kinds = (
+        ValueKind.UNIFORM,
+        ValueKind.NORMAL,
+        ValueKind.SPECIAL,
+        ValueKind.INTEGERS,
+        ValueKind.INFINITE,
+    )
     low, high = s.pick(((0.0, 1.0), (-1.0, 2.0)))
     return s.leaf(type, ne, kinds, low, high, layout="rows")
 
@@ -51,7 +57,7 @@ def _count_equal(s: Sketch, _: str) -> None:
     # Beyond matrices upstream computes wrong addresses, of memory outside the tensors, too.
     ne = s.shape(8192, rank=2)
     most = s.pick((0, 1, 3, 100))
-    a, b = (s.leaf(I32, ne, Kind.INTEGERS, -most, most, layout="any") for _ in range(2))
+    a, b = (s.leaf(I32, ne, ValueKind.INTEGERS, -most, most, layout="any") for _ in range(2))
     s.output(s.g.count_equal(a, b), EXACT)
 
 
@@ -61,19 +67,32 @@ def _count_equal(s: Sketch, _: str) -> None:
 @family(Op.ARGMAX, examples=350)
 def _argmax(s: Sketch, _: str) -> None:
     # Of equals the last counts, so ties are exact.
-    kinds = (Kind.NORMAL, Kind.INTEGERS, Kind.SPECIAL, Kind.CONSTANT, Kind.INFINITE)
+    kinds = (
+        ValueKind.NORMAL,
+        ValueKind.INTEGERS,
+        ValueKind.SPECIAL,
+        ValueKind.CONSTANT,
+        ValueKind.INFINITE,
+    )
     ne = s.shape(8192, rank=2)
     s.output(s.g.argmax(s.leaf(F32, ne, kinds, -2.0, 3.0, layout="rows")), EXACT)
 
 
 # Without NaN: std::sort has no order for them.
-_ORDERED = (Kind.NORMAL, Kind.DISTINCT, Kind.INTEGERS, Kind.INFINITE, Kind.CONSTANT, Kind.RANGE)
+_ORDERED = (
+    ValueKind.NORMAL,
+    ValueKind.DISTINCT,
+    ValueKind.INTEGERS,
+    ValueKind.INFINITE,
+    ValueKind.CONSTANT,
+    ValueKind.RANGE,
+)
 
 
 @family(Op.ARGSORT, variants=["ascending", "descending"], examples=160)
 def _argsort(s: Sketch, order: str) -> None:
     a = s.leaf(F32, _shape(s), _ORDERED, -3.0, 4.0, layout="even")
-    s.output(s.g.argsort(a, order == "descending"), Check(How.ORDER, of=a))
+    s.output(s.g.argsort(a, order == "descending"), Check(Equality.ORDER, of=a))
 
 
 @family(Op.TOP_K, examples=300)
@@ -81,7 +100,7 @@ def _top_k(s: Sketch, _: str) -> None:
     a = s.leaf(F32, _shape(s), _ORDERED, -3.0, 4.0, layout="even")
     n = a.ne[0]
     k = s.pick((1, 2, n, s.integer(1, n))) if n else 0
-    s.output(s.g.top_k(a, min(k, n)), Check(How.SET, of=a))
+    s.output(s.g.top_k(a, min(k, n)), Check(Equality.SET, of=a))
 
 
 # -- ARANGE ----------------------------------------------------------------------------------------

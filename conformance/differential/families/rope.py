@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from client.products import ROPE_IMROPE, ROPE_MROPE, ROPE_NEOX, ROPE_NORMAL, ROPE_VISION
+from client.builder.products import (
+    ROPE_IMROPE,
+    ROPE_MROPE,
+    ROPE_NEOX,
+    ROPE_NORMAL,
+    ROPE_VISION,
+)
 from client.tensors import Tensor
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 
@@ -33,9 +39,9 @@ def positions(s: Sketch, n_tokens: int, per_token: int = 1) -> Tensor:
     ne = (n_tokens * per_token,)
     start = s.pick((0, 1, 7, 500, 4096, 131_071, 1_000_000))
     if s.flag():
-        return s.leaf(I32, ne, Kind.RANGE, start, 1.0, layout="dense")
+        return s.leaf(I32, ne, ValueKind.RANGE, start, 1.0, layout="dense")
     low, high = s.pick(((0, 63), (0, 4095), (100_000, 1_000_000), (-100, 100)))
-    return s.leaf(I32, ne, Kind.INTEGERS, low, high, layout="dense")
+    return s.leaf(I32, ne, ValueKind.INTEGERS, low, high, layout="dense")
 
 
 def sections(s: Sketch, width: int) -> Sections:
@@ -60,7 +66,7 @@ def _register(op: Op) -> None:
         ne0 = head_size(s, 4 if vision else 2)
         n_tokens = s.pick((1, 2, s.size(64)))
         heads = s.size(max(min(20, 16384 // (ne0 * n_tokens)), 1))
-        kinds = [Kind.NORMAL] * 7 + [Kind.SPECIAL]
+        kinds = [ValueKind.NORMAL] * 7 + [ValueKind.SPECIAL]
         x = s.leaf(type, (ne0, heads, n_tokens, s.pick((1, 1, 2))), kinds, layout="rows")
         if vision:
             n_dims, n_offs = ne0 // 2, 0
@@ -71,7 +77,7 @@ def _register(op: Op) -> None:
         if s.flag():
             n_factors = s.pick((ne0 // 2, n_dims // 2)) if not vision else ne0 // 2
             high = s.pick((1.1, 40.0))
-            factors = s.leaf(F32, (n_factors,), Kind.UNIFORM, 0.9, high, layout="dense")
+            factors = s.leaf(F32, (n_factors,), ValueKind.UNIFORM, 0.9, high, layout="dense")
         yarn = s.flag()
         build = s.g.rope_ext if op is Op.ROPE else s.g.rope_ext_back
         y = build(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from client.parts import Triangle
+from client.builder.partial import Triangle
 from client.tensors import Tensor
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
@@ -18,11 +18,11 @@ from conformance.differential.type_sets import (
     I32,
     I64,
 )
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 
-_NUMBERS = (Kind.NORMAL, Kind.SPECIAL)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 
 
 # -- GET_ROWS, GET_ROWS_BACK -----------------------------------------------------------------------
@@ -34,7 +34,7 @@ def _get_rows(s: Sketch, type: GgmlType) -> None:
     if not ne[1]:
         ne[1] = 1
     if type is I32:
-        table = s.leaf(type, ne, Kind.INTEGERS, -(1 << 30), 1 << 30, layout="rows")
+        table = s.leaf(type, ne, ValueKind.INTEGERS, -(1 << 30), 1 << 30, layout="rows")
     else:
         table = s.leaf(type, ne, _NUMBERS, layout="rows")
     count = 0 if s.seldom() and s.seldom() else s.size(40)
@@ -67,14 +67,14 @@ def _get_rows_back(s: Sketch, type: GgmlType) -> None:
 def _set_rows(s: Sketch, variant: tuple[GgmlType, GgmlType, GgmlType]) -> None:
     source, type, index = variant
     ne = s.shape(s.pick((1024, 8192)), block=TYPE_INFO[type].block_size, empty=False)
-    to = s.leaf(type, ne, Kind.CONSTANT, 7.0, layout="rows")
+    to = s.leaf(type, ne, ValueKind.CONSTANT, 7.0, layout="rows")
     # A row that is named twice gets either's values.
     count = s.integer(1, ne[1])
     planes = s.broadcast_to(ne[2:])
     ids = s.indices((count, *planes[:2]), ne[1], type=index, distinct=True)
-    kinds: tuple[Kind, ...] = (Kind.NORMAL, Kind.UNIFORM, Kind.CONSTANT)
+    kinds: tuple[ValueKind, ...] = (ValueKind.NORMAL, ValueKind.UNIFORM, ValueKind.CONSTANT)
     if type in FLOATS:
-        kinds = (*kinds, Kind.SPECIAL)
+        kinds = (*kinds, ValueKind.SPECIAL)
     rows = s.leaf(source, (ne[0], count, ne[2], ne[3]), kinds, 0.5, 3.0, layout="rows")
     t = s.g.set_rows(to, rows, ids)
     if t.type in DECODABLE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from client.signals import (
+from client.builder.signals import (
     POOL_AVG,
     POOL_MAX,
     SCALE_ALIGN_CORNERS,
@@ -17,11 +17,11 @@ from client.tensors import Tensor
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import F16, F32
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
-_NUMBERS = (Kind.NORMAL, Kind.SPECIAL)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 
 # -- POOL_1D, POOL_2D, POOL_2D_BACK ----------------------------------------------------------------
 
@@ -47,7 +47,13 @@ def _window(s: Sketch, most: int) -> _Window:
 
 
 # Not-a-numbers count only until the next element of a window.
-_POOLED = (Kind.NORMAL, Kind.INTEGERS, Kind.CONSTANT, Kind.INFINITE, Kind.SPECIAL)
+_POOLED = (
+    ValueKind.NORMAL,
+    ValueKind.INTEGERS,
+    ValueKind.CONSTANT,
+    ValueKind.INFINITE,
+    ValueKind.SPECIAL,
+)
 
 
 def _pooled(s: Sketch, type: GgmlType, ne: tuple[int, ...]) -> Tensor:
@@ -112,12 +118,12 @@ _MODES = {
 @family(Op.UPSCALE, variants=list(_MODES), examples=50)
 def _upscale(s: Sketch, name: str) -> None:
     ne = (s.size(33), s.size(33), s.size(4), s.size(4))
-    kinds: tuple[Kind, ...] = (Kind.NORMAL, Kind.UNIFORM)
+    kinds: tuple[ValueKind, ...] = (ValueKind.NORMAL, ValueKind.UNIFORM)
     if name.startswith("nearest"):
         kinds = _NUMBERS
     elif name.startswith("bilinear"):
         # The other modes have weights that are zero but for rounding.
-        kinds = (Kind.NORMAL, Kind.NORMAL, Kind.INFINITE)
+        kinds = (ValueKind.NORMAL, ValueKind.NORMAL, ValueKind.INFINITE)
     a = s.leaf(F32, ne, kinds)
     if s.flag():
         to: tuple[int, ...] = tuple(n * s.pick((2, 1, 3, 4)) for n in ne[:2]) + ne[2:]
@@ -143,7 +149,7 @@ def _pad_reflect_1d(s: Sketch, _: str) -> None:
 
 @family(Op.TIMESTEP_EMBEDDING, examples=350)
 def _timestep_embedding(s: Sketch, _: str) -> None:
-    kinds = (Kind.UNIFORM, Kind.INTEGERS, Kind.SPECIAL)
+    kinds = (ValueKind.UNIFORM, ValueKind.INTEGERS, ValueKind.SPECIAL)
     low, high = s.pick(((0.0, 1.0), (0.0, 999.0), (-3.0, 3.0)))
     # What follows the first row is left out.
     steps = s.leaf(F32, (s.size(65), s.pick((1, 1, 2))), kinds, low, high, layout="rows")

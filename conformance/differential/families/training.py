@@ -5,8 +5,8 @@ from __future__ import annotations
 from client.tensors import Dims, Tensor
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import F32
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
 
 # -- CROSS_ENTROPY_LOSS, CROSS_ENTROPY_LOSS_BACK ---------------------------------------------------
 
@@ -15,8 +15,10 @@ def _predictions(s: Sketch, layout: str) -> tuple[Tensor, Tensor]:
     """Logits and labels. No label is negative: the loss has nothing that cancels out."""
     ne = s.shape(s.pick((256, 4096, 16384)))
     low, high = s.pick(((0.0, 1.0), (-3.0, 10.0), (0.0, 200.0)))
-    logits = s.leaf(F32, ne, (Kind.NORMAL, Kind.CONSTANT, Kind.UNIFORM), low, high, layout=layout)
-    return logits, s.leaf(F32, ne, (Kind.UNIFORM, Kind.INTEGERS), 0.0, 1.0, layout=layout)
+    logits = s.leaf(
+        F32, ne, (ValueKind.NORMAL, ValueKind.CONSTANT, ValueKind.UNIFORM), low, high, layout=layout
+    )
+    return logits, s.leaf(F32, ne, (ValueKind.UNIFORM, ValueKind.INTEGERS), 0.0, 1.0, layout=layout)
 
 
 @family(Op.CROSS_ENTROPY_LOSS, examples=300)
@@ -27,7 +29,7 @@ def _cross_entropy_loss(s: Sketch, _: str) -> None:
 @family(Op.CROSS_ENTROPY_LOSS_BACK, examples=300)
 def _cross_entropy_loss_back(s: Sketch, _: str) -> None:
     logits, labels = _predictions(s, "contiguous")
-    gradient = s.leaf(F32, (1,), Kind.UNIFORM, 0.5, 2.0, layout="contiguous")
+    gradient = s.leaf(F32, (1,), ValueKind.UNIFORM, 0.5, 2.0, layout="contiguous")
     s.output(s.g.cross_entropy_loss_back(gradient, logits, labels))
 
 
@@ -42,7 +44,7 @@ class _Likes:
         self.ne: Dims = s.shape(s.pick((256, 4096)))
         self._pad = 0 if s.flag() else s.integer(0, 5)
 
-    def draw(self, kinds: tuple[Kind, ...], low: float, high: float) -> Tensor:
+    def draw(self, kinds: tuple[ValueKind, ...], low: float, high: float) -> Tensor:
         n0, *outer = self.ne
         g = self._s.g
         root = self._s.leaf(F32, (n0 + self._pad, *outer), kinds, low, high, layout="dense")
@@ -51,15 +53,15 @@ class _Likes:
         return g.view_4d(root, *self.ne, nb1, nb2, nb3, start) if self._pad else root
 
 
-_NUMBERS = (Kind.NORMAL, Kind.NORMAL, Kind.UNIFORM, Kind.SPECIAL)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.NORMAL, ValueKind.UNIFORM, ValueKind.SPECIAL)
 
 
 @family(Op.OPT_STEP_ADAMW, examples=300)
 def _opt_step_adamw(s: Sketch, _: str) -> None:
     like = _Likes(s)
     weights, gradient, mean = (like.draw(_NUMBERS, 0.0, 1.0) for _ in range(3))
-    square = like.draw((Kind.UNIFORM, Kind.CONSTANT), 0.0, 1.0)
-    settings = s.leaf(F32, (7,), Kind.UNIFORM, 0.0625, 1.0, layout="contiguous")
+    square = like.draw((ValueKind.UNIFORM, ValueKind.CONSTANT), 0.0, 1.0)
+    settings = s.leaf(F32, (7,), ValueKind.UNIFORM, 0.0625, 1.0, layout="contiguous")
     # ggml's constructor wants a leaf that is marked as a parameter; a server can't tell.
     t = s.g.like(
         Op.OPT_STEP_ADAMW, weights, (weights, gradient, mean, square, settings), inplace=True
@@ -72,7 +74,9 @@ def _opt_step_adamw(s: Sketch, _: str) -> None:
 def _opt_step_sgd(s: Sketch, _: str) -> None:
     like = _Likes(s)
     weights, gradient = (like.draw(_NUMBERS, 0.0, 1.0) for _ in range(2))
-    settings = s.leaf(F32, (2,), (Kind.UNIFORM, Kind.CONSTANT), 0.0, 1.0, layout="contiguous")
+    settings = s.leaf(
+        F32, (2,), (ValueKind.UNIFORM, ValueKind.CONSTANT), 0.0, 1.0, layout="contiguous"
+    )
     s.output(s.g.like(Op.OPT_STEP_SGD, weights, (weights, gradient, settings), inplace=True))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, F16, F32
-from conformance.differential.values import Kind
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from conformance.differential.values import ValueKind
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 
-_NUMBERS = (Kind.NORMAL, Kind.SPECIAL)
+_NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 
 
 def _channels(s: Sketch, most: int) -> int:

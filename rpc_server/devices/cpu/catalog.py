@@ -12,10 +12,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol.ggml_ops import GluOp, Op
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.isa import Isa
-from rpc_server.devices.cpu.layout import CODED, PRODUCT_TYPES, RowForm, activation_form
+from protocol.ggml.ops import GluOp, Op
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+from rpc_server.devices.cpu.kernels.interface.layout import (
+    CODED,
+    PRODUCT_TYPES,
+    RowForm,
+    activation_form,
+)
 from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.native.folder import Folder, cache_base, fingerprint
 from rpc_server.native.library import Library
@@ -25,16 +30,14 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
 # Beside the kernels: what is compiled into them, or decides how.
 _COMPILED = (
-    *(_HERE / name for name in ("abi.py", "catalog.py", "isa.py", "layout.py", "record.py")),
+    *(_HERE / "kernels/interface").glob("*.py"),
+    _HERE / "catalog.py",
     *(_ROOT / "rpc_server/native" / name for name in ("compiler.py", "elf.py", "image.py")),
-    _HERE / "schedule.py",
-    _HERE / "sync.py",
     _ROOT / "rpc_server/native/source.py",
-    _ROOT / "rpc_server/split/stream.py",
-    _ROOT / "rpc_server/types/tables.py",
-    _ROOT / "protocol/hashing.py",
-    _ROOT / "protocol/ggml_types.py",
-    _ROOT / "protocol/ggml_ops.py",
+    _ROOT / "protocol/ggml/tables.py",
+    _ROOT / "protocol/ggml/hashing.py",
+    _ROOT / "protocol/ggml/types.py",
+    _ROOT / "protocol/ggml/ops.py",
 )
 
 # Compilers beside this process: each takes a core for seconds and 200 MiB.

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from protocol.dialects import Dialect
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
-from rpc_server.devices.cpu.isa import chosen_isa, host_isas
+from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.parse import Resolve, parse_graph
@@ -20,9 +20,9 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
 
 if TYPE_CHECKING:
-    from rpc_server.devices.cpu.plan import CpuPlan, PlanBuilder
-    from rpc_server.split.device import SplitPlan
-    from rpc_server.split.exchange import Peer
+    from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
+    from rpc_server.devices.cpu.streaming.transfer import StreamPeer
+    from rpc_server.devices.split.device import SplitPlan
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class CpuDevice:
         self.n_threads = n_threads or available_cores()
         self.description = processor_name()
         self._use_kernels = use_kernels
-        self._builder: PlanBuilder | None = None
+        self._builder: CpuPlanBuilder | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="cpu-0")
 
     @property
@@ -91,15 +91,15 @@ class CpuDevice:
         return self._plans().build(parse_graph(payload, dialect, resolve), wait=wait)
 
     def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: Peer
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
     ) -> CpuPlan | SplitPlan:
         """A program of the split extension. Raises GraphError."""
-        from rpc_server.split.worker import program_items
+        from rpc_server.devices.cpu.streaming.program import program_items
 
         items = program_items(payload, dialect, resolve, peer)
         return self._plans().build_items(items, dialect)
 
-    def lane(self) -> Self:
+    def queue(self) -> Self:
         """The same for all clients: a graph takes all cores, so they run one after the other."""
         return self
 
@@ -110,7 +110,7 @@ class CpuDevice:
         """Run ``job`` on the device's thread, after the jobs submitted before it."""
         return self._thread.submit(job)
 
-    def expect_weights(self, type: GgmlType) -> None:
+    def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type loaded or compiled, and what most graphs need."""
         if self._use_kernels:
             # Neither the caller nor graphs of other clients are to wait for a compiler.
@@ -119,11 +119,11 @@ class CpuDevice:
     def close(self) -> None:
         self._thread.shutdown(wait=True)
 
-    def _plans(self) -> PlanBuilder:
+    def _plans(self) -> CpuPlanBuilder:
         # Not before the server listens: it takes a moment, or long if there is much to compile.
         if self._builder is None:
             from rpc_server.devices.cpu.executor import Executor
-            from rpc_server.devices.cpu.plan import PlanBuilder
+            from rpc_server.devices.cpu.plan import CpuPlanBuilder
             from rpc_server.devices.cpu.scratch import ScratchArena
 
             arena = ScratchArena()
@@ -134,7 +134,7 @@ class CpuDevice:
                     executor = Executor(self.n_threads)
                 except CompileError as error:
                     log.error("running without kernels, which is very slow: %s", error)
-            self._builder = PlanBuilder(executor, arena)
+            self._builder = CpuPlanBuilder(executor, arena)
         return self._builder
 
 

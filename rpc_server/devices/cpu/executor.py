@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from rpc_server.devices.cpu.catalog import run_records
-from rpc_server.devices.cpu.schedule import Step
-from rpc_server.devices.cpu.sync import FAILED_AT, STATUS, SYNC_WORDS
+from rpc_server.devices.cpu.kernels.interface.schedule import StepFlag
+from rpc_server.devices.cpu.kernels.interface.sync import FAILED_AT, STATUS, SYNC_WORDS
 
 # Through ctypes, which lets go of the GIL.
 _RUN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)
@@ -30,7 +30,7 @@ _STAND_IN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(lambda *_: S
 _STAND_IN_ADDRESS = int(ctypes.cast(_STAND_IN, ctypes.c_void_p).value or 0)
 
 
-class Program:
+class RecordProgram:
     """Records laid out for the executor: pointers to kernels and to records, and the memory.
 
     ``steps`` are the records' Step flags; by default all threads run and meet behind each record.
@@ -47,11 +47,11 @@ class Program:
         self._kernels = np.array(kernels, np.int64)
         base, stride = self._words.ctypes.data, self._words.strides[0] if words else 0
         self._records = np.array([base + i * stride for i in range(self.count)], np.int64)
-        self._steps = np.full(self.count, int(Step.BARRIER_AFTER), np.int64)
+        self._steps = np.full(self.count, int(StepFlag.BARRIER_AFTER), np.int64)
         if steps is not None:
             self._steps[:] = steps
         # Whether any record is for more than the first thread.
-        self.parallel = bool((self._steps != int(Step.SERIAL)).any())
+        self.parallel = bool((self._steps != int(StepFlag.SERIAL)).any())
         self.steps_address = int(self._steps.ctypes.data)
         self.kernels_address = int(self._kernels.ctypes.data)
         self.records_address = int(self._records.ctypes.data)
@@ -91,7 +91,7 @@ class Executor:
         for worker in self._workers:
             worker.start()
 
-    def run(self, program: Program) -> tuple[int, int]:
+    def run(self, program: RecordProgram) -> tuple[int, int]:
         """Run a program; (status, index of the record that failed), (0, -1) if all went well."""
         if not program.count:
             return 0, -1

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from protocol.hashing import FNV_OFFSET, fnv1a_64
+from protocol.ggml.hashing import FNV_OFFSET, fnv1a_64
 from rpc_server.devices.cpu.catalog import fnv1a, library
 from rpc_server.native.routine import CompileError
 
@@ -15,7 +15,7 @@ _FNV = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
 
 
 def compiled_hash() -> Callable[..., int]:
-    """FNV-1a 64, called as protocol.hashing.fnv1a_64. Its code is got ready from here on."""
+    """FNV-1a 64, called as protocol.ggml.hashing.fnv1a_64. Its code is got ready from here on."""
     library().request([fnv1a])
 
     def fnv(data: memoryview, value: int = FNV_OFFSET) -> int:

@@ -12,10 +12,11 @@ import numpy as np
 import rpc_server.devices.cpu.lower  # fills the table of lowerings
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.base import NotReadyError
 from rpc_server.devices.cpu.catalog import Kernel, library
-from rpc_server.devices.cpu.executor import STOPPED, Executor, Program
+from rpc_server.devices.cpu.executor import STOPPED, Executor, RecordProgram
+from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag, schedule
 from rpc_server.devices.cpu.planner import (
     LOWERINGS,
     STATUS_TEXT,
@@ -24,11 +25,10 @@ from rpc_server.devices.cpu.planner import (
     PlanItem,
     Planner,
 )
-from rpc_server.devices.cpu.schedule import SERIAL_BELOW, Step, schedule
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.devices.planning import Parts, lower_node
+from rpc_server.devices.planning.nodes import PlanSteps, lower_node
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import Graph
+from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import NoMemoryNowError
 from rpc_server.ops.arrays import ArrayContext
@@ -52,11 +52,11 @@ _TOGETHER = 512
 def _steps(records: list[Emitted]) -> list[int]:
     """The Step flags of records, scheduled in pieces with a barrier between them."""
     if all(r.work < SERIAL_BELOW and not r.private for r in records):
-        return [int(Step.SERIAL)] * len(records)
+        return [int(StepFlag.SERIAL)] * len(records)
     steps: list[int] = []
     for at in range(0, len(records), _TOGETHER):
         if steps:
-            steps[-1] |= Step.BARRIER_AFTER
+            steps[-1] |= StepFlag.BARRIER_AFTER
         steps += schedule(records[at : at + _TOGETHER])
     return steps
 
@@ -76,7 +76,7 @@ class CpuPlan:
         scratch: int,
         arena: ScratchArena,
         interpreted: dict[str, int],
-        programs: Sequence[Program] = (),
+        programs: Sequence[RecordProgram] = (),
     ) -> None:
         self.dialect = dialect
         self._steps = steps
@@ -117,7 +117,7 @@ class _DeclinedError(Exception):
         self.now = now
 
 
-class PlanBuilder:
+class CpuPlanBuilder:
     """Makes plans for one executor; not shared between threads.
 
     Without an executor, or with ``use_kernels=False``, every node runs by its array reference.
@@ -133,7 +133,7 @@ class PlanBuilder:
         # Ops whose kernels could not be compiled.
         self._without: set[Op] = set()
 
-    def build(self, graph: Graph, *, wait: bool = True) -> CpuPlan:
+    def build(self, graph: LinkedGraph, *, wait: bool = True) -> CpuPlan:
         """Hold each node against its contract and lower it. Raises GraphError.
 
         Waits for kernels that are being compiled, of this graph alone; with ``wait=False`` raises
@@ -164,7 +164,7 @@ class PlanBuilder:
         started = time.perf_counter()
         n_threads = self._executor.n_threads if self._executor else 1
         planner = Planner(n_threads, self._scratch, items)
-        parts: Parts[Emitted] = Parts()
+        parts: PlanSteps[Emitted] = PlanSteps()
 
         def decline(node: Tensor, spec: OpSpec) -> None:
             require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
@@ -183,7 +183,7 @@ class PlanBuilder:
             item.emit(planner)
         parts.append(planner.take())
         addresses = self._addresses(parts, wait)
-        programs: list[Program] = []
+        programs: list[RecordProgram] = []
         steps = parts.steps(
             self._reference_step, lambda run: self._program_step(run, addresses, programs)
         )
@@ -210,7 +210,7 @@ class PlanBuilder:
             raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
         return False
 
-    def _addresses(self, parts: Parts[Emitted], wait: bool) -> dict[Kernel, int]:
+    def _addresses(self, parts: PlanSteps[Emitted], wait: bool) -> dict[Kernel, int]:
         """Where the code of all kernels is. Raises GraphError, NotReadyError, _DeclinedError."""
         users: dict[Kernel, list[Labelled]] = {}
         for run in parts.runs():
@@ -236,12 +236,12 @@ class PlanBuilder:
         return found
 
     def _program_step(
-        self, records: list[Emitted], addresses: dict[Kernel, int], programs: list[Program]
+        self, records: list[Emitted], addresses: dict[Kernel, int], programs: list[RecordProgram]
     ) -> Callable[[], None]:
         """The program goes to ``programs`` too."""
         executor = self._executor
         assert executor is not None
-        program = Program(
+        program = RecordProgram(
             [addresses[r.kernel] for r in records], [r.words for r in records], _steps(records)
         )
         programs.append(program)

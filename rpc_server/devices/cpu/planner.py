@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cpu.catalog import CONVERTERS, Kernel
-from rpc_server.devices.cpu.layout import RowForm, row_bytes
-from rpc_server.devices.cpu.record import (
+from rpc_server.devices.cpu.kernels.interface.abi import (
     EXTRA_WORD,
     N_EXTRA,
     N_SLOTS,
@@ -25,7 +24,8 @@ from rpc_server.devices.cpu.record import (
     SLOT_WORDS,
     Status,
 )
-from rpc_server.devices.cpu.schedule import Span
+from rpc_server.devices.cpu.kernels.interface.layout import RowForm, row_bytes
+from rpc_server.devices.cpu.kernels.interface.schedule import Span
 from rpc_server.graph.tensor import Tensor
 
 Lowering = Callable[[Tensor, "Planner"], bool]

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.compile import OPTIONS
-from rpc_server.devices.cuda.kernels import Kernel, Unit
+from rpc_server.devices.cuda.kernels import CudaKernel, Unit
 from rpc_server.devices.cuda.planner import Product
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Card:
         )
         self._device = self.cupy.cuda.Device(index)
         self._modules: dict[Unit, Any] = {}
-        self._functions: dict[Kernel, Any] = {}
+        self._functions: dict[CudaKernel, Any] = {}
         self._lock = threading.Lock()
         # Cards whose memory this one has been asked to reach.
         self._peers: set[int] = set()
@@ -218,7 +218,7 @@ class Card:
 
     # -- kernels -------------------------------------------------------------------------------
 
-    def function(self, kernel: Kernel) -> Any:
+    def function(self, kernel: CudaKernel) -> Any:
         """The kernel, ready to be launched; compiles its unit if that is not on disk already."""
         known = self._functions.get(kernel)
         if known is not None:

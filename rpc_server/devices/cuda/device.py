@@ -1,4 +1,4 @@
-"""A GPU as a device: memory of its own, and for each client a lane that its graphs run on."""
+"""A GPU as a device: memory of its own, and for each client a queue that its graphs run on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from protocol.split import split_status_fields
 from rpc_server.devices.cuda.card import Card
-from rpc_server.devices.cuda.lane import CudaLane
 from rpc_server.devices.cuda.lower.matmul import products_of
-from rpc_server.devices.cuda.storage import CudaStorage, StagingPool
+from rpc_server.devices.cuda.queue import CudaQueue
+from rpc_server.devices.cuda.storage import CudaStorage, PinnedPool
 from rpc_server.graph.tensor import Tensor
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class CudaDevice:
         major, minor = divmod(self.card.capability, 10)
         self.description = f"{self.card.name} (compute capability {major}.{minor})"
         self.allow_host_ops = allow_host_ops
-        self.staging = StagingPool(self.card)
+        self.staging = PinnedPool(self.card)
         self.threads = concurrent.futures.ThreadPoolExecutor(
             _AT_A_TIME, thread_name_prefix=self.name
         )
@@ -70,11 +70,11 @@ class CudaDevice:
         """Same as ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
-    def lane(self) -> CudaLane:
+    def queue(self) -> CudaQueue:
         """Graphs of one client, beside those of others."""
-        return CudaLane(self)
+        return CudaQueue(self)
 
-    def expect_weights(self, type: GgmlType) -> None:
+    def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type compiled while weights are uploading."""
         threading.Thread(target=self._get_ready, args=(type,), daemon=True).start()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cuda.compile import source_text
 
 
@@ -28,7 +28,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class CudaKernel:
     """A function of a unit; a block of it has ``threads`` threads at most."""
 
     unit: Unit
@@ -41,18 +41,18 @@ class Kernel:
 
 
 @functools.cache
-def kernel(source: str, name: str, threads: int = 256) -> Kernel:
+def kernel(source: str, name: str, threads: int = 256) -> CudaKernel:
     """A kernel of a source that is made for nothing in particular."""
-    return Kernel(Unit(source), name, threads)
+    return CudaKernel(Unit(source), name, threads)
 
 
 @functools.cache
-def kernel_of_weights(source: str, name: str, weights: GgmlType, threads: int = 128) -> Kernel:
+def kernel_of_weights(source: str, name: str, weights: GgmlType, threads: int = 128) -> CudaKernel:
     """A kernel of a source that is compiled for each type of weights."""
     macros = [("WEIGHTS", weights.name)]
     if not TYPE_INFO[weights].quantized:
         macros.append(("FLOATS", ""))
-    return Kernel(Unit(source, tuple(macros)), name, threads)
+    return CudaKernel(Unit(source, tuple(macros)), name, threads)
 
 
 # Rows of values that a kernel of attention is compiled for, in units of 32 elements.
@@ -60,13 +60,13 @@ ATTENTION_SIZES = (2, 4, 8, 16)
 
 
 @functools.cache
-def attention_kernel(values: int) -> Kernel:
+def attention_kernel(values: int) -> CudaKernel:
     """For rows of values of up to ``values`` times 32 elements, one of ATTENTION_SIZES."""
-    return Kernel(Unit("attention", (("VALUES", str(values)),)), "attention", 128)
+    return CudaKernel(Unit("attention", (("VALUES", str(values)),)), "attention", 128)
 
 
 @functools.cache
-def attention_of_few_rows(keys: GgmlType, values: GgmlType, units: int, rows: int) -> Kernel:
+def attention_of_few_rows(keys: GgmlType, values: GgmlType, units: int, rows: int) -> CudaKernel:
     """For ``rows`` queries, and keys and values of these types.
 
     Rows of keys and of values have up to 256 elements times ``units``, 1 or 2.
@@ -78,4 +78,4 @@ def attention_of_few_rows(keys: GgmlType, values: GgmlType, units: int, rows: in
 
     types = (("KEY_TYPE", number(keys)), ("VALUE_TYPE", number(values)))
     unit = Unit("attention_few", (*types, ("UNITS", str(units)), ("ROWS", str(rows))))
-    return Kernel(unit, "attention_few", 128)
+    return CudaKernel(unit, "attention_few", 128)

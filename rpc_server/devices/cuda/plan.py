@@ -12,8 +12,8 @@ import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
 from rpc_server.devices.base import DeviceError
+from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cpu.planner import STATUS_TEXT
-from rpc_server.devices.cpu.record import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card, Pinned
 from rpc_server.devices.cuda.host import run_on_host
 from rpc_server.devices.cuda.planner import (
@@ -23,14 +23,14 @@ from rpc_server.devices.cuda.planner import (
     lower_to_launches,
     place_scratch,
 )
-from rpc_server.devices.planning import Parts, lower_node
+from rpc_server.devices.planning.nodes import PlanSteps, lower_node
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import Graph
+from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec
 
 if TYPE_CHECKING:
-    from rpc_server.devices.cuda.lane import CudaLane
+    from rpc_server.devices.cuda.queue import CudaQueue
     from rpc_server.devices.cuda.storage import CudaStorage
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,13 @@ class Scratch:
             self._card.free(self.address)
 
 
-class _Segment:
+class _CapturedGraph:
     """Launches without anything between them: a captured graph from their second run on."""
 
-    def __init__(self, lane: CudaLane, work: Sequence[Launch | Product]) -> None:
-        self._lane = lane
-        self._card = card = lane.card
-        self._stream = lane.stream
+    def __init__(self, queue: CudaQueue, work: Sequence[Launch | Product]) -> None:
+        self._queue = queue
+        self._card = card = queue.card
+        self._stream = queue.stream
         # CuPy has no cuBLAS in captures; products that need it take longer than their launches.
         self._capturable = not any(isinstance(x, Product) for x in work)
         self._work = [
@@ -88,7 +88,7 @@ class _Segment:
     def _enqueue(self) -> None:
         for work in self._work:
             if isinstance(work, Product):
-                self._card.product(work, self._lane.library, self._stream)
+                self._card.product(work, self._queue.library, self._stream)
             else:
                 self._card.launch(*work, self._stream)
 
@@ -100,7 +100,7 @@ class CudaPlan:
 
     def __init__(
         self,
-        lane: CudaLane,
+        queue: CudaQueue,
         dialect: Dialect,
         storages: Sequence[CudaStorage],
         steps: list[Callable[[], None]],
@@ -109,7 +109,7 @@ class CudaPlan:
         interpreted: dict[str, int],
     ) -> None:
         self.dialect = dialect
-        self._lane = lane
+        self._queue = queue
         # What its nodes read and write.
         self._storages = storages
         self._steps = steps
@@ -124,17 +124,18 @@ class CudaPlan:
 
         Raises GraphError naming the node that failed; DeviceError if the card did.
         """
-        lane = self._lane
-        with lane.card.current():
+        queue = self._queue
+        with queue.card.current():
             try:
                 status = self._run()
             except BaseException as error:
                 # Whoever hears of it may free what the card still works on.
                 with contextlib.suppress(Exception):
-                    lane.stream.synchronize()
-                if isinstance(error, lane.card.failure):
+                    queue.stream.synchronize()
+                if isinstance(error, queue.card.failure):
                     raise DeviceError(
-                        f"{lane.device.name} failed, and may need the server to start anew: {error}"
+                        f"{queue.device.name} failed, and may need the server to start anew: "
+                        f"{error}"
                     ) from error
                 raise
         if status:
@@ -143,14 +144,14 @@ class CudaPlan:
 
     def _run(self) -> int:
         """Give the card all there is to do, and wait for its status."""
-        lane = self._lane
+        queue = self._queue
         for storage in self._storages:
-            storage.before(lane.stream)
+            storage.before(queue.stream)
         for step in self._steps:
             if self._stopped:
                 raise GraphError("was stopped")
             step()
-        return lane.status.read()
+        return queue.status.read()
 
     def stop(self) -> None:
         """Let a run end behind the step it is at; the card can't be interrupted within one."""
@@ -180,11 +181,11 @@ class StatusWord:
         self._card.free(self.address)
 
 
-class PlanBuilder:
+class CudaPlanBuilder:
     """Makes plans for one client; not shared between threads."""
 
-    def __init__(self, lane: CudaLane) -> None:
-        self._lane = lane
+    def __init__(self, queue: CudaQueue) -> None:
+        self._queue = queue
         self._scratch: Scratch | None = None
         self._warned: set[str] = set()
 
@@ -192,15 +193,15 @@ class PlanBuilder:
         """Let go of scratch; plans that are left keep theirs."""
         self._scratch = None
 
-    def build(self, graph: Graph, storages: Sequence[CudaStorage]) -> CudaPlan:
+    def build(self, graph: LinkedGraph, storages: Sequence[CudaStorage]) -> CudaPlan:
         """Hold each node against its contract and lower it; ``storages`` are all it touches.
 
         Raises GraphError.
         """
         started = time.perf_counter()
-        card = self._lane.card
+        card = self._queue.card
         planner = CudaPlanner(graph.nodes, card.multiprocessors, card.capability)
-        parts: Parts[Launch | Product] = Parts()
+        parts: PlanSteps[Launch | Product] = PlanSteps()
 
         def decline(node: Tensor, spec: OpSpec) -> None:
             self._refuse_or_warn(node, spec)
@@ -211,8 +212,8 @@ class PlanBuilder:
         parts.append(planner.take_launches())
         scratch = self._scratch_of(planner.scratch_peak)
         labels = self._finish(parts, scratch)
-        lane = self._lane
-        steps = parts.steps(self._reference_step, lambda run: _Segment(lane, run).run)
+        queue = self._queue
+        steps = parts.steps(self._reference_step, lambda run: _CapturedGraph(queue, run).run)
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(graph.nodes),
@@ -221,7 +222,7 @@ class PlanBuilder:
             planner.scratch_peak >> 10,
             parts.interpreted or "none",
         )
-        return CudaPlan(lane, graph.dialect, storages, steps, labels, scratch, parts.interpreted)
+        return CudaPlan(queue, graph.dialect, storages, steps, labels, scratch, parts.interpreted)
 
     def _scratch_of(self, size: int) -> Scratch | None:
         """Raises GraphError if the card hasn't got so much."""
@@ -231,16 +232,16 @@ class PlanBuilder:
             # Plans that were captured with the smaller one keep it for as long as they live.
             self._scratch = None
             try:
-                self._scratch = Scratch(self._lane.card, size)
+                self._scratch = Scratch(self._queue.card, size)
             except MemoryError as error:
                 raise GraphError(f"no scratch for the graph: {error}") from None
         return self._scratch
 
-    def _finish(self, parts: Parts[Launch | Product], scratch: Scratch | None) -> list[str]:
+    def _finish(self, parts: PlanSteps[Launch | Product], scratch: Scratch | None) -> list[str]:
         """Fill in what records were made without; the labels that node numbers stand for."""
         labels: list[str] = []
         try:
-            status = self._lane.status.address
+            status = self._queue.status.address
         except MemoryError as error:
             raise GraphError(f"no memory for the graph's status: {error}") from None
         for run in parts.runs():
@@ -257,7 +258,7 @@ class PlanBuilder:
     def _refuse_or_warn(self, node: Tensor, spec: OpSpec) -> None:
         if spec.reference is None:
             raise GraphError(f"{node.label}: this combination is not implemented")
-        if not self._lane.device.allow_host_ops:
+        if not self._queue.device.allow_host_ops:
             raise GraphError(
                 f"{node.label}: no kernel for the GPU; --allow-host-ops runs it on the host"
             )
@@ -266,7 +267,7 @@ class PlanBuilder:
             log.warning("%s: runs on the host, which is slow", node.label)
 
     def _reference_step(self, node: Tensor) -> Callable[[], None]:
-        stream, staging = self._lane.stream, self._lane.device.staging
+        stream, staging = self._queue.stream, self._queue.device.staging
 
         def run() -> None:
             try:

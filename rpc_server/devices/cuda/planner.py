@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.planner import Labelled, Planner, record_words
-from rpc_server.devices.cuda.kernels import Kernel
+from rpc_server.devices.cuda.kernels import CudaKernel
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS, ContractError, check
 
@@ -71,7 +71,7 @@ def lower_to_launches(node: Tensor, planner: CudaPlanner) -> bool:
 class Launch:
     """One launch to be: the kernel, its record, its blocks and their threads, and the node."""
 
-    kernel: Kernel
+    kernel: CudaKernel
     words: np.ndarray[Any, np.dtype[np.int64]]
     grid: Grid
     threads: int
@@ -133,8 +133,8 @@ def place_scratch(work: Launch | Product, address: int) -> None:
     """Let all addresses of scratch in a launch, wherever they stand, begin at ``address``."""
     if isinstance(work, Launch):
         words = work.words
-        imagined = (words >= SCRATCH_BASE) & (words < SCRATCH_BASE + SCRATCH_LIMIT)
-        words[imagined] += address - SCRATCH_BASE
+        tentative = (words >= SCRATCH_BASE) & (words < SCRATCH_BASE + SCRATCH_LIMIT)
+        words[tentative] += address - SCRATCH_BASE
         return
     for name in ("a", "b", "c"):
         value = getattr(work, name)
@@ -193,7 +193,7 @@ class CudaPlanner(Planner):
 
     def launch(
         self,
-        kernel: Kernel,
+        kernel: CudaKernel,
         t: Tensor,
         grid: Sequence[int],
         threads: int,
@@ -233,7 +233,7 @@ class CudaPlanner(Planner):
 
     def rows(
         self,
-        kernel: Kernel,
+        kernel: CudaKernel,
         t: Tensor,
         rows: int,
         columns: int,
@@ -259,7 +259,7 @@ class CudaPlanner(Planner):
 
     def each_row(
         self,
-        kernel: Kernel,
+        kernel: CudaKernel,
         t: Tensor,
         rows: int,
         n: int,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHUNK = 4 << 20
 
 
-class Staging:
+class PinnedPair:
     """A pair of pinned chunks, and the event behind the last copy of each."""
 
     def __init__(self, card: Card) -> None:
@@ -43,23 +43,23 @@ class Staging:
             await asyncio.to_thread(self.wait, i)
 
 
-class StagingPool:
+class PinnedPool:
     """Pinned memory is slow to get: what transfers are done with is kept for the next ones."""
 
     _KEPT = 4
 
     def __init__(self, card: Card) -> None:
         self._card = card
-        self._idle: list[Staging] = []
+        self._idle: list[PinnedPair] = []
         self._lock = threading.Lock()
 
-    def take(self) -> Staging:
+    def take(self) -> PinnedPair:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return Staging(self._card)
+        return PinnedPair(self._card)
 
-    def give(self, staging: Staging) -> None:
+    def give(self, staging: PinnedPair) -> None:
         with self._lock:
             self._idle.append(staging)
             if len(self._idle) > self._KEPT:
@@ -219,7 +219,7 @@ class CudaStorage:
 
     whole = True
 
-    def concerns(self, start: int, size: int, t: Tensor | None = None) -> bool:
+    def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
         """All bytes are elsewhere than in the host's memory."""
         return True
 

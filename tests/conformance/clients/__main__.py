@@ -20,7 +20,7 @@ from client.tensors import ShapeError
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect, find_dialects
 from protocol.errors import ProtocolError
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml.types import GgmlType, row_size
 
 
 class NoDeviceError(Exception):

@@ -11,9 +11,9 @@ from conformance.suite.tensors import NO_TENSOR, Fields, graph_bytes, tensor
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from protocol.hashing import fnv1a_64
+from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from tools.wire import Wire
 
 _SIZE = 16384

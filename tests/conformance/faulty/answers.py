@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from protocol.commands import Command
-from protocol.framing import Request
 from protocol.messages import CONN_CAPS_SIZE
-from rpc_server.handshake import Handshake
-from rpc_server.session import Session
+from protocol.requests import Request
+from rpc_server.session.handshake import Handshake
+from rpc_server.session.state import Session
 from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
 
 
@@ -73,16 +73,16 @@ def answers_swapped_between_clients() -> None:
     last: dict[str, bytes] = {}
 
     def make(right: Any) -> Any:
-        def give(s: Session, view: memoryview) -> None:
+        def send_bytes(s: Session, view: memoryview) -> None:
             content = bytes(view)
             others = [data for name, data in last.items() if name != s.name]
             last[s.name] = content
             wrong = next((data for data in others if len(data) == len(content)), content)
             right(s, memoryview(wrong))
 
-        return give
+        return send_bytes
 
-    replace_method(Session, "give", make)
+    replace_method(Session, "send_bytes", make)
 
 
 @fault(
@@ -146,12 +146,12 @@ def version_given_up_at_a_hang_up() -> None:
     minor = served = 1
 
     def make(right: Any) -> Any:
-        def went_on(self: Handshake) -> None:
+        def accepted(self: Handshake) -> None:
             nonlocal served
             served = minor
             right(self)
 
-        return went_on
+        return accepted
 
     def make_ended(right: Any) -> Any:
         def ended(self: Handshake, *, by_server: bool) -> None:
@@ -163,7 +163,7 @@ def version_given_up_at_a_hang_up() -> None:
         return ended
 
     _answering_hello(lambda answer: {"minor": minor})
-    replace_method(Handshake, "went_on", make)
+    replace_method(Handshake, "accepted", make)
     replace_method(Handshake, "ended", make_ended)
 
 
@@ -177,13 +177,13 @@ def large_answer_truncated() -> None:
     kept = 1 << 20
 
     def make(right: Any) -> Any:
-        def give(s: Session, view: memoryview) -> None:
+        def send_bytes(s: Session, view: memoryview) -> None:
             wrong = bytes(view[:kept]) + bytes(max(0, len(view) - kept))
             right(s, memoryview(wrong))
 
-        return give
+        return send_bytes
 
-    replace_method(Session, "give", make)
+    replace_method(Session, "send_bytes", make)
 
 
 def _answering(command: Command, **fields: Any) -> None:
@@ -219,7 +219,7 @@ def more_free_than_total() -> None:
 
 @fault("GET_ALLOC_SIZE leaves out the last block of a quantized tensor", "alloc-size-of-every-type")
 def alloc_size_too_small() -> None:
-    from protocol.ggml_types import TYPE_INFO, GgmlType
+    from protocol.ggml.types import TYPE_INFO, GgmlType
 
     def make(right: Handler) -> Handler:
         def wrong(s: Session, request: Request) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from protocol.commands import Command
 from protocol.errors import ProtocolError
-from protocol.framing import RequestReader
-from rpc_server.server import Connection
-from rpc_server.session import Session
+from protocol.requests import RequestReader
+from rpc_server.net.listener import ClientConnection
+from rpc_server.session.state import Session
 from tests.conformance.faulty.registry import fault, replace_method
 
 
@@ -110,7 +110,7 @@ def surplus_bytes_skipped() -> None:
 @fault("a request that arrives in pieces is refused", "request-in-single-bytes")
 def requests_in_one_piece_only() -> None:
     def make(right: Any) -> Any:
-        def buffer_updated(self: Connection, nbytes: int) -> None:
+        def buffer_updated(self: ClientConnection, nbytes: int) -> None:
             right(self, nbytes)
             session = self._session
             if session is None or session.busy or session.reader.at_boundary:
@@ -120,7 +120,7 @@ def requests_in_one_piece_only() -> None:
 
         return buffer_updated
 
-    replace_method(Connection, "buffer_updated", make)
+    replace_method(ClientConnection, "buffer_updated", make)
 
 
 @fault("a second HELLO is answered", "second-hello")

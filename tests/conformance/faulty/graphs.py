@@ -9,11 +9,11 @@ import numpy as np
 
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.framing import Request
+from protocol.requests import Request
 from rpc_server.devices.cpu.device import CpuDevice
-from rpc_server.memory import Buffers
-from rpc_server.plans import PlanCache
-from rpc_server.session import Session
+from rpc_server.session.buffers import Buffers
+from rpc_server.session.plan_cache import PlanCache
+from rpc_server.session.state import Session
 from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
 
 

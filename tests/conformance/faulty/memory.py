@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.commands import Command
-from protocol.framing import Request
-from rpc_server.cache import TensorCache
+from protocol.requests import Request
+from rpc_server.cache.store import TensorCache
 from rpc_server.devices.cpu.storage import HostStorage
-from rpc_server.handlers.tensors import fill
-from rpc_server.memory import Budget, Buffer, Buffers
-from rpc_server.session import Session
-from rpc_server.uploads import Uploads
+from rpc_server.session.buffers import Budget, Buffer, Buffers
+from rpc_server.session.handlers.tensors import fill
+from rpc_server.session.state import Session
+from rpc_server.session.uploads import Uploads
 from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
 
 _LITTLE_MEMORY = ("--mem", "1G")
@@ -23,7 +23,7 @@ def bounds_off_by_one() -> None:
     def locate(self: Buffer, data: int, offset: int, size: int) -> int:
         start = data + offset - self.base
         if start < 0 or data < self.base or start + size > self.size + 1:
-            from rpc_server.memory import BadAddressError
+            from rpc_server.session.buffers import BadAddressError
 
             raise BadAddressError("outside")
         return start
@@ -242,12 +242,12 @@ def buffer_smaller_than_told() -> None:
 
 @fault("no memory ends the connection", "alloc-of-an-exbibyte")
 def no_memory_is_fatal() -> None:
-    def no_room(self: Session, size: int, error: Exception) -> None:
+    def allocation_failed(self: Session, size: int, error: Exception) -> None:
         from protocol.errors import ProtocolError
 
         raise ProtocolError(str(error))
 
-    Session.no_room = no_room  # type: ignore[method-assign]
+    Session.allocation_failed = allocation_failed  # type: ignore[method-assign]
 
 
 @fault("the cache's hash is of the first 64 KiB only", "hash-of-large-content", options=_CACHE)

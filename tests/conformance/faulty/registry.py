@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.commands import Command
-from protocol.framing import Request
-from rpc_server.handlers import HANDLERS
-from rpc_server.session import Session
+from protocol.requests import Request
+from rpc_server.session.handlers import HANDLERS
+from rpc_server.session.state import Session
 
 Handler = Callable[[Session, Request], None]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from client.partition import Rows, Run
+from client.split.partition import Extent, Rows
 from protocol.commands import Command
-from rpc_server.context import new_identity
-from rpc_server.leases import Client, Lease
-from rpc_server.memory import Buffers
-from rpc_server.session import Session
-from rpc_server.split import weights
-from rpc_server.split.programs import Programs
+from rpc_server.devices.split import weights
+from rpc_server.session.buffers import Buffers
+from rpc_server.session.context import new_identity
+from rpc_server.session.leases import Lease, LeaseHolder
+from rpc_server.session.programs import Programs
+from rpc_server.session.state import Session
 from tests.conformance.faulty.registry import fault, handle, replace_method
 
 _OVER_TWO = ("--split", "local,{worker}", "--tensor-split", "1,1")
@@ -41,8 +41,8 @@ def program_outlives_its_buffers() -> None:
        options=_OVER_TWO)  # fmt: skip
 def split_rows_off_by_one() -> None:
     def make(right: Any) -> Any:
-        def row_runs(parts: list[Rows], row_bytes: int, *more: int) -> list[Run]:
-            runs: list[Run] = right(parts, row_bytes, *more)
+        def row_runs(parts: list[Rows], row_bytes: int, *more: int) -> list[Extent]:
+            runs: list[Extent] = right(parts, row_bytes, *more)
             return [
                 replace(run, start=max(0, run.start - row_bytes)) if run.part else run
                 for run in runs
@@ -50,13 +50,13 @@ def split_rows_off_by_one() -> None:
 
         return row_runs
 
-    replace_method(weights, "row_runs", make)
+    replace_method(weights, "row_extents", make)
 
 
 @fault("everybody who asks for the lease gets it", "one-lease", "lease-in-turn",
        "lease-of-one-who-left")  # fmt: skip
 def lease_for_everybody() -> None:
-    async def acquire(self: Lease, client: Client, seconds: float) -> bool:
+    async def acquire(self: Lease, client: LeaseHolder, seconds: float) -> bool:
         self._give(client)
         return True
 
@@ -71,7 +71,7 @@ def lease_that_is_not_shared() -> None:
 @fault("who came last gets the lease first", "lease-in-turn")
 def lease_out_of_turn() -> None:
     def wait(right: Any) -> Any:
-        def put_first(self: Lease, client: Client) -> Any:
+        def put_first(self: Lease, client: LeaseHolder) -> Any:
             granted = right(self, client)
             self._queue.rotate(1)
             return granted

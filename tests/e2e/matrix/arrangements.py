@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.e2e import llama
-from tools.ports import free_port
-from tools.serving import HOST, Process, ProgramError, listens, upstream_command
+from tools.serving.ports import free_port
+from tools.serving.processes import (
+    HOST,
+    Process,
+    ProgramError,
+    listens,
+    upstream_command,
+)
 
 LOCAL = "local"
 ONE_CORE = ("--threads", "1")

@@ -32,7 +32,7 @@ from tests.e2e.matrix.combinations import Combination
 from tests.e2e.test_architectures import BOUND, SLACK
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tools import models
-from tools.serving import ProgramError
+from tools.serving.processes import ProgramError
 
 # Tokens that a text is made of, and that a window of perplexity has.
 COUNT, WINDOW = 24, 256

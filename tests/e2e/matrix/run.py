@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.e2e.matrix.arrangements import Running, running
 from tests.e2e.matrix.combinations import Combination
 from tests.e2e.matrix.programs import MismatchError, Programs, command
-from tools.serving import ProgramError
+from tools.serving.processes import ProgramError
 
 
 @dataclass(frozen=True)

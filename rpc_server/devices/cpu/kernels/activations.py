@@ -9,7 +9,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+from rpc_server.devices.cpu.kernels.interface.layout import (
+    HALF_SUMS_AT,
+    SCALES_AT,
+    SUMS_AT,
+    UNIT_BYTES,
+    RowForm,
+)
+from rpc_server.devices.cpu.kernels.intrinsics import (
     SRC0,
     bits_f32,
     extra,
@@ -24,16 +32,8 @@ from rpc_server.devices.cpu.abi import (
     row_address,
     store_f32,
 )
-from rpc_server.devices.cpu.isa import Isa
 from rpc_server.devices.cpu.kernels.typed import load_scalar, size_of
 from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, Emit, vector
-from rpc_server.devices.cpu.layout import (
-    HALF_SUMS_AT,
-    SCALES_AT,
-    SUMS_AT,
-    UNIT_BYTES,
-    RowForm,
-)
 
 
 @intrinsic

@@ -19,8 +19,11 @@ import math
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
+from rpc_server.devices.cpu.kernels.functions import exp, tanh
+from rpc_server.devices.cpu.kernels.interface.layout import BLOCK
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
@@ -39,8 +42,6 @@ from rpc_server.devices.cpu.abi import (
     param_f32,
     store_f32,
 )
-from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
-from rpc_server.devices.cpu.kernels.functions import exp, tanh
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     even_lanes,
@@ -61,7 +62,6 @@ from rpc_server.devices.cpu.kernels.lanes import (
 )
 from rpc_server.devices.cpu.kernels.softmax import alibi_slope
 from rpc_server.devices.cpu.kernels.typed import share_rows
-from rpc_server.devices.cpu.layout import BLOCK
 
 _Q, _K, _V, _MASK, _SINKS = SRC0, SRC1, SRC2, SRC3, SRC4
 

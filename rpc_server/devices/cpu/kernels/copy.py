@@ -6,8 +6,10 @@ import functools
 
 import numpy as np
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.catalog import FLOAT_TYPES
+from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     KernelFunction,
@@ -33,8 +35,6 @@ from rpc_server.devices.cpu.abi import (
     store_i32,
     store_i64,
 )
-from rpc_server.devices.cpu.catalog import FLOAT_TYPES
-from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
 from rpc_server.devices.cpu.kernels.quantize import quantize_row
 from rpc_server.devices.cpu.kernels.rows import convert_row
 from rpc_server.devices.cpu.kernels.typed import (

@@ -11,8 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.tables import (
+    E8M0_VALUES,
+    FP4_VALUES,
+    IQ4_VALUES,
+    UE4M3_VALUES,
+)
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.intrinsics import (
     helper,
     inline_helper,
     load_f16,
@@ -35,7 +41,6 @@ from rpc_server.devices.cpu.kernels.lanes import (
     store_f32s_part,
 )
 from rpc_server.devices.cpu.kernels.typed import choose_by_type
-from rpc_server.types.tables import E8M0_VALUES, FP4_VALUES, IQ4_VALUES, UE4M3_VALUES
 
 
 @helper

@@ -18,23 +18,23 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.isa import Isa
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.kernels.formats import FORMATS, Plain, Quantized, Unpacked
-from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, LANES, Emit, vector
-from rpc_server.devices.cpu.layout import (
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+from rpc_server.devices.cpu.kernels.interface.layout import (
     HALF_SUMS_AT,
-    RUN,
     SCALES_AT,
     STAGE_BYTES,
     STAGE_MINIMA,
     STAGE_SCALES,
+    SUBBLOCK,
     SUMS_AT,
     UNIT,
     UNIT_BYTES,
     columns_at_once,
     run_bytes,
 )
+from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, LANES, Emit, vector
 
 _VECTOR_BYTES = 64
 
@@ -51,7 +51,7 @@ def tile_columns_from(type_: GgmlType) -> int:
 
 def _groups(format_: Quantized) -> int:
     """Groups of a run."""
-    return RUN // format_.group
+    return SUBBLOCK // format_.group
 
 
 def _emitter(builder: Any, sig: Any) -> tuple[Emit, Quantized | Plain, GgmlType]:
@@ -156,7 +156,7 @@ def _dot_blocks(
     scales = e.b.fmul(unpacked.scales, d)
     for run, (code, value) in enumerate(zip(unpacked.codes, codes, strict=True)):
         ints = e.dot4(e.constant(I32, 0, 8), code, value, format_.largest)
-        if format_.group == RUN:
+        if format_.group == SUBBLOCK:
             scale = e.splat(e.lane(scales, run), 8)
         else:
             scale = e.shuffle(scales, [2 * run] * 4 + [2 * run + 1] * 4)
@@ -193,8 +193,8 @@ def _quantized_dots(
             return unit if first is None else e.b.add(unit, e.shift_left(first, bits))
 
         codes_at, factors_at = moved(5), moved(2)
-        n = n_blocks * format_.block // RUN
-        codes = [e.load(codes_at, vector(I8, RUN), RUN * i) for i in range(n)]
+        n = n_blocks * format_.block // SUBBLOCK
+        codes = [e.load(codes_at, vector(I8, SUBBLOCK), SUBBLOCK * i) for i in range(n)]
         d = e.load(factors_at, vector(F32, n) if n > 1 else F32, SCALES_AT)
         if groups == 1:
             sums = e.load(factors_at, d.type, SUMS_AT)
@@ -206,7 +206,7 @@ def _quantized_dots(
         new: list[Any] = []
         for i, row in enumerate(rows):
             at = e.b.add(row, offset)
-            if n == UNIT // RUN:
+            if n == UNIT // SUBBLOCK:
                 e.prefetch(e.b.add(at, ahead), n_blocks * format_.size)
             unpacked = format_.unpack(e, at, n_blocks)
             old = totals[_TOTALS * i : _TOTALS * (i + 1)]
@@ -218,7 +218,7 @@ def _quantized_dots(
         return runs(e.b.mul(i, e.i64(per_unit)), per_unit, unit, None, totals)
 
     def rest_body(i: Any, totals: list[Any]) -> list[Any]:
-        within = e.b.mul(e.b.sub(i, whole_blocks), e.i64(format_.block // RUN))
+        within = e.b.mul(e.b.sub(i, whole_blocks), e.i64(format_.block // SUBBLOCK))
         return runs(i, 1, rest, within, totals)
 
     per_unit = UNIT // format_.block
@@ -312,7 +312,7 @@ def _unpack_quantized(
     stage: Any,
     tile: Any,
 ) -> None:
-    runs, groups = format_.block // RUN, _groups(format_)
+    runs, groups = format_.block // SUBBLOCK, _groups(format_)
     record = run_bytes(format_.group)
 
     def unit_body(start: Any, _: list[Any]) -> list[Any]:
@@ -330,7 +330,7 @@ def _unpack_quantized(
                 unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), 1)
                 to = e.b.add(codes, e.b.mul(j, e.i64(format_.block)))
                 for run, code in enumerate(unpacked.codes):
-                    e.store(code, to, RUN * run)
+                    e.store(code, to, SUBBLOCK * run)
                 to = e.b.add(factors, e.b.mul(j, e.i64(4 * runs * groups)))
                 e.store(unpacked.scales, to, STAGE_SCALES)
                 e.store(unpacked.minima, to, STAGE_MINIMA)
@@ -343,7 +343,7 @@ def _unpack_quantized(
             return []
 
         e.loop(e.i64(0), e.i64(LANES), 1, [], row_body)
-        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(RUN)), e.i64(record))
+        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(SUBBLOCK)), e.i64(record))
         out = e.b.add(tile, out)
 
         def run_body(j: Any, _: list[Any]) -> list[Any]:
@@ -476,11 +476,11 @@ def _quantized_product(
     def unit_body(start: Any, totals: list[Any]) -> list[Any]:
         count = e.call_vector("smin", e.b.sub(end, start), e.i64(UNIT))
         unit = e.b.mul(e.b.sdiv(start, e.i64(UNIT)), e.i64(UNIT_BYTES))
-        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(RUN)), e.i64(record))
+        out = e.b.mul(e.b.sdiv(e.b.sub(start, begin), e.i64(SUBBLOCK)), e.i64(record))
         out = e.b.add(tile, out)
         return e.loop(
             e.i64(0),
-            e.b.sdiv(count, e.i64(RUN)),
+            e.b.sdiv(count, e.i64(SUBBLOCK)),
             1,
             totals,
             lambda j, t: run_body(j, unit, e.b.add(out, e.b.mul(j, e.i64(record))), t),

@@ -12,8 +12,10 @@ import math
 
 import numpy as np
 
-from protocol.ggml_ops import GluOp, UnaryOp
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.ops import GluOp, UnaryOp
+from rpc_server.devices.cpu.catalog import Binary, Function
+from rpc_server.devices.cpu.kernels import functions as f
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
@@ -28,8 +30,6 @@ from rpc_server.devices.cpu.abi import (
     param_f32,
     row_address,
 )
-from rpc_server.devices.cpu.catalog import Binary, Function
-from rpc_server.devices.cpu.kernels import functions as f
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     absolute,

@@ -13,10 +13,10 @@ from typing import Any
 
 from llvmlite import ir
 
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.tables import FP4_VALUES, IQ4_VALUES
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.kernels.interface.layout import SCALE_GROUPS
 from rpc_server.devices.cpu.kernels.vector import F16, F32, I1, I8, I16, I32, I64, Emit, vector
-from rpc_server.devices.cpu.layout import SCALE_GROUPS
-from rpc_server.types.tables import FP4_VALUES, IQ4_VALUES
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rpc_server.devices.cpu.abi import inline_helper
+from rpc_server.devices.cpu.kernels.intrinsics import inline_helper
 from rpc_server.devices.cpu.kernels.lanes import (
     absolute,
     bits_of,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gguf.quants
 import numpy as np
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.intrinsics import (
     helper,
     inline_helper,
     load_f16,

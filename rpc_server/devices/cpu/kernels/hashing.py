@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocol.hashing import FNV_PRIME
-from rpc_server.devices.cpu.abi import load_u8
+from protocol.ggml.hashing import FNV_PRIME
+from rpc_server.devices.cpu.kernels.intrinsics import load_u8
 from rpc_server.native.source import routine
 
 _PRIME = np.int64(FNV_PRIME)

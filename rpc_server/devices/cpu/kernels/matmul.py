@@ -11,8 +11,22 @@ from __future__ import annotations
 
 import functools
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.dots import (
+    row_dots,
+    rows_at_once,
+    tile_columns_from,
+    tile_product,
+    unpack_tile,
+)
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+from rpc_server.devices.cpu.kernels.interface.layout import (
+    LANES,
+    columns_at_once,
+    k_chunk,
+    tile_bytes,
+)
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
@@ -28,15 +42,6 @@ from rpc_server.devices.cpu.abi import (
     ne,
     store_i64,
 )
-from rpc_server.devices.cpu.isa import Isa
-from rpc_server.devices.cpu.kernels.dots import (
-    row_dots,
-    rows_at_once,
-    tile_columns_from,
-    tile_product,
-    unpack_tile,
-)
-from rpc_server.devices.cpu.layout import LANES, columns_at_once, k_chunk, tile_bytes
 
 INDEX_OUT_OF_RANGE = 1
 

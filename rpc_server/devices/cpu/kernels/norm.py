@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.catalog import Norm
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     KernelFunction,
@@ -21,7 +22,6 @@ from rpc_server.devices.cpu.abi import (
     param_f32,
     row_address,
 )
-from rpc_server.devices.cpu.catalog import Norm
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     fma,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.tables import IQ4_VALUES
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.intrinsics import (
     exact_helper,
     load_f32,
     load_u8,
@@ -31,7 +32,6 @@ from rpc_server.devices.cpu.kernels.lanes import (
     store_f32s_as_i8,
 )
 from rpc_server.devices.cpu.kernels.typed import choose_by_type
-from rpc_server.types.tables import IQ4_VALUES
 
 _BLOCK = 32
 

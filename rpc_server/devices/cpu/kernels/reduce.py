@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.catalog import TOP_K_INSERT
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     data,
@@ -21,7 +22,6 @@ from rpc_server.devices.cpu.abi import (
     store_f32,
     store_i32,
 )
-from rpc_server.devices.cpu.catalog import TOP_K_INSERT
 from rpc_server.devices.cpu.kernels.norm import row_sum
 from rpc_server.devices.cpu.kernels.typed import share_rows
 

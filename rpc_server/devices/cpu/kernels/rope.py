@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.catalog import MODE_IMROPE, MODE_MROPE, MODE_VISION
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
@@ -32,7 +33,6 @@ from rpc_server.devices.cpu.abi import (
     param_i32,
     store_f32,
 )
-from rpc_server.devices.cpu.catalog import MODE_IMROPE, MODE_MROPE, MODE_VISION
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     even_lanes,

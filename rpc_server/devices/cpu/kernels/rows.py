@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
@@ -24,7 +25,6 @@ from rpc_server.devices.cpu.abi import (
     ne,
     row_address,
 )
-from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     load_f32s,

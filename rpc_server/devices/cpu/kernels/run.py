@@ -14,8 +14,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rpc_server.devices.cpu.schedule import Step
-from rpc_server.devices.cpu.sync import ARRIVED, FAILED_AT, GENERATION, STATUS
+from rpc_server.devices.cpu.kernels.interface.schedule import StepFlag
+from rpc_server.devices.cpu.kernels.interface.sync import (
+    ARRIVED,
+    FAILED_AT,
+    GENERATION,
+    STATUS,
+)
 from rpc_server.native.source import routine
 
 # About 20 us of spinning, the length of a small node; then the scheduler is asked.
@@ -101,8 +106,8 @@ def _barrier(sync, n_threads):  # type: ignore[no-untyped-def]
             _yield_slice()
 
 
-_SERIAL = int(Step.SERIAL)
-_BARRIER_AFTER = int(Step.BARRIER_AFTER)
+_SERIAL = int(StepFlag.SERIAL)
+_BARRIER_AFTER = int(StepFlag.BARRIER_AFTER)
 
 
 @routine

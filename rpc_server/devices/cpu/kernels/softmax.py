@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from rpc_server.devices.cpu.abi import (
+from rpc_server.devices.cpu.kernels.functions import exp
+from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
@@ -24,7 +25,6 @@ from rpc_server.devices.cpu.abi import (
     param_i32,
     row_address,
 )
-from rpc_server.devices.cpu.kernels.functions import exp
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     fma,

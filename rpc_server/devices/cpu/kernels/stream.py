@@ -2,7 +2,7 @@
 
 A kernel tries again for a while, since the other side answers within microseconds, and then sleeps
 in poll(); between two tries it lets others have the core. What a stream is, which words it has and
-how patience is counted is told in ``rpc_server.split.stream``.
+how patience is counted is told in ``rpc_server.devices.cpu.kernels.interface.stream``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,7 @@ import socket
 import numpy as np
 from numba import types
 
-from rpc_server.devices.cpu.abi import (
-    extra,
-    helper,
-    kernel,
-    load_i64,
-    memory_copy,
-    store_i16,
-    store_i32,
-    store_i64,
-)
-from rpc_server.split.stream import (
+from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
     BYTES_SENT,
     CLOSED,
@@ -39,6 +29,16 @@ from rpc_server.split.stream import (
     TIME,
     TIMEOUT_MS,
     WAIT_NS,
+)
+from rpc_server.devices.cpu.kernels.intrinsics import (
+    extra,
+    helper,
+    kernel,
+    load_i64,
+    memory_copy,
+    store_i16,
+    store_i32,
+    store_i64,
 )
 
 _FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)

@@ -12,8 +12,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cpu.abi import (
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.intrinsics import (
     inline_helper,
     load_bf16,
     load_f16,

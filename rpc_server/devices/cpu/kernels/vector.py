@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from rpc_server.devices.cpu.isa import Isa
-from rpc_server.devices.cpu.layout import LANES
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+from rpc_server.devices.cpu.kernels.interface.layout import LANES
 from rpc_server.native.source import routine
 
 __all__ = ["LANES"]

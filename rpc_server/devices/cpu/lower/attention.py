@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.catalog import DECODABLE, attention_kernel, merge_attention
-from rpc_server.devices.cpu.layout import (
+from rpc_server.devices.cpu.kernels.interface.layout import (
     BLOCK,
     RowForm,
     activation_form,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType, row_size
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType, row_size
 from rpc_server.devices.cpu.catalog import (
     DECODABLE,
     FLOAT_TYPES,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from protocol.ggml_ops import GluOp, Op, UnaryOp
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.catalog import (
     BINARY_CODES,
     FLOAT_TYPES,
@@ -17,7 +17,7 @@ from rpc_server.devices.cpu.catalog import (
     unary_kernel,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.devices.shapes import gated_and_gate, rows_and_width
+from rpc_server.devices.planning.shapes import gated_and_gate, rows_and_width
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import gelu
 

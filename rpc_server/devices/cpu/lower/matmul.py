@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.catalog import product_kernel, route_columns
-from rpc_server.devices.cpu.isa import chosen_isa
-from rpc_server.devices.cpu.layout import (
+from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa
+from rpc_server.devices.cpu.kernels.interface.layout import (
     PRODUCT_TYPES,
     SCALE_GROUPS,
     RowForm,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.catalog import Norm, group_norm, norm_kernel
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor

@@ -6,8 +6,8 @@ import struct
 
 import numpy as np
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.catalog import (
     MODE_IMROPE,
     MODE_MROPE,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.catalog import (
     DECODABLE,
     FLOAT_TYPES,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
-    Kernel,
+    CudaKernel,
     attention_kernel,
     attention_of_few_rows,
     kernel,
@@ -48,7 +48,7 @@ _ROUND = kernel("attention_steps", "round_queries", 256)
 class _Way:
     """A kernel for a node, and what it is launched with."""
 
-    kernel: Kernel
+    kernel: CudaKernel
     # Rows of a block, and how many blocks a multiprocessor has room for.
     rows: int
     blocks: int

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import Kernel, kernel
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cuda.kernels import CudaKernel, kernel
 from rpc_server.devices.cuda.lower.walk import elements, small
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -58,7 +58,7 @@ class _Geometry:
     result: tuple[Sequence[int], int, int] = ((), 0, 0)
     input_of_result: int = 0
 
-    def launch(self, chosen: Kernel, t: Tensor, planner: CudaPlanner, flags: int = 0) -> bool:
+    def launch(self, chosen: CudaKernel, t: Tensor, planner: CudaPlanner, flags: int = 0) -> bool:
         if not small(t, *(s for s in t.src if s is not None)):
             return False
         strides, paddings, dilations = self.steps

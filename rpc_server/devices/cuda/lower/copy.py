@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import Kernel, kernel, kernel_of_weights
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.walk import as_floats, as_row, decoded, dense, elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -25,8 +25,8 @@ class Encoder:
     A thread has ``group`` elements, one behind another; those of a block's groups work together.
     """
 
-    copy: Kernel
-    rows: Kernel
+    copy: CudaKernel
+    rows: CudaKernel
     group: int
 
 

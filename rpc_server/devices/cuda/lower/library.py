@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from protocol.ggml_types import GgmlType
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import decoded, dense
 from rpc_server.devices.cuda.planner import CudaPlanner, Product

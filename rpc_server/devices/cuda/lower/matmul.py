@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.ggml_ops import Op
-from protocol.ggml_types import TYPE_INFO, GgmlType
-from rpc_server.devices.cuda.kernels import Kernel, kernel, kernel_of_weights
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.library import by_library
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -55,7 +55,7 @@ _LIBRARY_FROM_OF_FLOATS = 24
 ROUNDED_AS = {GgmlType.Q8_0: 0, GgmlType.Q8_1: 1, GgmlType.Q8_K: 2}
 
 
-def products_of(weights: GgmlType) -> list[Kernel]:
+def products_of(weights: GgmlType) -> list[CudaKernel]:
     """A kernel of each unit that products with such weights need."""
     units = [("matvec", "multiply_1")]
     if TYPE_INFO[weights].quantized:

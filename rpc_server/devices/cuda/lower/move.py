@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.copy import lower_copy
 from rpc_server.devices.cuda.lower.walk import elements

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.graph.tensor import Tensor

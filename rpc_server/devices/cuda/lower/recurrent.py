@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
-from rpc_server.devices.cuda.kernels import Kernel, kernel
+from protocol.ggml.ops import Op
+from rpc_server.devices.cuda.kernels import CudaKernel, kernel
 from rpc_server.devices.cuda.lower.walk import elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
@@ -22,7 +22,7 @@ _BY_COLUMNS = {
 }
 
 
-def _by_rows(chosen: Kernel, t: Tensor, planner: CudaPlanner, rows: int, extra: int) -> bool:
+def _by_rows(chosen: CudaKernel, t: Tensor, planner: CudaPlanner, rows: int, extra: int) -> bool:
     """A warp has a row of a state."""
     grid = (min(-(-rows // (_THREADS // 32)), MAX_GRID[0]),)
     planner.launch(chosen, t, grid, _THREADS, extra=(extra,))

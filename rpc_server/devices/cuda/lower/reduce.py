@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_row
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
-from rpc_server.devices.shapes import is_flat
+from rpc_server.devices.planning.shapes import is_flat
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor

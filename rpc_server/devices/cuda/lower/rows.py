@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.devices.cuda.lower.walk import decode_grid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.ggml_ops import Op
+from protocol.ggml.ops import Op
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from protocol.ggml_types import GgmlType
-from rpc_server.devices.cuda.kernels import Kernel, kernel_of_weights
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cuda.kernels import CudaKernel, kernel_of_weights
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner
-from rpc_server.devices.shapes import is_flat
+from rpc_server.devices.planning.shapes import is_flat
 from rpc_server.graph.tensor import Dims, Tensor
 
 # Numbers of strides, paddings and dilations are of 32 bits; times such sizes they fit 64.
@@ -16,7 +16,7 @@ _MOST_PLACES = 1 << 31
 
 
 def elements(
-    chosen: Kernel,
+    chosen: CudaKernel,
     t: Tensor,
     planner: CudaPlanner,
     *extra: int,

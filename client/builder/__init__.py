@@ -1,0 +1,1 @@
+"""ggml's constructors: tensors and the graphs that compute them."""

@@ -1,0 +1,198 @@
+"""New tensors, views and generic nodes: what every op constructor of the builder stands on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+from client.tensors import Dims, Tensor, dims, require
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+
+# ggml_prec: what a product may accumulate in. The names are ggml's.
+PREC_UNDEFINED = 0
+PREC_F32 = 10
+
+
+def can_repeat(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a`` fits into ``b`` a whole number of times in each dimension."""
+    if 0 in a.ne:
+        return 0 in b.ne
+    return all(nb % na == 0 for na, nb in zip(a.ne, b.ne, strict=True))
+
+
+def is_vector(a: Tensor) -> bool:
+    """All elements in dimension 0 (ggml_is_vector)."""
+    return a.ne[1:] == (1, 1, 1)
+
+
+class NodeFactory:
+    """Makes tensors with ids that are unique within this factory."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+
+    # -- leaves
+
+    def new_tensor(self, type: GgmlType, ne: Sequence[int], name: str = "") -> Tensor:
+        """A dense leaf of 1 to 4 dimensions; ShapeError for part of a block."""
+        return self.op(Op.NONE, type, ne, name=name)
+
+    def new_tensor_1d(self, type: GgmlType, ne0: int, name: str = "") -> Tensor:
+        return self.new_tensor(type, (ne0,), name)
+
+    def new_tensor_2d(self, type: GgmlType, ne0: int, ne1: int, name: str = "") -> Tensor:
+        return self.new_tensor(type, (ne0, ne1), name)
+
+    def new_tensor_3d(self, type: GgmlType, ne0: int, ne1: int, ne2: int, name: str = "") -> Tensor:
+        return self.new_tensor(type, (ne0, ne1, ne2), name)
+
+    def new_tensor_4d(
+        self, type: GgmlType, ne0: int, ne1: int, ne2: int, ne3: int, name: str = ""
+    ) -> Tensor:
+        return self.new_tensor(type, (ne0, ne1, ne2, ne3), name)
+
+    # -- nodes
+
+    def op(
+        self,
+        op: Op,
+        type: GgmlType,
+        ne: Sequence[int],
+        src: Iterable[Tensor | None] = (),
+        params: Iterable[int | float] = (),
+        *,
+        name: str = "",
+    ) -> Tensor:
+        """Any node: a dense result of ``type`` and ``ne``, made of ``src`` with ``params``.
+
+        ``params`` are the op_params as words: ints as int32, floats as float32. Nothing is checked
+        but that rows are whole blocks.
+        """
+        result = Tensor(next(self._ids), type, dims(ne), op=op, params=params, src=src, name=name)
+        block = TYPE_INFO[type].block_size
+        require(result.ne[0] % block == 0, f"{result!r}: rows are not whole blocks of {block}")
+        return result
+
+    def like(
+        self,
+        op: Op,
+        a: Tensor,
+        src: Iterable[Tensor | None],
+        params: Iterable[int | float] = (),
+        *,
+        inplace: bool = False,
+    ) -> Tensor:
+        """A node of the type and shape of ``a``; ``inplace`` in the memory of ``a``."""
+        if inplace:
+            return self.view_of(a, op, src, params)
+        return self.op(op, a.type, a.ne, src, params)
+
+    def view_of(
+        self,
+        a: Tensor,
+        op: Op,
+        src: Iterable[Tensor | None],
+        params: Iterable[int | float] = (),
+        *,
+        ne: Dims | None = None,
+        nb: Dims | None = None,
+        offset: int = 0,
+        name: str = "",
+    ) -> Tensor:
+        """A node in the memory of ``a``, from byte ``offset`` of it on.
+
+        Shape and strides are those of ``a`` unless given. As in ggml a view of a view is a view of
+        what that one views. ShapeError if the dense size of ``ne`` doesn't fit.
+        """
+        root = a if a.view_src is None else a.view_src
+        base = offset + (0 if a.view_src is None else a.view_offs)
+        shape = a.ne if ne is None else ne
+        strides = nb if nb is not None else (a.nb if ne is None else None)
+        result = Tensor(
+            next(self._ids),
+            a.type,
+            shape,
+            op=op,
+            params=params,
+            src=src,
+            nb=strides,
+            view_src=root,
+            view_offs=base,
+            name=name or f"{a.name} (view)",
+        )
+        size = row_size(a.type, shape[0]) * shape[1] * shape[2] * shape[3]
+        require(offset >= 0, f"{result!r}: negative offset {offset}")
+        require(
+            size == 0 or size + base <= root.nbytes,
+            f"{result!r}: {size} bytes from {base} on do not lie in {root!r} of {root.nbytes}",
+        )
+        return result
+
+    # -- views
+
+    def _view(self, a: Tensor, ne: Dims, nb: Sequence[int], offset: int) -> Tensor:
+        # op_params of VIEW hold the 64-bit offset.
+        result = self.view_of(a, Op.VIEW, (a,), (offset, offset >> 32), ne=ne, offset=offset)
+        strides = [result.nb[0], *nb]
+        for i in range(len(strides), 4):
+            strides.append(strides[i - 1] * ne[i - 1])
+        result.nb = strides[0], strides[1], strides[2], strides[3]
+        return result
+
+    def view_1d(self, a: Tensor, ne0: int, offset: int = 0) -> Tensor:
+        """``ne0`` elements from byte ``offset`` of ``a`` on."""
+        ne = dims((ne0,))
+        return self._view(a, ne, (row_size(a.type, ne0),), offset)
+
+    def view_2d(self, a: Tensor, ne0: int, ne1: int, nb1: int, offset: int = 0) -> Tensor:
+        """Rows of ``ne0`` elements, ``nb1`` bytes apart."""
+        return self._view(a, dims((ne0, ne1)), (nb1,), offset)
+
+    def view_3d(
+        self, a: Tensor, ne0: int, ne1: int, ne2: int, nb1: int, nb2: int, offset: int = 0
+    ) -> Tensor:
+        return self._view(a, dims((ne0, ne1, ne2)), (nb1, nb2), offset)
+
+    def view_4d(
+        self,
+        a: Tensor,
+        ne0: int,
+        ne1: int,
+        ne2: int,
+        ne3: int,
+        nb1: int,
+        nb2: int,
+        nb3: int,
+        offset: int = 0,
+    ) -> Tensor:
+        return self._view(a, dims((ne0, ne1, ne2, ne3)), (nb1, nb2, nb3), offset)
+
+    def reshape(self, a: Tensor, *ne: int) -> Tensor:
+        """The elements of a contiguous tensor in another shape (ggml_reshape_1d to _4d)."""
+        shape = dims(ne)
+        require(a.contiguous, f"reshape: {a!r} is not contiguous")
+        require(
+            shape[0] * shape[1] * shape[2] * shape[3] == a.nelements,
+            f"reshape: {a!r} has {a.nelements} elements, not {shape}",
+        )
+        return self.view_of(a, Op.RESHAPE, (a,), ne=shape, name=f"{a.name} (reshaped)")
+
+    def permute(self, a: Tensor, axis0: int, axis1: int, axis2: int, axis3: int) -> Tensor:
+        """Dimension i of ``a`` becomes dimension ``axis<i>``."""
+        axes = (axis0, axis1, axis2, axis3)
+        require(sorted(axes) == [0, 1, 2, 3], f"permute: {axes} is no permutation")
+        ne, nb = [0] * 4, [0] * 4
+        for i, axis in enumerate(axes):
+            ne[axis], nb[axis] = a.ne[i], a.nb[i]
+        result = self.view_of(a, Op.PERMUTE, (a,), axes, name=f"{a.name} (permuted)")
+        result.ne = dims(ne)
+        result.nb = nb[0], nb[1], nb[2], nb[3]
+        return result
+
+    def transpose(self, a: Tensor) -> Tensor:
+        """Dimensions 0 and 1 change places."""
+        result = self.view_of(a, Op.TRANSPOSE, (a,), name=f"{a.name} (transposed)")
+        result.ne = a.ne[1], a.ne[0], a.ne[2], a.ne[3]
+        result.nb = a.nb[1], a.nb[0], a.nb[2], a.nb[3]
+        return result

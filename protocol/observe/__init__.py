@@ -1,0 +1,1 @@
+"""A connection that others have, read from outside: captures, recordings, reports."""

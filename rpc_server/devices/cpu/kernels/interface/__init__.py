@@ -1,0 +1,1 @@
+"""What compiled code and the server agree on. Nothing here needs the compiler."""

@@ -1,0 +1,172 @@
+"""What lowerings and kernels have to agree on: how rows and scratch are laid out, and their sizes.
+
+Rows of activations come in the forms that products read. A product rounds its activations as ggml's
+CPU backend does, so that a model says the same here as it does there: each weight type has a *form*
+of activations (ggml's ``vec_dot_type``).
+
+Forms for quantized weights (``Q8_0``, ``Q8_1``, ``Q8_K``) differ in how codes and scales are found
+and lie in memory alike: units of 256 elements (the last may be part filled), 384 bytes each.
+
+======  ==========================================================================================
+offset  content
+======  ==========================================================================================
+0       256 signed codes, -127..127
+256     8 F32 scales, one for each run of 32 elements
+288     8 F32: the sum of a run's codes times its scale
+320     16 F32: the same for runs of 16
+======  ==========================================================================================
+
+The other forms are dense F32: values that F16, BF16 or blocks of Q8_0 (``Q8_0_FLOATS``) hold
+exactly, or (``F32``) any.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+
+# Elements of a vector in kernels; rows of weights are handled in tiles of so many, a lane each.
+LANES = 16
+_VECTOR_BYTES = 4 * LANES
+
+
+# -- rows of activations ---------------------------------------------------------------------------
+
+UNIT = 256
+UNIT_BYTES = 384
+SCALES_AT = 256
+SUMS_AT = 288
+HALF_SUMS_AT = 320
+
+
+class RowForm(enum.IntEnum):
+    """See the module. Values are those of the type whose rounding it has, where they can be."""
+
+    F32 = GgmlType.F32
+    F16 = GgmlType.F16
+    BF16 = GgmlType.BF16
+    Q8_0 = GgmlType.Q8_0
+    Q8_1 = GgmlType.Q8_1
+    Q8_K = GgmlType.Q8_K
+    Q8_0_FLOATS = 1000 + GgmlType.Q8_0
+
+
+CODED = (RowForm.Q8_0, RowForm.Q8_1, RowForm.Q8_K)
+
+# Weights whose activations ggml rounds to block_q8_1; of the other types see below.
+_WITH_SUMS = (GgmlType.Q4_1, GgmlType.Q5_1)
+
+
+def activation_form(weights: GgmlType) -> RowForm:
+    """The form of activations for a weight type: its vec_dot_type in ggml's CPU backend."""
+    info = TYPE_INFO[weights]
+    if not info.quantized:
+        return RowForm(weights)
+    if weights in _WITH_SUMS:
+        return RowForm.Q8_1
+    return RowForm.Q8_K if info.block_size == UNIT else RowForm.Q8_0
+
+
+def row_bytes(form: RowForm, n: int) -> int:
+    """Bytes of a row of ``n`` elements."""
+    if form in CODED:
+        return -(-n // UNIT) * UNIT_BYTES
+    return -(-n * 4 // 64) * 64
+
+
+# -- products --------------------------------------------------------------------------------------
+
+# Weight types with kernels for products; of the quantized ones, the elements that share a scale.
+SCALE_GROUPS: dict[GgmlType, int] = {
+    GgmlType.Q4_0: 32,
+    GgmlType.Q4_1: 32,
+    GgmlType.Q5_0: 32,
+    GgmlType.Q5_1: 32,
+    GgmlType.Q8_0: 32,
+    GgmlType.IQ4_NL: 32,
+    GgmlType.MXFP4: 32,
+    GgmlType.Q1_0: 32,
+    GgmlType.Q2_0: 32,
+    GgmlType.NVFP4: 16,
+    GgmlType.TQ1_0: 32,
+    GgmlType.TQ2_0: 32,
+    GgmlType.Q2_K: 16,
+    GgmlType.Q3_K: 16,
+    GgmlType.Q4_K: 32,
+    GgmlType.Q5_K: 32,
+    GgmlType.Q6_K: 16,
+    GgmlType.IQ4_XS: 32,
+}
+PRODUCT_TYPES = frozenset((*SCALE_GROUPS, GgmlType.F32, GgmlType.F16, GgmlType.BF16))
+
+SUBBLOCK = 32
+# Unpacked rows of one unit before they are turned: codes, scales and minima of 16 rows.
+STAGE_SCALES = LANES * UNIT
+STAGE_MINIMA = STAGE_SCALES + LANES * _VECTOR_BYTES
+STAGE_BYTES = STAGE_MINIMA + LANES * _VECTOR_BYTES
+
+# Bytes of activations that are multiplied with a tile before the next tile is unpacked.
+_PANEL_BYTES = 768 << 10
+
+
+def columns_at_once(isa: Isa) -> int:
+    """Columns that a tile is multiplied with: one register each, and one more for bytes."""
+    return 8 if isa >= Isa.AVX512 else 4
+
+
+def k_chunk(type_: GgmlType) -> int:
+    """Elements of a row that a tile holds at most: it should stay in the cache next to a core."""
+    return 2048 if type_ in SCALE_GROUPS else 512
+
+
+def run_bytes(group: int) -> int:
+    """Bytes of a tile for each run of 32 elements, of which ``group`` share a scale."""
+    return (8 + 2 * (SUBBLOCK // group)) * _VECTOR_BYTES
+
+
+def tile_bytes(type_: GgmlType) -> int:
+    """Size of a tile with the stage before it."""
+    if type_ in SCALE_GROUPS:
+        return STAGE_BYTES + k_chunk(type_) // SUBBLOCK * run_bytes(SCALE_GROUPS[type_])
+    return STAGE_BYTES + k_chunk(type_) * _VECTOR_BYTES
+
+
+def panel_columns(isa: Isa, column_bytes: int) -> int:
+    """How many columns are done per unpacking of the weights: what the second-level cache holds."""
+    at_once = columns_at_once(isa)
+    return max(_PANEL_BYTES // max(column_bytes, 1) // at_once, 4) * at_once
+
+
+def product_scratch(type_: GgmlType, isa: Isa, n_columns: int) -> int:
+    """Bytes of scratch of one thread for products of at most ``n_columns`` columns per matrix."""
+    return tile_bytes(type_) + 16 * (n_columns + columns_at_once(isa))
+
+
+def routing_bytes(n_experts: int, n_columns: int) -> int:
+    """Size of what the kernel ``route_columns`` writes."""
+    return 8 * (n_experts + 1) + 24 * n_columns
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+# Positions of a block: keys and values of one stay in the first-level cache while rows use them.
+BLOCK = 64
+
+
+def _padded(n: int) -> int:
+    """Floats of a row of ``n`` in scratch: whole vectors."""
+    return -(-n // LANES) * LANES
+
+
+def thread_floats(rows: int, dk: int, dv: int) -> int:
+    """Floats of scratch a thread needs: a block of keys and values, and for each row queries,
+    scores, sums and what else there is of it."""
+    dk, dv = _padded(dk), _padded(dv)
+    return BLOCK * (dk + dv + 1) + rows * (dk + dv + BLOCK + 3)
+
+
+def partial_floats(rows: int, dv: int) -> int:
+    """Floats that one thread leaves of one task: sums, then largest scores, then totals."""
+    return rows * (_padded(dv) + 2)

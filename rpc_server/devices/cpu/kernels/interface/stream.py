@@ -1,0 +1,92 @@
+"""The memory by which compiled plans send to and receive from a socket.
+
+A decode step of a split model is a hundred exchanges of a few kilobytes with as little as 30 us of
+computing between them: none of them may pass through Python or an event loop. So kernels do them,
+see ``devices/cpu/kernels/stream.py``. The socket is lent by its transport for the time of a run and
+is non-blocking.
+
+A *stream* is 32 words of memory that live as long as the link: see the constants below.
+
+Patience is counted in what is moved, since a device waits with whoever waits: a stream has
+``TIMEOUT_MS`` of it at most, waiting uses it up, each byte that comes or goes restores a little (a
+second for 64 KiB), and where none is left the status is SILENT. A peer that trickles bytes singly
+is no better than one that says nothing. A coordinator (``renewed``) is as patient as ever with each
+exchange, in which its workers compute; a worker has one measure of it for all the steps of a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+STREAM_WORDS = 32
+FD = 0
+# Bytes that the transport had received already when it lent the socket.
+EARLY_ADDRESS = 1
+EARLY_LEFT = 2
+TIMEOUT_MS = 3
+# How long to try again before going to sleep, nanoseconds.
+SPIN_NS = 4
+BYTES_SENT = 5
+BYTES_RECEIVED = 6
+EXCHANGES = 7
+WAIT_NS = 8
+# A pollfd; a timespec, which takes two words.
+POLL = 9
+TIME = 10
+# How long the peer is still waited for, nanoseconds, and whether that begins anew with each
+# exchange.
+PATIENCE_NS = 12
+RENEWED = 13
+# What a byte that is moved is worth.
+NS_PER_BYTE = 1_000_000_000 // (64 << 10)
+
+# Statuses of these kernels, beside those of rpc_server.devices.cpu.kernels.interface.abi.
+CLOSED = 16
+SILENT = 17
+CONFUSED = 18
+STATUS_TEXT = {
+    CLOSED: "hung up",
+    SILENT: "did not answer in time",
+    CONFUSED: "sent something else than the result",
+}
+
+
+# Longer than most waits within a token: being woken up takes as long as a small product. Whoever
+# shares the core with a waiting thread is let through at each try.
+_SPIN_NS = 1_000_000
+
+
+class Stream:
+    """The words of one link's stream, and what Python reads and sets of them."""
+
+    def __init__(self, timeout: float, *, renewed: bool) -> None:
+        """``timeout`` (seconds) is the longest that one side waits for the other.
+
+        ``renewed``: in one exchange, instead of in one run.
+        """
+        self._words = np.zeros(STREAM_WORDS, np.int64)
+        self._early: Any = None
+        self._words[TIMEOUT_MS] = int(timeout * 1000)
+        self._words[SPIN_NS] = _SPIN_NS
+        self._words[RENEWED] = int(renewed)
+        self.address = int(self._words.ctypes.data)
+
+    def open(self, fd: int, early: bytes = b"") -> None:
+        """Use ``fd``; ``early`` are bytes of the stream that were received already."""
+        self._early = np.frombuffer(early, np.uint8)
+        self._words[FD] = fd
+        self._words[PATIENCE_NS] = self._words[TIMEOUT_MS] * 1_000_000
+        self._words[EARLY_ADDRESS] = self._early.ctypes.data
+        self._words[EARLY_LEFT] = len(early)
+
+    def count(self, word: int) -> int:
+        """A count since the link was made."""
+        return int(self._words[word])
+
+    @property
+    def early_left(self) -> bytes:
+        """What was received before the run and belongs to what follows it."""
+        left = int(self._words[EARLY_LEFT])
+        return bytes(self._early[len(self._early) - left :]) if left else b""

@@ -1,0 +1,1 @@
+"""Plans that send to and receive from a socket by themselves."""

@@ -1,0 +1,64 @@
+"""The worker's side of the split extension: a program off the wire becomes items of a plan."""
+
+from __future__ import annotations
+
+from protocol.dialects import Dialect
+from protocol.split import ProgramPayload
+from rpc_server.devices.cpu.streaming.transfer import (
+    Receive,
+    Send,
+    StreamPeer,
+    Transfer,
+)
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.parse import Resolve, check_order, parse_tensors, tensor_with_id
+from rpc_server.graph.tensor import Tensor
+
+# Outputs of a step that are larger in all go out one by one, while the next is computed.
+_TOGETHER_UP_TO = 64 << 10
+
+
+def program_items(
+    payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+) -> list[Tensor | Transfer]:
+    """Nodes and transfers of a program in the order of execution.
+
+    Raises GraphError: for what parse_tensors refuses, for inputs and outputs that are not whole
+    and here, and for an input that a node computes.
+    """
+    tensors = parse_tensors(payload.tensors, dialect, resolve)
+    items: list[Tensor | Transfer] = []
+    computed: list[Tensor] = []
+    for step in payload.steps:
+        inputs = [_placed(tensors, i) for i in step.inputs]
+        nodes = [tensor_with_id(tensors, i) for i in step.nodes]
+        outputs = [_placed(tensors, i) for i in step.outputs]
+        items += [Receive.whole(peer, t) for t in inputs]
+        if sum(t.nbytes for t in outputs) <= _TOGETHER_UP_TO:
+            items += [*nodes, *Send.adjacent(peer, outputs)]
+        else:
+            items += _as_computed(nodes, outputs, peer)
+        computed += nodes
+    check_order(computed)
+    return items
+
+
+def _as_computed(
+    nodes: list[Tensor], outputs: list[Tensor], peer: StreamPeer
+) -> list[Tensor | Transfer]:
+    """Each output is sent as soon as it and those before it are there."""
+    items: list[Tensor | Transfer] = []
+    due, missing = list(outputs), {id(t) for t in nodes}
+    for node in nodes:
+        items.append(node)
+        missing.discard(id(node))
+        while due and id(due[0]) not in missing:
+            items.append(Send.whole(peer, due.pop(0)))
+    return items + [Send.whole(peer, t) for t in due]
+
+
+def _placed(tensors: dict[int, Tensor], id_: int) -> Tensor:
+    t = tensor_with_id(tensors, id_)
+    if t.empty or not t.address or not t.contiguous:
+        raise GraphError(f"{t.label}: what a program takes or gives must be whole and here")
+    return t

@@ -1,0 +1,121 @@
+"""Steps of a plan that move tensors between this server and a peer, beside its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rpc_server.devices.cpu.catalog import stream_receive, stream_send
+from rpc_server.devices.cpu.kernels.interface.stream import STATUS_TEXT, Stream
+from rpc_server.devices.cpu.planner import STATUS_TEXT as PLAN_STATUS_TEXT
+from rpc_server.devices.cpu.planner import Planner
+from rpc_server.graph.tensor import Tensor
+
+PLAN_STATUS_TEXT.update(STATUS_TEXT)
+
+# Up to this much is gathered for one call to the system.
+STAGING_BYTES = 64 << 10
+
+
+class StreamPeer:
+    """The other side: its name for messages, its stream, and memory to gather small sends in.
+
+    ``timeout`` (seconds) and ``renewed`` as of Stream.
+    """
+
+    def __init__(self, name: str, timeout: float, *, renewed: bool = False) -> None:
+        self.name = name
+        self.stream = Stream(timeout, renewed=renewed)
+        self._staging = np.empty(STAGING_BYTES, np.uint8)
+        self.staging_address = int(self._staging.ctypes.data)
+
+
+@dataclass(slots=True)
+class Send:
+    """Send rows of memory framed by ``prefix`` and ``suffix``.
+
+    ``tensors`` are what the rows are part of, for the schedule; ``address``, ``row_bytes``, ``ne``
+    (of dimensions 1 to 3) and ``nb`` say where the rows lie.
+    """
+
+    peer: StreamPeer
+    tensors: Sequence[Tensor]
+    address: int
+    row_bytes: int
+    ne: tuple[int, int, int] = (1, 1, 1)
+    nb: tuple[int, int, int] = (0, 0, 0)
+    prefix: bytes = b""
+    suffix: bytes = b""
+    # Whether the peer has all it needs for a step after it: one exchange.
+    completes: bool = False
+    _frames: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def whole(cls, peer: StreamPeer, t: Tensor, prefix: bytes = b"", suffix: bytes = b"") -> Send:
+        """All of a tensor with dense rows."""
+        return cls(peer, [t], t.address, t.row_size, t.ne[1:], t.nb[1:], prefix, suffix)
+
+    @classmethod
+    def adjacent(cls, peer: StreamPeer, tensors: Sequence[Tensor]) -> list[Send]:
+        """Contiguous tensors one after the other, by as few sends as their places allow."""
+        runs: list[list[Tensor]] = []
+        for t in tensors:
+            if runs and runs[-1][-1].address + runs[-1][-1].nbytes == t.address:
+                runs[-1].append(t)
+            else:
+                runs.append([t])
+        return [cls(peer, run, run[0].address, sum(t.nbytes for t in run)) for run in runs]
+
+    @property
+    def label(self) -> str:
+        return f"{self.peer.name}, which was sent '{self.tensors[0].name}',"
+
+    def emit(self, planner: Planner) -> None:
+        """Append the record."""
+        words = [self.peer.stream.address]
+        frames = [np.frombuffer(data or b"\0", np.uint8) for data in (self.prefix, self.suffix)]
+        # The record holds addresses of these.
+        self._frames = frames
+        words += [int(frames[0].ctypes.data), len(self.prefix)]
+        words += [self.address, self.row_bytes, *self.ne, *self.nb]
+        words += [int(frames[1].ctypes.data), len(self.suffix)]
+        words += [self.peer.staging_address, STAGING_BYTES, int(self.completes)]
+        first = self.tensors[0]
+        planner.emit(stream_send, first, slots=(None, *self.tensors), extra=words, work=0)
+
+
+@dataclass(slots=True)
+class Receive:
+    """Receive ``runs`` times ``run_bytes`` to places that are ``distance`` apart in ``tensor``."""
+
+    peer: StreamPeer
+    tensor: Tensor
+    address: int
+    run_bytes: int
+    runs: int
+    distance: int
+    # Bytes of a size that the peer sends before the data: upstream's framing.
+    head: int = 0
+
+    @classmethod
+    def whole(cls, peer: StreamPeer, t: Tensor) -> Receive:
+        """All of a contiguous tensor."""
+        return cls(peer, t, t.address, t.nbytes, 1, t.nbytes)
+
+    @property
+    def label(self) -> str:
+        return f"{self.peer.name}, which computes '{self.tensor.name}',"
+
+    def emit(self, planner: Planner) -> None:
+        """Append the record."""
+        words = [self.peer.stream.address, self.head]
+        words += [self.address, self.run_bytes, self.runs, self.distance]
+        words += [self.peer.staging_address, STAGING_BYTES]
+        planner.emit(stream_receive, self.tensor, slots=(self.tensor,), extra=words, work=0)
+        planner.finish(self.tensor)
+
+
+Transfer = Send | Receive

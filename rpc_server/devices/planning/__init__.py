@@ -1,0 +1,1 @@
+"""What making a plan is on every device."""

@@ -1,0 +1,374 @@
+"""From subgraphs to a plan: programs for the workers, and what this server does at each node."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from client.builder.graph import GraphBuilder
+from client.split.steps import Frames, Step
+from client.tensors import Dims, ShapeError, contiguous_strides
+from client.tensors import Tensor as PartTensor
+from protocol.ggml.ops import Op
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.messages import MAX_SOURCES
+from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
+from rpc_server.devices.split.parts import Built, LocalTensors, PartBuilder
+from rpc_server.devices.split.shard import Shard
+from rpc_server.devices.split.subgraphs import Input, Partitioning, Subgraph
+from rpc_server.devices.split.weights import ShardedWeight
+from rpc_server.devices.split.worker import Program, UnfitError, Worker
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import ContractError, check
+
+_ALIGN = 64
+# Inputs of fewer elements travel as they are.
+_LEAST_CONVERTED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Programmed:
+    """What part ``number`` was made ready for, and the frames of each subgraph it takes part in."""
+
+    worker: Worker
+    number: int
+    program: Program
+    built: dict[Subgraph, Built]
+    frames: dict[Subgraph, Frames]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What part ``number`` is to be sent: steps, one for each subgraph it takes part in."""
+
+    worker: Worker
+    number: int
+    steps: list[Step]
+    built: dict[Subgraph, Built]
+
+
+@dataclass(slots=True)
+class PlanMemory:
+    """Host memory that a plan owns: it lives as long as the plan's records."""
+
+    blocks: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = field(default_factory=list)
+
+    def take(self, size: int) -> int:
+        """Address of ``size`` new bytes."""
+        block = np.empty(size + _ALIGN, np.uint8)
+        self.blocks.append(block)
+        return -(-int(block.ctypes.data) // _ALIGN) * _ALIGN
+
+
+class Assembler:
+    """Turns one graph's subgraphs into the items of a plan.
+
+    ``workers`` are the workers by part, None where this server is meant. ``wire`` is the type in
+    which activations travel.
+    """
+
+    def __init__(
+        self, found: Partitioning, workers: Sequence[Worker | None], wire: GgmlType
+    ) -> None:
+        self._found = found
+        self._workers = workers
+        self._wire = wire
+        self.memory = PlanMemory()
+        self._local: dict[Subgraph, Built] = {}
+        self._local_tensors = LocalTensors()
+        self._converted: dict[int, Tensor] = {}
+
+    # -- the workers
+
+    async def program(self) -> list[Programmed]:
+        """Make each worker ready for its part. Raises WorkerLost, UnfitError.
+
+        Nothing is sent to any of them before all parts have been held against the contracts.
+        """
+        prepared = await asyncio.gather(
+            *(
+                self._prepare(i, worker)
+                for i, worker in enumerate(self._workers)
+                if worker is not None
+            )
+        )
+        wanted = [p for p in prepared if p.steps]
+        programs = await asyncio.gather(*(p.worker.program(p.steps) for p in wanted))
+        return [
+            Programmed(
+                p.worker,
+                p.number,
+                program,
+                p.built,
+                dict(zip(p.built, program.frames, strict=True)),
+            )
+            for p, program in zip(wanted, programs, strict=True)
+        ]
+
+    async def _prepare(self, number: int, worker: Worker) -> Prepared:
+        """Build the part's subgraphs and give them memory there. Raises WorkerLost, UnfitError."""
+        g = worker.backend.graph
+
+        def weight(split: ShardedWeight) -> PartTensor | None:
+            part = split.parts[number]
+            return None if part is None else part.tensor
+
+        def leaf(made: Input, ne: Dims) -> PartTensor:
+            return g.new_tensor(self._wire_type(made), ne, made.tensor.name)
+
+        builder = PartBuilder(number, self._found, g, weight, leaf)
+        try:
+            built = {s: builder.build(s) for s in self._found.subgraphs if builder.takes_part(s)}
+        except ShapeError as error:
+            raise UnfitError(f"worker {worker.name}: {error}") from None
+        kept = [t for b in built.values() for made, t in b.inputs if made.kept]
+        if kept:
+            await worker.place_kept(kept)
+        steps = []
+        for b in built.values():
+            await worker.place_step(b.memory)
+            graph = g.build([t for _, t in b.nodes])
+            steps.append(Step(tuple(t for _, t in b.inputs), graph, tuple(t for _, t in b.outputs)))
+            _check(graph.nodes, worker)
+        return Prepared(worker, number, steps, built)
+
+    def _wire_type(self, made: Input) -> GgmlType:
+        """How an input travels: what was computed may be rounded, what the client wrote not."""
+        t = made.tensor
+        if made.kept or t.type is not GgmlType.F32 or t.op is Op.NONE:
+            return t.type
+        if self._wire is GgmlType.F32 or t.nelements < _LEAST_CONVERTED:
+            return t.type
+        # Rows that aren't whole blocks go as F16.
+        edges = [r.first for r in made.shard.bounds] if made.shard is not None else []
+        block = TYPE_INFO[self._wire].block_size
+        return self._wire if not any(n % block for n in (t.ne[0], *edges)) else GgmlType.F16
+
+    # -- this server
+
+    def items(
+        self, items: Sequence[Tensor | Transfer], programs: Sequence[Programmed]
+    ) -> list[Tensor | Transfer]:
+        """The graph's items with those of subgraphs replaced."""
+        self._build_local()
+        home = {id(t): s for s in self._found.subgraphs for t in s.nodes}
+        starts = {id(s.nodes[0]): s for s in self._found.subgraphs}
+        made: list[Tensor | Transfer] = []
+        for item in items:
+            subgraph = home.get(id(item))
+            if subgraph is None:
+                made.append(item)
+                continue
+            assert isinstance(item, Tensor)
+            if starts.get(id(item)) is subgraph:
+                for p in programs:
+                    if subgraph in p.frames:
+                        made += self._sends(p, subgraph)
+            made += self._results(item, subgraph, programs)
+        return made
+
+    def _sends(self, p: Programmed, subgraph: Subgraph) -> Iterator[Send | Tensor]:
+        frames, inputs = p.frames[subgraph], p.built[subgraph].inputs
+        for i, (made, t) in enumerate(inputs):
+            source = made.tensor
+            if t.type is not source.type:
+                known = self._converted.get(id(made))
+                if known is None:
+                    known = self._converted[id(made)] = self._convert(source, t.type)
+                    yield known
+                source = known
+            last = i == len(inputs) - 1
+            send = _send(p.worker, source, made.shard, p.number)
+            send.prefix, send.suffix = frames.prefixes[i], frames.suffix if last else b""
+            send.completes = last
+            yield send
+
+    def _convert(self, x: Tensor, wire: GgmlType) -> Tensor:
+        """A node that copies ``x`` as ``wire`` into memory of the plan."""
+        nb = contiguous_strides(wire, x.ne)
+        return _node(x, Op.CPY, self.memory.take(nb[3] * x.ne[3]), x, type=wire, nb=nb)
+
+    def _results(
+        self, node: Tensor, subgraph: Subgraph, programs: Sequence[Programmed]
+    ) -> Iterator[Tensor | Transfer]:
+        """What is done where the graph has a node of a subgraph."""
+        partial = id(node) in self._found.partial
+        summed = False
+        local = self._local.get(subgraph)
+        if local is not None:
+            for made, t in local.nodes:
+                if made is not node:
+                    continue
+                converted = self._local_tensors.convert(t)
+                yield converted
+                summed = True
+                if any(o is node for o, _ in local.outputs) and not _at_home(t, node):
+                    yield self._copy_home(node, converted)
+        for p in programs:
+            if subgraph not in p.built or not any(o is node for o, _ in p.built[subgraph].outputs):
+                continue
+            head = p.frames[subgraph].head
+            if not partial:
+                shard = self._found.shards[id(node)]
+                yield _receive(p.worker, node, shard, p.number, head)
+            elif not summed:
+                yield Receive(p.worker.peer, node, node.address, node.nbytes, 1, node.nbytes, head)
+                summed = True
+            else:
+                yield from self._add(p.worker, node, head)
+
+    def _add(self, worker: Worker, node: Tensor, head: int) -> Iterator[Tensor | Transfer]:
+        """Add a part's sum to what is in the node's memory."""
+        other = _node(node, Op.NONE, self.memory.take(node.nbytes))
+        yield Receive(worker.peer, other, other.address, node.nbytes, 1, node.nbytes, head)
+        so_far = _node(node, Op.NONE, node.address)
+        total = _node(node, Op.ADD, node.address, so_far, other)
+        total.view_src = so_far
+        yield total
+
+    def _copy_home(self, node: Tensor, converted: Tensor) -> Tensor:
+        """A copy of this server's slice to where the graph has it."""
+        assert self._own is not None
+        shard = self._found.shards[id(node)]
+        address = _slice_address(node, shard, self._own)
+        return _node(node, Op.CPY, address, converted, ne=converted.ne)
+
+    # -- this server's own share
+
+    @property
+    def _own(self) -> int | None:
+        return next((i for i, worker in enumerate(self._workers) if worker is None), None)
+
+    def _build_local(self) -> None:
+        own = self._own
+        if own is None:
+            return
+        g = GraphBuilder()
+
+        def weight(split: ShardedWeight) -> PartTensor | None:
+            t = split.tensor
+            if not len(split.cuts[own]):
+                return None
+            made = g.new_tensor(t.type, split.shape(own), t.name)
+            # Its rows lie as far apart as those of the whole.
+            made.nb = contiguous_strides(t.type, t.ne)
+            return _put(made, split.address + _dim_bytes(t, split.cuts[own].first, split.axis))
+
+        def leaf(made: Input, ne: Dims) -> PartTensor:
+            t = made.tensor
+            view = g.new_tensor(t.type, ne, t.name)
+            view.nb = t.nb
+            address = t.address if made.shard is None else _slice_address(t, made.shard, own)
+            return _put(view, address)
+
+        builder = PartBuilder(own, self._found, g, weight, leaf)
+        places: list[tuple[PartTensor, int]] = []
+        size = 0
+        for subgraph in self._found.subgraphs:
+            if not builder.takes_part(subgraph):
+                continue
+            built = self._local[subgraph] = builder.build(subgraph)
+            at = 0
+            outputs = {id(t): node for node, t in built.outputs}
+            read = [s for _, t in built.nodes for s in t.src if s is not None]
+            used = {id(s if s.view_src is None else s.view_src) for s in read}
+            for _, t in built.nodes:
+                if t.view_src is not None:
+                    continue
+                node = outputs.get(id(t))
+                if node is not None and id(node) in self._found.partial:
+                    _put(t, node.address)
+                elif node is not None and node.op in _STRIDED and id(t) not in used:
+                    t.nb = node.nb
+                    _put(t, _slice_address(node, self._found.shards[id(node)], own))
+                else:
+                    places.append((t, at))
+                    at += -(-t.nbytes // _ALIGN) * _ALIGN
+            size = max(size, at)
+        base = self.memory.take(size)
+        for t, at in places:
+            _put(t, base + at)
+
+
+# Ops whose results may have any stride between rows.
+_STRIDED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
+
+
+def _node(
+    like: Tensor,
+    op: Op,
+    address: int,
+    *sources: Tensor,
+    type: GgmlType | None = None,
+    ne: Dims | None = None,
+    nb: Dims | None = None,
+) -> Tensor:
+    """A tensor at ``address`` named as ``like``; of its type, shape and strides unless given."""
+    made = Tensor(
+        like.id,
+        like.name,
+        like.type if type is None else type,
+        op,
+        like.ne if ne is None else ne,
+        like.nb if nb is None else nb,
+        address=address,
+    )
+    made.src = (*sources, *(None,) * (MAX_SOURCES - len(sources)))
+    return made
+
+
+def _check(nodes: Sequence[PartTensor], worker: Worker) -> None:
+    """Hold a worker's nodes against their contracts before they go there. Raises UnfitError.
+
+    A worker that can't do a graph may hang up, on all clients of this server, or even end:
+    upstream's relies on ggml's constructors, which have seen whole tensors only.
+    """
+    tensors = LocalTensors()
+    try:
+        for t in nodes:
+            check(tensors.convert(t))
+    except ContractError as error:
+        raise UnfitError(f"worker {worker.name}: {error}") from None
+
+
+def _put(t: PartTensor, address: int) -> PartTensor:
+    # Any buffer will do: this server's own slices are never sent.
+    t.place(1, address)
+    return t
+
+
+def _at_home(t: PartTensor, node: Tensor) -> bool:
+    """Whether a slice was computed where the graph has it."""
+    return t.nb == node.nb and node.address <= t.location[1] < node.address + node.nbytes
+
+
+def _dim_bytes(t: Tensor, n: int, dim: int) -> int:
+    return n * t.type_size // t.block_size if dim == 0 else n * t.nb[dim]
+
+
+def _slice_address(t: Tensor, shard: Shard, part: int) -> int:
+    return t.address + _dim_bytes(t, shard.bounds[part].first, shard.dim)
+
+
+def _send(worker: Worker, t: Tensor, shard: Shard | None, part: int) -> Send:
+    ne, address, row_bytes = list(t.ne), t.address, t.row_size
+    if shard is not None:
+        width = len(shard.bounds[part])
+        address = _slice_address(t, shard, part)
+        if shard.dim == 0:
+            row_bytes = _dim_bytes(t, width, 0)
+        ne[shard.dim] = width
+    shape = (ne[1], ne[2], ne[3])
+    return Send(worker.peer, [t], address, row_bytes, shape, t.nb[1:])
+
+
+def _receive(worker: Worker, node: Tensor, shard: Shard, part: int, head: int) -> Receive:
+    dim = shard.dim
+    above = math.prod(node.ne[dim + 1 :])
+    run = _dim_bytes(node, len(shard.bounds[part]), dim)
+    distance = _dim_bytes(node, node.ne[dim], dim)
+    return Receive(worker.peer, node, _slice_address(node, shard, part), run, above, distance, head)

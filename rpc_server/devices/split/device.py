@@ -1,0 +1,677 @@
+"""Several machines as one device: weights cut by rows over workers, all else on the CPU here.
+
+To a client it is a CPU device with the memory of all. Graphs run on this server's own kernels; a
+product of a split weight becomes an exchange with the workers and, if this server has a share, a
+product of its own rows meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from client.split.balance import Speed, shares_by_time
+from protocol.dialects import Dialect
+from protocol.ggml.types import GgmlType
+from protocol.graph_payload import GraphPayload
+from protocol.split import ProgramPayload, split_part_fields, split_status_fields
+from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT
+from rpc_server.devices.cpu.streaming.program import program_items
+from rpc_server.devices.cpu.streaming.transfer import StreamPeer, Transfer
+from rpc_server.devices.split.assemble import Assembler, Programmed
+from rpc_server.devices.split.holding import Holding
+from rpc_server.devices.split.identity import conflict, same_server
+from rpc_server.devices.split.measure import measure_parts
+from rpc_server.devices.split.room import HomeMemory, Room, usable
+from rpc_server.devices.split.slices import Slices
+from rpc_server.devices.split.subgraphs import (
+    Indices,
+    Partitioning,
+    WeightIndex,
+    find_subgraphs,
+    indices_of,
+)
+from rpc_server.devices.split.weights import ShardedWeight, SplitStorage
+from rpc_server.devices.split.worker import (
+    PREPARE_TIMEOUT,
+    NoRoom,
+    Tls,
+    UnfitError,
+    Worker,
+    WorkerLost,
+    WorkerSilent,
+    open_workers,
+)
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.arrays import ArrayContext
+from rpc_server.ops.rows import checked_indices
+from rpc_server.ops.table import ContractError
+
+if TYPE_CHECKING:
+    from rpc_server.cache.store import TensorCache
+    from rpc_server.devices.cpu.plan import CpuPlan
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CONTEXT = ArrayContext()
+
+LOCAL = "local"
+# The first protocol whose tensors say how often they are used.
+COUNTED_FROM = (5, 1, 0)
+_RETRY_SECONDS = 1.0
+# How often workers that split over others are asked which.
+_MEMBERS_SECONDS = 3.0
+# How often a graph that waits for other coordinators looks whether it is still wanted.
+_LOOK_SECONDS = 0.25
+# Longest that preparing a graph on the workers may take.
+_PREPARE_SECONDS = 2 * PREPARE_TIMEOUT
+
+
+@dataclass(frozen=True, slots=True)
+class SplitOptions:
+    """``parts``: addresses of workers, None where this server takes a share itself.
+
+    ``proportions`` are by part, None for each one's free memory, 'auto' for how fast each is;
+    ``timeout`` (seconds) is how long a worker may take for one exchange. ``by_columns`` is tensor
+    mode: whole blocks of a layer on the parts. Those in ``tls`` are spoken to inside of TLS.
+    """
+
+    parts: tuple[tuple[str, int] | None, ...]
+    proportions: tuple[float, ...] | Literal["auto"] | None = None
+    wire: GgmlType = GgmlType.F32
+    by_columns: bool = False
+    timeout: float = 30.0
+    tls: Mapping[tuple[str, int], Tls] = field(default_factory=dict)
+    # This server's own, which none of the parts may have.
+    identity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanging:
+    """A plan, what workers were made ready for it, and how many tokens it computes.
+
+    ``indices`` are to be in range before anything is sent.
+    """
+
+    inner: CpuPlan
+    programs: list[Programmed]
+    tokens: int = 0
+    indices: Sequence[Indices] = ()
+
+    def check_indices(self) -> None:
+        """Raise GraphError for an index that no row has: a worker would hang up, or worse."""
+        for i in self.indices:
+            try:
+                checked_indices(_CONTEXT, i.tensor, i.limit)
+            except ContractError as error:
+                raise GraphError(f"{i.node.label}: {error}") from None
+
+
+class SplitPlan:
+    """A plan with exchanges: it borrows the workers' sockets while it runs.
+
+    ``make`` plans; it does so again when weights in ``storages`` were moved meanwhile.
+    """
+
+    def __init__(
+        self,
+        device: SplitDevice,
+        make: Callable[[], Exchanging],
+        storages: Sequence[SplitStorage],
+    ) -> None:
+        self._device = device
+        self._make = make
+        self._storages = storages
+        self._stopped = False
+        self._plan = make()
+        self.dialect = self._plan.inner.dialect
+        self._made_at = self._changes()
+
+    # A stopped run leaves the workers' streams in the middle of an exchange.
+    shared = True
+
+    def stop(self) -> None:
+        """As of Plan."""
+        self._stopped = True
+        self._plan.inner.stop()
+
+    def _changes(self) -> int:
+        return sum(storage.changes for storage in self._storages)
+
+    def run(self) -> None:
+        """Raises GraphError or WorkerLost; the message names the worker if one is to blame."""
+        if self._made_at != self._changes():
+            self._plan = self._make()
+            self._made_at = self._changes()
+        if self._stopped:
+            raise GraphError("was stopped")
+        plan = self._plan
+        if not plan.programs:
+            plan.inner.run()
+            return
+        plan.check_indices()
+        started = time.perf_counter()
+        with self._device.lent(plan.programs, lambda: self._stopped):
+            plan.inner.run()
+        self._device.count(time.perf_counter() - started, plan.tokens)
+
+
+class SplitDevice(CpuDevice):
+    """See the module. Made by :meth:`open` on the event loop's thread."""
+
+    name = "SPLIT"
+
+    def __init__(self, options: SplitOptions, n_threads: int | None) -> None:
+        super().__init__(n_threads)
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._workers: list[Worker | None] = [None] * len(options.parts)
+        # By part, where shares go by speed.
+        self._speeds: list[Speed] = []
+        self._memory = HomeMemory()
+        # By part, the memory for a model at the start.
+        self._by_memory: list[float] = []
+        self._missing: dict[int, str] = {}
+        self._storages: weakref.WeakSet[SplitStorage] = weakref.WeakSet()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keeper: asyncio.Task[None] | None = None
+        self._slices: Slices | None = None
+        # By worker, why it keeps no slices, as far as the log has said so.
+        self._keeps_not: dict[str, str] = {}
+        self._holding = Holding(lambda: self.workers, self._in_background)
+        self.graphs = 0
+        self.graph_seconds = 0.0
+        self.tokens = 0
+
+    @classmethod
+    async def open(cls, options: SplitOptions, n_threads: int | None) -> SplitDevice:
+        """Connect to all workers. Raises WorkerLost naming the first that can't be reached."""
+        device = cls(options, n_threads)
+        await device._connect(range(len(options.parts)))
+        if device._missing:
+            device.close()
+            raise WorkerLost(next(iter(device._missing.values())))
+        device._by_memory = [float(n) for n in device._free_of_parts()]
+        names = [LOCAL if worker is None else worker.name for worker in device._workers]
+        if options.proportions == "auto":
+            log.info("measuring how fast the parts are")
+            try:
+                device._speeds = await measure_parts(device, device._workers)
+            except WorkerLost:
+                device.close()
+                raise
+            shares = zip(names, device.proportions(), device._speeds, strict=True)
+            for name, share, speed in shares:
+                log.info(
+                    "%s: %.1f GB/s of weights, %.0f us away: %.1f %% of the rows",
+                    name,
+                    speed.compute / 1e9,
+                    speed.round_trip * 1e6,
+                    100 * share,
+                )
+        device.description = f"rows over {', '.join(names)}"
+        device._keeper = asyncio.create_task(device._keep())
+        return device
+
+    # -- the workers
+
+    async def _connect(self, parts: Sequence[int]) -> None:
+        wanted = [(i, e) for i in parts if (e := self._options.parts[i]) is not None]
+        options = self._options
+        opened = await open_workers([e for _, e in wanted], options.timeout, options.tls)
+        for (i, _), worker in zip(wanted, opened, strict=True):
+            if isinstance(worker, Worker):
+                reason = conflict(worker, self._others(i), options.identity)
+                if not reason:
+                    if self._slices is not None:
+                        await self._find_keeping(worker)
+                    self._workers[i] = worker
+                    self._missing.pop(i, None)
+                    continue
+                worker.abort(reason)
+                if self._missing.get(i) != reason and self._keeper is not None:
+                    log.error("%s", reason)
+                self._missing[i] = reason
+        for (i, endpoint), worker in zip(wanted, opened, strict=True):
+            if isinstance(worker, Worker):
+                continue
+            silent = isinstance(worker, WorkerSilent)
+            twin = await same_server(endpoint, self._others(i)) if silent else ""
+            before, self._missing[i] = self._missing.get(i, ""), twin or str(worker)
+            if self._workers[i] is not None and before != self._missing[i]:
+                # It is tried every second: only what is new is told.
+                log.error("%s", self._missing[i])
+
+    def _others(self, part: int) -> list[Worker]:
+        """The workers that are there, but for that of ``part``."""
+        return [
+            n for i, n in enumerate(self._workers) if i != part and n is not None and not n.lost
+        ]
+
+    async def _keep(self) -> None:
+        """Reconnect to workers that were lost, and see that those there are don't form a circle."""
+        asked = time.monotonic()
+        while True:
+            await asyncio.sleep(_RETRY_SECONDS)
+            lost = [
+                i for i, worker in enumerate(self._workers) if worker is not None and worker.lost
+            ]
+            for i in lost:
+                worker = self._workers[i]
+                assert worker is not None
+                if i not in self._missing:
+                    log.error("%s; trying to reach it again", worker.loss)
+                    self._missing[i] = worker.loss
+            if lost:
+                await self._connect(lost)
+            if time.monotonic() - asked >= _MEMBERS_SECONDS:
+                asked = time.monotonic()
+                for i, worker in enumerate(self._workers):
+                    if worker is not None and not worker.lost and worker.splits:
+                        self._in_background(self._check_members(i, worker))
+
+    async def _check_members(self, part: int, worker: Worker) -> None:
+        """Let a worker go that has become one of those which it must not be."""
+        with contextlib.suppress(WorkerLost):
+            await worker.refresh_members()
+            reason = conflict(worker, self._others(part), self._options.identity)
+            if reason:
+                worker.abort(reason)
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The workers, lost ones too."""
+        return [worker for worker in self._workers if worker is not None]
+
+    def proportions(self, size: int = 0) -> list[float]:
+        """The share of each part in a buffer of ``size`` bytes.
+
+        The same for all buffers, since weights and caches of one block are cut alike; but shares by
+        speed give way where a buffer doesn't fit.
+        """
+        given = self._options.proportions
+        if given is not None and given != "auto":
+            return list(given)
+        if self._speeds:
+            free = self._free_of_parts()
+            shares = shares_by_time(self._speeds)
+            if all(share * size <= room for share, room in zip(shares, free, strict=True)):
+                return shares
+            if size <= sum(free):
+                limits = [room / size for room in free]
+                return shares_by_time(self._speeds, limits=limits)
+        return self._by_memory
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- memory
+
+    def memory(self) -> tuple[int, int]:
+        """What a model may take whatever it consists of, and that without any client; see room.
+
+        While a worker is missing nothing is free.
+        """
+        missing = self._missing or any(worker.lost for worker in self.workers)
+        free = 0 if missing else self._room().anything
+        return free, max(free, self._whole_room().anything)
+
+    def capacity(self) -> int:
+        """The largest sum of buffers, if they are weights or all is for this machine."""
+        return self._whole_room().largest
+
+    def _held(self) -> tuple[int, int]:
+        """Bytes of split tensors that lie here, and bytes that nobody knows yet what they are."""
+        storages = [s for s in self._storages if s.open]
+        return sum(s.bytes_here for s in storages), sum(s.bytes_unknown for s in storages)
+
+    def _home(self) -> int:
+        """What this machine has for models, less what it keeps of split tensors."""
+        here, unknown = self._held()
+        return usable(self._memory.free(here + unknown)) - here
+
+    def _free_of_parts(self) -> list[int]:
+        own = self._home()
+        return [
+            max(0, own if worker is None else usable(worker.free) - worker.bytes)
+            for worker in self._workers
+        ]
+
+    def _room(self, shares: Sequence[float] = ()) -> Room:
+        """Room as it is, for weights that are cut in ``shares`` (the default's if not given)."""
+        parts = self._free_of_parts()
+        return self._divided(parts, self._home(), self._held()[1], shares)
+
+    def _whole_room(self) -> Room:
+        """Room if no client held anything, and nobody else on these machines either."""
+        self._home()
+        own = self._memory.total
+        parts = [own if worker is None else worker.total for worker in self._workers]
+        return self._divided(parts, own, 0)
+
+    def _divided(
+        self, parts: Sequence[int], home: int, unknown: int, shares: Sequence[float] = ()
+    ) -> Room:
+        if self._speeds and not shares:
+            # Shares by speed give way to what fits.
+            return Room([sum(parts)], [1.0], home, unknown)
+        return Room(parts, shares or self.proportions(), home, unknown)
+
+    @property
+    def n_parts(self) -> int:
+        return len(self._workers)
+
+    def allocate(self, size: int, proportions: Sequence[float] = ()) -> SplitStorage:
+        """A buffer whose weights are cut in ``proportions``, one for each part.
+
+        Raises MemoryError when a worker is missing, or for more than all have.
+        """
+        lost = [worker.loss for worker in self.workers if worker.lost]
+        if self._missing or lost:
+            raise MemoryError([*self._missing.values(), *lost][0])
+        room = self._room(proportions)
+        proportions = proportions or self.proportions(size)
+        if len(proportions) != len(self._workers):
+            raise MemoryError(f"{len(proportions)} proportions for {len(self._workers)} parts")
+        if size > room.largest or not sum(proportions) > 0:
+            home = max(0, room.home - room.unknown)
+            raise MemoryError(
+                f"{size} bytes asked for; the parts have {room.weights} for weights, and for all "
+                f"else this machine has {home}"
+            )
+        storage = SplitStorage(
+            size,
+            list(self._workers),
+            proportions,
+            self._in_background,
+            by_columns=self._options.by_columns,
+            spare=lambda: usable(CpuDevice.memory(self)[0]),
+        )
+        storage.slices = self._slices
+        self._storages.add(storage)
+        return storage
+
+    # -- graphs
+
+    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
+        storages: dict[int, SplitStorage] = {}
+        nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
+        return self._plan(nodes, dialect, list(storages.values()))
+
+    def program(
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+    ) -> SplitPlan:
+        """A program of the split extension; its products go on to the workers."""
+        storages: dict[int, SplitStorage] = {}
+        items = program_items(payload, dialect, _watching(resolve, storages), peer)
+        return self._plan(items, dialect, list(storages.values()))
+
+    def _plan(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+    ) -> SplitPlan:
+        return SplitPlan(self, lambda: self._exchanging(items, dialect, storages), storages)
+
+    def _exchanging(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+    ) -> Exchanging:
+        if self._options.by_columns:
+            try:
+                return self._exchange(items, dialect, storages, chain=True)
+            except UnfitError as error:
+                log.warning("%s: this graph goes by rows", error)
+        return self._exchange(items, dialect, storages, chain=False)
+
+    def _exchange(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+        *,
+        chain: bool,
+    ) -> Exchanging:
+        """Raises UnfitError where a part can't do its share; its clients don't notice."""
+        found = self._found(items, dialect, storages, chain)
+        # What isn't weights was given out as address space, which may be more than there is.
+        here = sum(s.bytes_here + s.bytes_unknown for s in storages)
+        if here > self._memory.believed:
+            raise GraphError(
+                f"{here} bytes beside the parts' weights, this machine has {self._memory.believed}"
+            )
+        for storage, weight in found.whole:
+            log.warning("'%s' is needed whole: bringing its rows here", weight.tensor.name)
+            self._on_loop(storage.gather(weight))
+        for weight in found.weights.values():
+            weight.require()
+        if not found.subgraphs:
+            return Exchanging(self._plans().build_items(items, dialect), [])
+        # The weights know them: a link that was lost since may have been replaced here already.
+        assembler = Assembler(
+            found, next(s.workers for s in storages if s.weights), self._options.wire
+        )
+        try:
+            programs = self._on_loop(assembler.program())
+        except NoRoom as error:
+            # Better slowly here than not at all.
+            log.warning("%s: this machine does it all", error)
+            self._use_here(found, storages)
+            return self._exchange(items, dialect, storages, chain=chain)
+        made = assembler.items(items, programs)
+        inner = self._plans().build_items(made, dialect)
+        # Records hold addresses of what these own.
+        inner.keep = (made, assembler)
+        tokens = max(s.nodes[0].ne[1] for s in found.subgraphs)
+        return Exchanging(inner, programs, tokens, indices_of(found))
+
+    def _use_here(self, found: Partitioning, storages: Sequence[SplitStorage]) -> None:
+        """Bring here all weights and caches that a graph has on the parts. Raises NoRoom."""
+        for storage in storages:
+            for weight in storage.weights:
+                if weight not in found.weights.values():
+                    continue
+                if weight.is_cache:
+                    self._on_loop(storage.gather_to_host([weight]))
+                else:
+                    self._on_loop(storage.gather(weight))
+                    weight.used_here = True
+
+    def _found(
+        self,
+        items: Sequence[Tensor | Transfer],
+        dialect: Dialect,
+        storages: Sequence[SplitStorage],
+        chain: bool,
+    ) -> Partitioning:
+        """The subgraphs; split tensors are moved as the graph wants them."""
+        # Caches that would be cut: whether the graph can do with that shows when it is tried.
+        tried: dict[int, tuple[SplitStorage, ShardedWeight]] = {}
+        while True:
+            found = find_subgraphs(
+                items,
+                WeightIndex(storages, tried.values()),
+                chain=chain,
+                counted=dialect.version >= COUNTED_FROM,
+            )
+            for storage, weight in found.written:
+                if tried.pop(weight.address, None) is not None:
+                    storage.refuse(weight)
+                    continue
+                log.warning("a graph uses '%s' as a whole: it comes here", weight.tensor.name)
+                self._on_loop(storage.gather_to_host([weight]))
+            if found.written:
+                continue
+            if not found.caches and not tried:
+                return found
+            for storage, leaf, shard in found.caches:
+                tried[leaf.address] = (storage, storage.tentative_shard(leaf, shard.bounds))
+            if not found.caches:
+                for storage, weight in tried.values():
+                    try:
+                        self._on_loop(storage.cut_cache(weight))
+                    except NoRoom as error:
+                        log.warning("%s: it stays here as a whole", error)
+                        storage.refuse(weight)
+                tried.clear()
+
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` on the event loop, from the device's thread."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(_PREPARE_SECONDS)
+        except TimeoutError:
+            future.cancel()
+            raise WorkerLost("the workers did not get ready in time") from None
+
+    # -- running
+
+    @contextlib.contextmanager
+    def lent(
+        self, programs: Sequence[Programmed], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """The workers' sockets belong to the calling thread meanwhile.
+
+        Other coordinators are waited for until ``stopped`` says otherwise. What fails before a
+        worker was sent anything costs nobody else a worker. Raises WorkerLost, GraphError.
+        """
+        streams = [p.worker.peer.stream for p in programs]
+
+        async def lend() -> None:
+            await self._holding.begin([p.worker for p in programs])
+            for p in programs:
+                await p.worker.lend(p.program)
+
+        def give_back() -> None:
+            for p in programs:
+                p.worker.take_back()
+            self._holding.end()
+
+        def hang_up(reason: str) -> None:
+            for p, stream, before in zip(programs, streams, sent, strict=True):
+                if stream.count(BYTES_SENT) != before:
+                    p.worker.abort(reason)
+            give_back()
+
+        sent = [stream.count(BYTES_SENT) for stream in streams]
+        future = asyncio.run_coroutine_threadsafe(lend(), self._loop)
+        try:
+            _result(future, stopped)
+        except BaseException:
+            # Where it was not waited for it goes on, until it knows what it has to give back.
+            future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(give_back))
+            raise
+        try:
+            yield
+        except BaseException as error:
+            # In the middle of an exchange nobody can say what the next bytes belong to.
+            self._loop.call_soon_threadsafe(hang_up, f"given up after: {error}")
+            raise
+        self._loop.call_soon_threadsafe(give_back)
+
+    # -- as a worker of another coordinator: see Splitting
+
+    @property
+    def members(self) -> list[int]:
+        return [member for worker in self.workers if not worker.lost for member in worker.members]
+
+    async def hold(self, seconds: float) -> str:
+        return await self._holding.lease_out(seconds)
+
+    async def renew(self) -> bool:
+        return await self._holding.renew()
+
+    def let_go(self) -> None:
+        self._holding.take_in()
+
+    # -- what the workers keep on disk
+
+    async def keep_slices(self, cache: TensorCache) -> str:
+        self._slices = Slices.of(cache)
+        workers = self.workers
+        for worker in workers:
+            await self._find_keeping(worker)
+        return f"and of {sum(n.keeps for n in workers)} of {len(workers)} workers"
+
+    async def _find_keeping(self, worker: Worker) -> None:
+        """Let the log say of a worker that it keeps nothing."""
+        with contextlib.suppress(WorkerLost):
+            reason = await worker.find_keeping()
+            if reason and self._keeps_not.get(worker.name) != reason:
+                log.warning(
+                    "worker %s %s: weights that it has a slice of are uploaded each time",
+                    worker.name,
+                    reason,
+                )
+            self._keeps_not[worker.name] = reason
+
+    def split_status(self) -> dict[str, Any]:
+        """Rows, bytes and times by part."""
+        parts = []
+        for i, worker in enumerate(self._workers):
+            if worker is not None:
+                parts.append(worker.status())
+                continue
+            own = [w for s in self._storages for w in s.weights if w.local == i]
+            rows = sum(w.local_row_count for w in own)
+            size = sum(w.local_bytes for w in own)
+            parts.append(split_part_fields(LOCAL, rows=rows, bytes=size))
+        return split_status_fields(
+            parts, graphs=self.graphs, graph_seconds=self.graph_seconds, tokens=self.tokens
+        )
+
+    def count(self, seconds: float, tokens: int) -> None:
+        """Take a run into the figures of the status."""
+        self.graphs += 1
+        self.graph_seconds += seconds
+        self.tokens += tokens
+
+    def close(self) -> None:
+        """Hang up on all workers; they free what is theirs."""
+        if self._keeper is not None:
+            self._loop.call_soon_threadsafe(self._keeper.cancel)
+        for worker in self.workers:
+            self._loop.call_soon_threadsafe(worker.close)
+        super().close()
+
+
+def _result(future: concurrent.futures.Future[None], stopped: Callable[[], bool]) -> None:
+    """Wait for ``future``. Raises what it raises, and GraphError once ``stopped`` says so."""
+    while True:
+        try:
+            return future.result(_LOOK_SECONDS)
+        except TimeoutError:
+            if future.done():
+                return future.result()
+            if stopped():
+                raise GraphError("was stopped") from None
+
+
+def _watching(resolve: Resolve, storages: dict[int, SplitStorage]) -> Resolve:
+    """``resolve`` that notes the split storages it finds."""
+
+    def watched(handle: int) -> BufferLike | None:
+        buffer = resolve(handle)
+        storage = getattr(buffer, "storage", None)
+        if isinstance(storage, SplitStorage):
+            storages[handle] = storage
+        return buffer
+
+    return watched

@@ -1,0 +1,549 @@
+"""Weights whose rows lie on several machines, and the memory of a buffer that holds them.
+
+A client allocates and writes a split device's buffer as any other. What it writes there is looked
+at as it arrives: rows of a weight go to the workers piece by piece and are never here in one piece.
+The buffer is address space; pages of rows that went elsewhere are never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from client.backend import BackendBuffer
+from client.split.partition import (
+    ROW_MULTIPLE,
+    Extent,
+    Rows,
+    column_extents,
+    partition,
+    row_extents,
+)
+from client.tensors import Tensor as RemoteTensor
+from protocol.ggml.ops import Op
+from rpc_server.devices.base import Storage
+from rpc_server.devices.cpu.storage import HostStorage
+from rpc_server.devices.split.worker import NoRoom, Worker
+from rpc_server.graph.tensor import Tensor
+
+if TYPE_CHECKING:
+    from rpc_server.devices.split.slices import Keeping, Slices
+
+log = logging.getLogger(__name__)
+
+# What arrives in one go before it goes on to the workers.
+CHUNK = 4 << 20
+# Smaller ones aren't worth an exchange.
+_LEAST_BYTES = 64 << 10
+_LEAST_ROWS = 64
+# Matrices by name that are no operand of a product: tables that rows are taken from, convolutions.
+# One that is missing here is brought back when a graph shows it, which costs its memory twice.
+_NO_PRODUCT = re.compile(r"norm|rope|conv|position_embd|pos_embd|token_types|rel_pos|ssm_[ad]\b")
+
+
+_BY_COLUMNS = re.compile(r"\.(ffn_down|attn_output)(_exps|_shexp)?\.weight$")
+_ATTENTION = re.compile(r"\.attn_(q|k|v|output)\.weight$")
+
+
+def is_split(t: Tensor) -> bool:
+    """Whether a tensor that is uploaded is a weight to be cut: by name, shape and size."""
+    return (
+        t.op is Op.NONE
+        and t.name.endswith(".weight")
+        and _NO_PRODUCT.search(t.name) is None
+        and t.contiguous
+        and t.ne[1] >= _LEAST_ROWS
+        and t.ne[3] == 1
+        and t.nbytes >= _LEAST_BYTES
+    )
+
+
+def is_cut_by_columns(name: str) -> bool:
+    """Whether a weight multiplies what other products make, so that parts can go on with theirs."""
+    return _BY_COLUMNS.search(name) is not None
+
+
+def cut_multiple(t: Tensor, axis: int) -> int:
+    """What cuts of a weight are multiples of, in rows or columns.
+
+    Weights of one block (gate, up and down; q, k, v and output) have to be cut alike although they
+    arrive one by one: the same share of each, in eighths where attention's heads allow it.
+    """
+    block = max(ROW_MULTIPLE, t.block_size)
+    if _ATTENTION.search(t.name) and t.ne[axis] % (8 * block) == 0:
+        return t.ne[axis] // 8
+    return block
+
+
+@dataclass(slots=True)
+class Part:
+    """The slice of a split tensor on one worker."""
+
+    worker: Worker
+    tensor: RemoteTensor
+    buffer: BackendBuffer
+
+
+@dataclass(slots=True, eq=False)
+class ShardedWeight:
+    """One split tensor: ``cuts`` of each part along ``axis`` (1: rows, 0: columns).
+
+    ``start`` is its offset in the buffer, ``address`` the host's, ``parts`` where the slices are
+    (None: empty, or this server's). ``gathered`` once all of it is here too. ``is_cache`` tells a
+    tensor that graphs write.
+    """
+
+    tensor: Tensor
+    start: int
+    axis: int
+    cuts: list[Rows]
+    parts: list[Part | None]
+    local: int | None
+    address: int
+    is_cache: bool = False
+    gathered: bool = False
+    # Whether graphs use it here, gathered, because a part has no memory to work with it.
+    used_here: bool = False
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes of the slice that this server works on itself."""
+        if self.local is None:
+            return 0
+        return self.tensor.nbytes * len(self.cuts[self.local]) // self.tensor.ne[self.axis]
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of it that this server keeps."""
+        return self.tensor.nbytes if self.gathered else self.local_bytes
+
+    @property
+    def local_row_count(self) -> int:
+        """How many rows, or parts of rows, this server works on itself."""
+        if self.local is None or not len(self.cuts[self.local]):
+            return 0
+        rows = len(self.cuts[self.local]) if self.axis else self.tensor.ne[1]
+        return rows * self.tensor.ne[2]
+
+    def shape(self, part: int) -> tuple[int, int, int, int]:
+        """ne of a part's slice."""
+        ne = list(self.tensor.ne)
+        ne[self.axis] = len(self.cuts[part])
+        return (ne[0], ne[1], ne[2], ne[3])
+
+    def runs(self, offset: int, size: int) -> list[Extent]:
+        """Where bytes of the tensor lie."""
+        t = self.tensor
+        if self.axis:
+            return row_extents(self.cuts, t.row_size, t.ne[1], offset, size)
+        edges = [
+            Rows(*(t.type_size * n // t.block_size for n in (c.first, c.last))) for c in self.cuts
+        ]
+        return column_extents(edges, t.row_size, offset, size)
+
+    def step(self, offset: int, left: int) -> int:
+        """How many of ``left`` bytes from ``offset`` on are taken at once.
+
+        Whole rows where it is possible, so that slices of rows are found by strides.
+        """
+        row = self.tensor.row_size
+        return min(left, -offset % row or max(CHUNK // row * row, row))
+
+    def within(self, start: int, size: int) -> bool:
+        """Whether all of it lies in this range of the buffer."""
+        return start <= self.start and self.start + self.tensor.nbytes <= start + size
+
+    def overlap(self, start: int, size: int) -> tuple[int, int]:
+        """The part of a range that is its own, as start and size."""
+        low = max(start, self.start)
+        return low, min(start + size, self.start + self.tensor.nbytes) - low
+
+    def require(self) -> None:
+        """Raises WorkerLost if slices of it are gone."""
+        for part in self.parts:
+            if part is not None:
+                part.worker.require()
+
+
+@dataclass(slots=True)
+class SplitUpload:
+    """An upload on its way through: fill :meth:`room`, then let :meth:`forward` send it on."""
+
+    storage: SplitStorage
+    weight: ShardedWeight
+    offset: int
+    left: int
+    # Watches an upload of the whole tensor whose slices are to be kept.
+    keeping: Keeping | None = None
+    _chunk: memoryview = field(default_factory=lambda: memoryview(b""))
+
+    @property
+    def kept(self) -> bool:
+        """Whether the parts keep their slices, now that all of it went through."""
+        return self.keeping is not None and not self.left
+
+    def room(self) -> memoryview:
+        """Where the next bytes of the upload belong."""
+        keeping = self.keeping
+        size = (
+            self.weight.step(self.offset, self.left)
+            if keeping is None
+            else keeping.step(self.offset)
+        )
+        self._chunk = self.storage.chunk(size)
+        return self._chunk
+
+    async def forward(self) -> None:
+        """Send what was filled to the workers, all at once; this server's slice is copied.
+
+        Raises WorkerLost.
+        """
+        data, weight = np.frombuffer(self._chunk, np.uint8), self.weight
+        writes = []
+        for run in weight.runs(self.offset, len(data)):
+            part = weight.parts[run.part]
+            if part is None or weight.gathered:
+                begin = weight.start + self.offset
+                run.of(np.frombuffer(self.storage.view(begin, len(data)), np.uint8))[...] = run.of(
+                    data
+                )
+            if part is not None and self.keeping is None:
+                dense = np.ascontiguousarray(run.of(data)).reshape(-1)
+                writes.append(part.worker.write(part.tensor, dense.data, run.at))
+        begun = self.offset
+        self.offset += len(data)
+        self.left -= len(data)
+        if self.keeping is None:
+            await asyncio.gather(*writes)
+            return
+        await self.keeping.forward(data, begun)
+        if not self.left:
+            await self.keeping.finish()
+
+
+class SplitStorage(HostStorage):
+    """A buffer of a split device.
+
+    ``workers`` are the workers by part, None where this server is meant; ``background`` runs what
+    is given back after the buffer is closed. ``spare`` tells how many bytes this server has left.
+    """
+
+    whole = False
+
+    def __init__(
+        self,
+        size: int,
+        workers: Sequence[Worker | None],
+        proportions: Sequence[float],
+        background: Callable[[Coroutine[Any, Any, None]], None],
+        *,
+        by_columns: bool = False,
+        spare: Callable[[], int] = lambda: 1 << 62,
+    ) -> None:
+        """``by_columns``: cut weights of which a subgraph ends by columns (tensor mode)."""
+        super().__init__(size, reserve_only=True)
+        self.workers = workers
+        self._proportions = proportions
+        self._background = background
+        self._by_columns = by_columns
+        self._spare = spare
+        self._weights: dict[int, ShardedWeight] = {}
+        # Where a weight lies whole because some part has no room for its slice.
+        self._whole: set[int] = set()
+        # Where a cache was cut that some graph needs whole.
+        self._refused: set[int] = set()
+        self._chunk = bytearray()
+        # How often weights came, went or moved: plans made before are out of date.
+        self.changes = 0
+        self.open = True
+        # Where slices are kept for the next time; None where they aren't.
+        self.slices: Slices | None = None
+
+    @property
+    def weights(self) -> list[ShardedWeight]:
+        return list(self._weights.values())
+
+    @property
+    def bytes_unknown(self) -> int:
+        """Bytes of the buffer that are in no split tensor, or not yet."""
+        return self.size - sum(w.tensor.nbytes for w in self._weights.values())
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of split tensors that this server keeps."""
+        return sum(w.bytes_here for w in self._weights.values())
+
+    def chunk(self, size: int) -> memoryview:
+        """Memory for one piece of an upload; one for the buffer, as uploads come one at a time."""
+        if len(self._chunk) < size:
+            self._chunk = bytearray(size)
+        return memoryview(self._chunk)[:size]
+
+    def overlapping(self, start: int, size: int) -> list[ShardedWeight]:
+        """Weights of which some bytes lie in this range."""
+        return [
+            w
+            for w in self._weights.values()
+            if w.start < start + size and start < w.start + w.tensor.nbytes
+        ]
+
+    def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
+        """Whether bytes are part of a split weight, or of a tensor that is to become one."""
+        return (t is not None and is_split(t)) or bool(self.overlapping(start, size))
+
+    async def upload_kept(
+        self, t: Tensor, start: int, offset: int, size: int
+    ) -> SplitUpload | None:
+        """As :meth:`upload`, and the parts are asked to keep their slices. Raises WorkerLost."""
+        upload = await self.upload(t, start, offset, size)
+        if upload is not None and self.slices is not None and size == t.nbytes:
+            upload.keeping = self.slices.keeping(upload.weight)
+        return upload
+
+    async def recall(self, t: Tensor, start: int, digest: int) -> bool:
+        """Load a whole tensor from the disks of all parts; return whether all had their slices.
+
+        Raises WorkerLost.
+        """
+        slices = self.slices
+        if slices is None or not is_split(t) or start + t.nbytes > self.size:
+            return False
+        # Before room is made for it: how it would be cut.
+        tentative = ShardedWeight(t, start, *self._cuts(t), [], self._local, 0)
+        hashes = await asyncio.to_thread(slices.notes.find, digest, tentative)
+        if hashes is None:
+            return False
+        upload = await self.upload(t, start, 0, t.nbytes)
+        if upload is None:
+            return False
+        weight = upload.weight
+        if weight.gathered or (weight.axis, weight.cuts) != (tentative.axis, tentative.cuts):
+            return False
+        return await slices.load(
+            digest, weight, hashes, lambda: np.frombuffer(self.view(start, t.nbytes), np.uint8)
+        )
+
+    async def upload(self, t: Tensor, start: int, offset: int, size: int) -> SplitUpload | None:
+        """How ``size`` bytes of ``t`` from ``offset`` on are taken; None: written here as any.
+
+        So is a weight for whose slice some worker has no room. Raises WorkerLost.
+        """
+        begin = start - offset
+        known = self._weights.get(begin)
+        inside = offset + size <= t.nbytes
+        if known is not None and inside and (known.tensor.type, known.tensor.ne) == (t.type, t.ne):
+            known.require()
+            return SplitUpload(self, known, offset, size)
+        await self.before_overwrite(start, size)
+        if not is_split(t) or not inside or begin < 0 or begin + t.nbytes > self.size:
+            return None
+        await self.gather_to_host(self.overlapping(begin, t.nbytes))
+        if begin in self._whole:
+            return None
+        try:
+            weight = await self._place(t, begin)
+        except NoRoom as error:
+            if t.nbytes > self._spare():
+                raise
+            # A part that is full has no room for any of the rest either.
+            level = logging.DEBUG if self._whole else logging.WARNING
+            log.log(level, "%s: it stays here, and so may others", error)
+            self._whole.add(begin)
+            return None
+        self._weights[begin] = weight
+        self.changes += 1
+        # What the upload leaves out keeps the bytes that it had.
+        await self._forward(weight, 0, offset)
+        await self._forward(weight, offset + size, t.nbytes - offset - size)
+        return SplitUpload(self, weight, offset, size)
+
+    async def _forward(self, weight: ShardedWeight, offset: int, size: int) -> None:
+        """Send bytes that are here to where they belong now."""
+        upload = SplitUpload(self, weight, offset, size)
+        while upload.left:
+            room = upload.room()
+            at = weight.start + upload.offset
+            room[:] = self.view(at, len(room))
+            await upload.forward()
+
+    async def before_overwrite(self, start: int, size: int) -> None:
+        """Before bytes are overwritten by any other way: weights that they are part of come here.
+
+        Those that are overwritten as a whole need not. Raises WorkerLost.
+        """
+        for weight in self.overlapping(start, size):
+            if weight.within(start, size):
+                self.forget(weight)
+            else:
+                await self.gather_to_host([weight])
+
+    async def overwrite(self, start: int, size: int, value: int) -> None:
+        """Fill bytes wherever they are; caches that are cleared stay on the parts.
+
+        Raises WorkerLost.
+        """
+        found = self.overlapping(start, size)
+        caches = [w for w in found if w.is_cache and w.within(start, size)]
+        parts = [part for w in caches for part in w.parts if part is not None]
+        # Before anything that follows: what a graph writes there next must stay.
+        await asyncio.gather(*(part.worker.clear(part.buffer, value) for part in parts))
+        for weight in found:
+            if weight not in caches:
+                await self.before_overwrite(*weight.overlap(start, size))
+        self.fill(start, size, value)
+
+    async def gather_to_host(self, weights: Sequence[ShardedWeight]) -> None:
+        """Make weights ordinary memory of this server. Raises WorkerLost."""
+        for weight in weights:
+            await self.gather(weight)
+            if weight.is_cache:
+                # Or the next graph would cut it again.
+                self.refuse(weight)
+            self.forget(weight)
+
+    def _cuts(self, t: Tensor) -> tuple[int, list[Rows]]:
+        """Along which axis a weight is cut, and what each part gets."""
+        axis = 0 if self._by_columns and is_cut_by_columns(t.name) else 1
+        return axis, partition(t.ne[axis], self._proportions, cut_multiple(t, axis))
+
+    @property
+    def _local(self) -> int | None:
+        return next((i for i, worker in enumerate(self.workers) if worker is None), None)
+
+    async def _place(self, t: Tensor, begin: int) -> ShardedWeight:
+        return await self._new(t, begin, *self._cuts(t))
+
+    async def _new(self, t: Tensor, begin: int, axis: int, cuts: list[Rows]) -> ShardedWeight:
+        weight = ShardedWeight(t, begin, axis, cuts, [], self._local, self.address + begin)
+
+        async def part(i: int, worker: Worker | None) -> Part | None:
+            if worker is None or not len(cuts[i]):
+                return None
+            worker.require()
+            return Part(worker, *await worker.place(t.type, weight.shape(i), t.name))
+
+        made = await asyncio.gather(
+            *(part(i, worker) for i, worker in enumerate(self.workers)), return_exceptions=True
+        )
+        failure: BaseException | None = None
+        for result in made:
+            if isinstance(result, BaseException):
+                failure = failure or result
+            else:
+                weight.parts.append(result)
+        if failure is not None:
+            await self._release(weight.parts)
+            raise failure
+        return weight
+
+    # -- caches
+
+    def may_cut(self, t: Tensor) -> bool:
+        """Whether a tensor that graphs write may live on the parts."""
+        start = t.address - self.address
+        return (
+            self._by_columns
+            and t.op is Op.NONE
+            and t.contiguous
+            and start not in self._refused
+            and not self.overlapping(start, t.nbytes)
+        )
+
+    def tentative_shard(self, t: Tensor, cuts: Sequence[Rows]) -> ShardedWeight:
+        """What :meth:`cut_cache` would make of a tensor, without memory on the parts."""
+        start = t.address - self.address
+        return ShardedWeight(t, start, 0, list(cuts), [], None, t.address, is_cache=True)
+
+    def refuse(self, weight: ShardedWeight) -> None:
+        """Never cut this cache: graphs need it whole."""
+        self._refused.add(weight.start)
+
+    async def cut_cache(self, tentative: ShardedWeight) -> None:
+        """Move a tensor that graphs write to the parts, by columns. Raises WorkerLost, NoRoom."""
+        t, start = tentative.tensor, tentative.start
+        weight = await self._new(t, start, 0, tentative.cuts)
+        weight.is_cache = True
+        content = self.view(start, t.nbytes)
+        # A cache that nothing was written to yet is empty on the workers too.
+        for part in weight.parts:
+            if part is not None:
+                await part.worker.clear(part.buffer)
+        if np.frombuffer(content, np.uint8).any():
+            await self._forward(weight, 0, t.nbytes)
+        self._weights[start] = weight
+        self.changes += 1
+
+    # -- reading back
+
+    async def read(self, start: int, size: int) -> memoryview:
+        """Bytes as the client wrote them, from wherever they lie. Raises WorkerLost."""
+        data = memoryview(bytearray(self.view(start, size)))
+        for weight in self.overlapping(start, size):
+            if weight.gathered:
+                continue
+            low, n = weight.overlap(start, size)
+            await self._fetch(weight, low - weight.start, data[low - start : low - start + n])
+        return data
+
+    async def gather(self, weight: ShardedWeight) -> None:
+        """Bring all rows here, beside those of the workers. Raises WorkerLost, NoRoom."""
+        if weight.gathered:
+            return
+        t = weight.tensor
+        if t.nbytes - weight.local_bytes > self._spare():
+            raise NoRoom(f"this machine has no room for all {t.nbytes} bytes of '{t.name}'")
+        await self._fetch(weight, 0, self.view(weight.start, t.nbytes))
+        weight.gathered = True
+
+    @staticmethod
+    async def _fetch(weight: ShardedWeight, offset: int, target: memoryview) -> None:
+        """Overwrite ``target``, the bytes from ``offset`` on, with what workers have of them."""
+
+        async def fetch(part: Part, run: Extent, into: np.ndarray[Any, Any]) -> None:
+            part.worker.require()
+            got = await part.worker.read(part.tensor, run.at, run.count * run.size)
+            run.of(into)[...] = np.frombuffer(got, np.uint8).reshape(run.count, run.size)
+
+        at = 0
+        while at < len(target):
+            n = weight.step(offset + at, len(target) - at)
+            into = np.frombuffer(target[at : at + n], np.uint8)
+            await asyncio.gather(
+                *(
+                    fetch(part, run, into)
+                    for run in weight.runs(offset + at, n)
+                    if (part := weight.parts[run.part]) is not None
+                )
+            )
+            at += n
+
+    # -- the rest of a Storage
+
+    def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        for weight in self.overlapping(dst_offset, size):
+            self.forget(weight)
+        super().copy_from(other, src_offset, dst_offset, size)
+
+    def forget(self, weight: ShardedWeight) -> None:
+        """The client wrote something else there: the rows on the workers are no longer needed."""
+        del self._weights[weight.start]
+        self.changes += 1
+        self._background(self._release(weight.parts))
+
+    @staticmethod
+    async def _release(parts: Sequence[Part | None]) -> None:
+        for part in parts:
+            if part is not None:
+                await part.worker.release(part.tensor, part.buffer)
+
+    def close(self) -> None:
+        self.open = False
+        for weight in self.weights:
+            self.forget(weight)
+        super().close()

@@ -1,0 +1,1 @@
+"""Sockets: who may connect, inside of TLS or not, and for how long."""

@@ -1,0 +1,1 @@
+"""What people see of a server: logs, statistics, the console, Prometheus."""

@@ -1,0 +1,245 @@
+"""What the server counts, over HTTP: ``/metrics`` for Prometheus, ``/healthz`` and ``/readyz``.
+
+The server's statistics (``metrics.py``) are plain integers; a collector turns them into Prometheus'
+families when somebody asks. All of it runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rpc_server import __version__
+from rpc_server.observability.metrics import GRAPH_BUCKETS
+from rpc_server.session.context import ServerContext
+
+# A request of a scraper is a few hundred bytes, and it comes at once.
+_LONGEST_REQUEST = 8 << 10
+_PATIENCE = 5.0
+_MOST_CONNECTIONS = 16
+
+Response = tuple[str, str, bytes]
+
+
+class MissingError(Exception):
+    """prometheus-client isn't installed; the message says how to get it."""
+
+
+async def serve(
+    context: ServerContext, sockets: Iterable[socket.socket]
+) -> list[asyncio.AbstractServer]:
+    """Answer HTTP on ``sockets``, which listen (see listening.listen). Raises MissingError."""
+    try:
+        import prometheus_client
+    except ImportError:
+        raise MissingError(
+            "--metrics-port needs prometheus-client: pip install 'ggml-rpc-server[metrics]'"
+        ) from None
+    registry = prometheus_client.CollectorRegistry(auto_describe=False)
+    for collector in (
+        Collector(context),
+        prometheus_client.ProcessCollector(registry=None),
+        prometheus_client.PlatformCollector(registry=None),
+    ):
+        registry.register(collector)
+
+    def metrics() -> Response:
+        return "200 OK", prometheus_client.CONTENT_TYPE_LATEST, prometheus_client.generate_latest(
+            registry
+        )  # fmt: skip
+
+    def health() -> Response:
+        if context.stats.draining:
+            return "503 Service Unavailable", "text/plain", b"draining\n"
+        return "200 OK", "text/plain", b"ok\n"
+
+    pages = {"/metrics": metrics, "/healthz": health, "/readyz": health}
+    # Connections that have not had their answer, the oldest first.
+    present: dict[asyncio.Timeout, None] = {}
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
+            try:
+                async with asyncio.timeout(_PATIENCE) as patience:
+                    present[patience] = None
+                    if len(present) > _MOST_CONNECTIONS:
+                        # Who asks is answered at once, so the oldest has not asked, or doesn't
+                        # take its answer. It must not keep a scraper out.
+                        oldest = next(iter(present))
+                        del present[oldest]
+                        oldest.reschedule(0.0)
+                    await _exchange(reader, writer, pages)
+            finally:
+                present.pop(patience, None)
+                writer.close()
+
+    return [await asyncio.start_server(answer, sock=s, limit=_LONGEST_REQUEST) for s in sockets]
+
+
+async def _exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pages: dict[str, Any]
+) -> None:
+    """One request, one answer; the connection ends after it."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.LimitOverrunError:
+        head = b""
+    words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
+    method, path = (words[0], words[1].partition("?")[0]) if len(words) == 3 else ("", "")
+    if method not in ("GET", "HEAD"):
+        status, kind, body = "405 Method Not Allowed", "text/plain", b"GET only\n"
+    elif path in pages:
+        status, kind, body = pages[path]()
+    else:
+        status, kind, body = "404 Not Found", "text/plain", b"/metrics, /healthz, /readyz\n"
+    lines = (
+        f"HTTP/1.1 {status}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        "Connection: close",
+    )
+    writer.write("\r\n".join((*lines, "", "")).encode() + (b"" if method == "HEAD" else body))
+    await writer.drain()
+
+
+class Collector:
+    """The server's statistics as Prometheus' families."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+
+    def collect(self) -> Iterable[Any]:
+        """All families; names begin with ``ggml_rpc_``."""
+        yield from self._clients()
+        yield from self._work()
+        yield from self._memory()
+        yield from self._split()
+
+    def _clients(self) -> Iterator[Any]:
+        stats = self._context.stats
+        yield _gauge("info", "This server.", [((__version__,), 1)], "version")
+        yield _gauge("start_time_seconds", "When it started.", [((), stats.started)])
+        yield _gauge("draining", "Whether it is about to stop.", [((), stats.draining)])
+        yield _gauge("connected_clients", "Clients that are connected.", [((), len(stats.clients))])
+        yield _counter("clients", "Clients that were let in.", [((), stats.clients_total)])
+        yield _counter(
+            "clients_refused", "Connections that were not let in.", _by(stats.refused), "reason"
+        )
+        yield _counter(
+            "errors",
+            "Requests that ended a connection, and buffers there was no room for.",
+            _by(stats.errors),
+            "kind",
+        )
+        yield _counter(
+            "limits_reached", "Clients that were at a limit.", _by(stats.limits), "option"
+        )
+
+    def _work(self) -> Iterator[Any]:
+        total = self._context.stats.total()
+        yield _counter("received_bytes", "Bytes that clients sent.", [((), total.bytes_in)])
+        yield _counter("sent_bytes", "Bytes sent to clients.", [((), total.bytes_out)])
+        yield _counter("commands", "Requests.", _by(total.by_command()), "command")
+        yield _counter("graph_nodes", "Nodes of the graphs computed.", [((), total.nodes)])
+        yield _histogram(
+            "graph_seconds", "Time that graphs ran.", total.graph_times, total.graph_seconds
+        )
+        yield _counter("programs_run", "Runs of split programs.", [((), total.programs_run)])
+        yield _counter(
+            "plans",
+            "Graphs whose plan was there already (hit), or was made (miss).",
+            [(("hit",), total.plan_hits), (("miss",), total.plan_misses)],
+            "result",
+        )
+        yield _counter("uploads", "Tensors that were uploaded.", [((), total.uploads)])
+        yield _counter("uploaded_bytes", "Bytes of them.", [((), total.upload_bytes)])
+        yield _counter(
+            "cache_lookups",
+            "Tensors offered by hash.",
+            [(("hit",), total.cache_hits), (("miss",), total.cache_misses)],
+            "result",
+        )
+        yield _counter(
+            "cache_served_bytes", "Bytes served from the cache.", [((), total.cache_hit_bytes)]
+        )
+        yield _counter("cache_stored", "Tensors written to the cache.", [((), total.cache_stored)])
+        yield _counter("cache_stored_bytes", "Bytes of them.", [((), total.cache_stored_bytes)])
+
+    def _memory(self) -> Iterator[Any]:
+        used, limit, free = [], [], []
+        for number, budget in enumerate(self._context.budgets):
+            labels = (str(number), budget.device.name)
+            left, total = budget.memory()
+            used.append((labels, budget.used))
+            free.append((labels, left))
+            limit.append((labels, total))
+        names = ("device", "name")
+        yield _gauge("memory_used_bytes", "Memory that clients hold.", used, *names)
+        yield _gauge("memory_free_bytes", "Memory that is left for them.", free, *names)
+        yield _gauge("memory_limit_bytes", "Memory that there is for them.", limit, *names)
+
+    def _split(self) -> Iterator[Any]:
+        """What SPLIT_STATUS tells, of devices that split."""
+        parts: list[tuple[tuple[str, str], Any]] = []
+        for number, budget in enumerate(self._context.budgets):
+            if not budget.device.n_parts:
+                continue
+            status = budget.device.split_status()
+            for part in status["parts"][: status["n_parts"]]:
+                name = bytes(part["name"]).split(b"\0", 1)[0].decode("utf-8", "replace")
+                parts.append(((str(number), name), part))
+        if not parts:
+            return
+        names = ("device", "worker")
+        for field, name, help_ in (
+            ("exchanges", "split_exchanges", "Exchanges with a worker."),
+            ("bytes_sent", "split_sent_bytes", "Bytes sent to a worker."),
+            ("bytes_received", "split_received_bytes", "Bytes received from a worker."),
+            ("wait_seconds", "split_wait_seconds", "Time that a worker was waited for."),
+        ):
+            yield _counter(name, help_, [(labels, part[field]) for labels, part in parts], *names)
+        for field, name, help_ in (
+            ("bytes", "split_weights_bytes", "Weights that a worker holds."),
+            ("round_trip_seconds", "split_round_trip_seconds", "Round trip at the start."),
+        ):
+            yield _gauge(name, help_, [(labels, part[field]) for labels, part in parts], *names)
+
+
+Values = Iterable[tuple[tuple[str, ...], float]]
+
+
+def _by(counts: dict[str, int]) -> Values:
+    return [((name,), n) for name, n in counts.items()]
+
+
+def _counter(name: str, help_: str, values: Values, *labels: str) -> Any:
+    from prometheus_client.core import CounterMetricFamily
+
+    return _filled(CounterMetricFamily(f"ggml_rpc_{name}", help_, labels=labels), values)
+
+
+def _gauge(name: str, help_: str, values: Values, *labels: str) -> Any:
+    from prometheus_client.core import GaugeMetricFamily
+
+    return _filled(GaugeMetricFamily(f"ggml_rpc_{name}", help_, labels=labels), values)
+
+
+def _filled(family: Any, values: Values) -> Any:
+    for labels, value in values:
+        family.add_metric(labels, float(value))
+    return family
+
+
+def _histogram(name: str, help_: str, counts: list[int], total: float) -> Any:
+    from prometheus_client.core import HistogramMetricFamily
+
+    bounds = [*map(str, GRAPH_BUCKETS), "+Inf"]
+    buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+    family = HistogramMetricFamily(f"ggml_rpc_{name}", help_)
+    family.add_metric((), buckets, total)
+    return family

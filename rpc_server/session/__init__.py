@@ -1,0 +1,1 @@
+"""One client: its requests in order, its buffers, its graphs."""

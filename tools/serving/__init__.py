@@ -1,0 +1,1 @@
+"""Server programs as child processes, for whatever starts servers for itself."""

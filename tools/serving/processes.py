@@ -1,0 +1,164 @@
+"""Server programs as child processes: started, waited for, read, ended.
+
+For whatever starts servers for itself, measurements and tests alike: this project's server,
+upstream's, or any other program that listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tools import upstream
+
+PROJECT = Path(__file__).parents[2]
+HOST = "127.0.0.1"
+
+
+class ProgramError(RuntimeError):
+    """A program failed, or didn't print what it should; the message has the end of its log."""
+
+
+def own_command(port: int, *options: str) -> list[str]:
+    """Starts this project's server; port 0 lets the system choose one."""
+    return [sys.executable, "-m", "rpc_server", "--port", str(port), *options]
+
+
+def upstream_command(
+    port: int, *options: str, build: int = upstream.DEFAULT_BUILD
+) -> list[str] | None:
+    """Starts upstream's server; None where it hasn't been built."""
+    program = upstream.find_program("ggml-rpc-server", build)
+    if program is None:
+        return None
+    return [str(program), "-H", HOST, "-p", str(port), *options]
+
+
+def listens(port: int, host: str = HOST) -> bool:
+    """Whether somebody accepts connections there."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
+        return True
+    return False
+
+
+def tail(log: str, lines: int = 25) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.splitlines()[-lines:])
+
+
+class Process:
+    """A running program; leaving its context stops it.
+
+    Its stdout and stderr go to ``log_path``: by default to a file of its own, which the context
+    removes. ``env`` are variables beside those of this process.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log_path: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.command = list(command)
+        self._scratch = None if log_path else Path(tempfile.mkdtemp(prefix="serving-"))
+        self.log_path = log_path or Path(str(self._scratch)) / "log"
+        with self.log_path.open("wb") as log:
+            self.child = subprocess.Popen(
+                self.command,
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self.forget()
+
+    @property
+    def log(self) -> str:
+        """All it has printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def alive(self) -> bool:
+        return self.child.poll() is None
+
+    def rss(self) -> int:
+        """Bytes of memory in use by the process now."""
+        return self._memory("VmRSS")
+
+    def peak_rss(self) -> int:
+        """The most bytes of memory it has used at once."""
+        return self._memory("VmHWM")
+
+    def _memory(self, field: str) -> int:
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        found = re.search(rf"{field}:\s+(\d+) kB", status)
+        if not found:
+            raise ProgramError(f"no {field} of process {self.child.pid}")
+        return int(found[1]) * 1024
+
+    def wait_until(
+        self, ready: Callable[[], bool], seconds: float, what: str, pause: float = 0.02
+    ) -> None:
+        """Waits for a condition; raises ProgramError when the process ends or time is over."""
+        end = time.monotonic() + seconds
+        while not ready():
+            if not self.alive and not ready():
+                raise ProgramError(f"{self.command[0]} ended before {what}:\n{tail(self.log)}")
+            if time.monotonic() > end:
+                raise ProgramError(f"no {what} within {seconds} s:\n{tail(self.log)}")
+            time.sleep(pause)
+
+    def wait_for(self, pattern: str, seconds: float = 20.0) -> re.Match[str]:
+        """The first match of ``pattern`` in the log, waiting for it as wait_until does."""
+        found: list[re.Match[str]] = []
+
+        def appeared() -> bool:
+            found.extend(re.finditer(pattern, self.log))
+            return bool(found)
+
+        self.wait_until(appeared, seconds, repr(pattern))
+        return found[0]
+
+    def kill(self) -> None:
+        """Ends the process at once, as a crash or a power cut would."""
+        self.child.send_signal(signal.SIGKILL)
+        self.child.wait()
+
+    def stop(self, seconds: float = 20.0) -> int:
+        """Asks the process to end, and ends it if it doesn't; its exit status."""
+        if self.alive:
+            self.child.terminate()
+            try:
+                self.child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return int(self.child.returncode)
+
+    def forget(self) -> None:
+        """Removes the log, unless it is a file that the caller named."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
