@@ -119,6 +119,35 @@ TYPE_INFO: dict[GgmlType, TypeInfo] = {
     GgmlType.Q2_0: _blocks(64, 18),
 }
 
+FLOATS = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
+# Types whose rows can be turned to float32.
+DECODABLE = FLOATS | {type for type, info in TYPE_INFO.items() if info.quantized}
+# Quantized types that keys and values are kept in: rows are written to them while a graph runs.
+CACHE_TYPES = (
+    GgmlType.Q4_0,
+    GgmlType.Q4_1,
+    GgmlType.Q5_0,
+    GgmlType.Q5_1,
+    GgmlType.Q8_0,
+    GgmlType.IQ4_NL,
+)
+
+# Quantized weights with a minimum, and blocks of 32 elements.
+_WITH_SUMS = frozenset({GgmlType.Q4_1, GgmlType.Q5_1})
+
+
+def activation_type(weights: GgmlType) -> GgmlType:
+    """Return the type that a product rounds its activations to: vec_dot_type of ggml's CPU backend.
+
+    Weights that are not quantized take activations of their own type.
+    """
+    info = TYPE_INFO[weights]
+    if not info.quantized:
+        return weights
+    if weights in _WITH_SUMS:
+        return GgmlType.Q8_1
+    return GgmlType.Q8_K if info.block_size == 256 else GgmlType.Q8_0
+
 
 def row_size(type: GgmlType, n: int) -> int:
     """Bytes of ``n`` dense elements (ggml_row_size); ``n`` is a whole number of blocks."""

@@ -7,6 +7,7 @@ deleted by the next server that compiles, but for the last few and those that ar
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -14,8 +15,7 @@ import platform
 import shutil
 import sys
 import tempfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -30,16 +30,23 @@ _LOCK = "in-use"
 KEPT = 4
 
 
-def _compilers() -> list[bytes]:
-    """What tells versions of numba and LLVM apart, without importing them."""
-    told = []
-    for package in ("numba", "llvmlite"):
+# Packages that code depends on, and the files that tell their versions apart. Of gguf it is what
+# kernels are compiled with: the grids and the sizes of its formats.
+_PACKAGES = {
+    "numba": ("_version.py",),
+    "llvmlite": ("_version.py",),
+    "gguf": ("constants.py", "quants.py"),
+}
+
+
+def _packages() -> Iterator[bytes]:
+    """Yield what tells versions of the compiler and of gguf apart, without importing them."""
+    for package, names in _PACKAGES.items():
         spec = importlib.util.find_spec(package)
         for place in (spec.submodule_search_locations or []) if spec else []:
-            version = Path(place) / "_version.py"
-            if version.exists():
-                told.append(version.read_bytes())
-    return told
+            for path in (Path(place) / name for name in names):
+                if path.exists():
+                    yield from (path.name.encode(), path.read_bytes())
 
 
 def _processor() -> list[str]:
@@ -59,25 +66,27 @@ def _processor() -> list[str]:
     return told
 
 
-def fingerprint(sources: Iterable[Path]) -> str:
-    """16 hex digits for all that compiled code depends on."""
-    parts = [
-        *(
-            part
-            for source in sorted(sources)
-            for part in (source.name.encode(), source.read_bytes())
-        ),
-        *_compilers(),
+def _sources(folders: Iterable[Path]) -> Iterator[bytes]:
+    """Yield names and contents of all modules in folders and their subfolders."""
+    for folder in sorted(folders):
+        for source in sorted(folder.rglob("*.py")):
+            yield source.relative_to(folder).as_posix().encode()
+            yield source.read_bytes()
+
+
+def fingerprint(folders: Iterable[Path]) -> str:
+    """Return 16 hex digits for all that compiled code depends on; ``folders`` hold its sources."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (
+        *_sources(folders),
+        *_packages(),
         *(text.encode() for text in _processor()),
         sys.version.encode(),
         # numba's own settings of the processor to compile for, and the like.
         *(f"{k}={v}".encode() for k, v in sorted(os.environ.items()) if k.startswith("NUMBA_")),
-    ]
-    crc, adler = 0, 1
-    for part in parts:
-        framed = len(part).to_bytes(8, "little") + part
-        crc, adler = zlib.crc32(framed, crc), zlib.adler32(framed, adler)
-    return f"{crc:08x}{adler:08x}"
+    ):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def cache_base() -> Path:

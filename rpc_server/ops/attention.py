@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import DECODABLE, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
@@ -23,7 +23,6 @@ from rpc_server.ops.masks import alibi_slopes, require_mask, require_sinks
 from rpc_server.ops.rounding import rounded_activations
 from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference, require
-from rpc_server.types import DECODABLE
 
 
 @contract(Op.FLASH_ATTN_EXT, sources=(3, 5))

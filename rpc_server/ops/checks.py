@@ -12,7 +12,6 @@ from protocol.ggml.types import GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import refuse, require
 
-FLOATS: frozenset[GgmlType] = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 F32_ONLY: frozenset[GgmlType] = frozenset({GgmlType.F32})
 I32_ONLY: frozenset[GgmlType] = frozenset({GgmlType.I32})
 

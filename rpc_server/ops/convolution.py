@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import FLOATS, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,
-    FLOATS,
     require_contiguous,
     require_distinct,
     require_result,

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import DECODABLE, FLOATS, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import gelu
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
-    FLOATS,
     require_dense_rows,
     require_result,
     require_shape,
@@ -26,7 +25,7 @@ from rpc_server.ops.checks import (
     source,
 )
 from rpc_server.ops.table import contract, reference, refuse, require
-from rpc_server.types import DECODABLE, ENCODABLE
+from rpc_server.types import ENCODABLE
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 

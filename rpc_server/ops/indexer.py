@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import DECODABLE, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
@@ -18,7 +18,6 @@ from rpc_server.ops.checks import (
 )
 from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference
-from rpc_server.types import DECODABLE
 
 
 @contract(Op.LIGHTNING_INDEXER, sources=4)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import DECODABLE, FLOATS, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,
-    FLOATS,
     I32_ONLY,
     require_distinct,
     require_result,
@@ -26,7 +25,7 @@ from rpc_server.ops.rounding import rounded_activations
 from rpc_server.ops.rows import checked_indices
 from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference, require
-from rpc_server.types import DECODABLE, to_f32
+from rpc_server.types import to_f32
 
 # What clients may have rounded activations to themselves, for products with quantized weights.
 _QUANTIZED_ACTIVATIONS = frozenset({GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K})

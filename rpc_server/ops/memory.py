@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.ggml.ops import VIEWS, Op
-from protocol.ggml.types import TYPE_INFO, GgmlType, nbytes
+from protocol.ggml.types import DECODABLE, FLOATS, TYPE_INFO, GgmlType, nbytes
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE, ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,
-    FLOATS,
     I32_ONLY,
     require_blocks,
     require_contiguous,
@@ -24,7 +23,7 @@ from rpc_server.ops.checks import (
     source,
 )
 from rpc_server.ops.table import contract, reference, require
-from rpc_server.types import DECODABLE, ENCODABLE
+from rpc_server.types import ENCODABLE
 
 _ALL = frozenset(GgmlType)
 _PLAIN = frozenset(NATIVE)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import FLOATS, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,
-    FLOATS,
     I32_ONLY,
     require_distinct,
     require_result,

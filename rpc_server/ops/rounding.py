@@ -8,18 +8,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType, activation_type
 from rpc_server.types import from_f32, to_f32
-
-# Weights with a minimum, and blocks of 32 elements.
-_WITH_SUMS = frozenset({GgmlType.Q4_1, GgmlType.Q5_1})
-
-
-def activation_type(weights: GgmlType) -> GgmlType:
-    """The type of blocks that activations are rounded to (vec_dot_type) for quantized weights."""
-    if weights in _WITH_SUMS:
-        return GgmlType.Q8_1
-    return GgmlType.Q8_K if TYPE_INFO[weights].block_size == 256 else GgmlType.Q8_0
 
 
 def rounded_activations(x: Any, type: GgmlType, weights: GgmlType, xp: ModuleType) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import DECODABLE, GgmlType
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
@@ -23,7 +23,11 @@ from rpc_server.ops.checks import (
     source,
 )
 from rpc_server.ops.table import contract, reference, refuse, require
-from rpc_server.types import DECODABLE, ENCODABLE, from_f32, to_f32
+from rpc_server.types import (
+    ENCODABLE,
+    from_f32,
+    to_f32,
+)
 
 _INDICES = frozenset({GgmlType.I32, GgmlType.I64})
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
 from rpc_server.types import decode, encode, encode_iq4, encode_k, floats
 
-# Types that graphs may read or write through float32.
-DECODABLE: frozenset[GgmlType] = frozenset(floats.DECODERS) | decode.TYPES
+# Types that graphs may write through float32; those that they may read are DECODABLE.
 _BLOCK_ENCODERS = encode.ENCODERS | encode_iq4.ENCODERS | encode_k.ENCODERS
 ENCODABLE: frozenset[GgmlType] = frozenset(floats.ENCODERS) | frozenset(_BLOCK_ENCODERS)
 
@@ -32,7 +31,7 @@ def to_f32(type: GgmlType, rows: Any, xp: ModuleType = np) -> Any:
     """
     if type in floats.DECODERS:
         return floats.DECODERS[type](rows, xp)
-    if type not in decode.TYPES:
+    if type not in DECODABLE:
         raise NotImplementedError(f"{type.name} has no conversion to F32")
     info = TYPE_INFO[type]
     host = _to_host(rows, xp)

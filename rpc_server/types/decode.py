@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.tables import FP4_VALUES, UE4M3_VALUES
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import GgmlType
 
 # uint8 and float32, a row for each block.
 Bytes = np.ndarray[Any, Any]
@@ -61,12 +61,10 @@ _OWN: dict[GgmlType, Decoder] = {
     GgmlType.NVFP4: _nvfp4,
 }
 
-TYPES: frozenset[GgmlType] = frozenset(t for t, info in TYPE_INFO.items() if info.quantized)
-
 
 @functools.cache
 def decoder(type: GgmlType) -> Decoder:
-    """The decoder of one of TYPES."""
+    """Return the decoder of a quantized type."""
     if type in _OWN:
         return _OWN[type]
     # The package takes a while to import, and a graph of plain floats needs none of it.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
+from pathlib import Path
 
+from protocol.ggml.types import CACHE_TYPES, DECODABLE
 from rpc_server.devices.cpu import catalog, kernels
 from rpc_server.devices.cpu.kernels import dequantize, formats, quantize
 from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.native.source import is_routine
+
+PROJECT = Path(__file__).parents[2]
 
 
 def _catalogued() -> set[tuple[str, str]]:
@@ -34,8 +39,8 @@ def test_every_kernel_is_in_the_catalog_and_nothing_else() -> None:
 def test_types_with_kernels() -> None:
     assert set(formats.FORMATS) == PRODUCT_TYPES
     assert set(formats.QUANTIZED) == set(SCALE_GROUPS)
-    assert set(quantize.QUANTIZERS) == catalog.QUANTIZABLE
-    assert {*dequantize.ROWS, *dequantize.GRID_TYPES} == catalog.DECODABLE
+    assert set(quantize.QUANTIZERS) == set(CACHE_TYPES)
+    assert {*dequantize.ROWS, *dequantize.GRID_TYPES} == DECODABLE
 
 
 def test_a_kernel_has_a_label_that_tells_it_from_others() -> None:
@@ -50,3 +55,31 @@ def test_a_kernel_has_a_label_that_tells_it_from_others() -> None:
     }
     assert len(labels) == 7
     assert "norm.norm_kernel-0" in labels
+
+
+def _imported(path: Path) -> set[Path]:
+    """Files of ours that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{a.name}" for a in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        else:
+            continue
+        files = (PROJECT / (name.replace(".", "/") + ".py") for name in names)
+        found |= {file for file in files if file.exists()}
+    return found
+
+
+def test_all_that_kernels_are_compiled_from_is_in_their_fingerprint() -> None:
+    due = [p for folder in catalog.COMPILED for p in folder.rglob("*.py")]
+    assert len(due) > 40
+    seen: set[Path] = set()
+    while due:
+        path = due.pop()
+        if path not in seen:
+            seen.add(path)
+            due += _imported(path)
+    outside = {p for p in seen if not any(p.is_relative_to(f) for f in catalog.COMPILED)}
+    assert not outside

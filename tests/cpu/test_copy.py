@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
-from rpc_server.devices.cpu.catalog import QUANTIZABLE
+from protocol.ggml.types import CACHE_TYPES, GgmlType
 from tests.ops.harness import (
     CONTEXT,
     by_both,
@@ -74,7 +73,7 @@ def copied(source, type_: GgmlType, ne, n_threads: int) -> tuple[np.ndarray, np.
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("type_", sorted(QUANTIZABLE))
+@pytest.mark.parametrize("type_", sorted(CACHE_TYPES))
 @pytest.mark.parametrize("source_type", [F32, F16, BF16])
 def test_to_blocks_bit_for_bit(type_: GgmlType, source_type: GgmlType) -> None:
     source = tensor(source_type, (96, 5, 2), rng.normal(0, 1, (2, 5, 96)))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.catalog import FLOAT_TYPES, product_kernel
-from rpc_server.devices.cpu.kernels.interface.isa import Isa, chosen_isa, host_isas
+from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.catalog import product_kernel
+from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
 from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
@@ -106,7 +107,7 @@ def check_product(a: Tensor, b: Tensor, n_threads: int = 2) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 33])
 def test_every_type(type_: GgmlType, n: int) -> None:
     block = max(TYPE_INFO[type_].block_size, 32)
-    assert type_ in SCALES_AT or type_ in FLOAT_TYPES
+    assert type_ in SCALES_AT or type_ in FLOATS
     # Rows that are no multiple of a tile; an odd number of blocks; more than one chunk of k.
     for rows, k in ((37, block), (16, 9 * block), (5, 11 * 256)):
         for n_threads in (1, 2, 3):
@@ -161,7 +162,7 @@ def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         chosen_isa()
 
 
-@pytest.mark.parametrize("type_", FLOAT_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", FLOATS, ids=lambda t: t.name)
 @pytest.mark.parametrize("k", [1, 5, 16, 31, 64, 515])
 @pytest.mark.parametrize("n", [1, 9])
 def test_any_length_of_float_rows(type_: GgmlType, k: int, n: int) -> None:
@@ -176,7 +177,7 @@ def test_weights_are_repeated_over_heads(type_: GgmlType, n: int, n_threads: int
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
-@pytest.mark.parametrize("type_", FLOAT_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("type_", FLOATS, ids=lambda t: t.name)
 def test_attention_without_flash(type_: GgmlType, n: int) -> None:
     """K and V as views of a cache with room for more tokens, queries permuted."""
     head, n_kv, room, kv_heads, heads = 32, 50, 64, 2, 6

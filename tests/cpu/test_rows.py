@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.catalog import DECODABLE, QUANTIZABLE
+from protocol.ggml.types import CACHE_TYPES, DECODABLE, TYPE_INFO, GgmlType
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import (
@@ -89,7 +88,7 @@ def set_rows(
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("type_", [F32, F16, BF16, *sorted(QUANTIZABLE)])
+@pytest.mark.parametrize("type_", [F32, F16, BF16, *sorted(CACHE_TYPES)])
 @pytest.mark.parametrize("source_type", [F32, F16])
 @pytest.mark.parametrize("index_type", [I64, I32])
 def test_set_rows_bit_for_bit(type_: GgmlType, source_type: GgmlType, index_type: GgmlType) -> None:
@@ -115,7 +114,7 @@ def test_quantizers_on_hard_values() -> None:
     ]
     source = tensor(F32, (96, len(rows)), np.array(rows, np.float32))
     ids = tensor(I64, (len(rows),), np.arange(len(rows)))
-    for type_ in QUANTIZABLE:
+    for type_ in CACHE_TYPES:
         expected, actual = set_rows(type_, source, ids, len(rows))
         assert np.array_equal(expected, actual), type_.name
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.checks import FLOATS
 from rpc_server.ops.table import ContractError
 from rpc_server.types import ENCODABLE
 from tests.cuda import emulation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import CACHE_TYPES, DECODABLE, TYPE_INFO, GgmlType
 from rpc_server.devices.cuda.compile import ARCHITECTURES, OPTIONS, SOURCES
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
@@ -14,8 +14,7 @@ from rpc_server.devices.cuda.kernels import (
     kernel_of_weights,
 )
 from rpc_server.devices.cuda.lower.attention import BLOCKS
-from rpc_server.devices.cuda.lower.copy import CACHE_TYPES, ENCODERS
-from rpc_server.types import DECODABLE
+from rpc_server.devices.cuda.lower.copy import ENCODERS
 from tests.cuda import nvrtc
 
 pytestmark = pytest.mark.skipif(

@@ -273,19 +273,39 @@ def test_without_a_place_to_write_to_the_code_is_temporary(tmp_path: Path) -> No
 def test_a_fingerprint_is_of_all_that_code_depends_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = tmp_path / "a.py", tmp_path / "b.py"
-    first.write_text("x = 1")
-    second.write_text("y = 1")
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
+        (folder / "deeper").mkdir(parents=True)
+        (folder / "deeper/a.py").write_text("x = 1")
     seen = {fingerprint([first, second])}
     assert fingerprint([second, first]) in seen
     seen.add(fingerprint([first]))
-    second.write_text("y = 2")
+    (second / "deeper/a.py").write_text("y = 2")
+    seen.add(fingerprint([first, second]))
+    (second / "b.py").write_text("")
     seen.add(fingerprint([first, second]))
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     seen.add(fingerprint([first, second]))
     monkeypatch.setattr("platform.machine", lambda: "another")
     seen.add(fingerprint([first, second]))
-    assert len(seen) == 5
+    assert len(seen) == 6
+
+
+def test_a_fingerprint_is_of_the_tables_of_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled with its grids: another version of them is other code."""
+    seen = {fingerprint([])}
+    package = tmp_path / "gguf"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "quants.py").write_text("grid = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gguf", raising=False)
+    seen.add(fingerprint([]))
+    (package / "quants.py").write_text("grid = 2")
+    seen.add(fingerprint([]))
+    assert len(seen) == 3
 
 
 def test_want_of_memory_is_not_remembered(

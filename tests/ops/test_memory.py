@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
-from rpc_server.types import DECODABLE, ENCODABLE, from_f32, to_f32
+from rpc_server.types import (
+    ENCODABLE,
+    from_f32,
+    to_f32,
+)
 from tests.ops import harness
 from tests.ops.harness import node, params, permuted, tensor, values, view
 

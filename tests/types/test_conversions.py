@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rpc_server.types
-from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
-from rpc_server.types import DECODABLE, ENCODABLE, from_f32, to_f32
+from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType, row_size
+from rpc_server.types import (
+    ENCODABLE,
+    from_f32,
+    to_f32,
+)
 
 QUANTIZED = sorted(t for t in ENCODABLE if TYPE_INFO[t].quantized)
 

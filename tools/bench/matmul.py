@@ -18,7 +18,7 @@ import rpc_server.devices.cpu.lower  # noqa: F401  (fills the table of lowerings
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from rpc_server.devices.cpu.executor import Executor, RecordProgram
-from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa
+from rpc_server.devices.cpu.instruction_sets import chosen_isa
 from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES
 from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner

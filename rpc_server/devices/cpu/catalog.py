@@ -1,4 +1,4 @@
-"""The kernels of the CPU device by name, and the constants that some are made with.
+"""The kernels of the CPU device by name.
 
 Lowerings choose kernels from here. Nothing in this file needs the compiler: a kernel is the name of
 a function in ``kernels/``, which another process compiles if its code is not on disk already.
@@ -6,14 +6,14 @@ a function in ``kernels/``, which another process compiles if its code is not on
 
 from __future__ import annotations
 
-import enum
 import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol.ggml.ops import GluOp, Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.ops import GluOp
+from protocol.ggml.types import DECODABLE, GgmlType
+from rpc_server.devices.cpu.kernels.interface.codes import Binary, Norm
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
 from rpc_server.devices.cpu.kernels.interface.layout import (
     CODED,
@@ -28,17 +28,9 @@ from rpc_server.native.routine import Constant, Routine
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
-# Beside the kernels: what is compiled into them, or decides how.
-_COMPILED = (
-    *(_HERE / "kernels/interface").glob("*.py"),
-    _HERE / "catalog.py",
-    *(_ROOT / "rpc_server/native" / name for name in ("compiler.py", "elf.py", "image.py")),
-    _ROOT / "rpc_server/native/source.py",
-    _ROOT / "protocol/ggml/tables.py",
-    _ROOT / "protocol/ggml/hashing.py",
-    _ROOT / "protocol/ggml/types.py",
-    _ROOT / "protocol/ggml/ops.py",
-)
+# What compiled code is made of, each folder whole: the kernels, what they know of ggml, and the
+# compiler.
+COMPILED = (_HERE / "kernels", _ROOT / "protocol/ggml", _ROOT / "rpc_server/native")
 
 # Compilers beside this process: each takes a core for seconds and 200 MiB.
 _MOST_COMPILERS = 8
@@ -52,8 +44,7 @@ def library() -> Library:
     global _library
     with _library_lock:
         if _library is None:
-            sources = [*(_HERE / "kernels").glob("*.py"), *_COMPILED]
-            folder = Folder(cache_base(), fingerprint(sources))
+            folder = Folder(cache_base(), fingerprint(COMPILED))
             _library = Library(folder, min(available_cores(), _MOST_COMPILERS))
         return _library
 
@@ -116,27 +107,6 @@ CONVERTERS: dict[RowForm, Kernel] = {
 
 # -- copies and rows -------------------------------------------------------------------------------
 
-# What kernels of float rows take.
-FLOAT_TYPES = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
-# Types whose rows can be turned to float32, and those that float32 can be turned to.
-DECODABLE = frozenset(GgmlType) - {
-    GgmlType.I8,
-    GgmlType.I16,
-    GgmlType.I32,
-    GgmlType.I64,
-    GgmlType.F64,
-}
-QUANTIZABLE = frozenset(
-    {
-        GgmlType.Q4_0,
-        GgmlType.Q4_1,
-        GgmlType.Q5_0,
-        GgmlType.Q5_1,
-        GgmlType.Q8_0,
-        GgmlType.IQ4_NL,
-    }
-)
-
 copy_same_type = _one("copy.copy_same_type")
 copy_strided = _one("copy.copy_strided")
 # From a type to a type.
@@ -151,37 +121,6 @@ add_id = _one("rows.add_id")
 
 # -- elements --------------------------------------------------------------------------------------
 
-
-class Function(enum.IntEnum):
-    """Functions of one element that are ops of their own, behind those of UNARY."""
-
-    SCALE = 100
-    CLAMP = 101
-    SQR = 102
-    SQRT = 103
-    LOG = 104
-    LEAKY_RELU = 105
-    SIN = 106
-    COS = 107
-
-
-class Binary(enum.IntEnum):
-    """Functions of two elements."""
-
-    ADD = 0
-    SUB = 1
-    MUL = 2
-    DIV = 3
-
-
-BINARY_CODES = {
-    Op.ADD: Binary.ADD,
-    Op.SUB: Binary.SUB,
-    Op.MUL: Binary.MUL,
-    Op.DIV: Binary.DIV,
-    Op.ADD1: Binary.ADD,
-}
-
 # Of a UnaryOp or Function, and whether all is F32.
 unary_kernel = _family("elementwise.unary_kernel")
 trigonometric_kernel = _family("elementwise.trigonometric_kernel")
@@ -190,18 +129,6 @@ binary_kernel = _family("elementwise.binary_kernel")
 glu_kernel = _family("elementwise.glu_kernel")
 
 # -- rows ------------------------------------------------------------------------------------------
-
-
-class Norm(enum.IntEnum):
-    """What a row is divided by."""
-
-    RMS_NORM = 0
-    NORM = 1
-    L2_NORM = 2
-
-
-# Up to so many largest are kept in order while a row is read; more are sorted.
-TOP_K_INSERT = 64
 
 norm_kernel = _family("norm.norm_kernel")
 group_norm = _one("norm.group_norm")
@@ -215,8 +142,6 @@ argsort = _one("reduce.argsort")
 top_k = _one("reduce.top_k")
 
 # -- attention -------------------------------------------------------------------------------------
-
-MODE_NORMAL, MODE_NEOX, MODE_MROPE, MODE_VISION, MODE_IMROPE = 0, 2, 8, 24, 40
 
 rope_table = _one("rope.rope_table")
 # Of whether the members of a pair are neighbours.

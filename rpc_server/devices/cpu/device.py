@@ -12,7 +12,7 @@ from protocol.dialects import Dialect
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
-from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa, host_isas
+from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.graph.parse import Resolve, parse_graph

@@ -6,8 +6,7 @@ import functools
 
 import numpy as np
 
-from protocol.ggml.types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.catalog import FLOAT_TYPES
+from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
@@ -83,7 +82,7 @@ def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> KernelFunction:
     number_x, number_y = int(type_x), int(type_y)
     block_x, size_x = TYPE_INFO[type_x].block_size, TYPE_INFO[type_x].type_size
     block_y, size_y = TYPE_INFO[type_y].block_size, TYPE_INFO[type_y].type_size
-    floats = type_x in FLOAT_TYPES and type_y in FLOAT_TYPES
+    floats = type_x in FLOATS and type_y in FLOATS
     quantizing = block_y > 1
     through_f32 = quantizing and type_x != GgmlType.F32
     dequantizing = block_x > 1

@@ -13,8 +13,8 @@ import math
 import numpy as np
 
 from protocol.ggml.ops import GluOp, UnaryOp
-from rpc_server.devices.cpu.catalog import Binary, Function
 from rpc_server.devices.cpu.kernels import functions as f
+from rpc_server.devices.cpu.kernels.interface.codes import Binary, Function
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from rpc_server.devices.cpu.catalog import Norm
+from rpc_server.devices.cpu.kernels.interface.codes import Norm
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rpc_server.devices.cpu.catalog import TOP_K_INSERT
+from rpc_server.devices.cpu.kernels.interface.codes import TOP_K_INSERT
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,

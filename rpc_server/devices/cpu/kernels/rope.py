@@ -11,7 +11,11 @@ import math
 
 import numpy as np
 
-from rpc_server.devices.cpu.catalog import MODE_IMROPE, MODE_MROPE, MODE_VISION
+from rpc_server.devices.cpu.kernels.interface.codes import (
+    MODE_IMROPE,
+    MODE_MROPE,
+    MODE_VISION,
+)
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType
-from rpc_server.devices.cpu.catalog import DECODABLE, attention_kernel, merge_attention
+from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.catalog import attention_kernel, merge_attention
 from rpc_server.devices.cpu.kernels.interface.layout import (
     BLOCK,
     RowForm,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType, row_size
-from rpc_server.devices.cpu.catalog import (
+from protocol.ggml.types import (
+    CACHE_TYPES,
     DECODABLE,
-    FLOAT_TYPES,
-    QUANTIZABLE,
+    FLOATS,
+    GgmlType,
+    row_size,
+)
+from rpc_server.devices.cpu.catalog import (
     convert_kernel,
     copy_same_type,
     copy_strided,
@@ -19,13 +22,13 @@ from rpc_server.devices.cpu.catalog import (
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 
-_SCALARS = FLOAT_TYPES | {GgmlType.I32}
+_SCALARS = FLOATS | {GgmlType.I32}
 
 
 def _convertible(x: GgmlType, y: GgmlType) -> bool:
     if x in _SCALARS and y in _SCALARS:
         return True
-    if x in FLOAT_TYPES and y in QUANTIZABLE:
+    if x in FLOATS and y in CACHE_TYPES:
         return True
     return y is GgmlType.F32 and x in DECODABLE
 

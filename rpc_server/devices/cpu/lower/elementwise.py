@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import FLOATS, GgmlType
 from rpc_server.devices.cpu.catalog import (
-    BINARY_CODES,
-    FLOAT_TYPES,
-    Function,
     Kernel,
     binary_kernel,
     glu_kernel,
     trigonometric_kernel,
     unary_kernel,
 )
+from rpc_server.devices.cpu.kernels.interface.codes import BINARY_CODES, Function
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.devices.planning.shapes import gated_and_gate, rows_and_width
 from rpc_server.graph.tensor import Tensor
@@ -32,7 +30,7 @@ _LOOKED_UP = {
 
 def float_rows(*tensors: Tensor) -> bool:
     """Whether all are F32, F16 or BF16 with dense rows."""
-    return all(t.type in FLOAT_TYPES and t.contiguous_rows for t in tensors)
+    return all(t.type in FLOATS and t.contiguous_rows for t in tensors)
 
 
 def all_f32(*tensors: Tensor) -> bool:
@@ -88,7 +86,7 @@ def _lower_binary(t: Tensor, planner: Planner) -> bool:
     x, y = t.src[0], t.src[1]
     assert x is not None
     assert y is not None
-    if not float_rows(t, x) or y.type not in FLOAT_TYPES or not t.same_shape(x):
+    if not float_rows(t, x) or y.type not in FLOATS or not t.same_shape(x):
         return False
     if y.ne[0] == 1:
         form = 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import FLOATS, GgmlType
 from rpc_server.devices.cpu.catalog import product_kernel, route_columns
-from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa
+from rpc_server.devices.cpu.instruction_sets import chosen_isa
 from rpc_server.devices.cpu.kernels.interface.layout import (
     PRODUCT_TYPES,
     SCALE_GROUPS,
@@ -19,8 +19,6 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 
-_FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
-
 
 def _supported(t: Tensor) -> bool:
     weights, activations = t.src[0], t.src[1]
@@ -30,7 +28,7 @@ def _supported(t: Tensor) -> bool:
         return False
     return (
         weights.type in PRODUCT_TYPES
-        and activations.type in _FLOATS
+        and activations.type in FLOATS
         and weights.contiguous_rows
         and activations.contiguous_rows
         and t.type is GgmlType.F32

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.devices.cpu.catalog import Norm, group_norm, norm_kernel
+from rpc_server.devices.cpu.catalog import group_norm, norm_kernel
+from rpc_server.devices.cpu.kernels.interface.codes import Norm
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.catalog import (
-    TOP_K_INSERT,
     argmax,
     argsort,
     cumulative_sum,
@@ -13,6 +12,7 @@ from rpc_server.devices.cpu.catalog import (
     sum_rows,
     top_k,
 )
+from rpc_server.devices.cpu.kernels.interface.codes import TOP_K_INSERT
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor

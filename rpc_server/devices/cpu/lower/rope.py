@@ -8,14 +8,13 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.devices.cpu.catalog import (
+from rpc_server.devices.cpu.catalog import rope_kernel, rope_table
+from rpc_server.devices.cpu.kernels.interface.codes import (
     MODE_IMROPE,
     MODE_MROPE,
     MODE_NEOX,
     MODE_NORMAL,
     MODE_VISION,
-    rope_kernel,
-    rope_table,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.graph.tensor import Tensor

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
-from rpc_server.devices.cpu.catalog import (
+from protocol.ggml.types import (
+    CACHE_TYPES,
     DECODABLE,
-    FLOAT_TYPES,
-    QUANTIZABLE,
+    FLOATS,
+    GgmlType,
+)
+from rpc_server.devices.cpu.catalog import (
     add_id,
     get_rows_kernel,
     set_rows_kernel,
@@ -46,10 +48,10 @@ def lower_set_rows(t: Tensor, planner: Planner) -> bool:
         return False
     if source.empty:
         return True
-    if t.type in FLOAT_TYPES:
+    if t.type in FLOATS:
         planner.emit(set_rows_kernel(None), t, work=2 * source.nbytes)
         return True
-    if t.type not in QUANTIZABLE:
+    if t.type not in CACHE_TYPES:
         return False
     floats = 0
     if source.type is GgmlType.F16:

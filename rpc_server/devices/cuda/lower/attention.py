@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import CACHE_TYPES, FLOATS, GgmlType, activation_type
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
     CudaKernel,
@@ -14,12 +14,10 @@ from rpc_server.devices.cuda.kernels import (
     attention_of_few_rows,
     kernel,
 )
-from rpc_server.devices.cuda.lower.copy import CACHE_TYPES
 from rpc_server.devices.cuda.lower.walk import as_floats, dense
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.checks import FLOATS, source
-from rpc_server.ops.rounding import activation_type
+from rpc_server.ops.checks import source
 
 _THREADS = 128
 # What a block of every card has without asking for more, less what kernels declare themselves.

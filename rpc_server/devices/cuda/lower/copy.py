@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import CACHE_TYPES, FLOATS, GgmlType
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.walk import as_floats, as_row, decoded, dense, elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE
-from rpc_server.ops.checks import FLOATS, source
+from rpc_server.ops.checks import source
 
 _SAME = kernel("copy", "copy_same")
 _DENSE = kernel("copy", "copy_dense")
@@ -30,16 +30,6 @@ class Encoder:
     group: int
 
 
-# The types that caches are kept in: encode.cuh writes them, a thread for each block, and attention
-# reads them as they are.
-CACHE_TYPES = (
-    GgmlType.Q4_0,
-    GgmlType.Q4_1,
-    GgmlType.Q5_0,
-    GgmlType.Q5_1,
-    GgmlType.Q8_0,
-    GgmlType.IQ4_NL,
-)
 # What encode_super.cuh writes, and how many elements are a group there.
 _GROUPS = {
     GgmlType.Q8_1: 32,
@@ -68,6 +58,7 @@ def _encoder(type_: GgmlType) -> Encoder:
     return Encoder(copy, rows, _GROUPS[type_])
 
 
+# Of CACHE_TYPES encode.cuh writes a block by a thread; attention reads them as they are.
 ENCODERS: dict[GgmlType, Encoder] = {t: _encoder(t) for t in (*CACHE_TYPES, *_GROUPS)}
 
 

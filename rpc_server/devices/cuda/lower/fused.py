@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import islice, product
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import FLOATS, GgmlType
 from rpc_server.devices.cuda.lower.matmul import (
     ROUNDED_AS,
     column_form,
@@ -23,7 +23,7 @@ from rpc_server.devices.cuda.lower.norm import normalize
 from rpc_server.devices.cuda.lower.rope import turn
 from rpc_server.devices.cuda.planner import CudaPlanner, fuses, is_valid
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.checks import FLOATS, source
+from rpc_server.ops.checks import source
 from rpc_server.ops.table import OPS
 
 

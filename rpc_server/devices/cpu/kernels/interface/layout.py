@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import enum
 
-from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.ggml.types import GgmlType, activation_type
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
 
 # Elements of a vector in kernels; rows of weights are handled in tiles of so many, a lane each.
@@ -55,18 +55,10 @@ class RowForm(enum.IntEnum):
 
 CODED = (RowForm.Q8_0, RowForm.Q8_1, RowForm.Q8_K)
 
-# Weights whose activations ggml rounds to block_q8_1; of the other types see below.
-_WITH_SUMS = (GgmlType.Q4_1, GgmlType.Q5_1)
-
 
 def activation_form(weights: GgmlType) -> RowForm:
-    """The form of activations for a weight type: its vec_dot_type in ggml's CPU backend."""
-    info = TYPE_INFO[weights]
-    if not info.quantized:
-        return RowForm(weights)
-    if weights in _WITH_SUMS:
-        return RowForm.Q8_1
-    return RowForm.Q8_K if info.block_size == UNIT else RowForm.Q8_0
+    """Return the form of activations for a weight type: that of its activation_type."""
+    return RowForm(activation_type(weights))
 
 
 def row_bytes(form: RowForm, n: int) -> int:
