@@ -13,6 +13,7 @@ from protocol.split import split_status_fields
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.lower.matmul import products_of
 from rpc_server.devices.cuda.queue import CudaQueue
+from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage, PinnedPool
 from rpc_server.graph.tensor import Tensor
 
@@ -64,7 +65,7 @@ class CudaDevice:
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> CudaStorage:
         """Raises MemoryError."""
-        return CudaStorage(self, size)
+        return CudaStorage(self.card, self.staging, size)
 
     def alloc_size(self, tensor: Tensor) -> int:
         """Same as ggml_nbytes: this device pads nothing."""
@@ -72,7 +73,10 @@ class CudaDevice:
 
     def queue(self) -> CudaQueue:
         """Graphs of one client, beside those of others."""
-        return CudaQueue(self)
+        resources = StreamResources(
+            self.name, self.card, self.staging, allow_host_ops=self.allow_host_ops
+        )
+        return CudaQueue(resources, self.threads)
 
     def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type compiled while weights are uploading."""

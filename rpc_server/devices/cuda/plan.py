@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
@@ -14,7 +14,7 @@ from protocol.dialects import Dialect
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cpu.planner import STATUS_TEXT
-from rpc_server.devices.cuda.card import Card, Pinned
+from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.host import run_on_host
 from rpc_server.devices.cuda.planner import (
     CudaPlanner,
@@ -23,15 +23,13 @@ from rpc_server.devices.cuda.planner import (
     lower_to_launches,
     place_scratch,
 )
+from rpc_server.devices.cuda.resources import StreamResources
+from rpc_server.devices.cuda.storage import CudaStorage
 from rpc_server.devices.planning.nodes import PlanSteps, lower_node
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec
-
-if TYPE_CHECKING:
-    from rpc_server.devices.cuda.queue import CudaQueue
-    from rpc_server.devices.cuda.storage import CudaStorage
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +58,10 @@ class Scratch:
 class _CapturedGraph:
     """Launches without anything between them: a captured graph from their second run on."""
 
-    def __init__(self, queue: CudaQueue, work: Sequence[Launch | Product]) -> None:
-        self._queue = queue
-        self._card = card = queue.card
-        self._stream = queue.stream
+    def __init__(self, resources: StreamResources, work: Sequence[Launch | Product]) -> None:
+        self._resources = resources
+        self._card = card = resources.card
+        self._stream = resources.stream
         # CuPy has no cuBLAS in captures; products that need it take longer than their launches.
         self._capturable = not any(isinstance(x, Product) for x in work)
         self._work = [
@@ -88,7 +86,7 @@ class _CapturedGraph:
     def _enqueue(self) -> None:
         for work in self._work:
             if isinstance(work, Product):
-                self._card.product(work, self._queue.library, self._stream)
+                self._card.product(work, self._resources.library, self._stream)
             else:
                 self._card.launch(*work, self._stream)
 
@@ -100,7 +98,7 @@ class CudaPlan:
 
     def __init__(
         self,
-        queue: CudaQueue,
+        resources: StreamResources,
         dialect: Dialect,
         storages: Sequence[CudaStorage],
         steps: list[Callable[[], None]],
@@ -109,7 +107,7 @@ class CudaPlan:
         interpreted: dict[str, int],
     ) -> None:
         self.dialect = dialect
-        self._queue = queue
+        self._resources = resources
         # What its nodes read and write.
         self._storages = storages
         self._steps = steps
@@ -124,18 +122,17 @@ class CudaPlan:
 
         Raises GraphError naming the node that failed; DeviceError if the card did.
         """
-        queue = self._queue
-        with queue.card.current():
+        resources = self._resources
+        with resources.card.current():
             try:
                 status = self._run()
             except BaseException as error:
                 # Whoever hears of it may free what the card still works on.
                 with contextlib.suppress(Exception):
-                    queue.stream.synchronize()
-                if isinstance(error, queue.card.failure):
+                    resources.stream.synchronize()
+                if isinstance(error, resources.card.failure):
                     raise DeviceError(
-                        f"{queue.device.name} failed, and may need the server to start anew: "
-                        f"{error}"
+                        f"{resources.name} failed, and may need the server to start anew: {error}"
                     ) from error
                 raise
         if status:
@@ -144,48 +141,25 @@ class CudaPlan:
 
     def _run(self) -> int:
         """Give the card all there is to do, and wait for its status."""
-        queue = self._queue
+        resources = self._resources
         for storage in self._storages:
-            storage.before(queue.stream)
+            storage.before(resources.stream)
         for step in self._steps:
             if self._stopped:
                 raise GraphError("was stopped")
             step()
-        return queue.status.read()
+        return resources.status.read()
 
     def stop(self) -> None:
         """Let a run end behind the step it is at; the card can't be interrupted within one."""
         self._stopped = True
 
 
-class StatusWord:
-    """Where kernels tell what failed: a word of the card's memory, and its mirror here."""
-
-    def __init__(self, card: Card, stream: Any) -> None:
-        self._card = card
-        self._stream = stream
-        self.address = card.allocate(4)
-        self._mirror: Pinned = card.pinned(4)
-        card.fill(self.address, 4, 0, stream)
-
-    def read(self) -> int:
-        """The status of what has run on the stream since the last time; waits for it."""
-        self._card.to_host(self._mirror.address, self.address, 4, self._stream)
-        self._stream.synchronize()
-        status = int.from_bytes(self._mirror.view, "little")
-        if status:
-            self._card.fill(self.address, 4, 0, self._stream)
-        return status
-
-    def close(self) -> None:
-        self._card.free(self.address)
-
-
 class CudaPlanBuilder:
     """Makes plans for one client; not shared between threads."""
 
-    def __init__(self, queue: CudaQueue) -> None:
-        self._queue = queue
+    def __init__(self, resources: StreamResources) -> None:
+        self._resources = resources
         self._scratch: Scratch | None = None
         self._warned: set[str] = set()
 
@@ -199,7 +173,7 @@ class CudaPlanBuilder:
         Raises GraphError.
         """
         started = time.perf_counter()
-        card = self._queue.card
+        card = self._resources.card
         planner = CudaPlanner(graph.nodes, card.multiprocessors, card.capability)
         parts: PlanSteps[Launch | Product] = PlanSteps()
 
@@ -212,8 +186,8 @@ class CudaPlanBuilder:
         parts.append(planner.take_launches())
         scratch = self._scratch_of(planner.scratch_peak)
         labels = self._finish(parts, scratch)
-        queue = self._queue
-        steps = parts.steps(self._reference_step, lambda run: _CapturedGraph(queue, run).run)
+        resources = self._resources
+        steps = parts.steps(self._reference_step, lambda run: _CapturedGraph(resources, run).run)
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(graph.nodes),
@@ -222,7 +196,9 @@ class CudaPlanBuilder:
             planner.scratch_peak >> 10,
             parts.interpreted or "none",
         )
-        return CudaPlan(queue, graph.dialect, storages, steps, labels, scratch, parts.interpreted)
+        return CudaPlan(
+            resources, graph.dialect, storages, steps, labels, scratch, parts.interpreted
+        )
 
     def _scratch_of(self, size: int) -> Scratch | None:
         """Raises GraphError if the card hasn't got so much."""
@@ -232,7 +208,7 @@ class CudaPlanBuilder:
             # Plans that were captured with the smaller one keep it for as long as they live.
             self._scratch = None
             try:
-                self._scratch = Scratch(self._queue.card, size)
+                self._scratch = Scratch(self._resources.card, size)
             except MemoryError as error:
                 raise GraphError(f"no scratch for the graph: {error}") from None
         return self._scratch
@@ -241,7 +217,7 @@ class CudaPlanBuilder:
         """Fill in what records were made without; the labels that node numbers stand for."""
         labels: list[str] = []
         try:
-            status = self._queue.status.address
+            status = self._resources.status.address
         except MemoryError as error:
             raise GraphError(f"no memory for the graph's status: {error}") from None
         for run in parts.runs():
@@ -258,7 +234,7 @@ class CudaPlanBuilder:
     def _refuse_or_warn(self, node: Tensor, spec: OpSpec) -> None:
         if spec.reference is None:
             raise GraphError(f"{node.label}: this combination is not implemented")
-        if not self._queue.device.allow_host_ops:
+        if not self._resources.allow_host_ops:
             raise GraphError(
                 f"{node.label}: no kernel for the GPU; --allow-host-ops runs it on the host"
             )
@@ -267,7 +243,7 @@ class CudaPlanBuilder:
             log.warning("%s: runs on the host, which is slow", node.label)
 
     def _reference_step(self, node: Tensor) -> Callable[[], None]:
-        stream, staging = self._queue.stream, self._queue.device.staging
+        stream, staging = self._resources.stream, self._resources.staging
 
         def run() -> None:
             try:

@@ -6,14 +6,11 @@ import asyncio
 import contextlib
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rpc_server.devices.base import Storage
 from rpc_server.devices.cuda.card import Card
 from rpc_server.graph.tensor import Tensor
-
-if TYPE_CHECKING:
-    from rpc_server.devices.cuda.device import CudaDevice
 
 # Bytes of one piece of a transfer. Two of them take turns: one is filled while the other is copied.
 CHUNK = 4 << 20
@@ -112,7 +109,7 @@ class CudaUpload:
         self._at = start
         self._left = size
         # Whoever had it before may have given it back while the card still copied from it.
-        self._staging = storage.device.staging.take()
+        self._staging = storage.staging.take()
         self._turn = 0
 
     async def begin(self) -> None:
@@ -140,7 +137,7 @@ class CudaUpload:
         if self._left:
             await staging.ready(self._turn)
         else:
-            storage.device.staging.give(staging)
+            storage.staging.give(staging)
 
 
 class CudaStorage:
@@ -152,9 +149,9 @@ class CudaStorage:
     # The card does all of it by itself.
     at_once = sys.maxsize
 
-    def __init__(self, device: CudaDevice, size: int) -> None:
-        self.device = device
-        self.card = device.card
+    def __init__(self, card: Card, staging: PinnedPool, size: int) -> None:
+        self.card = card
+        self.staging = staging
         self.size = size
         self.address = self.card.allocate(max(size, 1))
         # Transfers of a buffer are in order among themselves, and beside those of others.
@@ -235,4 +232,4 @@ class CudaStorage:
         self.fill(start, size, value)
 
     def _download(self, start: int, size: int) -> memoryview:
-        return self.device.staging.download(self.address + start, size, self.stream)
+        return self.staging.download(self.address + start, size, self.stream)
