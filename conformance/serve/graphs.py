@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from conformance.serve.memory import Block
+from conformance.serve.rules import Notes
 from conformance.serve.tensors import TensorView, name_of
+from protocol.dialects import Dialect
 from protocol.ggml.ops import Op
 from protocol.ggml.types import is_contiguous
 from protocol.graph_payload import GraphPayload
 from protocol.messages import RPC_TENSOR_DTYPE
 
-if TYPE_CHECKING:
-    from conformance.serve.state import ServedSession
-
 _COMPUTE = 16
 # Ops that compute nothing: their tensor is another view of its source's bytes.
 _VIEWS = frozenset({Op.NONE, Op.RESHAPE, Op.VIEW, Op.PERMUTE, Op.TRANSPOSE})
+
+
+class Checked(Protocol):
+    """The session that a graph belongs to: its buffers, and what was asked for its tensors."""
+
+    dialect: Dialect
+    notes: Notes
+
+    def require(self, rule: str, kept: bool, what: str) -> None: ...
+    def tensor(self, record: Any) -> TensorView: ...
+    def find_block(self, what: str, handle: int) -> Block: ...
+    def check_place(self, what: str, tensor: TensorView, block: Block) -> None: ...
+    def asked(self, device: int, tensor: TensorView) -> int: ...
 
 
 @dataclass(slots=True)
@@ -33,7 +45,7 @@ class GraphState:
             block.data[start : start + size] = 0
 
 
-def check_graph(session: ServedSession, graph: GraphPayload) -> GraphState:
+def check_graph(session: Checked, graph: GraphPayload) -> GraphState:
     """Check a graph by every rule; raises Refused where a server can't compute it."""
     notes = session.notes
     rows = [_record(values) for values in graph.tensors.tolist()]
@@ -78,7 +90,7 @@ def _names(by_id: dict[int, Any], ids: list[int]) -> str:
     return ", ".join(repr(name_of(by_id[id])) for id in ids)
 
 
-def _place(session: ServedSession, tensor: TensorView) -> Block | None:
+def _place(session: Checked, tensor: TensorView) -> Block | None:
     """The buffer that a tensor of a graph lies in, None where it has no data here."""
     if not tensor.buffer:
         return None
@@ -89,7 +101,7 @@ def _place(session: ServedSession, tensor: TensorView) -> Block | None:
 
 
 def _check_spare(
-    session: ServedSession, tensor: TensorView, block: Block, sources: list[TensorView]
+    session: Checked, tensor: TensorView, block: Block, sources: list[TensorView]
 ) -> None:
     """The room that a node has behind its result holds none of what it reads."""
     room = session.asked(block.device, tensor)

@@ -8,15 +8,14 @@ import logging
 import socket
 import ssl
 from collections.abc import Coroutine, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from client.errors import ConnectionLost
 from client.tunnel import End, keep_alive, near_end
 from protocol.token import ACCEPTED, HEAD_SIZE, LONGEST, REFUSED, token_size
-
-if TYPE_CHECKING:
-    from rpc_server.net.listener import Server
-    from rpc_server.observability.metrics import ClientStats
+from rpc_server.net.admission import Admission
+from rpc_server.observability.metrics import ClientStats
+from rpc_server.session.context import ServerContext
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +29,36 @@ class TokenRefusedError(Exception):
     """The client showed no token or another one; the message says which, not what."""
 
 
+class Host(Protocol):
+    """The server that the TLS port is part of."""
+
+    context: ServerContext
+    admission: Admission
+    # The far ends of tunnels.
+    tunnels: set[End]
+
+    def introduce(self, peer: tuple[object, ...] | None, *, secure: bool = False) -> ClientStats:
+        """Return the statistics of a new client, with its number and name."""
+        ...
+
+    def connection(self, guest: ClientStats) -> asyncio.BaseProtocol:
+        """Return the near end of a tunnel, for a client that was let in."""
+        ...
+
+    def tunnel_ended(self, end: End, address: str) -> None:
+        """Note that the client at the far end is gone."""
+        ...
+
+
 class SecureListener:
-    """Listens for TLS, and makes a tunnel to a Connection of ``server`` for whoever is let in.
+    """Listens for TLS, and makes a tunnel to a connection of ``server`` for whoever is let in.
 
     Sockets are accepted here rather than by a protocol: TLS has to have them from the first byte.
     """
 
     def __init__(
         self,
-        server: Server,
+        server: Host,
         sockets: Iterable[socket.socket],
         tls: ssl.SSLContext,
         token: bytes | None,
