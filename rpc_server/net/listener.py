@@ -18,6 +18,7 @@ from rpc_server.net.timeouts import Deadlines, Watched, sweep
 from rpc_server.net.tls import SecureListener
 from rpc_server.observability.metrics import ClientStats
 from rpc_server.session.context import ServerContext
+from rpc_server.session.dispatch import dispatch
 from rpc_server.session.state import Session
 from rpc_server.sockets import shut_down
 
@@ -146,7 +147,7 @@ class ClientConnection(asyncio.BufferedProtocol):
                 event = session.reader.next_event()
                 if event is None:
                     break
-                session.handle(event)
+                dispatch(session, event)
                 if time.monotonic() > end:
                     self._queued = True
                     asyncio.get_running_loop().call_soon(self._next_turn)

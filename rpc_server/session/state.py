@@ -4,8 +4,7 @@ Requests are taken one at a time. One that has to wait (a graph on the device's 
 socket that is full) makes the session busy; what the client sends meanwhile stays in the reader and
 the transport until it is done. That gives the order which clients rely on, and back-pressure.
 
-What each request does is in ``handlers/``; uploads are in ``uploads.py``, HELLO is in
-``handshake.py``.
+``dispatch.py`` hands events to what does them: ``handlers/``, and ``uploads.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from protocol.codec import codec
@@ -22,15 +22,10 @@ from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError, TooLargeError
 from protocol.messages import MAX_NAME
 from protocol.requests import (
-    Event,
     Hello,
-    Request,
     RequestReader,
-    UploadChunk,
-    UploadEnd,
-    UploadStart,
 )
-from rpc_server.devices.base import Device, DeviceError, Queue
+from rpc_server.devices.base import Device, DeviceError, KeptUpload, Queue, Upload
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
     BYTES_SENT,
@@ -39,7 +34,7 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
 )
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import check_message, label_of_message
-from rpc_server.limits import UNSENT_BYTES, LimitReached
+from rpc_server.limits import LimitReached
 from rpc_server.observability.logs import ClientLog
 from rpc_server.observability.metrics import ClientStats
 from rpc_server.observability.progress import UploadMeter
@@ -51,14 +46,12 @@ from rpc_server.session.buffers import (
     OutOfMemoryError,
 )
 from rpc_server.session.context import ServerContext
-from rpc_server.session.handlers import HANDLERS
 from rpc_server.session.handshake import Handshake
 from rpc_server.session.job import Job
 from rpc_server.session.leases import Lease
 from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.programs import Programs
 from rpc_server.session.readings import Readings
-from rpc_server.session.uploads import Uploads
 from rpc_server.sockets import shut_down
 
 # What ends a session with one line in the log; anything else is a bug and logged with its trace.
@@ -101,6 +94,29 @@ def _say_goodbye(
     )
 
 
+@dataclass(slots=True)
+class PendingUpload:
+    """The upload of one client that is under way, if there is one.
+
+    ``direct`` is where its bytes go: buffer, start, size, and whether the cache is to keep them.
+    Bytes that belong elsewhere go by ``relay``; ``relayed`` is what is kept once that has them.
+    ``size`` is in bytes.
+    """
+
+    direct: tuple[Buffer, int, int, bool] | None = None
+    relay: Upload | KeptUpload | None = None
+    relayed: tuple[Buffer, int, int] | None = None
+    size: int = 0
+
+    @property
+    def under_way(self) -> bool:
+        return self.direct is not None or self.relay is not None
+
+    def clear(self) -> None:
+        """Forget it: the client is gone."""
+        self.direct = self.relay = self.relayed = None
+
+
 class Session:
     """State of one connection. ``transport`` is where answers go; ``stats`` name the client."""
 
@@ -131,7 +147,7 @@ class Session:
         # By device; there is none before the first graph.
         self._queues: list[Queue | None] = [None for _ in context.budgets]
         self.programs = Programs(stats.name, limits.peer)
-        self.uploads = Uploads(self)
+        self.upload = PendingUpload()
         self.meter = UploadMeter(self.log)
         self.busy = False
         # Messages handled so far.
@@ -172,33 +188,6 @@ class Session:
             size,
             size,
         )
-
-    def handle(self, event: Event) -> None:
-        """Do one event. Raises what REFUSALS lists; the connection can't go on then."""
-        self.handled += 1
-        if self.reader.dialect is not self._spoken:
-            self._note_names()
-        if isinstance(event, Request):
-            if not self.handshake.done:
-                self.handshake.accepted()
-            self.stats.commands[event.command] += 1
-            self.meter.other()
-            HANDLERS[event.command](self, event)
-        elif isinstance(event, UploadStart):
-            if not self.handshake.done:
-                self.handshake.accepted()
-            self.stats.commands[Command.SET_TENSOR] += 1
-            self.uploads.begin(event)
-        elif isinstance(event, UploadChunk):
-            self.uploads.part()
-        elif isinstance(event, UploadEnd):
-            self.uploads.end()
-        elif isinstance(event, Hello):
-            self.stats.commands[Command.HELLO] += 1
-            self._hello(event)
-        if not self.writable and not self.busy and self._unsent > UNSENT_BYTES:
-            # It asks and asks, and takes no answers.
-            self.wait(self.drained())
 
     def connection_lost(self) -> None:
         """The peer is gone: free everything, after the work in flight if there is some."""
@@ -273,7 +262,7 @@ class Session:
         for queue in self._queues:
             if queue is not None:
                 queue.leave()
-        self.uploads.clear()
+        self.upload.clear()
         # A view of a buffer would keep its memory from being given back.
         self.reader.abandon()
         self.meter.finish()
@@ -325,10 +314,10 @@ class Session:
 
     @property
     def taken(self) -> int:
-        return self.stats.bytes_out - self._unsent
+        return self.stats.bytes_out - self.unsent
 
     @property
-    def _unsent(self) -> int:
+    def unsent(self) -> int:
         return self._transport.get_write_buffer_size()
 
     @property
@@ -365,7 +354,7 @@ class Session:
             return "handshake"
         if self.running is not None:
             return "program" if self.streaming else "graph"
-        if self.uploads.under_way:
+        if self.upload.under_way:
             return "upload"
         if not self.writable:
             return "answer"
@@ -373,7 +362,7 @@ class Session:
 
     # -- handshake -----------------------------------------------------------------------------
 
-    def _hello(self, hello: Hello) -> None:
+    def hello(self, hello: Hello) -> None:
         self.reader.dialect, answer = self.handshake.hello(hello)
         self.readings = Readings(
             self.context.numberings, self.stats.address, self.handshake.dialects

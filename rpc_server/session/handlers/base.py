@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from protocol.requests import Request
 from rpc_server.devices.base import RemoteStorage
 from rpc_server.graph.tensor import Tensor
 from rpc_server.session.buffers import Buffer
+from rpc_server.session.state import Session
 
-if TYPE_CHECKING:
-    from rpc_server.session.state import Session
-
-Handler = Callable[["Session", Request], None]
+Handler = Callable[[Session, Request], None]
 
 
 def device_index(s: Session, request: Request) -> int:

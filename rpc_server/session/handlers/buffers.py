@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from protocol.commands import Command
 from protocol.requests import Request
@@ -13,9 +12,7 @@ from rpc_server.graph.parse import tensor_of_message
 from rpc_server.session.buffers import OutOfMemoryError
 from rpc_server.session.handlers.base import Handler, device_index
 from rpc_server.session.handlers.tensors import fill
-
-if TYPE_CHECKING:
-    from rpc_server.session.state import Session
+from rpc_server.session.state import Session
 
 
 def _device_count(s: Session, request: Request) -> None:

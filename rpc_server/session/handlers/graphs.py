@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from protocol.commands import Command
 from protocol.graph_payload import decode_graph
@@ -16,9 +15,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.session.buffers import Buffer, Buffers
 from rpc_server.session.handlers.base import Handler, device_index
 from rpc_server.session.job import Job
-
-if TYPE_CHECKING:
-    from rpc_server.session.state import Session
+from rpc_server.session.state import Session
 
 
 class _Here:

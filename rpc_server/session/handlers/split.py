@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
 
 from protocol.commands import Command
 from protocol.errors import ProtocolError
@@ -23,9 +22,7 @@ from rpc_server.session.handlers.buffers import allocate
 from rpc_server.session.handlers.graphs import run
 from rpc_server.session.job import Job
 from rpc_server.session.leases import Lease
-
-if TYPE_CHECKING:
-    from rpc_server.session.state import Session
+from rpc_server.session.state import Session
 
 # Longest that a client is left without an answer for a lease, seconds.
 _MOST_PATIENCE = 60.0

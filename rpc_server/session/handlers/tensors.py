@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from protocol.commands import Command
 from protocol.requests import Request
@@ -19,11 +19,8 @@ from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
 from rpc_server.session.buffers import Buffer
 from rpc_server.session.handlers.base import Handler, is_remote
+from rpc_server.session.state import Session
 from rpc_server.turns import in_pieces
-
-if TYPE_CHECKING:
-    from rpc_server.session.state import Session
-
 
 # How llama.cpp names its logits, a row of F32 for each token: for figures alone.
 _LOGITS = b"result_output"

@@ -8,10 +8,10 @@ from protocol.commands import Command
 from protocol.requests import Request
 from rpc_server.cache.store import TensorCache
 from rpc_server.devices.cpu.storage import HostStorage
+from rpc_server.session import uploads
 from rpc_server.session.buffers import Budget, Buffer, Buffers
 from rpc_server.session.handlers.tensors import fill
 from rpc_server.session.state import Session
-from rpc_server.session.uploads import Uploads
 from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
 
 _LITTLE_MEMORY = ("--mem", "1G")
@@ -80,13 +80,13 @@ def get_ignores_offset() -> None:
 @fault("SET_TENSOR starts at the tensor, whatever the offset", "set-the-last-byte")
 def set_ignores_offset() -> None:
     def make(right: Any) -> Any:
-        def begin(self: Uploads, upload: Any) -> None:
+        def begin(s: Session, upload: Any) -> None:
             upload.fields.offset = 0
-            right(self, upload)
+            right(s, upload)
 
         return begin
 
-    replace_method(Uploads, "begin", make)
+    replace_method(uploads, "begin", make)
 
 
 @fault("of a SET_TENSOR of over 1 MiB only the first arrives", "large-upload")
@@ -94,16 +94,16 @@ def large_upload_truncated() -> None:
     kept = 1 << 20
 
     def make(right: Any) -> Any:
-        def end(self: Uploads) -> None:
-            if self._direct is not None:
-                buffer, start, size, _ = self._direct
+        def end(s: Session) -> None:
+            if s.upload.direct is not None:
+                buffer, start, size, _ = s.upload.direct
                 if size > kept:
                     buffer.storage.fill(start + kept, size - kept, 0)
-            right(self)
+            right(s)
 
         return end
 
-    replace_method(Uploads, "end", make)
+    replace_method(uploads, "end", make)
 
 
 @fault("MEMSET_TENSOR fills one byte more", "memset-of-a-part")
