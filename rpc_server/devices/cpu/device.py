@@ -21,8 +21,8 @@ from rpc_server.native.routine import CompileError
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
+    from rpc_server.devices.cpu.planner import PlanItem
     from rpc_server.devices.cpu.streaming.transfer import StreamPeer
-    from rpc_server.devices.split.device import SplitPlan
 
 T = TypeVar("T")
 
@@ -75,9 +75,7 @@ class CpuDevice:
         """Same as ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
-    def prepare(
-        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve
-    ) -> CpuPlan | SplitPlan:
+    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> CpuPlan:
         """Plan a client's graph of ``dialect``."""
         return self.plan_here(payload, dialect, resolve, wait=False)
 
@@ -92,11 +90,18 @@ class CpuDevice:
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
-    ) -> CpuPlan | SplitPlan:
+    ) -> CpuPlan:
         """A program of the split extension. Raises GraphError."""
         from rpc_server.devices.cpu.streaming.program import program_items
 
         items = program_items(payload, dialect, resolve, peer)
+        return self.plan_items(items, dialect)
+
+    def plan_items(self, items: Sequence[Tensor | PlanItem], dialect: Dialect) -> CpuPlan:
+        """Return a plan of nodes and of what else is to be done between them.
+
+        Waits for kernels that are being compiled. Raises GraphError.
+        """
         return self._plans().build_items(items, dialect)
 
     def queue(self) -> Self:

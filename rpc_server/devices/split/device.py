@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from client.split.balance import Speed, shares_by_time
 from protocol.dialects import Dialect
@@ -168,13 +168,18 @@ class SplitPlan:
         self._device.count(time.perf_counter() - started, plan.tokens)
 
 
-class SplitDevice(CpuDevice):
+class SplitDevice:
     """See the module. Made by :meth:`open` on the event loop's thread."""
 
     name = "SPLIT"
+    alignment = CpuDevice.alignment
+    max_size = CpuDevice.max_size
+    runs_programs = True
 
     def __init__(self, options: SplitOptions, n_threads: int | None) -> None:
-        super().__init__(n_threads)
+        # What is not split runs here.
+        self._cpu = CpuDevice(n_threads)
+        self.description = ""
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._workers: list[Worker | None] = [None] * len(options.parts)
@@ -208,7 +213,7 @@ class SplitDevice(CpuDevice):
         if options.proportions == "auto":
             log.info("measuring how fast the parts are")
             try:
-                device._speeds = await measure_parts(device, device._workers)
+                device._speeds = await measure_parts(device._cpu, device._workers)
             except WorkerLost:
                 device.close()
                 raise
@@ -399,13 +404,32 @@ class SplitDevice(CpuDevice):
             proportions,
             self._in_background,
             by_columns=self._options.by_columns,
-            spare=lambda: usable(CpuDevice.memory(self)[0]),
+            spare=lambda: usable(self._cpu.memory()[0]),
         )
         storage.slices = self._slices
         self._storages.add(storage)
         return storage
 
+    def alloc_size(self, tensor: Tensor) -> int:
+        """As of the CPU: this device pads nothing."""
+        return self._cpu.alloc_size(tensor)
+
     # -- graphs
+
+    def queue(self) -> Self:
+        """The same for all clients: their graphs run one after the other."""
+        return self
+
+    def leave(self) -> None:
+        """Clients have nothing of their own here."""
+
+    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run ``job`` on the thread that runs graphs here."""
+        return self._cpu.submit(job)
+
+    def prefetch_kernels(self, type: GgmlType) -> None:
+        """Have the kernels of this weight type ready, for this server's own share."""
+        self._cpu.prefetch_kernels(type)
 
     def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
         storages: dict[int, SplitStorage] = {}
@@ -463,7 +487,7 @@ class SplitDevice(CpuDevice):
         for weight in found.weights.values():
             weight.require()
         if not found.subgraphs:
-            return Exchanging(self._plans().build_items(items, dialect), [])
+            return Exchanging(self._cpu.plan_items(items, dialect), [])
         # The weights know them: a link that was lost since may have been replaced here already.
         assembler = Assembler(
             found, next(s.workers for s in storages if s.weights), self._options.wire
@@ -476,7 +500,7 @@ class SplitDevice(CpuDevice):
             self._use_here(found, storages)
             return self._exchange(items, dialect, storages, chain=chain)
         made = assembler.items(items, programs)
-        inner = self._plans().build_items(made, dialect)
+        inner = self._cpu.plan_items(made, dialect)
         # Records hold addresses of what these own.
         inner.keep = (made, assembler)
         tokens = max(s.nodes[0].ne[1] for s in found.subgraphs)
@@ -649,7 +673,7 @@ class SplitDevice(CpuDevice):
             self._loop.call_soon_threadsafe(self._keeper.cancel)
         for worker in self.workers:
             self._loop.call_soon_threadsafe(worker.close)
-        super().close()
+        self._cpu.close()
 
 
 def _result(future: concurrent.futures.Future[None], stopped: Callable[[], bool]) -> None:
