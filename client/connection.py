@@ -49,6 +49,7 @@ from protocol.errors import ProtocolError
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES, RPC_TENSOR_SIZE, RpcTensor
 from protocol.numbering import wire_params
+from protocol.requests import encode_frame
 from protocol.responses import ResponseReader
 from protocol.split import caps_version, split_caps, with_split
 
@@ -56,7 +57,6 @@ Bytes = bytes | bytearray | memoryview
 # A tensor of this client, or the fields of an rpc_tensor as they are to be sent.
 TensorLike = Tensor | Mapping[str, Any]
 
-_FRAME = struct.Struct("<BQ")
 # A payload up to this goes out in one write with its head; longer ones in pieces of _PIECE.
 _JOIN_UP_TO = 64 << 10
 _PIECE = 1 << 20
@@ -403,7 +403,7 @@ class Connection:
         Fields and errors as in :meth:`request`; for those who send by themselves.
         """
         head = self._head(command, self._spec(command), fields)
-        return _FRAME.pack(command, len(head) + body_size) + head
+        return encode_frame(command, len(head) + body_size) + head
 
     async def send_raw(self, data: Bytes) -> None:
         """Write bytes as they are; announce what they will be answered with by :meth:`expect`."""

@@ -1,4 +1,4 @@
-"""The server's reader: bytes of one connection in, requests out.
+"""Requests: the writer, and the server's reader: bytes of one connection in, requests out.
 
 The framing is the same in all versions, ``cmd u8 | size u64 | payload``; what a payload is, the
 dialect says. The reader never copies a large payload: it tells the transport where the next bytes
@@ -18,10 +18,11 @@ first; what has arrived meanwhile stays staged.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.codec import codec
+from protocol.codec import Message, codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Body, CommandSpec, Dialect
 from protocol.errors import ProtocolError, TooLargeError
@@ -76,6 +77,22 @@ class UploadEnd:
 
 
 Event = Hello | Request | UploadStart | UploadChunk | UploadEnd
+
+
+def encode_frame(command: int, size: int) -> bytes:
+    """Return what a request begins with: the command's number, and the bytes that follow."""
+    return FRAME.pack(command, size)
+
+
+def encode_request(
+    command: Command, spec: CommandSpec, fields: Mapping[str, Any] | Message, body_size: int = 0
+) -> bytes:
+    """Return a request up to the ``body_size`` bytes of data or of a graph that follow it.
+
+    ``spec`` is how the connection's dialect has the command. Raises KeyError for a missing field.
+    """
+    head = codec(spec.request).build(fields)
+    return encode_frame(command, len(head) + body_size) + head
 
 
 class RequestReader:

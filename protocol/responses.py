@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.codec import codec
+from protocol.codec import Message, codec
 from protocol.commands import Command
 from protocol.dialects import Answer, CommandSpec
 from protocol.errors import ProtocolError
 from protocol.receive_buffer import ReceiveBuffer
 
-_SIZE = struct.Struct("<Q")
+SIZE = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,17 @@ class _Expected:
     def in_place(self) -> bool:
         """Whether the payload goes to the destination, rather than being parsed."""
         return self.raw or self.spec.answer is Answer.DATA
+
+
+def encode_size(size: int) -> bytes:
+    """Return what an answer begins with: the bytes that follow."""
+    return SIZE.pack(size)
+
+
+def encode_answer(spec: CommandSpec, fields: Mapping[str, Any] | Message) -> bytes:
+    """Return a whole answer of fields. Raises KeyError for a missing field."""
+    body = codec(spec.response).build(fields)
+    return encode_size(len(body)) + body
 
 
 class ResponseReader:
@@ -138,9 +150,9 @@ class ResponseReader:
             return False
         if not self._expected:
             raise ProtocolError(f"{len(self._staging)} bytes that answer no request")
-        if len(self._staging) < _SIZE.size:
+        if len(self._staging) < SIZE.size:
             return False
-        (size,) = _SIZE.unpack(self._staging.take(_SIZE.size))
+        (size,) = SIZE.unpack(self._staging.take(SIZE.size))
         first = self._expected[0]
         if size != first.size:
             raise ProtocolError(

@@ -8,18 +8,17 @@ declarations in ``protocol/``.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Mapping
 from typing import Any, Self
 
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect
+from protocol.requests import encode_frame
 
 Bytes = bytes | bytearray | memoryview
 
 NEWEST = DIALECTS[0]
-_FRAME = struct.Struct("<BQ")
 # A body up to this is joined with its head: one segment, one system call.
 _JOIN_UP_TO = 64 << 10
 
@@ -52,7 +51,7 @@ class Wire:
     def send(self, command: int, payload: bytes, body: Bytes = b"") -> None:
         """Send a message: a command, its payload, and more payload that isn't copied if large."""
         size = len(payload) + len(body)
-        head = _FRAME.pack(command, size) + payload
+        head = encode_frame(command, size) + payload
         if len(body) <= _JOIN_UP_TO:
             self.socket.sendall(head + bytes(body))
         else:

@@ -9,7 +9,6 @@ together; numbers are drawn near the edges of what their field holds.
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +26,10 @@ from protocol.errors import NotInRelease
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_DIMS, MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
+from protocol.requests import encode_request
+from protocol.responses import encode_size
 from protocol.split import ProgramStep, encode_program
 
-_FRAME = struct.Struct("<BQ")
-_SIZE = struct.Struct("<Q")
 Fields = Mapping[str, Any]
 
 
@@ -44,8 +43,8 @@ class DrawnRequest:
 
     def encode(self, dialect: Dialect) -> bytes:
         """The bytes on the wire."""
-        head = codec(dialect.commands[self.command].request).build(self.fields)
-        return _FRAME.pack(self.command, len(head) + len(self.body)) + head + self.body
+        spec = dialect.commands[self.command]
+        return encode_request(self.command, spec, self.fields, len(self.body)) + self.body
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Reply:
         payload = self.data
         if spec.answer is Answer.FIXED:
             payload = codec(spec.response).build(self.fields)
-        return _SIZE.pack(len(payload)) + payload
+        return encode_size(len(payload)) + payload
 
 
 # -- numbers and fields ----------------------------------------------------------------------------

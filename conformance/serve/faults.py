@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 
 from protocol.commands import Command
+from protocol.responses import encode_size
 
-_SIZE = struct.Struct("<Q")
 # Of a large answer so many bytes go out one by one; the rest in pieces of uneven lengths.
 _DRIBBLED = 256
 _PIECES = 50
@@ -86,7 +86,7 @@ def send_answer(
         stop.wait(fault.seconds)
     if payload is None:
         return
-    framed = _SIZE.pack(len(payload))
+    framed = encode_size(len(payload))
     if how is Mishap.CUT_SIZE:
         sock.sendall(framed[:5])
         raise Hangup(watch=False)
@@ -96,11 +96,11 @@ def send_answer(
         sock.sendall(framed + body[: len(body) // 2] if body else framed[:7])
         raise Hangup(watch=False)
     if how is Mishap.HUGE:
-        sock.sendall(_SIZE.pack(1 << 62) + bytes(payload))
+        sock.sendall(encode_size(1 << 62) + bytes(payload))
         raise Hangup(watch=True)
     if how in (Mishap.LONG, Mishap.SHORT):
         body = bytes(payload) + b"\0" if how is Mishap.LONG else bytes(payload)[:-1]
-        sock.sendall(_SIZE.pack(len(body)) + body)
+        sock.sendall(encode_size(len(body)) + body)
         raise Hangup(watch=True)
     if how is Mishap.DRIBBLE:
         _dribble(sock, framed + bytes(payload))

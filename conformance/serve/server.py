@@ -34,6 +34,7 @@ from protocol.requests import (
     UploadEnd,
     UploadStart,
 )
+from protocol.responses import encode_size
 
 Bytes = bytes | bytearray | memoryview
 
@@ -360,7 +361,7 @@ class _Connection:
             # The client may free the buffer while it still takes the bytes.
             payload = bytes(payload)
         if payload is not None:
-            data = len(payload).to_bytes(8, "little") + payload[:KEPT]
+            data = encode_size(len(payload)) + payload[:KEPT]
             self._record.keep(False, command, data, 8 + len(payload), self._seconds)
         self._sock.settimeout(None)
         try:

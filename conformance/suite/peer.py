@@ -21,11 +21,11 @@ from protocol.commands import Command
 from protocol.dialects import Answer, CommandSpec, Dialect, Version
 from protocol.ggml.ops import Op
 from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES
+from protocol.requests import encode_frame
 from protocol.split import caps_version, with_split
 
 Bytes = bytes | bytearray | memoryview
 
-_FRAME = struct.Struct("<BQ")
 # An answer longer than this is no answer to anything that cases ask.
 _LONGEST_ANSWER = 1 << 30
 _DEFAULTS: dict[str, Any] = {
@@ -205,7 +205,7 @@ class Peer:
     def message(self, command: Command, body: Bytes = b"", **fields: Any) -> bytes:
         """A request as it goes out."""
         head = self.payload(command, **fields)
-        return _FRAME.pack(command, len(head) + len(body)) + head + bytes(body)
+        return encode_frame(command, len(head) + len(body)) + head + bytes(body)
 
     def send(self, command: Command, body: Bytes = b"", **fields: Any) -> None:
         """Send a request; ``fields`` as the dialect's table has them, defaults 0 where harmless."""
@@ -216,7 +216,7 @@ class Peer:
         claimed = len(payload) if size is None else size
         known = command in Command.__members__.values()
         name = Command(command).name if known else f"command {command}"
-        self.send_bytes(_FRAME.pack(command, claimed) + bytes(payload), command=name)
+        self.send_bytes(encode_frame(command, claimed) + bytes(payload), command=name)
 
     def answer(self, command: Command) -> Any:
         """The answer to ``command``: a Record, bytes, or None where the dialect has none.

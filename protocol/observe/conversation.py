@@ -40,12 +40,7 @@ from protocol.errors import ProtocolError
 from protocol.graph_payload import decode_graph
 from protocol.names import size_by_frame, size_by_graph, size_by_upload, upload_head_size
 from protocol.numbering import fits, tells
-from protocol.observe.directions import (
-    SIZE,
-    Direction,
-    ExpectedAnswer,
-    IncomingBody,
-)
+from protocol.observe.directions import Direction, ExpectedAnswer, IncomingBody
 from protocol.observe.events import (
     Event,
     Failure,
@@ -62,6 +57,7 @@ from protocol.requests import (
     check_frame,
     first_frame,
 )
+from protocol.responses import SIZE
 from protocol.split import caps_version, decode_program, step_sizes, with_split
 
 __all__ = [

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from dataclasses import dataclass
 
 from protocol.observe.events import ObservedMessage, Side, Sink
-
-# What an answer begins with.
-SIZE = struct.Struct("<Q")
+from protocol.responses import SIZE
 
 
 class IncomingBody:

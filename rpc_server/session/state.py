@@ -16,7 +16,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError, TooLargeError
@@ -25,6 +24,7 @@ from protocol.requests import (
     Hello,
     RequestReader,
 )
+from protocol.responses import encode_answer, encode_size
 from rpc_server.devices.base import Device, DeviceError, KeptUpload, Queue, Upload
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
@@ -383,16 +383,16 @@ class Session:
         spec = self.dialect.commands[command]
         if spec.answer is Answer.NEVER:
             return
-        body = codec(spec.response).build(fields)
-        self.stats.bytes_out += 8 + len(body)
-        self._transport.write(len(body).to_bytes(8, "little") + body)
+        data = encode_answer(spec, fields)
+        self.stats.bytes_out += len(data)
+        self._transport.write(data)
 
     def answer_empty(self, command: Command) -> None:
         self.answer(command, {})
 
     def send_bytes(self, view: memoryview) -> None:
         """Answer with these bytes; nothing else may happen until they are on their way."""
-        header = len(view).to_bytes(8, "little")
+        header = encode_size(len(view))
         self.stats.bytes_out += 8 + len(view)
         if len(view) <= _COPY_ANSWER:
             self._transport.write(header + bytes(view))

@@ -19,7 +19,10 @@ from protocol.requests import (
     RequestReader,
     UploadEnd,
     UploadStart,
+    encode_frame,
+    encode_request,
 )
+from protocol.responses import encode_answer
 from tests.protocol.transcripts import request, small_graph, tensor_fields
 
 NEWEST = DIALECTS[0]
@@ -246,3 +249,23 @@ def test_an_upload_that_may_be_either_is_taken_as_most_are_and_held_to_it() -> N
     assert peer.reader.dialect is NEWEST
     with pytest.raises(ProtocolError, match="names of 128 bytes, after uploads"):
         peer.feed(_upload(_wide(NEWEST), 4096, name=b"n" * 100))
+
+
+def test_what_is_written_is_what_is_read() -> None:
+    """One writer for all clients; HELLO is read before the dialect is known."""
+    for dialect in DIALECTS:
+        reader = RequestReader()
+        reader.dialect = dialect
+        command = Command.GET_MAX_SIZE
+        data = encode_request(command, dialect.commands[command], {"device": 0})
+        view = reader.receive_buffer()
+        view[: len(data)] = data
+        reader.received(len(data))
+        event = reader.next_event()
+        assert isinstance(event, Request)
+        assert event.command is command
+        assert reader.at_boundary
+    spec = NEWEST.commands[Command.GET_MAX_SIZE]
+    answer = encode_answer(spec, {"max_size": 258})
+    assert answer == (8).to_bytes(8, "little") + (258).to_bytes(8, "little")
+    assert encode_frame(7, 300) == bytes([7, 44, 1, 0, 0, 0, 0, 0, 0])

@@ -30,6 +30,8 @@ from protocol.dialects import DIALECTS
 from protocol.ggml.types import GgmlType
 from protocol.messages import RPC_TENSOR_SIZE, RpcTensor
 from protocol.observe.events import Side
+from protocol.requests import encode_frame, encode_request
+from protocol.responses import encode_answer
 from tools import arguments
 from tools.record.frames import Address, TcpFrames
 from tools.record.pcapng import PcapngWriter
@@ -42,23 +44,21 @@ _PIECE = 4 << 20
 def _stream(size: int) -> Iterator[tuple[Side, bytes]]:
     """A client that uploads ``size`` bytes, in what it would write to its socket at once."""
     commands = DIALECTS[0].commands
-    frame = struct.Struct("<BQ")
     major, minor, patch = DIALECTS[0].version
     caps = bytes(DIALECTS[0].hello_size)
-    yield Side.CLIENT, frame.pack(Command.HELLO, len(caps)) + caps
+    yield Side.CLIENT, encode_frame(Command.HELLO, len(caps)) + caps
     version = {"major": major, "minor": minor, "patch": patch, "conn_caps": caps}
-    answer = codec(commands[Command.HELLO].response).build(version)
-    yield Side.SERVER, struct.pack("<Q", len(answer)) + answer
+    yield Side.SERVER, encode_answer(commands[Command.HELLO], version)
     random = os.urandom(_PIECE)
     tensor = vars(codec(RpcTensor).parse(bytes(RPC_TENSOR_SIZE)))
-    head = codec(commands[Command.SET_TENSOR].request)
     for i in range(max(1, size // _UPLOAD)):
         fields = {
             **tensor, "id": i + 1, "type": GgmlType.F32, "name": f"blk.{i}.weight".encode(),
             "ne": (_UPLOAD // 4, 1, 1, 1), "nb": (4, _UPLOAD, _UPLOAD, _UPLOAD),
         }  # fmt: skip
-        payload = head.build({"tensor": fields, "cache_flag": 0, "offset": 0})
-        yield Side.CLIENT, frame.pack(Command.SET_TENSOR, len(payload) + _UPLOAD) + payload
+        request = {"tensor": fields, "cache_flag": 0, "offset": 0}
+        spec = commands[Command.SET_TENSOR]
+        yield Side.CLIENT, encode_request(Command.SET_TENSOR, spec, request, _UPLOAD)
         for _ in range(0, _UPLOAD, _PIECE):
             yield Side.CLIENT, random
 
