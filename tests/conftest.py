@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu import catalog
-from rpc_server.devices.cpu.kernels.interface.isa import chosen_isa
+from rpc_server.devices.cpu.instruction_sets import chosen_isa
 from rpc_server.native.folder import cache_base
 from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError

@@ -15,7 +15,7 @@ from rpc_server.graph.tensor import Tensor
 
 if TYPE_CHECKING:
     from rpc_server.cache.store import TensorCache
-    from rpc_server.devices.cpu.streaming.transfer import StreamPeer
+    from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 
 T = TypeVar("T")
 

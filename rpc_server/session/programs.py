@@ -16,7 +16,7 @@ from rpc_server.devices.base import (
 )
 
 if TYPE_CHECKING:
-    from rpc_server.devices.cpu.streaming.transfer import StreamPeer
+    from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 
 
 class Programs:
@@ -32,7 +32,7 @@ class Programs:
     def peer(self) -> StreamPeer:
         """The client, as programs see it."""
         # Brings numba, which takes long to import: not before somebody needs it.
-        from rpc_server.devices.cpu.streaming.transfer import StreamPeer
+        from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 
         return StreamPeer(self._name, self._patience)
 

@@ -18,6 +18,7 @@ from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface import schedule
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
+from rpc_server.devices.planning import scratch
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError, NoMemoryNowError
@@ -153,13 +154,13 @@ def test_few_converted_rows_are_kept(executor: Executor) -> None:
     """A graph with more of them than are kept computes the same; its scratch is bounded."""
     weights = matrix(64, 8, 0)
     # Each is read again, when all others were read in between.
-    inputs = [activations(64, 3) for _ in range(planner._MOST_KEPT + 8)]
+    inputs = [activations(64, 3) for _ in range(scratch._MOST_KEPT + 8)]
     nodes = [product(weights, x) for x in (*inputs, *inputs)]
     built = CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes, DIALECTS[0]))
     built.run()
     actual = [values(t) for t in nodes]
     few = CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes[:1], DIALECTS[0]))
-    assert built.scratch <= planner._MOST_KEPT * few.scratch
+    assert built.scratch <= scratch._MOST_KEPT * few.scratch
     for t, result in zip(nodes, actual, strict=True):
         run(t, kernels=False)
         assert nmse(values(t), result) < 1e-4

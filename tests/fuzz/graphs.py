@@ -21,11 +21,11 @@ from protocol.split import decode_program, encode_program
 from rpc_server.devices.base import BufferLike, DeviceError, NotReadyError
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
+from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
 from rpc_server.devices.cpu.planner import Emitted
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.streaming.program import program_items
-from rpc_server.devices.cpu.streaming.transfer import StreamPeer
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
 from rpc_server.graph.tensor import Tensor

@@ -20,7 +20,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType, row_size
 from rpc_server.devices.split import room
 from rpc_server.devices.split.room import HomeMemory, Room, usable
-from rpc_server.devices.split.weights import SplitStorage, is_split
+from rpc_server.devices.split.sharded import is_split
+from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import NoRoom, Worker, WorkerLost
 from rpc_server.graph.tensor import Tensor
 from tests.client.scripted import Peer, scripted

@@ -21,8 +21,8 @@ from client.tensors import Tensor
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.split import slices
+from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import SliceNotes, chunks, pieces
-from rpc_server.devices.split.weights import ShardedWeight
 from rpc_server.graph.tensor import Tensor as ServerTensor
 from tests.split.cluster import (
     NAME,

@@ -11,13 +11,13 @@ from client.split.partition import Rows
 from protocol.ggml.ops import GluOp, Op, TensorFlag
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.split.shard import Shard, Slice, propagate
+from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import (
     Partitioning,
     Subgraph,
     WeightIndex,
     find_subgraphs,
 )
-from rpc_server.devices.split.weights import ShardedWeight
 from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import node, params, tensor, view
 

@@ -20,9 +20,9 @@ from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
 
 if TYPE_CHECKING:
+    from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
     from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
     from rpc_server.devices.cpu.planner import PlanItem
-    from rpc_server.devices.cpu.streaming.transfer import StreamPeer
 
 T = TypeVar("T")
 

@@ -19,14 +19,14 @@ from rpc_server.devices.cpu.executor import STOPPED, Executor, RecordProgram
 from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag, schedule
 from rpc_server.devices.cpu.planner import (
     LOWERINGS,
-    STATUS_TEXT,
     Emitted,
-    Labelled,
     PlanItem,
     Planner,
 )
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.planning.nodes import PlanSteps, lower_node
+from rpc_server.devices.planning.records import STATUS_TEXT
+from rpc_server.devices.planning.scratch import Labelled
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor

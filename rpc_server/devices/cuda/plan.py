@@ -13,7 +13,6 @@ import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
-from rpc_server.devices.cpu.planner import STATUS_TEXT
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.host import run_on_host
 from rpc_server.devices.cuda.planner import (
@@ -26,6 +25,7 @@ from rpc_server.devices.cuda.planner import (
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage
 from rpc_server.devices.planning.nodes import PlanSteps, lower_node
+from rpc_server.devices.planning.records import STATUS_TEXT
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor

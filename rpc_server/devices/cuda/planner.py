@@ -14,8 +14,9 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.devices.cpu.planner import Labelled, Planner, record_words
 from rpc_server.devices.cuda.kernels import CudaKernel
+from rpc_server.devices.planning.records import record_words
+from rpc_server.devices.planning.scratch import Labelled, ScratchPlanner
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS, ContractError, check
 
@@ -142,7 +143,7 @@ def place_scratch(work: Launch | Product, address: int) -> None:
             setattr(work, name, value - SCRATCH_BASE + address)
 
 
-class CudaPlanner(Planner):
+class CudaPlanner(ScratchPlanner):
     """Collects the launches of one graph; what is kept in scratch between nodes is as on the CPU.
 
     Launches run one after the other, so nothing else is to be scheduled. ``multiprocessors`` is
@@ -150,7 +151,7 @@ class CudaPlanner(Planner):
     """
 
     def __init__(self, items: Sequence[Tensor], multiprocessors: int, capability: int) -> None:
-        super().__init__(1, _ImaginedScratch(), items)
+        super().__init__(_ImaginedScratch(), items)
         self.multiprocessors = multiprocessors
         self.capability = capability
         self.launches: list[Launch | Product] = []

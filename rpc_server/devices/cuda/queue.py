@@ -16,7 +16,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 
 if TYPE_CHECKING:
-    from rpc_server.devices.cpu.streaming.transfer import StreamPeer
+    from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 
 T = TypeVar("T")
 

@@ -23,14 +23,15 @@ from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
 from rpc_server.devices.cpu.device import CpuDevice
-from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT
+from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT, StreamPeer
 from rpc_server.devices.cpu.streaming.program import program_items
-from rpc_server.devices.cpu.streaming.transfer import StreamPeer, Transfer
+from rpc_server.devices.cpu.streaming.transfer import Transfer
 from rpc_server.devices.split.assemble import Assembler, Programmed
 from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.identity import conflict, same_server
 from rpc_server.devices.split.measure import measure_parts
 from rpc_server.devices.split.room import HomeMemory, Room, usable
+from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import Slices
 from rpc_server.devices.split.subgraphs import (
     Indices,
@@ -39,7 +40,7 @@ from rpc_server.devices.split.subgraphs import (
     find_subgraphs,
     indices_of,
 )
-from rpc_server.devices.split.weights import ShardedWeight, SplitStorage
+from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import (
     PREPARE_TIMEOUT,
     NoRoom,

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from protocol.ggml.hashing import FNV_OFFSET
 from rpc_server.cache.store import TensorCache
-from rpc_server.devices.split.weights import Part, ShardedWeight
+from rpc_server.devices.split.sharded import Part, ShardedWeight
 
 log = logging.getLogger(__name__)
 

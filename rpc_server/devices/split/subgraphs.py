@@ -27,8 +27,9 @@ from rpc_server.devices.split.shard import (
     Slice,
     propagate,
 )
+from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.views import CutView, cut_view
-from rpc_server.devices.split.weights import ShardedWeight, SplitStorage
+from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS
 

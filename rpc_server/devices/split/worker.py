@@ -44,8 +44,8 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_SENT,
     EXCHANGES,
     WAIT_NS,
+    StreamPeer,
 )
-from rpc_server.devices.cpu.streaming.transfer import StreamPeer
 from rpc_server.graph.errors import GraphError
 from rpc_server.sockets import shut_down
 

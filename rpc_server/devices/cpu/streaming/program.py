@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from protocol.dialects import Dialect
 from protocol.split import ProgramPayload
+from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 from rpc_server.devices.cpu.streaming.transfer import (
     Receive,
     Send,
-    StreamPeer,
     Transfer,
 )
 from rpc_server.graph.errors import GraphError

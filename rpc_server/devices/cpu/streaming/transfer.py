@@ -9,28 +9,12 @@ from typing import Any
 import numpy as np
 
 from rpc_server.devices.cpu.catalog import stream_receive, stream_send
-from rpc_server.devices.cpu.kernels.interface.stream import STATUS_TEXT, Stream
-from rpc_server.devices.cpu.planner import STATUS_TEXT as PLAN_STATUS_TEXT
+from rpc_server.devices.cpu.kernels.interface.stream import STAGING_BYTES, STATUS_TEXT, StreamPeer
 from rpc_server.devices.cpu.planner import Planner
+from rpc_server.devices.planning.records import STATUS_TEXT as PLAN_STATUS_TEXT
 from rpc_server.graph.tensor import Tensor
 
 PLAN_STATUS_TEXT.update(STATUS_TEXT)
-
-# Up to this much is gathered for one call to the system.
-STAGING_BYTES = 64 << 10
-
-
-class StreamPeer:
-    """The other side: its name for messages, its stream, and memory to gather small sends in.
-
-    ``timeout`` (seconds) and ``renewed`` as of Stream.
-    """
-
-    def __init__(self, name: str, timeout: float, *, renewed: bool = False) -> None:
-        self.name = name
-        self.stream = Stream(timeout, renewed=renewed)
-        self._staging = np.empty(STAGING_BYTES, np.uint8)
-        self.staging_address = int(self._staging.ctypes.data)
 
 
 @dataclass(slots=True)

@@ -90,3 +90,20 @@ class Stream:
         """What was received before the run and belongs to what follows it."""
         left = int(self._words[EARLY_LEFT])
         return bytes(self._early[len(self._early) - left :]) if left else b""
+
+
+# Up to this much is gathered for one call to the system.
+STAGING_BYTES = 64 << 10
+
+
+class StreamPeer:
+    """The other side: its name for messages, its stream, and memory to gather small sends in.
+
+    ``timeout`` (seconds) and ``renewed`` as of Stream.
+    """
+
+    def __init__(self, name: str, timeout: float, *, renewed: bool = False) -> None:
+        self.name = name
+        self.stream = Stream(timeout, renewed=renewed)
+        self._staging = np.empty(STAGING_BYTES, np.uint8)
+        self.staging_address = int(self._staging.ctypes.data)
