@@ -7,7 +7,7 @@ from typing import Any
 
 from client.split.partition import Extent, Rows
 from protocol.commands import Command
-from rpc_server.devices.split import weights
+from rpc_server.devices.split import sharded
 from rpc_server.session.buffers import Buffers
 from rpc_server.session.context import new_identity
 from rpc_server.session.leases import Lease, LeaseHolder
@@ -50,7 +50,7 @@ def split_rows_off_by_one() -> None:
 
         return row_runs
 
-    replace_method(weights, "row_extents", make)
+    replace_method(sharded, "row_extents", make)
 
 
 @fault("everybody who asks for the lease gets it", "one-lease", "lease-in-turn",
