@@ -23,8 +23,8 @@ class LineBudget:
     the disk and push out what others' lines say.
     """
 
-    AT_ONCE = 200
-    A_SECOND = 5.0
+    AT_ONCE = 2000
+    A_SECOND = 10.0
     _ADDRESSES = 4096
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

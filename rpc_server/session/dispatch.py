@@ -13,8 +13,8 @@ from rpc_server.session.state import Session
 def dispatch(s: Session, event: Event) -> None:
     """Do one event. Raises what REFUSALS lists; the connection can't go on then."""
     s.handled += 1
-    if s.reader.dialect is not s._spoken:
-        s._note_names()
+    if s.reader.dialect is not s.spoken and not isinstance(event, Hello):
+        s.note_names()
     if isinstance(event, Request):
         if not s.handshake.done:
             s.handshake.accepted()

@@ -159,7 +159,7 @@ class Session:
         # The server wants to end: nothing new is begun.
         self.leaving = False
         # The reader's dialect when it was last looked at.
-        self._spoken: Dialect | None = None
+        self.spoken: Dialect | None = None
         self._broken = False
         self._ended = False
         self._task: asyncio.Task[None] | None = None
@@ -174,9 +174,9 @@ class Session:
 
     # -- life ----------------------------------------------------------------------------------
 
-    def _note_names(self) -> None:
+    def note_names(self) -> None:
         """Log that the client's tensors are longer than ggml's are by default."""
-        self._spoken = self.reader.dialect
+        self.spoken = self.reader.dialect
         size = self.dialect.name_size
         if size == MAX_NAME:
             return

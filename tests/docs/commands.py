@@ -15,7 +15,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 # What begins a command line; text in spans that begins otherwise is a name or an option.
-_PROGRAM = re.compile(r"(python3?|pip|git|llama-\S+|\S+/bin/\S+|\.ci/run)\s+\S")
+_PROGRAM = re.compile(r"(python3?|pip|pipx|uvx?|git|llama-\S+|\S+/bin/\S+|\.ci/run)\s+\S")
 # Lines and arrows of a drawing.
 _DRAWING = re.compile("[─│┌└├>]{2}|──")
 

