@@ -172,9 +172,8 @@ async def _open(
 def _reset_when_closed(transport: asyncio.Transport, reset: bool) -> None:
     """Have the system end the connection by a reset when it is closed, however this process ends.
 
-    llama.cpp's server has one client at a time; one that gave up waiting for its HELLO to be
-    answered is answered all the same when its turn comes, and writing to a connection that was
-    closed in good order ends that server's process (SIGPIPE). Of a reset one it sees an error.
+    llama.cpp's server has one client at a time, and answers the others when their turn comes. A
+    reset tells it that one of them is not there any more; an end in good order does not.
     """
     linger = struct.pack("ii", int(reset), 0)
     with contextlib.suppress(OSError):

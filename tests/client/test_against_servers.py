@@ -371,8 +371,8 @@ async def test_a_gguf_file_of_types_the_package_lacks(
 
 
 @pytest.mark.upstream
-async def test_giving_up_before_hello_is_answered_leaves_the_server_alive(tmp_path: Path) -> None:
-    """llama.cpp's server answers it when its turn comes, and must not die of that."""
+async def test_who_gives_up_waiting_disturbs_nobody(tmp_path: Path) -> None:
+    """Who waits for a server that serves one at a time may leave: others are served as before."""
     port = free_port()
     command = upstream_command(port, "-t", "1")
     if command is None:
