@@ -29,7 +29,13 @@ SECONDS = 240
 # to talk, and a reader's port 8080 is free.
 TOKENS = 12
 # A server is looked at as a person does: on a terminal its lines are others than in a file.
-_TERMINAL = "import os, pty, sys; os.chdir(sys.argv[1]); sys.exit(pty.spawn(sys.argv[2:]) >> 8)"
+# It ends with its terminal, also where whoever runs the tests is deaf to hang-ups (nohup).
+_TERMINAL = """
+import os, pty, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.chdir(sys.argv[1])
+sys.exit(pty.spawn(sys.argv[2:]) >> 8)
+"""
 _ADDRESS = re.compile(r"([\w.]+):(\d+)")
 
 
