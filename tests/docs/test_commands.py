@@ -52,8 +52,9 @@ def _words(document: str, programs: Path = PROGRAMS, project: Path = PROJECT) ->
         words |= {"192.168.1.0/24": "127.0.0.0/8", "~/rpc/bin/": f"{programs}/"}
         words["<path or address of this repository>"] = str(project)
         words["~/rpc"] = str(programs.parent)
-        # This model is so small that as many tokens are over before a terminal shows their pace.
-        words["-n 32"] = "-n 400"
+        # This model is so small that as many tokens are over before a terminal shows their pace,
+        # and on some processors it has told its story after 70.
+        words["-n 32"] = "-n 400 --ignore-eos"
     return words
 
 
