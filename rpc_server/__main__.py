@@ -89,7 +89,9 @@ def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: st
     _say(f"  endpoint       : {endpoint}")
     if tls:
         _say(f"  endpoint, TLS  : {tls}")
-    elsewhere = f" ({context.kept_elsewhere})" if context.kept_elsewhere else ""
+    told = ["read only"] if cache and cache.read_only else []
+    told += [context.kept_elsewhere] if context.kept_elsewhere else []
+    elsewhere = f" ({', '.join(told)})" if told else ""
     _say(f"  local cache    : {cache.folder if cache else 'n/a'}{elsewhere}")
     _say(f"  protocol       : {protocol or 'auto'}")
     _say("Devices:")
@@ -153,7 +155,8 @@ async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
 def _cache(options: Namespace) -> TensorCache:
     """Raises CacheError."""
     folder = options.cache_dir or default_cache_dir()
-    return TensorCache(folder, compiled_hash(), options.cache_size or DEFAULT_LIMIT)
+    limit = options.cache_size or DEFAULT_LIMIT
+    return TensorCache(folder, compiled_hash(), limit, read_only=options.cache_read_only)
 
 
 async def _context(options: Namespace) -> ServerContext:

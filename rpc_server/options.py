@@ -292,6 +292,12 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         help="most that --cache keeps, which it implies (default: 100G)",
     )
+    add(
+        "--cache-read-only",
+        action="store_true",
+        help="serve what is in the folder of --cache, which it implies, and keep nothing that "
+        "clients upload: for clients that don't trust each other",
+    )
 
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
@@ -400,7 +406,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     options = parser.parse_args(arguments)
     options.log_level = options.log_level or ("warning" if options.quiet else "info")
-    options.cache = bool(options.cache or options.cache_dir or options.cache_size)
+    options.cache = bool(
+        options.cache or options.cache_dir or options.cache_size or options.cache_read_only
+    )
     shares = options.tensor_split
     if shares and (not options.split or (shares != "auto" and len(shares) != len(options.split))):
         parser.error("--tensor-split needs one share for each part of --split")
@@ -411,6 +419,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     secure = any(part and part[2] for part in options.split or ())
     if not secure and (options.split_ca or options.split_cert or options.split_token_file):
         parser.error("--split-ca, --split-cert, --split-token-file are for tls:// in --split")
+    if options.cache_read_only and options.cache_size:
+        parser.error("--cache-read-only keeps nothing, so it has no --cache-size")
     if options.split and options.device:
         parser.error("--split is a device of its own: leave out --device")
     return options

@@ -12,7 +12,8 @@ under it: the protocol has no more than the FNV. The first content under a name 
 and a second one refused.
 
 Files appear and vanish in one step, and nothing needs to be repaired after a crash. Room for them
-is the business of cache_room.py.
+is the business of quota.py. The folder is one that only this user can write to (folders.py), or,
+where it is only read, only this user and root.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ import io
 import logging
 import os
 import re
-import stat
+import secrets
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from protocol.ggml.hashing import fnv1a_64
-from rpc_server.cache.quota import DEFAULT_LIMIT, NoRoomError, Quota
+from rpc_server.cache.quota import DEFAULT_LIMIT, PARTIAL, NoRoomError, Quota, Usage
+from rpc_server.folders import PrivateFolder
 
 # As protocol.ggml.hashing.fnv1a_64: bytes, and the hash of those before them.
 Hash = Callable[..., int]
@@ -46,13 +47,9 @@ HASH_THRESHOLD = 10 << 20
 _CHUNK = 8 << 20
 # A file changed so short before it was read may be changed again without a new time.
 _SETTLED_SECONDS = 2.0
-# No waiting for the other end of a pipe, no link to elsewhere; Windows has neither flag.
-_OPEN = (
-    os.O_RDONLY
-    | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_BINARY", 0)
-)
+# Files that are known to be sound; of what was forgotten the next use hashes the content again.
+_MOST_VERIFIED = 1 << 16
+_ROOT = 0
 
 
 class CacheError(Exception):
@@ -76,38 +73,70 @@ class TensorCache:
     """Files in ``folder``, of ``limit`` bytes together; several servers may use one folder.
 
     Methods block on the disk: call them off the event loop, from any thread. ``fnv`` is another
-    implementation of the hash than protocol's, which loads a compiler.
+    implementation of the hash than protocol's, which loads a compiler. With ``read_only`` what is
+    there is served and nothing is ever kept.
 
-    Raises CacheError if the folder can't be made or written to.
+    Raises CacheError if the folder can't be made or written to, or if others can write to it.
     """
 
-    def __init__(self, folder: Path, fnv: Hash = fnv1a_64, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fnv: Hash = fnv1a_64,
+        limit: int = DEFAULT_LIMIT,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self.folder = folder
+        self.read_only = read_only
         self.hash = self._fnv = fnv
         # What has been verified in this process: a file is hashed once, not per client.
         self._verified: dict[int, Identity] = {}
         self._lock = threading.Lock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            self._sums = _Sums.open(folder)
-            self._room = Quota(folder, self._sums.folder, limit)
-            self._room.clear_abandoned()
+            if read_only:
+                self.files = PrivateFolder.open(folder, create=False, owners=(_ROOT,))
+                self._sums = _Sums.find_in(self.files)
+                return
+            self.files = PrivateFolder.open(folder)
+            self._probe()
+            sums = self.files.child(_sums_name())
+            self._sums = _Sums(sums)
+            self._quota = Quota(self.files, sums, limit)
+            self._quota.clear_abandoned()
         except OSError as error:
-            raise CacheError(f"cache folder {folder} can't be written: {error.strerror}") from None
+            verb = "read" if read_only else "written"
+            raise CacheError(
+                f"cache folder {folder} can't be {verb}: {error.strerror or error}"
+            ) from None
 
-    def _path(self, digest: int) -> Path:
-        return self.folder / f"{digest:016x}"
+    def _probe(self) -> None:
+        """Raises OSError if nothing can be written to the folder."""
+        name = f"{PARTIAL}{secrets.token_hex(8)}"
+        os.close(self.files.create(name))
+        self.files.unlink(name)
+
+    @property
+    def usage(self) -> Usage | None:
+        """What is in the folder, as of this server's last look; None if it only reads."""
+        return None if self.read_only else self._quota.usage
+
+    def size(self, digest: int) -> int | None:
+        """Return the size of the content that is there under a hash, in bytes; None if none is."""
+        try:
+            return self.files.stat(_name(digest)).st_size
+        except OSError:
+            return None
 
     def load(self, digest: int, place: memoryview) -> bool:
         """Fill ``place`` with the content that has this hash and this length; whether there is one.
 
         Where it turns out unsound on the way, bytes of ``place`` may have changed.
         """
-        path = self._path(digest)
+        name = _name(digest)
+        path = self.folder / name
         try:
-            with _open(path) as file:
+            with self._open(name) as file:
                 before = _identity(file)
                 if not place or before[1] != len(place):
                     return False
@@ -120,61 +149,68 @@ class TensorCache:
             return False
         if not self._is_verified(digest, before):
             found = hashlib.sha256(place).hexdigest()
-            kept = self._sums.find(path.name)
+            kept = self._sums.find(name)
             if found != kept and (kept is not None or self._fnv(place) != digest):
-                self._discard(path, before)
+                self._discard(name, before)
                 return False
             if kept is None:
-                self._sums.keep(path.name, found)
+                self._sums.keep(name, found)
             self._set_verified(digest, before)
-        self._sums.touch(path.name)
+        self._sums.touch(name)
         return True
 
     def store(self, data: memoryview) -> Path | None:
         """Keep ``data``; the file's path, None if it is not kept (the log says why)."""
+        if self.read_only:
+            return None
         digest = self._fnv(data)
-        path = self._path(digest)
+        name = _name(digest)
+        path = self.folder / name
         found = hashlib.sha256(data).hexdigest()
         try:
-            kept = self._existing(path, digest, found, len(data))
+            kept = self._existing(digest, found, len(data))
             if kept == found:
-                self._sums.touch(path.name)
+                self._sums.touch(name)
                 return path
             if kept is not None:
-                log.warning("another content has the hash %s already; it stays", path.name)
+                log.warning("another content has the hash %s already; it stays", name)
                 return None
-            self._write(path, data)
+            self._write(name, data)
         except NoRoomError as error:
             log.info("%d bytes are not cached: %s", len(data), error)
             return None
         except OSError as error:
             log.warning("could not cache %d bytes as %s: %s", len(data), path, error.strerror)
             return None
-        self._sums.keep(path.name, found)
+        self._sums.keep(name, found)
         return path
 
-    def _write(self, path: Path, data: memoryview) -> None:
+    def _write(self, name: str, data: memoryview) -> None:
         """Raises OSError, NoRoomError; then nothing is left behind."""
         # No fsync: what a power cut tears does not pass as sound when it is read.
-        with self._room.reserve(len(data)) as (file, temporary):
+        with self._quota.reserve(len(data)) as (file, unfinished):
             for at in range(0, len(data), _CHUNK):
                 file.write(data[at : at + _CHUNK])
             file.flush()
-            # Readable for servers of other users, as upstream's files are.
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            if sys.platform != "win32":
+                # Readable for servers of other users, as upstream's files are.
+                os.fchmod(file.fileno(), 0o644)
+            self.files.replace(unfinished, name)
 
-    def _existing(self, path: Path, digest: int, wanted: str, size: int) -> str | None:
+    def _existing(self, digest: int, wanted: str, size: int) -> str | None:
         """SHA-256 of a file's sound content; None if there is none, or a damaged one (deleted).
 
         One that is said to have the sum ``wanted`` and has the ``size`` is not read for it. Raises
         OSError.
         """
-        kept = self._sums.find(path.name)
+        name = _name(digest)
+        kept = self._sums.find(name)
         try:
-            with _open(path) as file:
+            with self._open(name) as file:
                 identity = _identity(file)
-                if kept == wanted and identity[1] == size:
+                if kept is not None and (
+                    (kept == wanted and identity[1] == size) or self._is_verified(digest, identity)
+                ):
                     return kept
                 if kept is not None:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -186,21 +222,29 @@ class TensorCache:
         except FileNotFoundError:
             return None
         if not sound:
-            self._discard(path, identity)
+            self._discard(name, identity)
             return None
         if kept is None:
-            self._sums.keep(path.name, found)
+            self._sums.keep(name, found)
+        # Somebody who sends another content under its hash again and again has it read once.
+        self._set_verified(digest, identity)
         return found
 
-    def _discard(self, path: Path, identity: Identity) -> None:
-        log.warning("cache file %s is damaged: its content has another hash", path)
-        self._sums.drop(path.name)
-        with contextlib.suppress(OSError), self._room.locked():
+    def _discard(self, name: str, identity: Identity) -> None:
+        log.warning("cache file %s is damaged: its content has another hash", self.folder / name)
+        if self.read_only:
+            return
+        self._sums.drop(name)
+        with contextlib.suppress(OSError), self._quota.locked():
             # Another server may have put a sound one there meanwhile.
-            with _open(path) as file:
+            with self._open(name) as file:
                 same = _identity(file) == identity
             if same:
-                path.unlink()
+                self.files.unlink(name)
+
+    def _open(self, name: str) -> io.FileIO:
+        """A regular file, to be read. Raises OSError."""
+        return io.FileIO(self.files.open_file(name))
 
     def _is_verified(self, digest: int, identity: Identity) -> bool:
         with self._lock:
@@ -209,16 +253,13 @@ class TensorCache:
     def _set_verified(self, digest: int, identity: Identity) -> None:
         if time.time() - identity[3] / 1e9 > _SETTLED_SECONDS:
             with self._lock:
+                if len(self._verified) >= _MOST_VERIFIED:
+                    del self._verified[next(iter(self._verified))]
                 self._verified[digest] = identity
 
 
-def _open(path: Path) -> io.FileIO:
-    """A regular file, to be read. Raises OSError."""
-    file = io.FileIO(os.open(path, _OPEN))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(0, "not a regular file")
-    return file
+def _name(digest: int) -> str:
+    return f"{digest:016x}"
 
 
 def _identity(file: io.FileIO) -> Identity:
@@ -239,37 +280,35 @@ def _fill(file: io.FileIO, place: memoryview) -> bool:
     return True
 
 
+def _sums_name() -> str:
+    return f".sums-{os.geteuid() if hasattr(os, 'geteuid') else 0}"
+
+
 class _Sums:
     """The SHA-256 of cached files, as lines for sha256sum(1); a file's time is its last use.
 
-    They are in a folder that only this user writes to, so that they hold for contents which others
-    may change. Without such a folder (None) nothing is kept.
+    They are in a folder that only this user writes to, which upstream takes no notice of. Without
+    one (None) nothing is kept.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: PrivateFolder | None, *, read_only: bool = False) -> None:
+        self._folder = folder
+        self._written = None if read_only else folder
 
     @classmethod
-    def open(cls, cache: Path) -> _Sums:
-        """Raises OSError if it can't be made."""
-        user = os.geteuid() if hasattr(os, "geteuid") else 0
-        folder = cache / f".sums-{user}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if sys.platform != "win32" and (
-            not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022
-        ):
-            log.warning("%s is not a folder of this user alone; its sums are not used", folder)
+    def find_in(cls, cache: PrivateFolder) -> _Sums:
+        """Return those that are there, to be read only."""
+        try:
+            return cls(cache.child(_sums_name(), create=False), read_only=True)
+        except OSError:
             return cls(None)
-        return cls(folder)
 
     def find(self, name: str) -> str | None:
         """The sum of a file's content; None if none is kept, or what is kept is no sum."""
-        if self.folder is None:
+        if self._folder is None:
             return None
         try:
-            with _open(self.folder / name) as file:
-                line = file.read(256)
+            line = self._folder.read(name, 256)
         except OSError:
             return None
         match = re.fullmatch(rb"([0-9a-f]{64})  \.\./([0-9a-f]{16})\n", line)
@@ -277,18 +316,17 @@ class _Sums:
 
     def keep(self, name: str, value: str) -> None:
         """Without it the next reader goes by FNV again: a full disk is no error here."""
-        if self.folder is None:
-            return
         # A line that was cut short is no sum, so it needs no more care than this.
         with contextlib.suppress(OSError):
-            (self.folder / name).write_text(f"{value}  ../{name}\n")
+            if self._written is not None:
+                self._written.write(name, f"{value}  ../{name}\n".encode())
 
     def touch(self, name: str) -> None:
-        if self.folder is not None:
-            with contextlib.suppress(OSError):
-                os.utime(self.folder / name)
+        with contextlib.suppress(OSError):
+            if self._written is not None:
+                self._written.touch(name)
 
     def drop(self, name: str) -> None:
-        if self.folder is not None:
-            with contextlib.suppress(OSError):
-                (self.folder / name).unlink()
+        with contextlib.suppress(OSError):
+            if self._written is not None:
+                self._written.unlink(name)

@@ -118,6 +118,7 @@ class Collector:
         yield from self._clients()
         yield from self._work()
         yield from self._memory()
+        yield from self._cache()
         yield from self._split()
 
     def _clients(self) -> Iterator[Any]:
@@ -182,6 +183,14 @@ class Collector:
         yield _gauge("memory_used_bytes", "Memory that clients hold.", used, *names)
         yield _gauge("memory_free_bytes", "Memory that is left for them.", free, *names)
         yield _gauge("memory_limit_bytes", "Memory that there is for them.", limit, *names)
+
+    def _cache(self) -> Iterator[Any]:
+        cache = self._context.cache
+        usage = cache.usage if cache is not None else None
+        if usage is not None:
+            in_all = usage.nbytes + usage.unfinished
+            yield _gauge("cache_bytes", "Bytes in the folder of the cache.", [((), in_all)])
+            yield _gauge("cache_small_files", "Files below 1 MiB there.", [((), usage.small)])
 
     def _split(self) -> Iterator[Any]:
         """What SPLIT_STATUS tells, of devices that split."""

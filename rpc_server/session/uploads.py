@@ -28,7 +28,7 @@ def begin(s: Session, upload: UploadStart) -> None:
     s.stats.upload_bytes += size
     s.meter.upload(size, cached=False)
     keep = False
-    if s.context.cache is not None:
+    if s.context.cache is not None and not s.context.cache.read_only:
         flag = getattr(fields, "cache_flag", None)
         keep = size > HASH_THRESHOLD if flag is None else bool(flag)
     if isinstance(buffer.storage, RemoteStorage):

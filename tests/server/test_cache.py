@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +20,14 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.ggml.hashing import fnv1a_64
 from rpc_server.cache import store as cache_module
-from rpc_server.cache.quota import PARTIAL, Quota
+from rpc_server.cache.quota import PARTIAL, Quota, Usage
 from rpc_server.cache.store import (
     HASH_THRESHOLD,
     CacheError,
     TensorCache,
     default_cache_dir,
 )
+from rpc_server.folders import PrivateFolder
 from tests.server.process import REPOSITORY, Wire, running, tensor
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens, upstream_command
@@ -63,6 +63,12 @@ def names(folder: Path) -> list[str]:
 
 def sums(folder: Path) -> Path:
     return folder / f".sums-{os.geteuid()}"
+
+
+def quota_of(folder: Path, limit: int) -> Quota:
+    """What another server has of the folder."""
+    opened = PrivateFolder.open(folder)
+    return Quota(opened, opened.child(sums(folder).name), limit)
 
 
 def test_folder_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,54 +260,138 @@ def test_folder_that_is_read_only(tmp_path: Path) -> None:
         TensorCache(tmp_path)
 
 
-def test_sums_that_others_may_write_are_not_believed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = some_bytes(SIZE)
-    keep(TensorCache(tmp_path), data)
-    sums(tmp_path).chmod(0o777)
-    cache = TensorCache(tmp_path)
-    assert "is not a folder of this user alone" in caplog.text
-    # By FNV contents are still found, and kept.
-    assert fetch(cache, fnv1a_64(data), SIZE) == data
-    other = some_bytes(SIZE, seed=4)
-    keep(cache, other)
-    assert fetch(cache, fnv1a_64(other), SIZE) == other
-    assert len(list(sums(tmp_path).iterdir())) <= 2
+def test_folders_that_others_may_write_to_are_refused(tmp_path: Path) -> None:
+    keep(TensorCache(tmp_path), some_bytes(SIZE))
+    for folder in (tmp_path, sums(tmp_path)):
+        for mode in (0o770, 0o702, 0o1777):
+            folder.chmod(mode)
+            with pytest.raises(CacheError, match=r"others can write to it \(chmod go-w\)"):
+                TensorCache(tmp_path)
+        folder.chmod(0o700)
+    TensorCache(tmp_path)
 
 
 @pytest.mark.skipif(
     sys.platform == "win32" or os.geteuid() != 0, reason="only root may become another user"
 )
-def test_servers_of_several_users() -> None:
-    """Each has sums of its own, so neither takes the other's word for a content."""
-    ours, theirs = some_bytes(SIZE, seed=1), some_bytes(SIZE, seed=2)
-    # A child goes on as another user, as the interpreter may be in a folder of root's alone.
-    script = (
-        "import os, sys; from pathlib import Path; import numpy as np;"
-        "from rpc_server.cache.store import TensorCache; from protocol.ggml.hashing import "
-        "fnv1a_64;"
-        "ours, theirs = (np.random.default_rng(n).bytes(1 << 20) for n in (1, 2));"
-        "digest = fnv1a_64(ours);"
-        "os.setgid(65534); os.setuid(65534);"
-        "cache = TensorCache(Path(sys.argv[1]));"
-        "place = bytearray(len(ours));"
-        "assert cache.load(digest, memoryview(place)) and place == ours;"
-        "assert cache.store(memoryview(theirs)) is not None"
-    )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o1777)
-        cache = TensorCache(folder)
-        kept = keep(cache, ours)
-        subprocess.run([sys.executable, "-c", script, name], cwd=REPOSITORY, check=True)
-        assert fetch(cache, fnv1a_64(theirs), SIZE) == theirs
-        other_sums = folder / ".sums-65534"
-        names_there = {p.name for p in other_sums.iterdir()}
-        assert {kept.name, f"{fnv1a_64(theirs):016x}"} <= names_there
-        # What one of them writes into its sums is nothing to the other.
-        (other_sums / kept.name).write_text(f"{'0' * 64}  ../{kept.name}\n")
-        assert fetch(TensorCache(folder), fnv1a_64(ours), SIZE) == ours
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    keep(TensorCache(tmp_path), some_bytes(SIZE))
+    for folder in (sums(tmp_path), tmp_path):
+        os.chown(folder, 65534, -1)
+        with pytest.raises(CacheError, match="belongs to user 65534"):
+            TensorCache(tmp_path)
+        os.chown(folder, 0, -1)
+    TensorCache(tmp_path)
+
+
+def test_new_folders_are_this_users_alone(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        TensorCache(tmp_path / "a" / "b")
+    finally:
+        os.umask(umask)
+    made = (tmp_path / "a", tmp_path / "a" / "b", sums(tmp_path / "a" / "b"))
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o700}
+
+
+def test_a_folder_that_is_moved_away_stays_the_same(tmp_path: Path) -> None:
+    """What somebody puts in its place is not looked at."""
+    folder, data = tmp_path / "cache", some_bytes(SIZE)
+    cache = TensorCache(folder)
+    keep(cache, data)
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    (folder / f"{fnv1a_64(data):016x}").write_bytes(bytes(SIZE))
+    assert fetch(cache, fnv1a_64(data), SIZE) == data
+    other = some_bytes(SIZE, seed=4)
+    keep(cache, other)
+    assert (tmp_path / "moved" / f"{fnv1a_64(other):016x}").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes in folders")
+@pytest.mark.parametrize("name", [f"{PARTIAL}pipe", "lock", "usage"])
+def test_pipes_and_links_of_its_own_names(tmp_path: Path, name: str) -> None:
+    """Neither waited for nor followed: what a link leads to keeps its content and its mode."""
+    keep(TensorCache(tmp_path), some_bytes(SIZE))
+    private = tmp_path / "private"
+    private.write_bytes(b"secret")
+    private.chmod(0o600)
+    place = (tmp_path if name.startswith(PARTIAL) else sums(tmp_path)) / name
+    for make in (lambda: os.mkfifo(place), lambda: place.symlink_to(private)):
+        place.unlink(missing_ok=True)
+        make()
+        with contextlib.suppress(CacheError):
+            cache = TensorCache(tmp_path)
+            cache.store(memoryview(some_bytes(SIZE, seed=4)))
+        assert private.read_bytes() == b"secret"
+        assert private.stat().st_mode & 0o777 == 0o600
+
+
+def test_read_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = some_bytes(SIZE)
+    path = keep(TensorCache(tmp_path), data)
+    before = {p: p.stat() for p in tmp_path.rglob("*")}
+    cache = TensorCache(tmp_path, read_only=True)
+    assert fetch(cache, fnv1a_64(data), SIZE) == data
+    assert cache.store(memoryview(some_bytes(SIZE, seed=4))) is None
+    # What is damaged isn't served, and stays.
+    path.write_bytes(bytes(SIZE))
+    assert fetch(cache, fnv1a_64(data), SIZE) is None
+    assert "is damaged" in caplog.text
+    assert {p: p.stat().st_ino for p in tmp_path.rglob("*")} == {
+        p: info.st_ino for p, info in before.items()
+    }
+    assert cache.usage is None
+    # Without sums, as upstream's server leaves a folder.
+    shutil.rmtree(sums(tmp_path))
+    path.write_bytes(data)
+    assert fetch(TensorCache(tmp_path, read_only=True), fnv1a_64(data), SIZE) == data
+    assert names(tmp_path) == [path.name]
+    assert not sums(tmp_path).exists()
+    with pytest.raises(CacheError, match="can't be read: No such file"):
+        TensorCache(tmp_path / "none", read_only=True)
+
+
+def test_small_contents_are_bounded_in_number(tmp_path: Path) -> None:
+    """And leave those alone that are worth keeping, although these were used longer ago."""
+    large = keep(TensorCache(tmp_path), some_bytes(SIZE))
+    os.utime(large, (1, 1))
+    folder = PrivateFolder.open(tmp_path)
+    quota = Quota(folder, folder.child(sums(tmp_path).name), 100 * SIZE, most_small=10)
+    for number in range(50):
+        with quota.reserve(8) as (file, name):
+            file.write(b"12345678")
+            folder.replace(name, f"{number:016x}")
+        os.utime(tmp_path / f"{number:016x}", (number + 2, number + 2))
+    assert names(tmp_path) == sorted([*(f"{n:016x}" for n in range(40, 50)), large.name])
+    assert quota.usage.small == 10
+
+
+def test_to_keep_one_more_looks_at_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = TensorCache(tmp_path)
+    for number in range(20):
+        keep(cache, some_bytes(64, number))
+    looked = []
+    monkeypatch.setattr(PrivateFolder, "names", lambda self: looked.append(self) or iter(()))
+    keep(cache, some_bytes(64, 99))
+    assert not looked
+    assert cache.usage is not None
+    assert (cache.usage.nbytes, cache.usage.small, cache.usage.unfinished) == (21 * 64, 21, 0)
+
+
+def test_sums_of_the_folder_survive_what_servers_leave(tmp_path: Path) -> None:
+    """A ledger that is damaged, or of the future, is made anew."""
+    for line in (b"", b"x" * 500, b"-1 0 0 1.000\n", Usage(looked=4e9).encode()):
+        cache = TensorCache(tmp_path)
+        (sums(tmp_path) / "usage").write_bytes(line)
+        keep(cache, some_bytes(SIZE))
+        keep(cache, some_bytes(64))
+        assert cache.usage is not None
+        assert cache.usage.nbytes == sum(
+            p.stat().st_size for p in tmp_path.iterdir() if p.is_file()
+        )
 
 
 def test_the_oldest_goes_first(tmp_path: Path) -> None:
@@ -321,7 +411,7 @@ def test_the_oldest_goes_first(tmp_path: Path) -> None:
     upstreams.write_bytes(bytes(SIZE))
     os.utime(upstreams, (1, 1))
     paths[3].unlink()
-    keep(cache, contents[4])
+    keep(TensorCache(tmp_path, limit=3 * SIZE), contents[4])
     assert not upstreams.exists()
     assert paths[0].exists()
     assert paths[2].exists()
@@ -365,7 +455,7 @@ def test_the_end_of_the_disk_is_left_alone(
 def test_a_disk_that_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * SIZE}", "tmpfs", str(tmp_path)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * SIZE},mode=700", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount")
     try:
@@ -388,7 +478,7 @@ def test_a_disk_that_is_full(
         (sums(tmp_path) / path.name).unlink()
         assert fetch(TensorCache(tmp_path), fnv1a_64(data), SIZE) == data
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_errors_cost_only_the_cache(
@@ -396,9 +486,9 @@ def test_errors_cost_only_the_cache(
 ) -> None:
     cache = TensorCache(tmp_path)
     data = some_bytes(SIZE)
-    for module, function in ((os, "replace"), (os, "chmod"), (os, "truncate")):
+    for module, function in ((os, "replace"), (os, "fchmod"), (os, "truncate")):
 
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patched:
@@ -415,8 +505,9 @@ def test_errors_cost_only_the_cache(
 
 def test_unfinished_files_of_dead_servers_are_deleted(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
-    room = Quota(tmp_path, sums(tmp_path), 10 * SIZE)
-    with room.reserve(SIZE) as (file, temporary):
+    room = quota_of(tmp_path, 10 * SIZE)
+    with room.reserve(SIZE) as (file, name):
+        temporary = tmp_path / name
         assert temporary.stat().st_size == SIZE
         dead = tmp_path / f"{PARTIAL}dead"
         dead.write_bytes(b"x")
@@ -424,6 +515,7 @@ def test_unfinished_files_of_dead_servers_are_deleted(tmp_path: Path) -> None:
         assert names(tmp_path) == [temporary.name]
         dead.write_bytes(b"x")
         keep(cache, some_bytes(SIZE))
+        TensorCache(tmp_path)
         assert not dead.exists()
         assert temporary.exists()
         file.write(b"x" * SIZE)
@@ -432,7 +524,7 @@ def test_unfinished_files_of_dead_servers_are_deleted(tmp_path: Path) -> None:
 
 def test_what_is_being_written_counts(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path, limit=2 * SIZE)
-    room = Quota(tmp_path, sums(tmp_path), 2 * SIZE)
+    room = quota_of(tmp_path, 2 * SIZE)
     with room.reserve(SIZE):
         first = keep(cache, some_bytes(SIZE, seed=1))
         second = keep(cache, some_bytes(SIZE, seed=2))

@@ -23,6 +23,7 @@ from protocol.ggml.types import GgmlType
 from rpc_server.devices.split import slices
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import SliceNotes, chunks, pieces
+from rpc_server.folders import PrivateFolder
 from rpc_server.graph.tensor import Tensor as ServerTensor
 from tests.split.cluster import (
     NAME,
@@ -306,7 +307,7 @@ def test_pieces_are_all_that_parts_have(
 
 
 def test_notes_are_bounded(tmp_path: Path) -> None:
-    notes = SliceNotes(tmp_path, most=20)
+    notes = SliceNotes(PrivateFolder.open(tmp_path), most=20)
     w = weight((64, 96, 1), 1, (1.0, 1.0))
     for i in range(25):
         notes.keep(i, w, [i, i])
@@ -321,8 +322,8 @@ def test_notes_are_bounded(tmp_path: Path) -> None:
 def test_a_folder_of_others_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / f".slices-{os.geteuid()}").mkdir(mode=0o777)
     os.chmod(tmp_path / f".slices-{os.geteuid()}", 0o777)
-    notes = SliceNotes(tmp_path)
+    notes = SliceNotes(PrivateFolder.open(tmp_path))
     w = weight((64, 96, 1), 1, (1.0, 1.0))
     notes.keep(1, w, [1, 2])
     assert notes.find(1, w) is None
-    assert "not a folder of this user alone" in caplog.text
+    assert "others can write to it" in caplog.text

@@ -18,13 +18,10 @@ import contextlib
 import hashlib
 import logging
 import os
-import stat
-import sys
-import tempfile
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +29,7 @@ import numpy.typing as npt
 from protocol.ggml.hashing import FNV_OFFSET
 from rpc_server.cache.store import TensorCache
 from rpc_server.devices.split.sharded import Part, ShardedWeight
+from rpc_server.folders import PrivateFolder
 
 log = logging.getLogger(__name__)
 
@@ -92,41 +90,40 @@ def layout(weight: ShardedWeight) -> str:
 
 
 class SliceNotes:
-    """The notes in the folder of a cache. Methods block on the disk."""
+    """The notes in a folder within ``cache``. Methods block on the disk."""
 
-    def __init__(self, cache: Path, most: int = MOST_NOTES) -> None:
+    def __init__(
+        self, cache: PrivateFolder, most: int = MOST_NOTES, *, read_only: bool = False
+    ) -> None:
         self._most = most
         self._lock = threading.Lock()
-        user = os.geteuid() if hasattr(os, "geteuid") else 0
-        self._folder: Path | None = cache / f".slices-{user}"
+        self._read_only = read_only
+        self._folder: PrivateFolder | None = None
         self._count = 0
+        name = f".slices-{os.geteuid() if hasattr(os, 'geteuid') else 0}"
         try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            found = self._folder.lstat()
-            if sys.platform != "win32" and (
-                not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022
-            ):
-                raise OSError(0, "not a folder of this user alone")
-            self._count = len(os.listdir(self._folder))
+            self._folder = cache.child(name, create=not read_only)
+            self._count = sum(1 for _ in self._folder.names())
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            log.warning("%s is not used: %s", self._folder, error.strerror)
-            self._folder = None
+            log.warning("%s is not used: %s", cache.path / name, error.strerror)
 
     def find(self, digest: int, weight: ShardedWeight) -> list[int] | None:
         """Return the hashes of all pieces of the tensor with this hash, in order, or None."""
-        if self._folder is None:
+        folder = self._folder
+        if folder is None:
             return None
-        path, wanted = self._path(digest, weight), _count(weight)
+        name, wanted = _name(digest, weight), _count(weight)
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with os.fdopen(descriptor, "rb") as file:
-                text = file.read(_MOST_BYTES)
-            os.utime(path)
+            text = folder.read(name, _MOST_BYTES)
+            if not self._read_only:
+                folder.touch(name)
         except OSError:
             return None
         found = _decode(text, digest, weight)
         if found is None or len(found) != wanted:
-            log.warning("%s is damaged, or for something else; not used", path)
+            log.warning("%s is damaged, or for something else; not used", folder.path / name)
             return None
         return found
 
@@ -134,42 +131,40 @@ class SliceNotes:
         """Note the hashes of all pieces; a full disk is no error here."""
         folder = self._folder
         text = _encode(digest, weight, hashes)
-        if folder is None or len(text) > _MOST_BYTES:
+        if folder is None or self._read_only or len(text) > _MOST_BYTES:
             return
         try:
             with self._lock:
                 if self._count >= self._most:
                     self._make_room(folder)
-                descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
+                unfinished = f".partial-{secrets.token_hex(8)}"
                 try:
-                    with os.fdopen(descriptor, "wb") as file:
-                        file.write(text)
-                    os.replace(name, self._path(digest, weight))
+                    folder.write(unfinished, text)
+                    folder.replace(unfinished, _name(digest, weight))
                 except BaseException:
                     with contextlib.suppress(OSError):
-                        os.unlink(name)
+                        folder.unlink(unfinished)
                     raise
                 self._count += 1
         except OSError as error:
             log.warning("could not note the slices of %016x: %s", digest, error.strerror)
 
-    def _path(self, digest: int, weight: ShardedWeight) -> Path:
-        assert self._folder is not None
-        cut = hashlib.sha256(layout(weight).encode()).hexdigest()[:16]
-        return self._folder / f"{digest:016x}-{cut}"
-
-    def _make_room(self, folder: Path) -> None:
+    def _make_room(self, folder: PrivateFolder) -> None:
         """Delete what was used longest ago. Raises OSError."""
         found = []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    found.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
-        found.sort()
-        for _, path in found[: max(len(found) - self._most * 9 // 10, 0)]:
+        for name in folder.names():
             with contextlib.suppress(OSError):
-                os.unlink(path)
-        self._count = len(os.listdir(folder))
+                found.append((folder.stat(name).st_mtime, name))
+        found.sort()
+        for _, name in found[: max(len(found) - self._most * 9 // 10, 0)]:
+            with contextlib.suppress(OSError):
+                folder.unlink(name)
+        self._count = sum(1 for _ in folder.names())
+
+
+def _name(digest: int, weight: ShardedWeight) -> str:
+    cut = hashlib.sha256(layout(weight).encode()).hexdigest()[:16]
+    return f"{digest:016x}-{cut}"
 
 
 def _count(weight: ShardedWeight) -> int:
@@ -203,11 +198,13 @@ class Slices:
     @classmethod
     def of(cls, cache: TensorCache) -> Slices:
         """Return those whose notes lie beside the tensors of ``cache``."""
-        return cls(cache, SliceNotes(cache.folder))
+        return cls(cache, SliceNotes(cache.files, read_only=cache.read_only))
 
     def keeping(self, weight: ShardedWeight) -> Keeping | None:
         """Return what watches an upload of all of ``weight``; None if some part keeps nothing."""
-        if weight.gathered or not all(p is None or p.worker.keeps for p in weight.parts):
+        if self.cache.read_only or weight.gathered:
+            return None
+        if not all(p is None or p.worker.keeps for p in weight.parts):
             return None
         return Keeping(self, weight)
 

@@ -85,6 +85,9 @@ async def _load_elsewhere(
 ) -> bool:
     """From the cache to where the bytes belong, by way of memory here."""
     offset = request.fields.offset
+    if await asyncio.to_thread(cache.size, request.fields.hash) != tensor.nbytes - offset:
+        # Memory as large as a tensor is taken only for what is there.
+        return False
     content = memoryview(bytearray(tensor.nbytes - offset))
     if not await asyncio.to_thread(cache.load, request.fields.hash, content):
         return False
