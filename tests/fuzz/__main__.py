@@ -1,13 +1,14 @@
 """Fuzzes one target, with coverage of what it runs to guide the search.
 
     python -m tests.fuzz TARGET [--minutes N] [--corpus DIR]
-    python -m tests.fuzz TARGET --replay FILE_OR_DIR
+    python -m tests.fuzz TARGET --replay PATH
     python -m tests.fuzz TARGET --minimise DIR
     python -m tests.fuzz --list
 
 Needs atheris (pip install -e '.[fuzz]'), but for --replay and --list. New inputs go to --corpus,
-the kept ones in tests/fuzz/corpus are read too. An input that fails is written to --corpus as
-crash-*, timeout-* or oom-*: replay it, repair the fault, and keep it as a regression-*.
+the kept ones in tests/fuzz/corpus, an archive a target, are read too. An input that fails is
+written to --corpus as crash-*, timeout-* or oom-*: replay it, repair the fault, name it
+regression-* and let --minimise take it in.
 
 Exit codes: 0 nothing found, 1 a finding (its trace is printed), 2 wrong options or no atheris.
 """
@@ -26,6 +27,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.fuzz import inputs
 
 # Hangs and blow-ups count as findings.
 _TIMEOUT_SECONDS = 5
@@ -46,24 +49,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=1.0, help="how long (%(default)s)")
     add("--corpus", type=Path, metavar="DIR", help="where new inputs go (a new temporary folder)")
     add("--seed", type=int, default=0, help="of the search (%(default)s: by the clock)")
-    add("--replay", type=Path, metavar="PATH", help="run this input, or all of a folder")
+    add("--replay", type=Path, metavar="PATH", help="run an input, or all of a folder or archive")
     add("--minimise", type=Path, metavar="DIR", help="keep of DIR what covers all that DIR covers")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
 
 
 def _replay(name: str, path: Path) -> int:
     from tests.fuzz.targets import TARGETS
 
     faulthandler.enable()
-    for file in _files(path):
+    for file, data in inputs.read(path).items():
         # Before it runs: a fault in compiled code ends the process.
         print(file, flush=True)
-        TARGETS[name].run(file.read_bytes())
+        TARGETS[name].run(data)
     return 0
 
 
@@ -106,15 +105,18 @@ def _fuzz(name: str, minutes: float, corpus: Path | None, seed: int) -> int:
     seed = seed or int(time.time()) % (1 << 31)
     folder = corpus or Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     folder.mkdir(parents=True, exist_ok=True)
-    before = set(_files(folder))
+    before = set(folder.iterdir())
     for i, data in enumerate(target.seeds(_SEEDS, seed)):
         if len(data) <= target.largest:
             (folder / f"seed-{i}").write_bytes(data)
     command = [sys.executable, "-m", "tests.fuzz", name, "--child", "--seed", str(seed)]
-    inputs = [target.corpus, *([TARGETS[target.also].corpus] if target.also else [])]
+    known = tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-known-")
+    for archive in (target.corpus, *([TARGETS[target.also].corpus] if target.also else [])):
+        if archive.exists():
+            inputs.unpack(archive, Path(known.name) / archive.name)
     options = [
         str(folder),
-        *(str(known) for known in inputs if known.is_dir()),
+        *map(str, Path(known.name).iterdir()),
         f"-max_total_time={max(round(minutes * 60), 1)}",
         f"-max_len={target.largest}",
         f"-timeout={_TIMEOUT_SECONDS}",
@@ -130,16 +132,21 @@ def _fuzz(name: str, minutes: float, corpus: Path | None, seed: int) -> int:
         "FUZZ_UNSEEN": " ".join(target.unseen),
     }
     lines: list[str] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as child:
+    with (
+        known,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as child,
+    ):
         assert child.stdout is not None
         for line in child.stdout:
             lines.append(line)
             if not re.match(r"#\d+\s+(NEW|REDUCE)\b", line):
                 print(line, end="", flush=True)
     findings = [
-        p for p in _files(folder) if p not in before and re.match("(crash|timeout|oom)-", p.name)
+        p
+        for p in sorted(folder.iterdir())
+        if p not in before and re.match("(crash|timeout|oom)-", p.name)
     ]
     print(f"{name}: {_summary(lines)}; {len(findings)} findings")
     for finding in findings:

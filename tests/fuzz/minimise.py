@@ -8,10 +8,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tests.fuzz import inputs
 from tests.fuzz.targets import Target
 
 _PROJECT = Path(__file__).parents[2]
 _FOLDERS = tuple(str(_PROJECT / name) for name in ("protocol", "rpc_server"))
+
+_REGRESSION = "regression"
 
 # A line and the line before it in the same function.
 Edge = tuple[str, int, int]
@@ -46,29 +49,30 @@ def edges(run: Callable[[bytes], bool], data: bytes) -> set[Edge]:
     return seen
 
 
+def _regressions_first_then_by_size(given: tuple[str, bytes]) -> tuple[bool, int]:
+    name, data = given
+    return not name.startswith(_REGRESSION), len(data)
+
+
 def minimise(target: Target, folder: Path) -> None:
     """Copy into the kept corpus what adds coverage; small inputs are tried first.
 
     Kept inputs that others cover are removed, but for regressions.
     """
-    kept = target.corpus
-    kept.mkdir(parents=True, exist_ok=True)
-    candidates = sorted({*kept.iterdir(), *folder.iterdir()}, key=lambda p: p.stat().st_size)
+    candidates = [*inputs.read(folder).items()]
+    if target.corpus.exists():
+        candidates += inputs.read(target.corpus).items()
     covered: set[Edge] = set()
-    inputs: dict[str, bytes] = {}
-    for path in sorted(candidates, key=lambda p: not p.name.startswith("regression")):
-        if path.name.startswith(("crash-", "timeout-", "oom-", "slow-", "leak-")):
+    kept: dict[str, bytes] = {}
+    for name, data in sorted(candidates, key=_regressions_first_then_by_size):
+        if name.startswith(("crash-", "timeout-", "oom-", "slow-", "leak-")):
             continue
-        data = path.read_bytes()
         new = edges(target.run, data) - covered
-        regression = path.name.startswith("regression")
+        regression = name.startswith(_REGRESSION)
         if new or regression:
             covered |= new
-            inputs[path.name if regression else f"{len(inputs):03}"] = data
-    for path in kept.iterdir():
-        path.unlink()
-    for name, data in inputs.items():
-        (kept / name).write_bytes(data)
-    size = sum(map(len, inputs.values()))
-    about = f"{len(inputs)} inputs of {len(candidates)}, {size} bytes, {len(covered)} edges"
+            kept[name if regression else f"{len(kept):03}"] = data
+    inputs.write(target.corpus, kept)
+    size = sum(map(len, kept.values()))
+    about = f"{len(kept)} inputs of {len(candidates)}, {size} bytes, {len(covered)} edges"
     print(f"{target.name}: {about}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fuzz import damage, graphs, seeds, streams
+from tests.fuzz import damage, graphs, inputs, seeds, streams
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -30,8 +30,8 @@ class Target:
 
     @property
     def corpus(self) -> Path:
-        """Its kept inputs."""
-        return CORPUS / self.name
+        """The archive of its kept inputs."""
+        return CORPUS / f"{self.name}{inputs.SUFFIX}"
 
 
 TARGETS = {

@@ -11,7 +11,7 @@ import pytest
 from protocol.graph_payload import decode_graph
 from protocol.receive_buffer import ReceiveBuffer
 from rpc_server.graph.parse import parse_graph
-from tests.fuzz import graphs, seeds, streams
+from tests.fuzz import graphs, inputs, seeds, streams
 from tests.fuzz.__main__ import _summary, main
 from tests.fuzz.graphs import GraphInput
 from tests.fuzz.minimise import edges
@@ -25,10 +25,10 @@ _MOST_BYTES = 1 << 20
     "target", [t for t in TARGETS.values() if t.name != "run"], ids=lambda t: t.name
 )
 def test_kept_inputs(target: Target) -> None:
-    files = sorted(target.corpus.iterdir())
-    assert files
-    for file in files:
-        target.run(file.read_bytes())
+    kept = inputs.read(target.corpus)
+    assert kept
+    for data in kept.values():
+        target.run(data)
 
 
 def test_kept_graphs_run() -> None:
@@ -36,12 +36,12 @@ def test_kept_graphs_run() -> None:
     command = [sys.executable, "-m", "tests.fuzz", "run", "--replay", str(TARGETS["run"].corpus)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == len(list(TARGETS["run"].corpus.iterdir()))
+    assert len(done.stdout.splitlines()) == len(inputs.read(TARGETS["run"].corpus))
 
 
 def test_the_corpus_is_small() -> None:
-    files = [f for t in TARGETS.values() for f in t.corpus.iterdir()]
-    assert sum(f.stat().st_size for f in files) < _MOST_BYTES
+    kept = [data for t in TARGETS.values() for data in inputs.read(t.corpus).values()]
+    assert sum(map(len, kept)) < _MOST_BYTES
 
 
 # -- seeds and damage
@@ -60,14 +60,14 @@ def test_seeds_are_valid_graphs() -> None:
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
 def test_damage_changes_inputs_and_keeps_them_small(target: Target) -> None:
     chosen, valid = random.Random(4), target.seeds(40, 4)
-    inputs = [data for data in valid if len(data) <= target.largest]
+    small = [data for data in valid if len(data) <= target.largest]
 
     def reversed_bytes(data: bytes, largest: int) -> bytes:
         return data[::-1][:largest]
 
-    changed = [target.damage(d, target.largest, chosen, reversed_bytes, inputs) for d in inputs]
-    differ = sum(a != b for a, b in zip(changed, inputs, strict=True))
-    assert differ > len(inputs) * 0.8
+    changed = [target.damage(d, target.largest, chosen, reversed_bytes, small) for d in small]
+    differ = sum(a != b for a, b in zip(changed, small, strict=True))
+    assert differ > len(small) * 0.8
     for data in changed:
         assert len(data) <= target.largest + graphs.HEAD_BYTES
         if target.name != "run":
@@ -78,7 +78,7 @@ def test_damage_changes_inputs_and_keeps_them_small(target: Target) -> None:
 
 
 def _lossy_take(self: ReceiveBuffer, n: int) -> bytes:
-    """As Staging.take, but the last byte is lost unless more has arrived already."""
+    """As ReceiveBuffer.take, but the last byte is lost unless more has arrived already."""
     whole = bytes(self._view[self._start : self._start + n])
     self._start += n
     return whole if len(self) else whole[:-1] + b"\0"
@@ -87,11 +87,11 @@ def _lossy_take(self: ReceiveBuffer, n: int) -> bytes:
 def test_a_reader_that_depends_on_segments_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     hello = bytes((14,)) + (24).to_bytes(8, "little") + b"c" * 24
     count = bytes((15,)) + bytes(8)
-    inputs = [bytes((0, seed)) + hello + count for seed in range(1, 20)]
-    assert all(map(streams.requests, inputs))
+    whole = [bytes((0, seed)) + hello + count for seed in range(1, 20)]
+    assert all(map(streams.requests, whole))
     monkeypatch.setattr(ReceiveBuffer, "take", _lossy_take)
     with pytest.raises(streams.BrokenPromise, match="in segments"):
-        list(map(streams.requests, inputs))
+        list(map(streams.requests, whole))
 
 
 def test_a_parser_that_lets_tensors_out_of_their_buffers_is_found(
