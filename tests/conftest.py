@@ -15,6 +15,7 @@ from hypothesis import settings
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu import catalog
 from rpc_server.devices.cpu.instruction_sets import chosen_isa
+from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES
 from rpc_server.native.folder import cache_base
 from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError
@@ -51,7 +52,7 @@ def _compile_ahead(library: Library) -> None:
     # Without a compiler tests say so themselves.
     with contextlib.suppress(CompileError):
         isa = chosen_isa()
-        types = sorted(catalog.PRODUCT_TYPES)
+        types = sorted(PRODUCT_TYPES)
         wanted = [catalog.kernels_of_weights(GgmlType.F16, isa)]
         wanted += [[catalog.product_kernel(type_, isa)] for type_ in types]
         library.request(itertools.chain(*wanted))

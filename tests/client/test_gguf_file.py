@@ -34,7 +34,7 @@ def write(path: Path, tensors: Content) -> Path:
 def every_type() -> dict[str, tuple[GgmlType, tuple[int, ...], bytes]]:
     """A tensor of each type with two blocks a row, behind one another."""
     random = np.random.default_rng(5)
-    made = {}
+    made: dict[str, tuple[GgmlType, tuple[int, ...], bytes]] = {}
     for type_, info in TYPE_INFO.items():
         ne = (2 * info.block_size, ROWS)
         made[f"of.{type_.name}"] = (type_, ne, random.bytes(row_size(type_, ne[0]) * ROWS))

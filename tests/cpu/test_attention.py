@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -131,11 +133,11 @@ def test_types_of_keys_and_values(types: tuple[GgmlType, GgmlType]) -> None:
 def test_alibi_softcap_and_sinks(heads: int, tokens: int) -> None:
     distance = np.arange(100) - np.arange(tokens)[:, None] - 60.0
     mask = np.where(distance > 0, -np.inf, distance)
-    sizes = {"tokens": tokens, "heads": heads, "kv_heads": 2, "n_kv": 100}
-    assert_close(attention(**sizes, max_bias=8.0, mask=mask))
-    assert_close(attention(**sizes, softcap=5.0, mask=mask))
-    assert_close(attention(**sizes, with_sinks=True, mask=mask), 3)
-    assert_close(attention(**sizes, with_sinks=True, batches=2), 1)
+    of_size = functools.partial(attention, tokens=tokens, heads=heads, kv_heads=2, n_kv=100)
+    assert_close(of_size(max_bias=8.0, mask=mask))
+    assert_close(of_size(softcap=5.0, mask=mask))
+    assert_close(of_size(with_sinks=True, mask=mask), 3)
+    assert_close(of_size(with_sinks=True, batches=2), 1)
 
 
 def test_masks_of_heads_and_batches() -> None:

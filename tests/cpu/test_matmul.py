@@ -91,7 +91,8 @@ def product(a: Tensor, b: Tensor) -> np.ndarray[Any, Any]:
     """MUL_MAT of rounded activations in float64, shape (ne3, ne2, ne1, ne0)."""
     x, w = rounded(values(b), a.type).astype(np.float64), values(a).astype(np.float64)
     w = w.repeat(b.ne[2] // a.ne[2], axis=1).repeat(b.ne[3] // a.ne[3], axis=0)
-    return np.matmul(x, w.swapaxes(-1, -2))
+    product: np.ndarray[Any, Any] = np.matmul(x, w.swapaxes(-1, -2))
+    return product
 
 
 def check_product(a: Tensor, b: Tensor, n_threads: int = 2) -> None:
@@ -227,12 +228,12 @@ def test_what_is_not_finite_spreads(bad: float, n: int) -> None:
 def _scaled_product(type_: GgmlType, scale: float) -> tuple[Any, Any]:
     """(expected, actual) of a product of activations of about this size."""
     k = max(TYPE_INFO[type_].block_size, 64)
-    b = activations((k, 4))
+    a, b = weights(type_, (k, 5)), activations((k, 4))
     CONTEXT.view(b)[...] *= np.float32(scale)
-    t = node(Op.MUL_MAT, GgmlType.F32, (5, 4), [weights(type_, (k, 5)), b])
+    t = node(Op.MUL_MAT, GgmlType.F32, (5, 4), [a, b])
     run(t, kernels=True)
     with np.errstate(all="ignore"):
-        return product(t.src[0], b), values(t)
+        return product(a, b), values(t)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3, 1e30])
@@ -279,7 +280,8 @@ def routed_product(a: Tensor, b: Tensor, ids: np.ndarray[Any, Any]) -> np.ndarra
     """MUL_MAT_ID in float64, shape (1, tokens, used, rows)."""
     w, x = values(a)[0].astype(np.float64), rounded(values(b), a.type)[0].astype(np.float64)
     inputs = x[:, np.arange(ids.shape[1]) % b.ne[1]]
-    return np.einsum("turk,tuk->tur", w[ids], inputs)[None]
+    products: np.ndarray[Any, Any] = np.einsum("turk,tuk->tur", w[ids], inputs)[None]
+    return products
 
 
 @pytest.mark.parametrize("type_", sorted(PRODUCT_TYPES), ids=lambda t: t.name)

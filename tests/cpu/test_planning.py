@@ -16,6 +16,7 @@ from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface import schedule
+from rpc_server.devices.cpu.kernels.interface.layout import activation_form
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.planning import scratch
@@ -108,7 +109,7 @@ def test_ops_whose_kernels_can_not_be_had_run_by_their_references(
     run(nodes, kernels=True)
     expected = values(second)
     # The product's own kernel is there, but not the one that gets its activations ready.
-    broken = Without(catalog.CONVERTERS[catalog.activation_form(a.type)])
+    broken = Without(catalog.CONVERTERS[activation_form(a.type)])
     monkeypatch.setattr(plan, "library", lambda: broken)
     builder = CpuPlanBuilder(executor, ScratchArena())
     for _ in range(2):
@@ -122,7 +123,7 @@ def test_a_kernel_that_found_no_memory_once_is_asked_for_again(
     executor: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [product(matrix(64, 8, 1), activations(64, 3))]
-    form = catalog.activation_form(GgmlType.Q8_0)
+    form = activation_form(GgmlType.Q8_0)
     broken = Without(catalog.CONVERTERS[form], error=NoMemoryNowError("no mapping"))
     builder = CpuPlanBuilder(executor, ScratchArena())
     with monkeypatch.context() as at_first:

@@ -505,7 +505,7 @@ def _array(
     card.check(address, ((rows - 1) * ld + k) * size)
     dtype = {0: np.float32, 2: np.float16, 14: np.uint16}[type_]
     raw = (ctypes.c_uint8 * (((rows - 1) * ld + k) * size)).from_address(address)
-    view = np.ndarray((rows, k), dtype, raw, 0, (ld * size, size))
+    view = np.ndarray((rows, k), dtype, memoryview(raw), 0, (ld * size, size))
     return (view.astype(np.uint32) << 16).view(np.float32) if type_ == 14 else view
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from tests.e2e import llama
 from tools import upstream
+from tools.serving.processes import Process
 
 Serve = Callable[..., llama.RpcServer]
 StartLlamaServer = Callable[..., llama.LlamaServer]
-StartClient = Callable[..., llama.Process]
+StartClient = Callable[..., Process]
 
 # For what upstream's server can't do, when E2E_SERVER_COMMAND names it to check these tests.
 needs_own_server = pytest.mark.skipif(
@@ -46,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.upstream)
-            if missing and getattr(item.getparent(pytest.Module).obj, "NEEDS_PROGRAMS", True):
+            module = item.getparent(pytest.Module)
+            if missing and getattr(module and module.obj, "NEEDS_PROGRAMS", True):
                 item.add_marker(pytest.mark.skip(reason=missing))
 
 
@@ -111,13 +113,13 @@ def start_client(tmp_path: Path) -> Iterator[StartClient]:
     """
     with contextlib.ExitStack() as stack:
 
-        def start(model: Path, prompt: str, count: int, *, rpc: str) -> llama.Process:
+        def start(model: Path, prompt: str, count: int, *, rpc: str) -> Process:
             command = [
                 str(llama.program("llama-completion")),
                 *llama.completion_arguments(model, prompt, count, rpc=rpc),
                 *("--log-verbosity", "0"),
             ]
-            started = llama.Process(command, tmp_path / "client.log")
+            started = Process(command, tmp_path / "client.log")
             stack.callback(started.stop)
             return started
 

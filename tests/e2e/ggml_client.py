@@ -17,17 +17,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Node = ctypes.c_void_p
+T = TypeVar("T")
 
 F32, F16, Q4_0, Q8_0, Q4_K, I32, I64 = 0, 1, 2, 8, 12, 26, 27
 _BLOCK = {Q4_0: (32, 18), Q8_0: (32, 34), Q4_K: (256, 144)}
@@ -147,6 +147,12 @@ def case(name: str, build: Callable[[Builder], Node | list[Node]], bound: float 
     CASES[name] = Case(build, bound)
 
 
+def _with(
+    value: T, build: Callable[[Builder, T], Node | list[Node]]
+) -> Callable[[Builder], Node | list[Node]]:
+    return lambda b: build(b, value)
+
+
 def _block(b: Builder) -> list[Node]:
     """What a layer of a transformer has: settles how the client numbers its ops."""
     x = b.f32(256, 4)
@@ -177,17 +183,17 @@ def _conv_block(b: Builder) -> list[Node]:
 case("block", _block, _PRODUCT)
 case("convolution block", _conv_block, _PRODUCT)
 for _name in ("add", "sub", "mul"):
-    case(_name, lambda b, f=_name: getattr(b, f)(b.f32(33, 5), b.f32(33, 5)))
+    case(_name, _with(_name, lambda b, f: getattr(b, f)(b.f32(33, 5), b.f32(33, 5))))
 case("div", lambda b: b.div(b.f32(33, 5), b.f32(33, 5, low=0.5)))
 case("scale", lambda b: b.scale(b.f32(33, 5), 1.75))
 for _name in ("sqr", "sin", "cos", "abs", "sgn", "neg", "step", "tanh", "elu", "relu", "sigmoid",
               "gelu", "gelu_quick", "silu", "hardswish", "hardsigmoid", "exp", "gelu_erf", "expm1",
               "softplus", "floor", "ceil", "round", "trunc"):  # fmt: skip
-    case(_name, lambda b, f=_name: getattr(b, f)(b.f32(33, 5, low=-3, high=3)))
+    case(_name, _with(_name, lambda b, f: getattr(b, f)(b.f32(33, 5, low=-3, high=3))))
 for _name in ("sqrt", "log"):
-    case(_name, lambda b, f=_name: getattr(b, f)(b.f32(33, 5, low=0.1, high=9)))
+    case(_name, _with(_name, lambda b, f: getattr(b, f)(b.f32(33, 5, low=0.1, high=9))))
 for _name in ("sum", "sum_rows", "mean", "cumsum"):
-    case(_name, lambda b, f=_name: getattr(b, f)(b.f32(33, 5, low=0)))
+    case(_name, _with(_name, lambda b, f: getattr(b, f)(b.f32(33, 5, low=0))))
 case("argmax", lambda b: b.argmax(b.f32(33, 5)))
 case("repeat", lambda b: b.repeat(b.f32(8, 1), b.f32(8, 6)))
 case("concat", lambda b: b.concat(b.f32(8, 3), b.f32(8, 4), 1))
@@ -200,7 +206,7 @@ case("mul_mat f16", lambda b: b.mul_mat(b.f16(64, 16), b.f32(64, 3)), _PRODUCT)
 for _name, _type in (("q4_0", Q4_0), ("q8_0", Q8_0), ("q4_K", Q4_K)):
     case(
         f"mul_mat {_name}",
-        lambda b, t=_type: b.mul_mat(b.quantized(t, 256, 16), b.f32(256, 3)),
+        _with(_type, lambda b, t: b.mul_mat(b.quantized(t, 256, 16), b.f32(256, 3))),
         _PRODUCT,
     )
 case(
@@ -262,7 +268,7 @@ case("leaky_relu", lambda b: b.leaky_relu(b.f32(33, 5), 0.1, False))
 case("tri", lambda b: b.tri(b.f32(8, 8), 1))
 case("fill", lambda b: b.fill(b.f32(8, 3), 2.5))
 for _name in ("reglu", "geglu", "swiglu", "geglu_erf", "geglu_quick"):
-    case(_name, lambda b, f=_name: getattr(b, f)(b.f32(32, 5)))
+    case(_name, _with(_name, lambda b, f: getattr(b, f)(b.f32(32, 5))))
 case("swiglu_oai", lambda b: b.swiglu_oai(b.f32(32, 5), b.f32(32, 5), 1.702, 7.0))
 case(
     "flash_attn_ext",
@@ -347,4 +353,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

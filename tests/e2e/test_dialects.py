@@ -13,6 +13,7 @@ from tests.e2e import llama
 from tests.e2e.conftest import Serve, needs_own_server
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tools import upstream
+from tools.serving.processes import ProgramError
 
 PROMPT = PLAIN_PROMPTS[0]
 TOKENS = 24
@@ -39,10 +40,10 @@ def generate(build: int, server: llama.RpcServer) -> str | None:
     before = computations(server)
     try:
         text = llama.completion(model, PROMPT, TOKENS, rpc=server.address, build=build)
-    except llama.ProgramError:
+    except ProgramError:
         assert server.alive, server.log
         return None
-    with contextlib.suppress(llama.ProgramError):
+    with contextlib.suppress(ProgramError):
         server.wait_until(lambda: computations(server) > before, 2, "graphs of the client")
         return text
     return None

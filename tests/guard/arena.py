@@ -64,7 +64,7 @@ class Arena:
         if _libc.mprotect(self._inner, self._room, mmap.PROT_READ | mmap.PROT_WRITE):
             raise OSError(ctypes.get_errno(), "mprotect")
         memory = (ctypes.c_uint8 * self._room).from_address(self._inner)
-        self._bytes: Bytes = np.frombuffer(memory, np.uint8)
+        self._bytes: Bytes = np.frombuffer(memoryview(memory), np.uint8)
         self._bytes[...] = CANARY
         self.size, self.address, self.base = 0, self._inner, self._inner
         self.side = Side.BEGIN

@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from rpc_server.devices.cpu import plan as plan_module
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface import schedule as schedule_module
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
+from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
 from rpc_server.ops.table import ContractError
@@ -74,7 +75,8 @@ class Way:
         self._at_once = at_once
         self.scratch = GuardedScratch(n_threads)
         executor = Executor(n_threads) if kernels else None
-        self._builder = CpuPlanBuilder(executor, self.scratch, use_kernels=kernels)
+        arena = cast(ScratchArena, self.scratch)
+        self._builder = CpuPlanBuilder(executor, arena, use_kernels=kernels)
 
     def plan(self, graph: LinkedGraph) -> Run:
         """Make a plan for ``graph``. Raises GraphError."""
@@ -156,8 +158,10 @@ _ALL_VARIANTS = ("GET_ROWS", "SET_ROWS", "ROPE+SET_ROWS")
 
 
 # Families that the emulated card runs, and the variants it has to compile for.
-_CARD_TYPES = ("", "f32", "f16", "i32", "q8_0", "q4_k", "f32->f16->i64", "f32->q8_0->i64")
-_CARD_TYPES += ("f32->f32->i32", "f16->f32->i64", "f32->q4_k->i64", "f32->i32->i64")
+_CARD_TYPES = (
+    *("", "f32", "f16", "i32", "q8_0", "q4_k", "f32->f16->i64", "f32->q8_0->i64"),
+    *("f32->f32->i32", "f16->f32->i64", "f32->q4_k->i64", "f32->i32->i64"),
+)
 
 
 def items(runs: int, only: Sequence[str], seed: int, *, card: bool = False) -> list[Item]:
@@ -337,6 +341,7 @@ def _run_until_death(chosen: Sequence[Item], tally: Tally) -> int:
                 for line in process.stdout:
                     *at, text = json.loads(line)
                     _found(tally, chosen, at, text)
+            item: int
             item, *rest, runs, refused = _NOTE.unpack(noted.read(_NOTE.size))
         tally.runs += runs
         tally.refused += refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -318,7 +319,7 @@ def test_want_of_memory_is_not_remembered(
 
     library = open_library(command=NONE)
     with monkeypatch.context() as at_first:
-        at_first.setattr(image.mmap, "mmap", none)
+        at_first.setattr(mmap, "mmap", none)
         with pytest.raises(NoMemoryNowError, match="Cannot allocate memory"):
             library.address(routine("add"))
     assert call(library.address(routine("add")), 2, 3) == 5

@@ -194,8 +194,10 @@ def rounded(x: np.ndarray[Any, Any], weights: GgmlType) -> np.ndarray[Any, Any]:
     whole[..., :n] = x
     codes = from_f32(form, whole, np)
     if form is GgmlType.BF16:
-        return (codes.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return to_f32(form, codes, np)[..., :n]
+        wide: np.ndarray[Any, Any] = codes.view(np.uint16).astype(np.uint32) << 16
+        return wide.view(np.float32)
+    decoded: np.ndarray[Any, Any] = to_f32(form, codes, np)[..., :n]
+    return decoded
 
 
 def rounded_source(t: Tensor, weights: GgmlType) -> np.ndarray[Any, Any]:

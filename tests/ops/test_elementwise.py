@@ -29,7 +29,8 @@ RNG = np.random.default_rng(3)
 def random(*ne: int) -> np.ndarray[Any, Any]:
     """Float32 values for a tensor of dimensions ``ne``; exact in every float type, none 0."""
     x = RNG.integers(1, 65, harness.four(ne)[::-1]) / 16
-    return (x * RNG.choice([-1, 1], x.shape)).astype(np.float32)
+    signed: np.ndarray[Any, Any] = (x * RNG.choice([-1, 1], x.shape)).astype(np.float32)
+    return signed
 
 
 def ran(t: Tensor) -> np.ndarray[Any, Any]:
@@ -61,7 +62,9 @@ def close_to_looked_up(actual: np.ndarray[Any, Any], expected: Any, type_: GgmlT
 
 def each(function: Callable[..., float], *arrays: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """``function`` of Python floats, over arrays broadcast against each other."""
-    return np.vectorize(lambda *args: function(*map(float, args)), otypes=[np.float64])(*arrays)
+    of_arrays = np.vectorize(lambda *args: function(*map(float, args)), otypes=[np.float64])
+    found: np.ndarray[Any, Any] = of_arrays(*arrays)
+    return found
 
 
 # -- ADD, SUB, MUL, DIV, ADD1 ----------------------------------------------------------------------

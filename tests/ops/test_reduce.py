@@ -93,7 +93,7 @@ def test_cumsum(inplace: bool) -> None:
     a = tensor(F32, (6, 2, 3), x)
     t = node(Op.CUMSUM, F32, (6, 2, 3), [a], inplace=a if inplace else None)
     harness.run(t, kernels=False)
-    total = np.float32(0)
+    total: Any = np.float32(0)
     for index in np.ndindex(x.shape):
         total = x[index] if index[3] == 0 else total + x[index]
         assert values(t)[index] == total
@@ -117,7 +117,7 @@ def test_count_equal_of_columns() -> None:
 
 
 def test_argmax_takes_the_last_of_equals() -> None:
-    rows = [[1, 5, 2, 5], [-3, -1, -2, -9], [0, 0, 0, 0], [-math.inf] * 4]
+    rows: list[list[float]] = [[1, 5, 2, 5], [-3, -1, -2, -9], [0, 0, 0, 0], [-math.inf] * 4]
     t = node(Op.ARGMAX, I32, (4,), [tensor(F32, (4, 4), np.reshape(rows, (1, 1, 4, 4)))])
     assert ran(t).ravel().tolist() == [3, 1, 3, 3]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from protocol.observe.annotate import (
 )
 from protocol.observe.conversation import Conversation, MessageKind, ObservedMessage
 from tests.protocol.transcripts import (
+    Turn,
     answer,
     events_of,
     full_session,
@@ -37,19 +41,19 @@ from tests.protocol.transcripts import (
 NEWEST = DIALECTS[0]
 
 
+def seen(conversation: Conversation, turns: Sequence[Turn]) -> list[ObservedMessage]:
+    return [e for e in events_of(conversation, turns) if isinstance(e, ObservedMessage)]
+
+
 def session_messages(dialect: Dialect) -> list[ObservedMessage]:
-    return [
-        e
-        for e in events_of(Conversation(), full_session(dialect))
-        if isinstance(e, ObservedMessage)
-    ]
+    return seen(Conversation(), full_session(dialect))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
 def test_spans_cover_every_message(dialect: Dialect) -> None:
     messages = session_messages(dialect)
     if dialect is NEWEST:
-        messages += events_of(Conversation(), split_session(dialect))
+        messages += seen(Conversation(), split_session(dialect))
     for message in messages:
         at = 0
         for span in annotate(message):
@@ -84,12 +88,10 @@ def test_spans_have_the_values_of_the_fields() -> None:
 
 def test_ops_are_named_by_the_numbering_of_the_dialect() -> None:
     for dialect in DIALECTS:
-        lines = graph_lines(
-            message_of_request(
-                request(dialect, Command.GRAPH_COMPUTE, {}, small_graph(dialect))[1], dialect
-            ).graph,
-            dialect,
-        )
+        turn = request(dialect, Command.GRAPH_COMPUTE, {}, small_graph(dialect))
+        graph = message_of_request(turn[1], dialect).graph
+        assert graph is not None
+        lines = graph_lines(graph, dialect)
         assert lines[0] == "2 nodes, 4 tensors"
         assert lines[1:] == [
             "    0  MUL_MAT    y  F32 4 <- w (F32 8x4), x (F32 8)",
@@ -137,13 +139,13 @@ def test_unary_functions_are_named() -> None:
         (Command.FREE_BUFFER, {"remote_ptr": 0xABC}, b"", "FREE_BUFFER remote_ptr 0xabc"),
     ],
 )
-def test_one_line(command: Command, fields: dict, body: bytes, expected: str) -> None:
+def test_one_line(command: Command, fields: dict[str, Any], body: bytes, expected: str) -> None:
     message = message_of_request(request(NEWEST, command, fields, body)[1], NEWEST)
     assert describe(message) == expected
 
 
 def test_the_line_of_an_answer() -> None:
-    [_, said] = events_of(Conversation(), hello(NEWEST))
+    [_, said] = seen(Conversation(), hello(NEWEST))
     assert describe(said) == "HELLO = protocol 7.0.0"
     content = {"free_mem": 1 << 30, "total_mem": 3 << 30}
     data = answer(NEWEST, Command.GET_DEVICE_MEMORY, content)[1]
@@ -154,7 +156,7 @@ def test_the_line_of_an_answer() -> None:
 def test_bytes_that_were_not_seen_are_told() -> None:
     conversation = Conversation(keep=10)
     turns = full_session(NEWEST, upload=50, download=50)
-    large = [e for e in events_of(conversation, turns) if e.body_size and e.body is None]
+    large = [e for e in seen(conversation, turns) if e.body_size and e.body is None]
     assert len(large) == 2
     for message in large:
         assert annotate(message)[-1].value == "50 bytes"
@@ -164,6 +166,7 @@ def test_bytes_that_were_not_seen_are_told() -> None:
     for side, data in turns[:at]:
         conversation.feed(side, data)
     [hole] = conversation.gap(turns[at][0], len(turns[at][1]))
+    assert isinstance(hole, ObservedMessage)
     assert "not seen" in "\n".join(tree(hole))
 
 

@@ -35,9 +35,9 @@ every_capture = pytest.mark.parametrize("name", NAMES)
 def test_there_is_a_capture_of_every_version_and_command() -> None:
     seen, settled = defaultdict(set), set()
     for name in NAMES:
-        for connection, message in collected(name).messages:
+        for _, message in collected(name).messages:
             seen[message.dialect.version].add(message.command)
-            settled.add(connection.conversation.dialect.name)
+            settled.add(message.dialect.name)
     assert settled == {d.name for d in DIALECTS}
     for dialect in DIALECTS:
         lacking = set(dialect.commands) - seen[dialect.version]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from protocol.observe.conversation import (
     SkippedBytes,
     dialect_of_version,
 )
+from protocol.observe.events import Event
 from rpc_server.ops.table import OPS
 from tests.protocol.transcripts import (
     answer,
@@ -39,9 +41,10 @@ from tests.protocol.transcripts import (
 NEWEST = DIALECTS[0]
 
 
-def messages(events: list) -> list[ObservedMessage]:
-    assert all(isinstance(event, ObservedMessage) for event in events), events
-    return events
+def messages(events: list[Event]) -> list[ObservedMessage]:
+    found = [event for event in events if isinstance(event, ObservedMessage)]
+    assert found == events
+    return found
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
@@ -207,6 +210,7 @@ def test_long_names_are_found_out(dialect: Dialect) -> None:
         e for e in events if e.command is Command.GRAPH_COMPUTE and e.kind is MessageKind.REQUEST
     ]
     assert graphs
+    assert graphs[0].graph is not None
     assert all(e.dialect.tensor_size == 360 and not e.problem for e in graphs)
     assert [name.rstrip(b"\0") for name in graphs[0].graph.tensors["name"]] == [
         b"w",
@@ -332,7 +336,7 @@ def test_a_hole_costs_what_is_in_it(data: st.DataObject) -> None:
     start = data.draw(st.integers(sizes[0], total - 1))
     end = data.draw(st.integers(start + 1, min(total, start + 9000)))
     conversation = Conversation()
-    events: list = []
+    events: list[Event] = []
     at = 0
     for sender, content in turns:
         if sender is not side:
@@ -369,16 +373,15 @@ def test_a_hole_in_an_upload_is_counted() -> None:
     turns = full_session(NEWEST, upload=50_000)
     at = next(i for i, (_, d) in enumerate(turns) if len(d) > 50_000)
     conversation = Conversation()
-    events = events_of_parts(conversation, turns, at, 20_000, 30_000)
-    assert not [e for e in events if not isinstance(e, ObservedMessage)]
+    events = messages(events_of_parts(conversation, turns, at, 20_000, 30_000))
     upload = next(e for e in events if e.command is Command.SET_TENSOR)
     assert (upload.missing, upload.body_size, upload.body) == (10_000, 50_000, None)
 
 
 def events_of_parts(
     conversation: Conversation, turns: list[tuple[Side, bytes]], at: int, start: int, end: int
-) -> list:
-    events: list = []
+) -> list[Event]:
+    events: list[Event] = []
     for i, (side, content) in enumerate(turns):
         if i != at:
             events += conversation.feed(side, content)
@@ -466,6 +469,7 @@ def test_what_only_looks_like_a_frame_is_passed_over() -> None:
     conversation = Conversation(NEWEST)
     events = conversation.feed(Side.CLIENT, false + asked) + conversation.close()
     assert [type(e) for e in events] == [SkippedBytes, ObservedMessage]
+    assert isinstance(events[0], SkippedBytes)
     assert events[0].size == len(false)
 
 
@@ -485,7 +489,7 @@ def test_a_wrong_answer_ends_the_servers_side_only() -> None:
     assert [e.command for e in events if isinstance(e, ObservedMessage)][-1] is Command.DEVICE_COUNT
 
 
-def _get(size: int) -> dict:
+def _get(size: int) -> dict[str, Any]:
     return {"tensor": tensor_fields(NEWEST, "t"), "offset": 0, "size": size}
 
 

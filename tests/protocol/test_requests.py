@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -205,7 +206,7 @@ def _upload(dialect: Dialect, size: int, *, name: bytes = b"w", offset: int = 0)
 def test_any_request_with_a_tensor_tells_how_long_names_are(dialect: Dialect, size: int) -> None:
     spoken = dialect.with_names(size)
     tensor = tensor_fields(spoken, "w", (1024, 1, 1, 1))
-    first = [
+    first: list[tuple[Command, dict[str, Any], bytes]] = [
         (Command.INIT_TENSOR, {"tensor": tensor}, b""),
         (Command.GET_TENSOR, {"tensor": tensor, "offset": 0, "size": 4}, b""),
         (Command.COPY_TENSOR, {"src": tensor, "dst": tensor}, b""),

@@ -167,7 +167,9 @@ def full_session(dialect: Dialect, upload: int = 64, download: int = 64) -> list
     return [*hello(dialect), *session(dialect, upload, download)]
 
 
-def events_of(conversation: Conversation, turns: Sequence[Turn], cuts: Sequence[int] = ()) -> list:
+def events_of(
+    conversation: Conversation, turns: Sequence[Turn], cuts: Sequence[int] = ()
+) -> list[Event]:
     """All events; turns are fed in segments whose lengths repeat ``cuts``."""
     events: list[Event] = []
     i = 0

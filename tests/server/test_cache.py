@@ -317,7 +317,11 @@ def test_pipes_and_links_of_its_own_names(tmp_path: Path, name: str) -> None:
     private.write_bytes(b"secret")
     private.chmod(0o600)
     place = (tmp_path if name.startswith(PARTIAL) else sums(tmp_path)) / name
-    for make in (lambda: os.mkfifo(place), lambda: place.symlink_to(private)):
+    makers: tuple[Callable[[], None], ...] = (
+        lambda: os.mkfifo(place),
+        lambda: place.symlink_to(private),
+    )
+    for make in makers:
         place.unlink(missing_ok=True)
         make()
         with contextlib.suppress(CacheError):
@@ -374,7 +378,12 @@ def test_to_keep_one_more_looks_at_no_other(
     for number in range(20):
         keep(cache, some_bytes(64, number))
     looked = []
-    monkeypatch.setattr(PrivateFolder, "names", lambda self: looked.append(self) or iter(()))
+
+    def names(self: PrivateFolder) -> Iterator[str]:
+        looked.append(self)
+        return iter(())
+
+    monkeypatch.setattr(PrivateFolder, "names", names)
     keep(cache, some_bytes(64, 99))
     assert not looked
     assert cache.usage is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,12 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
     place = tmp_path / "place"
-    for make in (place.mkdir, lambda: os.mkfifo(place), lambda: place.symlink_to(secret)):
+    makers: tuple[Callable[[], None], ...] = (
+        place.mkdir,
+        lambda: os.mkfifo(place),
+        lambda: place.symlink_to(secret),
+    )
+    for make in makers:
         make()
         with pytest.raises(OSError, match=r"regular|directory|symbolic links"):
             folder.read("place", 10)

@@ -20,6 +20,14 @@ def accepts(dialect: Dialect, version: tuple[int, int, int] | None) -> bool:
     return version[0] == dialect.version[0] and version[1] <= dialect.version[1]
 
 
+def _wait_for_hang_up(server: ServerProcess, before: int) -> None:
+    server.wait_until(
+        lambda: server.log.count("hung up right after HELLO") > before,
+        10,
+        "a hang-up that is logged",
+    )
+
+
 def start(server: ServerProcess, dialect: Dialect) -> bool:
     """Begin as llama.cpp does: HELLO, then a question on the same connection, or the end of it."""
     with Wire(server.port, dialect) as wire:
@@ -35,11 +43,7 @@ def starts(server: ServerProcess, dialect: Dialect) -> int:
         before = server.log.count("hung up right after HELLO")
         if start(server, dialect):
             return tries
-        server.wait_until(
-            lambda before=before: server.log.count("hung up right after HELLO") > before,
-            10,
-            "a hang-up that is logged",
-        )
+        _wait_for_hang_up(server, before)
     raise AssertionError(f"never served:\n{server.log}")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import struct
+from typing import Any
 
 import pytest
 
@@ -81,10 +83,10 @@ def test_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def without(family: int = -1, *more: int) -> socket.socket:
         if family == socket.AF_INET6:
-            raise OSError(listening.errno.EAFNOSUPPORT, "Address family not supported")
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
         return right(family, *more)
 
-    monkeypatch.setattr(listening.socket, "socket", without)
+    monkeypatch.setattr(socket, "socket", without)
     sockets = asyncio.run(listen("::", 0))
     assert [s.getsockname()[0] for s in sockets] == ["0.0.0.0"]
     for s in sockets:
@@ -98,7 +100,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a machine as Debian's /etc/hosts has it."""
     right = asyncio.BaseEventLoop.getaddrinfo
 
-    async def resolve(self: asyncio.BaseEventLoop, host: str, *rest: object, **more: int) -> object:
+    async def resolve(self: asyncio.BaseEventLoop, host: str, *rest: Any, **more: int) -> object:
         if host == "my-box":
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
         return await right(self, host, *rest, **more)
@@ -183,12 +185,12 @@ def test_a_port_of_a_server_is_not_waited_for(table: bool, monkeypatch: pytest.M
 
 def test_all_sockets_have_one_port(monkeypatch: pytest.MonkeyPatch) -> None:
     """The port that the system chose for the first one may be taken at the next address."""
-    right, failed = listening._socket, []
+    right, failed = listening._socket, list[int]()
 
     def taken_once(address: listening.Address, port: int) -> socket.socket:
         if port and not failed:
             failed.append(port)
-            raise OSError(listening.errno.EADDRINUSE, "taken")
+            raise OSError(errno.EADDRINUSE, "taken")
         return right(address, port)
 
     monkeypatch.setattr(listening, "_socket", taken_once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import select
 import threading
 from typing import Any
@@ -57,11 +58,15 @@ def test_pieces_of_several_take_turns() -> None:
     """Neither waits for all of the other."""
     order: list[str] = []
     gate = threading.Event()
-    turns.in_pieces(lambda at, n: gate.wait() and None, 1)
-    works = [
-        turns.in_pieces(lambda at, n, name=name: order.append(name), 3 * turns.PIECE)
-        for name in ("a", "b")
-    ]
+
+    def hold(at: int, n: int) -> None:
+        gate.wait()
+
+    def note(name: str, at: int, n: int) -> None:
+        order.append(name)
+
+    turns.in_pieces(hold, 1)
+    works = [turns.in_pieces(functools.partial(note, name), 3 * turns.PIECE) for name in ("a", "b")]
     gate.set()
     for work in works:
         work.result()
@@ -127,7 +132,7 @@ def test_others_are_served_while_one_fills_gigabytes(server: ServerProcess, what
         handle, base = wire.alloc(2 * size)
         first = tensor(1, (size // 4,), handle, base)
         second = tensor(1, (size // 4,), handle, base + size)
-        requests = {
+        requests: dict[str, tuple[Command, dict[str, Any]]] = {
             "clear": (Command.BUFFER_CLEAR, {"remote_ptr": handle, "value": 1}),
             "memset": (
                 Command.MEMSET_TENSOR,

@@ -385,9 +385,9 @@ async def test_a_worker_without_room() -> None:
             coordinator.log,
         )
         async with backend(coordinator) as b:
-            data = values(128, 1024)
-            w = await weight(b, F32, (1024, 128), data.tobytes(), shares=(1, 1))
-            assert (await b.connection.get_tensor(w)).tobytes() == data.tobytes()
+            rows = values(128, 1024)
+            w = await weight(b, F32, (1024, 128), rows.tobytes(), shares=(1, 1))
+            assert (await b.connection.get_tensor(w)).tobytes() == rows.tobytes()
             assert [part.bytes for part in (await status(b)).parts] == [64 * 4096] * 2
 
 

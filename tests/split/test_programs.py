@@ -79,7 +79,7 @@ class Stream:
     async def receive(self, *shape: int) -> Array:
         """F32 of this shape."""
         whole = np.empty(shape, np.float32)
-        view = memoryview(whole).cast("B")
+        view = whole.data.cast("B")
 
         def fill() -> None:
             at = 0

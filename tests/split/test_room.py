@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import subprocess
 from collections.abc import Sequence
@@ -204,8 +205,8 @@ def test_what_clients_hold_is_not_taken_off_twice(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_system_is_not_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(room, "system_memory", lambda: (asked.append(1) or len(asked), 1 << 40))
+    asked = itertools.count(1)
+    monkeypatch.setattr(room, "system_memory", lambda: (next(asked), 1 << 40))
     memory = HomeMemory()
     assert {memory.free(0) for _ in range(65)} == {1}
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -295,7 +295,7 @@ async def test_a_program_without_a_lease_waits_for_one(whole: WorkerProcess) -> 
 
 
 @contextlib.asynccontextmanager
-async def old_client(server: WorkerProcess) -> Iterator[Backend]:
+async def old_client(server: WorkerProcess) -> AsyncIterator[Backend]:
     """One that speaks version 1 of the extension."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("client.connection.split_caps", lambda: split_caps(1))

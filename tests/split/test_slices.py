@@ -8,6 +8,7 @@ and the result is right.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 from client.split.partition import partition
 from client.tensors import Tensor
 from protocol.ggml.hashing import fnv1a_64
+from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.split import slices
 from rpc_server.devices.split.sharded import ShardedWeight
@@ -248,7 +250,7 @@ async def test_upstreams_workers_keep_their_slices_too(tmp_path: Path) -> None:
                 pytest.skip("no ggml-rpc-server: run python -m tools.upstream")
             env = {"LLAMA_CACHE": str(tmp_path / f"upstream-{i}")}
             server = stack.enter_context(Process(command, env=env))
-            server.wait_until(lambda port=port: listens(port), PATIENCE, "listening socket")
+            server.wait_until(functools.partial(listens, port), PATIENCE, "listening socket")
         relays = [Relay(port) for port in ports]
         data = content(F16, SHAPE)
         cache = ("--cache-dir", str(tmp_path / "coordinator"))
@@ -268,15 +270,9 @@ async def test_upstreams_workers_keep_their_slices_too(tmp_path: Path) -> None:
 def weight(shape: tuple[int, int, int], axis: int, shares: tuple[float, ...]) -> ShardedWeight:
     cols, rows, matrices = shape
     nb = (2, 2 * cols, 2 * cols * rows, 2 * cols * rows * matrices)
-    t = ServerTensor(1, NAME, F16, slices_op(), (cols, rows, matrices, 1), nb, address=0)
+    t = ServerTensor(1, NAME, F16, Op.NONE, (cols, rows, matrices, 1), nb, address=0)
     cuts = partition(shape[axis], shares)
     return ShardedWeight(t, 0, axis, cuts, [None] * len(shares), None, 0)
-
-
-def slices_op() -> object:
-    from protocol.ggml.ops import Op
-
-    return Op.NONE
 
 
 @pytest.mark.parametrize("axis", [0, 1])

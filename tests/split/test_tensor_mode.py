@@ -240,11 +240,11 @@ async def attention(
             g.set_rows(caches[1], v, at),
         ]
         row = caches[0].nb[1]
-        views = [
+        k_seen, v_seen = (
             g.permute(g.view_4d(c, HEAD, KV_HEADS, seen, 1, HEAD * 2, row, row * seen), 0, 2, 1, 3)
             for c in caches
-        ]
-        y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), *views, mask, HEAD**-0.5)
+        )
+        y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), k_seen, v_seen, mask, HEAD**-0.5)
         y = g.mul_mat(w["attn_output"], g.reshape(y, HEADS * HEAD, tokens))
         results.append((await b.compute(*stored, g.add(y, x)))[-1])
         done += tokens
@@ -380,7 +380,8 @@ async def attention_of_sequences(
             store(caches[1], g.mul_mat(w["attn_v"], h), at),
         ]
         q = g.view_4d(q, HEAD, HEADS, s.tokens, s.count, q.nb[1], q.nb[2], q.nb[2] * s.tokens, 0)
-        y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), *map(look, caches), mask, HEAD**-0.5)
+        k, v = map(look, caches)
+        y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), k, v, mask, HEAD**-0.5)
         y = g.add(g.mul_mat(w["attn_output"], g.reshape(y, HEADS * HEAD, n)), x)
         if s.read_here:
             first = g.view_2d(caches[0], kv, s.cells, row, plane * s.first)

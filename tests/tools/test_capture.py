@@ -219,8 +219,9 @@ def test_damaged_files_are_capture_errors(data: st.DataObject, pcapng: bool) -> 
 @pytest.mark.parametrize("link", [NULL, LOOP, RAW, SLL, SLL2])
 @pytest.mark.parametrize("ip6", [False, True])
 def test_link_layers(link: int, ip6: bool) -> None:
-    ends = {"client": CLIENT6, "server": SERVER6} if ip6 else {}
-    frames = connection_frames(TURNS, **ends)
+    frames = connection_frames(TURNS)
+    if ip6:
+        frames = connection_frames(TURNS, client=CLIENT6, server=SERVER6)
     seen = decoded([on_link(frame, link) for frame in frames])
     assert summary(seen.events) == summary(WHOLE.events)
     if ip6:

@@ -81,7 +81,7 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def dump(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+def dump(capsys: pytest.CaptureFixture[str], *arguments: str | Path | int) -> tuple[int, str, str]:
     code = main(list(map(str, arguments)))
     out, err = capsys.readouterr()
     return code, out, err

@@ -374,13 +374,14 @@ def test_figures_of_a_generation(tmp_path: Path) -> None:
 def test_the_table_in_a_terminal(tmp_path: Path) -> None:
     stats = fed("llama-7.0.0")
     recorder = Recorder(tmp_path / "x.pcapng")
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200)
     with Live(console=console, auto_refresh=False) as live:
         table = LiveTable(stats, recorder, live)
         table.say("[a line] for the user")
         table.update()
     recorder.close()
-    shown = console.file.getvalue()
+    shown = screen.getvalue()
     assert "[a line] for the user" in shown
     assert "tokens/s" in shown
     assert "GET_TENSOR" in shown

@@ -376,7 +376,7 @@ def test_every_struct_version_and_op_is_in_the_tables() -> None:
     tensor = tables.layouts["RpcTensor"]
     assert tensor["size"] == RPC_TENSOR_SIZE == RpcTensor.sizeof()
     offsets = {f["name"]: f["at"] for f in tensor["fields"]}
-    assert offsets == {n: RPC_TENSOR_DTYPE.fields[n][1] for n in RPC_TENSOR_DTYPE.names}
+    assert offsets == {n: field[1] for n, field in (RPC_TENSOR_DTYPE.fields or {}).items()}
     assert "-- TABLES" not in dissector()
 
 

@@ -186,15 +186,15 @@ def large_answer_truncated() -> None:
     replace_method(Session, "send_bytes", make)
 
 
-def _answering(command: Command, **fields: Any) -> None:
+def _answering(command: Command, **wrong_fields: Any) -> None:
     """Answer a command with these fields, whatever was asked."""
 
     def make(right: Handler) -> Handler:
         def wrong(s: Session, request: Request) -> None:
             answer = s.answer
 
-            def changed(answered: Command, given: dict[str, Any]) -> None:
-                answer(answered, {**given, **fields})
+            def changed(command: Command, fields: dict[str, Any]) -> None:
+                answer(command, {**fields, **wrong_fields})
 
             s.answer = changed  # type: ignore[method-assign]
             try:

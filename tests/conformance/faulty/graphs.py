@@ -11,22 +11,22 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.requests import Request
 from rpc_server.devices.cpu.device import CpuDevice
-from rpc_server.session.buffers import Buffers
 from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.state import Session
-from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
+from tests.conformance.faulty.memory import keep_freed_memory
+from tests.conformance.faulty.registry import (
+    Handler,
+    fault,
+    handle,
+    replace_method,
+)
 
 
 @fault(
     "GRAPH_RECOMPUTE runs the last graph though its buffer was freed", "after-its-buffer-was-freed"
 )
 def stale_graph_after_free() -> None:
-    def free(self: Buffers, handle: int) -> None:
-        # Its memory stays, so that the graph has something to run on.
-        self.get(handle)
-        del self._by_handle[handle]
-
-    Buffers.free = free  # type: ignore[method-assign]
+    keep_freed_memory()
     PlanCache.clear = lambda self: None  # type: ignore[method-assign]
 
 

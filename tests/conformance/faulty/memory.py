@@ -7,9 +7,11 @@ from typing import Any
 from protocol.commands import Command
 from protocol.requests import Request
 from rpc_server.cache.store import TensorCache
+from rpc_server.devices.base import Storage
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.session import uploads
 from rpc_server.session.buffers import Budget, Buffer, Buffers
+from rpc_server.session.context import ServerContext
 from rpc_server.session.handlers.tensors import fill
 from rpc_server.session.state import Session
 from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
@@ -154,8 +156,10 @@ def copy_ignores_destination() -> None:
     "copy-that-overlaps",
 )
 def copy_ignores_overlap() -> None:
-    def copy_from(self: HostStorage, other: Any, src: int, dst: int, size: int) -> None:
-        source, target = other.view(src, size), self.view(dst, size)
+    def copy_from(
+        self: HostStorage, other: Storage, src_offset: int, dst_offset: int, size: int
+    ) -> None:
+        source, target = other.view(src_offset, size), self.view(dst_offset, size)
         for at in range(size):
             target[at] = source[at]
 
@@ -240,6 +244,11 @@ def buffer_smaller_than_told() -> None:
     replace_method(Buffers, "allocate", make)
 
 
+def keep_freed_memory() -> None:
+    """Leave the memory of freed buffers where it is: what still uses it has something to run on."""
+    ServerContext.release = lambda self, buffers: None  # type: ignore[method-assign]
+
+
 @fault("no memory ends the connection", "alloc-of-an-exbibyte")
 def no_memory_is_fatal() -> None:
     def allocation_failed(self: Session, size: int, error: Exception) -> None:
@@ -253,8 +262,8 @@ def no_memory_is_fatal() -> None:
 @fault("the cache's hash is of the first 64 KiB only", "hash-of-large-content", options=_CACHE)
 def hash_of_the_beginning() -> None:
     def make(right: Any) -> Any:
-        def init(self: TensorCache, folder: Any, fnv: Any, *more: Any) -> None:
-            right(self, folder, lambda data: fnv(data[: 64 << 10]), *more)
+        def init(self: TensorCache, folder: Any, fnv: Any, *more: Any, **options: Any) -> None:
+            right(self, folder, lambda data: fnv(data[: 64 << 10]), *more, **options)
 
         return init
 
@@ -268,7 +277,7 @@ def hash_of_the_beginning() -> None:
 )
 def hash_hit_of_any_size() -> None:
     def load(self: TensorCache, digest: int, place: memoryview) -> bool:
-        path = self._path(digest)
+        path = self.folder / f"{digest:016x}"
         if not path.exists():
             return False
         content = path.read_bytes()[: len(place)]

@@ -8,11 +8,11 @@ from typing import Any
 from client.split.partition import Extent, Rows
 from protocol.commands import Command
 from rpc_server.devices.split import sharded
-from rpc_server.session.buffers import Buffers
 from rpc_server.session.context import new_identity
 from rpc_server.session.leases import Lease, LeaseHolder
 from rpc_server.session.programs import Programs
 from rpc_server.session.state import Session
+from tests.conformance.faulty.memory import keep_freed_memory
 from tests.conformance.faulty.registry import fault, handle, replace_method
 
 _OVER_TWO = ("--split", "local,{worker}", "--tensor-split", "1,1")
@@ -29,12 +29,7 @@ def program_number_ignored() -> None:
 @fault("a program outlives the buffers it uses", "program-after-free")
 def program_outlives_its_buffers() -> None:
     Programs.buffer_freed = lambda self, handle: None  # type: ignore[method-assign]
-
-    def free(self: Buffers, handle: int) -> None:
-        self.get(handle)
-        del self._by_handle[handle]
-
-    Buffers.free = free  # type: ignore[method-assign]
+    keep_freed_memory()
 
 
 @fault("of a weight cut by rows the second part is sent what begins a row earlier", "products",

@@ -32,7 +32,7 @@ from tests.e2e.matrix.combinations import Combination
 from tests.e2e.test_architectures import BOUND, SLACK
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tools import models
-from tools.serving.processes import ProgramError
+from tools.serving.processes import ProgramError, tail
 
 # Tokens that a text is made of, and that a window of perplexity has.
 COUNT, WINDOW = 24, 256
@@ -258,15 +258,16 @@ def _server(programs: Programs, combination: Combination, where: Sequence[str]) 
     model, prompts = programs.model(combination), programs.prompts(combination)
     expected = _local_tokens(programs, combination)
     with tempfile.TemporaryDirectory() as saved:
-        options = {
+        extras: dict[str, list[str]] = {
             c.DRAFT: [
-                *("-md", programs.draft(combination), "-ngld", "99"),
+                *("-md", str(programs.draft(combination)), "-ngld", "99"),
                 *("--spec-type", "draft-simple"),
             ],
             c.SLOT_SAVE: ["--slot-save-path", saved],
             c.PROMPT_CACHE: ["--cache-ram", "256"],
             c.BACKEND_SAMPLING: ["--backend-sampling"],
-        }.get(combination.extra, [])
+        }
+        options = extras.get(combination.extra, [])
         with llama.LlamaServer(
             programs.folder,
             model,
@@ -362,7 +363,7 @@ def _told(find: Callable[[str], _Found | None], name: str, *arguments: object) -
         said = "".join(llama.run(name, *arguments, timeout=SECONDS))
         if found := find(said):
             return found
-    raise ProgramError(f"{name} doesn't say what it found:\n{llama.tail(said)}")
+    raise ProgramError(f"{name} doesn't say what it found:\n{tail(said)}")
 
 
 # --- numbers ------------------------------------------------------------------------------------
