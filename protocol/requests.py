@@ -132,6 +132,11 @@ class RequestReader:
             return self._frame[0].name
         return "a message" if self._staging else "nothing"
 
+    @property
+    def held(self) -> int:
+        """Bytes of the message that is being received into memory of the reader's own."""
+        return len(self._graph[2]) if self._graph is not None else 0
+
     def receive_buffer(self) -> memoryview:
         """Where the next bytes of the stream belong; not empty unless :attr:`full`."""
         return self._staging.receive_buffer()

@@ -11,6 +11,9 @@ from protocol.requests import Limits
 STALL_BYTES = 64 << 10
 # Answers that were not taken, above which no further request of that client is handled.
 UNSENT_BYTES = 256 << 10
+# What a graph may take beside its client's buffers, and as many bytes again as these have: rows
+# that are rounded or unpacked, arrays of nodes that have no kernel.
+SCRATCH_BYTES = 256 << 20
 
 
 class LimitReached(Exception):  # noqa: N818 - says what happened
@@ -32,6 +35,8 @@ class ServerLimits:
     """
 
     memory_per_client: int | None = None
+    # Of messages, plans and programs of all clients; None: as suits the machine.
+    graph_memory: int | None = None
     message: int = 64 << 20
     graph_nodes: int = 1 << 17
     graph_tensors: int = 1 << 18

@@ -148,6 +148,10 @@ _MEMORY_LIMITS: Limits = {
     "--mem-per-client": (
         "memory_per_client", memory_size, "SIZE", "most memory for one client (default: --mem)"
     ),
+    "--mem-graphs": (
+        "graph_memory", memory_size, "SIZE",
+        "most for messages, plans and programs of all clients (default: 2G, or an eighth)",
+    ),
 }  # fmt: skip
 _LIMITS: Limits = {
     "--max-message": (

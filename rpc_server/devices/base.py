@@ -195,6 +195,10 @@ class Plan(Protocol):
     """A graph made ready; ``dialect`` is the op numbering under which it validated."""
 
     dialect: Dialect
+    # Bytes of this machine's memory that it takes as long as it is kept, about.
+    nbytes: int
+    # Bytes that a run takes beside the client's buffers, at most.
+    scratch: int
 
     def run(self) -> None:
         """Run the whole graph on the calling thread (one of the device's). Raises GraphError."""

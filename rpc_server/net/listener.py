@@ -145,6 +145,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         try:
             while not (session.busy or self._queued):
                 event = session.reader.next_event()
+                session.share.message(session.reader.held)
                 if event is None:
                     break
                 dispatch(session, event)

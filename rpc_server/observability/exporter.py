@@ -179,6 +179,9 @@ class Collector:
             used.append((labels, budget.used))
             free.append((labels, left))
             limit.append((labels, total))
+        graphs = self._context.graph_memory
+        yield _gauge("graph_memory_bytes", "Messages, plans, programs.", [((), graphs.used)])
+        yield _gauge("graph_memory_limit_bytes", "Memory for them.", [((), graphs.limit)])
         names = ("device", "name")
         yield _gauge("memory_used_bytes", "Memory that clients hold.", used, *names)
         yield _gauge("memory_free_bytes", "Memory that is left for them.", free, *names)

@@ -14,10 +14,12 @@ from protocol.negotiation import Negotiator
 from protocol.numbering_memory import NumberingMemory
 from rpc_server.cache.store import TensorCache
 from rpc_server.devices.base import Splitting
+from rpc_server.devices.cpu.machine import system_memory
 from rpc_server.limits import ServerLimits
 from rpc_server.observability.logs import LineBudget
 from rpc_server.observability.metrics import ServerStats
 from rpc_server.session.buffers import AddressSpace, Budget, Buffer
+from rpc_server.session.graph_memory import GraphMemory
 from rpc_server.session.leases import Lease
 from rpc_server.turns import in_pieces
 
@@ -30,6 +32,10 @@ _RELEASE_SECONDS = 10.0
 # Smaller uploads are inputs of a graph, not weights.
 _WEIGHT_FROM = 64 << 10
 _TYPES = {int(t): t for t in GgmlType}
+
+
+def _default_graph_memory() -> int:
+    return min(2 << 30, system_memory()[1] // 8)
 
 
 def new_identity() -> int:
@@ -52,6 +58,7 @@ class ServerContext:
     space: AddressSpace = field(default_factory=AddressSpace)
     lines: LineBudget = field(default_factory=LineBudget)
     identity: int = field(default_factory=new_identity)
+    graph_memory: GraphMemory = field(init=False)
     # Where tensors are kept beside the cache, in words for the start.
     kept_elsewhere: str = ""
     # By device, who may run programs there.
@@ -111,6 +118,7 @@ class ServerContext:
                     await asyncio.wait(waiting)
 
     def __post_init__(self) -> None:
+        self.graph_memory = GraphMemory(self.limits.graph_memory or _default_graph_memory())
         devices = [budget.device for budget in self.budgets]
         self.leases = [
             Lease(self.limits.peer, d.let_go if isinstance(d, Splitting) else None) for d in devices

@@ -14,6 +14,7 @@ from rpc_server.devices.base import (
     Queue,
     Resolve,
 )
+from rpc_server.session.graph_memory import Share
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 class Programs:
     """By device and number. Programs that use a buffer are forgotten with it."""
 
-    def __init__(self, name: str, patience: float) -> None:
-        """``patience`` is how long a program waits for the client between exchanges, seconds."""
+    def __init__(self, name: str, patience: float, share: Share) -> None:
+        """``patience`` is how long a program waits for the client between exchanges, seconds.
+
+        What is kept counts against ``share``.
+        """
+        self._share = share
         self._name = name
         self._patience = patience
-        self._plans: dict[tuple[int, int], tuple[Plan, frozenset[int]]] = {}
+        # The plan, the buffers that it uses, and the bytes that count for it.
+        self._plans: dict[tuple[int, int], tuple[Plan, frozenset[int], int]] = {}
 
     @cached_property
     def peer(self) -> StreamPeer:
@@ -48,12 +54,13 @@ class Programs:
         index: int,
         number: int,
         payload: ProgramPayload,
+        size: int,
         dialect: Dialect,
         resolve: Resolve,
     ) -> None:
         """Plan a program in the place of one with the same number; on the device's thread.
 
-        Raises GraphError.
+        ``size`` is the number of bytes that it came in. Raises GraphError, LimitReached.
         """
         handles: set[int] = set()
 
@@ -61,9 +68,17 @@ class Programs:
             handles.add(handle)
             return resolve(handle)
 
-        self._plans.pop((index, number), None)
+        self._drop((index, number))
         plan = queue.program(payload, dialect, watched, self.peer)
-        self._plans[index, number] = (plan, frozenset(handles))
+        # Programs may keep what they were read from: inputs, outputs, names.
+        nbytes = size + plan.nbytes
+        self._share.take(nbytes, "a program")
+        self._plans[index, number] = (plan, frozenset(handles), nbytes)
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        known = self._plans.pop(key, None)
+        if known is not None:
+            self._share.give_back(known[2])
 
     def find(self, index: int, number: int) -> Plan:
         """Raises ProtocolError if there is no such program (any more)."""
@@ -74,7 +89,10 @@ class Programs:
 
     def buffer_freed(self, handle: int) -> None:
         """Forget programs that use this buffer."""
-        self._plans = {key: kept for key, kept in self._plans.items() if handle not in kept[1]}
+        for key in [key for key, kept in self._plans.items() if handle in kept[1]]:
+            self._drop(key)
 
     def clear(self) -> None:
-        self._plans.clear()
+        """Forget all of them."""
+        for key in list(self._plans):
+            self._drop(key)

@@ -25,7 +25,7 @@ from protocol.requests import (
     RequestReader,
 )
 from protocol.responses import encode_answer, encode_size
-from rpc_server.devices.base import Device, DeviceError, KeptUpload, Queue, Upload
+from rpc_server.devices.base import Device, DeviceError, KeptUpload, Plan, Queue, Upload
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
     BYTES_SENT,
@@ -34,7 +34,7 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
 )
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import check_message, label_of_message
-from rpc_server.limits import LimitReached
+from rpc_server.limits import SCRATCH_BYTES, LimitReached
 from rpc_server.observability.logs import ClientLog
 from rpc_server.observability.metrics import ClientStats
 from rpc_server.observability.progress import UploadMeter
@@ -46,6 +46,7 @@ from rpc_server.session.buffers import (
     OutOfMemoryError,
 )
 from rpc_server.session.context import ServerContext
+from rpc_server.session.graph_memory import Share
 from rpc_server.session.handshake import Handshake
 from rpc_server.session.job import Job
 from rpc_server.session.leases import Lease
@@ -143,10 +144,12 @@ class Session:
         self.handshake = Handshake(context.negotiator, stats.address, self.log, extension=extension)
         # By which op numberings its graphs may be read; nothing before HELLO.
         self.readings = Readings(context.numberings, stats.address, ())
-        self.plans = [PlanCache() for _ in context.budgets]
+        # Of messages, plans and programs; what the client is at the time.
+        self.share = Share(context.graph_memory, stats.address)
+        self.plans = [PlanCache(self.share) for _ in context.budgets]
         # By device; there is none before the first graph.
         self._queues: list[Queue | None] = [None for _ in context.budgets]
-        self.programs = Programs(stats.name, limits.peer)
+        self.programs = Programs(stats.name, limits.peer, self.share)
         self.upload = PendingUpload()
         self.meter = UploadMeter(self.log)
         self.busy = False
@@ -265,6 +268,7 @@ class Session:
         self.upload.clear()
         # A view of a buffer would keep its memory from being given back.
         self.reader.abandon()
+        self.share.close()
         self.meter.finish()
         count, freed = len(self.buffers), self.buffers.nbytes
         releasing = self.context.release(self.buffers.take_all())
@@ -438,6 +442,17 @@ class Session:
             return buffer, buffer.locate(tensor.data, offset, size)
         except BadAddressError as error:
             raise BadAddressError(f"tensor '{label_of_message(tensor)}': {error}") from None
+
+    def check_scratch(self, plan: Plan) -> None:
+        """Hold what a run of ``plan`` takes beside the client's buffers against these.
+
+        Raises GraphError.
+        """
+        if plan.scratch > SCRATCH_BYTES + self.buffers.nbytes:
+            raise GraphError(
+                f"a graph that takes {plan.scratch} bytes beside its client's buffers, which have "
+                f"{self.buffers.nbytes}: {SCRATCH_BYTES} more are the most"
+            )
 
     def update_buffer_stats(self) -> None:
         """What the client holds has changed: note it."""

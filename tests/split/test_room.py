@@ -346,3 +346,52 @@ async def test_a_coordinator_says_in_a_line_what_is_wrong(options: Sequence[str]
     said = done.stdout + done.stderr
     assert "an alignment of 0 bytes" in said
     assert "Traceback" not in said
+
+
+# -- memory of the coordinator's own
+
+
+def beyond_here(spare: Sequence[int]) -> SplitStorage:
+    """A buffer of 64 MiB on a machine that has ``spare[0]`` bytes left."""
+    return SplitStorage(
+        64 * MIB, [None], [1.0], lambda work: work.close(), spare=lambda: spare[0], beyond_here=True
+    )
+
+
+async def test_what_is_written_here_is_held_against_what_there_is_here() -> None:
+    """However it is written: each way takes no memory where there is none left."""
+    spare = [4 * MIB]
+    storage = beyond_here(spare)
+    storage.place(0, 3 * MIB)
+    spare[0] = 1 * MIB
+    # Again to the same place; and to one piece more.
+    storage.place(100, 2 * MIB)
+    storage.fill(3 * MIB, MIB, 7)
+    other = SplitStorage(32 * MIB, [None], [1.0], lambda work: work.close())
+    for write in (
+        lambda: storage.place(10 * MIB, 2 * MIB),
+        lambda: storage.fill(10 * MIB, 2 * MIB, 7),
+        lambda: storage.copy_from(other, 0, 10 * MIB, 2 * MIB),
+        lambda: storage.claim(0, 64 * MIB),
+    ):
+        with pytest.raises(NoRoom, match="this machine has no room for"):
+            write()
+    with pytest.raises(NoRoom):
+        await storage.overwrite(0, 64 * MIB, 7)
+    with pytest.raises(NoRoom, match="for an answer of"):
+        await storage.read(0, 64 * MIB)
+    # Zeros take none, and what they replace is there for the next.
+    await storage.overwrite(0, 64 * MIB, 0)
+    spare[0] = 2 * MIB
+    storage.place(10 * MIB, 2 * MIB)
+    spare[0] = 0
+    with pytest.raises(NoRoom):
+        storage.place(0, MIB)
+    for made in (storage, other):
+        made.close()
+
+
+async def test_a_buffer_that_fits_here_is_not_held_against_it() -> None:
+    storage = SplitStorage(8 * MIB, [None], [1.0], lambda work: work.close(), spare=lambda: 0)
+    storage.fill(0, 8 * MIB, 7)
+    storage.close()

@@ -56,6 +56,12 @@ class RecordProgram:
         self.kernels_address = int(self._kernels.ctypes.data)
         self.records_address = int(self._records.ctypes.data)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        arrays = (self._words, self._kernels, self._records, self._steps)
+        return sum(array.nbytes for array in arrays)
+
     def stop(self) -> None:
         """Let a run end at its next record, with the status STOPPED; from any thread, for good.
 

@@ -42,6 +42,9 @@ _NOT_IMPLEMENTED = "this combination is not implemented"
 
 # A prompt may need scratch that later graphs don't; what is above this is given back after it.
 _KEEP_SCRATCH = 64 << 20
+# What a plan keeps of a record beside its words, and of a node that runs by its reference.
+_LABEL_BYTES = 128
+_NODE_BYTES = 4096
 
 
 # Records that are scheduled together: each is held against all since the last barrier, and a graph
@@ -84,6 +87,10 @@ class CpuPlan:
         self._stopped = False
         # Peak bytes of scratch, and how many nodes of which op run without a kernel.
         self.scratch = scratch
+        self.nbytes = (
+            sum(program.nbytes + program.count * _LABEL_BYTES for program in programs)
+            + sum(interpreted.values()) * _NODE_BYTES
+        )
         self._arena = arena
         self.interpreted = interpreted
         # What records hold addresses of beside the client's buffers; its maker puts it here.
@@ -91,12 +98,14 @@ class CpuPlan:
 
     def run(self) -> None:
         """Run every step. Raises GraphError naming the node that failed."""
-        for step in self._steps:
-            if self._stopped:
-                raise GraphError("was stopped")
-            step()
-        if self.scratch > _KEEP_SCRATCH:
-            self._arena.trim(_KEEP_SCRATCH)
+        try:
+            for step in self._steps:
+                if self._stopped:
+                    raise GraphError("was stopped")
+                step()
+        finally:
+            if self.scratch > _KEEP_SCRATCH:
+                self._arena.trim(_KEEP_SCRATCH)
 
     def stop(self) -> None:
         """Let a run end behind the node it is at, with a GraphError; from any thread, for good."""
@@ -168,6 +177,7 @@ class CpuPlanBuilder:
 
         def decline(node: Tensor, spec: OpSpec) -> None:
             require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
+            planner.works_on_copies(node)
             parts.without_kernel(planner.take(), node)
 
         def lower(node: Tensor) -> bool:
@@ -192,12 +202,10 @@ class CpuPlanBuilder:
             len(items),
             len(steps),
             (time.perf_counter() - started) * 1e3,
-            planner.scratch_peak >> 10,
+            planner.peak >> 10,
             parts.interpreted or "none",
         )
-        return CpuPlan(
-            dialect, steps, planner.scratch_peak, self._scratch, parts.interpreted, programs
-        )
+        return CpuPlan(dialect, steps, planner.peak, self._scratch, parts.interpreted, programs)
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)

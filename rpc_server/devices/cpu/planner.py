@@ -74,6 +74,19 @@ class Planner(ScratchPlanner):
         # Scratch that the node at hand has for itself; whether it uses that of threads.
         self._local: list[Span] = []
         self._private = False
+        # Most bytes that threads have for themselves, and that a reference takes for its arrays.
+        self._private_peak = 0
+        self._copies_peak = 0
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that any node takes beside its tensors."""
+        return max(self.scratch_peak + self._private_peak, self._copies_peak)
+
+    def works_on_copies(self, node: Tensor) -> None:
+        """``node`` runs by its reference, on arrays of F32."""
+        tensors = (node, *(source for source in node.src if source is not None))
+        self._copies_peak = max(self._copies_peak, 4 * sum(t.nelements for t in tensors))
 
     def begin(self, node: Labelled) -> None:
         """Start lowering ``node``: scratch of the node before is given back."""
@@ -140,6 +153,7 @@ class Planner(ScratchPlanner):
         if size > stride:
             raise MemoryError(f"graph needs {size} bytes of scratch for a thread, limit {stride}")
         self._private = True
+        self._private_peak = max(self._private_peak, size * self.n_threads)
         return self._arena.address(start, stride * self.n_threads), stride
 
     def converted_rows(self, t: Tensor, form: RowForm) -> int:

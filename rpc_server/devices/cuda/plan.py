@@ -91,6 +91,10 @@ class _CapturedGraph:
                 self._card.launch(*work, self._stream)
 
 
+# What a plan keeps of a node, about: its launches' arguments, and its name.
+_NODE_BYTES = 2048
+
+
 class CudaPlan:
     """Steps that run a graph from end to end on its client's stream."""
 
@@ -114,6 +118,8 @@ class CudaPlan:
         self._labels = nodes
         # What captured launches point into.
         self._scratch = scratch
+        self.scratch = scratch.size if scratch is not None else 0
+        self.nbytes = len(nodes) * _NODE_BYTES
         self.interpreted = interpreted
         self._stopped = False
 

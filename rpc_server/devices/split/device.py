@@ -137,7 +137,8 @@ class SplitPlan:
         self._storages = storages
         self._stopped = False
         self._plan = make()
-        self.dialect = self._plan.inner.dialect
+        inner = self._plan.inner
+        self.dialect, self.nbytes, self.scratch = inner.dialect, inner.nbytes, inner.scratch
         self._made_at = self._changes()
 
     # A stopped run leaves the workers' streams in the middle of an exchange.
@@ -406,6 +407,7 @@ class SplitDevice:
             self._in_background,
             by_columns=self._options.by_columns,
             spare=lambda: usable(self._cpu.memory()[0]),
+            beyond_here=size > room.home - room.unknown,
         )
         storage.slices = self._slices
         self._storages.add(storage)
@@ -451,6 +453,12 @@ class SplitDevice:
         dialect: Dialect,
         storages: Sequence[SplitStorage],
     ) -> SplitPlan:
+        for storage in storages:
+            for item in items:
+                if isinstance(item, Tensor) and not item.empty:
+                    start = item.address - storage.address
+                    if start >= 0 and start + item.nbytes <= storage.size:
+                        storage.claim(start, item.nbytes)
         return SplitPlan(self, lambda: self._exchanging(items, dialect, storages), storages)
 
     def _exchanging(

@@ -33,8 +33,12 @@ from rpc_server.devices.split.sharded import (
 from rpc_server.devices.split.slices import Keeping, Slices
 from rpc_server.devices.split.worker import NoRoom, Worker
 from rpc_server.graph.tensor import Tensor
+from rpc_server.turns import AT_ONCE, in_pieces
 
 log = logging.getLogger(__name__)
+
+# Memory of this machine is counted in pieces of so many bytes.
+_CLAIM = 1 << 20
 
 
 @dataclass(slots=True)
@@ -111,8 +115,13 @@ class SplitStorage(HostStorage):
         *,
         by_columns: bool = False,
         spare: Callable[[], int] = lambda: 1 << 62,
+        beyond_here: bool = False,
     ) -> None:
-        """``by_columns``: cut weights of which a subgraph ends by columns (tensor mode)."""
+        """``by_columns``: cut weights of which a subgraph ends by columns (tensor mode).
+
+        ``beyond_here``: it is larger than what this machine has, so not all of it may be written
+        here.
+        """
         super().__init__(size, reserve_only=True)
         self.workers = workers
         self._proportions = proportions
@@ -125,6 +134,8 @@ class SplitStorage(HostStorage):
         # Where a cache was cut that some graph needs whole.
         self._refused: set[int] = set()
         self._chunk = bytearray()
+        # A byte for each piece that something here was written to; none where all of it may be.
+        self._claimed = bytearray(-(-size // _CLAIM)) if beyond_here else bytearray()
         # How often weights came, went or moved: plans made before are out of date.
         self.changes = 0
         self.open = True
@@ -150,6 +161,32 @@ class SplitStorage(HostStorage):
         if len(self._chunk) < size:
             self._chunk = bytearray(size)
         return memoryview(self._chunk)[:size]
+
+    def place(self, offset: int, size: int) -> memoryview:
+        """As of HostStorage. Raises NoRoom."""
+        self.claim(offset, size)
+        return super().place(offset, size)
+
+    def claim(self, start: int, size: int) -> None:
+        """Take memory of this machine for bytes that are about to be written here.
+
+        The buffer may be as large as all workers together. Raises NoRoom.
+        """
+        if not self._claimed or not size:
+            return
+        first, end = start // _CLAIM, -(-(start + size) // _CLAIM)
+        new = self._claimed.count(0, first, end) * _CLAIM
+        if not new:
+            return
+        if new > (spare := self._spare()):
+            raise NoRoom(f"this machine has no room for {new} bytes more: {spare} are left")
+        self._claimed[first:end] = b"\1" * (end - first)
+
+    def discard(self, offset: int, size: int) -> None:
+        super().discard(offset, size)
+        first, end = -(-offset // _CLAIM), (offset + size) // _CLAIM
+        if self._claimed and first < end:
+            self._claimed[first:end] = bytes(end - first)
 
     def overlapping(self, start: int, size: int) -> list[ShardedWeight]:
         """Weights of which some bytes lie in this range."""
@@ -262,7 +299,17 @@ class SplitStorage(HostStorage):
         for weight in found:
             if weight not in caches:
                 await self.before_overwrite(*weight.overlap(start, size))
-        self.fill(start, size, value)
+        work = in_pieces(lambda at, n: self.fill(start + at, n, value), size)
+        await asyncio.wrap_future(work)
+
+    def fill(self, offset: int, size: int, value: int) -> None:
+        """As of HostStorage. Raises NoRoom."""
+        if value or size < AT_ONCE:
+            self.claim(offset, size)
+        else:
+            # What is dropped and written again takes memory again.
+            self.discard(offset, size)
+        super().fill(offset, size, value)
 
     async def gather_to_host(self, weights: Sequence[ShardedWeight]) -> None:
         """Make weights ordinary memory of this server. Raises WorkerLost."""
@@ -349,7 +396,14 @@ class SplitStorage(HostStorage):
 
     async def read(self, start: int, size: int) -> memoryview:
         """Bytes as the client wrote them, from wherever they lie. Raises WorkerLost."""
-        data = memoryview(bytearray(self.view(start, size)))
+        if size > (spare := self._spare()):
+            raise NoRoom(f"this machine has no room for an answer of {size} bytes: {spare} left")
+        data = np.empty(size, np.uint8).data
+        # Through arrays, which let others run meanwhile.
+        here, copy = np.frombuffer(self.view(start, size), np.uint8), np.frombuffer(data, np.uint8)
+        await asyncio.wrap_future(
+            in_pieces(lambda at, n: np.copyto(copy[at : at + n], here[at : at + n]), size)
+        )
         for weight in self.overlapping(start, size):
             if weight.gathered:
                 continue
@@ -394,6 +448,7 @@ class SplitStorage(HostStorage):
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
         for weight in self.overlapping(dst_offset, size):
             self.forget(weight)
+        self.claim(dst_offset, size)
         super().copy_from(other, src_offset, dst_offset, size)
 
     def forget(self, weight: ShardedWeight) -> None:

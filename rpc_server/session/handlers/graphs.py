@@ -72,6 +72,7 @@ def _graph_compute(s: Session, request: Request) -> None:
             made = queue.prepare(graph, readings.choose(graph, here), here)
         except GraphError as error:
             raise here.explained(error) from None
+        s.check_scratch(made)
         plans.add(payload, made, nodes)
         task.go(made)
 

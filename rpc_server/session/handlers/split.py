@@ -61,7 +61,8 @@ def _split_program(s: Session, request: Request) -> None:
         # Not on the event loop: it may take half a second.
         payload = decode_program(body)
         limits.check_graph(0, len(payload.tensors))
-        s.programs.make(queue, index, number, payload, dialect, find)
+        s.programs.make(queue, index, number, payload, len(body), dialect, find)
+        s.check_scratch(s.programs.find(index, number))
 
     run(s, request.command, queue, task, job)
 

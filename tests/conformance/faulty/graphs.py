@@ -11,6 +11,7 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.requests import Request
 from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.session.graph_memory import Share
 from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.state import Session
 from tests.conformance.faulty.memory import keep_freed_memory
@@ -59,7 +60,8 @@ def graphs_shared_by_clients() -> None:
     shared: list[Any] = []
 
     def make(right: Any) -> Any:
-        def init(self: PlanCache) -> None:
+        def init(self: PlanCache, share: Share) -> None:
+            self._share = share
             self._plans = shared
 
         return init
@@ -71,10 +73,10 @@ def graphs_shared_by_clients() -> None:
 @fault("two graphs of the same size are taken for the same", "ids-mean-something-in-one-graph-only")
 def graphs_known_by_size() -> None:
     def find(self: PlanCache, payload: bytearray) -> Any:
-        for i, (known, plan, _) in enumerate(self._plans):
-            if len(known) == len(payload):
+        for i, known in enumerate(self._plans):
+            if len(known.payload) == len(payload):
                 self._plans.insert(0, self._plans.pop(i))
-                return plan
+                return known.plan
         return None
 
     PlanCache.find = find  # type: ignore[method-assign]
