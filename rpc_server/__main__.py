@@ -22,8 +22,10 @@ from rpc_server.cache.quota import DEFAULT_LIMIT
 from rpc_server.cache.store import CacheError, TensorCache, default_cache_dir
 from rpc_server.devices.base import Device, DeviceError, Splitting
 from rpc_server.devices.cpu.catalog import end_compilers
-from rpc_server.devices.cpu.hashing import compiled_hash
+from rpc_server.devices.cpu.hashing import CompiledLanes, compiled_hash
 from rpc_server.devices.registry import DeviceOptions, UnknownDeviceError, open_devices
+from rpc_server.models.library import Models
+from rpc_server.models.record import Records, default_folder
 from rpc_server.net.listener import Server
 from rpc_server.net.listening import (
     PortInUseError,
@@ -34,6 +36,7 @@ from rpc_server.net.listening import (
 )
 from rpc_server.observability.console import report
 from rpc_server.observability.logs import set_up
+from rpc_server.observability.metrics import ServerStats
 from rpc_server.options import (
     SPLIT_TOKEN_VARIABLE,
     TOKEN_VARIABLE,
@@ -92,6 +95,8 @@ def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: st
     told = ["read only"] if cache and cache.read_only else []
     told += [context.kept_elsewhere] if context.kept_elsewhere else []
     elsewhere = f" ({', '.join(told)})" if told else ""
+    if context.models is not None:
+        _say(f"  models         : {context.models.describe()}")
     _say(f"  local cache    : {cache.folder if cache else 'n/a'}{elsewhere}")
     _say(f"  protocol       : {protocol or 'auto'}")
     _say("Devices:")
@@ -159,6 +164,12 @@ def _cache(options: Namespace) -> TensorCache:
     return TensorCache(folder, compiled_hash(), limit, read_only=options.cache_read_only)
 
 
+def _models(options: Namespace, stats: ServerStats) -> Models | None:
+    if not options.models:
+        return None
+    return Models(options.models, Records(default_folder()), CompiledLanes, stats.work)
+
+
 async def _context(options: Namespace) -> ServerContext:
     """Raises StartError."""
     identity = new_identity()
@@ -168,7 +179,10 @@ async def _context(options: Namespace) -> ServerContext:
         kept = [await d.keep_slices(cache) for d in devices if cache and isinstance(d, Splitting)]
     except (UnknownDeviceError, CacheError, DeviceError, SecretError) as error:
         raise StartError(str(error)) from None
+    stats = ServerStats()
     return ServerContext(
+        stats=stats,
+        models=_models(options, stats),
         budgets=[Budget(device, options.mem) for device in devices],
         negotiator=Negotiator(options.protocol),
         cache=cache,
@@ -225,12 +239,16 @@ async def _serve(options: Namespace) -> bool:
     if not options.quiet:
         _banner(endpoint, tls, context, options.protocol)
         progress = asyncio.create_task(report(context.stats))
+    if context.models is not None:
+        context.models.start()
     stopped = _signals()
     await stopped.acquire()
     if progress is not None:
         await _end(progress)
     log.info("stopping", extra={"event": "stopping"})
     await _until(stopped, server.drain(options.drain_seconds))
+    if context.models is not None:
+        await asyncio.to_thread(context.models.close)
     end_compilers()
     ended = await server.stop()
     for listener in metrics:

@@ -136,6 +136,16 @@ def _proportions(text: str) -> tuple[float, ...] | Literal["auto"]:
     return shares
 
 
+def _paths(text: str) -> tuple[Path, ...]:
+    paths = tuple(Path(part).expanduser() for part in text.split(",") if part)
+    for path in paths:
+        if not path.exists():
+            raise argparse.ArgumentTypeError(f"there is no file or folder {path}")
+    if not paths:
+        raise argparse.ArgumentTypeError("names no file and no folder")
+    return paths
+
+
 def _devices(text: str) -> list[str]:
     return [name for name in re.split(r"[,/]+", text) if name]
 
@@ -288,6 +298,13 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--models",
+        type=_paths,
+        default=(),
+        metavar="PATH[,PATH]",
+        help="GGUF files, or folders of them, on this machine: their weights need not be sent",
+    )
     add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
     add("--cache-dir", type=Path, metavar="DIR", help="the folder of --cache, which it implies")
     add(
@@ -374,7 +391,7 @@ _GROUPS: dict[str, Callable[[argparse._ArgumentGroup], None]] = {
     "devices": _add_devices,
     "memory": _add_memory,
     "splitting one model over several servers": _add_splitting,
-    "cache on disk": _add_cache,
+    "weights on this machine's disk": _add_cache,
     "access and TLS": _add_access,
     "limits of a client (in seconds 0 is none where a default is)": _add_limits,
     "logs and metrics": _add_logs_and_metrics,

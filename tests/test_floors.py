@@ -31,6 +31,7 @@ FLOORS = (
         "rpc_server.observability",
     ),
     ("rpc_server.graph", "rpc_server.native", "rpc_server.types", "rpc_server.cache"),
+    ("rpc_server.models",),
     ("rpc_server.ops",),
     ("rpc_server.devices.cpu.kernels.interface",),
     ("rpc_server.devices.cpu.kernels", "rpc_server.devices.base", "rpc_server.devices.planning"),

@@ -3,6 +3,7 @@
     python -m tools.models DIR                  # every architecture, F16 and Q8_0
     python -m tools.models DIR --only qwen3 --only gemma2
     python -m tools.models smollm2              # none of these: download SmolLM2 for the tests
+    python -m tools.models list|index|verify    # what a server with --models has, see on_disk.py
 
 A model here answers nonsense, but computes every operation its architecture is made of. Weights
 come from a fixed seed, scaled so that activations stay near one through the layers and logits
@@ -28,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.gguf_file import GgufFile
-from tools import smollm2
+from tools import on_disk, smollm2
 
 Array = npt.NDArray[np.float32]
 
@@ -143,13 +144,21 @@ def write_tiny_model(path: Path, ffn_width: int = 96) -> Path:
     return path
 
 
-def write_large_model(path: Path, nbytes: int, weight_type: str = "Q8_0") -> Path:
-    """Writes a llama of about ``nbytes``, shaped as a real one of a billion parameters.
+# Layers as those of real models: one of a billion parameters, and one of seven.
+LARGE = Architecture("llama", 1, 2048, heads=32, kv_heads=8, ffn_width=8192)
+WIDE = Architecture(
+    "llama", 1, 4096, heads=32, kv_heads=32, head_width=128, ffn_width=11008, query_gain=1.0
+)
+
+
+def write_large_model(
+    path: Path, nbytes: int, weight_type: str = "Q8_0", shape: Architecture = LARGE
+) -> Path:
+    """Writes a llama of about ``nbytes`` with layers of a ``shape``.
 
     For measuring what moves weights: all its layers are the same, so it is made in seconds. It
     appears under its name in one rename, complete.
     """
-    shape = Architecture("llama", 1, 2048, heads=32, kv_heads=8, ffn_width=8192)
     tensors = _encoded("llama-large", shape, weight_type)
     layer = {name: entry for name, entry in tensors.items() if name.startswith("blk.0.")}
     layers = max(1, round(nbytes / sum(values.nbytes for values, _ in layer.values())))
@@ -369,13 +378,16 @@ def _weights(name: str, shape: Architecture) -> dict[str, Array]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in on_disk.COMMANDS:
+        return on_disk.main(given)
     parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="where to write; or the word smollm2, see above")
     add("--only", action="append", choices=list(ARCHITECTURES), help="this one; may be repeated")
     add("--type", action="append", choices=list(WEIGHT_TYPES), help="of weights; may be repeated")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.folder == Path("smollm2"):
         try:
             print(smollm2.fetch())

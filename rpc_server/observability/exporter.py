@@ -166,8 +166,14 @@ class Collector:
             "result",
         )
         yield _counter(
-            "cache_served_bytes", "Bytes served from the cache.", [((), total.cache_hit_bytes)]
+            "cache_served_bytes",
+            "Bytes of those that were found, in the cache or in --models.",
+            [((), total.cache_hit_bytes)],
         )
+        yield _counter(
+            "models_served", "Tensors of them that were in --models.", [((), total.model_hits)]
+        )
+        yield _counter("models_served_bytes", "Bytes of them.", [((), total.model_hit_bytes)])
         yield _counter("cache_stored", "Tensors written to the cache.", [((), total.cache_stored)])
         yield _counter("cache_stored_bytes", "Bytes of them.", [((), total.cache_stored_bytes)])
 

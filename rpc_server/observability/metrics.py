@@ -42,10 +42,13 @@ class Counts:
     upload_bytes: int = 0
     # Rows of logits that were read: in llama.cpp's graphs those of a tensor with a known name.
     tokens: int = 0
-    # Offered by hash: found in the cache, their bytes, and not found.
+    # Offered by hash: found on disk, their bytes, and not found.
     cache_hits: int = 0
     cache_hit_bytes: int = 0
     cache_misses: int = 0
+    # Those of them that were found in the operator's models.
+    model_hits: int = 0
+    model_hit_bytes: int = 0
     # Written to the cache.
     cache_stored: int = 0
     cache_stored_bytes: int = 0
@@ -120,6 +123,15 @@ class ServerStats:
         for counts in self._all():
             total.add(counts)
         return total
+
+    def work(self) -> int:
+        """Return a number that grows while clients compute or upload; from any thread."""
+        done = 0
+        for counts in (self.gone, *list(self.clients.values())):
+            done += counts.graphs + counts.programs_run + counts.uploads
+        # A graph that takes long changes no count until it is over.
+        at_work = any(c.activity() in ("graph", "program") for c in list(self.clients.values()))
+        return done + (time.monotonic_ns() if at_work else 0)
 
     def _all(self) -> Iterator[Counts]:
         yield self.gone

@@ -16,6 +16,7 @@ from rpc_server.cache.store import TensorCache
 from rpc_server.devices.base import Splitting
 from rpc_server.devices.cpu.machine import system_memory
 from rpc_server.limits import ServerLimits
+from rpc_server.models.library import Models
 from rpc_server.observability.logs import LineBudget
 from rpc_server.observability.metrics import ServerStats
 from rpc_server.session.buffers import AddressSpace, Budget, Buffer
@@ -53,6 +54,8 @@ class ServerContext:
     budgets: list[Budget]
     negotiator: Negotiator
     cache: TensorCache | None = None
+    # What the operator has on this machine's disk.
+    models: Models | None = None
     limits: ServerLimits = field(default_factory=ServerLimits)
     stats: ServerStats = field(default_factory=ServerStats)
     space: AddressSpace = field(default_factory=AddressSpace)

@@ -90,6 +90,8 @@ run_records = _one("run.run_records")
 instruction_sets = _one("vector.instruction_sets")
 # FNV-1a 64 of (address, size), begun with a value.
 fnv1a = _one("hashing.fnv1a")
+# The same of 8 rows at once.
+fnv1a_lanes = _one("hashing.fnv1a_lanes")
 
 # Of the exchanges of a split model.
 stream_send = _one("stream.stream_send")

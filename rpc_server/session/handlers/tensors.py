@@ -8,15 +8,9 @@ from typing import Any
 
 from protocol.commands import Command
 from protocol.requests import Request
-from rpc_server.cache.store import TensorCache
-from rpc_server.devices.base import (
-    Copying,
-    RemoteStorage,
-    Slicing,
-    Storage,
-)
+from rpc_server.devices.base import Copying, RemoteStorage, Storage
 from rpc_server.graph.parse import tensor_of_message
-from rpc_server.graph.tensor import Tensor
+from rpc_server.session import by_hash
 from rpc_server.session.buffers import Buffer
 from rpc_server.session.handlers.base import Handler, is_remote
 from rpc_server.session.state import Session
@@ -27,79 +21,7 @@ _LOGITS = b"result_output"
 
 
 def _set_tensor_hash(s: Session, request: Request) -> None:
-    fields = request.fields
-    buffer, start = s.locate(fields.tensor, fields.offset, 0)
-    cache = s.context.cache
-    if cache is not None:
-        tensor = tensor_of_message(fields.tensor, s.dialect)
-        if not _apart(buffer, start, tensor) or isinstance(buffer.storage, Slicing):
-            s.wait(_load_cached(s, request, cache, buffer, start, tensor))
-            return
-    s.answer(request.command, {"result": 0})
-
-
-async def _load_cached(
-    s: Session, request: Request, cache: TensorCache, buffer: Buffer, start: int, tensor: Tensor
-) -> None:
-    # The client means what its tensor has from the offset on; that much is served, or nothing.
-    size = tensor.nbytes - request.fields.offset
-    fits = 0 < size <= buffer.size - start
-
-    def load() -> bool:
-        with buffer.storage.place(start, size) as place:
-            return cache.load(request.fields.hash, place)
-
-    if fits and _apart(buffer, start, tensor):
-        storage = buffer.storage
-        assert isinstance(storage, Slicing)
-        # Of a part of a tensor nobody has the hash.
-        found = not request.fields.offset and await storage.recall(
-            tensor, start, request.fields.hash
-        )
-    elif fits and is_remote(buffer, start, size, tensor):
-        found = await _load_elsewhere(request, cache, buffer, start, tensor)
-    else:
-        found = fits and await asyncio.to_thread(load)
-    if found:
-        s.stats.cache_hits += 1
-        s.stats.cache_hit_bytes += size
-        s.meter.upload(size, cached=True)
-        s.context.prefetch_kernels(buffer.device, request.fields.tensor.type, size)
-    else:
-        s.stats.cache_misses += 1
-    s.answer(request.command, {"result": int(found)})
-
-
-def _apart(buffer: Buffer, start: int, tensor: Tensor) -> bool:
-    """Whether the tensor's bytes are at several places, which the cache doesn't serve."""
-    storage = buffer.storage
-    return (
-        isinstance(storage, RemoteStorage)
-        and not storage.whole
-        and storage.is_remote(start, tensor.nbytes, tensor)
-    )
-
-
-async def _load_elsewhere(
-    request: Request, cache: TensorCache, buffer: Buffer, start: int, tensor: Tensor
-) -> bool:
-    """From the cache to where the bytes belong, by way of memory here."""
-    offset = request.fields.offset
-    if await asyncio.to_thread(cache.size, request.fields.hash) != tensor.nbytes - offset:
-        # Memory as large as a tensor is taken only for what is there.
-        return False
-    content = memoryview(bytearray(tensor.nbytes - offset))
-    if not await asyncio.to_thread(cache.load, request.fields.hash, content):
-        return False
-    assert isinstance(buffer.storage, RemoteStorage)
-    upload = await buffer.storage.upload(tensor, start, offset, len(content))
-    assert upload is not None, "a storage whose bytes are elsewhere takes them itself"
-    while content:
-        room = upload.room()
-        room[:] = content[: len(room)]
-        content = content[len(room) :]
-        await upload.forward()
-    return True
+    by_hash.begin(s, request)
 
 
 def _init_tensor(s: Session, request: Request) -> None:
