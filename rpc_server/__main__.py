@@ -11,6 +11,7 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rpc_server")
 
+# How often it is looked whether the clients of the other devices are gone once one is lost.
+_LOOK_SECONDS = 0.5
+
 _EXPOSED = """\
 WARNING: listening on {host}, not only on this machine.
          Whoever reaches this port can use its memory and processors, and nothing on the wire is
@@ -70,6 +74,14 @@ WARNING: whoever reaches {endpoint} is let in: TLS alone hides what is said, not
 
 class StartError(Exception):
     """The server can't start; the message tells the user why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How serving ended: whether all threads have, and the exit status."""
+
+    threads_ended: bool
+    status: int
 
 
 def _event_loop() -> ModuleType | None:
@@ -225,8 +237,8 @@ async def _listen(host: str, port: int, option: str) -> tuple[list[socket.socket
     return sockets, format_endpoint(host, bound[1])
 
 
-async def _serve(options: Namespace) -> bool:
-    """Serve until SIGINT or SIGTERM; whether all threads have ended. Raises StartError."""
+async def _serve(options: Namespace) -> Ending:
+    """Serve until SIGINT, SIGTERM or the loss of all devices. Raises StartError."""
     context = await _context(options)
     server = Server(context, options.allow)
     sockets, endpoint = await _listen(options.host, options.port, "--port")
@@ -242,7 +254,8 @@ async def _serve(options: Namespace) -> bool:
     if context.models is not None:
         context.models.start()
     stopped = _signals()
-    await stopped.acquire()
+    # A service manager starts it anew when it ends so, and with it the devices.
+    devices_lost = await _signal_or_loss(stopped, context)
     if progress is not None:
         await _end(progress)
     log.info("stopping", extra={"event": "stopping"})
@@ -253,7 +266,22 @@ async def _serve(options: Namespace) -> bool:
     ended = await server.stop()
     for listener in metrics:
         listener.close()
-    return ended
+    return Ending(ended, 1 if devices_lost else 0)
+
+
+async def _signal_or_loss(signals: asyncio.Semaphore, context: ServerContext) -> bool:
+    """Wait for a signal, or for a lost device and the clients that use others.
+
+    Returns whether it was a device.
+    """
+
+    async def lost() -> None:
+        await context.device_lost.wait()
+        while context.stats.clients and not all(b.device.lost for b in context.budgets):
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    await _until(signals, loss := asyncio.ensure_future(lost()))
+    return loss.done() and not loss.cancelled()
 
 
 def _signals() -> asyncio.Semaphore:
@@ -275,9 +303,11 @@ async def _end(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def _until(signals: asyncio.Semaphore, work: Coroutine[Any, Any, None]) -> None:
+async def _until(
+    signals: asyncio.Semaphore, work: Coroutine[Any, Any, None] | asyncio.Future[None]
+) -> None:
     """Do ``work``, but no longer than until the next signal."""
-    tasks = {asyncio.create_task(work), asyncio.create_task(signals.acquire())}
+    tasks = {asyncio.ensure_future(work), asyncio.create_task(signals.acquire())}
     _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
@@ -290,18 +320,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:
-            if not runner.run(_serve(options)):
+            ending = runner.run(_serve(options))
+            if not ending.threads_ended:
                 # A thread is in the middle of a node, and nobody wants its result.
                 log.warning("a device is still busy; ending without it")
                 logging.shutdown()
-                os._exit(0)
+                os._exit(ending.status)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # Before it served.
         return 0
-    return 0
+    return ending.status
 
 
 if __name__ == "__main__":

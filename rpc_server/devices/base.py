@@ -252,6 +252,11 @@ class Device(Protocol):
     runs_programs: bool
 
     @property
+    def lost(self) -> str:
+        """Why this process can't use the device any more, whatever is tried; empty while it can."""
+        ...
+
+    @property
     def n_parts(self) -> int:
         """How many parts weights are cut into; 0 for a device that keeps them whole."""
         ...

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rpc_server.devices.base import Device
-from rpc_server.devices.cuda.card import CardError, card_count
+from rpc_server.devices.cuda.toolkit import INSTALL, CardError, card_count
+
+log = logging.getLogger(__name__)
 
 
 class UnknownDeviceError(ValueError):
@@ -45,14 +49,23 @@ def _cuda(index: int, options: DeviceOptions) -> Device:
 
 @functools.cache
 def _gpus() -> tuple[int, str]:
-    """How many GPUs there are; and if none, why."""
+    """Return how many GPUs there are; and if none, why."""
     # CuPy takes a second to import; most machines without a GPU don't have it.
-    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
-        return 0, "CuPy is not installed: pip install 'ggml-rpc-server[cuda12]', or [cuda13]"
+    if not _has_cupy():
+        return 0, f"CuPy is not installed: {INSTALL}"
     try:
         return card_count(), ""
     except CardError as error:
         return 0, str(error)
+
+
+def _has_cupy() -> bool:
+    return "cupy" in sys.modules or importlib.util.find_spec("cupy") is not None
+
+
+def _has_nvidia_driver() -> bool:
+    """Return whether this machine seems to have a GPU, with CuPy or without."""
+    return Path("/dev/nvidiactl").exists()
 
 
 def _factories() -> dict[str, Factory]:
@@ -67,26 +80,50 @@ def available() -> list[str]:
 
 
 def open_devices(names: list[str], options: DeviceOptions) -> list[Device]:
-    """The named devices (any case); for an empty list all GPUs, or the CPU where there is none.
+    """Open the named devices (any case); for an empty list all GPUs, or the CPU where none is.
 
-    ``cuda`` names all GPUs. Raises UnknownDeviceError.
+    ``cuda`` names all GPUs. A GPU that isn't named by its number and can't be used is left out,
+    with a warning. Raises UnknownDeviceError.
     """
     factories = _factories()
     cards = [name for name in factories if name != "CPU"]
-    if not names:
-        names = cards or ["CPU"]
-    chosen: list[str] = []
+    if not names and not cards and (_has_cupy() or _has_nvidia_driver()):
+        # Whoever installed it, or has the card, expects the GPU to be used.
+        log.warning("no GPU is used, but the CPU: %s", _gpus()[1], extra={"event": "no_gpu"})
+    named: list[str] = []
     for name in names:
         known = name.upper()
-        if known == "CUDA" and cards:
-            chosen += cards
-        elif known in factories:
-            chosen.append(known)
-        else:
+        if known in factories:
+            named.append(known)
+        elif not (known == "CUDA" and cards):
             reason = f" ({_gpus()[1]})" if known.startswith("CUDA") and not cards else ""
             have = ", ".join(factories)
             raise UnknownDeviceError(f"unknown device '{name}'{reason}; this machine has: {have}")
+    devices: list[Device] = []
     try:
-        return [factories[name](options) for name in chosen]
+        for name in names or ["CUDA" if cards else "CPU"]:
+            if name.upper() == "CUDA":
+                devices += _open_cards([card for card in cards if card not in named], options)
+            else:
+                devices.append(factories[name.upper()](options))
     except CardError as error:
+        for device in devices:
+            device.close()
         raise UnknownDeviceError(str(error)) from None
+    return devices
+
+
+def _open_cards(cards: list[str], options: DeviceOptions) -> list[Device]:
+    """Open those of the cards that can be used. Raises CardError if none can."""
+    devices: list[Device] = []
+    errors: list[str] = []
+    for name in cards:
+        try:
+            devices.append(_factories()[name](options))
+        except CardError as error:
+            errors.append(f"{name}: {error}")
+    if errors and not devices:
+        raise CardError("; ".join(errors))
+    for told in errors:
+        log.warning("%s; the other GPUs are used", told, extra={"event": "no_gpu"})
+    return devices

@@ -70,6 +70,8 @@ class Admission:
         ``name`` is for the log, which says why not.
         """
         limits = self._limits
+        if self._stats.lost:
+            return self.refuse("device", name, self._stats.lost)
         if not self._is_allowed(address):
             return self.refuse("address", name, _NOT_ALLOWED)
         if self._total >= limits.clients:

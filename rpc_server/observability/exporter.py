@@ -55,6 +55,8 @@ async def serve(
     def health() -> Response:
         if context.stats.draining:
             return "503 Service Unavailable", "text/plain", b"draining\n"
+        if context.stats.lost:
+            return "503 Service Unavailable", "text/plain", f"{context.stats.lost}\n".encode()
         return "200 OK", "text/plain", b"ok\n"
 
     pages = {"/metrics": metrics, "/healthz": health, "/readyz": health}
@@ -126,6 +128,7 @@ class Collector:
         yield _gauge("info", "This server.", [((__version__,), 1)], "version")
         yield _gauge("start_time_seconds", "When it started.", [((), stats.started)])
         yield _gauge("draining", "Whether it is about to stop.", [((), stats.draining)])
+        yield _gauge("device_lost", "Whether a device failed for good.", [((), bool(stats.lost))])
         yield _gauge("connected_clients", "Clients that are connected.", [((), len(stats.clients))])
         yield _counter("clients", "Clients that were let in.", [((), stats.clients_total)])
         yield _counter(

@@ -105,6 +105,8 @@ class ServerStats:
     # Clients that were at a limit, by the option that sets it.
     limits: Counter[str] = field(default_factory=Counter)
     draining: bool = False
+    # Why a device can't be used any more, if one can't.
+    lost: str = ""
     started: float = field(default_factory=time.time)
     gone: Counts = field(default_factory=Counts)
 

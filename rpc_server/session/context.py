@@ -64,6 +64,8 @@ class ServerContext:
     graph_memory: GraphMemory = field(init=False)
     # Where tensors are kept beside the cache, in words for the start.
     kept_elsewhere: str = ""
+    # Set once a device can't be used any more.
+    device_lost: asyncio.Event = field(default_factory=asyncio.Event)
     # By device, who may run programs there.
     leases: list[Lease] = field(init=False)
     numberings: NumberingMemory = field(default_factory=NumberingMemory)
@@ -107,6 +109,13 @@ class ServerContext:
         self._departing.add(future)
         future.add_done_callback(self._departing.discard)
         return future
+
+    def note_device_failure(self) -> None:
+        """See whether a device that failed is lost: nobody is let in from then on."""
+        lost = next((b.device.lost for b in self.budgets if b.device.lost), "")
+        if lost and not self.stats.lost:
+            self.stats.lost = lost
+            self.device_lost.set()
 
     @property
     def releasing(self) -> bool:

@@ -240,6 +240,8 @@ class Session:
             self.log.log(logging.ERROR, "%s; closing the connection", error, extra=extra)
         if isinstance(error, ProtocolError):
             self.handshake.broken()
+        elif isinstance(error, DeviceError):
+            self.context.note_device_failure()
 
     def end(self, error: LimitReached) -> None:
         """Close the connection because the client is at a limit."""

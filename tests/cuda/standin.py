@@ -41,12 +41,38 @@ RACES = False
 CHECKED = True
 
 
+# Numbers of cudaError_t and CUresult that the stand-in raises; of others the number is no matter.
+_STATUS = {"MemoryAllocation": 2, "IllegalAddress": 700}
+
+
 class CUDARuntimeError(RuntimeError):
     """As cupy's."""
+
+    @property
+    def status(self) -> int:
+        return next((n for name, n in _STATUS.items() if f"cudaError{name}" in str(self)), 1)
 
 
 class CUDADriverError(RuntimeError):
     """As cupy's, for launches."""
+
+    status = 1
+
+
+class CompileError(Exception):
+    """As cupy.cuda.compiler's CompileException."""
+
+
+class NVRTCError(RuntimeError):
+    """As cupy_backends'."""
+
+
+class CUBLASError(RuntimeError):
+    """As cupy_backends'."""
+
+
+# What NVRTC of CUDA 12.9 compiles for; that of CUDA 13 begins at 75.
+ARCHITECTURES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 120, 121)
 
 
 class _Card:
@@ -58,6 +84,8 @@ class _Card:
         self.used = 0
         self.peers: set[int] = set()
         self.failed = False
+        # What it raises when it is first used, as a card that somebody has for himself alone.
+        self.unusable = ""
 
     def allocate(self, size: int) -> int:
         if self.used + size > TOTAL_BYTES:
@@ -307,6 +335,18 @@ def _current() -> Stream:
 # -- kernels -----------------------------------------------------------------------------------
 
 
+# At which launch the first card fails, counted down; 0: at none.
+_fails_at = 0
+
+
+def _count_launch() -> None:
+    global _fails_at
+    if _fails_at:
+        _fails_at -= 1
+        if not _fails_at:
+            fail()
+
+
 class RawKernel:
     """As cupy's: on each card it is loaded when it is first asked for there."""
 
@@ -333,6 +373,7 @@ class RawKernel:
         *,
         shared_mem: int = 0,
     ) -> None:
+        _count_launch()
         module, stream, (argument,) = self._module(), _current(), args
         assert isinstance(argument, np.ndarray)
         if argument.size != 1:
@@ -366,6 +407,9 @@ class Device:
     def __init__(self, device: int) -> None:
         self.id = device
 
+    def use(self) -> None:
+        _set_device(self.id)
+
     def __enter__(self) -> Self:
         _mine.outer.append(_mine.card)
         _set_device(self.id)
@@ -375,8 +419,15 @@ class Device:
         _set_device(_mine.outer.pop())
 
 
+# Cards that a context was made on: that takes memory, whether the card is used or not.
+contexts: set[int] = set()
+
+
 def _set_device(index: int) -> None:
-    _card(index)
+    card = _card(index)
+    contexts.add(index)
+    if card.unusable:
+        raise CUDARuntimeError(card.unusable)
     _mine.card = index
 
 
@@ -554,6 +605,11 @@ def fail(card: int = 0) -> None:
     _cards[card].failed = True
 
 
+def make_unusable(card: int, error: str) -> None:
+    """Let a card raise ``error`` when it is used."""
+    _cards[card].unusable = error
+
+
 def handles() -> set[int]:
     """Handles of cuBLAS that have not been destroyed."""
     return set(_handles)
@@ -583,9 +639,14 @@ def _modules() -> dict[str, types.ModuleType]:
         Event=Event,
         alloc_pinned_memory=_Pinned,
         driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
+        compiler=types.SimpleNamespace(CompileException=CompileError),
     )
-    cublas = types.SimpleNamespace(create=_create, destroy=_destroy, gemmStridedBatchedEx=_gemm)
-    nvrtc = types.SimpleNamespace(getVersion=lambda: (12, 9))
+    cublas = types.SimpleNamespace(
+        create=_create, destroy=_destroy, gemmStridedBatchedEx=_gemm, CUBLASError=CUBLASError
+    )
+    nvrtc = types.SimpleNamespace(
+        getVersion=lambda: (12, 9), getSupportedArchs=lambda: ARCHITECTURES, NVRTCError=NVRTCError
+    )
     contents: dict[str, dict[str, Any]] = {
         "cupy": {"cuda": cuda, "RawModule": RawModule, "__version__": "0 (emulated)"},
         "cupy_backends": {},
@@ -601,8 +662,10 @@ def _modules() -> dict[str, types.ModuleType]:
 def _plug_in(cards: int, peering: bool) -> None:
     global _peering
     _cards[:] = [_Card() for _ in range(cards)]
-    for left in (_queues, _handles, _captures):
-        left.clear()
+    _queues.clear()
+    _handles.clear()
+    _captures.clear()
+    contexts.clear()
     _peering = peering
 
 
@@ -611,8 +674,10 @@ def install() -> None:
 
     EMULATED_CARDS in the environment is the number of cards, one if it isn't given; with
     EMULATED_PEERS=0 they can't reach each other's memory; EMULATED_CAPABILITY is what they can do,
-    as 8.0.
+    as 8.0; EMULATED_FAILURE=3 lets the first card fail for good at the third launch of a kernel.
     """
+    global _fails_at
+    _fails_at = int(os.environ.get("EMULATED_FAILURE", "0"))
     major, minor = os.environ.get("EMULATED_CAPABILITY", "6.1").split(".")
     _PROPERTIES.update(major=int(major), minor=int(minor))
     _plug_in(

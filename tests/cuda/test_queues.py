@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from client.backend import Backend, PreparedGraph
+from client.errors import ConnectionLost
 from client.tensors import Tensor
 from protocol.ggml.types import GgmlType
 from protocol.negotiation import Negotiator
@@ -205,7 +206,7 @@ async def test_what_is_dropped_within_a_capture_is_freed_behind_it(serving: Serv
 async def test_a_card_that_fails_ends_its_clients(
     serving: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one line that says so; nothing of them stays behind in the server."""
+    """Each with one line that says so; nothing of them stays behind, and nobody is let in."""
     context = serving.server.context
     async with serving.client() as a, serving.client() as b:
         works = [await Work.of(a, 40), await Work.of(b, 40)]
@@ -215,9 +216,14 @@ async def test_a_card_that_fails_ends_its_clients(
         await a.connection.wait_closed()
     await eventually(lambda: not context.stats.clients)
     assert context.budgets[0].used == 0
-    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    lost, line = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "CUDA0 is lost" in lost
     assert "CUDA0 failed" in line
     assert "cudaErrorIllegalAddress" in line
+    assert context.device_lost.is_set()
+    with pytest.raises(ConnectionLost):
+        await Backend.connect("127.0.0.1", serving.port).__aenter__()
+    assert context.stats.refused["device"] == 1
 
 
 def test_pinned_memory_is_kept_while_the_card_reads_it() -> None:

@@ -40,6 +40,8 @@ class CpuDevice:
     alignment = 64
     max_size = (1 << 64) - 1
     runs_programs = True
+    # Processors don't get lost.
+    lost = ""
 
     def __init__(self, n_threads: int | None = None, *, use_kernels: bool = True) -> None:
         self.n_threads = n_threads or available_cores()

@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.types import GgmlType
+from rpc_server.devices.base import DeviceError
+from rpc_server.devices.cuda import toolkit
 from rpc_server.devices.cuda.compile import OPTIONS
-from rpc_server.devices.cuda.kernels import CudaKernel, Unit
+from rpc_server.devices.cuda.kernels import CudaKernel, Unit, kernel
 from rpc_server.devices.cuda.planner import Product
+from rpc_server.devices.cuda.toolkit import CardError
 
 log = logging.getLogger(__name__)
 
@@ -36,42 +39,18 @@ _FACTORS = (np.ones(1, np.float32), np.zeros(1, np.float32))
 # Directions of cudaMemcpy.
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3
 
+# Of cudaError_t and CUresult, which agree: after these a process can do nothing more with the card.
+# Launch timeout, assertion, stack, illegal instruction, misaligned address, address space, program
+# counter, launch failure, illegal address; memory and links that can't be corrected; context gone.
+_STICKY = frozenset({702, 710, 714, 715, 716, 717, 718, 719, 700, 214, 220, 709})
+_NO_MEMORY = 2
 
-class CardError(Exception):
-    """There is no such card, or CuPy can't be had or used; the message says what to do."""
-
-
-def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise CardError(
-            f"CuPy is not installed ({error}): pip install 'ggml-rpc-server[cuda12]', or [cuda13]"
-        ) from None
-    return cupy
-
-
-def _libraries() -> Any:
-    """CuPy's cuBLAS, once both libraries that CuPy loads itself are known to be there."""
-    try:
-        from cupy_backends.cuda.libs import cublas, nvrtc
-
-        nvrtc.getVersion()
-    except Exception as error:
-        raise CardError(
-            f"CuPy finds no cuBLAS or NVRTC ({error}): "
-            "pip install 'ggml-rpc-server[cuda12]', or [cuda13], brings both"
-        ) from None
-    return cublas
-
-
-def card_count() -> int:
-    """How many GPUs CuPy can use. Raises CardError, which says why there are none."""
-    cupy = _cupy()
-    try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except Exception as error:
-        raise CardError(f"no CUDA GPU can be used here: {error}") from None
+# Memory that clients don't get: kernels' code and cuBLAS (100 to 150 MiB, and 8 or 32 for each
+# client's handle), scratch (46 MiB for 512 tokens of an 8B, 180 for 2048), captured graphs. A card
+# that weights fill to the last byte would fail at its first graph.
+_RESERVED = 512 << 20
+# Of a small card no more than this part.
+_RESERVED_PART = 8
 
 
 def by_value(record: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -89,14 +68,40 @@ class Pinned:
         self.size = size
 
 
+class _Current:
+    """What CuPy does within is for one card; what it raises comes out as DeviceError.
+
+    The thread stays with the card: to go back to the first one, as CuPy's own Device does, would
+    make a context there, which takes hundreds of megabytes of a card that nobody uses.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+
+    def __enter__(self) -> None:
+        try:
+            self._card.use()
+        except self._card.failure as error:
+            raise self._card.failed(error) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        if isinstance(error, self._card.failure):
+            raise self._card.failed(error) from error
+
+
 class Card:
-    """GPU number ``index``. Raises CardError if it can't be used."""
+    """GPU number ``index``. Raises CardError if it can't be used.
+
+    All methods raise DeviceError when the card fails.
+    """
 
     def __init__(self, index: int) -> None:
-        self.cupy = _cupy()
+        self.cupy = toolkit.cupy()
         self.index = index
         runtime = self.cupy.cuda.runtime
-        count = card_count()
+        count = toolkit.card_count()
         if index >= count:
             raise CardError(f"no GPU {index}: there are {count}")
         properties = runtime.getDeviceProperties(index)
@@ -104,15 +109,25 @@ class Card:
         self.multiprocessors = int(properties["multiProcessorCount"])
         # As 61 for 6.1.
         self.capability = 10 * int(properties["major"]) + int(properties["minor"])
-        self._cublas = _libraries()
-        # What calls raise; once a kernel has failed, all of them do.
+        libraries = toolkit.libraries()
+        toolkit.check_capability(self.name, self.capability, libraries.nvrtc.getSupportedArchs())
+        self._cublas = libraries.cublas
+        # What calls raise; once a kernel has gone astray, all of them do.
         self.failure: tuple[type[Exception], ...] = (
             runtime.CUDARuntimeError,
             self.cupy.cuda.driver.CUDADriverError,
+            self.cupy.cuda.compiler.CompileException,
+            libraries.cublas.CUBLASError,
+            libraries.nvrtc.NVRTCError,
         )
+        # Why nothing more can be done with the card in this process; empty while it can.
+        self.lost = ""
         self._device = self.cupy.cuda.Device(index)
+        self._current = _Current(self)
         self._modules: dict[Unit, Any] = {}
         self._functions: dict[CudaKernel, Any] = {}
+        # One of them is compiled while others are asked for.
+        self._compiling: dict[Unit, threading.Lock] = {}
         self._lock = threading.Lock()
         # Cards whose memory this one has been asked to reach.
         self._peers: set[int] = set()
@@ -123,31 +138,71 @@ class Card:
         # Memory that was to be freed in the middle of a capture.
         self._unwanted: list[int] = []
 
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Compile and load a kernel: what fails here would fail after a model was uploaded."""
+        try:
+            self.function(kernel("fill", "fill"))
+            self.memory()
+        except DeviceError as error:
+            raise CardError(f"{self.name} can't be used: {error}") from None
+
+    def use(self) -> None:
+        """Make this the current card of the calling thread."""
+        self._device.use()
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
         """What CuPy does within is for this card; any thread."""
-        with self._device:
-            yield
+        return self._current
+
+    def failed(self, error: BaseException) -> DeviceError:
+        """Return what to tell of an error of CuPy's; note it if the card is lost with it."""
+        status = getattr(error, "status", None)
+        if status in _STICKY and not self.lost:
+            self.lost = f"CUDA{self.index} is lost until the server is started anew: {error}"
+            log.error("%s", self.lost, extra={"event": "device_lost"})
+        # A compiler's message has a line for each error, and the source's name in the first.
+        said = str(error).strip().partition("\n")[0]
+        return DeviceError(f"CUDA{self.index} failed: {said}")
 
     # -- memory --------------------------------------------------------------------------------
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes."""
-        with self._device:
+        """Return bytes that clients may still have, and all bytes of the card."""
+        with self.current():
             free, total = self.cupy.cuda.runtime.memGetInfo()
-        return int(free), int(total)
+        return max(int(free) - min(_RESERVED, int(total) // _RESERVED_PART), 0), int(total)
 
     def allocate(self, size: int) -> int:
-        """Address of exactly ``size`` bytes, not from CuPy's pool. Raises MemoryError."""
-        with self._whole, self._device:
-            try:
-                return int(self.cupy.cuda.runtime.malloc(size))
-            except self.cupy.cuda.runtime.CUDARuntimeError as error:
-                raise MemoryError(f"{size} bytes on {self.name}: {error}") from None
+        """Return the address of exactly ``size`` bytes, not from CuPy's pool. Raises MemoryError.
+
+        What is kept back from clients can be had.
+        """
+        with self._whole, self.current(), self._memory_error(size, f"on {self.name}"):
+            return int(self.cupy.cuda.runtime.malloc(size))
+
+    def allocate_for_client(self, size: int) -> int:
+        """As :meth:`allocate`, and some memory is left. Raises MemoryError."""
+        with self._whole:
+            free, _ = self.memory()
+            if size > free:
+                raise MemoryError(f"{size} bytes on {self.name}: {free} are free for clients")
+            return self.allocate(size)
+
+    @contextlib.contextmanager
+    def _memory_error(self, size: int, where: str) -> Iterator[None]:
+        """Tell a lack of memory from other failures."""
+        try:
+            yield
+        except self.cupy.cuda.runtime.CUDARuntimeError as error:
+            if error.status != _NO_MEMORY:
+                raise
+            raise MemoryError(f"{size} bytes {where}: {error}") from None
 
     def free(self, address: int) -> None:
         """Give memory back; waits for all that the card has been given."""
-        with self._whole, self._device:
+        with self._whole:
             if self._capturing:
                 # A finalizer that ran in the capturing thread.
                 self._unwanted.append(address)
@@ -155,46 +210,44 @@ class Card:
             self._give_back(self.cupy.cuda.runtime.free, address)
 
     def _give_back(self, how: Callable[[int], None], what: int) -> None:
-        """A card that has failed has lost it anyway."""
+        """Give back what the card gave; one that has failed has lost it anyway."""
         try:
-            how(what)
-        except self.failure as error:
-            log.debug("%s takes nothing back: %s", self.name, error)
+            with self.current():
+                how(what)
+        except DeviceError as error:
+            log.debug("nothing is taken back: %s", error)
 
     def pinned(self, size: int) -> Pinned:
         """Raises MemoryError."""
-        with self._whole, self._device:
-            try:
-                return Pinned(self.cupy, size)
-            except self.cupy.cuda.runtime.CUDARuntimeError as error:
-                raise MemoryError(f"{size} bytes of pinned memory: {error}") from None
+        with self._whole, self.current(), self._memory_error(size, "of pinned memory"):
+            return Pinned(self.cupy, size)
 
     # -- streams and copies --------------------------------------------------------------------
 
     def stream(self) -> Any:
         """A stream that runs beside the others."""
-        with self._device:
+        with self.current():
             return self.cupy.cuda.Stream(non_blocking=True)
 
     def mark(self, stream: Any) -> Any:
         """An event behind what has been given to ``stream`` so far."""
-        with self._device:
+        with self.current():
             event = self.cupy.cuda.Event(block=True, disable_timing=True)
             event.record(stream)
             return event
 
     def to_device(self, address: int, host: int, size: int, stream: Any) -> None:
         """Enqueue a copy from pinned memory."""
-        with self._device:
+        with self.current():
             self.cupy.cuda.runtime.memcpyAsync(address, host, size, _TO_DEVICE, stream.ptr)
 
     def to_host(self, host: int, address: int, size: int, stream: Any) -> None:
         """Enqueue a copy to pinned memory."""
-        with self._device:
+        with self.current():
             self.cupy.cuda.runtime.memcpyAsync(host, address, size, _TO_HOST, stream.ptr)
 
     def copy(self, to: int, address: int, size: int, stream: Any) -> None:
-        with self._device:
+        with self.current():
             self.cupy.cuda.runtime.memcpyAsync(to, address, size, _ON_DEVICE, stream.ptr)
 
     def copy_from_peer(self, to: int, peer: Card, address: int, size: int, stream: Any) -> None:
@@ -203,7 +256,7 @@ class Card:
         ``stream`` is this card's.
         """
         runtime = self.cupy.cuda.runtime
-        with self._device:
+        with self.current():
             if peer.index not in self._peers:
                 self._peers.add(peer.index)
                 if runtime.deviceCanAccessPeer(self.index, peer.index):
@@ -213,7 +266,7 @@ class Card:
             runtime.memcpyPeerAsync(to, self.index, address, peer.index, size, stream.ptr)
 
     def fill(self, address: int, size: int, value: int, stream: Any) -> None:
-        with self._device:
+        with self.current():
             self.cupy.cuda.runtime.memsetAsync(address, value, size, stream.ptr)
 
     # -- kernels -------------------------------------------------------------------------------
@@ -224,19 +277,18 @@ class Card:
         if known is not None:
             return known
         with self._lock:
-            # Somebody else may have asked for it meanwhile.
-            known = self._functions.get(kernel)
-            if known is not None:
-                return known
-            with self._device:
-                module = self._modules.get(kernel.unit)
-                if module is None:
-                    module = self.cupy.RawModule(
-                        code=kernel.unit.text, options=OPTIONS, backend="nvrtc"
-                    )
-                    self._modules[kernel.unit] = module
-                found = self._functions[kernel] = module.get_function(kernel.name)
-            return found
+            compiling = self._compiling.setdefault(kernel.unit, threading.Lock())
+        with compiling, self.current():
+            module = self._modules.get(kernel.unit)
+            if module is None:
+                module = self.cupy.RawModule(
+                    code=kernel.unit.text, options=OPTIONS, backend="nvrtc"
+                )
+            # The compiler is called by the first of these; a unit that failed is tried again.
+            found = module.get_function(kernel.name)
+            self._modules[kernel.unit] = module
+            self._functions[kernel] = found
+        return found
 
     def launch(
         self,
@@ -248,16 +300,16 @@ class Card:
         stream: Any,
     ) -> None:
         """Enqueue a kernel with its record."""
-        with self._device, stream:
+        with self.current(), stream:
             function(grid, (threads, 1, 1), (by_value(words),), shared_mem=shared)
 
     def library(self) -> int:
         """A handle of cuBLAS, for one stream at a time; see :meth:`close_library`."""
-        with self._whole, self._device:
+        with self._whole, self.current():
             return int(self._cublas.create())
 
     def close_library(self, handle: int) -> None:
-        with self._whole, self._device:
+        with self._whole:
             self._give_back(self._cublas.destroy, handle)
 
     def product(self, p: Product, handle: int, stream: Any) -> None:
@@ -267,7 +319,7 @@ class Card:
         """
         kind = _CUBLAS_TYPES[p.type]
         one, zero = (int(x.ctypes.data) for x in _FACTORS)
-        with self._device, stream:
+        with self.current(), stream:
             self._cublas.gemmStridedBatchedEx(
                 handle,
                 _TRANSPOSED,
@@ -296,7 +348,7 @@ class Card:
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """What ``enqueue`` gives to ``stream``, as a graph that can be launched again and again."""
-        with self._whole, self._device:
+        with self._whole, self.current():
             # What other threads do with the card is none of this capture's business.
             stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)
             self._capturing = True

@@ -47,6 +47,11 @@ class CudaDevice:
         )
 
     @property
+    def lost(self) -> str:
+        """Why nothing more can be done with the card, as Device.lost."""
+        return self.card.lost
+
+    @property
     def n_parts(self) -> int:
         """Weights are kept whole."""
         return 0
@@ -56,7 +61,7 @@ class CudaDevice:
         return split_status_fields()
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes of the card."""
+        """Bytes that clients may still have, and all bytes of the card."""
         return self.card.memory()
 
     def capacity(self) -> int:

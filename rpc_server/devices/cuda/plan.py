@@ -11,7 +11,6 @@ from typing import Any
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
-from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.host import run_on_host
@@ -132,14 +131,10 @@ class CudaPlan:
         with resources.card.current():
             try:
                 status = self._run()
-            except BaseException as error:
+            except BaseException:
                 # Whoever hears of it may free what the card still works on.
                 with contextlib.suppress(Exception):
                     resources.stream.synchronize()
-                if isinstance(error, resources.card.failure):
-                    raise DeviceError(
-                        f"{resources.name} failed, and may need the server to start anew: {error}"
-                    ) from error
                 raise
         if status:
             label = self._labels[status >> 8]

@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import Any
 
-from rpc_server.devices.base import Storage
+from rpc_server.devices.base import DeviceError, Storage
 from rpc_server.devices.cuda.card import Card
 from rpc_server.graph.tensor import Tensor
 
@@ -20,24 +20,31 @@ class PinnedPair:
     """A pair of pinned chunks, and the event behind the last copy of each."""
 
     def __init__(self, card: Card) -> None:
+        self._card = card
         self.chunks = [card.pinned(CHUNK) for _ in range(2)]
         self.copied: list[Any] = [None, None]
 
     @property
     def done(self) -> bool:
         """Whether the card has copied all that it was given of it."""
-        return all(event is None or event.done for event in self.copied)
+        with self._card.current():
+            return all(event is None or event.done for event in self.copied)
 
     def wait(self, i: int) -> None:
         """Until chunk ``i`` may be written to again."""
         if self.copied[i] is not None:
-            self.copied[i].synchronize()
+            with self._card.current():
+                self.copied[i].synchronize()
             self.copied[i] = None
 
     async def ready(self, i: int) -> None:
         """As :meth:`wait`, without blocking the event loop."""
-        if self.copied[i] is not None and not self.copied[i].done:
-            await asyncio.to_thread(self.wait, i)
+        event = self.copied[i]
+        if event is not None:
+            with self._card.current():
+                done = event.done
+            if not done:
+                await asyncio.to_thread(self.wait, i)
 
 
 class PinnedPool:
@@ -153,7 +160,7 @@ class CudaStorage:
         self.card = card
         self.staging = staging
         self.size = size
-        self.address = self.card.allocate(max(size, 1))
+        self.address = self.card.allocate_for_client(max(size, 1))
         # Transfers of a buffer are in order among themselves, and beside those of others.
         self.stream = self.card.stream()
         # Whether something is on its way here that no graph has waited for.
@@ -184,7 +191,9 @@ class CudaStorage:
         """From another buffer of a card, this or another one."""
         assert isinstance(other, CudaStorage)
         # The client's graphs have ended before a request for a copy is taken.
-        self.stream.wait_event(other.card.mark(other.stream))
+        behind = other.card.mark(other.stream)
+        with self.card.current():
+            self.stream.wait_event(behind)
         to, address = self.address + dst_offset, other.address + src_offset
         if other.card is self.card:
             self.card.copy(to, address, size, self.stream)
@@ -192,7 +201,8 @@ class CudaStorage:
             self.card.copy_from_peer(to, other.card, address, size, self.stream)
         self.written = True
         # What is copied from may be written to, or freed, as soon as this returns.
-        self.stream.synchronize()
+        with self.card.current():
+            self.stream.synchronize()
 
     def before(self, stream: Any) -> None:
         """What ``stream`` is given from here on comes after all that was written here.
@@ -201,13 +211,15 @@ class CudaStorage:
         """
         if self.written:
             self.written = False
-            stream.wait_event(self.card.mark(self.stream))
+            behind = self.card.mark(self.stream)
+            with self.card.current():
+                stream.wait_event(behind)
 
     def discard(self, offset: int, size: int) -> None:
         """The card takes an allocation back as a whole."""
 
     def close(self) -> None:
-        with contextlib.suppress(*self.card.failure):
+        with contextlib.suppress(DeviceError), self.card.current():
             self.stream.synchronize()
         address, self.address = self.address, 0
         self.card.free(address)

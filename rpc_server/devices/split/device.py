@@ -177,6 +177,8 @@ class SplitDevice:
     alignment = CpuDevice.alignment
     max_size = CpuDevice.max_size
     runs_programs = True
+    # A worker that is lost may come back.
+    lost = ""
 
     def __init__(self, options: SplitOptions, n_threads: int | None) -> None:
         # What is not split runs here.
