@@ -10,7 +10,8 @@
 
 The server's protocol version is found out by HELLO. A server that may die under a test is best
 given by a command ({port} is put in), which starts it again each time; with --endpoint too it is
-started on that port.
+started on that port. Only to a server that was started so is sent what no client sends, or with
+--hostile: it may end a server that trusts its clients, and whoever works with it.
 
 Verdicts: pass, fail, differs (the protocol leaves it open, and the server does it otherwise than it
 had better), skipped (the server or the protocol version lacks what is tested), not run (the server
@@ -66,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")
     add("--protocol", metavar="X.Y", help="version to speak (what the server answers HELLO with)")
+    add("--hostile", action="store_true", help="send a server that runs already what it may die of")
     add("--timeout", type=float, default=10.0, help="seconds for one answer (%(default)s)")
     add = parser.add_argument_group("which cases").add_argument
     add("--only", metavar="CASE[,CASE]", help="these cases or groups only, by number or name")
@@ -134,7 +136,10 @@ def _run(
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_NO_SERVER
     run = SuiteRun(options.restart_command or "{}:{}".format(*target.address), facts)
-    runner = SuiteRunner(target, facts, patience=options.timeout, seed=options.seed)
+    hostile = options.hostile or target.is_own
+    runner = SuiteRunner(
+        target, facts, patience=options.timeout, seed=options.seed, hostile=hostile
+    )
     with TerminalReport(len(cases), verbose=options.verbose, console=console) as terminal:
         terminal.head(run)
         # Who has seen enough still gets what there is.

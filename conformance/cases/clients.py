@@ -28,14 +28,13 @@ def _doubled(peer: Peer, buffer: RemoteBuffer, value: float) -> None:
     peer.compute([buffer.node(2, (8,), Op.ADD, 1, 1, at=64)], [leaf])
 
 
-@CLIENTS.case(
-    1,
-    sends="requests of a second client while a first is connected",
-    expects="answers",
-    source=_SERVES_ONE,
-)
+@CLIENTS.case(1, source=_SERVES_ONE)
 def second_client_is_served(c: Context) -> None:
-    """Where it isn't, a second llama.cpp hangs until the first one ends, without a word."""
+    """Where it isn't, a second llama.cpp hangs until the first one ends, without a word.
+
+    Sends: requests of a second client while a first is connected
+    Expects: answers
+    """
     if not c.facts.concurrent:
         c.differs("a second client waits until the first one leaves")
     first, second = c.connect(), c.connect()
@@ -43,34 +42,13 @@ def second_client_is_served(c: Context) -> None:
         peer.ping()
 
 
-@CLIENTS.case(
-    2,
-    sends="a client that waits while another is served and closes its connection meanwhile",
-    expects="the next client is served",
-    source="transport.cpp socket_t::impl::send_data: the peer may be gone, since 1.0",
-    hostile=True,
-)
-def client_that_gives_up_waiting(c: Context) -> None:
-    """Whoever starts llama.cpp and sees nothing happen stops it."""
-    first = c.connect("first")
-    waiting = c.connect("waiting", hello=False)
-    waiting.send(Command.HELLO)
-    waiting.send(Command.GET_ALIGNMENT)
-    waiting.close()
-    first.ping()
-    first.close()
-    c.connect("next")
-
-
-@CLIENTS.case(
-    3,
-    sends="20 clients, or as many as the server takes, that upload, compute and read in turn",
-    expects="each gets its own results",
-    source=_ONE_SERVER_A_CLIENT,
-    concurrent=True,
-)
+@CLIENTS.case(3, source=_ONE_SERVER_A_CLIENT, concurrent=True)
 def many_clients_in_turn(c: Context) -> None:
-    """What is kept for a client must be kept by connection."""
+    """What is kept for a client must be kept by connection.
+
+    Sends: 20 clients, or as many as the server takes, that upload, compute and read in turn
+    Expects: each gets its own results
+    """
     peers = [c.connect(), c.connect()]
     # A server may have a limit; two clients show what is kept by connection, too.
     with contextlib.suppress(Closed):
@@ -186,30 +164,30 @@ for _number, (_name, _shown, _command, _use) in enumerate(_FOREIGN, 10):
 
 @CLIENTS.case(
     20,
-    sends="GRAPH_RECOMPUTE on a connection that computed nothing, while another one has",
-    expects="the connection is closed",
     source=f"{_SERVER}graph_recompute (stored_graphs of this connection), since 3.5",
     needs=(Command.GRAPH_RECOMPUTE,),
     concurrent=True,
     hostile=True,
 )
 def recompute_of_another_clients_graph(c: Context) -> None:
-    """'The last graph' is that of this client."""
+    """'The last graph' is that of this client.
+
+    Sends: GRAPH_RECOMPUTE on a connection that computed nothing, while another one has
+    Expects: the connection is closed
+    """
     owner, stranger = c.connect("owner"), c.connect("stranger")
     _doubled(owner, owner.alloc(256), 1.0)
     stranger.send(Command.GRAPH_RECOMPUTE)
     c.refused(stranger, Command.GRAPH_RECOMPUTE)
 
 
-@CLIENTS.case(
-    21,
-    sends="part of a request, and nothing more, while another client works",
-    expects="the other client is served",
-    source=_SERVES_ONE,
-    concurrent=True,
-)
+@CLIENTS.case(21, source=_SERVES_ONE, concurrent=True)
 def client_that_stops_within_a_request(c: Context) -> None:
-    """A client on a bad network must not hold up the others."""
+    """A client on a bad network must not hold up the others.
+
+    Sends: part of a request, and nothing more, while another client works
+    Expects: the other client is served
+    """
     slow = c.connect("slow")
     buffer = slow.alloc(4096)
     message = slow.message(Command.SET_TENSOR, bytes(4096), tensor=buffer.whole())
@@ -222,15 +200,13 @@ def client_that_stops_within_a_request(c: Context) -> None:
     slow.ping()
 
 
-@CLIENTS.case(
-    22,
-    sends="64 GET_TENSOR of 1 MiB by a client that doesn't read, while another one works",
-    expects="the other client is served",
-    source=_SERVES_ONE,
-    concurrent=True,
-)
+@CLIENTS.case(22, source=_SERVES_ONE, concurrent=True)
 def client_that_does_not_read(c: Context) -> None:
-    """Answers that nobody takes must wait without holding up the others."""
+    """Answers that nobody takes must wait without holding up the others.
+
+    Sends: 64 GET_TENSOR of 1 MiB by a client that doesn't read, while another one works
+    Expects: the other client is served
+    """
     slow = c.connect("slow")
     size = 1 << 20
     buffer = slow.alloc(size)
@@ -243,16 +219,13 @@ def client_that_does_not_read(c: Context) -> None:
     other.ping()
 
 
-@CLIENTS.case(
-    23,
-    sends="an unknown command of one client while another one is connected",
-    expects="the other client's connection goes on and its data are as before",
-    source=_SERVES_ONE,
-    concurrent=True,
-    hostile=True,
-)
+@CLIENTS.case(23, source=_SERVES_ONE, concurrent=True, hostile=True)
 def mistake_of_another_client(c: Context) -> None:
-    """Only the connection with the mistake is to end."""
+    """Only the connection with the mistake is to end.
+
+    Sends: an unknown command of one client while another one is connected
+    Expects: the other client's connection goes on and its data are as before
+    """
     good, bad = c.connect("good"), c.connect("bad")
     buffer = good.alloc(256)
     good.set(buffer.whole(), bytes(range(256)))
@@ -261,16 +234,13 @@ def mistake_of_another_client(c: Context) -> None:
     c.equal(good.get(buffer.leaf(1, (64,)), 256), bytes(range(256)), "the good client's data")
 
 
-@CLIENTS.case(
-    24,
-    sends="a client that is reset while its graph and another client's graph are to be computed",
-    expects="the other client gets its result",
-    source=_SERVES_ONE,
-    concurrent=True,
-    hostile=True,
-)
+@CLIENTS.case(24, source=_SERVES_ONE, concurrent=True, hostile=True)
 def client_that_dies_while_it_computes(c: Context) -> None:
-    """Its buffers are freed while the device may still be at its graph."""
+    """Its buffers are freed while the device may still be at its graph.
+
+    Sends: a client that is reset while its graph and another client's graph are to be computed
+    Expects: the other client gets its result
+    """
     dying, other = c.connect("dying"), c.connect("other")
     size = 1 << 20
     buffer = dying.alloc(3 * 4 * size)
@@ -287,15 +257,13 @@ def client_that_dies_while_it_computes(c: Context) -> None:
     c.equal(other.get(own.leaf(2, (8,), at=64), 32), _floats(*[6.0] * 8), "the result")
 
 
-@CLIENTS.case(
-    30,
-    sends="BUFFER_GET_BASE with a handle of a connection that has ended",
-    expects="the connection is closed",
-    source=_ONE_SERVER_A_CLIENT,
-    hostile=True,
-)
+@CLIENTS.case(30, source=_ONE_SERVER_A_CLIENT, hostile=True)
 def handle_of_an_ended_connection(c: Context) -> None:
-    """Buffers are freed with their connection; a client that reconnects starts anew."""
+    """Buffers are freed with their connection; a client that reconnects starts anew.
+
+    Sends: BUFFER_GET_BASE with a handle of a connection that has ended
+    Expects: the connection is closed
+    """
     first = c.connect()
     handles = [first.alloc(4096).handle for _ in range(3)]
     first.close()
@@ -306,14 +274,16 @@ def handle_of_an_ended_connection(c: Context) -> None:
 
 @CLIENTS.case(
     31,
-    sends="a graph, a new connection, GRAPH_RECOMPUTE",
-    expects="the connection is closed",
     source=f"{_SERVER}graph_recompute (stored_graphs of this connection), since 3.5",
     needs=(Command.GRAPH_RECOMPUTE,),
     hostile=True,
 )
 def recompute_of_an_ended_connections_graph(c: Context) -> None:
-    """The graph's buffers are gone."""
+    """The graph's buffers are gone.
+
+    Sends: a graph, a new connection, GRAPH_RECOMPUTE
+    Expects: the connection is closed
+    """
     first = c.connect()
     _doubled(first, first.alloc(256), 1.0)
     first.close()
@@ -322,49 +292,26 @@ def recompute_of_an_ended_connections_graph(c: Context) -> None:
     c.refused(second, Command.GRAPH_RECOMPUTE)
 
 
-@CLIENTS.case(
-    32,
-    sends="a buffer full of 0xa5 on a connection that ends, then a buffer on the next one, read",
-    expects="no 0xa5 in it",
-    source="open in the protocol: ggml leaves new memory as it is",
-)
-def memory_of_an_ended_connection_is_not_shown(c: Context) -> None:
-    """What was there before is another client's weights or text."""
-    for size in (4096, 1 << 20):
-        first = c.connect()
-        old = first.alloc(size)
-        first.call(Command.BUFFER_CLEAR, remote_ptr=old.handle, value=0xA5)
-        first.ping()
-        first.close()
-        second = c.connect()
-        new = second.alloc(size)
-        found = second.get(new.whole(), size)
-        second.close()
-        if found.count(0xA5) > size // 16:
-            c.differs(f"a new buffer of {size} bytes holds what another client left")
-
-
-@CLIENTS.case(
-    33,
-    sends="100 connections, one after the other, each with HELLO and a question",
-    expects="100 answers",
-    source="ggml-rpc.cpp ggml_backend_rpc_start_server: accepts for ever, since 1.0",
-)
+@CLIENTS.case(33, source="ggml-rpc.cpp ggml_backend_rpc_start_server: accepts for ever, since 1.0")
 def connections_one_after_the_other(c: Context) -> None:
-    """llama.cpp connects several times in a run; a server runs for weeks."""
+    """llama.cpp connects several times in a run; a server runs for weeks.
+
+    Sends: 100 connections, one after the other, each with HELLO and a question
+    Expects: 100 answers
+    """
     for _ in range(100):
         c.connect().close()
 
 
 @CLIENTS.case(
-    34,
-    sends="20 times: a connection that allocates 256 MiB, writes to it, and ends without freeing",
-    expects="memory for each",
-    source=f"{_SERVER}~rpc_server: frees what a client leaves, since 1.0",
-    deadline=60.0,
+    34, source=f"{_SERVER}~rpc_server: frees what a client leaves, since 1.0", deadline=60.0
 )
 def memory_of_ended_connections_comes_back(c: Context) -> None:
-    """Clients are stopped more often than they end."""
+    """Clients are stopped more often than they end.
+
+    Sends: 20 times: a connection that allocates 256 MiB, writes to it, and ends without freeing
+    Expects: memory for each
+    """
     size = 256 << 20
     peer = c.connect()
     free = peer.call(Command.GET_DEVICE_MEMORY).free_mem

@@ -7,15 +7,12 @@ from collections.abc import Callable
 from conformance.cases.groups import TENSORS
 from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.filled import SIZE, check_content, filled
+from conformance.suite.refusals import Refusal, Send, declare
 from conformance.suite.tensors import Fields
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
-_2_64 = 1 << 64
-_TYPE_CHECK = f"{_SERVER}deserialize_tensor ('invalid tensor type'), since 1.0"
-
-
 # -- copy ------------------------------------------------------------------------------------------
 
 
@@ -26,14 +23,13 @@ def _copies(c: Context, peer: Peer, src: Fields, dst: Fields) -> bool:
     return bool(result)
 
 
-@TENSORS.case(
-    80,
-    sends="COPY_TENSOR of 64 bytes within a buffer",
-    expects="result 1, and the bytes are there",
-    source=f"{_SERVER}copy_tensor, since 1.0",
-)
+@TENSORS.case(80, source=f"{_SERVER}copy_tensor, since 1.0")
 def copy_within_a_buffer(c: Context) -> None:
-    """llama.cpp moves parts of its cache like this."""
+    """llama.cpp moves parts of its cache like this.
+
+    Sends: COPY_TENSOR of 64 bytes within a buffer
+    Expects: result 1, and the bytes are there
+    """
     peer, buffer, content = filled(c)
     if not _copies(c, peer, buffer.leaf(1, (16,)), buffer.leaf(2, (16,), at=1024)):
         c.differs("the result is 0: the server doesn't copy within a buffer")
@@ -41,14 +37,13 @@ def copy_within_a_buffer(c: Context) -> None:
     check_content(c, peer, buffer, expected)
 
 
-@TENSORS.case(
-    81,
-    sends="COPY_TENSOR from one buffer to another",
-    expects="result 1, and the bytes are there; the source is as before",
-    source=f"{_SERVER}copy_tensor, since 1.0",
-)
+@TENSORS.case(81, source=f"{_SERVER}copy_tensor, since 1.0")
 def copy_between_buffers(c: Context) -> None:
-    """Both are memory of one server: nothing has to go by way of the client."""
+    """Both are memory of one server: nothing has to go by way of the client.
+
+    Sends: COPY_TENSOR from one buffer to another
+    Expects: result 1, and the bytes are there; the source is as before
+    """
     peer, one, content = filled(c)
     other = peer.alloc(SIZE)
     peer.call(Command.BUFFER_CLEAR, remote_ptr=other.handle, value=0)
@@ -59,14 +54,13 @@ def copy_between_buffers(c: Context) -> None:
     check_content(c, peer, one, content, "the source")
 
 
-@TENSORS.case(
-    82,
-    sends="COPY_TENSOR of a tensor onto itself",
-    expects="nothing changes",
-    source=f"{_SERVER}copy_tensor, since 1.0",
-)
+@TENSORS.case(82, source=f"{_SERVER}copy_tensor, since 1.0")
 def copy_onto_itself(c: Context) -> None:
-    """A copy without effect is still sound."""
+    """A copy without effect is still sound.
+
+    Sends: COPY_TENSOR of a tensor onto itself
+    Expects: nothing changes
+    """
     peer, buffer, content = filled(c)
     _copies(c, peer, buffer.leaf(1, (16,)), buffer.leaf(2, (16,)))
     check_content(c, peer, buffer, content)
@@ -74,13 +68,15 @@ def copy_onto_itself(c: Context) -> None:
 
 @TENSORS.case(
     83,
-    sends="COPY_TENSOR of 1024 bytes to 256 bytes further",
-    expects="nothing changes outside the destination; in it, what the source had",
     source="open in the protocol: the CPU backend copies by memcpy, which must not overlap",
     hostile=True,
 )
 def copy_that_overlaps(c: Context) -> None:
-    """What comes of the overlap is undefined; what lies around it isn't."""
+    """What comes of the overlap is undefined; what lies around it isn't.
+
+    Sends: COPY_TENSOR of 1024 bytes to 256 bytes further
+    Expects: nothing changes outside the destination; in it, what the source had
+    """
     peer, buffer, content = filled(c)
     copied = _copies(c, peer, buffer.leaf(1, (256,)), buffer.leaf(2, (256,), at=256))
     found = peer.get(buffer.whole(), buffer.size)
@@ -91,101 +87,18 @@ def copy_that_overlaps(c: Context) -> None:
 
 
 @TENSORS.case(
-    84,
-    sends="COPY_TENSOR of 16 F32 as (16) to a tensor of (4, 4), of I32",
-    expects="result 1 and the same bytes, or result 0",
-    source="ggml-cpu/ggml-cpu.cpp ggml_backend_cpu_buffer_cpy_tensor: copies bytes, since 1.0",
+    84, source="ggml-cpu/ggml-cpu.cpp ggml_backend_cpu_buffer_cpy_tensor: copies bytes, since 1.0"
 )
 def copy_of_another_shape(c: Context) -> None:
-    """A copy of memory knows no shapes."""
+    """A copy of memory knows no shapes.
+
+    Sends: COPY_TENSOR of 16 F32 as (16) to a tensor of (4, 4), of I32
+    Expects: result 1 and the same bytes, or result 0
+    """
     peer, buffer, content = filled(c)
     dst = buffer.leaf(2, (4, 4), at=1024, type=GgmlType.I32)
     if _copies(c, peer, buffer.leaf(1, (16,)), dst):
         c.equal(peer.get(dst, 64), content[:64], "the destination")
-
-
-def _declare_copy(
-    number: int,
-    name: str,
-    wrong: str,
-    source: str,
-    ends: Callable[[RemoteBuffer], tuple[Fields, Fields]],
-) -> None:
-    @TENSORS.case(
-        number,
-        name=f"copy-{name}",
-        sends=f"COPY_TENSOR {wrong}",
-        expects="the connection is closed",
-        source=source,
-        why="A copy both reads and writes by addresses that the client computed.",
-        hostile=True,
-    )
-    def check(c: Context) -> None:
-        peer, buffer, _ = filled(c)
-        src, dst = ends(buffer)
-        peer.send(Command.COPY_TENSOR, src=src, dst=dst)
-        c.refused(peer, Command.COPY_TENSOR, differs=None)
-
-
-_COPY_CHECK = f"{_SERVER}copy_tensor ('out-of-bounds write'), since 1.0"
-_PLACE_CHECK = f"{_SERVER}deserialize_tensor (GGML_ASSERT of the end), since 1.0"
-_NO_BUFFER: Fields = {"buffer": 0xDEAD_BEEF_0000}
-_declare_copy(
-    85,
-    "to-behind-its-buffer",
-    "of 256 bytes to a tensor of 16 at the end of its buffer",
-    _COPY_CHECK,
-    lambda b: (b.leaf(1, (64,)), b.leaf(2, (4,), at=b.size - 16)),
-)
-_declare_copy(
-    86,
-    "from-behind-its-buffer",
-    "of a source that ends behind its buffer",
-    _PLACE_CHECK,
-    lambda b: (b.leaf(1, (64,), at=b.size - 16), b.leaf(2, (64,))),
-)
-_declare_copy(
-    87,
-    "from-before-its-buffer",
-    "of a source that starts 64 bytes before its buffer",
-    _PLACE_CHECK,
-    lambda b: (b.leaf(1, (16,), at=-64), b.leaf(2, (16,))),
-)
-_declare_copy(
-    88,
-    "to-before-its-buffer",
-    "to a destination that starts 64 bytes before its buffer",
-    _PLACE_CHECK,
-    lambda b: (b.leaf(1, (16,)), b.leaf(2, (16,), at=-64)),
-)
-_declare_copy(
-    89,
-    "to-the-end-of-addresses",
-    "to a destination at 2^64 - 16",
-    _PLACE_CHECK,
-    lambda b: (b.leaf(1, (16,)), b.leaf(2, (16,), data=_2_64 - 16)),
-)
-_declare_copy(
-    90,
-    "from-an-unknown-buffer",
-    "of a source in a buffer that was never given out",
-    f"{_SERVER}copy_tensor ('error deserializing tensors'), since 1.0",
-    lambda b: (b.leaf(1, (16,), **_NO_BUFFER), b.leaf(2, (16,))),
-)
-_declare_copy(
-    91,
-    "to-an-unknown-buffer",
-    "to a destination in a buffer that was never given out",
-    f"{_SERVER}copy_tensor ('error deserializing tensors'), since 1.0",
-    lambda b: (b.leaf(1, (16,)), b.leaf(2, (16,), **_NO_BUFFER)),
-)
-_declare_copy(
-    92,
-    "of-an-unknown-type",
-    "of a source of type 9999",
-    _TYPE_CHECK,
-    lambda b: ({**b.leaf(1, (16,)), "type": 9999}, b.leaf(2, (16,))),
-)
 
 
 # -- memset ----------------------------------------------------------------------------------------
@@ -216,16 +129,61 @@ _declare_memset(102, "of-the-last-byte", 1023, 1, 0x80)
 _declare_memset(103, "of-nothing", 16, 0, 0xFF)
 
 
-@TENSORS.case(
-    104,
-    sends="MEMSET_TENSOR of a tensor in a buffer that was never given out",
-    expects="the connection is closed",
-    source=f"{_SERVER}memset_tensor ('error deserializing tensor'), since 5.0",
-    needs=(Command.MEMSET_TENSOR,),
-    hostile=True,
-)
-def memset_in_an_unknown_buffer(c: Context) -> None:
-    """Filling memory that a client named by a number of its own would be writing anywhere."""
-    peer, buffer, _ = filled(c)
-    peer.send(Command.MEMSET_TENSOR, tensor=buffer.leaf(1, (8,), **_NO_BUFFER), size=16)
-    c.refused(peer, Command.MEMSET_TENSOR)
+# -- what must not be served -----------------------------------------------------------------------
+
+
+def _copy(ends: Callable[[RemoteBuffer], tuple[Fields, Fields]]) -> Send:
+    def send(c: Context, peer: Peer) -> None:
+        src, dst = ends(peer.alloc(SIZE))
+        peer.send(Command.COPY_TENSOR, src=src, dst=dst)
+
+    return send
+
+
+_LOST = f"{_SERVER}copy_tensor ('error deserializing tensors'), since 1.0"
+_UNKNOWN: Fields = {"buffer": 0xDEAD_BEEF_0000}
+declare(
+    TENSORS,
+    [
+        Refusal(
+            number, f"copy-{name}", f"COPY_TENSOR {wrong}", _copy(ends), Command.COPY_TENSOR,
+            "A copy both reads and writes by addresses that the client computed.", source,
+        )
+        for number, name, wrong, source, ends in (
+            (
+                85, "to-behind-its-buffer",
+                "of 256 bytes to a tensor of 16 at the end of its buffer",
+                f"{_SERVER}copy_tensor ('out-of-bounds write'), since 1.0",
+                lambda b: (b.leaf(1, (64,)), b.leaf(2, (4,), at=b.size - 16)),
+            ),
+            (
+                90, "from-an-unknown-buffer",
+                "of a source in a buffer that was never given out", _LOST,
+                lambda b: (b.leaf(1, (16,), **_UNKNOWN), b.leaf(2, (16,))),
+            ),
+            (
+                91, "to-an-unknown-buffer",
+                "to a destination in a buffer that was never given out", _LOST,
+                lambda b: (b.leaf(1, (16,)), b.leaf(2, (16,), **_UNKNOWN)),
+            ),
+            (
+                92, "of-an-unknown-type", "of a source of type 9999",
+                f"{_SERVER}deserialize_tensor ('invalid tensor type'), since 1.0",
+                lambda b: ({**b.leaf(1, (16,)), "type": 9999}, b.leaf(2, (16,))),
+            ),
+        )
+    ]
+    + [
+        Refusal(
+            104, "memset-in-an-unknown-buffer",
+            "MEMSET_TENSOR of a tensor in a buffer that was never given out",
+            lambda c, peer: peer.send(
+                Command.MEMSET_TENSOR, tensor=peer.alloc(64).leaf(1, (8,), **_UNKNOWN), size=16
+            ),
+            Command.MEMSET_TENSOR,
+            "Filling memory that a client named by a number of its own would be writing anywhere.",
+            f"{_SERVER}memset_tensor ('error deserializing tensor'), since 5.0",
+            needs=(Command.MEMSET_TENSOR,),
+        )
+    ],
+)  # fmt: skip

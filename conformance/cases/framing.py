@@ -9,6 +9,7 @@ from typing import Any
 
 from conformance.cases.groups import FRAMING
 from conformance.suite import Context, Peer, RemoteBuffer
+from conformance.suite.refusals import Refusal, declare
 from conformance.suite.tensors import graph_bytes
 from protocol.commands import Command
 from protocol.dialects import Answer, Body
@@ -29,30 +30,14 @@ def _head_size(c: Context, command: Command) -> int:
 
 
 @FRAMING.case(
-    1,
-    sends="commands that no version has: 18, 19, 77, 127, 255, each on its own connection",
-    expects="the connection is closed",
-    source="ggml-rpc.cpp rpc_serve_client ('Unknown command'), since 1.0",
-    hostile=True,
-)
-def unknown_command(c: Context) -> None:
-    """Whether a command has an answer isn't on the wire: one that isn't known can't be skipped."""
-    for number in (18, 19, 77, 127, 255):
-        peer = c.connect(f"command {number}")
-        peer.send_frame(number)
-        c.refused(peer)
-        peer.close()
-
-
-@FRAMING.case(
-    2,
-    sends="each command that only later protocols have, on its own connection",
-    expects="the connection is closed",
-    source="ggml-rpc.cpp rpc_serve_client ('Unknown command'), since 1.0",
-    hostile=True,
+    2, source="ggml-rpc.cpp rpc_serve_client ('Unknown command'), since 1.0", hostile=True
 )
 def command_of_a_later_version(c: Context) -> None:
-    """Its client would take a server for newer than it said that it is."""
+    """Its client would take a server for newer than it said that it is.
+
+    Sends: each command that only later protocols have, on its own connection
+    Expects: the connection is closed
+    """
     later = [
         command
         for command in Command
@@ -67,133 +52,46 @@ def command_of_a_later_version(c: Context) -> None:
         peer.close()
 
 
-@FRAMING.case(
-    3,
-    sends="commands of the split extension without having agreed on it",
-    expects="the connection is closed",
-    source="protocol/split.py; to upstream's server they are unknown commands",
-    hostile=True,
-)
-def split_command_without_agreement(c: Context) -> None:
-    """A client finds out by HELLO whether a server has the extension, and must be able to."""
-    for number in (Command.SPLIT_QUERY, Command.SPLIT_STATUS):
-        peer = c.connect(number.name)
-        peer.send_frame(number, bytes(4))
-        c.refused(peer, differs="it has the extension without being asked")
-        peer.close()
+def _small_graph(peer: Peer, buffer: RemoteBuffer) -> bytes:
+    leaf = buffer.leaf(1, (8,))
+    return graph_bytes(peer.dialect, [buffer.node(2, (8,), Op.ADD, 1, 1, at=64)], [leaf])
 
 
-def _declare_sizes(command: Command) -> None:
-    @FRAMING.case(
-        20 + command,
-        name=f"{_dashed(command)}-too-short",
-        sends=f"{command.name} with one byte less than its structure has",
-        expects="the connection is closed",
-        source=_RECV,
-        why="Reading the structure anyway would take what was there before for the last byte.",
-        needs=(command,),
-        hostile=True,
-    )
-    def short(c: Context) -> None:
-        peer = c.connect()
-        size = _head_size(c, command)
-        if not size:
-            c.skip(f"{command.name} is empty in protocol {c.dialect.name}")
-        peer.send_frame(command, bytes(size - 1))
-        c.refused(peer)
+def _too_short(c: Context, peer: Peer, command: Command) -> None:
+    size = _head_size(c, command)
+    if not size:
+        c.skip(f"{command.name} is empty in protocol {c.dialect.name}")
+    peer.send_frame(command, bytes(size - 1))
 
-    @FRAMING.case(
-        40 + command,
-        name=f"{_dashed(command)}-too-long",
-        sends=f"{command.name} with one byte more than its structure has",
-        expects="the connection is closed",
-        source=_RECV,
-        why="Both sides would disagree on what the structure is, or where the next request starts.",
-        needs=(command,),
-        hostile=True,
-    )
-    def long(c: Context) -> None:
-        peer = c.connect()
-        peer.send_frame(command, bytes(_head_size(c, command) + 1))
-        c.refused(peer, differs="it takes a longer payload")
+
+def _sizes(command: Command) -> tuple[Refusal, Refusal]:
+    """One byte less, and one more, than a command's structure has."""
+    return (
+        Refusal(
+            20 + command, f"{_dashed(command)}-too-short",
+            f"{command.name} with one byte less than its structure has",
+            lambda c, peer: _too_short(c, peer, command), None,
+            "Reading the structure anyway would take what was there before for the last byte.",
+            needs=(command,),
+        ),
+        Refusal(
+            40 + command, f"{_dashed(command)}-too-long",
+            f"{command.name} with one byte more than its structure has",
+            lambda c, peer: peer.send_frame(command, bytes(_head_size(c, command) + 1)), None,
+            "Both sides would disagree on what the structure is, or where the next one starts.",
+            differs="it takes a longer payload", needs=(command,),
+        ),
+    )  # fmt: skip
 
 
 def _dashed(command: Command) -> str:
     return command.name.lower().replace("_", "-")
 
 
-for _command in _FIXED:
-    _declare_sizes(_command)
+def _claims(number: int, command: Command) -> Refusal:
+    """A message that claims to have far more bytes than any server can hold."""
 
-
-@FRAMING.case(
-    20 + Command.SET_TENSOR,
-    name="set-tensor-too-short",
-    sends="SET_TENSOR that ends one byte before its data could start",
-    expects="the connection is closed",
-    source="ggml-rpc.cpp rpc_server::set_tensor (input.size() < header_size), since 1.0",
-    hostile=True,
-)
-def set_tensor_too_short(c: Context) -> None:
-    """The size of the data is what the head leaves of the message: it would be negative."""
-    peer = c.connect()
-    peer.send_frame(Command.SET_TENSOR, bytes(_head_size(c, Command.SET_TENSOR) - 1))
-    c.refused(peer)
-
-
-@FRAMING.case(
-    20 + Command.GRAPH_COMPUTE,
-    name="graph-compute-too-short",
-    sends="GRAPH_COMPUTE of 3 bytes, which end within its first count",
-    expects="the connection is closed",
-    source="ggml-rpc.cpp rpc_server::graph_compute (input.size() < ...), since 1.0",
-    hostile=True,
-)
-def graph_compute_too_short(c: Context) -> None:
-    """A count that isn't there is not 0."""
-    peer = c.connect()
-    peer.send_frame(Command.GRAPH_COMPUTE, bytes(3))
-    c.refused(peer)
-
-
-@FRAMING.case(
-    4,
-    sends="GET_TENSOR, COPY_TENSOR, SET_TENSOR and GRAPH_COMPUTE without any payload",
-    expects="the connection is closed each time",
-    source=_RECV,
-    hostile=True,
-)
-def payload_that_is_missing(c: Context) -> None:
-    """A size of 0 is honest, but not enough."""
-    for command in (
-        Command.GET_TENSOR,
-        Command.COPY_TENSOR,
-        Command.SET_TENSOR,
-        Command.GRAPH_COMPUTE,
-    ):
-        peer = c.connect(command.name)
-        peer.send_frame(command)
-        c.refused(peer)
-        peer.close()
-
-
-_ABSURD = ((1 << 62, "2-62"), (1 << 63, "2-63"), ((1 << 64) - 1, "2-64"))
-
-
-def _declare_absurd(number: int, command: Command, size: int, name: str) -> None:
-    shown = f"2^{name[2:]}" + (" - 1" if size & 1 else "")
-
-    @FRAMING.case(
-        number,
-        name=f"{_dashed(command)}-of-{name}-bytes",
-        sends=f"{command.name} that claims to have {shown} bytes, and a sound start of it",
-        expects="the connection is closed, without waiting for the rest",
-        source="ggml-rpc.cpp recv_msg (input.resize), since 1.0",
-        why="The size is the client's word: failing to reserve as much must not end a server.",
-        hostile=True,
-    )
-    def check(c: Context) -> None:
-        peer = c.connect()
+    def send(c: Context, peer: Peer) -> None:
         buffer = peer.alloc(256)
         if command is Command.SET_TENSOR:
             start = peer.payload(command, tensor=buffer.whole()) + bytes(64)
@@ -201,32 +99,86 @@ def _declare_absurd(number: int, command: Command, size: int, name: str) -> None
             start = _small_graph(peer, buffer)
         else:
             start = peer.payload(command, size=64)
-        peer.send_frame(command, start, size=size)
-        c.refused(peer)
+        peer.send_frame(command, start, size=1 << 62)
+
+    return Refusal(
+        number, f"{_dashed(command)}-of-2-62-bytes",
+        f"{command.name} that claims to have 2^62 bytes, and a sound start of it", send, None,
+        "The size is the client's word: failing to reserve as much must not end a server.",
+        "ggml-rpc.cpp recv_msg (input.resize), since 1.0",
+    )  # fmt: skip
 
 
-for _i, (_size, _name) in enumerate(_ABSURD):
-    _declare_absurd(61 + _i, Command.ALLOC_BUFFER, _size, _name)
-    _declare_absurd(64 + _i, Command.SET_TENSOR, _size, _name)
-    _declare_absurd(67 + _i, Command.GRAPH_COMPUTE, _size, _name)
-
-
-def _small_graph(peer: Peer, buffer: RemoteBuffer) -> bytes:
-    leaf = buffer.leaf(1, (8,))
-    return graph_bytes(peer.dialect, [buffer.node(2, (8,), Op.ADD, 1, 1, at=64)], [leaf])
+declare(
+    FRAMING,
+    [
+        Refusal(
+            1, "unknown-command", "commands that no version has: 18, 19, 77, 127, 255",
+            tuple(
+                lambda c, peer, n=n: peer.send_frame(n)  # type: ignore[misc]
+                for n in (18, 19, 77, 127, 255)
+            ),
+            None,
+            "Whether a command has an answer isn't on the wire: one unknown can't be skipped.",
+            "ggml-rpc.cpp rpc_serve_client ('Unknown command'), since 1.0",
+        ),
+        Refusal(
+            3, "split-command-without-agreement",
+            "commands of the split extension without having agreed on it",
+            tuple(
+                lambda c, peer, n=n: peer.send_frame(n, bytes(4))  # type: ignore[misc]
+                for n in (Command.SPLIT_QUERY, Command.SPLIT_STATUS)
+            ),
+            None,
+            "A client finds out by HELLO whether a server has the extension, and must be able to.",
+            "protocol/split.py; to upstream's server they are unknown commands",
+            "it has the extension without being asked",
+        ),
+        Refusal(
+            4, "payload-that-is-missing",
+            "GET_TENSOR, COPY_TENSOR, SET_TENSOR and GRAPH_COMPUTE without any payload",
+            tuple(
+                lambda c, peer, n=n: peer.send_frame(n)  # type: ignore[misc]
+                for n in (
+                    Command.GET_TENSOR, Command.COPY_TENSOR, Command.SET_TENSOR,
+                    Command.GRAPH_COMPUTE,
+                )
+            ),
+            None, "A size of 0 is honest, but not enough.",
+        ),
+        *(row for command in _FIXED for row in _sizes(command)),
+        Refusal(
+            20 + Command.SET_TENSOR, "set-tensor-too-short",
+            "SET_TENSOR that ends one byte before its data could start",
+            lambda c, peer: _too_short(c, peer, Command.SET_TENSOR), None,
+            "The size of the data is what the head leaves of the message: it would be negative.",
+            "ggml-rpc.cpp rpc_server::set_tensor (input.size() < header_size), since 1.0",
+        ),
+        Refusal(
+            20 + Command.GRAPH_COMPUTE, "graph-compute-too-short",
+            "GRAPH_COMPUTE of 3 bytes, which end within its first count",
+            lambda c, peer: peer.send_frame(Command.GRAPH_COMPUTE, bytes(3)), None,
+            "A count that isn't there is not 0.",
+            "ggml-rpc.cpp rpc_server::graph_compute (input.size() < ...), since 1.0",
+        ),
+        _claims(61, Command.ALLOC_BUFFER),
+        _claims(64, Command.SET_TENSOR),
+        _claims(67, Command.GRAPH_COMPUTE),
+    ],
+    source=_RECV,
+)  # fmt: skip
 
 
 # -- how a message arrives -------------------------------------------------------------------------
 
 
-@FRAMING.case(
-    5,
-    sends="GET_DEVICE_MEMORY byte by byte, each in a segment of its own",
-    expects="its answer",
-    source="transport.cpp recv_data: reads until the structure is full",
-)
+@FRAMING.case(5, source="transport.cpp recv_data: reads until the structure is full")
 def request_in_single_bytes(c: Context) -> None:
-    """Segments on the way are split and joined as the network likes."""
+    """Segments on the way are split and joined as the network likes.
+
+    Sends: GET_DEVICE_MEMORY byte by byte, each in a segment of its own
+    Expects: its answer
+    """
     peer = c.connect()
     for i, byte in enumerate(peer.message(Command.GET_DEVICE_MEMORY)):
         peer.send_bytes(bytes([byte]), more=i > 0, command="GET_DEVICE_MEMORY")
@@ -235,14 +187,13 @@ def request_in_single_bytes(c: Context) -> None:
     peer.answer(Command.GET_DEVICE_MEMORY)
 
 
-@FRAMING.case(
-    6,
-    sends="SET_TENSOR with 5000 bytes in pieces of 1 to 97 bytes, then GET_TENSOR",
-    expects="the bytes that were sent",
-    source="transport.cpp recv_data",
-)
+@FRAMING.case(6, source="transport.cpp recv_data")
 def upload_in_odd_pieces(c: Context) -> None:
-    """The pieces end within the head and within the data, never where they would like to."""
+    """The pieces end within the head and within the data, never where they would like to.
+
+    Sends: SET_TENSOR with 5000 bytes in pieces of 1 to 97 bytes, then GET_TENSOR
+    Expects: the bytes that were sent
+    """
     peer = c.connect()
     rng = random.Random(c.seed)
     content = rng.randbytes(5000)
@@ -259,13 +210,14 @@ def upload_in_odd_pieces(c: Context) -> None:
 
 
 @FRAMING.case(
-    7,
-    sends="100 different requests in one write",
-    expects="100 answers, in the order of the requests",
-    source="ggml-rpc.cpp rpc_serve_client: one loop; clients of 6.0 and later rely on it",
+    7, source="ggml-rpc.cpp rpc_serve_client: one loop; clients of 6.0 and later rely on it"
 )
 def pipelined_requests(c: Context) -> None:
-    """Since 6.0 clients don't wait for answers before they send more."""
+    """Since 6.0 clients don't wait for answers before they send more.
+
+    Sends: 100 different requests in one write
+    Expects: 100 answers, in the order of the requests
+    """
     peer = c.connect()
     buffer = peer.alloc(4096)
     content = random.Random(c.seed).randbytes(4096)
@@ -282,14 +234,13 @@ def pipelined_requests(c: Context) -> None:
         peer.answer(Command.GET_ALIGNMENT)
 
 
-@FRAMING.case(
-    8,
-    sends="three requests in one stream, cut into pieces of 7 bytes",
-    expects="three answers",
-    source="transport.cpp recv_data",
-)
+@FRAMING.case(8, source="transport.cpp recv_data")
 def requests_cut_anywhere(c: Context) -> None:
-    """A piece holds the end of one request and the start of the next."""
+    """A piece holds the end of one request and the start of the next.
+
+    Sends: three requests in one stream, cut into pieces of 7 bytes
+    Expects: three answers
+    """
     peer = c.connect()
     asked = (Command.GET_ALIGNMENT, Command.GET_DEVICE_MEMORY, Command.GET_MAX_SIZE)
     stream = b"".join(peer.message(command) for command in asked)
@@ -299,14 +250,13 @@ def requests_cut_anywhere(c: Context) -> None:
         peer.answer(command)
 
 
-@FRAMING.case(
-    9,
-    sends="GET_DEVICE_MEMORY, then the end of the stream",
-    expects="its answer, then the end of the connection",
-    source="ggml-rpc.cpp rpc_serve_client",
-)
+@FRAMING.case(9, source="ggml-rpc.cpp rpc_serve_client")
 def half_closed_after_a_request(c: Context) -> None:
-    """Who stops sending still waits for answers."""
+    """Who stops sending still waits for answers.
+
+    Sends: GET_DEVICE_MEMORY, then the end of the stream
+    Expects: its answer, then the end of the connection
+    """
     peer = c.connect()
     peer.send(Command.GET_DEVICE_MEMORY)
     peer.half_close()
@@ -314,14 +264,13 @@ def half_closed_after_a_request(c: Context) -> None:
     c.expect(peer.closed_by_server(), "the connection stays open")
 
 
-@FRAMING.case(
-    10,
-    sends="64 GET_TENSOR of 256 KiB, of which nothing is read until all are sent",
-    expects="64 answers, each with the right bytes",
-    source="ggml-rpc.cpp send_msg: blocks until the client reads",
-)
+@FRAMING.case(10, source="ggml-rpc.cpp send_msg: blocks until the client reads")
 def answers_that_are_read_late(c: Context) -> None:
-    """Answers that the socket can't hold must wait, neither be dropped nor overwritten."""
+    """Answers that the socket can't hold must wait, neither be dropped nor overwritten.
+
+    Sends: 64 GET_TENSOR of 256 KiB, of which nothing is read until all are sent
+    Expects: 64 answers, each with the right bytes
+    """
     peer = c.connect()
     size = 256 << 10
     buffer = peer.alloc(size)
@@ -335,14 +284,13 @@ def answers_that_are_read_late(c: Context) -> None:
         c.equal(peer.answer(Command.GET_TENSOR), content, f"answer {i}")
 
 
-@FRAMING.case(
-    11,
-    sends="GET_TENSOR of 1 MiB and BUFFER_CLEAR right behind it, four times",
-    expects="each answer holds what was there before the BUFFER_CLEAR behind it",
-    source="ggml-rpc.cpp rpc_serve_client: one request after the other",
-)
+@FRAMING.case(11, source="ggml-rpc.cpp rpc_serve_client: one request after the other")
 def requests_are_done_in_order(c: Context) -> None:
-    """A server that answers from memory which later requests change gives torn data."""
+    """A server that answers from memory which later requests change gives torn data.
+
+    Sends: GET_TENSOR of 1 MiB and BUFFER_CLEAR right behind it, four times
+    Expects: each answer holds what was there before the BUFFER_CLEAR behind it
+    """
     peer = c.connect()
     size = 1 << 20
     buffer = peer.alloc(size)
@@ -355,14 +303,13 @@ def requests_are_done_in_order(c: Context) -> None:
         peer.answer(Command.BUFFER_CLEAR)
 
 
-@FRAMING.case(
-    12,
-    sends="8 MiB in one SET_TENSOR, then GET_TENSOR",
-    expects="the bytes that were sent",
-    source="ggml-rpc.cpp rpc_server::set_tensor",
-)
+@FRAMING.case(12, source="ggml-rpc.cpp rpc_server::set_tensor")
 def large_upload(c: Context) -> None:
-    """Models are uploaded in messages of this size and more."""
+    """Models are uploaded in messages of this size and more.
+
+    Sends: 8 MiB in one SET_TENSOR, then GET_TENSOR
+    Expects: the bytes that were sent
+    """
     peer = c.connect()
     content = random.Random(c.seed).randbytes(8 << 20)
     buffer = peer.alloc(len(content))
@@ -418,31 +365,13 @@ for _i, _name in enumerate(_CUTS):
     _declare_hang_up(13 + _i, _name)
 
 
-@FRAMING.case(
-    19,
-    sends="GET_DEVICE_MEMORY, and the client closes the connection without reading the answer",
-    expects="the next client is served",
-    source="transport.cpp socket_t::impl::send_data: the peer may be gone, since 1.0",
-    hostile=True,
-)
-def hang_up_before_an_answer(c: Context) -> None:
-    """A client that is killed leaves like this; writing to it raises a signal by default."""
-    for _ in range(10):
-        peer = c.connect()
-        peer.send_bytes(3 * peer.message(Command.GET_DEVICE_MEMORY), command="GET_DEVICE_MEMORY")
-        peer.close()
-    c.connect()
-
-
-@FRAMING.case(
-    18,
-    sends="GET_TENSOR of 16 MiB, and a reset of the connection before the answer is read",
-    expects="the next client is served",
-    source="ggml-rpc.cpp send_msg: returns false, since 1.0",
-    hostile=True,
-)
+@FRAMING.case(18, source="ggml-rpc.cpp send_msg: returns false, since 1.0", hostile=True)
 def reset_within_an_answer(c: Context) -> None:
-    """A server that writes to a connection that is gone gets a signal if it doesn't take care."""
+    """A server that writes to a connection that is gone gets a signal if it doesn't take care.
+
+    Sends: GET_TENSOR of 16 MiB, and a reset of the connection before the answer is read
+    Expects: the next client is served
+    """
     peer = c.connect()
     buffer = peer.alloc(16 << 20)
     peer.send(Command.GET_TENSOR, tensor=buffer.whole(), size=buffer.size)

@@ -27,26 +27,27 @@ _QUANTIZED = (
 )  # fmt: skip
 
 
-@GRAPHS.case(
-    20,
-    sends="MUL_MAT with weights of F32, F16 and BF16, for one and for several tokens",
-    expects="the products, within the bound of test-backend-ops (5e-4)",
-    source="ggml.c ggml_mul_mat, test-backend-ops.cpp test_mul_mat",
-)
+@GRAPHS.case(20, source="ggml.c ggml_mul_mat, test-backend-ops.cpp test_mul_mat")
 def products_of_plain_types(c: Context) -> None:
-    """Nearly all of the time of a model is spent here."""
+    """Nearly all of the time of a model is spent here.
+
+    Sends: MUL_MAT with weights of F32, F16 and BF16, for one and for several tokens
+    Expects: the products, within the bound of test-backend-ops (5e-4)
+    """
     _products(c, PLAIN_TYPES)
 
 
 @GRAPHS.case(
     21,
-    sends="MUL_MAT with weights of the quantized types that models come in",
-    expects="the products, within the bound of test-backend-ops (5e-4)",
     source="ggml.c ggml_mul_mat, ggml-common.h, test-backend-ops.cpp test_mul_mat",
     deadline=120.0,
 )
 def products_of_quantized_types(c: Context) -> None:
-    """The blocks of a type have one meaning, to the bit; only activations may be rounded."""
+    """The blocks of a type have one meaning, to the bit; only activations may be rounded.
+
+    Sends: MUL_MAT with weights of the quantized types that models come in
+    Expects: the products, within the bound of test-backend-ops (5e-4)
+    """
     _products(c, _QUANTIZED)
 
 
@@ -63,14 +64,13 @@ def _products(c: Context, types: Sequence[GgmlType]) -> None:
             b.peer.close()
 
 
-@GRAPHS.case(
-    22,
-    sends="GET_ROWS of F32, F16 and Q8_0 tables, with an index that occurs twice",
-    expects="those rows as F32",
-    source="ggml.c ggml_get_rows",
-)
+@GRAPHS.case(22, source="ggml.c ggml_get_rows")
 def rows_are_taken(c: Context) -> None:
-    """Token embeddings."""
+    """Token embeddings.
+
+    Sends: GET_ROWS of F32, F16 and Q8_0 tables, with an index that occurs twice
+    Expects: those rows as F32
+    """
     indices = np.array([3, 0, 7, 3], np.int32)
     for type in (F32, F16, GgmlType.Q8_0):
         b = Bench(c.connect())
@@ -81,14 +81,13 @@ def rows_are_taken(c: Context) -> None:
         b.peer.close()
 
 
-@GRAPHS.case(
-    23,
-    sends="SET_ROWS into an F16 cache, indices of 64 bits",
-    expects="those rows written, the others as they were",
-    source="ggml.c ggml_set_rows",
-)
+@GRAPHS.case(23, source="ggml.c ggml_set_rows")
 def rows_are_set(c: Context) -> None:
-    """How a KV cache is filled since llama.cpp has unified caches."""
+    """How a KV cache is filled since llama.cpp has unified caches.
+
+    Sends: SET_ROWS into an F16 cache, indices of 64 bits
+    Expects: those rows written, the others as they were
+    """
     b = Bench(c.connect())
     cache, rows = values(9, 16, seed=34).astype(np.float16), values(3, 16, seed=35)
     indices = np.array([8, 0, 4], np.int64)
@@ -99,14 +98,13 @@ def rows_are_set(c: Context) -> None:
     same(c, b.get(into), expected, "the cache")
 
 
-@GRAPHS.case(
-    24,
-    sends="attention written out: MUL_MAT, SOFT_MAX with a mask, MUL_MAT with a transposed view",
-    expects="what attention is",
-    source="llama-graph.cpp build_attn_mha without flash attention",
-)
+@GRAPHS.case(24, source="llama-graph.cpp build_attn_mha without flash attention")
 def attention(c: Context) -> None:
-    """Products of results, broadcast over heads, a causal mask, views of a cache."""
+    """Products of results, broadcast over heads, a causal mask, views of a cache.
+
+    Sends: attention written out: MUL_MAT, SOFT_MAX with a mask, MUL_MAT with a transposed view
+    Expects: what attention is
+    """
     b = Bench(c.connect())
     heads, tokens, width = 4, 5, 32
     q, k, v = (values(heads, tokens, width, seed=36 + i) for i in range(3))
@@ -120,14 +118,13 @@ def attention(c: Context) -> None:
     close(c, result, p / p.sum(-1, keepdims=True) @ v, "attention", PRODUCT_BOUND)
 
 
-@GRAPHS.case(
-    25,
-    sends="ROPE of two heads at five positions",
-    expects="pairs of elements rotated by position and dimension",
-    source="ggml-cpu ops.cpp ggml_compute_forward_rope",
-)
+@GRAPHS.case(25, source="ggml-cpu ops.cpp ggml_compute_forward_rope")
 def rotation(c: Context) -> None:
-    """Positions come as a tensor of I32, the base as a float of op_params."""
+    """Positions come as a tensor of I32, the base as a float of op_params.
+
+    Sends: ROPE of two heads at five positions
+    Expects: pairs of elements rotated by position and dimension
+    """
     b = Bench(c.connect())
     x = values(5, 2, 16, seed=39)
     positions = np.array([0, 1, 2, 9, 100], np.int32)

@@ -28,14 +28,13 @@ _TENSOR = "ggml-rpc.cpp rpc_server::deserialize_tensor, since 1.0"
 _BACKEND = "ggml-cpu.c ggml_graph_compute_thread: nodes are computed in their order"
 
 
-@GRAPHS.case(
-    1,
-    sends="a graph of one ADD",
-    expects="its result in its memory, its sources as they were",
-    source=_COMPUTE,
-)
+@GRAPHS.case(1, source=_COMPUTE)
 def one_node(c: Context) -> None:
-    """The least that a server must do."""
+    """The least that a server must do.
+
+    Sends: a graph of one ADD
+    Expects: its result in its memory, its sources as they were
+    """
     b = Bench(c.connect())
     x, y = values(5, 33, seed=1), values(5, 33, seed=2)
     p, q = b.leaf(x), b.leaf(y)
@@ -45,14 +44,13 @@ def one_node(c: Context) -> None:
     same(c, b.get(q), y, "the second source")
 
 
-@GRAPHS.case(
-    2,
-    sends="two nodes that write the same memory in place, in one order and in the other",
-    expects="each is computed where it stands in the array of nodes",
-    source=_BACKEND,
-)
+@GRAPHS.case(2, source=_BACKEND)
 def nodes_in_their_order(c: Context) -> None:
-    """Nothing but the order says which of them comes first: neither is a source of the other."""
+    """Nothing but the order says which of them comes first: neither is a source of the other.
+
+    Sends: two nodes that write the same memory in place, in one order and in the other
+    Expects: each is computed where it stands in the array of nodes
+    """
     for add_first in (True, False):
         b = Bench(c.connect())
         x, y, z = values(64, seed=1), values(64, seed=2), values(64, seed=3)
@@ -64,14 +62,13 @@ def nodes_in_their_order(c: Context) -> None:
         b.peer.close()
 
 
-@GRAPHS.case(
-    3,
-    sends="SQR of a view: some columns of some rows of a leaf, by offset and strides",
-    expects="the result of those elements",
-    source=_NODE,
-)
+@GRAPHS.case(3, source=_NODE)
 def views_are_read(c: Context) -> None:
-    """A view's place is its data and nb; the offset is in both data and view_offs."""
+    """A view's place is its data and nb; the offset is in both data and view_offs.
+
+    Sends: SQR of a view: some columns of some rows of a leaf, by offset and strides
+    Expects: the result of those elements
+    """
     b = Bench(c.connect())
     x = values(12, 40, seed=4)
     p = b.leaf(x)
@@ -80,14 +77,13 @@ def views_are_read(c: Context) -> None:
     same(c, result, x[3:12:2, 7:24] ** 2, "SQR of the view")
 
 
-@GRAPHS.case(
-    4,
-    sends="a chain of RESHAPE, PERMUTE, TRANSPOSE and VIEW up to a CONT",
-    expects="the elements in the order that the views make",
-    source="ggml.c ggml_reshape to ggml_transpose: these nodes compute nothing",
-)
+@GRAPHS.case(4, source="ggml.c ggml_reshape to ggml_transpose: these nodes compute nothing")
 def views_of_views(c: Context) -> None:
-    """A view of a view names what that one views, with the sum of the offsets."""
+    """A view of a view names what that one views, with the sum of the offsets.
+
+    Sends: a chain of RESHAPE, PERMUTE, TRANSPOSE and VIEW up to a CONT
+    Expects: the elements in the order that the views make
+    """
     b = Bench(c.connect())
     x = values(4, 6, 10, seed=5)
     t = b.g.reshape(b.leaf(x), 10, 3, 8)
@@ -98,14 +94,13 @@ def views_of_views(c: Context) -> None:
     same(c, result, x.reshape(8, 3, 10)[2:7].transpose(1, 2, 0).swapaxes(1, 2), "CONT of the views")
 
 
-@GRAPHS.case(
-    5,
-    sends="CPY into a view in the middle of a leaf",
-    expects="those elements written, and nothing beside them",
-    source="ggml.c ggml_cpy: the result is a view of the destination",
-)
+@GRAPHS.case(5, source="ggml.c ggml_cpy: the result is a view of the destination")
 def views_are_written(c: Context) -> None:
-    """This is how a KV cache is filled."""
+    """This is how a KV cache is filled.
+
+    Sends: CPY into a view in the middle of a leaf
+    Expects: those elements written, and nothing beside them
+    """
     b = Bench(c.connect())
     x, y = values(16, 8, seed=6), values(3, 8, seed=7)
     cache = b.leaf(x)
@@ -115,14 +110,13 @@ def views_are_written(c: Context) -> None:
     same(c, b.get(cache), expected, "the leaf")
 
 
-@GRAPHS.case(
-    6,
-    sends="a graph that fills a view of a cache and reads another view of all of it",
-    expects="what was just written is read",
-    source=_BACKEND,
-)
+@GRAPHS.case(6, source=_BACKEND)
 def written_then_read_through_another_view(c: Context) -> None:
-    """Nothing but memory connects the two nodes: neither has the other as a source."""
+    """Nothing but memory connects the two nodes: neither has the other as a source.
+
+    Sends: a graph that fills a view of a cache and reads another view of all of it
+    Expects: what was just written is read
+    """
     b = Bench(c.connect())
     x, y = values(16, 8, seed=8), values(2, 8, seed=9)
     cache = b.leaf(x)
@@ -134,14 +128,13 @@ def written_then_read_through_another_view(c: Context) -> None:
     same(c, result, 2 * expected, "the cache, doubled")
 
 
-@GRAPHS.case(
-    7,
-    sends="MUL in place, and then a node that reads the same leaf",
-    expects="the leaf has the product, and the later node reads it",
-    source="ggml.c ggml_mul_inplace: the result has the memory of the first source",
-)
+@GRAPHS.case(7, source="ggml.c ggml_mul_inplace: the result has the memory of the first source")
 def in_place(c: Context) -> None:
-    """In place means that there is one memory, whoever names it."""
+    """In place means that there is one memory, whoever names it.
+
+    Sends: MUL in place, and then a node that reads the same leaf
+    Expects: the leaf has the product, and the later node reads it
+    """
     b = Bench(c.connect())
     x, y = values(7, 32, seed=10), values(32, seed=11)
     leaf = b.leaf(x)
@@ -151,14 +144,13 @@ def in_place(c: Context) -> None:
     same(c, after, -(x * y), "what read it afterwards")
 
 
-@GRAPHS.case(
-    8,
-    sends="sources and results spread over four buffers",
-    expects="the results",
-    source=_TENSOR,
-)
+@GRAPHS.case(8, source=_TENSOR)
 def tensors_in_several_buffers(c: Context) -> None:
-    """Weights, KV cache and activations have buffers of their own in every model."""
+    """Weights, KV cache and activations have buffers of their own in every model.
+
+    Sends: sources and results spread over four buffers
+    Expects: the results
+    """
     b = Bench(c.connect(), buffers=4)
     x, y, z = values(3, 64, seed=12), values(3, 64, seed=13), values(64, seed=14)
     total = b.g.add(b.leaf(x), b.leaf(y))
@@ -168,14 +160,13 @@ def tensors_in_several_buffers(c: Context) -> None:
     same(c, second, (x + y) * z, "the product")
 
 
-@GRAPHS.case(
-    9,
-    sends="several results that are outputs (GGML_TENSOR_FLAG_OUTPUT), of one shared source",
-    expects="all of them can be read afterwards",
-    source="ggml-impl.h ggml_node_has_n_uses: what is an output isn't left out",
-)
+@GRAPHS.case(9, source="ggml-impl.h ggml_node_has_n_uses: what is an output isn't left out")
 def several_outputs(c: Context) -> None:
-    """A program reads logits and embeddings of one graph; a server may leave out only the rest."""
+    """A program reads logits and embeddings of one graph; a server may leave out only the rest.
+
+    Sends: several results that are outputs (GGML_TENSOR_FLAG_OUTPUT), of one shared source
+    Expects: all of them can be read afterwards
+    """
     b = Bench(c.connect())
     x, w = values(4, 48, seed=15), values(48, seed=16)
     shared = b.g.rms_norm(b.leaf(x), 1e-5)
@@ -190,14 +181,13 @@ def several_outputs(c: Context) -> None:
     close(c, squared, expected**2, "its square")
 
 
-@GRAPHS.case(
-    10,
-    sends="RMS_NORM and a MUL that alone reads it, as models have them",
-    expects="the product",
-    source="ggml-cpu.c ggml_cpu_try_fuse_ops: the two may be one",
-)
+@GRAPHS.case(10, source="ggml-cpu.c ggml_cpu_try_fuse_ops: the two may be one")
 def norm_and_scale(c: Context) -> None:
-    """Servers may make one step of the two; the result has to be that of both."""
+    """Servers may make one step of the two; the result has to be that of both.
+
+    Sends: RMS_NORM and a MUL that alone reads it, as models have them
+    Expects: the product
+    """
     b = Bench(c.connect())
     x, w = values(4, 96, seed=17), values(96, seed=18)
     (result,) = b.compute(b.g.mul(b.g.rms_norm(b.leaf(x), 1e-5), b.leaf(w)))
@@ -205,27 +195,25 @@ def norm_and_scale(c: Context) -> None:
     close(c, result, expected, "the product")
 
 
-@GRAPHS.case(
-    11,
-    sends="a graph without nodes and without tensors",
-    expects="the connection goes on",
-    source=_COMPUTE,
-)
+@GRAPHS.case(11, source=_COMPUTE)
 def empty_graph(c: Context) -> None:
-    """A scheduler may find nothing to do on a device."""
+    """A scheduler may find nothing to do on a device.
+
+    Sends: a graph without nodes and without tensors
+    Expects: the connection goes on
+    """
     peer = c.connect()
     peer.compute([], [])
     peer.ping()
 
 
-@GRAPHS.case(
-    12,
-    sends="a graph of nodes that compute nothing: RESHAPE, VIEW, PERMUTE, TRANSPOSE",
-    expects="nothing changes, and the connection goes on",
-    source="ggml-cpu.c ggml_compute_forward: nothing to do for these ops",
-)
+@GRAPHS.case(12, source="ggml-cpu.c ggml_compute_forward: nothing to do for these ops")
 def nothing_but_views(c: Context) -> None:
-    """Where a model ends in a view, such a graph is sent."""
+    """Where a model ends in a view, such a graph is sent.
+
+    Sends: a graph of nodes that compute nothing: RESHAPE, VIEW, PERMUTE, TRANSPOSE
+    Expects: nothing changes, and the connection goes on
+    """
     b = Bench(c.connect())
     x = values(6, 8, seed=19)
     leaf = b.leaf(x)
@@ -236,13 +224,14 @@ def nothing_but_views(c: Context) -> None:
 
 
 @GRAPHS.case(
-    13,
-    sends="two nodes, of which one lacks the flag GGML_TENSOR_FLAG_COMPUTE (16)",
-    expects="only the other is computed",
-    source="ggml-cpu.c ggml_graph_compute_thread, since the flag came (2026-01), protocol 4.0",
+    13, source="ggml-cpu.c ggml_graph_compute_thread, since the flag came (2026-01), protocol 4.0"
 )
 def node_without_the_flag(c: Context) -> None:
-    """A part of a graph that is switched off is sent all the same."""
+    """A part of a graph that is switched off is sent all the same.
+
+    Sends: two nodes, of which one lacks the flag GGML_TENSOR_FLAG_COMPUTE (16)
+    Expects: only the other is computed
+    """
     if c.dialect.version < (4, 0, 0):
         c.skip("clients from before protocol 4.0 may not know the flag")
     b = Bench(c.connect())
@@ -264,14 +253,13 @@ def _payload(b: Bench, graph: Graph, change: Callable[[Any], Any]) -> bytes:
     return encode_graph(payload, b.peer.dialect)
 
 
-@GRAPHS.case(
-    14,
-    sends="a graph whose array of tensors is in reversed order",
-    expects="the result",
-    source=_COMPUTE + ": tensors are found by their ids",
-)
+@GRAPHS.case(14, source=_COMPUTE + ": tensors are found by their ids")
 def tensors_in_any_order(c: Context) -> None:
-    """Only the array of nodes has an order."""
+    """Only the array of nodes has an order.
+
+    Sends: a graph whose array of tensors is in reversed order
+    Expects: the result
+    """
     b = Bench(c.connect())
     x, y = values(40, seed=21), values(40, seed=22)
     t = b.g.sqr(b.g.add(b.leaf(x), b.leaf(y)))
@@ -279,14 +267,13 @@ def tensors_in_any_order(c: Context) -> None:
     same(c, b.get(t), (x + y) ** 2, "the result")
 
 
-@GRAPHS.case(
-    15,
-    sends="a graph whose ids are large: 2**63 and what follows it, 2**64 - 1",
-    expects="the result",
-    source="ggml-rpc.cpp serialize_tensor: ids are the client's pointers",
-)
+@GRAPHS.case(15, source="ggml-rpc.cpp serialize_tensor: ids are the client's pointers")
 def ids_are_any_numbers(c: Context) -> None:
-    """An id has 64 bits and no meaning but to be the same where the same tensor is meant."""
+    """An id has 64 bits and no meaning but to be the same where the same tensor is meant.
+
+    Sends: a graph whose ids are large: 2**63 and what follows it, 2**64 - 1
+    Expects: the result
+    """
     b = Bench(c.connect())
     x, y = values(40, seed=23), values(40, seed=24)
     p, q = b.leaf(x), b.leaf(y)
@@ -296,14 +283,13 @@ def ids_are_any_numbers(c: Context) -> None:
     same(c, b.get(t), x - y, "the difference")
 
 
-@GRAPHS.case(
-    16,
-    sends="two graphs in which the same ids are other tensors: other ops, shapes, places",
-    expects="each is what it says itself",
-    source=_COMPUTE + ": ids are looked up in the same message",
-)
+@GRAPHS.case(16, source=_COMPUTE + ": ids are looked up in the same message")
 def ids_mean_something_in_one_graph_only(c: Context) -> None:
-    """Clients reuse the memory of their tensors, and with it the ids, for every graph."""
+    """Clients reuse the memory of their tensors, and with it the ids, for every graph.
+
+    Sends: two graphs in which the same ids are other tensors: other ops, shapes, places
+    Expects: each is what it says itself
+    """
     peer = c.connect()
     x, y = values(32, seed=25), values(3, 8, seed=26)
     first, second = Bench(peer), Bench(peer)
@@ -316,14 +302,13 @@ def ids_mean_something_in_one_graph_only(c: Context) -> None:
     same(c, again, x * x, "the third graph")
 
 
-@GRAPHS.case(
-    17,
-    sends="a graph with tensors that no node has to do with, one of them without memory",
-    expects="the result",
-    source=_COMPUTE + ": what no node names is not looked at",
-)
+@GRAPHS.case(17, source=_COMPUTE + ": what no node names is not looked at")
 def unused_tensors(c: Context) -> None:
-    """Nothing says that all tensors of the array are needed."""
+    """Nothing says that all tensors of the array are needed.
+
+    Sends: a graph with tensors that no node has to do with, one of them without memory
+    Expects: the result
+    """
     b = Bench(c.connect())
     x = values(24, seed=27)
     t = b.g.neg(b.leaf(x))
@@ -340,14 +325,13 @@ def unused_tensors(c: Context) -> None:
     same(c, b.get(t), -x, "the result")
 
 
-@GRAPHS.case(
-    18,
-    sends="ops whose numbers changed between versions: UNARY, GLU, PAD, ARGSORT, ROLL",
-    expects="each is read by the numbering of this protocol",
-    source="enum ggml_op; RPC_PROTO_PATCH_VERSION counts its changes since 3.6.1",
-)
+@GRAPHS.case(18, source="enum ggml_op; RPC_PROTO_PATCH_VERSION counts its changes since 3.6.1")
 def ops_by_this_versions_numbers(c: Context) -> None:
-    """A number that is off by one is another op."""
+    """A number that is off by one is another op.
+
+    Sends: ops whose numbers changed between versions: UNARY, GLU, PAD, ARGSORT, ROLL
+    Expects: each is read by the numbering of this protocol
+    """
     b = Bench(c.connect())
     x = np.random.default_rng(28).permutation(60).reshape(3, 20).astype(np.float32) - 30
     p = b.leaf(x)
@@ -365,14 +349,13 @@ def ops_by_this_versions_numbers(c: Context) -> None:
         same(c, computed, *expected[t])
 
 
-@GRAPHS.case(
-    19,
-    sends="ops with parameters: SCALE, CLAMP, LEAKY_RELU, SOFT_MAX, DIAG_MASK_ZERO, CONCAT",
-    expects="integers and floats are taken out of op_params as the op has them",
-    source="ggml.c ggml_set_op_params of each constructor",
-)
+@GRAPHS.case(19, source="ggml.c ggml_set_op_params of each constructor")
 def parameters(c: Context) -> None:
-    """op_params are 16 words of 32 bits, of which each op has its own view."""
+    """op_params are 16 words of 32 bits, of which each op has its own view.
+
+    Sends: ops with parameters: SCALE, CLAMP, LEAKY_RELU, SOFT_MAX, DIAG_MASK_ZERO, CONCAT
+    Expects: integers and floats are taken out of op_params as the op has them
+    """
     b = Bench(c.connect())
     x, y = values(6, 8, seed=29), values(2, 8, seed=30)
     p, g = b.leaf(x), b.g

@@ -34,35 +34,41 @@ def _search(c: Context, property_: Property) -> None:
     1,
     sends=f"{_EXAMPLES['sessions']} random sessions of two clients (one, where one is served at a "
     "time): alloc, upload, fill, copy, graphs, runs again, uploads by hash, free, reconnect",
-    expects="after every request all memory of all clients is what a model says",
     source="docs/protocol.md; the model is conformance/properties/memory.py",
     deadline=120.0,
 )
 def sessions(c: Context) -> None:
-    """Answers to the wrong client, stale graphs, wrong ranges: any of them shows in memory."""
+    """Answers to the wrong client, stale graphs, wrong ranges: any of them shows in memory.
+
+    Expects: after every request all memory of all clients is what a model says
+    """
     _search(c, SESSIONS)
 
 
 @PROPERTIES.case(
     2,
     sends=f"{_EXAMPLES['graphs']} random graphs of up to 200 nodes, each whole and node by node",
-    expects="every node is what numpy makes of its sources; nothing else is written",
     source="ggml's constructors and ops; conformance/properties/evaluate.py",
     deadline=120.0,
 )
 def graphs(c: Context) -> None:
-    """Long chains, shared sources, views and work in place, as planners meet them."""
+    """Long chains, shared sources, views and work in place, as planners meet them.
+
+    Expects: every node is what numpy makes of its sources; nothing else is written
+    """
     _search(c, GRAPHS)
 
 
 @PROPERTIES.case(
     3,
     sends=f"{_EXAMPLES['damage']} streams of requests with flipped, lost, repeated, added bytes",
-    expects="the server answers or hangs up; it doesn't hang, and no other client notices",
     source="docs/protocol.md, Framing",
     hostile=True,
     deadline=120.0,
 )
 def damage(c: Context) -> None:
-    """Whatever arrives on a port is input."""
+    """Whatever arrives on a port is input.
+
+    Expects: the server answers or hangs up; it doesn't hang, and no other client notices
+    """
     _search(c, DAMAGE)

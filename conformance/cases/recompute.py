@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from conformance.cases.groups import RECOMPUTE
 from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.arrays import Bench, same, values
+from conformance.suite.refusals import Refusal, Send, declare
 from protocol.commands import Command
 from protocol.ggml.ops import Op
 
@@ -19,9 +22,9 @@ def _again(peer: Peer, device: int = 0) -> None:
     peer.call(Command.GRAPH_RECOMPUTE, device=device)
 
 
-def _refused(c: Context, peer: Peer, device: int = 0, differs: str | None = None) -> None:
+def _refused(c: Context, peer: Peer, device: int = 0) -> None:
     peer.send(Command.GRAPH_RECOMPUTE, device=device)
-    c.refused(peer, differs=differs)
+    c.refused(peer)
 
 
 def _doubled(peer: Peer, buffer: RemoteBuffer, factor: float = 2.0, at: int = 0) -> None:
@@ -31,15 +34,13 @@ def _doubled(peer: Peer, buffer: RemoteBuffer, factor: float = 2.0, at: int = 0)
     peer.compute([node], [buffer.leaf(1, (32,), at)])
 
 
-@RECOMPUTE.case(
-    1,
-    sends="a graph, other values for its leaf, GRAPH_RECOMPUTE",
-    expects="the result of the other values",
-    source=_RECOMPUTE,
-    needs=_NEEDS,
-)
+@RECOMPUTE.case(1, source=_RECOMPUTE, needs=_NEEDS)
 def right_after_the_graph(c: Context) -> None:
-    """The next token: the same graph over other data, in a few bytes."""
+    """The next token: the same graph over other data, in a few bytes.
+
+    Sends: a graph, other values for its leaf, GRAPH_RECOMPUTE
+    Expects: the result of the other values
+    """
     b = Bench(c.connect())
     x, y, w = values(4, 32, seed=1), values(4, 32, seed=2), values(32, seed=3)
     leaf = b.leaf(x)
@@ -50,15 +51,13 @@ def right_after_the_graph(c: Context) -> None:
     same(c, b.get(t), y * w, "the result")
 
 
-@RECOMPUTE.case(
-    2,
-    sends="a graph that adds in place, and GRAPH_RECOMPUTE twenty times without waiting",
-    expects="as many additions as runs",
-    source=_RECOMPUTE,
-    needs=_NEEDS,
-)
+@RECOMPUTE.case(2, source=_RECOMPUTE, needs=_NEEDS)
 def each_run_counts(c: Context) -> None:
-    """Runs are neither merged nor left out."""
+    """Runs are neither merged nor left out.
+
+    Sends: a graph that adds in place, and GRAPH_RECOMPUTE twenty times without waiting
+    Expects: as many additions as runs
+    """
     b = Bench(c.connect())
     total = b.leaf(np.zeros(16, np.float32))
     b.compute(b.g.add_inplace(total, b.leaf(np.full(16, 0.5, np.float32))))
@@ -67,15 +66,13 @@ def each_run_counts(c: Context) -> None:
     same(c, b.get(total), np.full(16, 10.5), "the sum")
 
 
-@RECOMPUTE.case(
-    3,
-    sends="two graphs, then GRAPH_RECOMPUTE",
-    expects="the second one runs again, the first doesn't",
-    source=_RECOMPUTE,
-    needs=_NEEDS,
-)
+@RECOMPUTE.case(3, source=_RECOMPUTE, needs=_NEEDS)
 def the_last_graph(c: Context) -> None:
-    """There is one graph a device: the last."""
+    """There is one graph a device: the last.
+
+    Sends: two graphs, then GRAPH_RECOMPUTE
+    Expects: the second one runs again, the first doesn't
+    """
     b = Bench(c.connect())
     one, two = b.leaf(np.ones(8, np.float32)), b.leaf(np.ones(8, np.float32))
     b.compute(b.g.scale(one, 2.0, inplace=True))
@@ -85,15 +82,13 @@ def the_last_graph(c: Context) -> None:
     same(c, b.get(two), np.full(8, 9), "what the second graph wrote")
 
 
-@RECOMPUTE.case(
-    4,
-    sends="a graph; uploads, COPY_TENSOR, BUFFER_CLEAR of its leaf, GRAPH_RECOMPUTE after each",
-    expects="each run reads what is in memory then",
-    source=_RECOMPUTE,
-    needs=_NEEDS,
-)
+@RECOMPUTE.case(4, source=_RECOMPUTE, needs=_NEEDS)
 def memory_as_it_is_at_the_time(c: Context) -> None:
-    """A graph that is kept has addresses, not values."""
+    """A graph that is kept has addresses, not values.
+
+    Sends: a graph; uploads, COPY_TENSOR, BUFFER_CLEAR of its leaf, GRAPH_RECOMPUTE after each
+    Expects: each run reads what is in memory then
+    """
     peer = c.connect()
     buffer = peer.alloc(1024)
     leaf, result = buffer.leaf(1, (32,)), buffer.leaf(2, (32,), 128)
@@ -121,88 +116,17 @@ def memory_as_it_is_at_the_time(c: Context) -> None:
 
 
 @RECOMPUTE.case(
-    5,
-    sends="GRAPH_RECOMPUTE on a new connection",
-    expects="the connection is closed",
-    source=_RECOMPUTE + " (graph == nullptr)",
-    needs=_NEEDS,
-    hostile=True,
-)
-def without_a_graph(c: Context) -> None:
-    """There is nothing to run, and no answer that could say so."""
-    peer = c.connect()
-    peer.alloc(64)
-    _refused(c, peer)
-
-
-@RECOMPUTE.case(
-    6,
-    sends="a graph, FREE_BUFFER of its buffer, GRAPH_RECOMPUTE",
-    expects="the connection is closed",
-    source=_FREE,
-    needs=_NEEDS,
-    hostile=True,
-)
-def after_its_buffer_was_freed(c: Context) -> None:
-    """Stale: the graph would write memory that is no longer the client's."""
-    peer = c.connect()
-    buffer = peer.alloc(1024)
-    peer.set(buffer.whole(), bytes(1024))
-    _doubled(peer, buffer)
-    peer.call(Command.FREE_BUFFER, remote_ptr=buffer.handle)
-    _refused(c, peer)
-
-
-@RECOMPUTE.case(
-    7,
-    sends="a graph, FREE_BUFFER, ALLOC_BUFFER of the same size, GRAPH_RECOMPUTE",
-    expects="the connection is closed, and nothing is written into the new buffer before",
-    source=_FREE,
-    needs=_NEEDS,
-    hostile=True,
-)
-def after_its_buffer_was_replaced(c: Context) -> None:
-    """The new buffer may lie where the old one was: the graph would write into it."""
-    peer = c.connect()
-    buffer = peer.alloc(1024)
-    peer.set(buffer.whole(), b"\x3f" * 1024)
-    _doubled(peer, buffer)
-    peer.call(Command.FREE_BUFFER, remote_ptr=buffer.handle)
-    new = peer.alloc(1024)
-    kept = values(256, seed=6).tobytes()
-    peer.set(new.whole(), kept[: new.size])
-    c.equal(peer.get(new.whole(), 1024), kept, "the new buffer")
-    _refused(c, peer)
-
-
-@RECOMPUTE.case(
-    8,
-    sends="a graph, FREE_BUFFER of a buffer that it doesn't use, GRAPH_RECOMPUTE",
-    expects="the connection is closed",
-    source=_FREE,
-    needs=_NEEDS,
-    hostile=True,
-)
-def after_another_buffer_was_freed(c: Context) -> None:
-    """Upstream's server doesn't look which buffers a graph uses; clients send the graph again."""
-    peer = c.connect()
-    buffer, other = peer.alloc(1024), peer.alloc(1024)
-    peer.set(buffer.whole(), bytes(1024))
-    _doubled(peer, buffer)
-    peer.call(Command.FREE_BUFFER, remote_ptr=other.handle)
-    _refused(c, peer, differs="a server may know which buffers a graph uses")
-
-
-@RECOMPUTE.case(
     9,
-    sends="a graph, another client's graph, GRAPH_RECOMPUTE of the first",
-    expects="each client's own graph runs, in its own memory",
     source="rpc_server of ggml-rpc.cpp is made for each connection",
     needs=_NEEDS,
     concurrent=True,
 )
 def after_another_clients_graph(c: Context) -> None:
-    """The last graph is the connection's, not the device's."""
+    """The last graph is the connection's, not the device's.
+
+    Sends: a graph, another client's graph, GRAPH_RECOMPUTE of the first
+    Expects: each client's own graph runs, in its own memory
+    """
     benches = [Bench(c.connect(f"client {i}")) for i in (1, 2)]
     totals = []
     for i, b in enumerate(benches, 1):
@@ -215,56 +139,13 @@ def after_another_clients_graph(c: Context) -> None:
     same(c, benches[1].get(totals[1]), np.full(16, 18), "the second client's: 2 tripled twice")
 
 
-@RECOMPUTE.case(
-    10,
-    sends="a graph on one connection, GRAPH_RECOMPUTE on the next of the same client",
-    expects="the connection is closed",
-    source="rpc_server of ggml-rpc.cpp is made for each connection",
-    needs=_NEEDS,
-    hostile=True,
-)
-def graph_of_an_earlier_connection(c: Context) -> None:
-    """With the connection its buffers are gone, and with them the graph."""
-    first = c.connect()
-    buffer = first.alloc(1024)
-    first.set(buffer.whole(), bytes(1024))
-    _doubled(first, buffer)
-    first.ping()
-    first.close()
-    second = c.connect()
-    _refused(c, second)
-
-
-@RECOMPUTE.case(
-    11,
-    sends="GRAPH_RECOMPUTE for a device that isn't there",
-    expects="the connection is closed",
-    source=_RECOMPUTE + " (device >= backends.size())",
-    needs=_NEEDS,
-    hostile=True,
-)
-def device_that_is_not_there(c: Context) -> None:
-    """Graphs are kept by device."""
-    for device in (c.facts.devices, 0xFFFFFFFF):
-        peer = c.connect()
-        buffer = peer.alloc(1024)
-        peer.set(buffer.whole(), bytes(1024))
-        _doubled(peer, buffer)
-        _refused(c, peer, device)
-        peer.close()
-
-
-@RECOMPUTE.case(
-    12,
-    sends="a graph on device 0, GRAPH_RECOMPUTE of device 1, and of each after graphs on both",
-    expects="the first is refused; then each device runs its own graph",
-    source=_RECOMPUTE,
-    needs=_NEEDS,
-    devices=2,
-    hostile=True,
-)
+@RECOMPUTE.case(12, source=_RECOMPUTE, needs=_NEEDS, devices=2, hostile=True)
 def one_graph_a_device(c: Context) -> None:
-    """A scheduler sends each device its part of a model's graph."""
+    """A scheduler sends each device its part of a model's graph.
+
+    Sends: a graph on device 0, GRAPH_RECOMPUTE of device 1, and of each after graphs on both
+    Expects: the first is refused; then each device runs its own graph
+    """
     peer = c.connect()
     buffer = peer.alloc(1024)
     peer.set(buffer.whole(), bytes(1024))
@@ -285,15 +166,13 @@ def one_graph_a_device(c: Context) -> None:
     same(c, found[1], 3 * ones, "device 1, run once")
 
 
-@RECOMPUTE.case(
-    13,
-    sends="a graph, ALLOC_BUFFER with and without success, GET_ALLOC_SIZE, GRAPH_RECOMPUTE",
-    expects="the graph runs again",
-    source=_RECOMPUTE,
-    needs=_NEEDS,
-)
+@RECOMPUTE.case(13, source=_RECOMPUTE, needs=_NEEDS)
 def other_commands_leave_it_alone(c: Context) -> None:
-    """Only a graph takes the place of a graph; ALLOC_BUFFER that is answered 0 changes nothing."""
+    """Only a graph takes the place of a graph; ALLOC_BUFFER that is answered 0 changes nothing.
+
+    Sends: a graph, ALLOC_BUFFER with and without success, GET_ALLOC_SIZE, GRAPH_RECOMPUTE
+    Expects: the graph runs again
+    """
     peer = c.connect()
     buffer = peer.alloc(1024)
     x = values(32, seed=7)
@@ -306,3 +185,71 @@ def other_commands_leave_it_alone(c: Context) -> None:
     _again(peer)
     found = np.frombuffer(peer.get(buffer.leaf(2, (32,), 128), 128), np.float32)
     same(c, found, 2 * (3 * x), "the result")
+
+
+def _doubled_on(device_to_run: Callable[[Context], int]) -> Send:
+    """Run a graph, and run that of another device again."""
+
+    def send(c: Context, peer: Peer) -> None:
+        _doubled(peer, _zeros(peer))
+        peer.send(Command.GRAPH_RECOMPUTE, device=device_to_run(c))
+
+    return send
+
+
+def _zeros(peer: Peer) -> RemoteBuffer:
+    buffer = peer.alloc(1024)
+    peer.set(buffer.whole(), bytes(1024))
+    return buffer
+
+
+def _without_a_graph(c: Context, peer: Peer) -> None:
+    peer.alloc(64)
+    peer.send(Command.GRAPH_RECOMPUTE)
+
+
+def _after_another_was_freed(c: Context, peer: Peer) -> None:
+    buffer, other = _zeros(peer), peer.alloc(1024)
+    _doubled(peer, buffer)
+    peer.call(Command.FREE_BUFFER, remote_ptr=other.handle)
+    peer.send(Command.GRAPH_RECOMPUTE)
+
+
+declare(
+    RECOMPUTE,
+    [
+        Refusal(
+            5, "without-a-graph", "GRAPH_RECOMPUTE on a new connection", _without_a_graph, None,
+            "There is nothing to run, and no answer that could say so.",
+            f"{_RECOMPUTE} (graph == nullptr)", needs=_NEEDS,
+        ),
+        Refusal(
+            8, "after-another-buffer-was-freed",
+            "a graph, FREE_BUFFER of a buffer that it doesn't use, GRAPH_RECOMPUTE",
+            _after_another_was_freed, None,
+            "Upstream's server doesn't look which buffers a graph uses; clients send it again.",
+            _FREE, "a server may know which buffers a graph uses", needs=_NEEDS,
+        ),
+        Refusal(
+            11, "device-that-is-not-there", "GRAPH_RECOMPUTE for a device that isn't there",
+            (_doubled_on(lambda c: c.facts.devices), _doubled_on(lambda c: 0xFFFFFFFF)), None,
+            "Graphs are kept by device.", f"{_RECOMPUTE} (device >= backends.size())", needs=_NEEDS,
+        ),
+    ],
+)  # fmt: skip
+
+
+@RECOMPUTE.case(
+    10, source="rpc_server of ggml-rpc.cpp is made for each connection", needs=_NEEDS, hostile=True
+)
+def graph_of_an_earlier_connection(c: Context) -> None:
+    """With the connection its buffers are gone, and with them the graph.
+
+    Sends: a graph on one connection, GRAPH_RECOMPUTE on the next of the same client
+    Expects: the connection is closed
+    """
+    first = c.connect()
+    _doubled(first, _zeros(first))
+    first.ping()
+    first.close()
+    _refused(c, c.connect())

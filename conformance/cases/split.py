@@ -74,14 +74,13 @@ def _weight(
 # -- asking for it ---------------------------------------------------------------------------------
 
 
-@SPLIT.case(
-    1,
-    sends="HELLO with the extension's mark in its capability bytes",
-    expects="a version and an ordinary session; the same mark in the answer, or none at all",
-    source=SOURCE,
-)
+@SPLIT.case(1, source=SOURCE)
 def asking_harms_nothing(c: Context) -> None:
-    """Servers that don't know it look for something else in these bytes, and go on without."""
+    """Servers that don't know it look for something else in these bytes, and go on without.
+
+    Sends: HELLO with the extension's mark in its capability bytes
+    Expects: a version and an ordinary session; the same mark in the answer, or none at all
+    """
     if not c.dialect.hello_size:
         c.skip("HELLO has no capabilities before protocol 4.0")
     peer = c.connect(split=True)
@@ -96,28 +95,24 @@ def asking_harms_nothing(c: Context) -> None:
     same(c, result, -x, "the result of an ordinary graph")
 
 
-@SPLIT.case(
-    2,
-    sends="HELLO without the mark",
-    expects="no mark in the answer",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(2, source=SOURCE, split=True)
 def not_unasked(c: Context) -> None:
-    """llama.cpp's clients may look for their own capabilities in these bytes."""
+    """llama.cpp's clients may look for their own capabilities in these bytes.
+
+    Sends: HELLO without the mark
+    Expects: no mark in the answer
+    """
     peer = c.connect()
     c.equal(caps_version(peer.caps), 0, "the version in the answer")
 
 
-@SPLIT.case(
-    3,
-    sends="HELLO with marks that are none: another text, version 0, a later version",
-    expects="an ordinary session; to a later version the server's own",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(3, source=SOURCE, split=True)
 def other_marks(c: Context) -> None:
-    """The lower of both versions is spoken, so a newer client can use an older server."""
+    """The lower of both versions is spoken, so a newer client can use an older server.
+
+    Sends: HELLO with marks that are none: another text, version 0, a later version
+    Expects: an ordinary session; to a later version the server's own
+    """
     altered = bytearray(split_caps())
     altered[3] ^= 0x20
     for caps in (bytes(altered), split_caps(0), b"\xff" * CONN_CAPS_SIZE):
@@ -135,14 +130,16 @@ def other_marks(c: Context) -> None:
 
 @SPLIT.case(
     4,
-    sends="SPLIT_QUERY",
     expects=f"the version of HELLO, {MAX_PROGRAMS} programs, at most {MAX_PARTS} parts (0: it "
     "doesn't split)",
     source=SOURCE,
     split=True,
 )
 def query(c: Context) -> None:
-    """A client asks once what it can count on."""
+    """A client asks once what it can count on.
+
+    Sends: SPLIT_QUERY
+    """
     peer = c.connect(split=True)
     answer = peer.call(Command.SPLIT_QUERY)
     c.equal(answer.version, caps_version(peer.caps), "the version")
@@ -150,15 +147,13 @@ def query(c: Context) -> None:
     c.expect(answer.n_parts <= MAX_PARTS, f"{answer.n_parts} parts")
 
 
-@SPLIT.case(
-    5,
-    sends="SPLIT_STATUS",
-    expects="as many parts as SPLIT_QUERY says; times that are numbers",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(5, source=SOURCE, split=True)
 def status(c: Context) -> None:
-    """What tools show of a server that splits."""
+    """What tools show of a server that splits.
+
+    Sends: SPLIT_STATUS
+    Expects: as many parts as SPLIT_QUERY says; times that are numbers
+    """
     peer = c.connect(split=True)
     answer = peer.call(Command.SPLIT_STATUS)
     c.equal(answer.n_parts, peer.call(Command.SPLIT_QUERY).n_parts, "n_parts")
@@ -166,16 +161,13 @@ def status(c: Context) -> None:
     c.expect(all(0 <= n < math.inf for n in numbers), f"times {numbers}")
 
 
-@SPLIT.case(
-    6,
-    sends="each command of the extension for a device that isn't there",
-    expects="the connection is closed",
-    source=SOURCE,
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(6, source=SOURCE, split=True, hostile=True)
 def device_that_is_not_there(c: Context) -> None:
-    """As with every command that names a device."""
+    """As with every command that names a device.
+
+    Sends: each command of the extension for a device that isn't there
+    Expects: the connection is closed
+    """
     fields: dict[Command, dict[str, Any]] = {
         Command.SPLIT_QUERY: {},
         Command.SPLIT_ALLOC_BUFFER: {"size": 64, **_proportions([])},
@@ -201,15 +193,13 @@ def device_that_is_not_there(c: Context) -> None:
 # -- cut weights -----------------------------------------------------------------------------------
 
 
-@SPLIT.case(
-    10,
-    sends="SPLIT_ALLOC_BUFFER without proportions, and with as many as there are parts",
-    expects="a buffer as of ALLOC_BUFFER",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(10, source=SOURCE, split=True)
 def buffers(c: Context) -> None:
-    """For a server that doesn't split it is ALLOC_BUFFER; one that does cuts what is uploaded."""
+    """For a server that doesn't split it is ALLOC_BUFFER; one that does cuts what is uploaded.
+
+    Sends: SPLIT_ALLOC_BUFFER without proportions, and with as many as there are parts
+    Expects: a buffer as of ALLOC_BUFFER
+    """
     peer = c.connect(split=True)
     for shares in ([], [1.0] * parts_of(peer), _shares(peer)):
         buffer = _split_buffer(c, peer, 4096, shares)
@@ -219,16 +209,13 @@ def buffers(c: Context) -> None:
         peer.call(Command.FREE_BUFFER, remote_ptr=buffer.handle)
 
 
-@SPLIT.case(
-    11,
-    sends="SPLIT_ALLOC_BUFFER, proportions that are none: negative, NaN, infinite, all zero, 17",
-    expects="the connection is closed",
-    source=SOURCE,
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(11, source=SOURCE, split=True, hostile=True)
 def proportions_that_are_none(c: Context) -> None:
-    """A share below zero, or of nothing, has no rows."""
+    """A share below zero, or of nothing, has no rows.
+
+    Sends: SPLIT_ALLOC_BUFFER, proportions that are none: negative, NaN, infinite, all zero, 17
+    Expects: the connection is closed
+    """
     parts = parts_of(c.connect("query", split=True))
     rest = [1.0] * (parts - 1)
     for name, shares in (
@@ -249,16 +236,14 @@ def proportions_that_are_none(c: Context) -> None:
         peer.close()
 
 
-@SPLIT.case(
-    12,
-    sends="SPLIT_ALLOC_BUFFER with fewer or more proportions than there are parts",
-    expects="no memory (remote_ptr 0), and the connection goes on; a server that doesn't split may "
-    "give a buffer",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(12, source=SOURCE, split=True)
 def wrong_number_of_proportions(c: Context) -> None:
-    """The client may have asked another server how many there are."""
+    """The client may have asked another server how many there are.
+
+    Sends: SPLIT_ALLOC_BUFFER with fewer or more proportions than there are parts
+    Expects: no memory (remote_ptr 0), and the connection goes on; a server that doesn't split may
+        give a buffer
+    """
     peer = c.connect(split=True)
     parts = parts_of(peer)
     for count in {max(parts - 1, 1), min(parts + 1, MAX_PARTS)} - {parts}:
@@ -273,16 +258,13 @@ _TYPES = (F32, F16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_K)
 _SIZES = ((256, 136), (512, 331), (768, 96))
 
 
-@SPLIT.case(
-    13,
-    sends="weights of plain and quantized types into split buffers, in uneven proportions",
-    expects="the same bytes back, whole and in ranges across rows and cuts",
-    source=SOURCE,
-    split=True,
-    deadline=60.0,
-)
+@SPLIT.case(13, source=SOURCE, split=True, deadline=60.0)
 def weights_come_back(c: Context) -> None:
-    """Where the rows lie is the server's business: as memory it is one tensor."""
+    """Where the rows lie is the server's business: as memory it is one tensor.
+
+    Sends: weights of plain and quantized types into split buffers, in uneven proportions
+    Expects: the same bytes back, whole and in ranges across rows and cuts
+    """
     random = np.random.default_rng(c.seed)
     for type in _TYPES:
         for cols, rows in _SIZES:
@@ -300,16 +282,13 @@ def weights_come_back(c: Context) -> None:
             b.peer.close()
 
 
-@SPLIT.case(
-    14,
-    sends="a weight in pieces that begin and end within rows, not in order, some of them twice",
-    expects="the bytes that were written last",
-    source=SOURCE,
-    split=True,
-    deadline=60.0,
-)
+@SPLIT.case(14, source=SOURCE, split=True, deadline=60.0)
 def upload_in_pieces(c: Context) -> None:
-    """llama.cpp uploads large tensors in pieces of a fixed size, whatever a row takes."""
+    """llama.cpp uploads large tensors in pieces of a fixed size, whatever a row takes.
+
+    Sends: a weight in pieces that begin and end within rows, not in order, some of them twice
+    Expects: the bytes that were written last
+    """
     random = np.random.default_rng(c.seed + 1)
     b = Bench(c.connect(split=True))
     w, raw, _ = _weight(c, b, F16, 550, 136, seed=3)
@@ -323,16 +302,13 @@ def upload_in_pieces(c: Context) -> None:
     c.equal(b.peer.get(fields, len(now)), bytes(now), "the weight")
 
 
-@SPLIT.case(
-    15,
-    sends="MEMSET_TENSOR, BUFFER_CLEAR and COPY_TENSOR of a split weight",
-    expects="as with any memory; COPY_TENSOR may be answered 0",
-    source=SOURCE,
-    needs=(Command.MEMSET_TENSOR,),
-    split=True,
-)
+@SPLIT.case(15, source=SOURCE, needs=(Command.MEMSET_TENSOR,), split=True)
 def memory_like_any_other(c: Context) -> None:
-    """A client doesn't know which of its tensors a server has cut."""
+    """A client doesn't know which of its tensors a server has cut.
+
+    Sends: MEMSET_TENSOR, BUFFER_CLEAR and COPY_TENSOR of a split weight
+    Expects: as with any memory; COPY_TENSOR may be answered 0
+    """
     b = Bench(c.connect(split=True))
     w, raw, _ = _weight(c, b, F32, 256, 136, seed=4)
     fields, now = b._wire(w), bytearray(raw)
@@ -347,16 +323,13 @@ def memory_like_any_other(c: Context) -> None:
     c.equal(b.peer.get(fields, len(now)), b"\x09" * len(now), "after BUFFER_CLEAR")
 
 
-@SPLIT.case(
-    16,
-    sends="MUL_MAT with split weights of each type, for one and for several tokens",
-    expects="the products of the whole weights, within the bound of test-backend-ops (5e-4)",
-    source=SOURCE,
-    split=True,
-    deadline=120.0,
-)
+@SPLIT.case(16, source=SOURCE, split=True, deadline=120.0)
 def products(c: Context) -> None:
-    """Each row of a result is of one row of the weight: wrong ranges of rows show as wrong rows."""
+    """Each row of a result is of one row of the weight: wrong ranges of rows show as wrong rows.
+
+    Sends: MUL_MAT with split weights of each type, for one and for several tokens
+    Expects: the products of the whole weights, within the bound of test-backend-ops (5e-4)
+    """
     for type in _TYPES:
         for cols, rows in _SIZES:
             b = Bench(c.connect(split=True))
@@ -379,16 +352,13 @@ def _every_row(c: Context, result: Array, expected: Array, what: str) -> None:
         c.fail(f"{what}: rows {int(wrong[0])} to {int(wrong[-1])} ({len(wrong)}) are wrong")
 
 
-@SPLIT.case(
-    17,
-    sends="the same products of a split weight and of the same weight in an ordinary buffer",
-    expects="results that differ by rounding at most",
-    source="docs/split.md, Rows or blocks",
-    split=True,
-    deadline=60.0,
-)
+@SPLIT.case(17, source="docs/split.md, Rows or blocks", split=True, deadline=60.0)
 def split_and_whole(c: Context) -> None:
-    """Cutting by rows changes no sum; in other modes the order of sums may change."""
+    """Cutting by rows changes no sum; in other modes the order of sums may change.
+
+    Sends: the same products of a split weight and of the same weight in an ordinary buffer
+    Expects: results that differ by rounding at most
+    """
     for type in _TYPES:
         b = Bench(c.connect(split=True))
         w, raw, _ = _weight(c, b, type, 512, 331, seed=7)
@@ -399,15 +369,13 @@ def split_and_whole(c: Context) -> None:
         b.peer.close()
 
 
-@SPLIT.case(
-    18,
-    sends="another weight into the place of a split one, then its product again",
-    expects="the product of the new weight",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(18, source=SOURCE, split=True)
 def weight_that_is_replaced(c: Context) -> None:
-    """What parts keep ready must not outlive what it was made of."""
+    """What parts keep ready must not outlive what it was made of.
+
+    Sends: another weight into the place of a split one, then its product again
+    Expects: the product of the new weight
+    """
     b = Bench(c.connect(split=True))
     w, _, _ = _weight(c, b, F32, 256, 136, seed=9)
     x = values(3, 256, seed=10)
@@ -420,16 +388,13 @@ def weight_that_is_replaced(c: Context) -> None:
     close(c, b.get(product), expected, "after the upload", PRODUCT_BOUND)
 
 
-@SPLIT.case(
-    19,
-    sends="FREE_BUFFER of a split weight, and GRAPH_RECOMPUTE of its product",
-    expects="the connection is closed; the memory is free again",
-    source=SOURCE,
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(19, source=SOURCE, split=True, hostile=True)
 def freed_weight(c: Context) -> None:
-    """As with any buffer that a graph uses."""
+    """As with any buffer that a graph uses.
+
+    Sends: FREE_BUFFER of a split weight, and GRAPH_RECOMPUTE of its product
+    Expects: the connection is closed; the memory is free again
+    """
     b = Bench(c.connect(split=True))
     w, _, _ = _weight(c, b, F32, 256, 136, seed=12)
     b.compute(b.g.mul_mat(w, b.leaf(values(2, 256, seed=13))))

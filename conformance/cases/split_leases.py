@@ -25,16 +25,13 @@ def _release(peer: Peer, keep: int = 0) -> bool:
     return bool(peer.call(Command.SPLIT_RELEASE, keep=keep).kept)
 
 
-@SPLIT.case(
-    50,
-    sends="SPLIT_MEMBERS on two connections",
-    expects="the same numbers, none of them 0 or twice; the first is the server's own",
-    source=SOURCE,
-    needs=(Command.SPLIT_MEMBERS,),
-    split=True,
-)
+@SPLIT.case(50, source=SOURCE, needs=(Command.SPLIT_MEMBERS,), split=True)
 def members(c: Context) -> None:
-    """A server that splits over others must have neither itself nor one twice among them."""
+    """A server that splits over others must have neither itself nor one twice among them.
+
+    Sends: SPLIT_MEMBERS on two connections
+    Expects: the same numbers, none of them 0 or twice; the first is the server's own
+    """
     found = []
     for _ in range(2):
         answer = c.connect(split=True).call(Command.SPLIT_MEMBERS)
@@ -45,17 +42,13 @@ def members(c: Context) -> None:
     c.equal(found[1], found[0], "the members told to another client")
 
 
-@SPLIT.case(
-    51,
-    sends="SPLIT_ACQUIRE by one client and by another, SPLIT_RELEASE, SPLIT_ACQUIRE again",
-    expects="one client has the lease at a time, and knows who has it",
-    source=SOURCE,
-    needs=_LEASES,
-    split=True,
-    concurrent=True,
-)
+@SPLIT.case(51, source=SOURCE, needs=_LEASES, split=True, concurrent=True)
 def one_lease(c: Context) -> None:
-    """Who runs programs on several servers must be able to have all of them at once."""
+    """Who runs programs on several servers must be able to have all of them at once.
+
+    Sends: SPLIT_ACQUIRE by one client and by another, SPLIT_RELEASE, SPLIT_ACQUIRE again
+    Expects: one client has the lease at a time, and knows who has it
+    """
     one, two = c.connect("one", split=True), c.connect("two", split=True)
     for _ in range(2):
         c.expect(_acquire(c, one), "nobody has the lease, and it is not granted")
@@ -70,17 +63,13 @@ def one_lease(c: Context) -> None:
     _release(two)
 
 
-@SPLIT.case(
-    52,
-    sends="SPLIT_ACQUIRE that waits, by two clients, and SPLIT_RELEASE to keep the lease",
-    expects="the lease goes to who waits, first come first served",
-    source=SOURCE,
-    needs=_LEASES,
-    split=True,
-    concurrent=True,
-)
+@SPLIT.case(52, source=SOURCE, needs=_LEASES, split=True, concurrent=True)
 def lease_in_turn(c: Context) -> None:
-    """One that never pauses must not keep another off for ever."""
+    """One that never pauses must not keep another off for ever.
+
+    Sends: SPLIT_ACQUIRE that waits, by two clients, and SPLIT_RELEASE to keep the lease
+    Expects: the lease goes to who waits, first come first served
+    """
     one, two, three = (c.connect(name, split=True) for name in ("one", "two", "three"))
     c.expect(_acquire(c, one), "nobody has the lease, and it is not granted")
     for peer in (two, three):
@@ -94,17 +83,13 @@ def lease_in_turn(c: Context) -> None:
     _release(three)
 
 
-@SPLIT.case(
-    53,
-    sends="the end of a connection that has the lease, another client waiting for it",
-    expects="the lease goes on at once",
-    source=SOURCE,
-    needs=_LEASES,
-    split=True,
-    concurrent=True,
-)
+@SPLIT.case(53, source=SOURCE, needs=_LEASES, split=True, concurrent=True)
 def lease_of_one_who_left(c: Context) -> None:
-    """A coordinator that dies must not take its workers with it."""
+    """A coordinator that dies must not take its workers with it.
+
+    Sends: the end of a connection that has the lease, another client waiting for it
+    Expects: the lease goes on at once
+    """
     one, two = c.connect("one", split=True), c.connect("two", split=True)
     c.expect(_acquire(c, one), "nobody has the lease, and it is not granted")
     two.send(Command.SPLIT_ACQUIRE, patience_ms=60000)
@@ -114,17 +99,13 @@ def lease_of_one_who_left(c: Context) -> None:
     _release(two)
 
 
-@SPLIT.case(
-    54,
-    sends="SPLIT_RUN by a client without the lease while another has it",
-    expects="it runs as soon as the other gives the lease back, and keeps it for that run only",
-    source=SOURCE,
-    needs=_LEASES,
-    split=True,
-    concurrent=True,
-)
+@SPLIT.case(54, source=SOURCE, needs=_LEASES, split=True, concurrent=True)
 def program_without_a_lease(c: Context) -> None:
-    """Clients of version 1 know no leases, and share servers with those that do."""
+    """Clients of version 1 know no leases, and share servers with those that do.
+
+    Sends: SPLIT_RUN by a client without the lease while another has it
+    Expects: it runs as soon as the other gives the lease back, and keeps it for that run only
+    """
     b, other = programs(c), c.connect("other", split=True)
     scaling(b).send()
     p = values(64, seed=27)

@@ -95,15 +95,13 @@ def output(b: Bench, *shape: int) -> Array:
     return np.frombuffer(b.peer._receive(4 * n, "outputs"), np.float32).reshape(shape)
 
 
-@SPLIT.case(
-    30,
-    sends="a program of three steps, several inputs and outputs, run three times",
-    expects="the outputs of each step in order, of each run by its own inputs",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(30, source=SOURCE, split=True)
 def program_of_several_steps(c: Context) -> None:
-    """A layer's products: activations there, results back, nothing between them."""
+    """A layer's products: activations there, results back, nothing between them.
+
+    Sends: a program of three steps, several inputs and outputs, run three times
+    Expects: the outputs of each step in order, of each run by its own inputs
+    """
     b = programs(c)
     g = b.g
     w = b.leaf(values(96, 256, seed=20))
@@ -127,15 +125,13 @@ def program_of_several_steps(c: Context) -> None:
     b.peer.ping()
 
 
-@SPLIT.case(
-    31,
-    sends="SPLIT_RUN, all inputs, the next SPLIT_RUN and an ordinary request in one go",
-    expects="the outputs, then the answer",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(31, source=SOURCE, split=True)
 def everything_at_once(c: Context) -> None:
-    """Where a stream ends only counting tells: what follows it is not part of it."""
+    """Where a stream ends only counting tells: what follows it is not part of it.
+
+    Sends: SPLIT_RUN, all inputs, the next SPLIT_RUN and an ordinary request in one go
+    Expects: the outputs, then the answer
+    """
     b = programs(c)
     g = b.g
     x, y = g.new_tensor(F32, (64,), "x"), g.new_tensor(F32, (3000,), "y")
@@ -151,15 +147,13 @@ def everything_at_once(c: Context) -> None:
         b.peer.answer(Command.GET_ALIGNMENT)
 
 
-@SPLIT.case(
-    32,
-    sends="SPLIT_RUN and its inputs in segments of one to a few bytes",
-    expects="the outputs",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(32, source=SOURCE, split=True)
 def inputs_in_any_segments(c: Context) -> None:
-    """TCP keeps no boundaries."""
+    """TCP keeps no boundaries.
+
+    Sends: SPLIT_RUN and its inputs in segments of one to a few bytes
+    Expects: the outputs
+    """
     b = programs(c)
     scaling(b).send()
     p = values(64, seed=23)
@@ -171,15 +165,13 @@ def inputs_in_any_segments(c: Context) -> None:
     same(c, output(b, 64), p * 2, "the output")
 
 
-@SPLIT.case(
-    33,
-    sends="two programs one after the other under one number; one under the last number",
-    expects="the later one runs",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(33, source=SOURCE, split=True)
 def number_taken_again(c: Context) -> None:
-    """Numbers are few: a client reuses them."""
+    """Numbers are few: a client reuses them.
+
+    Sends: two programs one after the other under one number; one under the last number
+    Expects: the later one runs
+    """
     b = programs(c)
     p = values(64, seed=24)
     for factor in (2.0, 5.0):
@@ -188,15 +180,13 @@ def number_taken_again(c: Context) -> None:
         same(c, output(b, 64), p * np.float32(factor), f"the program that scales by {factor}")
 
 
-@SPLIT.case(
-    34,
-    sends="a program without steps, and one of steps without anything",
-    expects="they are over at once",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(34, source=SOURCE, split=True)
 def programs_of_nothing(c: Context) -> None:
-    """A part may have no rows of any weight."""
+    """A part may have no rows of any weight.
+
+    Sends: a program without steps, and one of steps without anything
+    Expects: they are over at once
+    """
     b = programs(c)
     empty: list[list[ProgramStep]] = [[], [ProgramStep((), (), ())] * 3]
     for number, steps in enumerate(empty):
@@ -209,14 +199,16 @@ def programs_of_nothing(c: Context) -> None:
 @SPLIT.case(
     35,
     name="program-after-free",
-    sends="a program, FREE_BUFFER of a buffer that it uses, SPLIT_RUN",
-    expects="the connection is closed",
     source=SOURCE + ": freeing a buffer that it uses ends it",
     split=True,
     hostile=True,
 )
 def program_whose_buffer_was_freed(c: Context) -> None:
-    """It would read and write memory that is somebody else's by now."""
+    """It would read and write memory that is somebody else's by now.
+
+    Sends: a program, FREE_BUFFER of a buffer that it uses, SPLIT_RUN
+    Expects: the connection is closed
+    """
     b = programs(c)
     made = scaling(b)
     made.send(1)
@@ -234,16 +226,13 @@ def _ended(c: Context, peer: Peer) -> None:
     c.expect(found, "the server went on")
 
 
-@SPLIT.case(
-    36,
-    sends="SPLIT_RUN of a number without a program; SPLIT_PROGRAM of a number that is none",
-    expects="the connection is closed",
-    source=SOURCE + f": numbers are 0 to {MAX_PROGRAMS - 1}",
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(36, source=SOURCE + f": numbers are 0 to {MAX_PROGRAMS - 1}", split=True, hostile=True)
 def numbers_that_no_program_has(c: Context) -> None:
-    """What follows a SPLIT_RUN on the stream can't be known without its program."""
+    """What follows a SPLIT_RUN on the stream can't be known without its program.
+
+    Sends: SPLIT_RUN of a number without a program; SPLIT_PROGRAM of a number that is none
+    Expects: the connection is closed
+    """
     b = programs(c)
     scaling(b).send(1)
     run(b, 2)
@@ -265,16 +254,13 @@ def _bad_program(c: Context, change: Callable[[StreamedProgram], bytes]) -> None
     b.peer.close()
 
 
-@SPLIT.case(
-    37,
-    sends="programs whose counts don't fill them: cut short, too long, counts of 2**32 - 1",
-    expects="the connection is closed",
-    source=SOURCE,
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(37, source=SOURCE, split=True, hostile=True)
 def program_of_the_wrong_size(c: Context) -> None:
-    """Counts come before what they count."""
+    """Counts come before what they count.
+
+    Sends: programs whose counts don't fill them: cut short, too long, counts of 2**32 - 1
+    Expects: the connection is closed
+    """
     for cut in (0, 3, 4, 12, 40):
         _bad_program(c, lambda p, cut=cut: p.encode()[:cut])  # type: ignore[misc]
     _bad_program(c, lambda p: p.encode()[:-1])
@@ -288,16 +274,13 @@ def program_of_the_wrong_size(c: Context) -> None:
         )
 
 
-@SPLIT.case(
-    38,
-    sends="programs that name tensors that aren't there, as input, node and output",
-    expects="the connection is closed",
-    source=SOURCE,
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(38, source=SOURCE, split=True, hostile=True)
 def program_with_unknown_ids(c: Context) -> None:
-    """As in a graph."""
+    """As in a graph.
+
+    Sends: programs that name tensors that aren't there, as input, node and output
+    Expects: the connection is closed
+    """
     for field in ("inputs", "nodes", "outputs"):
 
         def change(p: StreamedProgram, field: str = field) -> bytes:
@@ -309,14 +292,16 @@ def program_with_unknown_ids(c: Context) -> None:
 
 @SPLIT.case(
     39,
-    sends="programs whose input or output lies outside its buffer, or in no buffer",
-    expects="the connection is closed",
     source=SOURCE + ": contiguous tensors with memory in buffers of the client",
     split=True,
     hostile=True,
 )
 def program_with_tensors_elsewhere(c: Context) -> None:
-    """The bytes of the stream go straight to where they say."""
+    """The bytes of the stream go straight to where they say.
+
+    Sends: programs whose input or output lies outside its buffer, or in no buffer
+    Expects: the connection is closed
+    """
     for which in ("inputs", "outputs"):
         for offset in (1 << 30, -(1 << 30), None):
 
@@ -335,32 +320,26 @@ def program_with_tensors_elsewhere(c: Context) -> None:
             _bad_program(c, change)
 
 
-@SPLIT.case(
-    40,
-    sends="a program with tensors in another client's buffers",
-    expects="the connection is closed",
-    source=SOURCE,
-    split=True,
-    concurrent=True,
-    hostile=True,
-)
+@SPLIT.case(40, source=SOURCE, split=True, concurrent=True, hostile=True)
 def program_in_another_clients_memory(c: Context) -> None:
-    """A program is no way around what a graph may not."""
+    """A program is no way around what a graph may not.
+
+    Sends: a program with tensors in another client's buffers
+    Expects: the connection is closed
+    """
     theirs = scaling(programs(c)).encode()
     b = programs(c)
     b.peer.send(Command.SPLIT_PROGRAM, theirs, program=0)
     c.refused(b.peer, Command.SPLIT_PROGRAM)
 
 
-@SPLIT.case(
-    41,
-    sends="a graph, a program that runs, GRAPH_RECOMPUTE",
-    expects="the graph runs again, not the program",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(41, source=SOURCE, split=True)
 def programs_are_not_the_last_graph(c: Context) -> None:
-    """A client that uses both counts on each."""
+    """A client that uses both counts on each.
+
+    Sends: a graph, a program that runs, GRAPH_RECOMPUTE
+    Expects: the graph runs again, not the program
+    """
     b = programs(c)
     total = b.leaf(np.ones(16, np.float32))
     b.compute(b.g.scale(total, 2.0, inplace=True))
@@ -372,16 +351,13 @@ def programs_are_not_the_last_graph(c: Context) -> None:
     same(c, b.get(total), np.full(16, 4), "what the graph wrote")
 
 
-@SPLIT.case(
-    42,
-    sends="SPLIT_RUN with half of its input, then the end of the stream",
-    expects="the connection is closed, and the server goes on",
-    source=SOURCE,
-    split=True,
-    hostile=True,
-)
+@SPLIT.case(42, source=SOURCE, split=True, hostile=True)
 def hanging_up_within_a_program(c: Context) -> None:
-    """The device must not wait for an input that never comes."""
+    """The device must not wait for an input that never comes.
+
+    Sends: SPLIT_RUN with half of its input, then the end of the stream
+    Expects: the connection is closed, and the server goes on
+    """
     b = programs(c)
     scaling(b, 4096).send()
     run(b, 0, values(1000))
@@ -389,15 +365,13 @@ def hanging_up_within_a_program(c: Context) -> None:
     _ended(c, b.peer)
 
 
-@SPLIT.case(
-    43,
-    sends="programs under several numbers, then a SPLIT_RUN of each, not in their order",
-    expects="the program of that number",
-    source=SOURCE,
-    split=True,
-)
+@SPLIT.case(43, source=SOURCE, split=True)
 def program_number(c: Context) -> None:
-    """A layer has several programs, and a client may have many layers."""
+    """A layer has several programs, and a client may have many layers.
+
+    Sends: programs under several numbers, then a SPLIT_RUN of each, not in their order
+    Expects: the program of that number
+    """
     b = programs(c)
     p = values(64, seed=26)
     factors = {0: 2.0, 7: 3.0, 3: 5.0, MAX_PROGRAMS - 1: 7.0}

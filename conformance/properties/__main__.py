@@ -4,9 +4,8 @@
     python -m conformance.properties --endpoint localhost:50052 --profile nightly --save found/
     python -m conformance.properties --endpoint localhost:50052 --replay found/sessions-7.0.0-0.json
 
-Every protocol version that the server speaks gets its share; --protocol names one. Upstream's
-server trusts its clients: leave out what is damaged (--only sessions,graphs), or give it as a
-command, so that it is started again ({port} is put in).
+Every protocol version that the server speaks gets its share; --protocol names one. What is damaged
+is sent to a server that is started here by a command ({port} is put in), or with --hostile.
 
 Exit codes: 0 everything held, 1 something did not (each is printed, and written to --save), 2 wrong
 options or no server.
@@ -28,6 +27,7 @@ from conformance.properties.graphs import Reference
 from conformance.properties.properties import PROPERTIES, Property, PropertyTarget
 from conformance.suite.errors import Failed
 from conformance.suite.probe import NotUnderstood
+from conformance.suite.runner import NOT_TO_OTHERS
 from conformance.suite.target import ServerGone
 from conformance.suite.target import Target as Server
 from protocol.dialects import DIALECTS, find_dialects
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")
+    add("--hostile", action="store_true", help="send a server that runs already what it may die of")
     add("--reference-command", metavar="COMMAND", help="starts a server to hold graphs against")
     add("--protocol", metavar="X.Y", help="version to speak (all that the server speaks)")
     add("--profile", choices=PROFILES, default="quick", help="how much is tried (%(default)s)")
@@ -96,6 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reference = None
     try:
         server.ensure(0.0)
+        chosen = [PROPERTIES[name] for name in names]
+        if not (options.hostile or server.is_own):
+            for left_out in (p for p in chosen if p.hostile):
+                print(f"{left_out.name}: left out ({NOT_TO_OTHERS})")
+            chosen = [p for p in chosen if not p.hostile]
         if options.replay:
             return run_replay(options.replay, server)
         wanted = find_dialects(options.protocol) if options.protocol else list(DIALECTS)
@@ -106,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             endpoint = Endpoint(command=options.reference_command)
             reference = Reference(endpoint)
             targets = [replace(target, reference=reference) for target in targets]
-        found = _explore(server, targets, [PROPERTIES[name] for name in names], options)
+        found = _explore(server, targets, chosen, options)
     except (ServerGone, NotUnderstood, Failed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

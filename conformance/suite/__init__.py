@@ -13,25 +13,28 @@ A module takes its groups from ``conformance.cases.groups``::
     from protocol.commands import Command
 
     @BUFFERS.case(
-        4,                                   # 3.4: never renumber, take the next free one
-        sends="BUFFER_GET_BASE with a handle that was freed",
-        expects="the connection is closed",
+        3,                                   # 3.3: never renumber, take the next free one
         source="ggml-rpc.cpp rpc_server::buffer_get_base, since protocol 1.0",
-        needs=(Command.FREE_BUFFER,),        # commands that the dialect must have
-        hostile=True,                        # check other clients and the server's life after it
+        needs=(Command.BUFFER_GET_BASE,),    # commands that the dialect must have
     )
-    def get_base_of_freed(c: Context) -> None:   # named 'get-base-of-freed'
-        '''Why: a freed handle names nothing.'''
+    def base_stays(c: Context) -> None:      # named 'base-stays'
+        '''The client asks once and keeps the answer.
+
+        Sends: BUFFER_GET_BASE twice
+        Expects: the same address
+        '''
         peer = c.connect()
         buffer = peer.alloc(64)
-        peer.call(Command.FREE_BUFFER, remote_ptr=buffer.handle)
-        peer.send(Command.BUFFER_GET_BASE, remote_ptr=buffer.handle)
-        c.refused(peer, Command.BUFFER_GET_BASE)
+        again = peer.call(Command.BUFFER_GET_BASE, remote_ptr=buffer.handle).base_ptr
+        c.equal(again, buffer.base, "the second base")
 
-Further options: ``devices=2`` (skipped on servers with fewer), ``concurrent=True`` (skipped where
-one client is served at a time), ``cache=True`` (skipped without a tensor cache), ``split=True``
-(skipped without the split extension; ``c.connect(split=True)`` then asks for it), ``deadline=60.0``
-seconds for the whole case.
+What a server must not serve is a row of a table, see ``refusals``.
+
+Further options: ``hostile=True`` (only on servers that the suite started, or with --hostile; checks
+other clients and the server's life after it), ``devices=2`` (skipped on servers with fewer),
+``concurrent=True`` (skipped where one client is served at a time), ``cache=True`` (skipped without
+a tensor cache), ``split=True`` (skipped without the split extension; ``c.connect(split=True)`` then
+asks for it), ``deadline=60.0`` seconds for the whole case.
 
 What a case has (``Context``):
 

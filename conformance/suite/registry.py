@@ -63,9 +63,9 @@ class Group:
         self,
         number: int,
         *,
-        sends: str,
-        expects: str,
         source: str,
+        sends: str = "",
+        expects: str = "",
         name: str = "",
         why: str = "",
         needs: Sequence[Command] = (),
@@ -76,19 +76,21 @@ class Group:
         split: bool = False,
         deadline: float = DEADLINE,
     ) -> Callable[[Check], Check]:
-        """Declare a case; name and reason are the function's unless given.
+        """Declare a case; what isn't given is the function's: its name, and its docstring's parts.
 
-        ValueError for a number or name that the group has, or a case without a reason.
+        These are the reason, and behind it lines that begin with "Sends:" and "Expects:".
+        ValueError for a number or name that the group has, or a case that lacks one of these.
         """
 
         def declare(check: Check) -> Check:
+            told = _parts(check.__doc__ or "")
             made = Case(
                 group=self,
                 number=number,
                 name=name or check.__name__.strip("_").replace("_", "-"),
-                sends=sends,
-                expects=expects,
-                why=" ".join((why or check.__doc__ or "").split()),
+                sends=sends or told["sends"],
+                expects=expects or told["expects"],
+                why=why or told["why"],
                 source=source,
                 check=check,
                 needs=tuple(needs),
@@ -103,12 +105,25 @@ class Group:
                 raise ValueError(f"case {made.id} is there: {self.cases[number]} and {made}")
             if any(made.name == other.name for other in self.cases.values()):
                 raise ValueError(f"group {self.name} has two cases '{made.name}'")
-            if not made.why:
-                raise ValueError(f"case {made} gives no reason")
+            for part in told:
+                if not getattr(made, part):
+                    raise ValueError(f"case {made} doesn't say '{part}'")
             self.cases[number] = made
             return check
 
         return declare
+
+
+def _parts(doc: str) -> dict[str, str]:
+    """Return the reason, what is sent and what is expected by a docstring, '' for what it lacks."""
+    parts = dict.fromkeys(("why", "sends", "expects"), "")
+    current = "why"
+    for line in doc.splitlines():
+        start, colon, rest = line.strip().partition(": ")
+        if colon and start.lower() in ("sends", "expects"):
+            current, line = start.lower(), rest
+        parts[current] += f" {line}"
+    return {name: " ".join(text.split()) for name, text in parts.items()}
 
 
 def load() -> list[Case]:

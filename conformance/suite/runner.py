@@ -25,6 +25,8 @@ from protocol.split import split_commands
 # A process that fails an assertion closes its connections while it ends: that it did shows shortly
 # after.
 _DEATH_SHOWS = 0.15
+# Why what is hostile is skipped.
+NOT_TO_OTHERS = "no client sends this: give --restart-command (or --hostile, to your own server)"
 _CANARY_BYTES = 16 << 10
 
 
@@ -66,7 +68,8 @@ class _Canary:
 class SuiteRunner:
     """Runs cases on one server. ``patience`` is how many seconds a single answer may take.
 
-    ``reconnect``: for how long a server that is not ours to start is waited for.
+    ``reconnect``: for how long a server that is not ours to start is waited for. ``hostile``:
+    whether cases that send what a client must not are run (default: on servers started here).
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class SuiteRunner:
         patience: float = 10.0,
         reconnect: float = 5.0,
         seed: int = 0,
+        hostile: bool | None = None,
     ) -> None:
         self._target = target
+        self._hostile = target.is_own if hostile is None else hostile
         self._facts = facts
         self._patience = patience
         self._reconnect = reconnect
@@ -136,6 +141,8 @@ class SuiteRunner:
     def reason_to_skip(self, case: Case) -> str:
         """Why the case can't be run on this server; empty if it can."""
         facts = self._facts
+        if case.hostile and not self._hostile:
+            return NOT_TO_OTHERS
         known = {*facts.dialect.commands, *split_commands(facts.split)}
         missing = [command.name for command in case.needs if command not in known]
         if missing:

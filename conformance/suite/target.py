@@ -59,6 +59,11 @@ class Target:
     ) -> None:
         self.close()
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the server was started here, by the command: it is nobody else's."""
+        return self._process is not None
+
     def listens(self) -> bool:
         """Whether somebody takes connections there."""
         try:

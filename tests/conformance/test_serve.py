@@ -9,8 +9,10 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from client.errors import ConnectionLost, VersionMismatch
@@ -23,8 +25,9 @@ from conformance.serve.campaign import (
     planned,
 )
 from conformance.serve.faults import Fault, Mishap
+from conformance.serve.graphs import check_graph
 from conformance.serve.judge import judge
-from conformance.serve.memory import HashStore
+from conformance.serve.memory import Addresses, HashStore
 from conformance.serve.program import Ended, run_client
 from conformance.serve.rules import RULES, Notes
 from conformance.serve.scenarios import (
@@ -36,11 +39,14 @@ from conformance.serve.scenarios import (
     select,
 )
 from conformance.serve.server import ConnectionRecord, Script, ScriptedServer, Visit
-from conformance.serve.state import Properties
+from conformance.serve.state import Properties, RequestRefused, ServedSession
+from conformance.serve.tensors import TensorView, view_of
 from conformance.suite.results import Verdict
+from conformance.suite.tensors import Fields, sources, tensor, tensor_array
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
 from protocol.errors import ProtocolError
+from protocol.graph_payload import GraphPayload
 from tests.conformance.clients.__main__ import work
 from tests.conformance.clients.breakers import BREAKERS, Breaker, not_hello
 
@@ -102,8 +108,39 @@ def test_a_broken_rule_is_seen(rule: str) -> None:
     assert set(notes.broken) <= {rule, "buffer/all-freed"}
 
 
+def _view(fields: Fields) -> TensorView:
+    found = view_of(SimpleNamespace(**fields))
+    assert found is not None
+    return found
+
+
+def _alone() -> tuple[ServedSession, Fields]:
+    """A session without a connection, and a tensor at the end of its one buffer."""
+    session = ServedSession(NEWEST, LIMITED, Addresses(64), HashStore(), Notes(), {})
+    block = session.memory.allocate(4096, 0)
+    assert block is not None
+    return session, tensor(1, (16,), buffer=block.handle, data=block.base + 4096 - 64)
+
+
+def test_a_tensor_over_its_buffers_edge_is_seen() -> None:
+    session, fields = _alone()
+    fields["data"] += 32
+    with pytest.raises(RequestRefused, match="64 bytes at"):
+        session.check_place("t", _view(fields), session.memory.live[0])
+    assert session.notes.verdict("tensor/inside")[0] is Verdict.FAIL
+
+
+def test_an_op_that_is_none_is_seen() -> None:
+    session, fields = _alone()
+    node = {**fields, "op": len(NEWEST.ops), "id": 2, "src": sources(1)}
+    graph = GraphPayload(0, np.array([2], np.uint64), tensor_array([fields, node]))
+    with pytest.raises(RequestRefused, match="has op number"):
+        check_graph(session, graph)
+    assert session.notes.verdict("graph/op")[0] is Verdict.FAIL
+
+
 def test_every_rule_has_somebody_who_breaks_it() -> None:
-    assert set(BREAKERS) | {"hello/first"} == set(RULES)
+    assert set(BREAKERS) | {"hello/first", "tensor/inside", "graph/op"} == set(RULES)
     with ScriptedServer(script()) as server:
         not_hello(server.port)
         assert server.settle(10)

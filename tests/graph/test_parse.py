@@ -132,6 +132,46 @@ def test_what_has_an_address_lies_inside(ne: list[int], nb: list[int], data: int
         assert source.address + last <= HOST + SIZE
 
 
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "before": {"data": BASE - 64},
+    "behind": {"data": BASE + SIZE - 28},
+    "wraps": {"data": (1 << 64) - 16},
+    "many": {"ne": [0xFFFFFFFF, 1, 1, 1]},
+    "all": {"ne": [0xFFFFFFFF] * 4, "nb": [0xFFFFFFFC] * 4},
+    "rows": {"ne": [1, 1 << 31, 1, 1], "nb": [4, 0xFFFFFFFC, 4, 4]},
+    "last row": {"ne": [8, 2, 1, 1], "nb": [4, SIZE, SIZE, SIZE]},
+}
+
+
+@pytest.mark.parametrize("role", ["leaf", "node"])
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_what_lies_outside_is_refused(where: str, role: str) -> None:
+    """What a graph reads and writes is found by numbers that the client computed."""
+    wrong = {role: ELSEWHERE[where]}
+    source = {**leaf(1), **wrong.get("leaf", {})}
+    with pytest.raises(GraphError, match=r"outside its buffer|bytes of elements lie in"):
+        parse([{**node(2, Op.SQR, 1, at=64), **wrong.get("node", {})}], [source])
+
+
+def test_rows_are_whole_blocks() -> None:
+    part = {**leaf(1), "type": int(GgmlType.Q4_0), "ne": [33, 1, 1, 1]}
+    with pytest.raises(GraphError, match="not whole blocks"):
+        parse([node(2, Op.SQR, 1, at=64)], [part])
+
+
+@pytest.mark.parametrize("number", [4, 5, 31, 36, 43, 255, 1 << 16, 0x7FFF_FFFF, 0xFFFF_FFFF])
+def test_types_that_are_none_are_refused(number: int) -> None:
+    """Types that ggml has removed have blocks of no elements."""
+    with pytest.raises(GraphError, match=f"unknown type {number}"):
+        parse([node(2, Op.SQR, 1, at=64)], [{**leaf(1), "type": number}])
+
+
+def test_there_is_no_node_0() -> None:
+    """0 stands for no source; a node that is none would be followed to nowhere."""
+    with pytest.raises(GraphError, match="a tensor has id 0"):
+        parse([{**node(2, Op.SQR, 1, at=64), "id": 2}, {**leaf(0), "id": 0}], [leaf(1)])
+
+
 @pytest.mark.parametrize("stride", [0, 4])
 def test_few_bytes_are_not_read_as_any_number_of_elements(stride: int) -> None:
     stretched = {**leaf(1), "ne": (8, 1 << 31, 1, 1), "nb": (4, stride, 0, 0)}

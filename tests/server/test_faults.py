@@ -129,8 +129,8 @@ def within_a_graph(wire: Wire) -> None:
     time.sleep(0.2)
 
 
-def within_an_answer(wire: Wire) -> None:
-    """More than sockets hold is on its way."""
+def begin_an_answer(wire: Wire) -> None:
+    """Ask for more than sockets hold, and take the first of it."""
     handle, base = wire.alloc(64 * MIB)
     fields = {"tensor": tensor(1, (16 * MIB,), handle, base), "offset": 0, "size": 64 * MIB}
     request = codec(wire.dialect.commands[Command.GET_TENSOR].request).build(fields)
@@ -161,7 +161,6 @@ STAGES: list[Callable[[Wire], None]] = [
     within_a_command,
     within_a_graph_on_the_wire,
     within_a_graph,
-    within_an_answer,
 ]
 
 
@@ -182,6 +181,17 @@ def test_a_client_ends(shared: ServerProcess, stage: Callable[[Wire], None], end
         else:
             wire.socket.close()
         shared.wait_until(lambda: used(shared) == before, 20, "memory of the lost client")
+        bystander()
+    freed(shared)
+
+
+def test_a_client_that_takes_its_answer_says_no_more(shared: ServerProcess) -> None:
+    """It closes its half of the connection, and what was asked before is still answered."""
+    with Wire(shared.port) as other, Wire(shared.port) as wire:
+        bystander = Bystander(other)
+        begin_an_answer(wire)
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert wire.closed_by_server()
         bystander()
     freed(shared)
 

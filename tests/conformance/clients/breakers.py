@@ -121,11 +121,6 @@ def removed_type(b: Breaker) -> None:
     b.request(Command.GET_TENSOR, tensor=b.leaf() | {"type": 4}, offset=0, size=4)
 
 
-@breaks("tensor/inside")
-def tensor_over_the_edge(b: Breaker) -> None:
-    b.request(Command.GET_TENSOR, tensor=b.leaf((64,), at=_SIZE - 128), offset=0, size=4)
-
-
 @breaks("tensor/alignment")
 def tensor_off_its_alignment(b: Breaker) -> None:
     b.wire.get_tensor(b.leaf(at=16), 4)
@@ -141,12 +136,12 @@ def no_room_behind(b: Breaker) -> None:
 
 @breaks("set/range")
 def upload_beyond_the_tensor(b: Breaker) -> None:
-    b.request(Command.SET_TENSOR, bytes(33), tensor=b.leaf(), cache_flag=0, offset=0)
+    b.request(Command.SET_TENSOR, bytes(33), tensor=b.leaf(), cache_flag=0, offset=_SIZE)
 
 
 @breaks("get/range")
 def download_beyond_the_tensor(b: Breaker) -> None:
-    b.request(Command.GET_TENSOR, tensor=b.leaf(), offset=8, size=32)
+    b.request(Command.GET_TENSOR, tensor=b.leaf(), offset=_SIZE, size=32)
 
 
 @breaks("memset/range")
@@ -200,11 +195,6 @@ def source_that_is_missing(b: Breaker) -> None:
 def result_before_its_source(b: Breaker) -> None:
     first, second = b.node(Op.SQR, 1, id=2), b.node(Op.SQR, 2, id=3, at=2048)
     b.graph([second, first], [b.leaf()])
-
-
-@breaks("graph/op")
-def op_that_is_none(b: Breaker) -> None:
-    b.graph([b.node(Op.SQR, 1, id=2) | {"op": 4000}], [b.leaf()])
 
 
 @breaks("graph/recompute")

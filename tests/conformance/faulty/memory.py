@@ -41,32 +41,6 @@ def bounds_off_by_one() -> None:
     replace_method(HostStorage, "view", make)
 
 
-@fault("an address before the buffer is taken for one in it", "get-tensor-before-its-buffer")
-def lower_bound_unchecked() -> None:
-    def make(right: Any) -> Any:
-        def locate(self: Buffer, data: int, offset: int, size: int) -> int:
-            return int(right(self, max(data, self.base), offset, size))
-
-        return locate
-
-    replace_method(Buffer, "locate", make)
-
-
-@fault(
-    "address sums wrap at 64 bits before they are checked",
-    "get-tensor-offset-that-wraps-into-the-buffer",
-)
-def bounds_wrap() -> None:
-    def make(right: Any) -> Any:
-        def locate(self: Buffer, data: int, offset: int, size: int) -> int:
-            address = (data + offset) & 0xFFFFFFFFFFFFFFFF
-            return int(right(self, address, 0, size))
-
-        return locate
-
-    replace_method(Buffer, "locate", make)
-
-
 @fault("GET_TENSOR starts at the tensor, whatever the offset", "get-the-last-byte")
 def get_ignores_offset() -> None:
     def make(right: Handler) -> Handler:
