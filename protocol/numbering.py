@@ -22,43 +22,12 @@ from protocol.errors import NotInRelease
 from protocol.ggml.ops import (
     NUMBERING_101,
     OPS_101,
-    VIEWS,
     Numbering,
     Op,
 )
 
 _NEVER = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
 _FUNCTIONS = (Op.UNARY, Op.GLU)
-
-# How many sources ops have, where it isn't one. Views have any number.
-_NUMBERS_OF_SOURCES: dict[tuple[int, int], tuple[Op, ...]] = {
-    (0, 0): (Op.ARANGE,),
-    (1, 2): (Op.CPY, Op.GLU),
-    (1, 3): (Op.SOFT_MAX,),
-    (2, 2): (
-        Op.ADD, Op.ADD1, Op.ACC, Op.SUB, Op.MUL, Op.DIV, Op.COUNT_EQUAL, Op.CONCAT, Op.SILU_BACK,
-        Op.RMS_NORM_BACK, Op.MUL_MAT, Op.OUT_PROD, Op.SET, Op.GET_ROWS, Op.GET_ROWS_BACK,
-        Op.SOFT_MAX_BACK, Op.CONV_TRANSPOSE_1D, Op.IM2COL, Op.IM2COL_BACK, Op.IM2COL_3D,
-        Op.CONV_2D, Op.CONV_3D, Op.CONV_2D_DW, Op.CONV_TRANSPOSE_2D, Op.POOL_2D_BACK, Op.SSM_CONV,
-        Op.SOLVE_TRI, Op.DSV4_HC_PRE, Op.CROSS_ENTROPY_LOSS,
-    ),
-    (2, 3): (Op.SET_ROWS, Op.ROPE, Op.ROPE_BACK),
-    (3, 3): (
-        Op.ADD_ID, Op.MUL_MAT_ID, Op.ADD_REL_POS, Op.DSV4_HC_COMB, Op.CROSS_ENTROPY_LOSS_BACK,
-        Op.OPT_STEP_SGD,
-    ),
-    (3, 4): (Op.DSV4_HC_POST,),
-    (3, 5): (Op.FLASH_ATTN_EXT,),
-    (4, 4): (Op.FLASH_ATTN_BACK, Op.LIGHTNING_INDEXER),
-    (5, 5): (Op.GATED_LINEAR_ATTN, Op.OPT_STEP_ADAMW),
-    (6, 6): (Op.RWKV_WKV6, Op.GATED_DELTA_NET),
-    (7, 7): (Op.RWKV_WKV7, Op.SSM_SCAN),
-}  # fmt: skip
-SOURCES: dict[Op, tuple[int, int]] = {
-    **dict.fromkeys(Op, (1, 1)),
-    **dict.fromkeys(VIEWS, (0, 10)),
-    **{op: numbers for numbers, ops in _NUMBERS_OF_SOURCES.items() for op in ops},
-}
 
 # A reading's word for a node: the op's place in OPS_101 in the high half, its function in the low.
 _FUNCTION_BITS = 16
@@ -149,8 +118,7 @@ def fits(tensors: Any, dialect: Dialect) -> bool:
         op = OPS_101[word >> _FUNCTION_BITS]
         if op is Op.NONE:
             continue
-        least, most = SOURCES[op]
-        if op in _NEVER or not least <= count <= most:
+        if op in _NEVER or not op.min_sources <= count <= op.max_sources:
             return False
         if op in _FUNCTIONS and word & 0xFFFF == 0xFFFF:
             return False

@@ -14,17 +14,33 @@ from functools import cached_property
 
 
 class Op(enum.StrEnum):
-    """``enum ggml_op`` as of protocol 7.0, in its order."""
+    """``enum ggml_op`` as of protocol 7.0, in its order, with how many sources each op has.
 
-    NONE = "NONE"
+    A number behind the name is the number of sources, two are the least and the most; without one
+    it is 1. Views may have any: they compute nothing.
+    """
+
+    _value_: str
+    min_sources: int
+    max_sources: int
+
+    def __new__(cls, name: str, least: int = 1, most: int | None = None) -> Op:
+        """Make the op that is called ``name``."""
+        self = str.__new__(cls, name)
+        self._value_ = name
+        self.min_sources = least
+        self.max_sources = least if most is None else most
+        return self
+
+    NONE = "NONE", 0, 10
     DUP = "DUP"
-    ADD = "ADD"
-    ADD_ID = "ADD_ID"
-    ADD1 = "ADD1"
-    ACC = "ACC"
-    SUB = "SUB"
-    MUL = "MUL"
-    DIV = "DIV"
+    ADD = "ADD", 2
+    ADD_ID = "ADD_ID", 3
+    ADD1 = "ADD1", 2
+    ACC = "ACC", 2
+    SUB = "SUB", 2
+    MUL = "MUL", 2
+    DIV = "DIV", 2
     SQR = "SQR"
     SQRT = "SQRT"
     LOG = "LOG"
@@ -35,88 +51,88 @@ class Op(enum.StrEnum):
     CUMSUM = "CUMSUM"
     MEAN = "MEAN"
     ARGMAX = "ARGMAX"
-    COUNT_EQUAL = "COUNT_EQUAL"
+    COUNT_EQUAL = "COUNT_EQUAL", 2
     REPEAT = "REPEAT"
     REPEAT_BACK = "REPEAT_BACK"
-    CONCAT = "CONCAT"
-    SILU_BACK = "SILU_BACK"
+    CONCAT = "CONCAT", 2
+    SILU_BACK = "SILU_BACK", 2
     NORM = "NORM"
     RMS_NORM = "RMS_NORM"
-    RMS_NORM_BACK = "RMS_NORM_BACK"
+    RMS_NORM_BACK = "RMS_NORM_BACK", 2
     GROUP_NORM = "GROUP_NORM"
     L2_NORM = "L2_NORM"
-    MUL_MAT = "MUL_MAT"
-    MUL_MAT_ID = "MUL_MAT_ID"
-    OUT_PROD = "OUT_PROD"
+    MUL_MAT = "MUL_MAT", 2
+    MUL_MAT_ID = "MUL_MAT_ID", 3
+    OUT_PROD = "OUT_PROD", 2
     SCALE = "SCALE"
-    SET = "SET"
-    CPY = "CPY"
+    SET = "SET", 2
+    CPY = "CPY", 1, 2
     CONT = "CONT"
-    RESHAPE = "RESHAPE"
-    VIEW = "VIEW"
-    PERMUTE = "PERMUTE"
-    TRANSPOSE = "TRANSPOSE"
-    GET_ROWS = "GET_ROWS"
-    GET_ROWS_BACK = "GET_ROWS_BACK"
-    SET_ROWS = "SET_ROWS"
+    RESHAPE = "RESHAPE", 0, 10
+    VIEW = "VIEW", 0, 10
+    PERMUTE = "PERMUTE", 0, 10
+    TRANSPOSE = "TRANSPOSE", 0, 10
+    GET_ROWS = "GET_ROWS", 2
+    GET_ROWS_BACK = "GET_ROWS_BACK", 2
+    SET_ROWS = "SET_ROWS", 2, 3
     DIAG = "DIAG"
     DIAG_MASK_INF = "DIAG_MASK_INF"
     DIAG_MASK_ZERO = "DIAG_MASK_ZERO"
-    SOFT_MAX = "SOFT_MAX"
-    SOFT_MAX_BACK = "SOFT_MAX_BACK"
-    ROPE = "ROPE"
-    ROPE_BACK = "ROPE_BACK"
+    SOFT_MAX = "SOFT_MAX", 1, 3
+    SOFT_MAX_BACK = "SOFT_MAX_BACK", 2
+    ROPE = "ROPE", 2, 3
+    ROPE_BACK = "ROPE_BACK", 2, 3
     CLAMP = "CLAMP"
-    CONV_TRANSPOSE_1D = "CONV_TRANSPOSE_1D"
-    IM2COL = "IM2COL"
-    IM2COL_BACK = "IM2COL_BACK"
-    IM2COL_3D = "IM2COL_3D"
+    CONV_TRANSPOSE_1D = "CONV_TRANSPOSE_1D", 2
+    IM2COL = "IM2COL", 2
+    IM2COL_BACK = "IM2COL_BACK", 2
+    IM2COL_3D = "IM2COL_3D", 2
     COL2IM_1D = "COL2IM_1D"
-    CONV_2D = "CONV_2D"
-    CONV_3D = "CONV_3D"
-    CONV_2D_DW = "CONV_2D_DW"
-    CONV_TRANSPOSE_2D = "CONV_TRANSPOSE_2D"
+    CONV_2D = "CONV_2D", 2
+    CONV_3D = "CONV_3D", 2
+    CONV_2D_DW = "CONV_2D_DW", 2
+    CONV_TRANSPOSE_2D = "CONV_TRANSPOSE_2D", 2
     POOL_1D = "POOL_1D"
     POOL_2D = "POOL_2D"
-    POOL_2D_BACK = "POOL_2D_BACK"
+    POOL_2D_BACK = "POOL_2D_BACK", 2
     UPSCALE = "UPSCALE"
     PAD = "PAD"
     PAD_REFLECT_1D = "PAD_REFLECT_1D"
     ROLL = "ROLL"
-    ARANGE = "ARANGE"
+    ARANGE = "ARANGE", 0
     TIMESTEP_EMBEDDING = "TIMESTEP_EMBEDDING"
     ARGSORT = "ARGSORT"
     TOP_K = "TOP_K"
     LEAKY_RELU = "LEAKY_RELU"
     TRI = "TRI"
     FILL = "FILL"
-    FLASH_ATTN_EXT = "FLASH_ATTN_EXT"
-    FLASH_ATTN_BACK = "FLASH_ATTN_BACK"
-    SSM_CONV = "SSM_CONV"
-    SSM_SCAN = "SSM_SCAN"
+    FLASH_ATTN_EXT = "FLASH_ATTN_EXT", 3, 5
+    FLASH_ATTN_BACK = "FLASH_ATTN_BACK", 4
+    SSM_CONV = "SSM_CONV", 2
+    SSM_SCAN = "SSM_SCAN", 7
     WIN_PART = "WIN_PART"
     WIN_UNPART = "WIN_UNPART"
     GET_REL_POS = "GET_REL_POS"
-    ADD_REL_POS = "ADD_REL_POS"
-    RWKV_WKV6 = "RWKV_WKV6"
-    GATED_LINEAR_ATTN = "GATED_LINEAR_ATTN"
-    RWKV_WKV7 = "RWKV_WKV7"
-    SOLVE_TRI = "SOLVE_TRI"
-    GATED_DELTA_NET = "GATED_DELTA_NET"
-    LIGHTNING_INDEXER = "LIGHTNING_INDEXER"
-    DSV4_HC_COMB = "DSV4_HC_COMB"
-    DSV4_HC_PRE = "DSV4_HC_PRE"
-    DSV4_HC_POST = "DSV4_HC_POST"
+    ADD_REL_POS = "ADD_REL_POS", 3
+    RWKV_WKV6 = "RWKV_WKV6", 6
+    GATED_LINEAR_ATTN = "GATED_LINEAR_ATTN", 5
+    RWKV_WKV7 = "RWKV_WKV7", 7
+    SOLVE_TRI = "SOLVE_TRI", 2
+    GATED_DELTA_NET = "GATED_DELTA_NET", 6
+    LIGHTNING_INDEXER = "LIGHTNING_INDEXER", 4
+    DSV4_HC_COMB = "DSV4_HC_COMB", 3
+    DSV4_HC_PRE = "DSV4_HC_PRE", 2
+    DSV4_HC_POST = "DSV4_HC_POST", 3, 4
     UNARY = "UNARY"
-    MAP_CUSTOM1 = "MAP_CUSTOM1"
-    MAP_CUSTOM2 = "MAP_CUSTOM2"
-    MAP_CUSTOM3 = "MAP_CUSTOM3"
-    CUSTOM = "CUSTOM"
-    CROSS_ENTROPY_LOSS = "CROSS_ENTROPY_LOSS"
-    CROSS_ENTROPY_LOSS_BACK = "CROSS_ENTROPY_LOSS_BACK"
-    OPT_STEP_ADAMW = "OPT_STEP_ADAMW"
-    OPT_STEP_SGD = "OPT_STEP_SGD"
-    GLU = "GLU"
+    MAP_CUSTOM1 = "MAP_CUSTOM1", 0, 10
+    MAP_CUSTOM2 = "MAP_CUSTOM2", 0, 10
+    MAP_CUSTOM3 = "MAP_CUSTOM3", 0, 10
+    CUSTOM = "CUSTOM", 0, 10
+    CROSS_ENTROPY_LOSS = "CROSS_ENTROPY_LOSS", 2
+    CROSS_ENTROPY_LOSS_BACK = "CROSS_ENTROPY_LOSS_BACK", 3
+    OPT_STEP_ADAMW = "OPT_STEP_ADAMW", 5
+    OPT_STEP_SGD = "OPT_STEP_SGD", 3
+    GLU = "GLU", 1, 2
 
 
 # Ops that only describe memory: nothing is computed or written.

@@ -21,11 +21,34 @@ from rpc_server.ops.checks import (
 )
 from rpc_server.ops.masks import alibi_slopes, require_mask, require_sinks
 from rpc_server.ops.rounding import rounded_activations
+from rpc_server.ops.shards import Propagated, Shard, Shards, Slice
 from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference, require
 
 
-@contract(Op.FLASH_ATTN_EXT, sources=(3, 5))
+def _flash_attention_shard(node: Tensor, shards: Shards) -> Propagated | None:
+    q, k, v, mask, sinks = node.src[:5]
+    if q is None or k is None or v is None or any(s is None or s.dim != 2 for s in shards[:3]):
+        return None
+    heads, kv = shards[0], shards[1]
+    assert heads is not None
+    assert kv is not None
+    # With ALiBi what a head computes depends on its number.
+    if shards[2] != kv or node.param_f32(1) != 0.0 or kv.scaled(2, q.ne[2], k.ne[2]) != heads:
+        return None
+    needs = []
+    if mask is not None:
+        if shards[3] is not None or mask.ne[2] != 1:
+            return None
+        needs.append(Slice(3))
+    if sinks is not None:
+        if shards[4] is not None:
+            return None
+        needs.append(Slice(4, Shard(0, heads.bounds)))
+    return Propagated(Shard(1, heads.bounds), tuple(needs))
+
+
+@contract(Op.FLASH_ATTN_EXT, shard_rule=_flash_attention_shard)
 def _attention_contract(t: Tensor) -> None:
     """Queries (DK, tokens, heads, batches), keys (DK, positions, ...), values (DV, positions, ...).
 

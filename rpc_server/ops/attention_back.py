@@ -40,7 +40,7 @@ def _starts(t: Tensor) -> list[int]:
     return starts
 
 
-@contract(Op.FLASH_ATTN_BACK, sources=4)
+@contract(Op.FLASH_ATTN_BACK)
 def _attention_back_contract(t: Tensor) -> None:
     """q (D, N, heads, batches), k (D, M, kv heads, batches), v (M, D, ...), the result's gradient.
 

@@ -76,7 +76,7 @@ def _line_or_picture(t: Tensor) -> int:
     return 2 if t.param_i32(6) == 1 else 1
 
 
-@contract(Op.IM2COL, sources=2)
+@contract(Op.IM2COL)
 def _im2col_contract(t: Tensor) -> None:
     """src0, the kernel, only lends its sizes; src1 (width, [height,] channels, pictures).
 
@@ -108,7 +108,7 @@ def _volumes(t: Tensor) -> tuple[int, int]:
     return source(t, 1).ne[3] // channels, channels
 
 
-@contract(Op.IM2COL_3D, sources=2)
+@contract(Op.IM2COL_3D)
 def _im2col_3d_contract(t: Tensor) -> None:
     """src1 (width, height, depth, channels * volumes); the result as IM2COL's, depth in the last.
 
@@ -144,7 +144,7 @@ def _axes_back(t: Tensor) -> list[Axis]:
     return axes
 
 
-@contract(Op.IM2COL_BACK, sources=2)
+@contract(Op.IM2COL_BACK)
 def _im2col_back_contract(t: Tensor) -> None:
     """src0 are gradients of IM2COL's result; src1, the kernel, only lends its sizes."""
     gradients, _ = require_source(t, 0, F32_ONLY), require_source(t, 1, _HALVES, dense=False)
@@ -176,7 +176,7 @@ def _axis_of_col2im(t: Tensor) -> Axis:
     return Axis(t.ne[0], columns.ne[0] // channels, columns.ne[1], stride, padding)
 
 
-@contract(Op.COL2IM_1D, sources=1)
+@contract(Op.COL2IM_1D)
 def _col2im_contract(t: Tensor) -> None:
     """src0 (taps * channels, places) adds up to (samples, channels), less padding at both ends."""
     columns = require_source(t, 0, FLOATS)
@@ -241,7 +241,7 @@ def _convolve(ctx: ArrayContext, kernel: Any, x: Any, axes: Sequence[Axis], targ
         )
 
 
-@contract(Op.CONV_2D, sources=2)
+@contract(Op.CONV_2D)
 def _conv_2d_contract(t: Tensor) -> None:
     """src0 (width, height, channels, results), src1 (width, height, channels, pictures)."""
     kernel, x = _require_convolution(t)
@@ -263,7 +263,7 @@ def _volumes_of_conv_3d(t: Tensor) -> tuple[int, int, int]:
     return channels, n, outputs
 
 
-@contract(Op.CONV_3D, sources=2)
+@contract(Op.CONV_3D)
 def _conv_3d_contract(t: Tensor) -> None:
     """src0 (width, height, depth, channels * results), src1 (..., channels * volumes)."""
     kernel, x = _require_convolution(t)
@@ -293,7 +293,7 @@ def _conv_3d(ctx: ArrayContext, t: Tensor) -> None:
 # -- CONV_2D_DW ------------------------------------------------------------------------------------
 
 
-@contract(Op.CONV_2D_DW, sources=2)
+@contract(Op.CONV_2D_DW)
 def _conv_2d_dw_contract(t: Tensor) -> None:
     """src0 (width, height, 1, channels): each channel of src1 has a kernel of its own.
 
@@ -360,5 +360,5 @@ def _transposed(ctx: ArrayContext, t: Tensor) -> None:
 
 
 for _op in (Op.CONV_TRANSPOSE_1D, Op.CONV_TRANSPOSE_2D):
-    contract(_op, sources=2)(_transposed_contract)
+    contract(_op)(_transposed_contract)
     reference(_op)(_transposed)

@@ -24,6 +24,7 @@ from rpc_server.ops.checks import (
     require_source,
     source,
 )
+from rpc_server.ops.shards import Propagated, Shards, elementwise_shard
 from rpc_server.ops.table import contract, reference, refuse, require
 from rpc_server.types import ENCODABLE
 
@@ -90,11 +91,11 @@ for _op, _apply in (
     (Op.MUL, lambda a, b: a * b),
     (Op.DIV, lambda a, b: a / b),
 ):
-    contract(_op, sources=2)(_binary_contract)
+    contract(_op, shard_rule=elementwise_shard)(_binary_contract)
     reference(_op)(_binary(_apply))
 
 
-@contract(Op.ADD1, sources=2)
+@contract(Op.ADD1)
 def _add1_contract(t: Tensor) -> None:
     a = require_source(t, 0, DECODABLE)
     b = require_source(t, 1, FLOATS)
@@ -193,11 +194,11 @@ def _function(function: Function) -> Callable[[ArrayContext, Tensor], None]:
 
 
 for _op, _f in _FUNCTIONS.items():
-    contract(_op, sources=1)(_function_contract)
+    contract(_op, shard_rule=elementwise_shard)(_function_contract)
     reference(_op)(_function(_f))
 
 
-@contract(Op.UNARY, sources=1)
+@contract(Op.UNARY, shard_rule=elementwise_shard)
 def _unary_contract(t: Tensor) -> None:
     require(t.param_i32(0) in set(UnaryOp), f"no unary op {t.param_i32(0)}")
     _function_contract(t)
@@ -230,7 +231,7 @@ def _same_type_contract(t: Tensor) -> None:
 
 
 for _op in (Op.SCALE, Op.CLAMP, Op.LEAKY_RELU):
-    contract(_op, sources=1)(_same_type_contract)
+    contract(_op, shard_rule=elementwise_shard)(_same_type_contract)
 
 
 @reference(Op.SCALE)
@@ -257,7 +258,7 @@ def _leaky_relu(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, xp.where(x > 0, x, 0) + slope * xp.where(x < 0, x, 0))
 
 
-@contract(Op.SILU_BACK, sources=2)
+@contract(Op.SILU_BACK)
 def _silu_back_contract(t: Tensor) -> None:
     require_result(t, FLOATS)
     for i in (0, 1):
@@ -313,7 +314,14 @@ GLU: dict[GluOp, Glu] = {
 }
 
 
-@contract(Op.GLU, sources=(1, 2))
+def _glu_shard(node: Tensor, shards: Shards) -> Propagated | None:
+    # Without a second source both halves lie in one row, which a cut along rows doesn't respect.
+    if node.src[1] is None and shards[0] is not None and shards[0].dim == 0:
+        return None
+    return elementwise_shard(node, shards)
+
+
+@contract(Op.GLU, shard_rule=_glu_shard)
 def _glu_contract(t: Tensor) -> None:
     """Gated and gate are sources 0 and 1, or the halves of source 0's rows."""
     require(t.param_i32(0) in set(GluOp), f"no gated unit {t.param_i32(0)}")

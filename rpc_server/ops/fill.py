@@ -30,7 +30,7 @@ def _f32_of_same_shape(t: Tensor) -> None:
 # -- PAD, ROLL -------------------------------------------------------------------------------------
 
 
-@contract(Op.PAD, sources=1)
+@contract(Op.PAD)
 def _pad_contract(t: Tensor) -> None:
     s = require_source(t, 0, F32_ONLY, dense=False)
     require_result(t, F32_ONLY)
@@ -69,7 +69,7 @@ def _pad(ctx: ArrayContext, t: Tensor) -> None:
         ctx.view(t)[...] = padded
 
 
-@contract(Op.ROLL, sources=1)
+@contract(Op.ROLL)
 def _roll_contract(t: Tensor) -> None:
     _f32_of_same_shape(t)
     for shift, n in zip(t.op_params[:4], t.ne, strict=True):
@@ -85,7 +85,7 @@ def _roll(ctx: ArrayContext, t: Tensor) -> None:
 # -- FILL, ARANGE ----------------------------------------------------------------------------------
 
 
-@contract(Op.FILL, sources=1)
+@contract(Op.FILL)
 def _fill_contract(t: Tensor) -> None:
     require_result(t, {GgmlType.F32, GgmlType.F16})
     require_shape(require_source(t, 0, {t.type}), t.ne, "source 0")
@@ -96,7 +96,7 @@ def _fill(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = t.param_f32(0)
 
 
-@contract(Op.ARANGE, sources=0)
+@contract(Op.ARANGE)
 def _arange_contract(t: Tensor) -> None:
     require_result(t, F32_ONLY)
     require_contiguous(t, "the result")
@@ -117,7 +117,7 @@ def _arange(ctx: ArrayContext, t: Tensor) -> None:
 # -- DIAG, TRI, DIAG_MASK_* ------------------------------------------------------------------------
 
 
-@contract(Op.DIAG, sources=1)
+@contract(Op.DIAG)
 def _diag_contract(t: Tensor) -> None:
     s = require_source(t, 0, F32_ONLY)
     require_result(t, F32_ONLY)
@@ -140,7 +140,7 @@ _TRIANGLES = (
 )
 
 
-@contract(Op.TRI, sources=1)
+@contract(Op.TRI)
 def _tri_contract(t: Tensor) -> None:
     _f32_of_same_shape(t)
     require(t.ne[0] == t.ne[1], "the matrices must be square")
@@ -168,7 +168,7 @@ def _mask(ctx: ArrayContext, t: Tensor, value: float) -> None:
 
 
 for _op in (Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO):
-    contract(_op, sources=1)(_mask_contract)
+    contract(_op)(_mask_contract)
 
 
 @reference(Op.DIAG_MASK_INF)

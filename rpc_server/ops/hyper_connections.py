@@ -39,7 +39,7 @@ def _any_strides(t: Tensor, i: int) -> Tensor:
     return s
 
 
-@contract(Op.DSV4_HC_COMB, sources=3)
+@contract(Op.DSV4_HC_COMB)
 def _comb_contract(t: Tensor) -> None:
     """src0 (24, tokens), src1 scales (the third is used), src2 base (24) to (4, 4, tokens).
 
@@ -76,7 +76,7 @@ def _comb(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[0] = matrix
 
 
-@contract(Op.DSV4_HC_PRE, sources=2)
+@contract(Op.DSV4_HC_PRE)
 def _pre_contract(t: Tensor) -> None:
     """src0 (E, streams, tokens) and src1, the streams' weights, to (E, tokens).
 
@@ -104,7 +104,7 @@ def _pre(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[0, 0] = np.float32(t.param_f32(0)) * total
 
 
-@contract(Op.DSV4_HC_POST, sources=(3, 4))
+@contract(Op.DSV4_HC_POST)
 def _post_contract(t: Tensor) -> None:
     """src0 (E, tokens), src1 residuals (E, streams, tokens), src2 (streams, tokens) to src1's.
 

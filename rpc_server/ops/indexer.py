@@ -20,7 +20,7 @@ from rpc_server.ops.slices import rows_of, tiles
 from rpc_server.ops.table import contract, reference
 
 
-@contract(Op.LIGHTNING_INDEXER, sources=4)
+@contract(Op.LIGHTNING_INDEXER)
 def _indexer_contract(t: Tensor) -> None:
     """Queries (E, heads, tokens, streams), keys (E, 1, positions, streams), which heads share.
 

@@ -16,7 +16,7 @@ from rpc_server.ops.checks import (
 from rpc_server.ops.table import contract, reference
 
 
-@contract(Op.SOLVE_TRI, sources=2)
+@contract(Op.SOLVE_TRI)
 def _solve_tri_contract(t: Tensor) -> None:
     """A X = B: src0 is A (n, n, ...), of which the lower triangle counts, src1 is B (k, n, ...).
 

@@ -48,7 +48,7 @@ def _require_factors(t: Tensor) -> tuple[Tensor, Tensor]:
     return weights, activations
 
 
-@contract(Op.MUL_MAT, sources=2)
+@contract(Op.MUL_MAT)
 def _mul_mat_contract(t: Tensor) -> None:
     """src0 (K, M, ...) and src1 (K, N, ...) to (M, N, ...): src0 repeats over dimensions 2, 3."""
     weights, activations = _require_factors(t)
@@ -83,7 +83,7 @@ def _matrices(t: Tensor) -> list[tuple[int, int]]:
 # -- MUL_MAT_ID ------------------------------------------------------------------------------------
 
 
-@contract(Op.MUL_MAT_ID, sources=3)
+@contract(Op.MUL_MAT_ID)
 def _mul_mat_id_contract(t: Tensor) -> None:
     """src0 (K, M, experts), src1 (K, used or a divisor of it, tokens), src2 ids (used, tokens)."""
     weights, activations = _require_factors(t)
@@ -116,7 +116,7 @@ def _mul_mat_id(ctx: ArrayContext, t: Tensor) -> None:
 # -- OUT_PROD --------------------------------------------------------------------------------------
 
 
-@contract(Op.OUT_PROD, sources=2)
+@contract(Op.OUT_PROD)
 def _out_prod_contract(t: Tensor) -> None:
     """src0 (M, K, ...) and src1 (N, K, ...) to (M, N, ...): src0 repeats over dimensions 2, 3."""
     a = require_source(t, 0, DECODABLE)

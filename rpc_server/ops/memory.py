@@ -22,6 +22,7 @@ from rpc_server.ops.checks import (
     require_type,
     source,
 )
+from rpc_server.ops.shards import Propagated, Shards, in_whole_blocks
 from rpc_server.ops.table import contract, reference, require
 from rpc_server.types import ENCODABLE
 
@@ -34,7 +35,7 @@ def _describes_memory(t: Tensor) -> None:
 
 
 for _op in VIEWS:
-    contract(_op, sources=(0, 10), is_view=True)(_describes_memory)
+    contract(_op, is_view=True)(_describes_memory)
 
 
 # -- DUP, CONT, CPY --------------------------------------------------------------------------------
@@ -68,9 +69,19 @@ def _copy(ctx: ArrayContext, t: Tensor) -> None:
         ctx.store(t, ctx.f32(s).reshape(t.ne[::-1]))
 
 
+def _copy_shard(node: Tensor, shards: Shards) -> Propagated | None:
+    # A copy into another tensor writes memory that is whole here; ggml_cast and ggml_cont don't.
+    if node.src[1] is not None or node.view_src is not None:
+        return None
+    source, shard = node.src[0], shards[0]
+    if source is None or shard is None or source.ne != node.ne or not in_whole_blocks(node, shard):
+        return None
+    return Propagated(shard)
+
+
 # CPY names its destination as a second source; the node itself is a view of it.
-for _op, _sources in ((Op.DUP, 1), (Op.CONT, 1), (Op.CPY, (1, 2))):
-    contract(_op, sources=_sources)(_copy_contract)
+for _op in (Op.DUP, Op.CONT, Op.CPY):
+    contract(_op, shard_rule=_copy_shard)(_copy_contract)
     reference(_op)(_copy)
 
 
@@ -116,8 +127,8 @@ def _with_source_0(ctx: ArrayContext, t: Tensor) -> Any:
     return ctx.view(_part(t))
 
 
-contract(Op.SET, sources=2)(_set_contract)
-contract(Op.ACC, sources=2)(_set_contract)
+contract(Op.SET)(_set_contract)
+contract(Op.ACC)(_set_contract)
 
 
 @reference(Op.SET)
@@ -136,7 +147,7 @@ def _acc(ctx: ArrayContext, t: Tensor) -> None:
 # -- CONCAT, REPEAT, REPEAT_BACK -------------------------------------------------------------------
 
 
-@contract(Op.CONCAT, sources=2)
+@contract(Op.CONCAT)
 def _concat_contract(t: Tensor) -> None:
     dim = t.param_i32(0)
     require(0 <= dim < 4, f"no dimension {dim}")
@@ -156,7 +167,7 @@ def _concat(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = ctx.xp.concatenate(parts, axis=3 - t.param_i32(0))
 
 
-@contract(Op.REPEAT, sources=1)
+@contract(Op.REPEAT)
 def _repeat_contract(t: Tensor) -> None:
     require_type(t, _PLAIN, "the result")
     s = require_source(t, 0, {t.type}, dense=False)
@@ -171,7 +182,7 @@ def _repeat(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = ctx.xp.tile(ctx.view(s), times[::-1])
 
 
-@contract(Op.REPEAT_BACK, sources=1)
+@contract(Op.REPEAT_BACK)
 def _repeat_back_contract(t: Tensor) -> None:
     require_type(t, F32_ONLY, "the result")
     s = require_source(t, 0, F32_ONLY, dense=False)

@@ -17,6 +17,7 @@ from rpc_server.ops.checks import (
     require_source,
     source,
 )
+from rpc_server.ops.shards import shard_by_rows
 from rpc_server.ops.table import contract, reference, require
 
 
@@ -37,7 +38,7 @@ def _norm_contract(t: Tensor) -> None:
 
 
 for _op in (Op.NORM, Op.RMS_NORM, Op.L2_NORM):
-    contract(_op, sources=1)(_norm_contract)
+    contract(_op, shard_rule=shard_by_rows)(_norm_contract)
 
 
 def _mean(xp: ModuleType, x: Any, axes: int | tuple[int, ...]) -> Any:
@@ -70,7 +71,7 @@ def _l2_norm(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, x * (1 / xp.fmax(length, eps)))
 
 
-@contract(Op.GROUP_NORM, sources=1)
+@contract(Op.GROUP_NORM)
 def _group_norm_contract(t: Tensor) -> None:
     """op_params: groups that dimension 2 is cut into, the last ones smaller or empty; eps."""
     _require_same_shape(t, 1, dense=True)
@@ -87,7 +88,7 @@ def _group_norm(ctx: ArrayContext, t: Tensor) -> None:
         target[:, group] = _normalized(ctx.xp, x[:, group], (1, 2, 3), eps)
 
 
-@contract(Op.RMS_NORM_BACK, sources=2)
+@contract(Op.RMS_NORM_BACK)
 def _rms_norm_back_contract(t: Tensor) -> None:
     _require_same_shape(t, 2, dense=True)
     _require_eps(t, 0)

@@ -60,7 +60,7 @@ class _States:
 # -- SSM_CONV, SSM_SCAN ----------------------------------------------------------------------------
 
 
-@contract(Op.SSM_CONV, sources=2)
+@contract(Op.SSM_CONV)
 def _ssm_conv_contract(t: Tensor) -> None:
     """src0 (window - 1 + tokens, channels, sequences), src1 (window, channels)."""
     x, weights = require_source(t, 0, F32_ONLY), require_source(t, 1, F32_ONLY)
@@ -86,7 +86,7 @@ def _snapshots(t: Tensor) -> int:
     return t.param_i32(0) or 1
 
 
-@contract(Op.SSM_SCAN, sources=7)
+@contract(Op.SSM_SCAN)
 def _ssm_scan_contract(t: Tensor) -> None:
     """States, inputs x, time steps dt, decays A, input and output weights B and C, states' ids.
 
@@ -233,14 +233,14 @@ def _linear(ctx: ArrayContext, t: Tensor) -> None:
 
 
 for _op in _STEPS:
-    contract(_op, sources=_STEPS[_op][1] + 1)(_linear_contract)
+    contract(_op)(_linear_contract)
     reference(_op)(_linear)
 
 
 # -- GATED_DELTA_NET -------------------------------------------------------------------------------
 
 
-@contract(Op.GATED_DELTA_NET, sources=6)
+@contract(Op.GATED_DELTA_NET)
 def _delta_net_contract(t: Tensor) -> None:
     """Queries, keys, values, gates, rates and the states, one of S * S for each head and sequence.
 

@@ -34,7 +34,7 @@ def _rows_to_reduce(
 # -- SUM, SUM_ROWS, MEAN, CUMSUM, COUNT_EQUAL ------------------------------------------------------
 
 
-@contract(Op.SUM, sources=1)
+@contract(Op.SUM)
 def _sum_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t, FLOATS)
     require_result(t, {s.type})
@@ -53,7 +53,7 @@ def _row_sums_contract(t: Tensor) -> None:
 
 
 for _op in (Op.SUM_ROWS, Op.MEAN):
-    contract(_op, sources=1)(_row_sums_contract)
+    contract(_op)(_row_sums_contract)
 
 
 def _row_sums(ctx: ArrayContext, t: Tensor) -> Any:
@@ -72,7 +72,7 @@ def _mean(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, _row_sums(ctx, t) / ctx.xp.float32(source(t, 0).ne[0]))
 
 
-@contract(Op.CUMSUM, sources=1)
+@contract(Op.CUMSUM)
 def _cumsum_contract(t: Tensor) -> None:
     require_result(t, F32_ONLY)
     require_shape(require_source(t, 0, F32_ONLY), t.ne, "source 0")
@@ -83,7 +83,7 @@ def _cumsum(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, ctx.xp.cumsum(ctx.f32(source(t, 0)), axis=3, dtype=ctx.xp.float32))
 
 
-@contract(Op.COUNT_EQUAL, sources=2)
+@contract(Op.COUNT_EQUAL)
 def _count_equal_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t, I32_ONLY, dense=False)
     require_shape(require_source(t, 1, I32_ONLY, dense=False), s.ne, "source 1")
@@ -100,7 +100,7 @@ def _count_equal(ctx: ArrayContext, t: Tensor) -> None:
 # -- ARGMAX, ARGSORT, TOP_K ------------------------------------------------------------------------
 
 
-@contract(Op.ARGMAX, sources=1)
+@contract(Op.ARGMAX)
 def _argmax_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t)
     require_result(t, I32_ONLY)
@@ -126,7 +126,7 @@ def _argmax(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[0, 0, 0] = xp.where(counts & (rows == best), at, 0).max(axis=1)
 
 
-@contract(Op.ARGSORT, sources=1)
+@contract(Op.ARGSORT)
 def _argsort_contract(t: Tensor) -> None:
     require(t.param_i32(0) in (0, 1), f"no sort order {t.param_i32(0)}")
     require_result(t, I32_ONLY)
@@ -146,7 +146,7 @@ def _argsort(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = _sorted_indices(ctx, source(t, 0), descending=descending)
 
 
-@contract(Op.TOP_K, sources=1)
+@contract(Op.TOP_K)
 def _top_k_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t)
     require_result(t, I32_ONLY)

@@ -24,6 +24,7 @@ from rpc_server.ops.checks import (
     require_source,
     source,
 )
+from rpc_server.ops.shards import Propagated, Shards, shard_by_rows
 from rpc_server.ops.table import contract, reference, require
 
 
@@ -185,6 +186,11 @@ def _rope(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, y)
 
 
+def _rope_shard(node: Tensor, shards: Shards) -> Propagated | None:
+    # Dimension 2 counts positions.
+    return shard_by_rows(node, shards) if shards[0] is not None and shards[0].dim == 1 else None
+
+
 for _op in (Op.ROPE, Op.ROPE_BACK):
-    contract(_op, sources=(2, 3))(_rope_contract)
+    contract(_op, shard_rule=_rope_shard)(_rope_contract)
     reference(_op)(_rope)

@@ -47,7 +47,7 @@ def checked_indices(ctx: ArrayContext, t: Tensor, limit: int) -> Any:
 # -- GET_ROWS --------------------------------------------------------------------------------------
 
 
-@contract(Op.GET_ROWS, sources=2)
+@contract(Op.GET_ROWS)
 def _get_rows_contract(t: Tensor) -> None:
     table = require_source(t, 0, DECODABLE | I32_ONLY)
     ids = require_source(t, 1, I32_ONLY, dense=False)
@@ -68,7 +68,7 @@ def _get_rows(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = rows
 
 
-@contract(Op.GET_ROWS_BACK, sources=2)
+@contract(Op.GET_ROWS_BACK)
 def _get_rows_back_contract(t: Tensor) -> None:
     gradients = require_source(t, 0, {GgmlType.F32, GgmlType.F16})
     ids = require_source(t, 1, I32_ONLY)
@@ -90,7 +90,7 @@ def _get_rows_back(ctx: ArrayContext, t: Tensor) -> None:
 # -- SET_ROWS --------------------------------------------------------------------------------------
 
 
-@contract(Op.SET_ROWS, sources=(2, 3))
+@contract(Op.SET_ROWS)
 def _set_rows_contract(t: Tensor) -> None:
     # Source 2, where a client sends it, is the tensor that the node is a view of.
     values = require_source(t, 0, {GgmlType.F32, GgmlType.F16})
@@ -125,7 +125,7 @@ def _set_rows(ctx: ArrayContext, t: Tensor) -> None:
 # -- ADD_ID ----------------------------------------------------------------------------------------
 
 
-@contract(Op.ADD_ID, sources=3)
+@contract(Op.ADD_ID)
 def _add_id_contract(t: Tensor) -> None:
     a = require_source(t, 0, F32_ONLY)
     b = require_source(t, 1, F32_ONLY)

@@ -86,7 +86,7 @@ def _pool_contract(t: Tensor) -> None:
 
 
 for _op in (Op.POOL_1D, Op.POOL_2D):
-    contract(_op, sources=1)(_pool_contract)
+    contract(_op)(_pool_contract)
 
 
 def _few_places(axis: Axis) -> bool:
@@ -182,7 +182,7 @@ def _pool_2d(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, pooled)
 
 
-@contract(Op.POOL_2D_BACK, sources=2)
+@contract(Op.POOL_2D_BACK)
 def _pool_back_contract(t: Tensor) -> None:
     """src0 are gradients of POOL_2D's result, src1 what it pooled."""
     gradients, x = require_source(t, 0, F32_ONLY), require_source(t, 1, {t.type})
@@ -284,7 +284,7 @@ _ALIGN_CORNERS = 1 << 8
 _ANTIALIAS = 1 << 9
 
 
-@contract(Op.UPSCALE, sources=1)
+@contract(Op.UPSCALE)
 def _upscale_contract(t: Tensor) -> None:
     """Any size to any size; dimensions 2 and 3 take the nearest, whatever the mode."""
     s = require_source(t, 0, F32_ONLY, dense=False)
@@ -397,7 +397,7 @@ def _upscale(ctx: ArrayContext, t: Tensor) -> None:
 # -- PAD_REFLECT_1D --------------------------------------------------------------------------------
 
 
-@contract(Op.PAD_REFLECT_1D, sources=1)
+@contract(Op.PAD_REFLECT_1D)
 def _reflect_contract(t: Tensor) -> None:
     """op_params: elements before and behind each row, mirrored at its ends."""
     s, pads = require_source(t, 0, F32_ONLY), t.op_params[:2]
@@ -417,7 +417,7 @@ def _reflect(ctx: ArrayContext, t: Tensor) -> None:
 # -- TIMESTEP_EMBEDDING ----------------------------------------------------------------------------
 
 
-@contract(Op.TIMESTEP_EMBEDDING, sources=1)
+@contract(Op.TIMESTEP_EMBEDDING)
 def _timestep_contract(t: Tensor) -> None:
     """op_params: elements of an embedding, longest period. Odd numbers may be rounded up."""
     steps = require_source(t, 0, F32_ONLY)

@@ -25,7 +25,7 @@ from rpc_server.ops.table import contract, reference, require
 _MASKS = frozenset({GgmlType.F32, GgmlType.F16})
 
 
-@contract(Op.SOFT_MAX, sources=(1, 3))
+@contract(Op.SOFT_MAX)
 def _soft_max_contract(t: Tensor) -> None:
     """op_params: scale, max_bias. src1: mask. src2: sinks."""
     require_result(t, F32_ONLY)
@@ -62,7 +62,7 @@ def _over_heads(xp: Any, values: Any, t: Tensor) -> Any:
     return values[batches[:, None], heads]
 
 
-@contract(Op.SOFT_MAX_BACK, sources=2)
+@contract(Op.SOFT_MAX_BACK)
 def _soft_max_back_contract(t: Tensor) -> None:
     """op_params: scale, max_bias, which has no gradient and must be 0."""
     require_result(t, F32_ONLY)

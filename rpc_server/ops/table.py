@@ -1,4 +1,4 @@
-"""The op table: for each op its contract and its array reference.
+"""The op table, a row an op: its contract, its array reference, and what is known of it besides.
 
 One table serves every device. ``contract`` functions say when a node may be run at all; whatever
 they let through must be memory-safe for the reference and for every device's kernels. References
@@ -16,9 +16,11 @@ from protocol.ggml.ops import Op
 if TYPE_CHECKING:
     from rpc_server.graph.tensor import Tensor
     from rpc_server.ops.arrays import ArrayContext
+    from rpc_server.ops.shards import Propagated, Shards
 
 Contract = Callable[["Tensor"], None]
 Reference = Callable[["ArrayContext", "Tensor"], None]
+ShardRule = Callable[["Tensor", "Shards"], "Propagated | None"]
 
 
 class ContractError(ValueError):
@@ -37,17 +39,17 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(slots=True)
 class OpSpec:
-    """What is known of one op, whatever the device."""
+    """What is known of one op, whatever the device; how many sources it has, the op itself says."""
 
     op: Op
-    min_sources: int
-    max_sources: int
     contract: Contract
     reference: Reference | None = None
     # No-ops (VIEW, RESHAPE, ...) only describe memory; nothing runs and nothing is written.
     is_view: bool = False
     # Sources that are written beside the node's own memory.
     writes: tuple[int, ...] = ()
+    # What parts of a split make of it; None: only who has all of its sources can compute it.
+    shard_rule: ShardRule | None = None
 
     def written(self, t: Tensor) -> list[Tensor]:
         """What node ``t`` of this op writes: itself, and sources that it changes."""
@@ -60,17 +62,16 @@ OPS: dict[Op, OpSpec] = {}
 def contract(
     op: Op,
     *,
-    sources: int | tuple[int, int],
     is_view: bool = False,
     writes: tuple[int, ...] = (),
+    shard_rule: ShardRule | None = None,
 ) -> Callable[[Contract], Contract]:
-    """Register the contract of ``op``; ``sources`` is how many src entries it has (or min, max)."""
-    low, high = (sources, sources) if isinstance(sources, int) else sources
+    """Register the contract of ``op``, with what else its row says (see :class:`OpSpec`)."""
 
     def register(function: Contract) -> Contract:
         if op in OPS:
             raise RuntimeError(f"two contracts for {op}")
-        OPS[op] = OpSpec(op, low, high, function, is_view=is_view, writes=writes)
+        OPS[op] = OpSpec(op, function, None, is_view, writes, shard_rule)
         return function
 
     return register
@@ -99,10 +100,10 @@ def check(t: Tensor) -> OpSpec:
         if spec is None:
             refuse("this server does not implement the op")
         for i, source in enumerate(t.src):
-            if i < spec.min_sources:
+            if i < t.op.min_sources:
                 require(source is not None, f"source {i} is missing")
-            elif i >= spec.max_sources:
-                require(source is None, f"has a source {i}, the op takes {spec.max_sources}")
+            elif i >= t.op.max_sources:
+                require(source is None, f"has a source {i}, the op takes {t.op.max_sources}")
         if not spec.is_view:
             # Reading absent data is what a view may leave undone and nothing else may.
             for i, source in enumerate(t.src):
@@ -113,3 +114,15 @@ def check(t: Tensor) -> OpSpec:
     except ContractError as error:
         raise ContractError(f"{t.label}: {error}") from None
     return spec
+
+
+def propagate(node: Tensor, shards: Shards) -> Propagated | None:
+    """Return what a node makes of ``shards``, those of its sources (None: whole), by its op's rule.
+
+    None if it has to have all of them. Views have no rule: they are looked up where they are read.
+    """
+    spec = OPS.get(node.op)
+    rule = None if spec is None else spec.shard_rule
+    if rule is None or node.empty or any(s is not None and s.empty for s in node.src):
+        return None
+    return rule(node, shards)

@@ -36,7 +36,7 @@ def _require_predictions(t: Tensor, first: int) -> tuple[int, ...]:
     return logits.ne
 
 
-@contract(Op.CROSS_ENTROPY_LOSS, sources=2)
+@contract(Op.CROSS_ENTROPY_LOSS)
 def _loss_contract(t: Tensor) -> None:
     """Rows of logits and of labels, which are probabilities, to one number."""
     _require_predictions(t, 0)
@@ -62,7 +62,7 @@ def _loss(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = -total / source(t, 0).nrows
 
 
-@contract(Op.CROSS_ENTROPY_LOSS_BACK, sources=3)
+@contract(Op.CROSS_ENTROPY_LOSS_BACK)
 def _loss_back_contract(t: Tensor) -> None:
     """Gradient of the logits, given the loss's (src0, one number), the logits and the labels."""
     gradient = require_source(t, 0, F32_ONLY)
@@ -110,7 +110,7 @@ def _settings(ctx: ArrayContext, s: Tensor) -> list[np.float32]:
     return [np.float32(value) for value in ctx.f32(s).ravel()]
 
 
-@contract(Op.OPT_STEP_ADAMW, sources=5, writes=(2, 3))
+@contract(Op.OPT_STEP_ADAMW, writes=(2, 3))
 def _adamw_contract(t: Tensor) -> None:
     _step_contract(t, n_states=2, n_params=7)
 
@@ -128,7 +128,7 @@ def _adamw(ctx: ArrayContext, t: Tensor) -> None:
     weights[...] = weights * (one - alpha * decay) - step
 
 
-@contract(Op.OPT_STEP_SGD, sources=3)
+@contract(Op.OPT_STEP_SGD)
 def _sgd_contract(t: Tensor) -> None:
     _step_contract(t, n_states=0, n_params=2)
 

@@ -30,7 +30,7 @@ def _windows_over(n: int, width: int) -> int:
     return -(-n // width)
 
 
-@contract(Op.WIN_PART, sources=1)
+@contract(Op.WIN_PART)
 def _win_part_contract(t: Tensor) -> None:
     """src0 (C, W, H) to (C, w, w, windows); op_params: windows across, windows down, w."""
     across, down, width = t.op_params[:3]
@@ -54,7 +54,7 @@ def _win_part(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = windows.reshape(t.ne[::-1])
 
 
-@contract(Op.WIN_UNPART, sources=1)
+@contract(Op.WIN_UNPART)
 def _win_unpart_contract(t: Tensor) -> None:
     """src0 (C, w, w, windows) to (C, W, H): what WIN_PART undoes; op_params: w."""
     width = t.param_i32(0)
@@ -81,7 +81,7 @@ def _win_unpart(ctx: ArrayContext, t: Tensor) -> None:
 # -- GET_REL_POS, ADD_REL_POS ----------------------------------------------------------------------
 
 
-@contract(Op.GET_REL_POS, sources=1)
+@contract(Op.GET_REL_POS)
 def _get_rel_pos_contract(t: Tensor) -> None:
     """src0 (C, 2n - 1) to (C, n, n). ggml's node is F16 whatever 16-bit type the source has."""
     table = require_source(t, 0, _HALVES)
@@ -102,7 +102,7 @@ def _get_rel_pos(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[0].view(xp.uint16)[...] = table[distance]
 
 
-@contract(Op.ADD_REL_POS, sources=3)
+@contract(Op.ADD_REL_POS)
 def _add_rel_pos_contract(t: Tensor) -> None:
     """src0 (n * n, rows, batches), src1 (along the width) and src2 (along the height): (n, ...).
 

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect, compatible_dialects
-from protocol.ggml.ops import OPS_101
-from protocol.numbering import _NEVER, SOURCES
 from protocol.observe.annotate import annotate, describe
 from protocol.observe.conversation import (
     Conversation,
@@ -24,7 +22,6 @@ from protocol.observe.conversation import (
     dialect_of_version,
 )
 from protocol.observe.events import Event
-from rpc_server.ops.table import OPS
 from tests.protocol.transcripts import (
     answer,
     events_of,
@@ -218,12 +215,6 @@ def test_long_names_are_found_out(dialect: Dialect) -> None:
         b"y",
         b"z",
     ]
-
-
-def test_numbers_of_sources_are_those_of_the_contracts() -> None:
-    for op in OPS_101:
-        if op in OPS and op not in _NEVER:
-            assert SOURCES[op] == (OPS[op].min_sources, OPS[op].max_sources), op
 
 
 # -- streams that are not whole ---------------------------------------------------------------

@@ -13,9 +13,9 @@ from client.split.partition import Rows, partition
 from client.tensors import contiguous_strides
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.devices.split.shard import Shard
 from rpc_server.devices.split.views import cut_view, part_period
 from rpc_server.graph.tensor import Dims, Tensor
+from rpc_server.ops.shards import Shard
 
 F32, F16, Q8_0, Q4_0 = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_0
 BASE = 1 << 20

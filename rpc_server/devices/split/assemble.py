@@ -18,11 +18,11 @@ from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.messages import MAX_SOURCES
 from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
 from rpc_server.devices.split.parts import Built, LocalTensors, PartBuilder
-from rpc_server.devices.split.shard import Shard
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import Input, Partitioning, Subgraph
 from rpc_server.devices.split.worker import Program, UnfitError, Worker
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.shards import Shard
 from rpc_server.ops.table import ContractError, check
 
 _ALIGN = 64

@@ -15,11 +15,11 @@ from client.tensors import Tensor as PartTensor
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.messages import MAX_SOURCES
-from rpc_server.devices.split.shard import Shard
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import Input, Partitioning, Subgraph
 from rpc_server.devices.split.views import part_period
 from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.shards import Shard
 
 
 @dataclass(slots=True)

@@ -21,17 +21,16 @@ from dataclasses import dataclass, field
 from protocol.ggml.ops import VIEWS, Op, TensorFlag
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
-from rpc_server.devices.split.shard import (
-    Propagated,
-    Shard,
-    Slice,
-    propagate,
-)
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.views import CutView, cut_view
 from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.graph.tensor import Tensor
-from rpc_server.ops.table import OPS
+from rpc_server.ops.shards import (
+    Propagated,
+    Shard,
+    Slice,
+)
+from rpc_server.ops.table import OPS, propagate
 
 _PRODUCTS = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
 

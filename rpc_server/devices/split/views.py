@@ -21,8 +21,8 @@ import math
 from dataclasses import dataclass
 
 from client.split.partition import Rows
-from rpc_server.devices.split.shard import Shard
 from rpc_server.graph.tensor import Dims, Tensor
+from rpc_server.ops.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)
