@@ -26,6 +26,7 @@ from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import CompiledLanes, compiled_hash
 from rpc_server.devices.registry import DeviceOptions, UnknownDeviceError, open_devices
 from rpc_server.models.library import Models
+from rpc_server.models.mapping import Mappings
 from rpc_server.models.record import Records, default_folder
 from rpc_server.net.listener import Server
 from rpc_server.net.listening import (
@@ -195,6 +196,7 @@ async def _context(options: Namespace) -> ServerContext:
     return ServerContext(
         stats=stats,
         models=_models(options, stats),
+        mappings=Mappings() if options.models else None,
         budgets=[Budget(device, options.mem) for device in devices],
         negotiator=Negotiator(options.protocol),
         cache=cache,
@@ -264,6 +266,8 @@ async def _serve(options: Namespace) -> Ending:
         await asyncio.to_thread(context.models.close)
     end_compilers()
     ended = await server.stop()
+    if context.mappings is not None:
+        await asyncio.to_thread(context.mappings.close)
     for listener in metrics:
         listener.close()
     return Ending(ended, 1 if devices_lost else 0)

@@ -207,6 +207,10 @@ class Buffers:
         self.nbytes += size
         return buffer
 
+    def on(self, device: int) -> list[Buffer]:
+        """Return the buffers that this client has on a device."""
+        return [b for b in list(self._by_handle.values()) if b.device == device]
+
     def find(self, handle: int) -> Buffer | None:
         """The buffer with this handle, None if this client has no such."""
         return self._by_handle.get(handle)

@@ -6,12 +6,15 @@ What the operator put there (``--models``) comes first, then what clients had ke
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from protocol.requests import Request
 from rpc_server.cache.store import TensorCache
 from rpc_server.devices.base import RemoteStorage, Slicing
+from rpc_server.devices.cpu.mapped import MappedStorage
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
+from rpc_server.limits import LimitReached
 from rpc_server.models.library import Content, Models
 from rpc_server.session.buffers import Buffer
 from rpc_server.session.state import Session
@@ -47,7 +50,7 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
             and await storage.recall(tensor, start, digest)
         )
     else:
-        in_models = models is not None and await _from_models(models, digest, place)
+        in_models = models is not None and await _from_models(s, models, digest, place)
         found = in_models or (cache is not None and await _from_cache(cache, digest, place))
     if found:
         s.stats.cache_hits += 1
@@ -62,11 +65,40 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
     s.answer(request.command, {"result": int(found)})
 
 
+class _Owner:
+    """The client that weights are mapped for."""
+
+    def __init__(self, session: Session, device: int) -> None:
+        self._session = session
+        self._queue = session.queue(device)
+        self._loop = asyncio.get_running_loop()
+
+    def quietly(self, work: Callable[[], None]) -> None:
+        """Do ``work`` in the place of a graph of the client's; from any thread but the loop's."""
+        self._queue.submit(work).result()
+
+    def lose(self, reason: str) -> None:
+        """End the connection, and what runs for it."""
+
+        def end() -> None:
+            self._session.stop_running()
+            self._session.end(LimitReached("--models", reason))
+
+        self._loop.call_soon_threadsafe(end)
+
+    def moved(self) -> None:
+        """Forget plans, which may name addresses at which a weight is no longer."""
+        for plans in self._session.plans:
+            plans.clear()
+        self._session.programs.clear()
+
+
 class Destination:
     """Where a tensor's bytes belong: ``size`` of them from byte ``offset`` on."""
 
     def __init__(self, buffer: Buffer, start: int, size: int, tensor: Tensor, offset: int) -> None:
         self.storage = buffer.storage
+        self.device = buffer.device
         self.start = start
         self.size = size
         self.tensor = tensor
@@ -87,14 +119,23 @@ class Destination:
         return isinstance(storage, RemoteStorage) and not storage.whole and self.is_remote
 
 
-async def _from_models(models: Models, digest: int, place: Destination) -> bool:
+async def _from_models(s: Session, models: Models, digest: int, place: Destination) -> bool:
     """Fill in what the operator has of this hash and size; return whether there is such."""
     with models.open(digest, place.size) as content:
         if content is None:
             return False
         if place.is_remote:
             return await _pass_on(content, place)
-        return await asyncio.to_thread(_copy, content, place)
+        return await _map(s, content, place) or await asyncio.to_thread(_copy, content, place)
+
+
+async def _map(s: Session, content: Content, place: Destination) -> bool:
+    """Let the file be the tensor's memory, where that can be done."""
+    storage, mappings = place.storage, s.context.mappings
+    if not isinstance(storage, MappedStorage) or mappings is None:
+        return False
+    owner = _Owner(s, place.device)
+    return await asyncio.to_thread(storage.map, place.start, content, mappings, owner, owner.moved)
 
 
 def _copy(content: Content, place: Destination) -> bool:

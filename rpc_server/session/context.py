@@ -17,6 +17,7 @@ from rpc_server.devices.base import Splitting
 from rpc_server.devices.cpu.machine import system_memory
 from rpc_server.limits import ServerLimits
 from rpc_server.models.library import Models
+from rpc_server.models.mapping import Mappings
 from rpc_server.observability.logs import LineBudget
 from rpc_server.observability.metrics import ServerStats
 from rpc_server.session.buffers import AddressSpace, Budget, Buffer
@@ -56,6 +57,7 @@ class ServerContext:
     cache: TensorCache | None = None
     # What the operator has on this machine's disk.
     models: Models | None = None
+    mappings: Mappings | None = None
     limits: ServerLimits = field(default_factory=ServerLimits)
     stats: ServerStats = field(default_factory=ServerStats)
     space: AddressSpace = field(default_factory=AddressSpace)

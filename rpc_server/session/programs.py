@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,10 @@ from rpc_server.devices.base import (
     BufferLike,
     Plan,
     Queue,
-    Resolve,
 )
+from rpc_server.session.buffers import Buffers
 from rpc_server.session.graph_memory import Share
+from rpc_server.session.mapped import redirect
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
@@ -56,20 +58,22 @@ class Programs:
         payload: ProgramPayload,
         size: int,
         dialect: Dialect,
-        resolve: Resolve,
+        buffers: Buffers,
     ) -> None:
         """Plan a program in the place of one with the same number; on the device's thread.
 
-        ``size`` is the number of bytes that it came in. Raises GraphError, LimitReached.
+        ``buffers`` are the client's; ``size`` is the number of bytes that it came in. Raises
+        GraphError, LimitReached.
         """
         handles: set[int] = set()
 
         def watched(handle: int) -> BufferLike | None:
             handles.add(handle)
-            return resolve(handle)
+            return buffers.find(handle)
 
         self._drop((index, number))
-        plan = queue.program(payload, dialect, watched, self.peer)
+        tensors, find = redirect(buffers.on(index), payload.tensors, watched)
+        plan = queue.program(replace(payload, tensors=tensors), dialect, find, self.peer)
         # Programs may keep what they were read from: inputs, outputs, names.
         nbytes = size + plan.nbytes
         self._share.take(nbytes, "a program")

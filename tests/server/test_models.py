@@ -15,9 +15,10 @@ from protocol.commands import Command
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
 from rpc_server.cache.store import TensorCache
+from rpc_server.models.files import held, open_file
 from tests.client.test_gguf_file import write
 from tests.cuda import emulation
-from tests.server.process import ServerProcess, Wire, running, tensor
+from tests.server.process import ServerProcess, Wire, running, sources, tensor
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens
 
@@ -116,6 +117,125 @@ def test_uploads_under_the_same_hash_replace_nothing(
         indexed(server, path)
         with Wire(server.port) as wire:
             offer(wire, data, 1)
+
+
+def shared_pages(server: ServerProcess, path: Path) -> dict[str, int]:
+    """Kilobytes of all that a server has mapped of a file, as /proc/PID/smaps names them."""
+    found: dict[str, int] = {}
+    ours = False
+    for line in Path(f"/proc/{server.child.pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            ours = line.endswith(str(path))
+        elif ours and words[-1] == "kB":
+            found[words[0][:-1]] = found.get(words[0][:-1], 0) + int(words[1])
+    return found
+
+
+class Doubler:
+    """A client that computes w + w over a weight that it has offered by its hash."""
+
+    def __init__(self, wire: Wire, data: bytes) -> None:
+        self.wire, self.data = wire, data
+        n = len(data) // 4
+        self.handle, base = wire.alloc(len(data) + 4096)
+        out, at = wire.alloc(len(data))
+        self.weight = tensor(1, (n,), self.handle, base + 1024)
+        fields = {"tensor": self.weight, "offset": 0, "hash": fnv1a_64(data)}
+        assert wire.call(Command.SET_TENSOR_HASH, fields).result == 1
+        self.sum = tensor(2, (n,), out, at, op=wire.op("ADD"), src=sources(1, 1))
+        # In place, as a graph that changes its weights.
+        self.scaled = {**self.weight, "id": 3, "op": wire.op("SCALE"), "src": sources(1)}
+        half = int(np.float32(0.5).view(np.int32))
+        self.scaled["op_params"] = [half, *[0] * 15]
+
+    def doubled(self, *, again: bool = False) -> bytes:
+        """Compute, by a new graph or the last one ``again``; the result."""
+        if again:
+            self.wire.call(Command.GRAPH_RECOMPUTE, {"device": 0})
+        else:
+            self.wire.compute([self.sum], [self.weight])
+        return self.wire.get_tensor(self.sum, len(self.data))
+
+
+def numbers(path: Path) -> bytes:
+    """Write a file with a tensor of sound numbers, and return their bytes."""
+    values = np.random.default_rng(4).standard_normal(SIZE // 4).astype("<f4")
+    data = values.tobytes()
+    first, whole = (GgmlType.F32, (10,), bytes(40)), (GgmlType.F32, (len(values),), data)
+    write(path, {"v": first, "w": whole})
+    return data
+
+
+@pytest.fixture
+def mapping(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server with a model that it can map, indexed."""
+    path = tmp_path / "m.gguf"
+    numbers(path)
+    with open_file(path) as file, held(file) as hold:
+        if hold is None:
+            pytest.skip("files of this file system can't be held, so nothing is mapped")
+    with running("--models", str(path), "--threads", "1", env=environment) as server:
+        indexed(server, path)
+        yield server, path
+        assert server.alive
+
+
+def test_clients_compute_with_the_same_pages(mapping: tuple[ServerProcess, Path]) -> None:
+    server, path = mapping
+    data = numbers(path.with_name("same.gguf"))
+    twice = (2 * np.frombuffer(data, "<f4")).tobytes()
+    with Wire(server.port) as a, Wire(server.port) as b:
+        first = Doubler(a, data)
+        assert first.doubled() == twice
+        second = Doubler(b, data)
+        assert second.doubled() == twice
+        pages = shared_pages(server, path)
+        # Each has all of it, as pages of the file, and the two share them: half counts for each.
+        assert pages["Rss"] >= 2 * (SIZE >> 10)
+        assert pages["Anonymous"] == 0
+        assert pages["Pss"] <= 1.05 * (SIZE >> 10)
+        # What one client writes to its weight is its own.
+        a.compute([first.scaled], [first.weight])
+        assert first.doubled() == data
+        assert second.doubled() == twice
+    assert path.read_bytes() == path.with_name("same.gguf").read_bytes()
+
+
+def test_a_file_that_is_cut_short_hurts_no_client(mapping: tuple[ServerProcess, Path]) -> None:
+    server, path = mapping
+    data = numbers(path.with_name("same.gguf"))
+    twice = (2 * np.frombuffer(data, "<f4")).tobytes()
+    with Wire(server.port) as wire:
+        client = Doubler(wire, data)
+        assert client.doubled() == twice
+        # Waits until the server has its own copy.
+        os.truncate(path, 100)
+        assert client.doubled(again=True) == twice
+        assert client.doubled() == twice
+        assert wire.get_tensor(client.weight, SIZE) == data
+        server.wait_for("is about to be written to")
+    with Wire(server.port) as wire:
+        offer(wire, data, 0)
+
+
+def test_what_lies_over_the_edge_of_a_weight_is_right(mapping: tuple[ServerProcess, Path]) -> None:
+    server, path = mapping
+    data = numbers(path.with_name("same.gguf"))
+    with Wire(server.port) as wire:
+        client = Doubler(wire, data)
+        assert client.doubled() == (2 * np.frombuffer(data, "<f4")).tobytes()
+        # 100 numbers before it, and 100 of it.
+        over = tensor(4, (200,), client.handle, client.weight["data"] - 400)
+        out, at = wire.alloc(800)
+        result = tensor(5, (200,), out, at, op=wire.op("ADD"), src=sources(4, 4))
+        wire.compute([result], [over])
+        expected = bytes(400) + (2 * np.frombuffer(data[:400], "<f4")).tobytes()
+        assert wire.get_tensor(result, 800) == expected
+        # The same graph as at first; where the weight is has changed meanwhile.
+        wire.call(Command.MEMSET_TENSOR, {"tensor": over, "offset": 0, "size": 800, "value": 0})
+        expected = bytes(400) + (2 * np.frombuffer(data[400:], "<f4")).tobytes()
+        assert client.doubled() == expected
 
 
 @pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)

@@ -14,7 +14,7 @@ from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
-from rpc_server.devices.cpu.storage import HostStorage
+from rpc_server.devices.cpu.mapped import MappedStorage
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
@@ -63,11 +63,11 @@ class CpuDevice:
         """All that the machine has: memory that nobody has written to still looks free to it."""
         return self.memory()[1]
 
-    def allocate(self, size: int, proportions: Sequence[float] = ()) -> HostStorage:
+    def allocate(self, size: int, proportions: Sequence[float] = ()) -> MappedStorage:
         """Raises MemoryError when more is asked for than the machine has free."""
         if size > self.memory()[0]:
             raise MemoryError(f"{size} bytes asked for, {self.memory()[0]} free")
-        return HostStorage(size)
+        return MappedStorage(size)
 
     def split_status(self) -> dict[str, Any]:
         """Nothing is split here."""

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from protocol.commands import Command
 from protocol.graph_payload import decode_graph
@@ -15,6 +16,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.session.buffers import Buffer, Buffers
 from rpc_server.session.handlers.base import Handler, device_index
 from rpc_server.session.job import Job
+from rpc_server.session.mapped import redirect
 from rpc_server.session.state import Session
 
 
@@ -69,7 +71,9 @@ def _graph_compute(s: Session, request: Request) -> None:
             return
         task.begin()
         try:
-            made = queue.prepare(graph, readings.choose(graph, here), here)
+            tensors, find = redirect(s.buffers.on(index), graph.tensors, here)
+            given = replace(graph, tensors=tensors)
+            made = queue.prepare(given, readings.choose(given, find), find)
         except GraphError as error:
             raise here.explained(error) from None
         s.check_scratch(made)

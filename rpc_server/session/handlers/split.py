@@ -49,7 +49,7 @@ def _split_program(s: Session, request: Request) -> None:
     index = device_index(s, request)
     number = request.fields.program
     s.programs.check(number)
-    queue, dialect, find, limits = s.queue(index), s.dialect, s.buffers.find, s.context.limits
+    queue, dialect, limits = s.queue(index), s.dialect, s.context.limits
     body = request.graph
     size = program_size(body)
     limits.check_graph(size.nodes, 0)
@@ -61,7 +61,7 @@ def _split_program(s: Session, request: Request) -> None:
         # Not on the event loop: it may take half a second.
         payload = decode_program(body)
         limits.check_graph(0, len(payload.tensors))
-        s.programs.make(queue, index, number, payload, len(body), dialect, find)
+        s.programs.make(queue, index, number, payload, len(body), dialect, s.buffers)
         s.check_scratch(s.programs.find(index, number))
 
     run(s, request.command, queue, task, job)
