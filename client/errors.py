@@ -48,3 +48,10 @@ class ServerLost(ConnectionError):
         self.server = server
         self.reason = reason
         super().__init__(f"server {server}: {reason}")
+
+
+class MissingPackageError(Exception):
+    """A package that is an extra isn't installed; the message says what for, and how to get it."""
+
+    def __init__(self, wanted_by: str, package: str, extra: str) -> None:
+        super().__init__(f"{wanted_by} needs {package}: pip install 'ggml-rpc-server[{extra}]'")

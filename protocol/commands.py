@@ -38,3 +38,4 @@ class Command(enum.IntEnum):
     SPLIT_MEMBERS = 0x85
     SPLIT_ACQUIRE = 0x86
     SPLIT_RELEASE = 0x87
+    SPLIT_DESCRIBE = 0x88

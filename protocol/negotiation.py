@@ -61,7 +61,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from protocol.dialects import DIALECTS, Dialect, Version, distinct_numberings, find_dialects
+from protocol.dialects import (
+    DIALECTS,
+    Dialect,
+    Version,
+    distinct_numberings,
+    find_dialects,
+    version_name,
+)
 from protocol.errors import ProtocolError
 from protocol.split import caps_version
 
@@ -301,6 +308,8 @@ class Negotiator:
 
     def __init__(self, pinned: str | None = None) -> None:
         dialects = list(DIALECTS) if pinned is None else find_dialects(pinned)
+        # Names of the versions that clients may speak, newest first.
+        self.spoken = tuple(dict.fromkeys(version_name(d.version) for d in dialects))
         self._ladders: dict[int, list[Offer]] = {}
         for size in {d.hello_size for d in DIALECTS}:
             self._ladders[size] = _offers([d for d in dialects if d.hello_size == size])

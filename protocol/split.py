@@ -18,6 +18,9 @@ SPLIT_RELEASE gives it back, or keeps it where nobody waits. A SPLIT_RUN without
 turn and has the lease for that one run. SPLIT_MEMBERS tells which servers are behind a name, so
 that none is used twice.
 
+From version 3 on SPLIT_DESCRIBE tells what a server is: its software, the protocols that it speaks,
+the name of a device and what it is. That is for people; nothing is decided by it.
+
 Tensors lie in ordinary buffers: weights are allocated, uploaded (by hash too), read back and freed
 by the ordinary commands. SPLIT_ALLOC_BUFFER asks a server that splits over others for proportions
 of its own; for one that doesn't it is ALLOC_BUFFER.
@@ -55,13 +58,15 @@ from protocol.messages import (
     numpy_dtype,
 )
 
-VERSION = 2
+VERSION = 3
 MAX_PARTS = 16
 # Most servers that a coordinator and those behind it may be in all.
 MAX_MEMBERS = 64
 MAX_PROGRAMS = 64
 # The version that has leases and members.
 LEASES_SINCE = 2
+# The version whose servers describe themselves.
+DESCRIBES_SINCE = 3
 
 # In which activations may travel, by the names that users give.
 WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
@@ -113,6 +118,12 @@ SplitAcquireRequest = Struct("device" / Int32ul, "patience_ms" / Int32ul)
 SplitAcquireResponse = Struct("granted" / Int8ul, "holder" / Bytes(64))
 SplitReleaseRequest = Struct("device" / Int32ul, "keep" / Int8ul)
 SplitReleaseResponse = Struct("kept" / Int8ul)
+SplitDescribeResponse = Struct(
+    "software" / Bytes(64),
+    "protocols" / Bytes(128),
+    "device_name" / Bytes(32),
+    "device_description" / Bytes(128),
+)
 _DEVICE = Struct("device" / Int32ul)
 
 _COMMANDS_1: dict[Command, CommandSpec] = {
@@ -126,11 +137,15 @@ _COMMANDS_1: dict[Command, CommandSpec] = {
     Command.SPLIT_RUN: CommandSpec(SplitRunRequest, Answer.NEVER),
     Command.SPLIT_STATUS: CommandSpec(_DEVICE, Answer.FIXED, SplitStatusResponse),
 }
-SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+_COMMANDS_2: dict[Command, CommandSpec] = {
     **_COMMANDS_1,
     Command.SPLIT_MEMBERS: CommandSpec(_DEVICE, Answer.FIXED, SplitMembersResponse),
     Command.SPLIT_ACQUIRE: CommandSpec(SplitAcquireRequest, Answer.FIXED, SplitAcquireResponse),
     Command.SPLIT_RELEASE: CommandSpec(SplitReleaseRequest, Answer.FIXED, SplitReleaseResponse),
+}
+SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+    **_COMMANDS_2,
+    Command.SPLIT_DESCRIBE: CommandSpec(_DEVICE, Answer.FIXED, SplitDescribeResponse),
 }
 
 _STEP_DTYPE = numpy_dtype(SplitStep)
@@ -142,6 +157,23 @@ def members_fields(members: Sequence[int]) -> dict[str, Any]:
     """Return the fields of a SplitMembersResponse; one of too many says only how many there are."""
     known = list(members[:MAX_MEMBERS])
     return {"n_members": len(members), "members": [*known, *[0] * (MAX_MEMBERS - len(known))]}
+
+
+def description_fields(
+    software: str, protocols: Sequence[str], device_name: str, device_description: str
+) -> dict[str, Any]:
+    """Return the fields of a SplitDescribeResponse; what is too long is cut, at a character."""
+    return {
+        "software": _fitted(software, 64),
+        "protocols": _fitted(" ".join(protocols), 128),
+        "device_name": _fitted(device_name, 32),
+        "device_description": _fitted(device_description, 128),
+    }
+
+
+def _fitted(text: str, size: int) -> bytes:
+    """Return ``text`` in UTF-8, in less than ``size`` bytes."""
+    return text.encode()[: size - 1].decode(errors="ignore").encode()
 
 
 def split_part_fields(
@@ -205,8 +237,10 @@ def with_split(dialect: Dialect, version: int = VERSION) -> Dialect:
 
 def split_commands(version: int) -> dict[Command, CommandSpec]:
     """Return the commands that a ``version`` of the extension adds; none for version 0."""
-    if version >= LEASES_SINCE:
+    if version >= DESCRIBES_SINCE:
         return SPLIT_COMMANDS
+    if version >= LEASES_SINCE:
+        return _COMMANDS_2
     return _COMMANDS_1 if version else {}
 
 

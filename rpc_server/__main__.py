@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from client.errors import MissingPackageError
 from client.tunnel import SecretError, client_context, read_token, server_context
+from protocol.announcement import Announcement
 from protocol.endpoint import format_endpoint
 from protocol.negotiation import Negotiator
 from protocol.split import WIRE_TYPES
+from rpc_server import SOFTWARE
 from rpc_server.cache.quota import DEFAULT_LIMIT
 from rpc_server.cache.store import CacheError, TensorCache, default_cache_dir
 from rpc_server.devices.base import Device, DeviceError, Splitting
@@ -51,6 +54,7 @@ from rpc_server.session.context import ServerContext, new_identity
 
 if TYPE_CHECKING:
     from rpc_server.devices.split.worker import Tls
+    from rpc_server.net.announcer import Announcer
 
 log = logging.getLogger("rpc_server")
 
@@ -131,10 +135,10 @@ def _split_tls(options: Namespace) -> dict[tuple[str, int], Tls]:
     return dict.fromkeys(named, tls)
 
 
-async def _start_tls(options: Namespace, server: Server) -> str | None:
-    """Listen for TLS if that is asked for; the address. Raises StartError."""
+async def _start_tls(options: Namespace, server: Server) -> tuple[str | None, list[socket.socket]]:
+    """Listen for TLS if that is asked for; the address, and the sockets. Raises StartError."""
     if options.tls_port is None:
-        return None
+        return None, []
     host = options.tls_host or options.host
     try:
         tls = server_context(options.tls_cert, options.tls_key, options.tls_ca)
@@ -146,7 +150,7 @@ async def _start_tls(options: Namespace, server: Server) -> str | None:
     if token is None and options.tls_ca is None and not is_loopback(sockets):
         print(_OPEN_TLS.format(endpoint=endpoint), file=sys.stderr, flush=True)
     asked = [w for w, has in (("token", token), ("client certificate", options.tls_ca)) if has]
-    return f"{endpoint} ({' and '.join(asked) or 'no token'})"
+    return f"{endpoint} ({' and '.join(asked) or 'no token'})", sockets
 
 
 async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
@@ -206,16 +210,37 @@ async def _context(options: Namespace) -> ServerContext:
     )
 
 
+def _announcer(
+    options: Namespace,
+    context: ServerContext,
+    sockets: Sequence[socket.socket],
+    tls_sockets: Sequence[socket.socket],
+) -> Announcer | None:
+    """Tell the networks that this server is there, if that is asked for. Raises StartError."""
+    if not options.announce:
+        return None
+    from rpc_server.net.announcer import AnnouncedPort, Announcer
+
+    device = context.budgets[0].device.name
+    ports = [AnnouncedPort(sockets, Announcement(SOFTWARE, device))]
+    if tls_sockets:
+        ports.append(AnnouncedPort(tls_sockets, Announcement(SOFTWARE, device, tls=True)))
+    try:
+        return Announcer(ports)
+    except MissingPackageError as error:
+        raise StartError(str(error)) from None
+
+
 async def _metrics(options: Namespace, context: ServerContext) -> list[asyncio.AbstractServer]:
     """The HTTP side, if there is one. Raises StartError."""
     if options.metrics_port is None:
         return []
-    from rpc_server.observability.exporter import MissingError, serve
+    from rpc_server.observability.exporter import serve
 
     sockets, endpoint = await _listen(options.metrics_host, options.metrics_port, "--metrics-port")
     try:
         listeners = await serve(context, sockets)
-    except MissingError as error:
+    except MissingPackageError as error:
         raise StartError(str(error)) from None
     log.info("metrics at http://%s/metrics", endpoint, extra={"event": "metrics"})
     return listeners
@@ -245,7 +270,8 @@ async def _serve(options: Namespace) -> Ending:
     server = Server(context, options.allow)
     sockets, endpoint = await _listen(options.host, options.port, "--port")
     await server.start(sockets)
-    tls = await _start_tls(options, server)
+    tls, tls_sockets = await _start_tls(options, server)
+    announcer = _announcer(options, context, sockets, tls_sockets)
     metrics = await _metrics(options, context)
     if not is_loopback(sockets) and not options.allow:
         print(_EXPOSED.format(host=options.host), file=sys.stderr, flush=True)
@@ -261,6 +287,8 @@ async def _serve(options: Namespace) -> Ending:
     if progress is not None:
         await _end(progress)
     log.info("stopping", extra={"event": "stopping"})
+    if announcer is not None:
+        await announcer.close()
     await _until(stopped, server.drain(options.drain_seconds))
     if context.models is not None:
         await asyncio.to_thread(context.models.close)

@@ -13,7 +13,7 @@ from typing import Literal
 from protocol.dialects import DIALECTS, find_dialects
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 from protocol.split import MAX_PARTS, WIRE_TYPES
-from rpc_server import __version__
+from rpc_server import SOFTWARE
 from rpc_server.limits import ServerLimits
 from rpc_server.net.admission import Network
 
@@ -36,7 +36,7 @@ Exit codes: 0 stopped by a signal, 1 could not start (the reason is printed), 2 
 
 def server_version() -> str:
     """This package's version, with the newest protocol it speaks."""
-    return f"ggml-rpc-server {__version__} (ggml RPC protocol {DIALECTS[0].name} and older)"
+    return f"{SOFTWARE} (ggml RPC protocol {DIALECTS[0].name} and older)"
 
 
 def memory_size(text: str) -> int:
@@ -215,6 +215,11 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
         type=_protocol,
         metavar="auto|X.Y[.Z][-OPS]",
         help="speak this version only (auto)",
+    )
+    add(
+        "--announce",
+        action="store_true",
+        help="let programs on the networks that this server listens on find it (mDNS)",
     )
     add(
         "--drain-seconds",

@@ -8,7 +8,7 @@ import re
 from protocol.endpoint import DEFAULT_PORT, parse_endpoint
 from rpc_server.options import port
 
-__all__ = ["DEFAULT_PORT", "endpoint", "listening", "port", "size"]
+__all__ = ["DEFAULT_PORT", "endpoint", "listening", "port", "seconds", "size"]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -39,3 +39,14 @@ def size(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 500M or 2G")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds")
+    return number

@@ -22,6 +22,7 @@ import tools.record.__main__
 import tools.replay.__main__
 import tools.split_status
 import tools.wireshark.__main__
+import tools.workers.__main__
 
 # What [project.scripts] of pyproject.toml installs, and the parser of each.
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "ggml-rpc-record": tools.record.__main__.make_parser,
     "ggml-rpc-replay": tools.replay.__main__.make_parser,
     "ggml-rpc-split-status": tools.split_status.make_parser,
+    "ggml-rpc-workers": tools.workers.__main__.make_parser,
     "ggml-rpc-wireshark": tools.wireshark.__main__.make_parser,
     "ggml-rpc-completion": lambda: make_parser(),
 }

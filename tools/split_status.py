@@ -26,7 +26,8 @@ from client.errors import ConnectionLost, VersionMismatch
 from protocol.commands import Command
 from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
-from tools.arguments import endpoint
+from protocol.text import printable
+from tools.arguments import endpoint, seconds
 
 _TIMEOUT = 10.0
 
@@ -172,7 +173,7 @@ def _row(part: PartStatus, graph_seconds: float) -> tuple[str, ...]:
     # What is computed by the coordinator itself is neither sent nor waited for.
     remote = part.round_trip_seconds > 0
     return (
-        _shown(part.name),
+        printable(part.name),
         str(part.rows),
         _mib(part.bytes),
         str(part.exchanges) if remote else "-",
@@ -181,11 +182,6 @@ def _row(part: PartStatus, graph_seconds: float) -> tuple[str, ...]:
         f"{part.round_trip_seconds * 1e6:.0f} us" if remote else "-",
         waited if remote else "-",
     )
-
-
-def _shown(name: str) -> str:
-    """Return a name from the wire without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _mib(size: int) -> str:
@@ -207,16 +203,6 @@ async def show(host: str, port: int, device: int, watch: float | None, as_json: 
             shown = status.since(earlier)
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds")
-    return seconds
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -226,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("endpoint", type=endpoint, metavar="HOST:PORT", help="the coordinator")
     parser.add_argument(
-        "--watch", type=_seconds, metavar="N", help="every N seconds what was added, until Ctrl-C"
+        "--watch", type=seconds, metavar="N", help="every N seconds what was added, until Ctrl-C"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--device", type=int, default=0, help="the server's device (0)")

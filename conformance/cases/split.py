@@ -177,6 +177,7 @@ def device_that_is_not_there(c: Context) -> None:
         Command.SPLIT_MEMBERS: {},
         Command.SPLIT_ACQUIRE: {"patience_ms": 0},
         Command.SPLIT_RELEASE: {"keep": 0},
+        Command.SPLIT_DESCRIBE: {},
     }
     known = split_commands(c.facts.split)
     empty = encode_program([], no_tensors())
@@ -188,6 +189,39 @@ def device_that_is_not_there(c: Context) -> None:
         peer.send(command, body, device=c.facts.devices + 7, **given)
         c.refused(peer, command)
         peer.close()
+
+
+@SPLIT.case(
+    7,
+    sends="SPLIT_DESCRIBE on two connections",
+    expects="text in UTF-8 that ends within its field, the same each time; protocols by number",
+    source=SOURCE,
+    needs=(Command.SPLIT_DESCRIBE,),
+    split=True,
+)
+def description(c: Context) -> None:
+    """What a person reads of a server, so it has to be text."""
+    told = []
+    for _ in range(2):
+        answer = c.connect(split=True).call(Command.SPLIT_DESCRIBE)
+        fields = ("software", "protocols", "device_name", "device_description")
+        values = [bytes(getattr(answer, name)) for name in fields]
+        for name, value in zip(fields, values, strict=True):
+            c.expect(b"\0" in value, f"{name} does not end within its {len(value)} bytes")
+            c.expect(_is_text(value.split(b"\0")[0]), f"{name} is no text: {value!r}")
+        protocols = values[1].split(b"\0")[0].decode().split()
+        c.expect(bool(protocols), "no protocol")
+        numbers = all(p.replace(".", "").isdecimal() for p in protocols)
+        c.expect(numbers, f"protocols {protocols}")
+        told.append(values)
+    c.equal(told[1], told[0], "the description told to another client")
+
+
+def _is_text(value: bytes) -> bool:
+    try:
+        return value.decode().isprintable()
+    except UnicodeDecodeError:
+        return False
 
 
 # -- cut weights -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from client.errors import MissingPackageError
 from rpc_server import __version__
 from rpc_server.observability.metrics import GRAPH_BUCKETS
 from rpc_server.session.context import ServerContext
@@ -25,20 +26,14 @@ _MOST_CONNECTIONS = 16
 Response = tuple[str, str, bytes]
 
 
-class MissingError(Exception):
-    """prometheus-client isn't installed; the message says how to get it."""
-
-
 async def serve(
     context: ServerContext, sockets: Iterable[socket.socket]
 ) -> list[asyncio.AbstractServer]:
-    """Answer HTTP on ``sockets``, which listen (see listening.listen). Raises MissingError."""
+    """Answer HTTP on ``sockets``, which listen (see listening). Raises MissingPackageError."""
     try:
         import prometheus_client
     except ImportError:
-        raise MissingError(
-            "--metrics-port needs prometheus-client: pip install 'ggml-rpc-server[metrics]'"
-        ) from None
+        raise MissingPackageError("--metrics-port", "prometheus-client", "metrics") from None
     registry = prometheus_client.CollectorRegistry(auto_describe=False)
     for collector in (
         Collector(context),

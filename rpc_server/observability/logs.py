@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
+from protocol.text import printable
+
 TEXT = "%(asctime)s %(levelname)-7s %(message)s"
 
 # What a record has by itself; anything else was given by whoever logged it.
@@ -92,17 +94,6 @@ class ClientLog:
 
     def warning(self, message: str, *args: object) -> None:
         self.log(logging.WARNING, message, *args)
-
-
-def printable(text: str) -> str:
-    """Return ``text`` with what is no visible character escaped.
-
-    Names of tensors are a client's: a line break in one would forge a line of the log, an escape
-    sequence change the terminal of whoever reads it.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class TextFormatter(logging.Formatter):

@@ -23,6 +23,7 @@ from protocol.observe.conversation import (
 )
 from protocol.split import (
     ProgramStep,
+    description_fields,
     encode_program,
     members_fields,
     split_caps,
@@ -119,6 +120,7 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
         Command.SPLIT_MEMBERS: members_fields([1 << 63, 3]),
         Command.SPLIT_ACQUIRE: {"granted": 1, "holder": b""},
         Command.SPLIT_RELEASE: {"kept": 0},
+        Command.SPLIT_DESCRIBE: description_fields("server 1", ["7.0.0"], "CPU", "a processor"),
     }
     tensor = tensor_fields(dialect, "blk.0.attn_q.weight", (max(upload, 8) // 4, 2, 1, 1))
     fields: dict[str, Any] = {

@@ -7,12 +7,12 @@ import logging
 import pytest
 
 from protocol.commands import Command
+from protocol.text import printable
 from rpc_server.observability.logs import (
     TEXT,
     ClientLog,
     LineBudget,
     TextFormatter,
-    printable,
 )
 from tests.server.clients import Bystander
 from tests.server.process import ServerProcess, Wire, sources, tensor

@@ -13,9 +13,11 @@ from protocol.split import (
     MAX_PROGRAMS,
     VERSION,
     decode_program,
+    description_fields,
     members_fields,
     program_size,
 )
+from rpc_server import SOFTWARE
 from rpc_server.devices.base import Splitting
 from rpc_server.session.handlers.base import Handler, device_index
 from rpc_server.session.handlers.buffers import allocate
@@ -129,6 +131,14 @@ async def _renew(s: Session, request: Request, lease: Lease, device: Splitting) 
     s.answer(request.command, {"kept": int(lease.held_by(s))})
 
 
+def _split_describe(s: Session, request: Request) -> None:
+    device = s.device(device_index(s, request))
+    fields = description_fields(
+        SOFTWARE, s.context.negotiator.spoken, device.name, device.description
+    )
+    s.answer(request.command, fields)
+
+
 HANDLERS: dict[int, Handler] = {
     Command.SPLIT_QUERY: _split_query,
     Command.SPLIT_ALLOC_BUFFER: _split_alloc_buffer,
@@ -138,4 +148,5 @@ HANDLERS: dict[int, Handler] = {
     Command.SPLIT_MEMBERS: _split_members,
     Command.SPLIT_ACQUIRE: _split_acquire,
     Command.SPLIT_RELEASE: _split_release,
+    Command.SPLIT_DESCRIBE: _split_describe,
 }

@@ -110,3 +110,17 @@ def identity_of_a_moment() -> None:
         return anew
 
     handle(Command.SPLIT_MEMBERS, members)
+
+
+@fault("a server's description fills its fields, with bytes that are no text", "description")
+def description_without_end() -> None:
+    def describe(right: Any) -> Any:
+        def noise(s: Session, request: Any) -> None:
+            sizes = (64, 128, 32, 128)
+            names = ("software", "protocols", "device_name", "device_description")
+            fields = {name: b"\xff" * n for name, n in zip(names, sizes, strict=True)}
+            s.answer(request.command, fields)
+
+        return noise
+
+    handle(Command.SPLIT_DESCRIBE, describe)

@@ -1,0 +1,1 @@
+"""Which servers there are, and what they would make of a model."""
