@@ -530,8 +530,21 @@ def _memory_info() -> tuple[int, int]:
 
 # -- cuBLAS ------------------------------------------------------------------------------------
 
-# The card of each handle.
+# The card of each handle; and those that read their factors from the card's memory.
 _handles: dict[int, int] = {}
+_factors_on_card: set[int] = set()
+
+
+def _set_pointer_mode(handle: int, mode: int) -> None:
+    assert mode in (0, 1)
+    assert handle in _handles
+    (_factors_on_card.add if mode else _factors_on_card.discard)(handle)
+
+
+def _factor(card: _Card, address: int, on_card: bool) -> float:
+    if on_card:
+        card.check(address, 4)
+    return ctypes.c_float.from_address(address).value
 
 
 def _create() -> int:
@@ -577,12 +590,17 @@ def _gemm(
     assert ldc >= m
     size = 4 if b_type == 0 else 2
     card = _cards[queue.card]
+    on_card = handle in _factors_on_card
+    # What lies on the host is read at the call.
+    here = None if on_card else (_factor(card, alpha, False), _factor(card, beta, False))
 
     def job() -> None:
+        factor, zero = here or (_factor(card, alpha, True), _factor(card, beta, True))
+        assert zero == 0
         for i in range(batch):
             weights = _array(card, a + i * stride_a * size, a_type, m, lda, k).astype(np.float32)
             columns = _array(card, b + i * stride_b * size, b_type, n, ldb, k).astype(np.float32)
-            _array(card, c + 4 * i * stride_c, 0, n, ldc, m)[...] = columns @ weights.T
+            _array(card, c + 4 * i * stride_c, 0, n, ldc, m)[...] = factor * (columns @ weights.T)
 
     queue.give(job)
 
@@ -642,7 +660,11 @@ def _modules() -> dict[str, types.ModuleType]:
         compiler=types.SimpleNamespace(CompileException=CompileError),
     )
     cublas = types.SimpleNamespace(
-        create=_create, destroy=_destroy, gemmStridedBatchedEx=_gemm, CUBLASError=CUBLASError
+        create=_create,
+        destroy=_destroy,
+        gemmStridedBatchedEx=_gemm,
+        setPointerMode=_set_pointer_mode,
+        CUBLASError=CUBLASError,
     )
     nvrtc = types.SimpleNamespace(
         getVersion=lambda: (12, 9), getSupportedArchs=lambda: ARCHITECTURES, NVRTCError=NVRTCError

@@ -221,7 +221,7 @@ def test_cards_that_multiply_floats_faster(capability: int, many: int) -> None:
     for n, name in ((8, "multiply_8"), (9, "tiles_16"), (many - 1, "tiles_")):
         assert kernels(product(a, noise((32, n))), capability=capability)[-1].startswith(name)
     names = kernels(product(a, noise((32, many))), capability=capability)
-    assert names == ["copy_rows", "dequantize", "cuBLAS"]
+    assert names == ["largest_of_rows", "halve_columns", "dequantize", "cuBLAS"]
 
 
 @pytest.mark.parametrize("capability", [61, 62])
@@ -263,7 +263,8 @@ def test_rounded_activations(type_: GgmlType, rounded: GgmlType, n: int) -> None
 @pytest.mark.parametrize(("type_", "rounded"), ROUNDED, ids=lambda t: t.name)
 def test_rounded_activations_for_cublas(type_: GgmlType, rounded: GgmlType) -> None:
     t = product(weights(type_, 256, 6), tensor(rounded, (256, 100)))
-    assert kernels(t, capability=90) == ["dequantize", "dequantize", "cuBLAS"]
+    halved = ["dequantize", "largest_of_rows", "halve_columns"]
+    assert kernels(t, capability=90) == [*halved, "dequantize", "cuBLAS"]
 
 
 # -- experts ---------------------------------------------------------------------------------------
@@ -359,6 +360,27 @@ async def test_many_columns_by_cublas(
         sources = [await backend.tensor(t.type, t.ne, raw(t).tobytes()) for t in (a, b)]
         actual = np.asarray(await backend.compute(backend.graph.mul_mat(*sources)))
     assert nmse(expected, actual.reshape(4, 100, 7).swapaxes(1, 2)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("type_", "columns"), [(GgmlType.Q4_0, F32), (F16, F32), (F16, BF16)], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("largest", [60000.0, 65505.0, 1e6, 3e38])
+async def test_activations_beyond_half_precision(
+    card_with_tensor_cores: int, type_: GgmlType, columns: GgmlType, largest: float
+) -> None:
+    """A prompt gives what single tokens give: activations of some models are that large."""
+    values = noise_values(100, 256)
+    values *= largest / np.abs(values).max()
+    a, b = weights(type_, 256, 7), tensor(columns, (256, 100), values)
+    left, right = (tensor_values(t)[0, 0].astype(np.float64) for t in (a, b))
+    expected = left @ right.T
+    async with Backend.connect("127.0.0.1", card_with_tensor_cores) as backend:
+        sources = [await backend.tensor(t.type, t.ne, raw(t).tobytes()) for t in (a, b)]
+        actual = np.asarray(await backend.compute(backend.graph.mul_mat(*sources)))
+    held = np.abs(expected.T) < np.finfo(np.float32).max
+    difference = (actual.reshape(100, 7) - expected.T)[held]
+    assert np.mean(difference**2) < TOLERANCE * np.mean(expected.T[held] ** 2)
 
 
 def noise_values(*shape: int) -> np.ndarray:

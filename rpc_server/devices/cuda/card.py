@@ -33,6 +33,8 @@ _CUBLAS_TYPES = {GgmlType.F32: 0, GgmlType.F16: 2, GgmlType.BF16: 14}
 _AS_IT_IS, _TRANSPOSED = 0, 1
 _SUMS_IN_F32 = 68
 _ANY_ALGORITHM = -1
+# cublasPointerMode_t: where what products are multiplied with lies.
+_ON_HOST, _ON_CARD = 0, 1
 # What products and what was there before are multiplied with; cuBLAS reads them when it is called.
 _FACTORS = (np.ones(1, np.float32), np.zeros(1, np.float32))
 
@@ -319,7 +321,10 @@ class Card:
         """
         kind = _CUBLAS_TYPES[p.type]
         one, zero = (int(x.ctypes.data) for x in _FACTORS)
+        if p.factor:
+            one, zero = p.factor, p.factor + 4
         with self.current(), stream:
+            self._cublas.setPointerMode(handle, _ON_CARD if p.factor else _ON_HOST)
             self._cublas.gemmStridedBatchedEx(
                 handle,
                 _TRANSPOSED,

@@ -87,7 +87,8 @@ class Product:
 
     Dimensions are in ggml's order, innermost first. ``a`` and ``b`` are of ``type``, ``c`` and the
     sums are F32; leading dimensions and the strides between batches are elements. ``a`` is the same
-    in all batches.
+    in all batches. At ``factor``, an address of the card's, is what ``c`` is multiplied with, and
+    a zero behind it; 0: nothing.
     """
 
     m: int
@@ -103,6 +104,7 @@ class Product:
     ldc: int
     stride_c: int
     batch: int
+    factor: int = 0
 
 
 def is_valid(t: Tensor) -> bool:
@@ -137,7 +139,7 @@ def place_scratch(work: Launch | Product, address: int) -> None:
         tentative = (words >= SCRATCH_BASE) & (words < SCRATCH_BASE + SCRATCH_LIMIT)
         words[tentative] += address - SCRATCH_BASE
         return
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "factor"):
         value = getattr(work, name)
         if SCRATCH_BASE <= value < SCRATCH_BASE + SCRATCH_LIMIT:
             setattr(work, name, value - SCRATCH_BASE + address)

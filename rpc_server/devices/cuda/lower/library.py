@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.kernels import kernel
-from rpc_server.devices.cuda.lower.walk import decoded, dense
+from rpc_server.devices.cuda.lower.walk import as_floats, decoded, dense
 from rpc_server.devices.cuda.planner import CudaPlanner, Product
 from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _CONVERT = kernel("copy", "copy_rows")
+_LARGEST = kernel("columns", "largest_of_rows")
+_HALVE = kernel("columns", "halve_columns")
 
 # Bytes of weights that are decoded at a time: few launches, and little beside the weights.
 _TILE_BYTES = 32 << 20
@@ -29,17 +31,30 @@ def product_type(weights: GgmlType, capability: int) -> GgmlType:
     return GgmlType.F16
 
 
-def _columns(x: Tensor, type_: GgmlType, planner: CudaPlanner) -> tuple[int, int]:
-    """(address, bytes of a row) of the columns, dense and of ``type_``."""
+def _columns(x: Tensor, type_: GgmlType, planner: CudaPlanner) -> tuple[int, int, int]:
+    """(address, bytes of a row, factor) of the columns, dense and of ``type_``.
+
+    At the address ``factor`` is what products with them are to be multiplied with: activations of
+    some models are larger than half precision holds, in prompts as in decoding. 0: nothing.
+    """
     if x.type is type_ and x.contiguous:
-        return x.address, x.nb[1]
+        return x.address, x.nb[1], 0
     to = dense(x, type_, 0)
     key = ("dense", type_, x.address, x.type, x.ne, x.nb)
-    address, fresh = planner.shared_scratch(key, (x,), to.nb[1] * x.nrows)
+    halved = type_ is GgmlType.F16 and x.type is not type_
+    size = -(-to.nb[1] * x.nrows // 64) * 64
+    address, fresh = planner.shared_scratch(key, (x,), size + (4 * x.nrows + 8 if halved else 0))
+    to = replace(to, address=address)
+    if not halved:
+        if fresh:
+            _convert(to, x, planner)
+        return address, to.nb[1], 0
+    factor, tops = address + size, address + size + 8
     if fresh:
-        to = replace(to, address=address)
-        _convert(to, x, planner)
-    return address, to.nb[1]
+        floats = as_floats(x, planner)
+        planner.each_row(_LARGEST, to, x.nrows, x.ne[0], extra=(tops,), slots=(None, floats))
+        planner.rows(_HALVE, to, x.nrows, x.ne[0], extra=(tops, factor), slots=(to, floats))
+    return address, to.nb[1], factor
 
 
 def by_library(t: Tensor, planner: CudaPlanner) -> bool:
@@ -48,7 +63,7 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
     if not t.contiguous_rows or t.nb[1] % 4:
         return False
     type_ = product_type(weights.type, planner.capability)
-    columns, row = _columns(x, type_, planner)
+    columns, row, factor = _columns(x, type_, planner)
     size = 4 if type_ is GgmlType.F32 else 2
     as_they_are = weights.type is type_ and weights.nb[1] % size == 0
     rows = weights.ne[1]
@@ -83,6 +98,7 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
                             ldc=t.nb[1] // 4,
                             stride_c=t.nb[2] // 4,
                             batch=repeat2,
+                            factor=factor,
                         )
                     )
     return True

@@ -50,6 +50,52 @@ KERNEL(widen_columns, 256) {
     }
 }
 
+// slot 1: rows of any float type; extra: where the largest magnitude of each goes. A block does a row.
+KERNEL(largest_of_rows, 256) {
+    SHARED_ARRAY(float, room, 32);
+    const Slot &from = r.slot[SRC0];
+    float *to = reinterpret_cast<float *>(r.extra[0]);
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
+        const u8 *source = Row(from, row).in(from);
+        float top = 0;
+        for (i64 i = threadIdx.x; i < from.ne[0]; i += blockDim.x)
+            top = fmaxf(top, fabsf(load_f32(source + i * from.nb[0], from.type)));
+        top = over_block(top, Largest(), room);
+        if (threadIdx.x == 0) to[row] = top;
+    }
+}
+
+// What half precision holds at most.
+#define LARGEST_HALF 65504.0f
+
+// slot 0: where slot 1, rows of any float type, go as F16; extra: what largest_of_rows left, and two
+// words, for what their products are to be multiplied with and for 0. Where all fits it is 1 and each
+// element is as it is; otherwise all are divided by the same power of two.
+KERNEL(halve_columns, 256) {
+    SHARED_ARRAY(float, room, 32);
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    const i64 rows = from.ne[1] * from.ne[2] * from.ne[3];
+    const float *tops = reinterpret_cast<const float *>(r.extra[0]);
+    float top = 0;
+    for (i64 row = threadIdx.x; row < rows; row += blockDim.x) top = fmaxf(top, tops[row]);
+    top = over_block(top, Largest(), room);
+    // The exponent of what is too large, less that of 2^15; an infinity stays one.
+    const int too_many = LARGEST_HALF < top && top < INF ? (int)(__float_as_uint(top) >> 23) - 127 - 14 : 0;
+    const float down = __uint_as_float((u32)(127 - too_many) << 23);
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+        float *factors = reinterpret_cast<float *>(r.extra[1]);
+        factors[0] = __uint_as_float((u32)(127 + too_many) << 23);
+        factors[1] = 0;
+    }
+    FOR_ROWS(row, rows) {
+        const Row at(from, row);
+        const u8 *source = at.in(from);
+        u16 *target = reinterpret_cast<u16 *>(at.in(to));
+        FOR_COLUMNS(i, from.ne[0])
+            target[i] = float_to_half(__fmul_rn(load_f32(source + i * from.nb[0], from.type), down));
+    }
+}
+
 // Pairs of expert and token sorted by expert, see grouped_job. slot 1: weights, slot 3: ids (used,
 // tokens). extra[0]: where the number of groups goes, and three words for each: its expert, its first
 // pair, how many; extra[1]: where the pairs go, as used + experts of a token * token; extra[2]: how
