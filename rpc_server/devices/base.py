@@ -213,7 +213,7 @@ class Plan(Protocol):
 
 
 class Queue(Protocol):
-    """What graphs of one client run by on a device: one after the other, and maybe beside others'.
+    """What graphs of one client run by on a device: one after the other, and by turns with others'.
 
     One job of a queue is submitted at a time.
     """
@@ -233,6 +233,13 @@ class Queue(Protocol):
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run ``job`` on a thread of the device's."""
+        ...
+
+    def waited(self, now: float) -> float:
+        """Return how long its jobs have waited for turns of others until ``now``, in seconds.
+
+        From any thread; ``now`` is of time.monotonic.
+        """
         ...
 
     def leave(self) -> None:

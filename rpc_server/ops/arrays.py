@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +29,15 @@ NATIVE: dict[GgmlType, Any] = {
 class ArrayContext:
     """Gives references their arrays on one device; this class is the one for host memory.
 
-    ``xp`` is the array module the arrays belong to.
+    ``xp`` is the array module the arrays belong to. ``look`` is called between two pieces of long
+    work, at the latest when the next array is asked for: others may have the device meanwhile, and
+    it raises what ends the graph if that was stopped.
     """
 
     xp: ModuleType = np
+
+    def __init__(self, look: Callable[[], None] = lambda: None) -> None:
+        self.look = look
 
     def memory(self, address: int, size: int) -> Any:
         """uint8[size] over device memory at ``address``."""
@@ -44,6 +50,7 @@ class ArrayContext:
 
         Quantized tensors come as uint8 (ne3, ne2, ne1, row bytes); BF16 as uint16 bit patterns.
         """
+        self.look()
         memory = self.memory(t.address, t.nbytes)
         shape = t.ne[::-1]
         strides = t.nb[::-1]

@@ -230,6 +230,7 @@ def _convolve(ctx: ArrayContext, kernel: Any, x: Any, axes: Sequence[Axis], targ
         return
     weights = ctx.xp.ascontiguousarray(kernel.reshape(outputs, width))
     for batch, *places in boxes((n, *_places(axes)), width):
+        ctx.look()
         parts = [axis.part(some) for axis, some in zip(axes, places, strict=True)]
         sizes = _places(parts)
         columns = ctx.xp.empty((len(batch), x.shape[1], *_taps(axes), *sizes), ctx.xp.float32)
@@ -311,6 +312,7 @@ def _conv_2d_dw(ctx: ArrayContext, t: Tensor) -> None:
     kernel, x, target = ctx.f32(source(t, 0)), ctx.view(source(t, 1)), ctx.view(t)
     target[...] = 0
     for (row, column), places, samples in each_tap(_axes(t, source(t, 0), source(t, 1), 2)):
+        ctx.look()
         weights = kernel[:, 0, row, column][:, None, None]
         target[(..., *places)] += weights * x[(..., *samples)]
 

@@ -35,6 +35,7 @@ def _solve_tri(ctx: ArrayContext, t: Tensor) -> None:
     """Row by row: what the rows above contribute is subtracted, then the diagonal divides."""
     a, b, x = ctx.f32(source(t, 0)), ctx.f32(source(t, 1)), ctx.view(t)
     for row in range(t.ne[1]):
+        ctx.look()
         this = slice(row, row + 1)
         known = ctx.xp.matmul(a[:, :, this, :row], x[:, :, :row])
         x[:, :, this] = (b[:, :, this] - known) / a[:, :, this, this]

@@ -106,6 +106,7 @@ def _mul_mat_id(ctx: ArrayContext, t: Tensor) -> None:
         for rows in tiles(weights.ne[1], weights.ne[0]):
             tile = ctx.f32(rows_of(weights, 0, expert, rows))[0, 0].T
             for columns in tiles(len(token), max(weights.ne[0], len(rows))):
+                ctx.look()
                 at = slice(columns.start, columns.stop)
                 x = inputs[token[at], slot[at] % activations.ne[1]]
                 x = to_f32(activations.type, xp.ascontiguousarray(x).view(xp.uint8), xp)

@@ -84,6 +84,7 @@ def _group_norm(ctx: ArrayContext, t: Tensor) -> None:
     x, target, eps = ctx.f32(source(t, 0)), ctx.view(t), np.float32(t.param_f32(1))
     step = -(-t.ne[2] // t.param_i32(0))
     for first in range(0, t.ne[2], step):
+        ctx.look()
         group = slice(first, first + step)
         target[:, group] = _normalized(ctx.xp, x[:, group], (1, 2, 3), eps)
 

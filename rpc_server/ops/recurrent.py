@@ -135,6 +135,7 @@ def _ssm_scan(ctx: ArrayContext, t: Tensor) -> None:
     outputs = result[: x.size].reshape(x.shape)
     kept = result[x.size :].reshape(_snapshots(t), *state.values.shape)
     for token in range(n_tokens):
+        ctx.look()
         step = _softplus(xp, dt[:, token])[..., None]
         state.scale(xp.exp(step * decays)[:, :, None])
         state.add_outer(x[:, token] * step, b[:, token][:, groups])
@@ -227,6 +228,7 @@ def _linear(ctx: ArrayContext, t: Tensor) -> None:
     result = ctx.view(t)[0, 0]
     outputs = result[:n_tokens].reshape(shape)
     for token in range(shape[1]):
+        ctx.look()
         now = [r[:, 0 if i == shared else token] for i, r in enumerate(rows)]
         outputs[:, token] = step(t, state, now)
     result[n_tokens:].reshape(state.values.shape)[...] = state.values
@@ -287,6 +289,7 @@ def _delta_net(ctx: ArrayContext, t: Tensor) -> None:
     kept = result[v.size :].reshape(_snapshots(t), *shape)
     scale = np.float32(1 / math.sqrt(size))
     for token in range(n_tokens):
+        ctx.look()
         key = k(token)
         state.scale(xp.exp(gates[:, token])[:, :, None])
         difference = v[:, token] - state.of_columns(key)

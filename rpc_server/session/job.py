@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import time
 
-from rpc_server.devices.base import Plan
+from rpc_server.devices.base import Plan, Queue
 from rpc_server.limits import LimitReached
 
 
 class Job:
-    """Between two threads: :meth:`begin` and :meth:`go` are the device's, the rest the loop's."""
+    """Between two threads: :meth:`begin` and :meth:`go` are the device's, the rest the loop's.
 
-    __slots__ = ("_abandoned", "_plan", "_stopped", "error", "nodes", "started")
+    ``queue`` is what it runs by.
+    """
 
-    def __init__(self, nodes: int = 0) -> None:
+    __slots__ = (
+        "_abandoned",
+        "_plan",
+        "_queue",
+        "_stopped",
+        "_waited",
+        "error",
+        "nodes",
+        "started",
+    )
+
+    def __init__(self, queue: Queue, nodes: int = 0) -> None:
+        self._queue = queue
         self.nodes = nodes
+        # How long jobs of the queue had waited for turns of others when this one began.
+        self._waited = 0.0
         # Monotonic; 0 while it waits for its turn.
         self.started = 0.0
         # Why it was stopped, to be told instead of how the plan failed.
@@ -25,13 +40,21 @@ class Job:
 
     def begin(self) -> None:
         """Its turn has come, and the plan has to be made first."""
-        self.started = time.monotonic()
+        now = time.monotonic()
+        self._waited = self._queue.waited(now)
+        self.started = now
+
+    def seconds(self, now: float) -> float:
+        """Return how long it has had the device until ``now``; 0 before its first turn."""
+        if not self.started:
+            return 0.0
+        return now - self.started - (self._queue.waited(now) - self._waited)
 
     def go(self, plan: Plan) -> None:
         """Run ``plan``. Raises what it raises, and fails if it was stopped before."""
         self._plan = plan
         if not self.started:
-            self.started = time.monotonic()
+            self.begin()
         if self._stopped or (self._abandoned and not plan.shared):
             plan.stop()
         plan.run()

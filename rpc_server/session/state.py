@@ -344,7 +344,7 @@ class Session:
 
     def graph_seconds(self, now: float) -> float:
         running = self.running
-        return now - running.started if running is not None and running.started else 0.0
+        return running.seconds(now) if running is not None else 0.0
 
     def overran(self, error: LimitReached) -> None:
         running = self.running

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rpc_server.devices.cpu.executor import Executor, RecordProgram
+from rpc_server.devices.cpu.executor import AGAIN, PAUSED, Executor, Position, RecordProgram
+from rpc_server.devices.cpu.kernels.interface.schedule import StepFlag
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     RECORD_WORDS,
@@ -19,6 +20,7 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     ne,
     store_i64,
 )
+from rpc_server.devices.cpu.turns import PauseWord
 from rpc_server.native.folder import Folder
 from rpc_server.native.library import Library
 from rpc_server.native.routine import Routine
@@ -41,32 +43,62 @@ def fail_on_thread(rec, ith, nth):  # type: ignore[no-untyped-def]
     return 0
 
 
-def record(words: np.ndarray, *, n: int = 0, extra0: int = 0) -> np.ndarray:
+@kernel
+def count_part(rec, part, n_parts):  # type: ignore[no-untyped-def]
+    """Count a part in a word of its own; the one of number extra(0) sets the word at extra(1)."""
+    word = data(rec, DST) + part * 8
+    store_i64(word, load_i64(word) + 1)
+    if part == extra(rec, 0):
+        store_i64(extra(rec, 1), 1)
+    return 0
+
+
+@kernel
+def wait_for_peer(rec, part, n_parts):  # type: ignore[no-untyped-def]
+    """Wait extra(0) times for somebody, in the first word of DST, and count that in the second."""
+    if part != 0:
+        return 0
+    waits = load_i64(data(rec, DST))
+    if waits == 0:
+        store_i64(data(rec, DST) + 8, load_i64(data(rec, DST) + 8) + 1)
+        return 0
+    store_i64(data(rec, DST), waits - 1)
+    return 65
+
+
+def record(words: np.ndarray, *, n: int = 0, extra0: int = 0, extra1: int = 0) -> np.ndarray:
     made = np.zeros(RECORD_WORDS, np.int64)
     made[0] = words.ctypes.data
     made[2] = n
     made[128] = extra0
+    made[129] = extra1
     return made
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
-    """Addresses of the two kernels above."""
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, ...]]:
+    """Addresses of the kernels above."""
     library = Library(Folder(tmp_path_factory.mktemp("kernels"), "0"), 2)
-    wanted = [Routine(__name__, name) for name in ("append_if_predecessor", "fail_on_thread")]
+    names = ("append_if_predecessor", "fail_on_thread", "count_part", "wait_for_peer")
+    wanted = [Routine(__name__, name) for name in names]
     library.request(wanted)
-    yield library.address(wanted[0]), library.address(wanted[1])
+    yield tuple(library.address(routine) for routine in wanted)
     library.close()
 
 
+@pytest.fixture
+def pause() -> PauseWord:
+    return PauseWord()
+
+
 @pytest.fixture(params=[1, 2, 3])
-def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    made = Executor(request.param)
+def executor(request: pytest.FixtureRequest, pause: PauseWord) -> Iterator[Executor]:
+    made = Executor(request.param, pause)
     yield made
     made.close()
 
 
-def test_threads_meet_between_records(executor: Executor, kernels: tuple[int, int]) -> None:
+def test_threads_meet_between_records(executor: Executor, kernels: tuple[int, ...]) -> None:
     words = np.zeros(8, np.int64)
     records = [record(words, extra0=i + 1) for i in range(200)]
     program = RecordProgram([kernels[0]] * 200, records)
@@ -74,10 +106,10 @@ def test_threads_meet_between_records(executor: Executor, kernels: tuple[int, in
     assert words[: executor.n_threads].tolist() == [200] * executor.n_threads
 
 
-def test_failing_record_stops_the_program(executor: Executor, kernels: tuple[int, int]) -> None:
+def test_failing_record_stops_the_program(executor: Executor, kernels: tuple[int, ...]) -> None:
     words = np.zeros(8, np.int64)
     last = executor.n_threads - 1
-    append, fail = kernels
+    append, fail = kernels[:2]
     program_kernels = [append] * 3 + [fail] + [append] * 3
     records = [record(words, n=last, extra0=i + 1) for i in range(7)]
     program = RecordProgram(program_kernels, records)
@@ -97,3 +129,103 @@ def test_empty_program_runs(executor: Executor) -> None:
 def test_needs_a_thread() -> None:
     with pytest.raises(ValueError, match="at least one thread"):
         Executor(0)
+
+
+def other_program(kernels: tuple[int, ...], words: np.ndarray) -> RecordProgram:
+    """Of somebody else, to run while a program is paused."""
+    return RecordProgram([kernels[0]] * 3, [record(words, extra0=i + 1) for i in range(3)])
+
+
+def test_a_pause_is_behind_the_record_at_hand(
+    executor: Executor, pause: PauseWord, kernels: tuple[int, ...]
+) -> None:
+    n = executor.n_threads
+    words = np.zeros((6, 8), np.int64)
+    # The third record has the run paused, on the last thread.
+    last = [-1, -1, n - 1, -1, -1, -1]
+    records = [record(words[i], extra0=last[i], extra1=pause.address) for i in range(6)]
+    program = RecordProgram([kernels[2]] * 6, records)
+    position, others = Position(), np.zeros(8, np.int64)
+    assert executor.advance(program, position) == PAUSED
+    assert words[:, :n].tolist() == [[1] * n] * 3 + [[0] * n] * 3
+    pause.clear()
+    assert executor.run(other_program(kernels, others)) == (0, -1)
+    assert executor.advance(program, position) == 0
+    assert words[:, :n].tolist() == [[1] * n] * 6
+
+
+def test_a_run_that_is_always_paused_comes_to_its_end(
+    executor: Executor, pause: PauseWord, kernels: tuple[int, ...]
+) -> None:
+    words = np.zeros((3, 64), np.int64)
+    records = [record(words[i], extra0=-1) for i in range(3)]
+    program = RecordProgram([kernels[2]] * 3, records, parts=[0, 64, 0])
+    position, pauses = Position(), 0
+    pause.set()
+    while executor.advance(program, position) == PAUSED:
+        pauses += 1
+    assert words[1].tolist() == [1] * 64
+    assert words[::2, : executor.n_threads].tolist() == [[1] * executor.n_threads] * 2
+    # A thread that is told to pause does one part more; then there is one behind each record.
+    assert pauses >= 64 // executor.n_threads
+
+
+def test_a_record_is_paused_between_two_of_its_parts(
+    executor: Executor, pause: PauseWord, kernels: tuple[int, ...]
+) -> None:
+    words = np.zeros((3, 64), np.int64)
+    records = [
+        record(words[i], extra0=(7 if i == 1 else -1), extra1=pause.address) for i in range(3)
+    ]
+    program = RecordProgram([kernels[2]] * 3, records, parts=[0, 64, 0])
+    position, others = Position(), np.zeros(8, np.int64)
+    assert executor.advance(program, position) == PAUSED
+    done = int(words[1].sum())
+    assert 8 <= done < 64
+    assert words[1].tolist() == [1] * done + [0] * (64 - done)
+    assert not words[2].any()
+    pause.clear()
+    assert executor.run(other_program(kernels, others)) == (0, -1)
+    assert executor.advance(program, position) == 0
+    assert words[1].tolist() == [1] * 64
+    assert words[2, : executor.n_threads].tolist() == [1] * executor.n_threads
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_waits_for_a_peer_is_called_again_and_nothing_else_is(
+    executor: Executor, kernels: tuple[int, ...], barrier: bool, cut: bool
+) -> None:
+    """Other threads may be further on; what they have done is not done twice."""
+    assert AGAIN == 65
+    n = executor.n_threads
+    peer, words = np.array([3, 0], np.int64), np.zeros((3, 64), np.int64)
+    records = [record(words[0], extra0=-1), record(peer)]
+    records += [record(words[i], extra0=-1) for i in (1, 2)]
+    meets = int(StepFlag.BARRIER_AFTER)
+    last = meets if barrier or cut else 0
+    steps = [meets, int(StepFlag.SERIAL), 0, last]
+    program = RecordProgram(
+        [kernels[2], kernels[3], kernels[2], kernels[2]],
+        records,
+        steps,
+        [0, 0, 0, 64 if cut else 0],
+    )
+    position, others, pauses = Position(), np.zeros(8, np.int64), 0
+    while executor.advance(program, position) == PAUSED:
+        pauses += 1
+        assert executor.run(other_program(kernels, others)) == (0, -1)
+    assert pauses == 3
+    assert peer.tolist() == [0, 1]
+    assert words[:2, :n].tolist() == [[1] * n] * 2
+    parts = 64 if cut else n
+    assert words[2, :parts].tolist() == [1] * parts
+
+
+def test_a_part_that_fails_stops_the_program(executor: Executor, kernels: tuple[int, ...]) -> None:
+    words = np.zeros((2, 64), np.int64)
+    records = [record(words[0], n=9), record(words[1], extra0=-1)]
+    program = RecordProgram([kernels[1], kernels[2]], records, parts=[16, 0])
+    for _ in range(20):
+        assert executor.run(program) == (Status.INDEX_OUT_OF_RANGE, 0)
+        assert not words.any()

@@ -143,7 +143,7 @@ def test_a_device_without_a_compiler_runs_all_by_references(
     monkeypatch.setattr(Kernel, "address", property(fails))
     device = CpuDevice(2)
     with caplog.at_level(logging.ERROR):
-        built = device._plans().build(LinkedGraph([total], DIALECTS[0]))
+        built = device.queue()._plans().build(LinkedGraph([total], DIALECTS[0]))
     assert "running without kernels, which is very slow: no compiler" in caplog.text
     assert built.interpreted == {Op.ADD: 1}
     built.run()

@@ -101,6 +101,7 @@ class GuardedScratch:
     def __init__(self, n_threads: int, thread_bytes: int = 1 << 20) -> None:
         # The second half is threads' own, see Planner.thread_scratch.
         self.size = 2 * n_threads * thread_bytes
+        self.touched = 0
         self._start = _reserve(n_threads * thread_bytes)
         for i in range(n_threads):
             # The last page of each thread's part stays without access.

@@ -16,7 +16,7 @@ from conformance.differential.runner import Image
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import TYPE_INFO
-from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.graph.errors import GraphError
 from tests.guard.mapping import GuardedMemory, Side
 
@@ -26,9 +26,9 @@ DIALECT = DIALECTS[0]
 
 
 @functools.cache
-def device(kernels: bool) -> CpuDevice:
+def queue(kernels: bool) -> CpuQueue:
     """The CPU device: by kernels on two threads, or by references alone."""
-    return CpuDevice(2, use_kernels=kernels)
+    return CpuDevice(2, use_kernels=kernels).queue()
 
 
 def _elements(mask: npt.NDArray[np.bool_], t: Tensor, start: int, value: bool) -> None:
@@ -99,7 +99,7 @@ def _run(
     handles = {root.buffer: place for root, place in memory.items()}
     payload = case.graph.payload(DIALECT)
     try:
-        device(kernels).plan_here(payload, DIALECT, handles.get).run()
+        queue(kernels).plan_here(payload, DIALECT, handles.get).run()
     except GraphError as error:
         return str(error)
     return ""

@@ -11,6 +11,7 @@ changed is a finding, with the case and its layout.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import itertools
 import json
 import mmap
@@ -24,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from rpc_server.devices.cpu import plan as plan_module
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface import schedule as schedule_module
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
+from rpc_server.devices.cpu.planner import Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
@@ -65,21 +68,37 @@ _LAYOUTS, _LAYOUTS_OF_INDEXED = 12, 48
 Run = Callable[[], None]
 
 
+@functools.cache
+def _executor(n_threads: int) -> Executor:
+    return Executor(n_threads)
+
+
 class Way:
     """One way in which a graph can run: its name, what plans it, and its scratch."""
 
     def __init__(
-        self, name: str, n_threads: int, *, kernels: bool = True, at_once: bool = False
+        self,
+        name: str,
+        n_threads: int,
+        *,
+        kernels: bool = True,
+        at_once: bool = False,
+        cut: bool = False,
     ) -> None:
         self.name = name
         self._at_once = at_once
+        self._cut = cut
         self.scratch = GuardedScratch(n_threads)
-        executor = Executor(n_threads) if kernels else None
+        executor = _executor(n_threads) if kernels else None
         arena = cast(ScratchArena, self.scratch)
         self._builder = CpuPlanBuilder(executor, arena, use_kernels=kernels)
 
     def plan(self, graph: LinkedGraph) -> Run:
         """Make a plan for ``graph``. Raises GraphError."""
+        if self._cut:
+            # However little there is to do, it is more than two parts for each thread.
+            with mock.patch.multiple(Planner, part_bytes=16, part_products=64):
+                return self._builder.build(graph).run
         if not self._at_once:
             return self._builder.build(graph).run
         # However little there is to do, both threads do it.
@@ -100,6 +119,7 @@ def ways() -> list[Any]:
         Way("kernels on one thread", 1),
         Way("kernels on two threads, one after the other", 2),
         Way("kernels on two threads at once", 2, at_once=True),
+        Way("kernels on two threads, cut into parts", 2, cut=True),
         Way("references", 1, kernels=False),
     ]
 

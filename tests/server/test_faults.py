@@ -277,8 +277,9 @@ def test_no_memory_for_a_buffer(server: ServerProcess) -> None:
 def test_no_memory_within_a_graph(server: ServerProcess) -> None:
     """An op without a kernel makes arrays as large as its tensors."""
     with Wire(server.port) as other, Wire(server.port) as wire:
-        # With this the memory that graphs share is there.
+        # With these the memory that graphs use is there: a client's own, and what all share.
         bystander = Bystander(other)
+        Bystander(wire)()
         handle, base = wire.alloc(256 * MIB)
         leaf = tensor(1, (32 * MIB,), handle, base)
         roll: dict[str, Any] = {

@@ -14,11 +14,16 @@ _START_SECONDS = 20.0
 class Relay:
     """Passes connections on to ``port`` and counts the bytes on their way there.
 
-    What goes there is ``delay`` seconds late.
+    What goes there is ``delay`` seconds late. From the first message that begins with ``holds``
+    on, nothing comes back on that connection, and if it ``hangs``, on none.
     """
 
-    def __init__(self, port: int, delay: float = 0.0) -> None:
+    def __init__(
+        self, port: int, delay: float = 0.0, *, holds: bytes = b"", hangs: bool = False
+    ) -> None:
         self.sent = 0
+        self.holding = threading.Event()
+        self._holds, self._hangs = holds, hangs
         self._delay = delay
         self._target = port
         self._loop = asyncio.new_event_loop()
@@ -41,9 +46,17 @@ class Relay:
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(HOST, self._target)
 
+        held = False
+
         async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter, count: bool) -> None:
+            nonlocal held
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(1 << 18):
+                    if self._holds and count and data.startswith(self._holds):
+                        held = True
+                        self.holding.set()
+                    if held or (self._hangs and self.holding.is_set()):
+                        continue
                     self.sent += len(data) * count
                     if count and self._delay:
                         await asyncio.sleep(self._delay)

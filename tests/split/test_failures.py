@@ -40,6 +40,7 @@ from tests.split.cluster import (
     values,
     weight,
 )
+from tests.split.relay import Relay
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     Process,
@@ -309,6 +310,53 @@ async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
     # It has noticed, and given back what was there.
     await freed(cluster.bad)
+
+
+async def a_product(b: Backend) -> None:
+    w = await weight(b, F32, SQUARE, content(F32, SQUARE))
+    x = await b.tensor(F32, (1024, 4), values(4, 1024))
+    y = b.graph.mul_mat(w, x)
+    await (await b.prepare(y)).run()
+    await b.download(y)
+
+
+@contextlib.contextmanager
+def held_at_a_program(*, hangs: bool) -> Iterator[tuple[Coordinator, Relay]]:
+    """A coordinator of a worker that doesn't answer its program; one that ``hangs``, nobody."""
+    with WorkerProcess() as worker, contextlib.ExitStack() as stack:
+        relay = Relay(worker.port, holds=bytes([Command.SPLIT_PROGRAM]), hangs=hangs)
+        stack.callback(relay.close)
+        yield (
+            stack.enter_context(Coordinator([relay.address], "--split-timeout", "1")),
+            relay,
+        )
+
+
+async def test_a_worker_that_hangs_at_a_program() -> None:
+    """It isn't waited for as long as one that compiles, and answers others meanwhile."""
+    with held_at_a_program(hangs=True) as (coordinator, relay):
+        async with backend(coordinator) as b:
+            with pytest.raises(ConnectionLost):
+                await asyncio.wait_for(a_product(b), PATIENCE)
+        coordinator.wait_for("no answer within 1 s, nor to a greeting")
+        assert relay.holding.is_set()
+
+
+async def test_others_compute_while_a_worker_does_not_get_ready() -> None:
+    """Graphs that don't need it; and that the worker takes long is no reason to leave it."""
+    with held_at_a_program(hangs=False) as (coordinator, relay):
+        async with backend(coordinator) as b, backend(coordinator) as other:
+            waiting = asyncio.ensure_future(a_product(b))
+            assert await asyncio.to_thread(relay.holding.wait, PATIENCE)
+            x = await other.tensor(F32, (64,), values(64))
+            for _ in range(3):
+                got = await asyncio.wait_for(other.compute(other.graph.scale(x, 3.0)), PATIENCE)
+                assert np.array_equal(got.reshape(64), values(64) * np.float32(3))
+                # Longer than an exchange may take, in all.
+                await asyncio.sleep(0.5)
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
 
 
 async def test_the_coordinator_is_killed(cluster: Cluster) -> None:

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from rpc_server import __main__ as server
 from rpc_server.devices.cpu.catalog import Kernel
-from rpc_server.devices.cpu.executor import RecordProgram
-from rpc_server.devices.cpu.plan import CpuPlanBuilder
+from rpc_server.devices.cpu.plan import CpuPlanBuilder, TimeSlices
 from rpc_server.devices.cpu.planner import Emitted
 from tools.bench import llama
 from tools.serving.ports import free_port
@@ -61,11 +60,11 @@ class Profiler:
         builder: CpuPlanBuilder,
         records: list[Emitted],
         addresses: dict[Kernel, int],
-        programs: list[RecordProgram],
+        slices: TimeSlices,
     ) -> Callable[[], None]:
         """A step that runs its records in one call, and every other time one by one."""
-        whole = _ORIGINAL(builder, records, addresses, programs)
-        single = [_ORIGINAL(builder, [r], addresses, programs) for r in records]
+        whole = _ORIGINAL(builder, records, addresses, slices)
+        single = [_ORIGINAL(builder, [r], addresses, slices) for r in records]
         runs = 0
 
         def run() -> None:
@@ -109,9 +108,9 @@ def _serve(port: int, out: Path) -> int:
         builder: CpuPlanBuilder,
         records: list[Emitted],
         addresses: dict[Kernel, int],
-        programs: list[RecordProgram],
+        slices: TimeSlices,
     ) -> Callable[[], None]:
-        return profiler.program_step(builder, records, addresses, programs)
+        return profiler.program_step(builder, records, addresses, slices)
 
     CpuPlanBuilder._program_step = program_step  # type: ignore[method-assign, assignment]
     status = server.main(["--port", str(port), "-t", "1", "--log-level", "warning"])

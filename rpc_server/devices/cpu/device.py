@@ -1,25 +1,30 @@
-"""The CPU as a device: host memory, one thread that runs graphs with the executor's help."""
+"""The CPU as a device: host memory, and threads that clients have by turns."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from protocol.dialects import Dialect
+from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.mapped import MappedStorage
+from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
+from rpc_server.devices.cpu.turns import DeviceShare, Turns
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
 
 if TYPE_CHECKING:
+    from rpc_server.devices.cpu.executor import Executor
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
     from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
     from rpc_server.devices.cpu.planner import PlanItem
@@ -27,6 +32,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+# Scratch that clients keep between graphs, of all together.
+_IDLE_SCRATCH = 64 << 20
 
 
 class CpuDevice:
@@ -47,8 +55,13 @@ class CpuDevice:
         self.n_threads = n_threads or available_cores()
         self.description = processor_name()
         self._use_kernels = use_kernels
-        self._builder: CpuPlanBuilder | None = None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="cpu-0")
+        self._threads: Executor | None = None
+        self._starting = threading.Lock()
+        self._turns = Turns()
+        self._queues: weakref.WeakSet[CpuQueue] = weakref.WeakSet()
+        # Ops whose kernels could not be compiled.
+        self._without: set[Op] = set()
+        self.idle_scratch = IdleScratch(_IDLE_SCRATCH)
 
     @property
     def n_parts(self) -> int:
@@ -77,8 +90,64 @@ class CpuDevice:
         """Same as ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
+    def queue(self) -> CpuQueue:
+        """Return what graphs of one client run by, in turns with those of others."""
+        made = CpuQueue(self, self._turns.share())
+        self._queues.add(made)
+        return made
+
+    def builder(self, scratch: ScratchArena, share: DeviceShare) -> CpuPlanBuilder:
+        """Return what makes plans for one client."""
+        from rpc_server.devices.cpu.plan import CpuPlanBuilder
+
+        executor = self._executor()
+        return CpuPlanBuilder(executor, scratch, share=share, without=self._without)
+
+    def prefetch_kernels(self, type: GgmlType) -> None:
+        """Have the kernels of this weight type loaded or compiled, and what most graphs need."""
+        if self._use_kernels:
+            # Neither the caller nor graphs of other clients are to wait for a compiler.
+            threading.Thread(target=_request_kernels, args=(type,), daemon=True).start()
+
+    def close(self) -> None:
+        for queue in list(self._queues):
+            queue.close()
+
+    def _executor(self) -> Executor | None:
+        # Not before the server listens: it takes a moment, or long if there is much to compile.
+        with self._starting:
+            if self._use_kernels and self._threads is None:
+                from rpc_server.devices.cpu.executor import Executor
+
+                try:
+                    host_isas()
+                    self._threads = Executor(self.n_threads, self._turns.word)
+                except CompileError as error:
+                    log.error("running without kernels, which is very slow: %s", error)
+                    self._use_kernels = False
+            return self._threads
+
+
+class CpuQueue:
+    """What graphs of one client are made and run with, on a thread of its own.
+
+    It takes nothing before the first graph; :meth:`leave` gives all of it back.
+    """
+
+    def __init__(self, device: CpuDevice, share: DeviceShare) -> None:
+        self._device = device
+        self._share = share
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._scratch: ScratchArena | None = None
+        self._builder: CpuPlanBuilder | None = None
+
+    @property
+    def share(self) -> DeviceShare:
+        """The client's part in the device."""
+        return self._share
+
     def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> CpuPlan:
-        """Plan a client's graph of ``dialect``."""
+        """Plan a graph of ``dialect``."""
         return self.plan_here(payload, dialect, resolve, wait=False)
 
     def plan_here(
@@ -86,7 +155,7 @@ class CpuDevice:
     ) -> CpuPlan:
         """Plan for this machine alone; ``wait`` for kernels that are being compiled.
 
-        Runs on the device's thread. Raises GraphError; NotReadyError when it is not to wait.
+        Runs on the queue's thread. Raises GraphError; NotReadyError when it is not to wait.
         """
         return self._plans().build(parse_graph(payload, dialect, resolve), wait=wait)
 
@@ -106,42 +175,49 @@ class CpuDevice:
         """
         return self._plans().build_items(items, dialect)
 
-    def queue(self) -> Self:
-        """The same for all clients: a graph takes all cores, so they run one after the other."""
-        return self
+    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run ``job`` on the queue's thread, once it is the client's turn. Raises MemoryError."""
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="cpu-0")
+        try:
+            return self._thread.submit(self._run, job)
+        except RuntimeError as error:
+            # The next one is to try again.
+            self._thread = None
+            raise MemoryError(f"no thread for a client's graphs: {error}") from None
+
+    def _run(self, job: Callable[[], T]) -> T:
+        idle = self._device.idle_scratch
+        with self._share.turn():
+            if self._scratch is not None:
+                idle.leave(self._scratch)
+            try:
+                return job()
+            finally:
+                if self._scratch is not None:
+                    idle.enter(self._scratch)
+
+    def waited(self, now: float) -> float:
+        """Return how long its jobs have waited for their turns until ``now``, in seconds."""
+        return self._share.waited(now)
 
     def leave(self) -> None:
-        """Clients have nothing of their own here."""
-
-    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Run ``job`` on the device's thread, after the jobs submitted before it."""
-        return self._thread.submit(job)
-
-    def prefetch_kernels(self, type: GgmlType) -> None:
-        """Have the kernels of this weight type loaded or compiled, and what most graphs need."""
-        if self._use_kernels:
-            # Neither the caller nor graphs of other clients are to wait for a compiler.
-            threading.Thread(target=_request_kernels, args=(type,), daemon=True).start()
+        """Give back its thread and its scratch; plans must be gone, and nothing may run."""
+        if self._scratch is not None:
+            self._device.idle_scratch.leave(self._scratch)
+        self._scratch = self._builder = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True)
+        """Wait until what is under way is done, and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
 
     def _plans(self) -> CpuPlanBuilder:
-        # Not before the server listens: it takes a moment, or long if there is much to compile.
         if self._builder is None:
-            from rpc_server.devices.cpu.executor import Executor
-            from rpc_server.devices.cpu.plan import CpuPlanBuilder
-            from rpc_server.devices.cpu.scratch import ScratchArena
-
-            arena = ScratchArena()
-            executor = None
-            if self._use_kernels:
-                try:
-                    host_isas()
-                    executor = Executor(self.n_threads)
-                except CompileError as error:
-                    log.error("running without kernels, which is very slow: %s", error)
-            self._builder = CpuPlanBuilder(executor, arena)
+            self._scratch = ScratchArena()
+            self._builder = self._device.builder(self._scratch, self._share)
         return self._builder
 
 

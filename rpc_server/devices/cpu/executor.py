@@ -5,35 +5,51 @@ the threads meet at a barrier made of atomics. A thread that waits spins for a b
 gives its time slice away, so that a machine shared with the client does not stand still.
 
 The threads besides the caller's are started once per executor and sleep between graphs.
+
+A run can be paused: once the word that the executor was given is set, :meth:`Executor.advance`
+returns behind the records at hand, or between two parts of one. Where it goes on is in a
+:class:`Position`, so that threads run programs of others meanwhile.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rpc_server.devices.cpu.catalog import run_records
 from rpc_server.devices.cpu.kernels.interface.schedule import StepFlag
-from rpc_server.devices.cpu.kernels.interface.sync import FAILED_AT, STATUS, SYNC_WORDS
+from rpc_server.devices.cpu.kernels.interface.sync import (
+    AGAIN,
+    ENDS,
+    FAILED_AT,
+    FIRST,
+    MET,
+    NEXT,
+    PAUSED,
+    PROGRAM_WORDS,
+    REST,
+    STATUS,
+    SYNC_WORDS,
+    WAITING_AT,
+)
+from rpc_server.devices.cpu.turns import PauseWord
+
+__all__ = ["AGAIN", "PAUSED", "Executor", "Position", "RecordProgram"]
 
 # Through ctypes, which lets go of the GIL.
-_RUN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)
-
-# The status of a program that was stopped; kernels have smaller ones.
-STOPPED = 64
-
-# What stands in for every kernel of a program that is to stop.
-_STAND_IN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(lambda *_: STOPPED)
-_STAND_IN_ADDRESS = int(ctypes.cast(_STAND_IN, ctypes.c_void_p).value or 0)
+_RUN = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 5)
 
 
 class RecordProgram:
     """Records laid out for the executor: pointers to kernels and to records, and the memory.
 
     ``steps`` are the records' Step flags; by default all threads run and meet behind each record.
+    ``parts`` say into how many parts each is cut, between which a run may pause; 0: one a thread.
+    Behind those that are cut threads have to meet.
     """
 
     def __init__(
@@ -41,6 +57,7 @@ class RecordProgram:
         kernels: list[int],
         words: list[np.ndarray[Any, Any]],
         steps: list[int] | None = None,
+        parts: list[int] | None = None,
     ) -> None:
         self.count = len(kernels)
         self._words = np.array(words, np.int64)
@@ -50,44 +67,56 @@ class RecordProgram:
         self._steps = np.full(self.count, int(StepFlag.BARRIER_AFTER), np.int64)
         if steps is not None:
             self._steps[:] = steps
+        self._parts = np.zeros(self.count, np.int64)
+        if parts is not None:
+            self._parts[:] = parts
         # Whether any record is for more than the first thread.
         self.parallel = bool((self._steps != int(StepFlag.SERIAL)).any())
-        self.steps_address = int(self._steps.ctypes.data)
-        self.kernels_address = int(self._kernels.ctypes.data)
-        self.records_address = int(self._records.ctypes.data)
+        self._program = np.zeros(PROGRAM_WORDS, np.int64)
+        self._shares = 0
+        self.address = int(self._program.ctypes.data)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its arrays."""
-        arrays = (self._words, self._kernels, self._records, self._steps)
-        return sum(array.nbytes for array in arrays)
+    def divide(self, n_threads: int) -> None:
+        """Let records that are not cut be shared by ``n_threads``."""
+        if self._shares == n_threads:
+            return
+        self._shares = n_threads
+        arrays = (self._kernels, self._records, self._steps, self._parts)
+        self._program[:] = (*(int(a.ctypes.data) for a in arrays), self.count, n_threads)
 
-    def stop(self) -> None:
-        """Let a run end at its next record, with the status STOPPED; from any thread, for good.
 
-        Threads find another function in the place of the next kernel, and it fails: they end as
-        after any record that fails, all at the same barrier. Runs cost nothing for that.
-        """
-        self._kernels[:] = _STAND_IN_ADDRESS
+@dataclass(slots=True)
+class Position:
+    """Where a run goes on: see ``kernels/interface/sync.py``."""
+
+    first: int = 0
+    rest: int = 0
+    met: int = 0
+    part: int = 0
+    # The record that failed, if one did.
+    failed_at: int = -1
 
 
 class Executor:
     """The threads of one device. Programs are run one at a time, by one calling thread.
 
-    Waits for the code that runs records; raises CompileError if there is none.
+    ``pause`` is the word by which a run is paused. Waits for the code that runs records; raises
+    CompileError if there is none.
     """
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, n_threads: int, pause: PauseWord | None = None) -> None:
         if n_threads < 1:
             raise ValueError("an executor needs at least one thread")
         self.n_threads = n_threads
+        self._pause = pause or PauseWord()
         self._run_records = _RUN(run_records.address)
         self._sync = np.zeros(SYNC_WORDS + 8, np.int64)
         # Aligned to a cache line so that each word really has one of its own.
         address = int(self._sync.ctypes.data)
         self._sync_address = -(-address // 64) * 64
         self._state = self._sync[(self._sync_address - address) // 8 :]
-        self._job: tuple[int, int, int, int] | None = None
+        # Address of the program, and how many threads run it.
+        self._job: tuple[int, int] | None = None
         self._go = [threading.Semaphore(0) for _ in range(n_threads - 1)]
         self._done = threading.Semaphore(0)
         self._workers = [
@@ -99,23 +128,45 @@ class Executor:
 
     def run(self, program: RecordProgram) -> tuple[int, int]:
         """Run a program; (status, index of the record that failed), (0, -1) if all went well."""
+        position = Position()
+        while (status := self.advance(program, position)) == PAUSED:
+            pass
+        return status, position.failed_at
+
+    def advance(self, program: RecordProgram, position: Position) -> int:
+        """Run a program from ``position`` on, until its end or a pause.
+
+        Returns 0 at its end, PAUSED, or the status of the record that failed.
+        """
         if not program.count:
-            return 0, -1
-        self._state[STATUS] = 0
-        self._job = (
-            program.kernels_address,
-            program.records_address,
-            program.steps_address,
-            program.count,
-        )
+            return 0
+        state = self._state
+        program.divide(self.n_threads)
+        state[STATUS] = state[ENDS] = 0
+        state[WAITING_AT] = -1
+        state[FIRST], state[REST], state[MET] = position.first, position.rest, position.met
+        state[NEXT] = position.part
         others = self._go if program.parallel else []
+        self._job = program.address, len(others) + 1
         for go in others:
             go.release()
-        self._run_records(*self._job, 0, self.n_threads, self._sync_address)
+        paused = self._run_records(
+            program.address, 0, len(others) + 1, self._sync_address, self._pause.address
+        )
         for _ in others:
             self._done.acquire()
-        status = int(self._state[STATUS])
-        return status, int(self._state[FAILED_AT]) if status else -1
+        if status := int(state[STATUS]):
+            position.failed_at = int(state[FAILED_AT])
+            return status
+        if not paused and state[WAITING_AT] >= 0:
+            # No barrier was left at which the others could have waited.
+            state[FIRST], state[REST], state[MET] = state[WAITING_AT], program.count, 0
+            paused = 1
+        if not paused:
+            return 0
+        position.first, position.rest = int(state[FIRST]), int(state[REST])
+        position.met, position.part = int(state[MET]), int(state[NEXT])
+        return PAUSED
 
     def _work(self, thread: int) -> None:
         while True:
@@ -123,7 +174,8 @@ class Executor:
             job = self._job
             if job is None:
                 return
-            self._run_records(*job, thread, self.n_threads, self._sync_address)
+            address, crowd = job
+            self._run_records(address, thread, crowd, self._sync_address, self._pause.address)
             self._done.release()
 
     def close(self) -> None:

@@ -15,10 +15,13 @@ import numpy as np
 from protocol.ggml.ops import Op
 from rpc_server.devices.cpu.catalog import CONVERTERS, Kernel
 from rpc_server.devices.cpu.kernels.interface.layout import RowForm, row_bytes
-from rpc_server.devices.cpu.kernels.interface.schedule import Span
+from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, Span
 from rpc_server.devices.planning.records import record_words
 from rpc_server.devices.planning.scratch import Arena, Labelled, ScratchPlanner
 from rpc_server.graph.tensor import Tensor
+
+# Up to so many of them for each thread it isn't worth to count them.
+_UNCUT = 2
 
 Lowering = Callable[[Tensor, "Planner"], bool]
 LOWERINGS: dict[Op, Lowering] = {}
@@ -57,19 +60,31 @@ class Emitted:
     work: int
     # Whether it uses scratch that belongs to the thread which runs it.
     private: bool
+    # Into how many parts it is cut, between which others may have the device; 0: one a thread.
+    parts: int
 
 
 class Planner(ScratchPlanner):
     """Collects the records of one graph.
 
     ``n_threads`` is how many threads will run each record; ``items`` are as of ScratchPlanner.
+    ``pause_address`` is where the word lies by which a run is paused.
     """
 
+    # What a part of a record has to do at most: some milliseconds of a thread.
+    part_bytes = 8 << 20
+    part_products = 1 << 27
+
     def __init__(
-        self, n_threads: int, scratch: Arena, items: Sequence[Tensor | PlanItem] = ()
+        self,
+        n_threads: int,
+        scratch: Arena,
+        items: Sequence[Tensor | PlanItem] = (),
+        pause_address: int = 0,
     ) -> None:
         super().__init__(scratch, items)
         self.n_threads = n_threads
+        self.pause_address = pause_address
         self.records: list[Emitted] = []
         # Scratch that the node at hand has for itself; whether it uses that of threads.
         self._local: list[Span] = []
@@ -81,7 +96,7 @@ class Planner(ScratchPlanner):
     @property
     def peak(self) -> int:
         """Most bytes that any node takes beside its tensors."""
-        return max(self.scratch_peak + self._private_peak, self._copies_peak)
+        return max(self.scratch_touched, self._copies_peak)
 
     def works_on_copies(self, node: Tensor) -> None:
         """``node`` runs by its reference, on arrays of F32."""
@@ -99,6 +114,11 @@ class Planner(ScratchPlanner):
         """Where the arena's second half begins, which belongs to threads (thread_scratch)."""
         return self._arena.size // 2
 
+    @property
+    def scratch_touched(self) -> int:
+        """Most bytes of scratch that are written, those of threads too."""
+        return self.scratch_peak + self._private_peak
+
     def take(self) -> list[Emitted]:
         """The records since the last time."""
         records, self.records = self.records, []
@@ -112,13 +132,17 @@ class Planner(ScratchPlanner):
         extra: Sequence[int] = (),
         slots: Sequence[Tensor | None] | None = None,
         work: int | None = None,
+        products: int = 0,
+        parts: int | None = None,
     ) -> None:
         """Append a record of ``kernel`` for node ``t``.
 
         ``slots`` are the tensors of DST, SRC0, ... (default: the node and its sources); the kernel
         writes DST and scratch only. ``extra`` are the kernel's own words. ``work`` is how many
-        bytes it reads and writes where that isn't all of its tensors. Raises ValueError if there
-        are too many slots or extra words.
+        bytes it reads and writes where that isn't all of its tensors, ``products`` how many numbers
+        it multiplies where these are more: by them a record is cut into ``parts``, unless that is
+        given (0: one for each thread). Raises ValueError if there are too many slots or extra
+        words.
         """
         tensors = (t, *t.src) if slots is None else slots
         words = record_words(kernel.label, tensors, t.op_params, extra)
@@ -129,12 +153,27 @@ class Planner(ScratchPlanner):
         reads = [span for span in spans[1:] if span] + self._reading
         writes = [spans[0]] if spans[0] is not None else []
         if work is None:
-            work = sum(end - start for start, end in filter(None, spans))
+            # Elements that lie over one another are as much work as others.
+            work = sum(max(x.nbytes, x.row_size * x.nrows) for x in tensors if x is not None)
+        if parts is None:
+            parts = self.parts(work, products)
+        if parts:
+            work = max(work, SERIAL_BELOW)
         writes += [*self._filling, *self._local]
-        self.records.append(Emitted(kernel, words, self._node, reads, writes, work, self._private))
+        self.records.append(
+            Emitted(kernel, words, self._node, reads, writes, work, self._private, parts)
+        )
         # Whatever the node does next reads what this record has filled.
         self._reading = self._reading + self._filling
         self._filling = []
+
+    def parts(self, work: int, products: int) -> int:
+        """Into how many parts to cut what has so much to do; 0 if it is not much."""
+        parts = max(-(-work // self.part_bytes), -(-products // self.part_products))
+        if parts <= _UNCUT * self.n_threads:
+            return 0
+        # As many for each thread.
+        return -(-parts // self.n_threads) * self.n_threads
 
     def scratch(self, size: int) -> int:
         """As of ScratchPlanner; records of the node at hand write it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import threading
+from collections import OrderedDict
 
 import numpy as np
 
@@ -23,6 +25,8 @@ class ScratchArena:
             raise MemoryError(f"no addresses for scratch: {error.strerror}") from None
         self._base = int(np.frombuffer(self._map, np.uint8, 1).ctypes.data)
         self.size = reserve
+        # Bytes that graphs have used since it was given back.
+        self.touched = 0
 
     def address(self, offset: int, size: int) -> int:
         """Host address of ``size`` bytes at ``offset``; MemoryError if beyond the reserve."""
@@ -33,5 +37,37 @@ class ScratchArena:
     def trim(self, keep: int) -> None:
         """Return pages above ``keep`` bytes to the system."""
         start = -(-keep // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.touched = min(self.touched, start)
         if start < self.size:
             self._map.madvise(mmap.MADV_DONTNEED, start, self.size - start)
+
+
+class IdleScratch:
+    """What the scratch of clients that compute nothing takes together: ``most`` bytes.
+
+    Whoever goes on soon finds its pages again; of whoever computed longest ago they are given back
+    first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._idle: OrderedDict[ScratchArena, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept now."""
+        return sum(self._idle.values())
+
+    def leave(self, arena: ScratchArena) -> None:
+        """``arena`` is in use, or gone: what it takes is none of this."""
+        with self._lock:
+            self._idle.pop(arena, None)
+
+    def enter(self, arena: ScratchArena) -> None:
+        """Nothing uses ``arena`` for now."""
+        with self._lock:
+            self._idle[arena] = arena.touched
+            while self.nbytes > self._most:
+                oldest, _ = self._idle.popitem(last=False)
+                oldest.trim(0)

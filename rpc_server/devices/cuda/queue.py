@@ -62,6 +62,10 @@ class CudaQueue:
         """Run ``job`` on a thread of the device's."""
         return self._threads.submit(job)
 
+    def waited(self, now: float) -> float:
+        """No time: graphs run beside those of others."""
+        return 0.0
+
     def leave(self) -> None:
         """Give back what the card has given; plans must be gone, and nothing may run."""
         self._builder.close()

@@ -10,22 +10,24 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from client.split.balance import Speed, shares_by_time
 from protocol.dialects import Dialect
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
-from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT, StreamPeer
 from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.devices.cpu.streaming.transfer import Transfer
+from rpc_server.devices.cpu.turns import DeviceShare
 from rpc_server.devices.split.assemble import Assembler, Programmed
 from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.identity import conflict, same_server
@@ -123,16 +125,19 @@ class Exchanging:
 class SplitPlan:
     """A plan with exchanges: it borrows the workers' sockets while it runs.
 
-    ``make`` plans; it does so again when weights in ``storages`` were moved meanwhile.
+    ``make`` plans; it does so again when weights in ``storages`` were moved meanwhile. ``share`` is
+    the client's in the device.
     """
 
     def __init__(
         self,
         device: SplitDevice,
+        share: DeviceShare,
         make: Callable[[], Exchanging],
         storages: Sequence[SplitStorage],
     ) -> None:
         self._device = device
+        self._share = share
         self._make = make
         self._storages = storages
         self._stopped = False
@@ -165,9 +170,43 @@ class SplitPlan:
             return
         plan.check_indices()
         started = time.perf_counter()
-        with self._device.lent(plan.programs, lambda: self._stopped):
+        with self._device.lent(plan.programs, self._share, lambda: self._stopped):
             plan.inner.run()
         self._device.count(time.perf_counter() - started, plan.tokens)
+
+
+class SplitQueue:
+    """What graphs of one client run by: its queue on this machine, and workers for all clients."""
+
+    def __init__(self, device: SplitDevice, cpu: CpuQueue) -> None:
+        self._device = device
+        self._cpu = cpu
+
+    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
+        """As of Queue."""
+        storages: dict[int, SplitStorage] = {}
+        nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
+        return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))
+
+    def program(
+        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+    ) -> SplitPlan:
+        """A program of the split extension; its products go on to the workers."""
+        storages: dict[int, SplitStorage] = {}
+        items = program_items(payload, dialect, _watching(resolve, storages), peer)
+        return self._device.plan(self._cpu, items, dialect, list(storages.values()))
+
+    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Run ``job`` on the client's thread, once it is the client's turn."""
+        return self._cpu.submit(job)
+
+    def waited(self, now: float) -> float:
+        """As of Queue."""
+        return self._cpu.waited(now)
+
+    def leave(self) -> None:
+        """As of Queue."""
+        self._cpu.leave()
 
 
 class SplitDevice:
@@ -199,6 +238,8 @@ class SplitDevice:
         self._slices: Slices | None = None
         # By worker, why it keeps no slices, as far as the log has said so.
         self._keeps_not: dict[str, str] = {}
+        # One graph has the workers' sockets at a time.
+        self._lending = asyncio.Lock()
         self._holding = Holding(lambda: self.workers, self._in_background)
         self.graphs = 0
         self.graph_seconds = 0.0
@@ -421,63 +462,48 @@ class SplitDevice:
 
     # -- graphs
 
-    def queue(self) -> Self:
-        """The same for all clients: their graphs run one after the other."""
-        return self
-
-    def leave(self) -> None:
-        """Clients have nothing of their own here."""
-
-    def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Run ``job`` on the thread that runs graphs here."""
-        return self._cpu.submit(job)
+    def queue(self) -> SplitQueue:
+        """Return what graphs of one client run by, in turns with those of others."""
+        return SplitQueue(self, self._cpu.queue())
 
     def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type ready, for this server's own share."""
         self._cpu.prefetch_kernels(type)
 
-    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
-        storages: dict[int, SplitStorage] = {}
-        nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
-        return self._plan(nodes, dialect, list(storages.values()))
-
-    def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
-    ) -> SplitPlan:
-        """A program of the split extension; its products go on to the workers."""
-        storages: dict[int, SplitStorage] = {}
-        items = program_items(payload, dialect, _watching(resolve, storages), peer)
-        return self._plan(items, dialect, list(storages.values()))
-
-    def _plan(
+    def plan(
         self,
+        cpu: CpuQueue,
         items: Sequence[Tensor | Transfer],
         dialect: Dialect,
         storages: Sequence[SplitStorage],
     ) -> SplitPlan:
+        """Plan ``items`` for the client that has ``cpu`` here. Raises GraphError, WorkerLost."""
         for storage in storages:
             for item in items:
                 if isinstance(item, Tensor) and not item.empty:
                     start = item.address - storage.address
                     if start >= 0 and start + item.nbytes <= storage.size:
                         storage.claim(start, item.nbytes)
-        return SplitPlan(self, lambda: self._exchanging(items, dialect, storages), storages)
+        make = functools.partial(self._exchanging, cpu, items, dialect, storages)
+        return SplitPlan(self, cpu.share, make, storages)
 
     def _exchanging(
         self,
+        cpu: CpuQueue,
         items: Sequence[Tensor | Transfer],
         dialect: Dialect,
         storages: Sequence[SplitStorage],
     ) -> Exchanging:
         if self._options.by_columns:
             try:
-                return self._exchange(items, dialect, storages, chain=True)
+                return self._exchange(cpu, items, dialect, storages, chain=True)
             except UnfitError as error:
                 log.warning("%s: this graph goes by rows", error)
-        return self._exchange(items, dialect, storages, chain=False)
+        return self._exchange(cpu, items, dialect, storages, chain=False)
 
     def _exchange(
         self,
+        cpu: CpuQueue,
         items: Sequence[Tensor | Transfer],
         dialect: Dialect,
         storages: Sequence[SplitStorage],
@@ -485,7 +511,7 @@ class SplitDevice:
         chain: bool,
     ) -> Exchanging:
         """Raises UnfitError where a part can't do its share; its clients don't notice."""
-        found = self._found(items, dialect, storages, chain)
+        found = self._found(cpu.share, items, dialect, storages, chain)
         # What isn't weights was given out as address space, which may be more than there is.
         here = sum(s.bytes_here + s.bytes_unknown for s in storages)
         if here > self._memory.believed:
@@ -494,43 +520,46 @@ class SplitDevice:
             )
         for storage, weight in found.whole:
             log.warning("'%s' is needed whole: bringing its rows here", weight.tensor.name)
-            self._on_loop(storage.gather(weight))
+            self._on_loop(cpu.share, storage.gather(weight))
         for weight in found.weights.values():
             weight.require()
         if not found.subgraphs:
-            return Exchanging(self._cpu.plan_items(items, dialect), [])
+            return Exchanging(cpu.plan_items(items, dialect), [])
         # The weights know them: a link that was lost since may have been replaced here already.
         assembler = Assembler(
             found, next(s.workers for s in storages if s.weights), self._options.wire
         )
         try:
-            programs = self._on_loop(assembler.program())
+            programs = self._on_loop(cpu.share, assembler.program())
         except NoRoom as error:
             # Better slowly here than not at all.
             log.warning("%s: this machine does it all", error)
-            self._use_here(found, storages)
-            return self._exchange(items, dialect, storages, chain=chain)
+            self._use_here(cpu.share, found, storages)
+            return self._exchange(cpu, items, dialect, storages, chain=chain)
         made = assembler.items(items, programs)
-        inner = self._cpu.plan_items(made, dialect)
+        inner = cpu.plan_items(made, dialect)
         # Records hold addresses of what these own.
         inner.keep = (made, assembler)
         tokens = max(s.nodes[0].ne[1] for s in found.subgraphs)
         return Exchanging(inner, programs, tokens, indices_of(found))
 
-    def _use_here(self, found: Partitioning, storages: Sequence[SplitStorage]) -> None:
+    def _use_here(
+        self, share: DeviceShare, found: Partitioning, storages: Sequence[SplitStorage]
+    ) -> None:
         """Bring here all weights and caches that a graph has on the parts. Raises NoRoom."""
         for storage in storages:
             for weight in storage.weights:
                 if weight not in found.weights.values():
                     continue
                 if weight.is_cache:
-                    self._on_loop(storage.gather_to_host([weight]))
+                    self._on_loop(share, storage.gather_to_host([weight]))
                 else:
-                    self._on_loop(storage.gather(weight))
+                    self._on_loop(share, storage.gather(weight))
                     weight.used_here = True
 
     def _found(
         self,
+        share: DeviceShare,
         items: Sequence[Tensor | Transfer],
         dialect: Dialect,
         storages: Sequence[SplitStorage],
@@ -551,7 +580,7 @@ class SplitDevice:
                     storage.refuse(weight)
                     continue
                 log.warning("a graph uses '%s' as a whole: it comes here", weight.tensor.name)
-                self._on_loop(storage.gather_to_host([weight]))
+                self._on_loop(share, storage.gather_to_host([weight]))
             if found.written:
                 continue
             if not found.caches and not tried:
@@ -561,17 +590,18 @@ class SplitDevice:
             if not found.caches:
                 for storage, weight in tried.values():
                     try:
-                        self._on_loop(storage.cut_cache(weight))
+                        self._on_loop(share, storage.cut_cache(weight))
                     except NoRoom as error:
                         log.warning("%s: it stays here as a whole", error)
                         storage.refuse(weight)
                 tried.clear()
 
-    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` on the event loop, from the device's thread."""
+    def _on_loop(self, share: DeviceShare, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` on the event loop, from the client's thread; others have the device."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(_PREPARE_SECONDS)
+            with share.away():
+                return future.result(_PREPARE_SECONDS)
         except TimeoutError:
             future.cancel()
             raise WorkerLost("the workers did not get ready in time") from None
@@ -580,24 +610,35 @@ class SplitDevice:
 
     @contextlib.contextmanager
     def lent(
-        self, programs: Sequence[Programmed], stopped: Callable[[], bool] = lambda: False
+        self,
+        programs: Sequence[Programmed],
+        share: DeviceShare,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[None]:
         """The workers' sockets belong to the calling thread meanwhile.
 
-        Other coordinators are waited for until ``stopped`` says otherwise. What fails before a
+        Graphs of other clients that need them, and other coordinators, are waited for until
+        ``stopped`` says otherwise; those that don't have the device meanwhile. What fails before a
         worker was sent anything costs nobody else a worker. Raises WorkerLost, GraphError.
         """
         streams = [p.worker.peer.stream for p in programs]
+        lent = False
 
         async def lend() -> None:
+            nonlocal lent
+            await self._lending.acquire()
+            lent = True
             await self._holding.begin([p.worker for p in programs])
             for p in programs:
                 await p.worker.lend(p.program)
 
         def give_back() -> None:
+            if not lent:
+                return
             for p in programs:
                 p.worker.take_back()
             self._holding.end()
+            self._lending.release()
 
         def hang_up(reason: str) -> None:
             for p, stream, before in zip(programs, streams, sent, strict=True):
@@ -608,7 +649,8 @@ class SplitDevice:
         sent = [stream.count(BYTES_SENT) for stream in streams]
         future = asyncio.run_coroutine_threadsafe(lend(), self._loop)
         try:
-            _result(future, stopped)
+            with share.away():
+                _result(future, stopped)
         except BaseException:
             # Where it was not waited for it goes on, until it knows what it has to give back.
             future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(give_back))

@@ -66,9 +66,11 @@ async def _measure_local(device: CpuDevice) -> Speed:
     dialect = DIALECTS[0]
     payload = GraphBuilder().build(product).payload(dialect)
 
+    queue = device.queue()
     plan = await asyncio.wrap_future(
-        device.submit(lambda: device.plan_here(payload, dialect, lambda _: memory))
+        queue.submit(lambda: queue.plan_here(payload, dialect, lambda _: memory))
     )
-    seconds = await least_seconds(lambda: asyncio.wrap_future(device.submit(plan.run)))
+    seconds = await least_seconds(lambda: asyncio.wrap_future(queue.submit(plan.run)))
+    queue.leave()
     storage.close()
     return Speed(weight.nbytes / seconds, 0.0, float("inf"))

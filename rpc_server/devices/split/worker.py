@@ -129,6 +129,9 @@ class Worker:
         self._programmed = 0
         self._timeout = timeout
         self._turn = asyncio.Lock()
+        # Where it was reached, and how.
+        self._endpoint = ("", 0)
+        self._tls = NO_TLS
         self._lent = False
         self._fd = -1
         # Why we hung up, if we did.
@@ -148,6 +151,7 @@ class Worker:
                 )
                 try:
                     worker = await cls._begin(name, connection, timeout)
+                    worker._endpoint, worker._tls = (host, port), tls
                 except BaseException:
                     connection.abort()
                     raise
@@ -485,8 +489,49 @@ class Worker:
         frames = program_frames(connection, number, steps)
         program = Program(tuple(steps), tuple(frames), number)
         async with self._asking(PREPARE_TIMEOUT):
-            await self._send_program(program)
+            await self._make_ready(program)
         return program
+
+    async def _make_ready(self, program: Program) -> None:
+        """Send a program, and wait for as long as the worker answers others meanwhile.
+
+        It may have kernels to compile, which takes minutes; one that hangs answers nobody.
+        """
+        sent = asyncio.ensure_future(self._send_program(program))
+        try:
+            while not (await asyncio.wait([sent], timeout=self._timeout))[0]:
+                if not await self._greets():
+                    reason = f"no answer within {self._timeout:g} s, nor to a greeting"
+                    self.abort(reason)
+                    raise WorkerLost(f"worker {self.name}: {reason}")
+            await sent
+        finally:
+            sent.cancel()
+            await asyncio.wait([sent])
+            if not sent.cancelled():
+                # What it ended with is known, or of no interest any more.
+                sent.exception()
+
+    async def _greets(self) -> bool:
+        """Whether the worker says anything to one that connects to it now."""
+        host, port = self._endpoint
+        try:
+            async with asyncio.timeout(self._timeout):
+                connection = await connect_any(
+                    host,
+                    port,
+                    timeout=None,
+                    split=True,
+                    tls=self._tls.context,
+                    token=self._tls.token,
+                )
+        except TimeoutError:
+            return False
+        except (OSError, ProtocolError):
+            # It is there, and has no room for us.
+            return True
+        connection.abort()
+        return True
 
     async def _send_program(self, program: Program) -> None:
         assert program.number is not None
@@ -517,7 +562,7 @@ class Worker:
                 if program.number is not None and self._programs.get(program.number) is not program:
                     # A newer one took its number.
                     async with self._within(PREPARE_TIMEOUT):
-                        await self._send_program(program)
+                        await self._make_ready(program)
                 async with self._within(self._timeout):
                     self._fd = await self.backend.connection.lend()
         except BaseException:

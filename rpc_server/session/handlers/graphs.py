@@ -63,7 +63,7 @@ def _graph_compute(s: Session, request: Request) -> None:
     else:
         s.stats.plan_hits += 1
     readings, here = s.readings, _Here(s.buffers, index)
-    task = Job(nodes)
+    task = Job(queue, nodes)
 
     def job() -> None:
         if plan is not None:
@@ -90,9 +90,10 @@ def _graph_recompute(s: Session, request: Request) -> None:
         raise GraphError(f"GRAPH_RECOMPUTE, but device {index} has no graph that is still valid")
     plan, nodes = last
     s.stats.plan_hits += 1
-    task = Job(nodes)
+    queue = s.queue(index)
+    task = Job(queue, nodes)
 
-    run(s, request.command, s.queue(index), task, lambda: task.go(plan))
+    run(s, request.command, queue, task, lambda: task.go(plan))
 
 
 class _Submitted:
@@ -123,7 +124,7 @@ class _Submitted:
         if isinstance(error, NotReadyError):
             self._loop.call_soon_threadsafe(self._again, error)
             return
-        seconds = time.monotonic() - self._task.started
+        seconds = self._task.seconds(time.monotonic())
         self._loop.call_soon_threadsafe(self._session.ran, self._command, seconds, error)
 
     def _again(self, not_ready: NotReadyError) -> None:

@@ -56,7 +56,7 @@ def _split_program(s: Session, request: Request) -> None:
     size = program_size(body)
     limits.check_graph(size.nodes, 0)
     limits.check_program(size.steps, size.ids)
-    task = Job()
+    task = Job(queue)
 
     def job() -> None:
         task.begin()
@@ -74,11 +74,12 @@ def _split_run(s: Session, request: Request) -> None:
     plan = s.programs.find(index, request.fields.program)
     if not s.writable:
         raise ProtocolError("SPLIT_RUN from a client that has not taken its answers")
-    task = Job()
+    queue = s.queue(index)
+    task = Job(queue)
 
     def start() -> None:
         s.begin_stream()
-        run(s, request.command, s.queue(index), task, lambda: task.go(plan))
+        run(s, request.command, queue, task, lambda: task.go(plan))
 
     s.with_lease(index, start)
 

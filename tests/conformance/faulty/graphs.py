@@ -10,7 +10,7 @@ import numpy as np
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.requests import Request
-from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.devices.cpu.device import CpuQueue
 from rpc_server.session.graph_memory import Share
 from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.state import Session
@@ -85,12 +85,12 @@ def _before_planning(change: Any) -> None:
     """Change a graph's payload before it is planned."""
 
     def make(right: Any) -> Any:
-        def prepare(self: CpuDevice, graph: Any, *more: Any) -> Any:
+        def prepare(self: CpuQueue, graph: Any, *more: Any) -> Any:
             return right(self, change(graph), *more)
 
         return prepare
 
-    replace_method(CpuDevice, "prepare", make)
+    replace_method(CpuQueue, "prepare", make)
 
 
 @fault("the last node of a graph isn't computed", "nodes-in-their-order")

@@ -228,7 +228,7 @@ def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
     number_k, number_v = int(type_k), int(type_v)
 
     @kernel
-    def attention(rec, ith, nth):  # type: ignore[no-untyped-def]
+    def attention(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
         dk, dv = ne(rec, _K, 0), ne(rec, _V, 0)
         dkp, dvp = _padded(dk), _padded(dv)
         n_kv, n_tokens, n_kv_heads = ne(rec, _K, 1), ne(rec, _Q, 1), ne(rec, _K, 2)
@@ -243,7 +243,7 @@ def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
         n_tasks = tiles * n_kv_heads * ne(rec, _Q, 3)
         max_rows = tile * group
 
-        keys = extra(rec, _SCRATCH) + ith * extra(rec, _THREAD_BYTES)
+        keys = extra(rec, _SCRATCH) + thread * extra(rec, _THREAD_BYTES)
         values = keys + BLOCK * dkp * 4
         queries = values + BLOCK * dvp * 4
         scores = queries + max_rows * dkp * 4

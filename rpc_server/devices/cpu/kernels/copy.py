@@ -88,7 +88,7 @@ def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> KernelFunction:
     dequantizing = block_x > 1
 
     @kernel
-    def convert(rec, ith, nth):  # type: ignore[no-untyped-def]
+    def convert(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
         rows, width = extra(rec, 0), extra(rec, 1)
         row, row_end, begin, end = 0, 1, 0, width
         if rows == 1:
@@ -104,7 +104,7 @@ def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> KernelFunction:
                 convert_row(number_x, number_y, x, y, n)
             elif through_f32:
                 # A piece at a time: the scratch is small whatever the row.
-                buffer = extra(rec, 2) + ith * _CHUNK * 4
+                buffer = extra(rec, 2) + thread * _CHUNK * 4
                 for i in range(0, n, _CHUNK):
                     count = min(_CHUNK, n - i)
                     convert_row(number_x, F32, x + i * size_x, buffer, count)

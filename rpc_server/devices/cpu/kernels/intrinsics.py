@@ -55,11 +55,11 @@ __all__ = [
     "Status",
 ]
 
-KernelFunction = Callable[[int, int, int], int]
+KernelFunction = Callable[..., int]
 
 
 def kernel(function: KernelFunction) -> KernelFunction:
-    """Declare ``function(record, thread, n_threads)`` as a kernel."""
+    """Declare ``function(record, part, n_parts)``, or with the thread behind, as a kernel."""
     return routine(function)
 
 

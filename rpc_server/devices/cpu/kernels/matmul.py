@@ -138,10 +138,10 @@ def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
     TILES_FROM, CHUNK, TILE_BYTES = tile_columns_from(type_), k_chunk(type_), tile_bytes(type_)
 
     @kernel
-    def product(rec, ith, nth):  # type: ignore[no-untyped-def]
+    def product(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
         """DST = SRC0 times the columns given by the extra words."""
         routed = extra(rec, ROUTED)
-        tile = extra(rec, SCRATCH) + ith * extra(rec, SCRATCH_STRIDE)
+        tile = extra(rec, SCRATCH) + thread * extra(rec, SCRATCH_STRIDE)
         own_columns = tile + TILE_BYTES
         n_rows, k, stride = ne(rec, SRC0, 1), ne(rec, SRC0, 0), nb(rec, SRC0, 1)
         n_matrices = ne(rec, SRC0, 2) * ne(rec, SRC0, 3)

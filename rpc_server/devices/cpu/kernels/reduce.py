@@ -125,10 +125,10 @@ def _sort_indices(x, n, indices, buffer, descending):  # type: ignore[no-untyped
 
 
 @kernel
-def argsort(rec, ith, nth):  # type: ignore[no-untyped-def]
+def argsort(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
     """Order of each row; extra words: 1 if descending, scratch of 8 * ne0 bytes per thread."""
     n = ne(rec, DST, 0)
-    order = extra(rec, 1) + ith * n * 8
+    order = extra(rec, 1) + thread * n * 8
     row, end = share_rows(n_rows(rec, DST), ith, nth)
     while row < end:
         _sort_indices(row_address(rec, SRC0, row), n, order, order + n * 4, extra(rec, 0) == 1)
@@ -159,7 +159,7 @@ def _insert_largest(x, n, y, k):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def top_k(rec, ith, nth):  # type: ignore[no-untyped-def]
+def top_k(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
     """Indices of the largest of each row, but the first two swapped, as ggml's CPU returns them.
 
     Extra words: address of scratch, and bytes of each thread's: TOP_K_INSERT indices, or above that
@@ -167,7 +167,7 @@ def top_k(rec, ith, nth):  # type: ignore[no-untyped-def]
     """
     n, k = ne(rec, SRC0, 0), ne(rec, DST, 0)
     row, end = share_rows(n_rows(rec, DST), ith, nth)
-    order = extra(rec, 0) + ith * extra(rec, 1)
+    order = extra(rec, 0) + thread * extra(rec, 1)
     while row < end:
         x = row_address(rec, SRC0, row)
         if k <= TOP_K_INSERT:

@@ -124,7 +124,7 @@ def set_rows_kernel(blocks: int | None) -> KernelFunction:
     """
 
     @kernel
-    def set_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
+    def set_rows(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
         if not indices_valid(rec):
             return _OUT_OF_RANGE
         n, type_x, type_y = ne(rec, SRC0, 0), ggml_type(rec, SRC0), ggml_type(rec, DST)
@@ -144,7 +144,7 @@ def set_rows_kernel(blocks: int | None) -> KernelFunction:
             y += i2 * nb(rec, DST, 2) + i3 * nb(rec, DST, 3)
             if blocks is not None:
                 if type_x == F16:
-                    floats = extra(rec, 0) + ith * n * 4
+                    floats = extra(rec, 0) + thread * n * 4
                     convert_row(F16, F32, x, floats, n)
                     x = floats
                 quantize_row(blocks, x, y, n)

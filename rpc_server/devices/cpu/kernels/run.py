@@ -1,6 +1,7 @@
-"""The loop that runs a plan's records, and the barrier at which its threads meet.
+"""The loop that runs a plan's records, the barrier at which its threads meet, and where it pauses.
 
-See ``executor``, which calls it on every thread at once.
+See ``executor``, which calls it on every thread at once. Threads have to pause behind the same
+record, or some would wait for the others for ever: who comes to a barrier last decides for all.
 """
 
 from __future__ import annotations
@@ -16,11 +17,25 @@ from numba.extending import intrinsic
 
 from rpc_server.devices.cpu.kernels.interface.schedule import StepFlag
 from rpc_server.devices.cpu.kernels.interface.sync import (
+    AGAIN,
     ARRIVED,
+    COUNT,
+    ENDS,
     FAILED_AT,
+    FIRST,
     GENERATION,
+    KERNELS,
+    MET,
+    NEXT,
+    PARTS,
+    RECORDS,
+    REST,
+    SHARES,
     STATUS,
+    STEPS,
+    WAITING_AT,
 )
+from rpc_server.devices.cpu.kernels.intrinsics import load_i64
 from rpc_server.native.source import routine
 
 # About 20 us of spinning, the length of a small node; then the scheduler is asked.
@@ -74,14 +89,18 @@ def _relax(typingctx: Any) -> Any:
 
 
 @intrinsic
-def _call_kernel(typingctx: Any, address: Any, record: Any, thread: Any, n_threads: Any) -> Any:
+def _call_kernel(
+    typingctx: Any, address: Any, record: Any, part: Any, parts: Any, thread: Any
+) -> Any:
+    """Most kernels don't take the thread; all four are passed in registers, by every convention."""
+
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         word = ir.IntType(64)
-        signature = ir.FunctionType(word, [word, word, word])
+        signature = ir.FunctionType(word, [word] * 4)
         function = builder.inttoptr(args[0], signature.as_pointer())
         return builder.call(function, args[1:])
 
-    return types.int64(*[types.int64] * 4), codegen
+    return types.int64(*[types.int64] * 5), codegen
 
 
 # `os.sched_yield` would need the GIL.
@@ -91,12 +110,42 @@ _yield_slice = types.ExternalFunction(
 
 
 @numba.njit
-def _barrier(sync, n_threads):  # type: ignore[no-untyped-def]
+def _end_at(sync, i, parts, count, pause):  # type: ignore[no-untyped-def]
+    """Whether the run ends behind record ``i``, which all threads have left; where it goes on."""
+    if _atomic_load(sync + STATUS * 8) != 0:
+        return 1
+    unfinished = parts > 0 and _atomic_load(sync + NEXT * 8) < parts
+    waiting = _atomic_load(sync + WAITING_AT * 8)
+    if waiting >= 0:
+        # The first thread has yet to come here; the others have, but for parts of this record.
+        _atomic_store(sync + FIRST * 8, waiting)
+        _atomic_store(sync + REST * 8, i)
+        _atomic_store(sync + MET * 8, 0 if unfinished else 1)
+        return 1
+    if unfinished:
+        at = i
+    else:
+        if parts > 0:
+            _atomic_store(sync + NEXT * 8, 0)
+        at = i + 1
+        if at == count or _atomic_load(pause) == 0:
+            return 0
+    _atomic_store(sync + FIRST * 8, at)
+    _atomic_store(sync + REST * 8, at)
+    _atomic_store(sync + MET * 8, 0)
+    return 1
+
+
+@numba.njit
+def _meet(sync, crowd, i, parts, count, pause):  # type: ignore[no-untyped-def]
+    """Wait for all threads behind record ``i``; whether the run ends here."""
     generation = _atomic_load(sync + GENERATION * 8)
-    if _atomic_add(sync + ARRIVED * 8, 1) == n_threads - 1:
+    if _atomic_add(sync + ARRIVED * 8, 1) == crowd - 1:
         _atomic_store(sync + ARRIVED * 8, 0)
+        ends = _end_at(sync, i, parts, count, pause)
+        _atomic_store(sync + ENDS * 8, ends)
         _atomic_add(sync + GENERATION * 8, 1)
-        return
+        return ends
     spins = 0
     while _atomic_load(sync + GENERATION * 8) == generation:
         if spins < _SPINS:
@@ -104,6 +153,7 @@ def _barrier(sync, n_threads):  # type: ignore[no-untyped-def]
             _relax()
         else:
             _yield_slice()
+    return _atomic_load(sync + ENDS * 8)
 
 
 _SERIAL = int(StepFlag.SERIAL)
@@ -111,30 +161,61 @@ _BARRIER_AFTER = int(StepFlag.BARRIER_AFTER)
 
 
 @routine
-def run_records(kernels, records, steps, count, thread, n_threads, sync):  # type: ignore[no-untyped-def]
-    """Run ``count`` records; stops at the barrier behind the first that returned a status."""
-    failed = False
-    for i in range(count):
-        step = _atomic_load(steps + i * 8)
-        # A serial record runs whole on the first thread: each thread's part, one after the other.
-        part, end = thread, thread + 1
-        if step & _SERIAL:
-            part, end = 0, n_threads if thread == 0 else 0
-        while part < end and not failed:
-            status = _call_kernel(
-                _atomic_load(kernels + i * 8), _atomic_load(records + i * 8), part, n_threads
-            )
-            if status != 0:
-                failed = True
+def run_records(program, thread, crowd, sync, pause):  # type: ignore[no-untyped-def]
+    """Run records from where the run was paused, on one of ``crowd`` threads.
+
+    A record that fails ends the run at the next barrier, and so does the word at ``pause``, if it
+    isn't 0: all threads pause behind the same record. One that is cut into parts is paused within:
+    threads take its parts one by one, and no further ones while they are to pause.
+    """
+    kernels = load_i64(program + KERNELS * 8)
+    records = load_i64(program + RECORDS * 8)
+    steps = load_i64(program + STEPS * 8)
+    cuts = load_i64(program + PARTS * 8)
+    count = load_i64(program + COUNT * 8)
+    shares = load_i64(program + SHARES * 8)
+    # Nobody writes these while a thread may still have to read them: that is done at barriers.
+    i = load_i64(sync + (FIRST if thread == 0 else REST) * 8)
+    met = thread != 0 and load_i64(sync + MET * 8) != 0
+    idle = False
+    while i < count:
+        step = load_i64(steps + i * 8)
+        parts = load_i64(cuts + i * 8)
+        status = 0
+        if met or idle:
+            met = False
+        elif parts > 0:
+            # One at least, so that a run which is paused all the time goes on too.
+            while True:
+                part = _atomic_add(sync + NEXT * 8, 1)
+                if part >= parts:
+                    break
+                status = _call_kernel(
+                    load_i64(kernels + i * 8), load_i64(records + i * 8), part, parts, thread
+                )
+                if status != 0 or _atomic_load(pause) != 0:
+                    break
+        else:
+            # A serial record runs whole on the first thread: each one's share after the other's.
+            share, end = thread, thread + 1
+            if step & _SERIAL:
+                share, end = 0, shares if thread == 0 else 0
+            while share < end and status == 0:
+                status = _call_kernel(
+                    load_i64(kernels + i * 8), load_i64(records + i * 8), share, shares, thread
+                )
+                share += 1
+        if status != 0:
+            idle = True
+            if status == AGAIN:
+                _atomic_store(sync + WAITING_AT * 8, i)
+            else:
                 _atomic_store(sync + FAILED_AT * 8, i)
                 _atomic_store(sync + STATUS * 8, status)
-            part += 1
-        if not step & _BARRIER_AFTER:
-            continue
-        if n_threads > 1:
-            _barrier(sync, n_threads)
-        # A faster thread may have failed in the next record already: everybody must stop behind the
-        # same one, or the others would wait for it at a barrier for ever.
-        if _atomic_load(sync + STATUS * 8) != 0 and _atomic_load(sync + FAILED_AT * 8) <= i:
-            return 0
+        if crowd == 1:
+            if _end_at(sync, i, parts, count, pause) != 0:
+                return 1
+        elif step & _BARRIER_AFTER and _meet(sync, crowd, i, parts, count, pause) != 0:
+            return 1
+        i += 1
     return 0

@@ -22,6 +22,8 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
     EXCHANGES,
     NS_PER_BYTE,
     PATIENCE_NS,
+    PAUSED_AT,
+    PIECES,
     POLL,
     RENEWED,
     SILENT,
@@ -29,7 +31,10 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
     TIME,
     TIMEOUT_MS,
     WAIT_NS,
+    WAITS_SINCE,
+    WITHIN,
 )
+from rpc_server.devices.cpu.kernels.interface.sync import AGAIN
 from rpc_server.devices.cpu.kernels.intrinsics import (
     extra,
     helper,
@@ -48,6 +53,8 @@ _POLLOUT = 4
 _CLOCK_MONOTONIC = 1
 # A socket that poll() calls ready although nothing can be read is broken.
 _MOST_FALSE_ALARMS = 3
+# How often one that sleeps looks whether others want the device, milliseconds.
+_LOOK_MS = 5
 
 _recv = types.ExternalFunction(
     "recv", types.int64(types.int32, types.int64, types.int64, types.int32)
@@ -74,45 +81,82 @@ def _count(stream, word, n):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _moved(stream, n, since):  # type: ignore[no-untyped-def]
-    """``n`` bytes were moved, after waiting from ``since`` on (0: without)."""
-    left = load_i64(stream + PATIENCE_NS * 8) + n * NS_PER_BYTE
-    if since != 0:
-        left -= _now(stream) - since
+def _moved(stream, n, waited):  # type: ignore[no-untyped-def]
+    """``n`` bytes were moved, after waiting ``waited`` nanoseconds."""
+    left = load_i64(stream + PATIENCE_NS * 8) + n * NS_PER_BYTE - waited
     store_i64(stream + PATIENCE_NS * 8, min(left, load_i64(stream + TIMEOUT_MS * 8) * 1_000_000))
 
 
 @helper
-def _ready(stream, events, since):  # type: ignore[no-untyped-def]
-    """Sleep until the socket is ready; 0, or the status if it isn't in time.
-
-    The caller has waited from ``since`` on.
-    """
-    left = load_i64(stream + PATIENCE_NS * 8) - (_now(stream) - since)
-    if left <= 0:
-        return SILENT
-    poll = stream + POLL * 8
-    store_i32(poll, load_i64(stream))
-    store_i16(poll + 4, events)
-    store_i16(poll + 6, 0)
-    n = _poll(poll, 1, np.int32(left // 1_000_000 + 1))
-    if n == 0:
-        return SILENT
-    return 0 if n > 0 else CLOSED
+def _paused(stream, since, done):  # type: ignore[no-untyped-def]
+    """Others have the device now: note what the next call begins with, its status."""
+    store_i64(stream + WITHIN * 8, done)
+    store_i64(stream + WAITS_SINCE * 8, since)
+    store_i64(stream + PAUSED_AT * 8, _now(stream))
+    return AGAIN
 
 
 @helper
-def _send_all(stream, address, size):  # type: ignore[no-untyped-def]
+def _resumed(stream):  # type: ignore[no-untyped-def]
+    """How many bytes of the piece at hand were moved before the transfer was paused; once."""
+    done = load_i64(stream + WITHIN * 8)
+    store_i64(stream + WITHIN * 8, 0)
+    return done
+
+
+@helper
+def _resumed_wait(stream):  # type: ignore[no-untyped-def]
+    """Since when the transfer waits that was paused, 0 if it doesn't; once."""
+    since = load_i64(stream + WAITS_SINCE * 8)
+    store_i64(stream + WAITS_SINCE * 8, 0)
+    return since
+
+
+@helper
+def _waited(stream, since):  # type: ignore[no-untyped-def]
+    """Nanoseconds waited for what has just come; not those for which the device was others'."""
+    paused = load_i64(stream + PAUSED_AT * 8)
+    store_i64(stream + PAUSED_AT * 8, 0)
+    if since == 0:
+        return 0
+    return (paused if paused != 0 else _now(stream)) - since
+
+
+@helper
+def _ready(stream, events, since, pause):  # type: ignore[no-untyped-def]
+    """Sleep until the socket is ready; 0, AGAIN, or the status if it isn't in time.
+
+    The caller has waited from ``since`` on.
+    """
+    poll = stream + POLL * 8
+    # What was waited while others had the device counts, as nothing has come.
+    store_i64(stream + PAUSED_AT * 8, 0)
+    while True:
+        left = load_i64(stream + PATIENCE_NS * 8) - (_now(stream) - since)
+        if left <= 0:
+            return SILENT
+        if load_i64(pause) != 0:
+            return AGAIN
+        store_i32(poll, load_i64(stream))
+        store_i16(poll + 4, events)
+        store_i16(poll + 6, 0)
+        n = _poll(poll, 1, np.int32(min(left // 1_000_000 + 1, _LOOK_MS)))
+        if n != 0:
+            return 0 if n > 0 else CLOSED
+
+
+@helper
+def _send_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
     fd = np.int32(load_i64(stream))
-    sent = 0
-    since = 0
+    sent = _resumed(stream)
+    since = _resumed_wait(stream)
     alarms = 0
     while sent < size:
         n = _send(fd, address + sent, size - sent, np.int32(_FLAGS))
         if n > 0:
             # What went out before a failure counts too: it tells a stream that is in order.
             _count(stream, BYTES_SENT, n)
-            _moved(stream, n, since)
+            _moved(stream, n, _waited(stream, since))
             sent += n
             since = 0
             alarms = 0
@@ -122,26 +166,30 @@ def _send_all(stream, address, size):  # type: ignore[no-untyped-def]
         alarms += 1
         if alarms > _MOST_FALSE_ALARMS:
             return CLOSED
-        status = _ready(stream, _POLLOUT, since)
+        status = _ready(stream, _POLLOUT, since, pause)
+        if status == AGAIN:
+            return _paused(stream, since, sent)
         if status != 0:
             return status
     return 0
 
 
 @helper
-def _receive_all(stream, address, size):  # type: ignore[no-untyped-def]
-    got = min(load_i64(stream + EARLY_LEFT * 8), size)
-    if got > 0:
-        memory_copy(address, load_i64(stream + EARLY_ADDRESS * 8), got)
-        _count(stream, EARLY_ADDRESS, got)
-        _count(stream, EARLY_LEFT, -got)
+def _receive_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
+    got = _resumed(stream)
+    since = _resumed_wait(stream)
+    early = min(load_i64(stream + EARLY_LEFT * 8), size - got)
+    if early > 0:
+        memory_copy(address + got, load_i64(stream + EARLY_ADDRESS * 8), early)
+        _count(stream, EARLY_ADDRESS, early)
+        _count(stream, EARLY_LEFT, -early)
+        got += early
     fd = np.int32(load_i64(stream))
-    since = 0
     alarms = 0
     while got < size:
         n = _recv(fd, address + got, size - got, np.int32(_DONTWAIT))
         if n > 0:
-            _moved(stream, n, since)
+            _moved(stream, n, _waited(stream, since))
             got += n
             since = 0
             alarms = 0
@@ -150,17 +198,30 @@ def _receive_all(stream, address, size):  # type: ignore[no-untyped-def]
             return CLOSED
         if since == 0:
             since = _now(stream)
-        if _now(stream) - since <= load_i64(stream + SPIN_NS * 8):
+        if _now(stream) - since <= load_i64(stream + SPIN_NS * 8) and load_i64(pause) == 0:
             _let_others_run()
             continue
         alarms += 1
         if alarms > _MOST_FALSE_ALARMS:
             return CLOSED
-        status = _ready(stream, _POLLIN, since)
+        status = _ready(stream, _POLLIN, since, pause)
+        if status == AGAIN:
+            return _paused(stream, since, got)
         if status != 0:
             return status
     _count(stream, BYTES_RECEIVED, size)
     return 0
+
+
+@helper
+def _flush(stream, number, address, size, pause):  # type: ignore[no-untyped-def]
+    """Send piece ``number`` of a transfer, unless it was sent before the transfer was paused."""
+    if number < load_i64(stream + PIECES * 8):
+        return 0
+    status = _send_all(stream, address, size, pause)
+    if status == 0:
+        _count(stream, PIECES, 1)
+    return status
 
 
 @kernel
@@ -169,7 +230,7 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
 
     Extra words: stream | prefix address, bytes | data address, bytes of a row, rows in dimensions 1
     to 3, strides of dimensions 1 to 3 | suffix address, bytes | staging address, bytes | 1 if it
-    completes a step.
+    completes a step | address of the word by which it is told to pause.
     """
     if thread != 0:
         return 0
@@ -177,10 +238,13 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
     row = extra(rec, 4)
     staging = extra(rec, 13)
     room = extra(rec, 14)
+    pause = extra(rec, 16)
     n1, n2, n3 = extra(rec, 5), extra(rec, 6), extra(rec, 7)
     dense = extra(rec, 8) == row and extra(rec, 9) == row * n1 and extra(rec, 10) == row * n1 * n2
     size, pieces = (row * n1 * n2 * n3, 1) if dense else (row, n1 * n2 * n3)
     used = 0
+    # One that was paused gathers again what it has sent, up to where it was.
+    number = 0
     for i in range(-1, pieces + 1):
         if i == -1:
             address, n = extra(rec, 1), extra(rec, 2)
@@ -194,35 +258,34 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
         if n == 0:
             continue
         if used + n > room and used > 0:
-            status = _send_all(stream, staging, used)
+            status = _flush(stream, number, staging, used, pause)
             if status != 0:
                 return status
+            number += 1
             used = 0
         if n > room:
-            status = _send_all(stream, address, n)
+            status = _flush(stream, number, address, n, pause)
             if status != 0:
                 return status
+            number += 1
         else:
             memory_copy(staging + used, address, n)
             used += n
-    _count(stream, EXCHANGES, extra(rec, 15))
     status = 0
     if used > 0:
-        status = _send_all(stream, staging, used)
+        status = _flush(stream, number, staging, used, pause)
+    if status == AGAIN:
+        return status
+    store_i64(stream + PIECES * 8, 0)
+    _count(stream, EXCHANGES, extra(rec, 15))
     if extra(rec, 15) != 0 and load_i64(stream + RENEWED * 8) != 0:
         store_i64(stream + PATIENCE_NS * 8, load_i64(stream + TIMEOUT_MS * 8) * 1_000_000)
     return status
 
 
-@kernel
-def stream_receive(rec, thread, n_threads):  # type: ignore[no-untyped-def]
-    """Receive runs of bytes to equally spaced places.
-
-    Extra words: stream | bytes of framing before the data (0, or 8 that hold their size) | address
-    of the first place, bytes of a run, runs, distance of the places | staging address, bytes.
-    """
-    if thread != 0:
-        return 0
+@helper
+def _receive_pieces(rec):  # type: ignore[no-untyped-def]
+    """What ``stream_receive`` does, but for counting; pieces that are done are passed over."""
     stream = extra(rec, 0)
     head = extra(rec, 1)
     place = extra(rec, 2)
@@ -231,30 +294,48 @@ def stream_receive(rec, thread, n_threads):  # type: ignore[no-untyped-def]
     distance = extra(rec, 5)
     staging = extra(rec, 6)
     room = extra(rec, 7)
-    started = _now(stream)
-    if head > 0:
-        status = _receive_all(stream, staging, head)
+    pause = extra(rec, 8)
+    if load_i64(stream + PIECES * 8) == 0:
+        if head > 0:
+            status = _receive_all(stream, staging, head, pause)
+            if status != 0:
+                return status
+            if load_i64(staging) != run * runs:
+                return CONFUSED
+        store_i64(stream + PIECES * 8, 1)
+    if runs == 1 or distance == run:
+        return _receive_all(stream, place, run * runs, pause)
+    batch = 1 if run > room else room // run
+    done = (load_i64(stream + PIECES * 8) - 1) * batch
+    while done < runs:
+        n = min(batch, runs - done)
+        status = _receive_all(
+            stream, staging if run <= room else place + done * distance, run * n, pause
+        )
         if status != 0:
             return status
-        if load_i64(staging) != run * runs:
-            return CONFUSED
-    status = 0
-    if runs == 1 or distance == run:
-        status = _receive_all(stream, place, run * runs)
-    elif run > room:
-        for i in range(runs):
-            status = _receive_all(stream, place + i * distance, run)
-            if status != 0:
-                break
-    else:
-        batch = room // run
-        done = 0
-        while done < runs and status == 0:
-            n = min(batch, runs - done)
-            status = _receive_all(stream, staging, run * n)
-            if status == 0:
-                for i in range(n):
-                    memory_copy(place + (done + i) * distance, staging + i * run, run)
-            done += n
+        if run <= room:
+            for i in range(n):
+                memory_copy(place + (done + i) * distance, staging + i * run, run)
+        _count(stream, PIECES, 1)
+        done += n
+    return 0
+
+
+@kernel
+def stream_receive(rec, thread, n_threads):  # type: ignore[no-untyped-def]
+    """Receive runs of bytes to equally spaced places.
+
+    Extra words: stream | bytes of framing before the data (0, or 8 that hold their size) | address
+    of the first place, bytes of a run, runs, distance of the places | staging address, bytes |
+    address of the word by which it is told to pause.
+    """
+    if thread != 0:
+        return 0
+    stream = extra(rec, 0)
+    started = _now(stream)
+    status = _receive_pieces(rec)
     _count(stream, WAIT_NS, _now(stream) - started)
+    if status == 0:
+        store_i64(stream + PIECES * 8, 0)
     return status

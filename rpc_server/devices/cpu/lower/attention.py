@@ -57,19 +57,34 @@ def lower_attention(t: Tensor, planner: Planner) -> bool:
     q = _rounded_queries(q, k.type, planner)
     group = q.ne[2] // k.ne[2]
     tile = min(q.ne[1], max(1, _ROWS // group))
+    # With many positions fewer rows, or a task would take long.
+    products = max(group * k.ne[1] * (k.ne[0] + v.ne[0]), 1)
+    tile = max(1, min(tile, planner.part_products // products))
     tasks = -(-q.ne[1] // tile) * k.ne[2] * q.ne[3]
     blocks = -(-k.ne[1] // BLOCK)
     # Whole tasks are dealt out one by one; below a few for each thread the last would wait long.
     split = planner.n_threads > 1 and tasks < 4 * planner.n_threads and tasks * blocks > 1
     rows, threads = tile * group, planner.n_threads
+    products *= q.ne[1] * k.ne[2] * q.ne[3]
+    # Of tasks that are split, each part leaves what the others are to be put together with.
+    shares = planner.parts(0, products) or threads if split else threads
+    parts = (shares if shares > threads else 0) if split else None
     thread_bytes = -(-thread_floats(rows, k.ne[0], v.ne[0]) * 4 // 64) * 64
     scratch = planner.scratch(threads * thread_bytes)
     partials = 0
     if split:
-        partials = planner.scratch(tasks * threads * partial_floats(rows, v.ne[0]) * 4)
+        partials = planner.scratch(tasks * shares * partial_floats(rows, v.ne[0]) * 4)
     words = (scratch, thread_bytes, tile, int(split), partials)
     slots = (t, q, *t.src[1:])
-    planner.emit(attention_kernel(k.type, v.type), t, extra=words, slots=slots)
+    planner.emit(
+        attention_kernel(k.type, v.type),
+        t,
+        extra=words,
+        slots=slots,
+        products=products,
+        parts=parts,
+    )
     if split:
-        planner.emit(merge_attention, t, extra=words, slots=slots)
+        # Shares are those of the kernel before.
+        planner.emit(merge_attention, t, extra=words, slots=slots, parts=parts)
     return True

@@ -67,6 +67,7 @@ class Send:
         words += [self.address, self.row_bytes, *self.ne, *self.nb]
         words += [int(frames[1].ctypes.data), len(self.suffix)]
         words += [self.peer.staging_address, STAGING_BYTES, int(self.completes)]
+        words.append(planner.pause_address)
         first = self.tensors[0]
         planner.emit(stream_send, first, slots=(None, *self.tensors), extra=words, work=0)
 
@@ -97,7 +98,7 @@ class Receive:
         """Append the record."""
         words = [self.peer.stream.address, self.head]
         words += [self.address, self.run_bytes, self.runs, self.distance]
-        words += [self.peer.staging_address, STAGING_BYTES]
+        words += [self.peer.staging_address, STAGING_BYTES, planner.pause_address]
         planner.emit(stream_receive, self.tensor, slots=(self.tensor,), extra=words, work=0)
         planner.finish(self.tensor)
 

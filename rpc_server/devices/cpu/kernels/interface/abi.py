@@ -1,8 +1,10 @@
 """The kernel ABI of the CPU device: what a compiled kernel is given.
 
-A kernel is a function ``int64 kernel(record, thread, n_threads)``. All kernels share that one
-signature so that a plan is an array of (function pointer, record address) pairs which compiled
-code runs from end to end, without Python between nodes (see ``executor``).
+A kernel is a function ``int64 kernel(record, part, n_parts)`` that does one of so many parts of the
+work; one that has scratch for each thread takes a fourth word, the thread. All share that signature
+so that a plan is an array of (function pointer, record address) pairs which compiled code runs from
+end to end, without Python between nodes (see ``executor``). Of a small record each thread does one
+part; a large one has more, and the run may be paused between them.
 
 A *record* is a row of int64 words, filled once when the plan is made:
 

@@ -12,6 +12,11 @@ Patience is counted in what is moved, since a device waits with whoever waits: a
 second for 64 KiB), and where none is left the status is SILENT. A peer that trickles bytes singly
 is no better than one that says nothing. A coordinator (``renewed``) is as patient as ever with each
 exchange, in which its workers compute; a worker has one measure of it for all the steps of a run.
+
+While a transfer waits, others may have the device: it then returns AGAIN
+(``rpc_server.devices.cpu.kernels.interface.sync``), and goes on from where it was when it is called
+the next time. Time that it was away from the device uses up patience too, unless something has come
+meanwhile.
 """
 
 from __future__ import annotations
@@ -39,6 +44,12 @@ TIME = 10
 # exchange.
 PATIENCE_NS = 12
 RENEWED = 13
+# How far the transfer at hand has come that has been paused: its pieces that are done, bytes of the
+# next one, since when it waits, and when it was paused (nanoseconds, 0 if it doesn't wait).
+PIECES = 14
+WITHIN = 15
+WAITS_SINCE = 16
+PAUSED_AT = 17
 # What a byte that is moved is worth.
 NS_PER_BYTE = 1_000_000_000 // (64 << 10)
 
@@ -78,6 +89,7 @@ class Stream:
         self._early = np.frombuffer(early, np.uint8)
         self._words[FD] = fd
         self._words[PATIENCE_NS] = self._words[TIMEOUT_MS] * 1_000_000
+        self._words[PIECES : PAUSED_AT + 1] = 0
         self._words[EARLY_ADDRESS] = self._early.ctypes.data
         self._words[EARLY_LEFT] = len(early)
 

@@ -1,0 +1,234 @@
+"""The CPU device and its clients: graphs by turns, each with scratch of its own, given back."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from protocol.dialects import DIALECTS
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
+from rpc_server.devices.cpu.plan import CpuPlan
+from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import OPS
+from tests.ops.harness import CONTEXT, node, tensor, values
+
+_PATIENCE = 60.0
+
+
+@pytest.fixture
+def device() -> Iterator[CpuDevice]:
+    made = CpuDevice(2)
+    yield made
+    made.close()
+
+
+def product(k: int = 64, m: int = 8, n: int = 3) -> Tensor:
+    rng = np.random.default_rng(1)
+    weights = tensor(GgmlType.F32, (k, m), rng.standard_normal((m, k)))
+    x = tensor(GgmlType.F32, (k, n), rng.standard_normal((n, k)))
+    return node(Op.MUL_MAT, GgmlType.F32, (m, n), [weights, x])
+
+
+def total() -> Tensor:
+    x = tensor(GgmlType.F32, (8, 2), np.ones((2, 8)))
+    return node(Op.ADD, GgmlType.F32, x.ne, [x, x])
+
+
+def planned(queue: CpuQueue, *nodes: Tensor) -> CpuPlan:
+    return queue.submit(lambda: queue.plan_items(list(nodes), DIALECTS[0])).result(_PATIENCE)
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, work: Callable[[Any], None]) -> Tensor:
+    """A node whose reference does ``work`` with its context, and then what it is to do."""
+    spec = OPS[Op.SIN]
+    monkeypatch.setitem(OPS, Op.SIN, replace(spec, reference=lambda ctx, t: work(ctx)))
+    monkeypatch.setattr("rpc_server.devices.cpu.plan.LOWERINGS", {})
+    x = tensor(GgmlType.F32, (8, 2), np.ones((2, 8)))
+    return node(Op.SIN, GgmlType.F32, x.ne, [x])
+
+
+def test_a_graph_of_another_client_runs_within_a_long_one(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, short = device.queue(), device.queue()
+    added = total()
+    done, begun = threading.Event(), threading.Event()
+
+    def work(ctx: Any) -> None:
+        begun.set()
+        # One that nobody could interrupt would never end.
+        while not done.is_set():
+            ctx.look()
+
+    running = long.submit(planned(long, planted(monkeypatch, work)).run)
+    assert begun.wait(_PATIENCE)
+    short.submit(planned(short, added).run).result(_PATIENCE)
+    assert (values(added) == 2).all()
+    assert not running.done()
+    done.set()
+    running.result(_PATIENCE)
+
+
+def test_programs_of_two_clients_take_turns(device: CpuDevice) -> None:
+    """Each with its own scratch: results are as if it were alone."""
+    queues = [device.queue() for _ in range(3)]
+    graphs = [[product(256, 96, 40) for _ in range(20)] for _ in queues]
+    plans = [planned(q, *g) for q, g in zip(queues, graphs, strict=True)]
+    queues[0].submit(plans[0].run).result(_PATIENCE)
+    expected = values(graphs[0][-1]).copy()
+
+    def again(plan: CpuPlan) -> None:
+        for _ in range(30):
+            plan.run()
+
+    running = [q.submit(functools.partial(again, p)) for q, p in zip(queues, plans, strict=True)]
+    for one in running:
+        one.result(_PATIENCE)
+    for graph in graphs:
+        for t in graph:
+            np.testing.assert_array_equal(values(t), expected)
+
+
+def test_a_stop_ends_a_reference_between_two_pieces(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, begun = device.queue(), threading.Event()
+
+    def work(ctx: Any) -> None:
+        begun.set()
+        while True:
+            ctx.look()
+
+    plan = planned(queue, planted(monkeypatch, work))
+    running = queue.submit(plan.run)
+    assert begun.wait(_PATIENCE)
+    plan.stop()
+    with pytest.raises(GraphError, match="was stopped"):
+        running.result(_PATIENCE)
+
+
+def test_a_stopped_plan_stays_stopped_and_others_go_on(device: CpuDevice) -> None:
+    queue = device.queue()
+    stopped, other = planned(queue, product()), planned(queue, product())
+    stopped.stop()
+    with pytest.raises(GraphError, match="was stopped"):
+        queue.submit(stopped.run).result(_PATIENCE)
+    queue.submit(other.run).result(_PATIENCE)
+
+
+def test_what_a_client_had_is_given_back(device: CpuDevice) -> None:
+    queue = device.queue()
+    queue.submit(planned(queue, product()).run).result(_PATIENCE)
+    scratch = queue._scratch
+    assert scratch is not None
+    gone = weakref.ref(scratch)
+    threads = [t for t in threading.enumerate() if t.name.startswith("cpu-0")]
+    del scratch
+    queue.leave()
+    for thread in threads:
+        thread.join(_PATIENCE)
+    assert gone() is None
+    assert device.idle_scratch.nbytes == 0
+
+
+def test_scratch_of_a_graph_that_fails_is_given_back(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(ctx: Any) -> None:
+        raise MemoryError
+
+    queue = device.queue()
+    plan = planned(queue, planted(monkeypatch, fails))
+    plan._touches = 1 << 30
+    with pytest.raises(GraphError):
+        queue.submit(plan.run).result(_PATIENCE)
+    assert queue._scratch is not None
+    assert queue._scratch.touched <= 64 << 20
+
+
+def test_scratch_of_clients_that_compute_nothing_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trimmed: list[ScratchArena] = []
+    monkeypatch.setattr(ScratchArena, "trim", lambda self, keep: trimmed.append(self))
+    idle = IdleScratch(100)
+    arenas = [ScratchArena(1 << 16) for _ in range(4)]
+    for arena in arenas:
+        arena.touched = 40
+        idle.enter(arena)
+    # Those that computed longest ago.
+    assert trimmed == arenas[:2]
+    assert idle.nbytes == 80
+    # What computes is not in the way, and not given back.
+    idle.leave(arenas[2])
+    idle.enter(arenas[0])
+    assert trimmed == arenas[:2]
+    idle.enter(arenas[2])
+    assert trimmed == [*arenas[:2], arenas[3]]
+
+
+def test_a_device_keeps_no_client_that_left() -> None:
+    made = CpuDevice(1)
+    gone = weakref.ref(made.queue())
+    assert gone() is None
+    made.close()
+
+
+def test_array_code_that_nothing_can_interrupt_does_not_keep_the_device(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, short = device.queue(), device.queue()
+    done, begun = threading.Event(), threading.Event()
+
+    def work(ctx: Any) -> None:
+        begun.set()
+        assert done.wait(_PATIENCE)
+
+    monkeypatch.setattr("rpc_server.devices.cpu.plan._FEW_ELEMENTS", 1)
+    running = long.submit(planned(long, planted(monkeypatch, work)).run)
+    assert begun.wait(_PATIENCE)
+    added = total()
+    short.submit(planned(short, added).run).result(_PATIENCE)
+    assert (values(added) == 2).all()
+    assert not running.done()
+    done.set()
+    running.result(_PATIENCE)
+    # It is no free work.
+    assert long.share.used > short.share.used
+
+
+def test_rows_that_a_kernel_would_be_long_at_run_by_array_code(device: CpuDevice) -> None:
+    queue = device.queue()
+    x = tensor(GgmlType.F32, (600_000, 1), np.arange(600_000, dtype=np.float32)[None])
+    order = node(Op.ARGSORT, GgmlType.I32, x.ne, [x], (1, *(0,) * 15))
+    few = tensor(GgmlType.F32, (600, 1000), np.ones((1000, 600)))
+    orders = node(Op.ARGSORT, GgmlType.I32, few.ne, [few])
+    assert planned(queue, order).interpreted == {Op.ARGSORT: 1}
+    assert planned(queue, orders).interpreted == {}
+    queue.submit(planned(queue, order).run).result(_PATIENCE)
+    assert (np.array(CONTEXT.view(order))[0, 0, 0] == np.arange(600_000)[::-1]).all()
+
+
+def test_a_client_without_a_thread_is_told(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    queue = device.queue()
+    with monkeypatch.context() as at_first:
+        at_first.setattr(threading.Thread, "start", fails)
+        with pytest.raises(MemoryError, match="no thread"):
+            queue.submit(lambda: None)
+    assert queue.submit(lambda: 1).result(_PATIENCE) == 1
