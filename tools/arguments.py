@@ -8,7 +8,7 @@ import re
 from protocol.endpoint import DEFAULT_PORT, parse_endpoint
 from rpc_server.options import port
 
-__all__ = ["DEFAULT_PORT", "endpoint", "listening", "port", "seconds", "size"]
+__all__ = ["DEFAULT_PORT", "endpoint", "listening", "numbers", "port", "seconds", "size"]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -31,6 +31,14 @@ def listening(text: str) -> tuple[str, int]:
         return parse_endpoint(f"{host}:1")[0], port(number)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """'0,4096' as numbers; ArgumentTypeError for anything else."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from None
 
 
 def size(text: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from client.errors import MissingPackageError
 from rpc_server import __version__
+from rpc_server.devices.cpu.pages import large_bytes
 from rpc_server.observability.metrics import GRAPH_BUCKETS
 from rpc_server.session.context import ServerContext
 
@@ -190,6 +191,8 @@ class Collector:
         yield _gauge("memory_used_bytes", "Memory that clients hold.", used, *names)
         yield _gauge("memory_free_bytes", "Memory that is left for them.", free, *names)
         yield _gauge("memory_limit_bytes", "Memory that there is for them.", limit, *names)
+        large = [((), large_bytes())]
+        yield _gauge("large_page_bytes", "Memory last seen in large pages.", large)
 
     def _cache(self) -> Iterator[Any]:
         cache = self._context.cache

@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protocol.commands import Command
+from rpc_server.devices.cpu.pages import large_page
 from rpc_server.observability.exporter import Collector
 from rpc_server.observability.logs import ClientLog, JsonFormatter
 from rpc_server.observability.metrics import GRAPH_BUCKETS
@@ -101,6 +102,10 @@ def test_what_a_client_does_is_counted(scraped: tuple[ServerProcess, Scraper]) -
     for name, value in during.items():
         if name.endswith("_total") and "process" not in name and "python" not in name:
             assert after[name] >= value, name
+
+
+def test_large_pages_are_whole_ones(scraped: tuple[ServerProcess, Scraper]) -> None:
+    assert scraped[1].values()["large_page_bytes"] % (large_page() or 1) == 0
 
 
 def test_buckets_are_cumulated(scraped: tuple[ServerProcess, Scraper]) -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from client.gguf_file import GgufFile
 from tools import models, upstream
+from tools.arguments import numbers
 from tools.bench import llama, micro, picture, report
-from tools.bench.__main__ import main, numbers
+from tools.bench.__main__ import main
 from tools.bench.results import (
     OURS,
     SERVERS,

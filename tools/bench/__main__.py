@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tools import models, upstream
+from tools.arguments import numbers
 from tools.bench import llama, micro, picture, report
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.results import (
@@ -36,14 +36,6 @@ from tools.serving.processes import ProgramError
 
 # What one server did in one round.
 Measure = Callable[[str], list[Sample]]
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """'0,4096' as numbers; ArgumentTypeError for anything else."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not numbers with commas between: {text!r}") from None
 
 
 def _micro(options: argparse.Namespace) -> Measure:
@@ -101,16 +93,6 @@ def _load(options: argparse.Namespace, model: Path) -> Measure:
     return measure
 
 
-def _large_model(megabytes: int) -> Path:
-    """A random model of this size, made unless the cache has it."""
-    folder = upstream.cache_root() / "models"
-    path = folder / f"random-llama-large-{megabytes}.gguf"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        models.write_large_model(path, megabytes << 20)
-    return path
-
-
 def _get_ready(options: argparse.Namespace, model: Path) -> None:
     """Have the kernels of a model compiled and its file in memory: neither is measured."""
     print(f"getting ready: {model.stem}", file=sys.stderr, flush=True)
@@ -130,7 +112,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Measure]]:
         _get_ready(options, model)
         subjects.append((model.stem, _model(options, model)))
     if options.load:
-        model = _large_model(options.load)
+        model = llama.large_model(options.load)
         _get_ready(options, model)
         subjects.append((f"Random model of {options.load} MiB, Q8_0", _load(options, model)))
     return subjects

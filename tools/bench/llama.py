@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools import upstream
+from tools import models, upstream
 from tools.bench.results import Sample
 from tools.serving.processes import HOST, ProgramError, tail
 
@@ -122,3 +122,13 @@ def read_once(model: Path) -> None:
     with model.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
+
+
+def large_model(megabytes: int) -> Path:
+    """Return a random model of this size in Q8_0, made unless the cache has it."""
+    folder = upstream.cache_root() / "models"
+    path = folder / f"random-llama-large-{megabytes}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        models.write_large_model(path, megabytes << 20)
+    return path

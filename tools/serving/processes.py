@@ -62,7 +62,7 @@ class Process:
     """A running program; leaving its context stops it.
 
     Its stdout and stderr go to ``log_path``: by default to a file of its own, which the context
-    removes. ``env`` are variables beside those of this process.
+    removes. ``env`` are variables beside those of this process; it runs in ``folder``.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Process:
         command: Sequence[str],
         log_path: Path | None = None,
         env: Mapping[str, str] | None = None,
+        folder: Path = PROJECT,
     ) -> None:
         self.command = list(command)
         self._scratch = None if log_path else Path(tempfile.mkdtemp(prefix="serving-"))
@@ -77,7 +78,7 @@ class Process:
         with self.log_path.open("wb") as log:
             self.child = subprocess.Popen(
                 self.command,
-                cwd=PROJECT,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

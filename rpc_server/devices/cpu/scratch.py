@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from rpc_server.devices.cpu.pages import MappingPages
 from rpc_server.devices.cpu.storage import NORESERVE
 
 
@@ -27,11 +28,16 @@ class ScratchArena:
         self.size = reserve
         # Bytes that graphs have used since it was given back.
         self.touched = 0
+        self._pages = MappingPages(self._base, reserve, look_after=0)
+        self._used = 0
 
     def address(self, offset: int, size: int) -> int:
         """Host address of ``size`` bytes at ``offset``; MemoryError if beyond the reserve."""
         if offset + size > self.size:
             raise MemoryError(f"graph needs {offset + size} bytes of scratch, limit {self.size}")
+        if offset + size > self._used:
+            self._used = offset + size
+            self._pages.look_after(self._used)
         return self._base + offset
 
     def trim(self, keep: int) -> None:
@@ -40,6 +46,10 @@ class ScratchArena:
         self.touched = min(self.touched, start)
         if start < self.size:
             self._map.madvise(mmap.MADV_DONTNEED, start, self.size - start)
+            self._pages.forget(self._base + start, self.size - start)
+        # What comes and goes with every graph isn't worth to be made large.
+        self._used = min(self._used, keep)
+        self._pages.look_after(self._used)
 
 
 class IdleScratch:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 
 from rpc_server.devices.base import Storage
-from rpc_server.devices.cpu.pages import WORTH_IT, Populating, drop
+from rpc_server.devices.cpu.pages import WORTH_IT, MappingPages
 from rpc_server.turns import AT_ONCE
 
 # Python 3.11 has no name for this flag; without it Linux refuses to reserve more than it has.
@@ -35,16 +35,16 @@ class HostStorage:
             self._map = mmap.mmap(-1, max(size, 1), flags=flags)
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"no mapping of {size} bytes: {error}") from None
-        self._populating = Populating()
         self._bytes = np.frombuffer(self._map, np.uint8)
         self.address = int(self._bytes.ctypes.data)
+        self._pages = MappingPages(self.address, size)
 
     def view(self, offset: int, size: int) -> memoryview:
         return memoryview(self._map)[offset : offset + size]
 
     def place(self, offset: int, size: int) -> memoryview:
         if size >= WORTH_IT:
-            self._populating.start(self.address + offset, size)
+            self._pages.populate(self.address + offset, size)
         return self.view(offset, size)
 
     def fill(self, offset: int, size: int, value: int) -> None:
@@ -53,7 +53,7 @@ class HostStorage:
             ctypes.memset(address, value, size)
             return
         # Untouched or not, a dropped private page reads as zero and costs nothing.
-        begin, end = drop(address, size)
+        begin, end = self._pages.drop(address, size)
         ctypes.memset(address, 0, begin - address)
         ctypes.memset(end, 0, address + size - end)
 
@@ -61,10 +61,10 @@ class HostStorage:
         ctypes.memmove(self.address + dst_offset, other.address + src_offset, size)
 
     def discard(self, offset: int, size: int) -> None:
-        drop(self.address + offset, size)
+        self._pages.drop(self.address + offset, size)
 
     def close(self) -> None:
-        self._populating.stop()
+        self._pages.close()
         del self._bytes
         self.address = 0
         # Unmapping fails while somebody still holds a view; then the last of them ends the mapping.

@@ -34,13 +34,27 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     columns_at_once,
     run_bytes,
 )
-from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, LANES, Emit, vector
+from rpc_server.devices.cpu.kernels.vector import (
+    F32,
+    FETCHES_AHEAD,
+    I8,
+    I32,
+    I64,
+    LANES,
+    Emit,
+    vector,
+)
 
 _VECTOR_BYTES = 64
 
 
 def rows_at_once(type_: GgmlType) -> int:
-    """How many rows :func:`row_dots` does: each has sums and an unpacked block in registers."""
+    """How many rows :func:`row_dots` does: each has sums and an unpacked block in registers.
+
+    Several share what is loaded of the column, but one is a single stretch of memory.
+    """
+    if FETCHES_AHEAD:
+        return 1
     return 2 if isinstance(FORMATS[type_], Quantized) else 4
 
 
@@ -83,7 +97,8 @@ def row_dots(
     """Rows ``row``, ... (rows_at_once of them, none beyond ``last``) times one column.
 
     ``weights`` is row 0, ``stride`` bytes on is row 1; element ``row`` of the F32 at ``target`` is
-    set, and those after it. ``ahead`` bytes further on lie the weights to be asked for now.
+    set, and those after it. ``ahead`` bytes further on lie the weights to be asked for now, on
+    processors that want to be told.
     """
     if not _literals(type_, isa):
         return None
@@ -116,7 +131,8 @@ def _plain_dots(
         x = e.load(e.b.add(activations, e.shift_left(i, 2)), vector(F32, LANES))
         offset = e.b.mul(i, e.i64(format_.size))
         for r in rows:
-            e.prefetch(e.b.add(e.b.add(r, offset), ahead), LANES * format_.size)
+            if not FETCHES_AHEAD:
+                e.prefetch(e.b.add(e.b.add(r, offset), ahead), LANES * format_.size)
         return [
             e.fma(e.widen(e.load(e.b.add(r, offset), kind)), x, s)
             for r, s in zip(rows, sums, strict=True)
@@ -206,7 +222,7 @@ def _quantized_dots(
         new: list[Any] = []
         for i, row in enumerate(rows):
             at = e.b.add(row, offset)
-            if n == UNIT // SUBBLOCK:
+            if n == UNIT // SUBBLOCK and not FETCHES_AHEAD:
                 e.prefetch(e.b.add(at, ahead), n_blocks * format_.size)
             unpacked = format_.unpack(e, at, n_blocks)
             old = totals[_TOTALS * i : _TOTALS * (i + 1)]
