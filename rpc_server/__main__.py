@@ -27,7 +27,12 @@ from rpc_server.cache.store import CacheError, TensorCache, default_cache_dir
 from rpc_server.devices.base import Device, DeviceError, Splitting
 from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import CompiledLanes, compiled_hash
-from rpc_server.devices.registry import DeviceOptions, UnknownDeviceError, open_devices
+from rpc_server.devices.registry import (
+    DeviceOptions,
+    UnknownDeviceError,
+    open_devices,
+    warn_of_idle_cards,
+)
 from rpc_server.models.library import Models
 from rpc_server.models.mapping import Mappings
 from rpc_server.models.record import Records, default_folder
@@ -167,6 +172,8 @@ async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
                 f"worker {format_endpoint(host, port)} is this server itself; its own share is "
                 "called 'local'"
             )
+    if None in parts:
+        warn_of_idle_cards()
     secure = _split_tls(options)
     split = SplitOptions(
         parts, options.tensor_split, wire, by_columns, timeout, secure, identity=identity

@@ -74,6 +74,18 @@ def _factories() -> dict[str, Factory]:
     return {**cards, "CPU": _cpu}
 
 
+def warn_of_idle_cards() -> None:
+    """Tell who splits over ``local``, this machine's processors, that it has GPUs as well."""
+    count, _ = _gpus()
+    if count:
+        log.warning(
+            "'local' is this machine's processors; its %s computes nothing here. To split over a "
+            "GPU, start a server for it (--device CUDA0 on a port of its own), and name that",
+            "GPU" if count == 1 else f"{count} GPUs",
+            extra={"event": "no_gpu"},
+        )
+
+
 def available() -> list[str]:
     """Names of the devices of this machine, the preferred first."""
     return list(_factories())

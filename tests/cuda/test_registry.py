@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import logging
 import os
@@ -89,6 +90,16 @@ def test_who_has_a_card_is_told_what_to_install(
     with caplog.at_level(logging.WARNING):
         assert names([]) == ["CPU"]
     assert ("ggml-rpc-server[cuda12]" in caplog.text) == driver
+
+
+@pytest.mark.parametrize(("cards", "told"), [(0, ""), (1, "its GPU"), (2, "its 2 GPUs")])
+def test_who_splits_beside_a_card_is_told_that_it_idles(
+    cards: int, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "_gpus", functools.cache(lambda: (cards, "")))
+    registry.warn_of_idle_cards()
+    assert bool(caplog.text) == bool(told)
+    assert told in caplog.text
 
 
 @needs_compiler

@@ -20,11 +20,9 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS
 from protocol.graph_payload import decode_graph
 from protocol.split import ProgramStep, encode_program, split_caps, with_split
-from rpc_server.limits import LimitReached, ServerLimits
+from rpc_server.limits import ServerLimits
 from rpc_server.net.timeouts import Deadlines
 from rpc_server.observability.metrics import ClientStats, ServerStats
-from rpc_server.session.graph_memory import GraphMemory, Share
-from rpc_server.session.plan_cache import PlanCache
 from tests.server.clients import Bystander, endless
 from tests.server.process import ServerProcess, Wire, running, sources, tensor
 
@@ -161,31 +159,6 @@ def test_announcing_a_graph_takes_no_memory() -> None:
         with Wire(server.port) as wire:
             wire.call(Command.GET_ALIGNMENT, {"device": 0})
         assert server.rss() - before < 40 * MIB
-
-
-def test_remembered_graphs_are_bounded() -> None:
-    class Nothing:
-        dialect = DIALECTS[0]
-        shared = False
-        nbytes = 3 << 20
-        scratch = 0
-
-        def run(self) -> None: ...
-
-        def stop(self) -> None: ...
-
-    memory = GraphMemory(90 << 20)
-    share = Share(memory, "a")
-    cache = PlanCache(share)
-    graphs = [bytearray([i]) * (12 << 20) for i in range(4)]
-    for graph in graphs:
-        cache.add(graph, Nothing(), 1)
-    assert [cache.find(graph) is not None for graph in graphs] == [False, True, True, True]
-    assert memory.used == share.nbytes == 45 << 20
-    with pytest.raises(LimitReached, match=r"a plan of .* \(--mem-graphs\)"):
-        cache.add(bytearray(50 << 20), Nothing(), 1)
-    cache.clear()
-    assert memory.used == share.nbytes == 0
 
 
 # -- connections

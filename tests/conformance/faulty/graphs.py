@@ -33,7 +33,7 @@ def stale_graph_after_free() -> None:
 @fault("GRAPH_RECOMPUTE runs the first graph of the connection", "the-last-graph")
 def recompute_runs_the_first() -> None:
     PlanCache.last = property(  # type: ignore[assignment]
-        lambda self: self._plans[-1][1:] if self._plans else None
+        lambda self: next(((k.plan, k.nodes) for k in self._plans.values()), None)
     )
 
 
@@ -56,12 +56,13 @@ def recompute_does_nothing() -> None:
 
 @fault("GRAPH_RECOMPUTE runs what another client sent last", "after-another-clients-graph")
 def graphs_shared_by_clients() -> None:
-    shared: list[Any] = []
+    shared: list[PlanCache] = []
 
     def make(right: Any) -> Any:
         def init(self: PlanCache, share: Share) -> None:
-            self._share = share
-            self._plans = shared
+            right(self, share)
+            shared.append(self)
+            self._plans, self._alike = shared[0]._plans, shared[0]._alike
 
         return init
 
@@ -72,9 +73,9 @@ def graphs_shared_by_clients() -> None:
 @fault("two graphs of the same size are taken for the same", "ids-mean-something-in-one-graph-only")
 def graphs_known_by_size() -> None:
     def find(self: PlanCache, payload: bytearray) -> Any:
-        for i, known in enumerate(self._plans):
+        for known in reversed(self._plans.values()):
             if len(known.payload) == len(payload):
-                self._plans.insert(0, self._plans.pop(i))
+                self._plans.move_to_end(id(known))
                 return known.plan
         return None
 
