@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -21,15 +22,12 @@ T = TypeVar("T")
 
 __all__ = [
     "BufferLike",
-    "Copying",
     "Device",
     "DeviceError",
     "NotReadyError",
     "Plan",
     "Queue",
-    "RemoteStorage",
     "Resolve",
-    "Slicing",
     "Splitting",
     "Storage",
 ]
@@ -61,72 +59,9 @@ class Upload(Protocol):
         """Take what was filled. Raises DeviceError."""
         ...
 
-
-class KeptUpload(Upload, Protocol):
-    """An upload of which it shows in the end whether it was kept as well."""
-
     @property
     def kept(self) -> bool:
-        """Return whether all of it is kept, for Slicing.recall."""
-        ...
-
-
-@runtime_checkable
-class RemoteStorage(Protocol):
-    """A Storage of which some bytes lie elsewhere: these come and go by its own ways."""
-
-    # Whether all of its bytes are at one place, so that the cache may hold and serve them.
-    whole: bool
-
-    def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
-        """Whether bytes lie elsewhere, or belong there when ``t`` is uploaded to them."""
-        ...
-
-    async def upload(self, t: Tensor, start: int, offset: int, size: int) -> Upload | None:
-        """How to take ``size`` bytes from byte ``offset`` of ``t`` on; None: as any others.
-
-        Raises DeviceError.
-        """
-        ...
-
-    async def read(self, start: int, size: int) -> memoryview:
-        """Bytes from wherever they are. Raises DeviceError."""
-        ...
-
-    async def overwrite(self, start: int, size: int, value: int) -> None:
-        """Fill bytes wherever they are. Raises DeviceError."""
-        ...
-
-
-@runtime_checkable
-class Copying(Protocol):
-    """A Storage elsewhere than in this machine's memory that takes bytes of some others itself."""
-
-    def can_copy(self, other: Storage) -> bool:
-        """Whether :meth:`copy` works from ``other``."""
-        ...
-
-    async def copy(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
-        """Take bytes of ``other``. Raises DeviceError."""
-        ...
-
-
-@runtime_checkable
-class Slicing(Protocol):
-    """A Storage of which each tensor's bytes are at several places, each with a cache of its own.
-
-    Its tensors are kept and loaded there, not by the server's cache.
-    """
-
-    async def upload_kept(self, t: Tensor, start: int, offset: int, size: int) -> KeptUpload | None:
-        """As Relaying.upload, and what is sent is to be kept. Raises DeviceError."""
-        ...
-
-    async def recall(self, t: Tensor, start: int, digest: int) -> bool:
-        """Fill a whole tensor with what has this hash; return whether it was to be had.
-
-        Raises DeviceError.
-        """
+        """Return whether all of it is kept where it went, for Storage.recall."""
         ...
 
 
@@ -162,33 +97,82 @@ class Splitting(Protocol):
         ...
 
 
-class Storage(Protocol):
-    """Memory of one buffer on a device; offsets and sizes are bytes the caller has checked."""
+class Storage(abc.ABC):
+    """Memory of one buffer on a device; offsets and sizes are bytes the caller has checked.
+
+    A storage whose bytes lie elsewhere, some of them or all, says so by ``is_remote``: these come
+    and go by ``upload``, ``read`` and ``overwrite``. What is here says nothing of all that.
+    """
 
     size: int
     address: int
     # How many bytes the event loop may fill, copy or discard in one go.
     at_once: int
+    # Whether all of its bytes lie in this machine's memory, whatever is put there.
+    host_only = True
+    # Whether all of its bytes are at one place, so that the cache may hold and serve them.
+    whole = True
 
+    @abc.abstractmethod
     def view(self, offset: int, size: int) -> memoryview:
-        """Writable host view of the bytes."""
-        ...
+        """Return a writable host view of the bytes."""
 
+    @abc.abstractmethod
     def place(self, offset: int, size: int) -> memoryview:
-        """Like :meth:`view`, for an upload that is about to write all of it."""
-        ...
+        """Return what :meth:`view` does, for an upload that is about to write all of it."""
 
-    def fill(self, offset: int, size: int, value: int) -> None: ...
+    @abc.abstractmethod
+    def fill(self, offset: int, size: int, value: int) -> None:
+        """Set each byte to ``value``."""
 
-    def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None: ...
+    @abc.abstractmethod
+    def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        """Take bytes of another storage of the same device."""
 
+    @abc.abstractmethod
     def discard(self, offset: int, size: int) -> None:
         """Give bytes back to the system ahead of :meth:`close`; what they read as is undefined."""
-        ...
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Give the memory back to the system; views of it must be gone."""
-        ...
+
+    def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
+        """Return whether bytes lie elsewhere, or belong there when ``t`` is uploaded to them."""
+        return False
+
+    async def upload(
+        self, t: Tensor, start: int, offset: int, size: int, *, keep: bool = False
+    ) -> Upload | None:
+        """Return how to take ``size`` bytes from byte ``offset`` of ``t`` on; None: as any others.
+
+        ``keep``: it is to be kept there for :meth:`recall`, if that is done there. Raises
+        DeviceError.
+        """
+        return None
+
+    async def read(self, start: int, size: int) -> memoryview:
+        """Return bytes from wherever they are. Raises DeviceError."""
+        return self.view(start, size)
+
+    async def overwrite(self, start: int, size: int, value: int) -> None:
+        """Fill bytes wherever they are. Raises DeviceError."""
+        self.fill(start, size, value)
+
+    def can_copy(self, other: Storage) -> bool:
+        """Return whether :meth:`copy` takes bytes of ``other``."""
+        return False
+
+    async def copy(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
+        """Take bytes of ``other``, which lie elsewhere too. Raises DeviceError."""
+        raise NotImplementedError
+
+    async def recall(self, t: Tensor, start: int, digest: int) -> bool:
+        """Fill a whole tensor with what was kept under this hash; return whether there was such.
+
+        Raises DeviceError.
+        """
+        return False
 
 
 class Plan(Protocol):

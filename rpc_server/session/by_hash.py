@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from protocol.requests import Request
 from rpc_server.cache.store import TensorCache
-from rpc_server.devices.base import RemoteStorage, Slicing
 from rpc_server.devices.cpu.mapped import MappedStorage
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
@@ -44,11 +43,7 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
     elif place.is_apart:
         storage = buffer.storage
         # Of a part of a tensor nobody has the hash.
-        found = (
-            isinstance(storage, Slicing)
-            and not offset
-            and await storage.recall(tensor, start, digest)
-        )
+        found = not offset and await storage.recall(tensor, start, digest)
     else:
         in_models = models is not None and await _from_models(s, models, digest, place)
         found = in_models or (cache is not None and await _from_cache(cache, digest, place))
@@ -107,16 +102,12 @@ class Destination:
     @property
     def is_remote(self) -> bool:
         """Whether the host can't see the bytes."""
-        storage = self.storage
-        return isinstance(storage, RemoteStorage) and storage.is_remote(
-            self.start, self.size, self.tensor
-        )
+        return self.storage.is_remote(self.start, self.size, self.tensor)
 
     @property
     def is_apart(self) -> bool:
         """Whether the bytes are at several places, which only the storage itself can fill."""
-        storage = self.storage
-        return isinstance(storage, RemoteStorage) and not storage.whole and self.is_remote
+        return not self.storage.whole and self.is_remote
 
 
 async def _from_models(s: Session, models: Models, digest: int, place: Destination) -> bool:
@@ -146,7 +137,6 @@ def _copy(content: Content, place: Destination) -> bool:
 async def _pass_on(content: Content, place: Destination) -> bool:
     """From the file into the chunks by which a storage elsewhere takes its bytes."""
     storage = place.storage
-    assert isinstance(storage, RemoteStorage)
     upload = await storage.upload(place.tensor, place.start, place.offset, place.size)
     assert upload is not None, "a storage whose bytes are elsewhere takes them itself"
     at, sound = 0, True
@@ -179,7 +169,6 @@ async def _from_cache_elsewhere(cache: TensorCache, digest: int, place: Destinat
     if not await asyncio.to_thread(cache.load, digest, content):
         return False
     storage = place.storage
-    assert isinstance(storage, RemoteStorage)
     upload = await storage.upload(place.tensor, place.start, place.offset, len(content))
     assert upload is not None, "a storage whose bytes are elsewhere takes them itself"
     while content:

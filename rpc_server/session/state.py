@@ -25,7 +25,7 @@ from protocol.requests import (
     RequestReader,
 )
 from protocol.responses import encode_answer, encode_size
-from rpc_server.devices.base import Device, DeviceError, KeptUpload, Plan, Queue, Upload
+from rpc_server.devices.base import Device, DeviceError, Plan, Queue, Upload
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
     BYTES_SENT,
@@ -105,7 +105,7 @@ class PendingUpload:
     """
 
     direct: tuple[Buffer, int, int, bool] | None = None
-    relay: Upload | KeptUpload | None = None
+    relay: Upload | None = None
     relayed: tuple[Buffer, int, int] | None = None
     size: int = 0
 

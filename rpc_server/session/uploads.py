@@ -7,12 +7,7 @@ import asyncio
 from protocol.commands import Command
 from protocol.requests import UploadStart
 from rpc_server.cache.store import HASH_THRESHOLD
-from rpc_server.devices.base import (
-    KeptUpload,
-    RemoteStorage,
-    Slicing,
-    Upload,
-)
+from rpc_server.devices.base import Upload
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
 from rpc_server.session.buffers import Buffer
@@ -31,7 +26,7 @@ def begin(s: Session, upload: UploadStart) -> None:
     if s.context.cache is not None and not s.context.cache.read_only:
         flag = getattr(fields, "cache_flag", None)
         keep = size > HASH_THRESHOLD if flag is None else bool(flag)
-    if isinstance(buffer.storage, RemoteStorage):
+    if not buffer.storage.host_only:
         tensor = tensor_of_message(fields.tensor, s.dialect)
         if buffer.storage.is_remote(start, size, tensor):
             if buffer.storage.whole:
@@ -49,11 +44,7 @@ async def _begin_relay(
     s: Session, buffer: Buffer, tensor: Tensor, start: int, offset: int, size: int, *, keep: bool
 ) -> None:
     storage = buffer.storage
-    assert isinstance(storage, RemoteStorage)
-    if keep and isinstance(storage, Slicing):
-        s.upload.relay = await storage.upload_kept(tensor, start, offset, size)
-    else:
-        s.upload.relay = await storage.upload(tensor, start, offset, size)
+    s.upload.relay = await storage.upload(tensor, start, offset, size, keep=keep)
     if s.upload.relay is None:
         s.upload.direct = (buffer, start, size, keep)
         s.reader.direct(storage.place(start, size))
@@ -87,9 +78,9 @@ def end(s: Session) -> None:
     s.answer_empty(Command.SET_TENSOR)
 
 
-async def _end_relay(s: Session, relay: Upload | KeptUpload, size: int) -> None:
+async def _end_relay(s: Session, relay: Upload, size: int) -> None:
     await relay.forward()
-    if getattr(relay, "kept", False):
+    if relay.kept:
         s.stats.cache_stored += 1
         s.stats.cache_stored_bytes += size
     relayed, s.upload.relayed = s.upload.relayed, None
@@ -97,7 +88,6 @@ async def _end_relay(s: Session, relay: Upload | KeptUpload, size: int) -> None:
         s.answer_empty(Command.SET_TENSOR)
         return
     buffer, start, size = relayed
-    assert isinstance(buffer.storage, RemoteStorage)
     await _store(s, await buffer.storage.read(start, size))
 
 

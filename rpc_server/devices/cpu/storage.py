@@ -16,7 +16,7 @@ from rpc_server.turns import AT_ONCE
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
-class HostStorage:
+class HostStorage(Storage):
     """Zero-filled memory of ``size`` bytes; pages are committed as they are written.
 
     Long fills and copies let go of the GIL, so they may be done on any thread.

@@ -111,6 +111,8 @@ class PinnedPool:
 class CudaUpload:
     """Bytes on their way to the card: received into one chunk while another is copied."""
 
+    kept = False
+
     def __init__(self, storage: CudaStorage, start: int, size: int) -> None:
         self._storage = storage
         self._at = start
@@ -147,7 +149,7 @@ class CudaUpload:
             storage.staging.give(staging)
 
 
-class CudaStorage:
+class CudaStorage(Storage):
     """``size`` bytes at ``address``, an address of the card's; zero-filled.
 
     Raises MemoryError.
@@ -224,15 +226,17 @@ class CudaStorage:
         address, self.address = self.address, 0
         self.card.free(address)
 
-    # -- what Relaying asks for ----------------------------------------------------------------
+    # -- bytes that come from elsewhere and go there -------------------------------------------
 
-    whole = True
+    host_only = False
 
     def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
         """All bytes are elsewhere than in the host's memory."""
         return True
 
-    async def upload(self, t: Tensor, start: int, offset: int, size: int) -> CudaUpload:
+    async def upload(
+        self, t: Tensor, start: int, offset: int, size: int, *, keep: bool = False
+    ) -> CudaUpload:
         upload = CudaUpload(self, start, size)
         await upload.begin()
         return upload

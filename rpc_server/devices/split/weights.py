@@ -104,6 +104,7 @@ class SplitStorage(HostStorage):
     is given back after the buffer is closed. ``spare`` tells how many bytes this server has left.
     """
 
+    host_only = False
     whole = False
 
     def __init__(
@@ -200,15 +201,6 @@ class SplitStorage(HostStorage):
         """Whether bytes are part of a split weight, or of a tensor that is to become one."""
         return (t is not None and is_split(t)) or bool(self.overlapping(start, size))
 
-    async def upload_kept(
-        self, t: Tensor, start: int, offset: int, size: int
-    ) -> SplitUpload | None:
-        """As :meth:`upload`, and the parts are asked to keep their slices. Raises WorkerLost."""
-        upload = await self.upload(t, start, offset, size)
-        if upload is not None and self.slices is not None and size == t.nbytes:
-            upload.keeping = self.slices.keeping(upload.weight)
-        return upload
-
     async def recall(self, t: Tensor, start: int, digest: int) -> bool:
         """Load a whole tensor from the disks of all parts; return whether all had their slices.
 
@@ -232,11 +224,20 @@ class SplitStorage(HostStorage):
             digest, weight, hashes, lambda: np.frombuffer(self.view(start, t.nbytes), np.uint8)
         )
 
-    async def upload(self, t: Tensor, start: int, offset: int, size: int) -> SplitUpload | None:
-        """How ``size`` bytes of ``t`` from ``offset`` on are taken; None: written here as any.
+    async def upload(
+        self, t: Tensor, start: int, offset: int, size: int, *, keep: bool = False
+    ) -> SplitUpload | None:
+        """Return how ``size`` bytes of ``t`` from ``offset`` on are taken; None: written here.
 
-        So is a weight for whose slice some worker has no room. Raises WorkerLost.
+        So is a weight for whose slice some worker has no room. ``keep``: the parts are asked to
+        keep their slices. Raises WorkerLost.
         """
+        upload = await self._upload(t, start, offset, size)
+        if keep and upload is not None and self.slices is not None and size == t.nbytes:
+            upload.keeping = self.slices.keeping(upload.weight)
+        return upload
+
+    async def _upload(self, t: Tensor, start: int, offset: int, size: int) -> SplitUpload | None:
         begin = start - offset
         known = self._weights.get(begin)
         inside = offset + size <= t.nbytes

@@ -8,11 +8,11 @@ from typing import Any
 
 from protocol.commands import Command
 from protocol.requests import Request
-from rpc_server.devices.base import Copying, RemoteStorage, Storage
+from rpc_server.devices.base import Storage
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.session import by_hash
 from rpc_server.session.buffers import Buffer
-from rpc_server.session.handlers.base import Handler, is_remote
+from rpc_server.session.handlers.base import Handler
 from rpc_server.session.state import Session
 from rpc_server.turns import in_pieces
 
@@ -38,10 +38,10 @@ def _memset_tensor(s: Session, request: Request) -> None:
 
 def fill(s: Session, command: Command, buffer: Buffer, start: int, size: int, value: int) -> None:
     """Set bytes of a buffer, and answer."""
-    if is_remote(buffer, start, size):
-        s.wait(_fill_elsewhere(s, command, buffer, start, size, value))
-        return
     storage = buffer.storage
+    if storage.is_remote(start, size):
+        s.wait(_overwrite(s, command, storage, start, size, value))
+        return
     if size <= storage.at_once:
         storage.fill(start, size, value)
         s.answer_empty(command)
@@ -57,11 +57,10 @@ async def _after(
     s.answer(command, answer)
 
 
-async def _fill_elsewhere(
-    s: Session, command: Command, buffer: Buffer, start: int, size: int, value: int
+async def _overwrite(
+    s: Session, command: Command, storage: Storage, start: int, size: int, value: int
 ) -> None:
-    assert isinstance(buffer.storage, RemoteStorage)
-    await buffer.storage.overwrite(start, size, value)
+    await storage.overwrite(start, size, value)
     s.answer_empty(command)
 
 
@@ -70,14 +69,13 @@ def _get_tensor(s: Session, request: Request) -> None:
     buffer, start = s.locate(fields.tensor, fields.offset, fields.size)
     if fields.tensor.name.startswith(_LOGITS) and fields.tensor.ne[0]:
         s.stats.tokens += fields.size // (4 * fields.tensor.ne[0])
-    if is_remote(buffer, start, fields.size):
+    if buffer.storage.is_remote(start, fields.size):
         s.wait(_read_back(s, buffer, start, fields.size))
         return
     s.send_bytes(buffer.storage.view(start, fields.size))
 
 
 async def _read_back(s: Session, buffer: Buffer, start: int, size: int) -> None:
-    assert isinstance(buffer.storage, RemoteStorage)
     s.send_bytes(await buffer.storage.read(start, size))
     await s.drained()
 
@@ -88,12 +86,12 @@ def _copy_tensor(s: Session, request: Request) -> None:
     src, src_start = s.locate(fields.src, 0, tensor.nbytes)
     dst, dst_start = s.locate(fields.dst, 0, tensor.nbytes)
     to, source = dst.storage, src.storage
-    if isinstance(to, Copying) and to.can_copy(source):
+    if to.can_copy(source):
         s.wait(_copy_there(s, request, to, source, (src_start, dst_start, tensor.nbytes)))
         return
-    places = ((src, src_start), (dst, dst_start))
+    places = ((source, src_start), (to, dst_start))
     apart = src.device != dst.device
-    if apart or any(is_remote(*place, tensor.nbytes) for place in places):
+    if apart or any(storage.is_remote(at, tensor.nbytes) for storage, at in places):
         # llama.cpp then copies through itself.
         s.answer(request.command, {"result": 0})
         return
@@ -112,7 +110,7 @@ def _copy_tensor(s: Session, request: Request) -> None:
 
 
 async def _copy_there(
-    s: Session, request: Request, to: Copying, source: Storage, span: tuple[int, int, int]
+    s: Session, request: Request, to: Storage, source: Storage, span: tuple[int, int, int]
 ) -> None:
     await to.copy(source, *span)
     s.answer(request.command, {"result": 1})

@@ -68,7 +68,14 @@ from rpc_server.devices.cpu.kernels.typed import (
 _GRAIN = 2048
 
 
-_SCALE, _CLAMP, _SQR, _SQRT, _LOG, _LEAKY_RELU, _SIN, _COS = (int(code) for code in Function)
+_SCALE = int(Function.SCALE)
+_CLAMP = int(Function.CLAMP)
+_SQR = int(Function.SQR)
+_SQRT = int(Function.SQRT)
+_LOG = int(Function.LOG)
+_LEAKY_RELU = int(Function.LEAKY_RELU)
+_SIN = int(Function.SIN)
+_COS = int(Function.COS)
 (
     _ABS,
     _SGN,

@@ -70,16 +70,13 @@ def _lower_own_function(t: Tensor, planner: Planner) -> bool:
     return _lower_function(t, planner, unary_kernel)
 
 
-for _op in (Op.SCALE, Op.CLAMP, Op.SQR, Op.SQRT, Op.LOG, Op.LEAKY_RELU):
-    lowers(_op)(_lower_own_function)
-
-
 def _lower_trigonometric(t: Tensor, planner: Planner) -> bool:
     return _lower_function(t, planner, lambda code, f32: trigonometric_kernel(code))
 
 
-for _op in (Op.SIN, Op.COS):
-    lowers(_op)(_lower_trigonometric)
+for _function in Function:
+    _trigonometric = _function in (Function.SIN, Function.COS)
+    lowers(Op[_function.name])(_lower_trigonometric if _trigonometric else _lower_own_function)
 
 
 def _lower_binary(t: Tensor, planner: Planner) -> bool:
