@@ -1,4 +1,4 @@
-"""What the server counts, over HTTP: ``/metrics`` for Prometheus, ``/healthz`` and ``/readyz``.
+"""What the server counts, over HTTP: a page, ``/metrics`` for Prometheus, ``/healthz`` and more.
 
 The server's statistics (``metrics.py``) are plain integers; a collector turns them into Prometheus'
 families when somebody asks. All of it runs on the event loop.
@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from client.errors import MissingPackageError
 from rpc_server import __version__
 from rpc_server.devices.cpu.pages import large_bytes
+from rpc_server.observability.history import History
 from rpc_server.observability.metrics import GRAPH_BUCKETS
+from rpc_server.observability.page import HEADERS, render
 from rpc_server.session.context import ServerContext
 
 # A request of a scraper is a few hundred bytes, and it comes at once.
@@ -55,7 +58,17 @@ async def serve(
             return "503 Service Unavailable", "text/plain", f"{context.stats.lost}\n".encode()
         return "200 OK", "text/plain", b"ok\n"
 
-    pages = {"/metrics": metrics, "/healthz": health, "/readyz": health}
+    history = History(context.stats)
+    history.start()
+
+    def page() -> Response:
+        families = Collector(context).collect()
+        samples = [sample for family in families for sample in family.samples]
+        values = {(s.name, tuple(s.labels.values())): float(s.value) for s in samples}
+        html = render(values, context.stats, history, time.monotonic())
+        return "200 OK", f"text/html; charset=utf-8\r\n{HEADERS}", html.encode()
+
+    pages = {"/": page, "/metrics": metrics, "/healthz": health, "/readyz": health}
     # Connections that have not had their answer, the oldest first.
     present: dict[asyncio.Timeout, None] = {}
 
@@ -93,7 +106,7 @@ async def _exchange(
     elif path in pages:
         status, kind, body = pages[path]()
     else:
-        status, kind, body = "404 Not Found", "text/plain", b"/metrics, /healthz, /readyz\n"
+        status, kind, body = "404 Not Found", "text/plain", b"/, /metrics, /healthz, /readyz\n"
     lines = (
         f"HTTP/1.1 {status}",
         f"Content-Type: {kind}",
@@ -156,6 +169,8 @@ class Collector:
             [(("hit",), total.plan_hits), (("miss",), total.plan_misses)],
             "result",
         )
+        yield _counter("plan_seconds", "Time that making plans took.", [((), total.plan_seconds)])
+        yield _counter("tokens", "Rows of logits that were read.", [((), total.tokens)])
         yield _counter("uploads", "Tensors that were uploaded.", [((), total.uploads)])
         yield _counter("uploaded_bytes", "Bytes of them.", [((), total.upload_bytes)])
         yield _counter(
@@ -205,16 +220,24 @@ class Collector:
     def _split(self) -> Iterator[Any]:
         """What SPLIT_STATUS tells, of devices that split."""
         parts: list[tuple[tuple[str, str], Any]] = []
+        whole: list[tuple[tuple[str, str], Any]] = []
         for number, budget in enumerate(self._context.budgets):
             if not budget.device.n_parts:
                 continue
             status = budget.device.split_status()
+            whole.append(((str(number), budget.device.name), status))
             for part in status["parts"][: status["n_parts"]]:
                 name = bytes(part["name"]).split(b"\0", 1)[0].decode("utf-8", "replace")
                 parts.append(((str(number), name), part))
         if not parts:
             return
         names = ("device", "worker")
+        for field, name, help_ in (
+            ("tokens", "split_tokens", "Tokens that parts computed together."),
+            ("graph_seconds", "split_graph_seconds", "Time that such graphs ran."),
+        ):
+            values = [(labels, status[field]) for labels, status in whole]
+            yield _counter(name, help_, values, "device", "name")
         for field, name, help_ in (
             ("exchanges", "split_exchanges", "Exchanges with a worker."),
             ("bytes_sent", "split_sent_bytes", "Bytes sent to a worker."),

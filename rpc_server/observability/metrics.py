@@ -38,6 +38,7 @@ class Counts:
     programs_run: int = 0
     plan_hits: int = 0
     plan_misses: int = 0
+    plan_seconds: float = 0.0
     uploads: int = 0
     upload_bytes: int = 0
     # Rows of logits that were read: in llama.cpp's graphs those of a tensor with a known name.

@@ -22,6 +22,7 @@ class Job:
         "_waited",
         "error",
         "nodes",
+        "planning",
         "started",
     )
 
@@ -32,6 +33,8 @@ class Job:
         self._waited = 0.0
         # Monotonic; 0 while it waits for its turn.
         self.started = 0.0
+        # Seconds that making the plan took.
+        self.planning = 0.0
         # Why it was stopped, to be told instead of how the plan failed.
         self.error: LimitReached | None = None
         self._plan: Plan | None = None
@@ -53,7 +56,9 @@ class Job:
     def go(self, plan: Plan) -> None:
         """Run ``plan``. Raises what it raises, and fails if it was stopped before."""
         self._plan = plan
-        if not self.started:
+        if self.started:
+            self.planning = time.monotonic() - self.started
+        else:
             self.begin()
         if self._stopped or (self._abandoned and not plan.shared):
             plan.stop()

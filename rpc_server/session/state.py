@@ -474,6 +474,7 @@ class Session:
         """A job on the device's thread is over; on the event loop."""
         running, self.running = self.running, None
         assert running is not None
+        self.stats.plan_seconds += running.planning
         if self.streaming:
             self._end_stream()
             assert self._lease is not None
