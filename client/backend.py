@@ -275,5 +275,7 @@ class PreparedGraph:
 
 
 def _padded(tensor: Tensor) -> bool:
-    """Whether a server may want to pad it (CUDA pads rows of quantized types to 512 elements)."""
+    """Return whether a server may want to pad it (CUDA pads rows of quantized types to 512
+    elements).
+    """
     return tensor.quantized and tensor.ne[0] % 512 != 0 and tensor.view_src is None

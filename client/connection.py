@@ -259,7 +259,7 @@ class Connection:
 
     @property
     def in_flight(self) -> int:
-        """How many requests wait for their answers."""
+        """Return how many requests wait for their answers."""
         return len(self._answers)
 
     async def close(self) -> None:
@@ -529,12 +529,12 @@ class Connection:
     # -- commands
 
     async def device_count(self) -> int:
-        """How many devices the server has."""
+        """Return how many devices the server has."""
         answer = await self.request(Command.DEVICE_COUNT)
         return int(answer.device_count)
 
     async def get_alignment(self, device: int = 0) -> int:
-        """What the addresses of tensors must be multiples of, bytes."""
+        """Return what the addresses of tensors must be multiples of, bytes."""
         answer = await self.request(Command.GET_ALIGNMENT, device=device)
         return int(answer.alignment)
 
@@ -573,7 +573,9 @@ class Connection:
         await self.request(Command.INIT_TENSOR, tensor=self.wire_tensor(tensor))
 
     async def get_alloc_size(self, tensor: TensorLike, device: int = 0) -> int:
-        """How many bytes the server wants for ``tensor``; its sources count in newer versions."""
+        """Return how many bytes the server wants for ``tensor``; its sources count in newer
+        versions.
+        """
         sources: list[Mapping[str, Any]] = [_NO_TENSOR] * MAX_SOURCES
         if isinstance(tensor, Tensor):
             for i, source in enumerate(tensor.src):

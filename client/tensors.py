@@ -215,7 +215,7 @@ def wire_name(name: str) -> bytes:
 
 
 def to_bytes(tensor: Tensor, values: Array | bytes | bytearray | memoryview) -> memoryview:
-    """What to upload for all of ``tensor``: ``values`` checked against its type and size.
+    """Return what to upload for all of ``tensor``: ``values`` checked against its type and size.
 
     An array's shape is (ne3, ne2, ne1, ne0), leading ones left out or not; its dtype is cast to
     the tensor's where numpy knows the type. Bytes (or a uint8 array for a quantized tensor) go

@@ -118,7 +118,9 @@ class Dialect:
 
     @property
     def always_flags(self) -> bool:
-        """Whether nodes without the flag COMPUTE are not to be computed, even if none has it."""
+        """Return whether nodes without the flag COMPUTE are not to be computed, even if none has
+        it.
+        """
         return self.version >= _FLAGS_SINCE
 
     def op_number(self, op: Op) -> int:
@@ -297,7 +299,7 @@ def distinct_numberings(dialects: Iterable[Dialect]) -> tuple[Dialect, ...]:
 
 
 def dialect_of_version(version: Version, hello_size: int) -> Dialect | None:
-    """What a client of a server that answered ``version`` speaks; None if that isn't known.
+    """Return what a client of a server that answered ``version`` speaks; None if that isn't known.
 
     The newest known dialect of that major version that is not above it: minor versions that aren't
     in the table changed no message. A patch number below all known ones of its minor version counts

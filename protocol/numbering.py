@@ -108,7 +108,9 @@ def _words(numbering: Numbering) -> npt.NDArray[np.int32]:
 
 
 def fits(tensors: Any, dialect: Dialect) -> bool:
-    """Whether all ``tensors`` (rpc_tensor rows) have ops of ``dialect`` with sources to match."""
+    """Return whether all ``tensors`` (rpc_tensor rows) have ops of ``dialect`` with sources to
+    match.
+    """
     numbering = dialect.numbering
     words = reading(tensors, numbering)
     counts = np.count_nonzero(tensors["src"], axis=1)
@@ -134,5 +136,5 @@ def alike(tensors: Any, dialects: Iterable[Dialect]) -> list[list[Dialect]]:
 
 
 def tells(tensors: Any, dialects: Sequence[Dialect]) -> bool:
-    """Whether ``dialects`` read the graph's tensors differently."""
+    """Return whether ``dialects`` read the graph's tensors differently."""
     return len(alike(tensors, dialects)) > 1

@@ -42,7 +42,7 @@ class ReceiveBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether nothing can be received before something is taken."""
+        """Return whether nothing can be received before something is taken."""
         return len(self) == _SIZE
 
     @property
@@ -54,7 +54,7 @@ class ReceiveBuffer:
         )
 
     def receive_buffer(self) -> memoryview:
-        """Where the next bytes of the stream belong; not empty unless :attr:`full`."""
+        """Return where the next bytes of the stream belong; not empty unless :attr:`full`."""
         if self._receives_directly:
             assert self._target is not None
             return self._target[self.filled :]

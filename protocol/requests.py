@@ -117,17 +117,19 @@ class RequestReader:
 
     @property
     def full(self) -> bool:
-        """Whether nothing can be received before events are taken."""
+        """Return whether nothing can be received before events are taken."""
         return self._staging.full
 
     @property
     def at_boundary(self) -> bool:
-        """Whether all that came was whole messages: the end of the stream is then a clean one."""
+        """Return whether all that came was whole messages: the end of the stream is then a clean
+        one.
+        """
         return not self._staging and self._frame is None and not self._staging.in_body
 
     @property
     def within(self) -> str:
-        """What the reader is in the middle of, for messages."""
+        """Return what the reader is in the middle of, for messages."""
         if self._frame is not None:
             return self._frame[0].name
         return "a message" if self._staging else "nothing"
@@ -138,7 +140,7 @@ class RequestReader:
         return len(self._graph[2]) if self._graph is not None else 0
 
     def receive_buffer(self) -> memoryview:
-        """Where the next bytes of the stream belong; not empty unless :attr:`full`."""
+        """Return where the next bytes of the stream belong; not empty unless :attr:`full`."""
         return self._staging.receive_buffer()
 
     def received(self, n: int) -> None:
@@ -155,7 +157,7 @@ class RequestReader:
         self._staging.begin(destination)
 
     def take_staged(self) -> bytes:
-        """What was received behind the last event, taken out of the stream."""
+        """Return what was received behind the last event, taken out of the stream."""
         return self._staging.take(len(self._staging))
 
     def put_back(self, data: bytes) -> None:

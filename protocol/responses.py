@@ -52,7 +52,7 @@ class _Expected:
 
     @property
     def in_place(self) -> bool:
-        """Whether the payload goes to the destination, rather than being parsed."""
+        """Return whether the payload goes to the destination, rather than being parsed."""
         return self.raw or self.spec.answer is Answer.DATA
 
 
@@ -109,12 +109,12 @@ class ResponseReader:
 
     @property
     def pending(self) -> int:
-        """How many announced answers have not been read."""
+        """Return how many announced answers have not been read."""
         return len(self._expected)
 
     @property
     def within(self) -> str:
-        """What the reader is waiting for or in the middle of, for messages."""
+        """Return what the reader is waiting for or in the middle of, for messages."""
         if not self._expected:
             return "nothing"
         first = self._expected[0]
@@ -124,7 +124,9 @@ class ResponseReader:
         return f"the answer to {first.command.name}"
 
     def receive_buffer(self) -> memoryview:
-        """Where the next bytes of the stream belong; not empty once all answers are taken."""
+        """Return where the next bytes of the stream belong; not empty once all answers are
+        taken.
+        """
         return self._staging.receive_buffer()
 
     def received(self, n: int) -> None:

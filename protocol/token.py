@@ -26,7 +26,7 @@ def check_token(token: bytes) -> bytes:
 
 
 def encode_token(token: bytes) -> bytes:
-    """What the client sends first."""
+    """Return what the client sends first."""
     return MAGIC + len(check_token(token)).to_bytes(2, "little") + token
 
 

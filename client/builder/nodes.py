@@ -15,7 +15,7 @@ PREC_F32 = 10
 
 
 def can_repeat(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a`` fits into ``b`` a whole number of times in each dimension."""
+    """Return whether ``a`` fits into ``b`` a whole number of times in each dimension."""
     if 0 in a.ne:
         return 0 in b.ne
     return all(nb % na == 0 for na, nb in zip(a.ne, b.ne, strict=True))

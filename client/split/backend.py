@@ -78,7 +78,7 @@ class SplitWeight:
         return row_size(self.whole.type, self.whole.ne[0])
 
     def runs(self, offset: int, size: int) -> list[Extent]:
-        """Where these bytes of the whole weight lie."""
+        """Return where these bytes of the whole weight lie."""
         return row_extents(self.rows, self.row_bytes, self.whole.ne[1], offset, size)
 
 

@@ -61,7 +61,7 @@ def balanced(
         raise ValueError(f"the parts may take {sum(able):.3f} of the whole")
 
     def shares(seconds: float) -> list[float]:
-        """What the parts get done in that time."""
+        """Return what the parts get done in that time."""
         return [
             min(limit, max(0.0, seconds - start) * speed / work)
             for speed, start, limit in zip(speeds, late, able, strict=True)
@@ -117,7 +117,7 @@ def shares_by_time(
 
 
 def sample_product(g: GraphBuilder) -> tuple[Tensor, Tensor, Tensor]:
-    """What is timed: a weight, its input, the product; bytes of the first two are FILL."""
+    """Return what is timed: a weight, its input, the product; bytes of the first two are FILL."""
     weight = g.new_tensor_2d(_TYPE, _COLS, _ROWS)
     x = g.new_tensor_1d(GgmlType.F32, _COLS)
     return weight, x, g.mul_mat(weight, x)

@@ -72,7 +72,7 @@ class Extent:
 
 
 def column_extents(edges: Sequence[Rows], row_bytes: int, offset: int, size: int) -> list[Extent]:
-    """Where ``size`` bytes from byte ``offset`` on of rows of ``row_bytes`` belong.
+    """Return where ``size`` bytes from byte ``offset`` on of rows of ``row_bytes`` belong.
 
     ``edges`` are the bytes of a row that each part has; its rows are dense in the part. Bytes
     before the first whole row and behind the last are runs of their own.
@@ -97,7 +97,7 @@ def column_extents(edges: Sequence[Rows], row_bytes: int, offset: int, size: int
 def row_extents(
     parts: Sequence[Rows], row_bytes: int, n_rows: int, offset: int, size: int
 ) -> list[Extent]:
-    """Where ``size`` bytes from byte ``offset`` on of a weight that is cut by rows belong.
+    """Return where ``size`` bytes from byte ``offset`` on of a weight that is cut by rows belong.
 
     ``n_rows`` is ne1; a weight of three dimensions has every matrix cut alike. Each run is one
     piece.

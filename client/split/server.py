@@ -98,7 +98,9 @@ class SplitServer:
 
     @property
     def extended(self) -> bool:
-        """Whether it keeps programs (protocol.split), rather than being sent each product."""
+        """Return whether it keeps programs (protocol.split), rather than being sent each
+        product.
+        """
         return self.connection.split_version > 0
 
     async def attempt(self, job: Callable[[], Awaitable[T]], timed: bool = False) -> T:
@@ -140,7 +142,9 @@ class SplitServer:
         await asyncio.gather(*futures)
 
     async def up_to_date(self, ready: Ready | None) -> bool:
-        """Whether ``ready`` can be run; a program that lost its number to others is sent again."""
+        """Return whether ``ready`` can be run; a program that lost its number to others is sent
+        again.
+        """
         if ready is None or ready.region is not self._region.buffer:
             return False
         if ready.number is not None and self._programs.get(ready.number) is not ready:

@@ -170,7 +170,7 @@ async def _ask(target: ServerAddress, connection: Connection, measured: bool) ->
 
 
 async def _extended(connection: Connection, report: ServerReport) -> ServerReport:
-    """What is told by the split extension, as far as the server has it."""
+    """Return what is told by the split extension, as far as the server has it."""
     if not report.split:
         return report
     query = await connection.request(Command.SPLIT_QUERY, device=0)

@@ -234,7 +234,7 @@ def fields_of(message: ObservedMessage) -> list[Field]:
 
 
 def annotate(message: ObservedMessage) -> list[Span]:
-    """What the bytes of a message are; offsets are into ``message.data``.
+    """Return what the bytes of a message are; offsets are into ``message.data``.
 
     They cover it without holes. A body that wasn't kept is one span that goes beyond its end.
     """
@@ -372,7 +372,7 @@ def tensor_bytes(tensor: Any) -> int | None:
 
 
 def describe(message: ObservedMessage) -> str:
-    """What a message is about, in one line that begins with its command."""
+    """Return what a message is about, in one line that begins with its command."""
     parts = [message.command.name]
     if message.kind is MessageKind.ANSWER:
         parts += ["=", *_answer_parts(message)]

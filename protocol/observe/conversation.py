@@ -452,7 +452,7 @@ class Conversation:
     # -- the dialect ----------------------------------------------------------------------------
 
     def _settle_dialect(self, half: Direction) -> bool:
-        """Whether the client's bytes can be read on: by a dialect, or as HELLO."""
+        """Return whether the client's bytes can be read on: by a dialect, or as HELLO."""
         if self._hello is not None:
             # What follows HELLO depends on its answer.
             if len(half.buffer) > _HOLD:

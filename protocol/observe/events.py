@@ -68,7 +68,7 @@ class ObservedMessage:
 
     @property
     def name(self) -> str:
-        """What it is, for messages."""
+        """Return what it is, for messages."""
         command = self.command.name
         return {
             MessageKind.REQUEST: command,
@@ -89,7 +89,7 @@ class ObservedMessage:
 
     @property
     def answered(self) -> bool:
-        """Whether this is a request that gets an answer."""
+        """Return whether this is a request that gets an answer."""
         return self.kind is MessageKind.REQUEST and self.spec.answer is not Answer.NEVER
 
     @property

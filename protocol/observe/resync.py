@@ -29,7 +29,7 @@ _GRAPH_SIZE = rb".{4}\0\0\0\0"
 
 
 def plausible_tensor(tensor: Any, dialect: Dialect) -> bool:
-    """Whether the fields of an rpc_tensor are such as ggml sends."""
+    """Return whether the fields of an rpc_tensor are such as ggml sends."""
     if tensor.type not in _TYPES or tensor.op >= len(dialect.ops) or not tensor.id:
         return False
     info = TYPE_INFO[_TYPES[tensor.type]]
@@ -83,7 +83,7 @@ class FrameFinder:
         return max(at, len(data) - FRAME.size + 1, 0), False
 
     def _judge(self, data: bytes | bytearray, at: int, begins: Collection[int]) -> bool | None:
-        """Whether a request begins at ``at``; None if more bytes are needed."""
+        """Return whether a request begins at ``at``; None if more bytes are needed."""
         number, size = FRAME.unpack_from(data, at)
         spec = self._specs[number]
         head = codec(spec.request)
@@ -162,7 +162,7 @@ def _tensors(fields: Any) -> Iterable[Any]:
 
 
 def _fits(tensor: Any, offset: int, size: int) -> bool:
-    """Whether ``size`` bytes at ``offset`` are whole blocks that lie in the tensor."""
+    """Return whether ``size`` bytes at ``offset`` are whole blocks that lie in the tensor."""
     info = TYPE_INFO[_TYPES[tensor.type]]
     nbytes = tensor_nbytes(_TYPES[tensor.type], tensor.ne, tensor.nb)
     return size % info.type_size == 0 and offset + size <= nbytes

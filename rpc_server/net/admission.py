@@ -43,7 +43,8 @@ class Admission:
         self._untold: Counter[str] = Counter()
 
     def knock(self, address: str, name: str) -> bool:
-        """Whether a connection may go on to show who it is; if so, :meth:`let_go` has to follow.
+        """Return whether a connection may go on to show who it is; if so, :meth:`let_go` has to
+        follow.
 
         It counts for none of the limits of clients until it has, so nobody is kept out by those
         who have nothing to show.
@@ -65,7 +66,8 @@ class Admission:
             del self._knocking[address]
 
     def admit(self, address: str, name: str) -> bool:
-        """Whether a connection from ``address`` may stay; if so, :meth:`leave` has to follow.
+        """Return whether a connection from ``address`` may stay; if so, :meth:`leave` has to
+        follow.
 
         ``name`` is for the log, which says why not.
         """

@@ -26,26 +26,26 @@ class Watched(Protocol):
     def taken(self) -> int: ...
     @property
     def greeted(self) -> bool:
-        """Whether HELLO has come."""
+        """Return whether HELLO has come."""
         ...
 
     @property
     def awaits_rest(self) -> bool:
-        """Whether a message has begun and it is the peer's turn to go on with it."""
+        """Return whether a message has begun and it is the peer's turn to go on with it."""
         ...
 
     @property
     def awaits_taking(self) -> bool:
-        """Whether answers wait for the peer to take them."""
+        """Return whether answers wait for the peer to take them."""
         ...
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing is under way in either direction."""
+        """Return whether nothing is under way in either direction."""
         ...
 
     def graph_seconds(self, now: float) -> float:
-        """How long a graph has been running; 0 if none is."""
+        """Return how long a graph has been running; 0 if none is."""
         ...
 
     def overran(self, error: LimitReached) -> None:

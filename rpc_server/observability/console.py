@@ -51,7 +51,7 @@ class Snapshot:
 
 
 def describe(client: ClientStats, before: Snapshot, now: Snapshot) -> str:
-    """What a client has done between two looks; empty if that was nothing to speak of.
+    """Return what a client has done between two looks; empty if that was nothing to speak of.
 
     While weights arrive: all of them so far. Of graphs: how many a second, the milliseconds of
     each, and tokens a second where the client reads logits here.

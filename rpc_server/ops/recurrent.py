@@ -82,7 +82,7 @@ def _ssm_conv(ctx: ArrayContext, t: Tensor) -> None:
 
 
 def _snapshots(t: Tensor) -> int:
-    """How many of the last states are kept: one for older clients, which say nothing."""
+    """Return how many of the last states are kept: one for older clients, which say nothing."""
     return t.param_i32(0) or 1
 
 

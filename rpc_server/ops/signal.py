@@ -90,7 +90,9 @@ for _op in (Op.POOL_1D, Op.POOL_2D):
 
 
 def _few_places(axis: Axis) -> bool:
-    """Whether to go from place to place and not from one element of the window to the next."""
+    """Return whether to go from place to place and not from one element of the window to the
+    next.
+    """
     return axis.places < axis.taps
 
 

@@ -52,7 +52,7 @@ class OpSpec:
     shard_rule: ShardRule | None = None
 
     def written(self, t: Tensor) -> list[Tensor]:
-        """What node ``t`` of this op writes: itself, and sources that it changes."""
+        """Return what node ``t`` of this op writes: itself, and sources that it changes."""
         return [t, *(s for i in self.writes if (s := t.src[i]) is not None)]
 
 

@@ -26,7 +26,7 @@ _HALVES = frozenset({GgmlType.F16, GgmlType.BF16})
 
 
 def _windows_over(n: int, width: int) -> int:
-    """How many windows of ``width`` it takes to cover ``n`` pixels."""
+    """Return how many windows of ``width`` it takes to cover ``n`` pixels."""
     return -(-n // width)
 
 

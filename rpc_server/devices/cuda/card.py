@@ -155,7 +155,7 @@ class Card:
         self._device.use()
 
     def current(self) -> contextlib.AbstractContextManager[None]:
-        """What CuPy does within is for this card; any thread."""
+        """Make this card the one that CuPy uses within; any thread may call it."""
         return self._current
 
     def failed(self, error: BaseException) -> DeviceError:
@@ -352,7 +352,9 @@ class Card:
             )
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
-        """What ``enqueue`` gives to ``stream``, as a graph that can be launched again and again."""
+        """Return what ``enqueue`` gives to ``stream``, as a graph that can be launched again and
+        again.
+        """
         with self._whole, self.current():
             # What other threads do with the card is none of this capture's business.
             stream.begin_capture(self.cupy.cuda.runtime.streamCaptureModeThreadLocal)

@@ -51,5 +51,5 @@ def joined(path: Path) -> str:
 
 @functools.cache
 def source_text(name: str) -> str:
-    """What is compiled of the source with this name."""
+    """Return what is compiled of the source with this name."""
     return joined(SOURCES / f"{name}.cu")

@@ -108,7 +108,9 @@ class Product:
 
 
 def is_valid(t: Tensor) -> bool:
-    """Whether a node keeps its op's contract; its client is told when the node's turn comes."""
+    """Return whether a node keeps its op's contract; its client is told when the node's turn
+    comes.
+    """
     try:
         check(t)
     except ContractError:

@@ -50,7 +50,7 @@ class StreamResources:
 
     @property
     def status(self) -> StatusWord:
-        """Where kernels tell what failed. Raises MemoryError."""
+        """Return where kernels tell what failed. Raises MemoryError."""
         if self._status is None:
             self._status = StatusWord(self.card, self.stream)
         return self._status

@@ -26,7 +26,7 @@ class PinnedPair:
 
     @property
     def done(self) -> bool:
-        """Whether the card has copied all that it was given of it."""
+        """Return whether the card has copied all that it was given of it."""
         with self._card.current():
             return all(event is None or event.done for event in self.copied)
 

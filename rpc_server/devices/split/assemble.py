@@ -137,7 +137,9 @@ class Assembler:
         return Prepared(worker, number, steps, built)
 
     def _wire_type(self, made: Input) -> GgmlType:
-        """How an input travels: what was computed may be rounded, what the client wrote not."""
+        """Return how an input travels: what was computed may be rounded, what the client wrote
+        not.
+        """
         t = made.tensor
         if made.kept or t.type is not GgmlType.F32 or t.op is Op.NONE:
             return t.type
@@ -342,7 +344,7 @@ def _put(t: PartTensor, address: int) -> PartTensor:
 
 
 def _at_home(t: PartTensor, node: Tensor) -> bool:
-    """Whether a slice was computed where the graph has it."""
+    """Return whether a slice was computed where the graph has it."""
     return t.nb == node.nb and node.address <= t.location[1] < node.address + node.nbytes
 
 

@@ -36,7 +36,7 @@ class Built:
 
     @property
     def memory(self) -> list[PartTensor]:
-        """What needs memory for this subgraph alone; outputs last."""
+        """Return what needs memory for this subgraph alone; outputs last."""
         inputs = [t for made, t in self.inputs if not made.kept]
         given = {id(t) for _, t in self.outputs}
         made = [t for _, t in self.nodes if t.view_src is None and id(t) not in given]
@@ -66,7 +66,9 @@ class PartBuilder:
         self._kept: dict[int, PartTensor] = {}
 
     def takes_part(self, subgraph: Subgraph) -> bool:
-        """Whether this part gives anything in a subgraph, or stores something in its caches."""
+        """Return whether this part gives anything in a subgraph, or stores something in its
+        caches.
+        """
         outputs = {id(t) for t in subgraph.outputs}
         return any(
             (id(t) in outputs or t.op is Op.SET_ROWS) and self._width(self._found.shards[id(t)])
@@ -160,7 +162,9 @@ class PartBuilder:
         return found
 
     def _known(self, t: Tensor, have: dict[int, PartTensor]) -> PartTensor | None:
-        """What the part has of a tensor; views and caches are made where they are first read."""
+        """Return what the part has of a tensor; views and caches are made where they are first
+        read.
+        """
         known = have.get(id(t))
         if known is not None:
             return known

@@ -27,7 +27,7 @@ _ATTENTION = re.compile(r"\.attn_(q|k|v|output)\.weight$")
 
 
 def is_split(t: Tensor) -> bool:
-    """Whether a tensor that is uploaded is a weight to be cut: by name, shape and size."""
+    """Return whether a tensor that is uploaded is a weight to be cut: by name, shape and size."""
     return (
         t.op is Op.NONE
         and t.name.endswith(".weight")
@@ -40,12 +40,14 @@ def is_split(t: Tensor) -> bool:
 
 
 def is_cut_by_columns(name: str) -> bool:
-    """Whether a weight multiplies what other products make, so that parts can go on with theirs."""
+    """Return whether a weight multiplies what other products make, so that parts can go on with
+    theirs.
+    """
     return _BY_COLUMNS.search(name) is not None
 
 
 def cut_multiple(t: Tensor, axis: int) -> int:
-    """What cuts of a weight are multiples of, in rows or columns.
+    """Return what cuts of a weight are multiples of, in rows or columns.
 
     Weights of one block (gate, up and down; q, k, v and output) have to be cut alike although they
     arrive one by one: the same share of each, in eighths where attention's heads allow it.
@@ -100,7 +102,7 @@ class ShardedWeight:
 
     @property
     def local_row_count(self) -> int:
-        """How many rows, or parts of rows, this server works on itself."""
+        """Return how many rows, or parts of rows, this server works on itself."""
         if self.local is None or not len(self.cuts[self.local]):
             return 0
         rows = len(self.cuts[self.local]) if self.axis else self.tensor.ne[1]
@@ -113,7 +115,7 @@ class ShardedWeight:
         return (ne[0], ne[1], ne[2], ne[3])
 
     def runs(self, offset: int, size: int) -> list[Extent]:
-        """Where bytes of the tensor lie."""
+        """Return where bytes of the tensor lie."""
         t = self.tensor
         if self.axis:
             return row_extents(self.cuts, t.row_size, t.ne[1], offset, size)
@@ -123,7 +125,7 @@ class ShardedWeight:
         return column_extents(edges, t.row_size, offset, size)
 
     def step(self, offset: int, left: int) -> int:
-        """How many of ``left`` bytes from ``offset`` on are taken at once.
+        """Return how many of ``left`` bytes from ``offset`` on are taken at once.
 
         Whole rows where it is possible, so that slices of rows are found by strides.
         """
@@ -131,7 +133,7 @@ class ShardedWeight:
         return min(left, -offset % row or max(CHUNK // row * row, row))
 
     def within(self, start: int, size: int) -> bool:
-        """Whether all of it lies in this range of the buffer."""
+        """Return whether all of it lies in this range of the buffer."""
         return start <= self.start and self.start + self.tensor.nbytes <= start + size
 
     def overlap(self, start: int, size: int) -> tuple[int, int]:

@@ -303,12 +303,12 @@ class _Partitioner:
 
     @staticmethod
     def _cut_alike(target: Tensor, node: Tensor) -> bool:
-        """Whether rows of ``node`` are whole rows of what it is a view of."""
+        """Return whether rows of ``node`` are whole rows of what it is a view of."""
         row = target.row_size
         return node.ne[0] == target.ne[0] and (node.address - target.address) % row == 0
 
     def _shard(self, t: Tensor | None) -> Shard | None:
-        """How a source is cut as the current subgraph sees it."""
+        """Return how a source is cut as the current subgraph sees it."""
         if t is None:
             return None
         root = _root(t)
@@ -451,13 +451,15 @@ class _Partitioner:
         found.written = list(self._written.values())
 
     def _is_read(self, t: Tensor) -> bool:
-        """Whether something beside the parts reads a chained tensor."""
+        """Return whether something beside the parts reads a chained tensor."""
         if t.op is Op.SET_ROWS:
             return False
         return not self._counted or self._is_read_beside(t, self._subgraph_of[id(t)])
 
     def _is_read_beside(self, t: Tensor, home: Subgraph) -> bool:
-        """Whether something beside the parts in ``home`` reads ``t``, a result there or a view."""
+        """Return whether something beside the parts in ``home`` reads ``t``, a result there or a
+        view.
+        """
         users = self._users.get(id(t), [])
         if t.flags & TensorFlag.OUTPUT or t.use_count != len(users) or not users:
             return True
@@ -471,7 +473,7 @@ class _Partitioner:
 
 
 def _root(t: Tensor) -> Tensor | None:
-    """What ``t`` is a view of, or itself; None where its references don't agree on that."""
+    """Return what ``t`` is a view of, or itself; None where its references don't agree on that."""
     root = t.view_src
     if root is None:
         return t

@@ -57,7 +57,9 @@ class _Way:
 
 
 def _in_units(t: Tensor) -> bool:
-    """Whether eight elements at a time can be loaded: 16 bytes of floats, or parts of blocks."""
+    """Return whether eight elements at a time can be loaded: 16 bytes of floats, or parts of
+    blocks.
+    """
     if t.quantized:
         return True
     strides = (nb for nb, n in zip(t.nb[1:], t.ne[1:], strict=True) if n > 1)

@@ -32,12 +32,14 @@ def _apart(a: Tensor, b: Tensor) -> bool:
 
 
 def _apart_or_same(a: Tensor, b: Tensor) -> bool:
-    """Whether no element of one shares memory with another element of the other."""
+    """Return whether no element of one shares memory with another element of the other."""
     return (a.address, a.ne, a.nb) == (b.address, b.ne, b.nb) or _apart(a, b)
 
 
 def _independent(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
-    """Whether threads that each do all nodes for an element do as nodes one after the other."""
+    """Return whether threads that each do all nodes for an element do as nodes one after the
+    other.
+    """
     return all(_apart_or_same(a, b) for a, b in product(written, [*written, *read]))
 
 
@@ -46,7 +48,9 @@ def _f32(*tensors: Tensor) -> bool:
 
 
 def _other_source(t: Tensor, of: Tensor) -> Tensor | None:
-    """What ``of`` is combined with in ``t``, a MUL or ADD of its shape; None if it isn't that."""
+    """Return what ``of`` is combined with in ``t``, a MUL or ADD of its shape; None if it isn't
+    that.
+    """
     first, second = source(t, 0), source(t, 1)
     if not t.same_shape(of) or (first is of) == (second is of):
         return None
@@ -88,7 +92,7 @@ def fuse_norm(t: Tensor, planner: CudaPlanner) -> bool:
 
 
 def _columns_for(x: Tensor, planner: CudaPlanner) -> tuple[int, ...]:
-    """Where ``x`` goes as columns, their stride and form, if the next node reads them."""
+    """Return where ``x`` goes as columns, their stride and form, if the next node reads them."""
     reader = next(planner.ahead(), None)
     if reader is None or reader.op not in (Op.MUL_MAT, Op.MUL_MAT_ID) or not is_valid(reader):
         return ()
@@ -126,7 +130,7 @@ _WINDOW, _MOST_JOINED = 6, 3
 
 
 def _may_be_done_before(t: Tensor, other: Tensor) -> bool:
-    """Whether ``t``, which comes later, may as well be done before ``other``, or at once."""
+    """Return whether ``t``, which comes later, may as well be done before ``other``, or at once."""
     spec = OPS.get(other.op)
     if spec is None:
         return False

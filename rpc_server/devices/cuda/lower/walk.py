@@ -32,7 +32,9 @@ def elements(
 
 
 def small(*tensors: Tensor) -> bool:
-    """Whether all dimensions are below 2^31: products with numbers of 32 bits don't overflow."""
+    """Return whether all dimensions are below 2^31: products with numbers of 32 bits don't
+    overflow.
+    """
     return all(n < _MOST_PLACES for t in tensors for n in t.ne)
 
 
