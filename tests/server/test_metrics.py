@@ -140,7 +140,8 @@ def test_health_and_other_pages(scraped: tuple[ServerProcess, Scraper]) -> None:
     assert scraper.get("/healthz") == (200, "ok\n")
     assert scraper.get("/readyz?x=1") == (200, "ok\n")
     assert scraper.get("/healthz", "HEAD") == (200, "")
-    assert scraper.get("/")[0] == 404
+    assert scraper.get("/")[0] == 200
+    assert scraper.get("/favicon.ico")[0] == 404
     assert scraper.get("/metrics", "POST")[0] == 405
     for garbage in (b"\r\n\r\n", b"GET\r\n\r\n", bytes(range(256)) * 64, b"GET / HTTP/1.1\r\n"):
         with socket.create_connection((HOST, scraper.port), 10) as sock:
