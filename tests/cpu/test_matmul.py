@@ -57,7 +57,14 @@ SCALES_AT: dict[GgmlType, Sequence[int]] = {
     GgmlType.Q2_0: (0,),
     GgmlType.TQ1_0: (52,),
     GgmlType.TQ2_0: (64,),
+    GgmlType.IQ1_S: (0,),
+    GgmlType.IQ2_XXS: (0,),
+    GgmlType.IQ2_XS: (0,),
+    GgmlType.IQ2_S: (0,),
+    GgmlType.IQ3_XXS: (0,),
+    GgmlType.IQ3_S: (0,),
     # Scales of other formats.
+    GgmlType.IQ1_M: (),
     GgmlType.MXFP4: (),
     GgmlType.NVFP4: (),
 }
@@ -77,6 +84,9 @@ def weights(type_: GgmlType, ne: Sequence[int], seed: int = 0) -> Tensor:
         blocks[:, at : at + 2] = scales.view(np.uint8)
     if type_ is GgmlType.MXFP4:
         blocks[:, 0] = rng.integers(120, 130, len(blocks), np.uint8)
+    if type_ is GgmlType.IQ1_M:
+        # A quarter of an F16 in each of four words: none that isn't finite.
+        blocks[:, 55] = blocks[:, 55] & 0x8F | 0x20
     return t
 
 
@@ -116,7 +126,7 @@ def test_every_type(type_: GgmlType, n: int) -> None:
 
 
 # Codes below and above 128, looked-up ones, groups of 16: what an instruction set does differently.
-ISA_TYPES = (GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.Q6_K)
+ISA_TYPES = (GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.Q6_K, GgmlType.IQ2_XS)
 
 
 @pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)

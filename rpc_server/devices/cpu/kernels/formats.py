@@ -15,6 +15,7 @@ from llvmlite import ir
 
 from protocol.ggml.tables import FP4_VALUES, IQ4_VALUES
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from rpc_server.devices.cpu.kernels import grid_formats
 from rpc_server.devices.cpu.kernels.interface.layout import SCALE_GROUPS
 from rpc_server.devices.cpu.kernels.vector import F16, F32, I1, I8, I16, I32, I64, Emit, vector
 
@@ -387,6 +388,19 @@ def _tq1_0(e: Emit, block: Any, _: int) -> Unpacked:
     return Unpacked(codes, scales, _centred(e, scales, 1))
 
 
+# -- grids -----------------------------------------------------------------------------------------
+
+
+def _on_a_grid(
+    type_: GgmlType, unpack: grid_formats.Unpack, centre: int, largest: int
+) -> tuple[GgmlType, Quantized]:
+    def unpacked(e: Emit, block: Any, _: int) -> Unpacked:
+        codes, scales = unpack(e, block)
+        return Unpacked(codes, scales, _centred(e, scales, centre))
+
+    return _quantized(type_, unpacked, largest)
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -403,6 +417,9 @@ def _quantized_small(
     return _quantized(type_, _small(type_, code, **how), largest)
 
 
+_GRID = grid_formats.CENTRE, grid_formats.LARGEST
+_GRID_IQ3_S = grid_formats.CENTRE_IQ3_S, grid_formats.LARGEST_IQ3_S
+_GRID_IQ1 = grid_formats.CENTRE_IQ1, grid_formats.LARGEST_IQ1
 _IQ4, _FP4 = _looked_up(_IQ4_CODES, 2), _looked_up(_FP4_CODES, 1)
 
 QUANTIZED: dict[GgmlType, Quantized] = dict(
@@ -425,6 +442,13 @@ QUANTIZED: dict[GgmlType, Quantized] = dict(
         _quantized(GgmlType.Q5_K, _q5_k, 31),
         _quantized(GgmlType.Q6_K, _q6_k, 63),
         _quantized(GgmlType.IQ4_XS, _iq4_xs, max(_IQ4_CODES)),
+        _on_a_grid(GgmlType.IQ2_XXS, grid_formats.iq2_xxs, *_GRID),
+        _on_a_grid(GgmlType.IQ2_XS, grid_formats.iq2_xs, *_GRID),
+        _on_a_grid(GgmlType.IQ2_S, grid_formats.iq2_s, *_GRID),
+        _on_a_grid(GgmlType.IQ3_XXS, grid_formats.iq3_xxs, *_GRID),
+        _on_a_grid(GgmlType.IQ3_S, grid_formats.iq3_s, *_GRID_IQ3_S),
+        _on_a_grid(GgmlType.IQ1_S, grid_formats.iq1_s, *_GRID_IQ1),
+        _on_a_grid(GgmlType.IQ1_M, grid_formats.iq1_m, *_GRID_IQ1),
     )
 )
 

@@ -37,6 +37,17 @@ _IQ1 = _grid("IQ1_S")
 _SIGNS = np.frombuffer(gguf.quants.IQ2_XXS.ksigns, np.uint8).copy()
 _DELTA = np.float32(0.125)
 
+# What products look up.
+TABLES = {
+    "IQ2_XXS": _IQ2_XXS,
+    "IQ2_XS": _IQ2_XS,
+    "IQ2_S": _IQ2_S,
+    "IQ3_XXS": _IQ3_XXS,
+    "IQ3_S": _IQ3_S,
+    "IQ1": _IQ1,
+    "SIGNS": _SIGNS,
+}
+
 
 @inline_helper
 def _signed(to, grid, index, count, signs, scale):  # type: ignore[no-untyped-def]

@@ -90,6 +90,13 @@ SCALE_GROUPS: dict[GgmlType, int] = {
     GgmlType.Q5_K: 32,
     GgmlType.Q6_K: 16,
     GgmlType.IQ4_XS: 32,
+    GgmlType.IQ1_S: 32,
+    GgmlType.IQ1_M: 16,
+    GgmlType.IQ2_XXS: 32,
+    GgmlType.IQ2_XS: 16,
+    GgmlType.IQ2_S: 16,
+    GgmlType.IQ3_XXS: 32,
+    GgmlType.IQ3_S: 32,
 }
 PRODUCT_TYPES = frozenset((*SCALE_GROUPS, GgmlType.F32, GgmlType.F16, GgmlType.BF16))
 
