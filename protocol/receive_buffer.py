@@ -11,7 +11,7 @@ from typing import Any
 from protocol.codec import Codec
 
 _SIZE = 64 << 10
-# A body whose rest is shorter is received through staging, together with what follows it.
+# A body whose rest is shorter is received into the buffer, together with what follows it.
 _DIRECT_FROM = 4 << 10
 
 

@@ -2,7 +2,7 @@
 
 The framing is the same in all versions, ``cmd u8 | size u64 | payload``; what a payload is, the
 dialect says. The reader never copies a large payload: it tells the transport where the next bytes
-belong. Small heads go through a staging buffer; the bytes of a SET_TENSOR go to the place that the
+belong. Small heads go through a receive buffer; the bytes of a SET_TENSOR go to the place that the
 owner names when the head has been read; a graph goes into a buffer of exactly its size.
 
 Use::
@@ -108,7 +108,7 @@ class RequestReader:
         self._names_known = False
         self._names_assumed = False
         self._limits = limits or Limits()
-        self._staging = ReceiveBuffer()
+        self._received = ReceiveBuffer()
         self._frame: tuple[Command, CommandSpec, int] | None = None
         self._graph: tuple[Command, Any, bytearray] | None = None
         self._graph_size = 0
@@ -118,21 +118,21 @@ class RequestReader:
     @property
     def full(self) -> bool:
         """Return whether nothing can be received before events are taken."""
-        return self._staging.full
+        return self._received.full
 
     @property
     def at_boundary(self) -> bool:
         """Return whether all that came was whole messages: the end of the stream is then a clean
         one.
         """
-        return not self._staging and self._frame is None and not self._staging.in_body
+        return not self._received and self._frame is None and not self._received.in_body
 
     @property
     def within(self) -> str:
         """Return what the reader is in the middle of, for messages."""
         if self._frame is not None:
             return self._frame[0].name
-        return "a message" if self._staging else "nothing"
+        return "a message" if self._received else "nothing"
 
     @property
     def held(self) -> int:
@@ -141,11 +141,11 @@ class RequestReader:
 
     def receive_buffer(self) -> memoryview:
         """Return where the next bytes of the stream belong; not empty unless :attr:`full`."""
-        return self._staging.receive_buffer()
+        return self._received.receive_buffer()
 
     def received(self, n: int) -> None:
         """``n`` bytes were written to the start of :meth:`receive_buffer`."""
-        self._staging.received(n)
+        self._received.received(n)
 
     def direct(self, destination: memoryview) -> None:
         """Name the place of the announced upload's next bytes, of all that are left or of some."""
@@ -154,26 +154,26 @@ class RequestReader:
             raise ValueError("no upload of this size is waiting for its place")
         self._direct_given = True
         self._awaiting_direct = left - len(destination)
-        self._staging.begin(destination)
+        self._received.begin(destination)
 
-    def take_staged(self) -> bytes:
+    def take_received(self) -> bytes:
         """Return what was received behind the last event, taken out of the stream."""
-        return self._staging.take(len(self._staging))
+        return self._received.take(len(self._received))
 
     def put_back(self, data: bytes) -> None:
-        """Return to the stream what :meth:`take_staged` took; nothing was received since."""
+        """Return to the stream what :meth:`take_received` took; nothing was received since."""
         self.receive_buffer()[: len(data)] = data
         self.received(len(data))
 
     def abandon(self) -> None:
         """The stream has ended: let go of the place of an upload that will not be finished."""
-        self._staging.abandon()
+        self._received.abandon()
 
     def next_event(self) -> Event | None:
         """The next event, None if more bytes are needed. Raises ProtocolError."""
         if not self._direct_given:
             raise ValueError("the last upload has no place yet")
-        if self._staging.in_body:
+        if self._received.in_body:
             return self._continue_body()
         if self._frame is None and not self._read_frame():
             return None
@@ -182,11 +182,11 @@ class RequestReader:
             return None
         command, spec, size = self._frame
         head = codec(spec.request)
-        if len(self._staging) < head.size:
+        if len(self._received) < head.size:
             return None
         if command is Command.HELLO:
             return self._hello(size)
-        fields = self._staging.parse(head)
+        fields = self._received.parse(head)
         if spec.body is Body.DATA:
             self._awaiting_direct = size - head.size
             self._direct_given = False
@@ -195,15 +195,15 @@ class RequestReader:
             self._graph_size = size - head.size
             graph = bytearray(min(self._graph_size, _FIRST_PIECE))
             self._graph = (command, fields, graph)
-            self._staging.begin(memoryview(graph))
+            self._received.begin(memoryview(graph))
             return self._continue_body()
         self._frame = None
         return Request(command, fields)
 
     def _read_frame(self) -> bool:
-        if len(self._staging) < FRAME.size:
+        if len(self._received) < FRAME.size:
             return False
-        number, size = FRAME.unpack(self._staging.take(FRAME.size))
+        number, size = FRAME.unpack(self._received.take(FRAME.size))
         if self.dialect is None:
             self._frame = (*first_frame(number, size), size)
         else:
@@ -218,9 +218,9 @@ class RequestReader:
         assert self.dialect is not None
         command, _, size = self._frame
         needed = upload_head_size(self.dialect, size)
-        if len(self._staging) < needed:
+        if len(self._received) < needed:
             return False
-        name_size = size_by_upload(self.dialect, size, self._staging.peek(needed))
+        name_size = size_by_upload(self.dialect, size, self._received.peek(needed))
         self._settle_names(name_size)
         self._names_assumed |= name_size is None
         self._frame = (command, self.dialect.commands[command], size)
@@ -240,13 +240,13 @@ class RequestReader:
         self.dialect = self.dialect.with_names(size)
 
     def _hello(self, size: int) -> Hello:
-        caps = self._staging.take(size)
+        caps = self._received.take(size)
         self._frame = None
         return Hello(caps)
 
     def _continue_body(self) -> Event | None:
         while True:
-            if not self._staging.fill():
+            if not self._received.fill():
                 return None
             if self._graph is None or len(self._graph[2]) == self._graph_size:
                 break
@@ -255,7 +255,7 @@ class RequestReader:
             larger = bytearray(min(self._graph_size, _GROWTH * have))
             larger[:have] = graph
             self._graph = (command, fields, larger)
-            self._staging.begin(memoryview(larger)[have:])
+            self._received.begin(memoryview(larger)[have:])
         if self._graph is None and self._awaiting_direct:
             self._direct_given = False
             return UploadChunk()

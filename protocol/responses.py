@@ -72,7 +72,7 @@ class ResponseReader:
 
     def __init__(self) -> None:
         self._expected: deque[_Expected] = deque()
-        self._staging = ReceiveBuffer()
+        self._received = ReceiveBuffer()
         self._in_answer = False
 
     def expect(
@@ -119,7 +119,7 @@ class ResponseReader:
             return "nothing"
         first = self._expected[0]
         if self._in_answer:
-            got = self._staging.filled if self._staging.in_body else len(self._staging)
+            got = self._received.filled if self._received.in_body else len(self._received)
             return f"the answer to {first.command.name} ({got} of {first.size} bytes)"
         return f"the answer to {first.command.name}"
 
@@ -127,11 +127,11 @@ class ResponseReader:
         """Return where the next bytes of the stream belong; not empty once all answers are
         taken.
         """
-        return self._staging.receive_buffer()
+        return self._received.receive_buffer()
 
     def received(self, n: int) -> None:
         """``n`` bytes were written to the start of :meth:`receive_buffer`."""
-        self._staging.received(n)
+        self._received.received(n)
 
     def next_answer(self) -> Received | None:
         """The next answer, None if more bytes are needed.
@@ -142,19 +142,19 @@ class ResponseReader:
             return None
         first = self._expected[0]
         if first.in_place:
-            return self._complete(first, first.destination) if self._staging.fill() else None
-        if len(self._staging) < first.size:
+            return self._complete(first, first.destination) if self._received.fill() else None
+        if len(self._received) < first.size:
             return None
-        return self._complete(first, self._staging.parse(codec(first.spec.response)))
+        return self._complete(first, self._received.parse(codec(first.spec.response)))
 
     def _read_size(self) -> bool:
-        if not self._staging:
+        if not self._received:
             return False
         if not self._expected:
-            raise ProtocolError(f"{len(self._staging)} bytes that answer no request")
-        if len(self._staging) < SIZE.size:
+            raise ProtocolError(f"{len(self._received)} bytes that answer no request")
+        if len(self._received) < SIZE.size:
             return False
-        (size,) = SIZE.unpack(self._staging.take(SIZE.size))
+        (size,) = SIZE.unpack(self._received.take(SIZE.size))
         first = self._expected[0]
         if size != first.size:
             raise ProtocolError(
@@ -162,7 +162,7 @@ class ResponseReader:
             )
         self._in_answer = True
         if first.spec.answer is Answer.DATA:
-            self._staging.begin(first.destination)
+            self._received.begin(first.destination)
         return True
 
     def _complete(self, first: _Expected, answer: Any) -> Received:
@@ -175,4 +175,4 @@ class ResponseReader:
         """Let bytes that are due without a frame go straight to their place."""
         if not self._in_answer and self._expected and self._expected[0].raw:
             self._in_answer = True
-            self._staging.begin(self._expected[0].destination)
+            self._received.begin(self._expected[0].destination)

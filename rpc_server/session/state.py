@@ -532,7 +532,7 @@ class Session:
     def begin_stream(self) -> None:
         """From here on the socket is the running program's."""
         stream = self.programs.peer.stream
-        early = self.reader.take_staged()
+        early = self.reader.take_received()
         stream.open(self._fileno(), early)
         self._lent_at = stream.count(BYTES_RECEIVED), stream.count(BYTES_SENT), len(early)
         self.streaming = True

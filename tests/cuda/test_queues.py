@@ -234,13 +234,13 @@ def test_pinned_memory_is_kept_while_the_card_reads_it() -> None:
         card = Card(0)
         pool, stream, address = PinnedPool(card), card.stream(), card.allocate(6)
         taken = [pool.take() for _ in range(6)]
-        for i, staging in enumerate(taken):
-            staging.chunks[0].view[:1] = bytes([i])
-            card.to_device(address + i, staging.chunks[0].address, 1, stream)
-            staging.copied[0] = card.mark(stream)
-            pool.give(staging)
+        for i, pair in enumerate(taken):
+            pair.chunks[0].view[:1] = bytes([i])
+            card.to_device(address + i, pair.chunks[0].address, 1, stream)
+            pair.copied[0] = card.mark(stream)
+            pool.give(pair)
         assert standin.pinned() == before + 12
-        del taken, staging
+        del taken, pair
         assert pool.download(address, 6, stream) == bytes(range(6))
         for _ in range(4):
             pool.give(pool.take())

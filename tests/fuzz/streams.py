@@ -86,7 +86,7 @@ def read_requests(stream: bytes, dialect: Dialect, seed: int) -> list[str]:
                     seen.append(f"{event.command.name} {event.fields} {graph!r}")
                     if seed % 4 == 3:
                         # As a session does before a program uses the socket by itself.
-                        reader.put_back(reader.take_staged())
+                        reader.put_back(reader.take_received())
                 elif isinstance(event, UploadStart):
                     if event.size > _LARGEST_UPLOAD:
                         return [*seen, "an upload too large"]

@@ -106,7 +106,7 @@ def test_an_upload_is_received_into_its_place() -> None:
 
 
 def test_events_may_wait_while_bytes_arrive() -> None:
-    """An owner that takes no events fills the staging and no more."""
+    """An owner that takes no events fills the receive buffer and no more."""
     reader = RequestReader()
     while not reader.full:
         view = reader.receive_buffer()

@@ -232,11 +232,11 @@ def test_what_is_staged_can_be_taken_and_put_back(inputs: int, kept: int) -> Non
     reader = reader_with(run_program(1) + stream + run_program(2) * 3)
     first = reader.next_event()
     assert isinstance(first, Request)
-    staged = reader.take_staged()
-    assert staged == stream + run_program(2) * 3
+    early = reader.take_received()
+    assert early == stream + run_program(2) * 3
     assert reader.at_boundary
     # The program took its inputs; what is left belongs to the reader again.
-    reader.put_back(staged[inputs:])
+    reader.put_back(early[inputs:])
     numbers = []
     while (event := reader.next_event()) is not None:
         assert isinstance(event, Request)
@@ -248,10 +248,10 @@ def test_as_much_as_can_be_staged_can_be_put_back() -> None:
     reader = reader_with(b"")
     taken = feed(reader, run_program(0) + bytes(1 << 20))
     assert isinstance(reader.next_event(), Request)
-    staged = reader.take_staged()
-    assert len(staged) == taken - len(run_program(0))
-    reader.put_back(staged)
-    assert reader.take_staged() == staged
+    early = reader.take_received()
+    assert len(early) == taken - len(run_program(0))
+    reader.put_back(early)
+    assert reader.take_received() == early
 
 
 def test_the_commands_are_unknown_without_the_extension() -> None:

@@ -41,7 +41,7 @@ class CudaDevice:
         major, minor = divmod(self.card.capability, 10)
         self.description = f"{self.card.name} (compute capability {major}.{minor})"
         self.allow_host_ops = allow_host_ops
-        self.staging = PinnedPool(self.card)
+        self.pinned = PinnedPool(self.card)
         self.threads = concurrent.futures.ThreadPoolExecutor(
             _AT_A_TIME, thread_name_prefix=self.name
         )
@@ -70,7 +70,7 @@ class CudaDevice:
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> CudaStorage:
         """Raises MemoryError."""
-        return CudaStorage(self.card, self.staging, size)
+        return CudaStorage(self.card, self.pinned, size)
 
     def alloc_size(self, tensor: Tensor) -> int:
         """Same as ggml_nbytes: this device pads nothing."""
@@ -79,7 +79,7 @@ class CudaDevice:
     def queue(self) -> CudaQueue:
         """Graphs of one client, beside those of others."""
         resources = StreamResources(
-            self.name, self.card, self.staging, allow_host_ops=self.allow_host_ops
+            self.name, self.card, self.pinned, allow_host_ops=self.allow_host_ops
         )
         return CudaQueue(resources, self.threads)
 

@@ -244,14 +244,14 @@ class CudaPlanBuilder:
             log.warning("%s: runs on the host, which is slow", node.label)
 
     def _reference_step(self, node: Tensor) -> Callable[[], None]:
-        stream, staging = self._resources.stream, self._resources.staging
+        stream, pinned = self._resources.stream, self._resources.pinned
 
         def run() -> None:
             try:
                 run_on_host(
                     node,
-                    lambda address, size: staging.download(address, size, stream),
-                    lambda address, data: staging.upload(address, data, stream),
+                    lambda address, size: pinned.download(address, size, stream),
+                    lambda address, data: pinned.upload(address, data, stream),
                 )
             except (ContractError, MemoryError) as error:
                 raise GraphError(f"{node.label}: {error or 'out of memory'}") from None

@@ -38,10 +38,10 @@ class StreamResources:
     kernel.
     """
 
-    def __init__(self, name: str, card: Card, staging: PinnedPool, *, allow_host_ops: bool) -> None:
+    def __init__(self, name: str, card: Card, pinned: PinnedPool, *, allow_host_ops: bool) -> None:
         self.name = name
         self.card = card
-        self.staging = staging
+        self.pinned = pinned
         self.allow_host_ops = allow_host_ops
         # Graphs run on it, one after the other.
         self.stream = card.stream()

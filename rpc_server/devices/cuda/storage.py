@@ -63,9 +63,9 @@ class PinnedPool:
                 return self._idle.pop()
         return PinnedPair(self._card)
 
-    def give(self, staging: PinnedPair) -> None:
+    def give(self, pair: PinnedPair) -> None:
         with self._lock:
-            self._idle.append(staging)
+            self._idle.append(pair)
             if len(self._idle) > self._KEPT:
                 # Not one that the card still copies from: CuPy would give its memory to others.
                 done = next((s for s in self._idle if s.done), None)
@@ -78,34 +78,34 @@ class PinnedPool:
         One chunk is emptied while the other is filled.
         """
         result = memoryview(bytearray(size))
-        staging = self.take()
+        pair = self.take()
         pieces = [(at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
         for number in range(len(pieces) + 1):
             if number < len(pieces):
                 at, n = pieces[number]
-                chunk = staging.chunks[number % 2]
-                staging.wait(number % 2)
+                chunk = pair.chunks[number % 2]
+                pair.wait(number % 2)
                 self._card.to_host(chunk.address, address + at, n, stream)
-                staging.copied[number % 2] = self._card.mark(stream)
+                pair.copied[number % 2] = self._card.mark(stream)
             if number:
                 at, n = pieces[number - 1]
                 turn = (number - 1) % 2
-                staging.wait(turn)
-                result[at : at + n] = staging.chunks[turn].view[:n]
-        self.give(staging)
+                pair.wait(turn)
+                result[at : at + n] = pair.chunks[turn].view[:n]
+        self.give(pair)
         return result
 
     def upload(self, address: int, data: memoryview, stream: Any) -> None:
         """Give ``stream`` bytes for the card; the last of them may still be on their way."""
-        staging = self.take()
+        pair = self.take()
         for number, at in enumerate(range(0, len(data), CHUNK)):
             piece, turn = data[at : at + CHUNK], number % 2
-            staging.wait(turn)
-            chunk = staging.chunks[turn]
+            pair.wait(turn)
+            chunk = pair.chunks[turn]
             chunk.view[: len(piece)] = piece
             self._card.to_device(address + at, chunk.address, len(piece), stream)
-            staging.copied[turn] = self._card.mark(stream)
-        self.give(staging)
+            pair.copied[turn] = self._card.mark(stream)
+        self.give(pair)
 
 
 class CudaUpload:
@@ -118,35 +118,35 @@ class CudaUpload:
         self._at = start
         self._left = size
         # Whoever had it before may have given it back while the card still copied from it.
-        self._staging = storage.staging.take()
+        self._pair = storage.pinned.take()
         self._turn = 0
 
     async def begin(self) -> None:
         """Until there is room to receive into."""
-        await self._staging.ready(self._turn)
+        await self._pair.ready(self._turn)
 
     def _filling(self) -> int:
         return min(CHUNK, self._left)
 
     def room(self) -> memoryview:
-        return self._staging.chunks[self._turn].view[: self._filling()]
+        return self._pair.chunks[self._turn].view[: self._filling()]
 
     async def forward(self) -> None:
         """Let the card copy what was received, and wait until the other chunk is free."""
-        size, staging, storage = self._filling(), self._staging, self._storage
+        size, pair, storage = self._filling(), self._pair, self._storage
         if size:
             card, stream = storage.card, storage.stream
-            chunk = staging.chunks[self._turn]
+            chunk = pair.chunks[self._turn]
             card.to_device(storage.address + self._at, chunk.address, size, stream)
-            staging.copied[self._turn] = card.mark(stream)
+            pair.copied[self._turn] = card.mark(stream)
             storage.written = True
             self._at += size
             self._left -= size
             self._turn = 1 - self._turn
         if self._left:
-            await staging.ready(self._turn)
+            await pair.ready(self._turn)
         else:
-            storage.staging.give(staging)
+            storage.pinned.give(pair)
 
 
 class CudaStorage(Storage):
@@ -158,9 +158,9 @@ class CudaStorage(Storage):
     # The card does all of it by itself.
     at_once = sys.maxsize
 
-    def __init__(self, card: Card, staging: PinnedPool, size: int) -> None:
+    def __init__(self, card: Card, pinned: PinnedPool, size: int) -> None:
         self.card = card
-        self.staging = staging
+        self.pinned = pinned
         self.size = size
         self.address = self.card.allocate_for_client(max(size, 1))
         # Transfers of a buffer are in order among themselves, and beside those of others.
@@ -248,4 +248,4 @@ class CudaStorage(Storage):
         self.fill(start, size, value)
 
     def _download(self, start: int, size: int) -> memoryview:
-        return self.staging.download(self.address + start, size, self.stream)
+        return self.pinned.download(self.address + start, size, self.stream)

@@ -90,15 +90,15 @@ def surplus_bytes_skipped() -> None:
         def _read_frame(self: RequestReader) -> bool:
             import struct
 
-            staging = self._staging
-            if self.dialect is not None and len(staging) >= 9:
-                number, size = struct.unpack_from("<BQ", staging._buffer, staging._start)
+            received = self._received
+            if self.dialect is not None and len(received) >= 9:
+                number, size = struct.unpack_from("<BQ", received._buffer, received._start)
                 spec = self.dialect.commands.get(number)
                 if spec is not None and spec.body is Body.NONE:
                     head = codec(spec.request).size
-                    if size > head and len(staging) >= 9 + size:
-                        whole = staging.take(9 + size)
-                        rest = staging.take(len(staging))
+                    if size > head and len(received) >= 9 + size:
+                        whole = received.take(9 + size)
+                        rest = received.take(len(received))
                         self.put_back(struct.pack("<BQ", number, head) + whole[9 : 9 + head] + rest)
             return bool(right(self))
 
@@ -115,7 +115,7 @@ def requests_in_one_piece_only() -> None:
             session = self._session
             if session is None or session.busy or session.reader.at_boundary:
                 return
-            if not session.reader._staging.in_body and session.reader._frame is None:
+            if not session.reader._received.in_body and session.reader._frame is None:
                 self.abort()
 
         return buffer_updated
@@ -127,13 +127,13 @@ def requests_in_one_piece_only() -> None:
 def second_hello_answered() -> None:
     def make(right: Any) -> Any:
         def next_event(self: RequestReader) -> Any:
-            staging = self._staging
+            received = self._received
             if (
                 self.dialect is not None
                 and self._frame is None
-                and not staging.in_body
-                and len(staging) >= 9
-                and staging._buffer[staging._start] == Command.HELLO
+                and not received.in_body
+                and len(received) >= 9
+                and received._buffer[received._start] == Command.HELLO
             ):
                 self.dialect = None
             return right(self)
