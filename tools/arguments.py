@@ -8,7 +8,16 @@ import re
 from protocol.endpoint import DEFAULT_PORT, parse_endpoint
 from rpc_server.options import port
 
-__all__ = ["DEFAULT_PORT", "endpoint", "listening", "numbers", "port", "seconds", "size"]
+__all__ = [
+    "DEFAULT_PORT",
+    "endpoint",
+    "listening",
+    "numbers",
+    "port",
+    "positive",
+    "seconds",
+    "size",
+]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -58,3 +67,10 @@ def seconds(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds")
     return number
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return int(text)

@@ -30,9 +30,19 @@ _TYPE, _COLS, _ROWS = GgmlType.Q4_0, 4096, 2048
 # Every byte: the scale of a block becomes a small number, its elements all the same.
 FILL = 0x11
 _LINK_BYTES = 1 << 20
+# Of what a machine has free an eighth is left alone, within these bounds: activations of the
+# exchanges lie there too, programs, and what other programs of that machine take meanwhile.
+_LEAST_KEPT = 16 << 20
+_MOST_KEPT = 512 << 20
+_KEPT_PART = 8
 _TRIES = 5
 # Longest that one figure is measured again and again.
 _SECONDS = 0.2
+
+
+def usable(free: int) -> int:
+    """Return how much of ``free`` bytes of a machine a model may have."""
+    return max(0, free - min(max(free // _KEPT_PART, _LEAST_KEPT), _MOST_KEPT))
 
 
 def balanced(

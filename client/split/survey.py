@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from client.backend import Backend
 from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
-from client.split.balance import Speed, measure
-from client.tensors import ShapeError
+from client.model_header import ModelShape
+from client.split.advice import Box
+from client.split.balance import FILL, Speed, least_seconds, measure
+from client.tensors import ShapeError, Tensor
 from protocol.commands import Command
 from protocol.dialects import version_name
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
@@ -279,3 +281,86 @@ def _each_once(reports: Sequence[ServerReport]) -> list[ServerReport]:
         known.add(report.identity)
         kept.append(report)
     return kept
+
+
+# Bytes of a model's weights that are timed, and columns that stand for a prompt.
+_SAMPLE_BYTES = 96 << 20
+_PROMPT_COLUMNS = 32
+
+
+async def measure_model(backend: Backend, shape: ModelShape) -> tuple[float, float]:
+    """Time products of a model's own kinds; nothing of the model itself is sent.
+
+    Returns bytes of weights a second with one column, and with many the same times columns. What
+    was allocated there is freed. Raises AllocationFailed, ConnectionLost.
+    """
+    free, _ = await backend.connection.get_device_memory(backend.device)
+    left = min(_SAMPLE_BYTES, free // 4)
+    weights, wanted = [], sorted(shape.products, key=lambda p: -p.nbytes * p.count)
+    # As many of each kind as there are in a layer, the largest kinds first.
+    for product in wanted * max(1, shape.layers):
+        if product.nbytes <= left and product.columns:
+            left -= product.nbytes
+            weights.append(backend.graph.new_tensor_2d(product.type, product.columns, product.rows))
+    if not weights:
+        raise AllocationFailed("no room to measure in")
+    buffers = await backend.allocate(weights)
+    try:
+        for buffer in buffers:
+            await backend.connection.buffer_clear(buffer.handle, FILL)
+        size = sum(w.nbytes for w in weights)
+        one = await _seconds_of(backend, weights, 1)
+        many = await _seconds_of(backend, weights, _PROMPT_COLUMNS)
+    finally:
+        if not backend.connection.closed:
+            await backend.free(buffers, weights)
+    return size / one, size * _PROMPT_COLUMNS / many
+
+
+async def _seconds_of(backend: Backend, weights: Sequence[Tensor], columns: int) -> float:
+    """The least time of products of all weights with so many columns, without the round trip."""
+    connection, g = backend.connection, backend.graph
+    inputs = {n: g.new_tensor_2d(GgmlType.F32, n, columns) for n in {w.ne[0] for w in weights}}
+    buffers = await backend.allocate(inputs.values())
+    products = [g.mul_mat(w, inputs[w.ne[0]]) for w in weights]
+    plan = await backend.prepare(products)
+    try:
+        for buffer in buffers:
+            await connection.buffer_clear(buffer.handle, FILL)
+        trip = await least_seconds(connection.get_alignment)
+
+        async def run() -> None:
+            await plan.run()
+            await connection.get_tensor(products[-1], 0, 4)
+
+        return max(await least_seconds(run) - trip, 1e-9)
+    finally:
+        if not connection.closed:
+            await plan.free()
+            await backend.free(buffers, inputs.values())
+
+
+async def measure_boxes(
+    reports: Iterable[ServerReport],
+    shape: ModelShape,
+    credentials: Credentials = NO_CREDENTIALS,
+) -> list[Box]:
+    """Return the servers that answered as boxes, measured with products of the model's kinds."""
+    boxes = []
+    for report in reports:
+        if report.error:
+            continue
+        connection = await open_target(report.target, credentials)
+        try:
+            async with asyncio.timeout(MEASURE_SECONDS):
+                backend = await Backend.open(connection, 0)
+                decode, prompt = await measure_model(backend, shape)
+                link = await measure_upload(backend)
+                trip = await _round_trip(connection)
+        finally:
+            connection.abort()
+        free = sum(d.free for d in report.devices[:1])
+        splits = report.split > 0 and not report.parts
+        endpoint = report.target.endpoint
+        boxes.append(Box(endpoint, free, decode, prompt, trip, link, splits))
+    return boxes

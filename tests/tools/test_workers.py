@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from client.split.survey import DeviceReport, ServerAddress, ServerReport
 from tests.server.process import REPOSITORY, running
+from tools.models import write_model
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, own_command
 from tools.workers.__main__ import main
@@ -164,6 +166,35 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_it_is_told_wrong(wrong: Sequence[str]) -> None:
     with pytest.raises(SystemExit):
         main(wrong)
+
+
+def test_advice_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path, "llama-gqa", "Q8_0")
+    with running("-t", "1", "--mem", "1024") as a, running("-t", "1", "--mem", "1024") as b:
+        words = [f"127.0.0.1:{s.port}" for s in (a, b)]
+        words += ["--no-find", "--model", str(model), "--context", "64"]
+        assert main([*words, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert main(words) == 0
+        shown = capsys.readouterr().out
+    kinds = [p["arrangement"]["kind"] for p in told["arrangements"]]
+    assert {"alone", "layers", "row", "tensor"} == set(kinds)
+    rates = [p["tokens_per_second"] for p in told["arrangements"] if p["fits"]]
+    assert rates == sorted(rates, reverse=True)
+    for arrangement in told["arrangements"]:
+        (*coordinator, llama) = arrangement["commands"]
+        assert llama.startswith("llama-server -m ")
+        assert " --rpc 127.0.0.1:" in llama
+        assert bool(coordinator) == (arrangement["arrangement"]["kind"] in ("row", "tensor"))
+    assert "Best: " in shown
+    assert "llama-server -m" in shown
+
+
+def test_advice_for_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"nothing of the kind")
+    assert main(["127.0.0.1", "--no-find", "--model", str(model)]) == 1
+    assert "error: " in capsys.readouterr().err
 
 
 def test_hostile_text_stays_text() -> None:

@@ -4,29 +4,44 @@
     python -m tools.workers hostA hostB:50053        # and these
     python -m tools.workers --watch 10               # again and again
     python -m tools.workers --json
+    python -m tools.workers --model model.gguf       # what they would make of a model, best first
 
 Of each: address, software, device, memory, the protocols that it speaks, whether it has the split
 extension, the round trip of a small request, how fast uploads go there, and how many bytes of
 weights its kernels read in a second (Q4_0, a product of a few MB). Measuring uses some 40 MB there
 for a second; --no-measure leaves it out. --no-find looks at none but those that are named.
+
+With --model nothing is uploaded: the file's header is read, products of its kinds are timed on each
+server, and the formula of docs/split.md says what each arrangement would do, with the commands to
+type for the best of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from client.discovery import Browser, FoundServer
-from client.errors import MissingPackageError
-from client.split.survey import Credentials, ServerAddress, ServerReport, survey_all
+from client.errors import ConnectionLost, MissingPackageError
+from client.model_header import ModelShape
+from client.split.advice import advise
+from client.split.survey import (
+    Credentials,
+    ServerAddress,
+    ServerReport,
+    measure_boxes,
+    survey_all,
+)
 from client.tunnel import SecretError, client_context, read_token
 from rpc_server.options import SPLIT_TOKEN_VARIABLE
-from tools.arguments import seconds
-from tools.workers.report import console, servers_json, servers_table
+from tools.arguments import positive, seconds
+from tools.workers.advice import advice_json, advice_table, commands, describe
+from tools.workers.report import console, servers_json, servers_table, size_text
 
 
 def targets_of(found: Sequence[FoundServer]) -> list[ServerAddress]:
@@ -72,14 +87,47 @@ def show(reports: Sequence[ServerReport], as_json: bool, ignored: int = 0) -> No
         print(f"{ignored} more announcements were not looked at")
 
 
+async def advise_for(
+    options: argparse.Namespace, credentials: Credentials, browser: Browser | None
+) -> int:
+    """Print what servers would make of the model; the exit status. Raises OSError, ValueError."""
+    shape = await asyncio.to_thread(ModelShape.read, options.model)
+    options.measure = False
+    reports = await Looking(options, credentials).once(browser)
+    for report in (r for r in reports if r.error):
+        print(f"{report.target.endpoint}: {report.error}", file=sys.stderr)
+    boxes = await measure_boxes(reports, shape, credentials)
+    if not boxes:
+        print("error: no server answers", file=sys.stderr)
+        return 1
+    found = advise(shape, boxes, context=options.context * options.slots)
+    model, context, slots = str(options.model), options.context, options.slots
+    typed = [commands(p, boxes, model, context, slots) for p in found]
+    if options.json:
+        print(advice_json(found, boxes, shape, typed))
+        return 0
+    print(
+        f"{shape.name}: {size_text(shape.weight_bytes)} of weights, {shape.layers} layers, "
+        f"{size_text(shape.token_bytes)} read for a token"
+    )
+    console().print(advice_table(found[: options.most], boxes))
+    best = found[0]
+    print(f"Best: {describe(best, boxes)}" if best.fits else "None fits; the nearest:")
+    for line in typed[0]:
+        print(f"    {line}")
+    return 0
+
+
 async def run(options: argparse.Namespace, credentials: Credentials) -> int:
     """Look, and show; the exit status: 1 if nothing answers. Raises MissingPackageError."""
-    looking = Looking(options, credentials)
-    if not options.find:
-        return await _look(options, looking, None)
-    async with Browser(options.interface or None) as browser:
-        await asyncio.sleep(options.seconds)
-        return await _look(options, looking, browser)
+    async with contextlib.AsyncExitStack() as stack:
+        browser = None
+        if options.find:
+            browser = await stack.enter_async_context(Browser(options.interface or None))
+            await asyncio.sleep(options.seconds)
+        if options.model is not None:
+            return await advise_for(options, credentials, browser)
+        return await _look(options, Looking(options, credentials), browser)
 
 
 async def _look(options: argparse.Namespace, looking: Looking, browser: Browser | None) -> int:
@@ -126,6 +174,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="listen on the network of this address of this machine only (default: all)",
     )
+    add("--model", type=Path, metavar="FILE", help="a GGUF file: what would servers make of it?")
+    add(
+        "--context",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="positions of each slot (%(default)s)",
+    )
+    add("--slots", type=positive, default=1, metavar="N", help="sequences at once (%(default)s)")
+    add("--most", type=positive, default=12, metavar="N", help="arrangements shown (%(default)s)")
     add("--ca", type=Path, metavar="FILE", help="what vouches for servers inside of TLS")
     add(
         "--token-file",
@@ -148,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         token = read_token(options.token_file, SPLIT_TOKEN_VARIABLE)
         tls = client_context(options.ca) if options.ca else None
         return asyncio.run(run(options, Credentials(tls, token)))
-    except (MissingPackageError, SecretError, OSError) as error:
+    except (MissingPackageError, SecretError, ConnectionLost, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

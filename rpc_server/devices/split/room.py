@@ -22,20 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.split.balance import usable as usable
 from rpc_server.devices.cpu.machine import system_memory
 
-# Of what a machine has free an eighth is left alone, within these bounds: activations of the
-# exchanges lie there too, programs, and what other programs of that machine take meanwhile.
-_LEAST_KEPT = 16 << 20
-_MOST_KEPT = 512 << 20
-_KEPT_PART = 8
 # How long what the system says is believed. Clients ask up to 65 times while they fit a model.
 _BELIEVED_SECONDS = 5.0
-
-
-def usable(free: int) -> int:
-    """Return how much of ``free`` bytes of a machine a model may have."""
-    return max(0, free - min(max(free // _KEPT_PART, _LEAST_KEPT), _MOST_KEPT))
 
 
 @dataclass(frozen=True, slots=True)

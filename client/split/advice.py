@@ -1,0 +1,303 @@
+"""Says before any upload what servers would make of a model, by the formula of docs/split.md.
+
+    shape = ModelShape.read("model.gguf")
+    for p in advise(shape, boxes, context=4096):
+        print(p.arrangement, p.fits, p.tokens_per_second)
+
+A *box* is a server with what was measured of it (``client/split/survey.py``). Arrangements are each
+box alone, whole layers over several, and a coordinator that splits (``row``, ``tensor``) over the
+fastest of the others, with a share of its own or without. Between two boxes nobody has measured:
+the longer of the round trips from here is taken for theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from client.model_header import ModelShape
+from client.split.balance import balanced, usable
+from client.split.partition import partition
+
+Kind = Literal["alone", "layers", "row", "tensor"]
+
+# Of the coordinator's time for a token alone, what is no product of a weight.
+ALONE_PART = 0.05
+# What an exchange costs both ends beside the round trip, seconds.
+EXCHANGE_SECONDS = 30e-6
+# Tokens of a prompt that llama.cpp computes at once.
+BATCH = 512
+# The most servers that one coordinator is advised to use.
+_MOST_PARTS = 8
+# A smaller share isn't worth a machine.
+_LEAST_SHARE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A server: bytes free, and what was measured.
+
+    ``decode`` bytes of weights a second with one column, ``prompt`` the same times columns, with
+    many of them; ``round_trip`` seconds and ``link`` bytes a second from here. ``splits``: whether
+    it can coordinate, which this project's servers can.
+    """
+
+    endpoint: str
+    free: int
+    decode: float
+    prompt: float
+    round_trip: float
+    link: float
+    splits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Who computes: numbers of boxes. ``coordinator`` None where llama.cpp talks to all itself.
+
+    A coordinator that is among ``parts`` has a share of its own.
+    """
+
+    kind: Kind
+    parts: tuple[int, ...]
+    coordinator: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What an arrangement is expected to do; ``shares`` are those of its parts.
+
+    ``terms`` are the seconds of a token by what takes them; ``limit`` is the largest of them, or
+    'memory' where the model doesn't fit by ``missing`` bytes.
+    """
+
+    arrangement: Arrangement
+    shares: tuple[float, ...]
+    missing: int
+    seconds_per_token: float
+    seconds_per_prompt_token: float
+    load_seconds: float
+    terms: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        return self.missing <= 0
+
+    @property
+    def limit(self) -> str:
+        return max(self.terms, key=lambda term: self.terms[term]) if self.fits else "memory"
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / self.seconds_per_token
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return 1 / self.seconds_per_prompt_token
+
+
+def advise(
+    shape: ModelShape, boxes: Sequence[Box], *, context: int = 4096, at: int | None = None
+) -> list[Prediction]:
+    """Return what each sensible arrangement would do, the best first; those that fit come first.
+
+    ``context`` is how many positions the KV cache has in all slots together. ``at`` asks for what
+    that box can do as a coordinator or alone, no other.
+    """
+    made = [
+        predict(shape, boxes, arrangement, context=context)
+        for arrangement in arrangements(boxes)
+        if at is None or at == _speaks_to_client(arrangement)
+    ]
+    # Of two that take about as long the one with fewer machines is the better.
+    return sorted(
+        made, key=lambda p: (max(p.missing, 0), p.seconds_per_token, len(p.arrangement.parts))
+    )
+
+
+def _speaks_to_client(arrangement: Arrangement) -> int | None:
+    if arrangement.kind == "alone":
+        return arrangement.parts[0]
+    return arrangement.coordinator
+
+
+def arrangements(boxes: Sequence[Box]) -> Iterator[Arrangement]:
+    """Return all that make sense: of several machines always the fastest."""
+    by_speed = sorted(range(len(boxes)), key=lambda i: -boxes[i].decode)
+    for i in by_speed:
+        yield Arrangement("alone", (i,))
+    for n in range(2, min(len(boxes), _MOST_PARTS) + 1):
+        yield Arrangement("layers", tuple(by_speed[:n]))
+    for home in (i for i in by_speed if boxes[i].splits):
+        others = [i for i in by_speed if i != home]
+        for n in range(1, min(len(others), _MOST_PARTS) + 1):
+            workers = tuple(others[:n])
+            for kind in ("row", "tensor"):
+                yield Arrangement(kind, (home, *workers), home)
+                yield Arrangement(kind, workers, home)
+
+
+def predict(
+    shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement, *, context: int
+) -> Prediction:
+    """Return what one arrangement would do."""
+    if arrangement.coordinator is None:
+        return _whole_layers(shape, boxes, arrangement, context)
+    candidates = [
+        _split(shape, boxes, arrangement, shares, context)
+        for shares in _shares(shape, boxes, arrangement)
+    ]
+    return min(candidates, key=lambda p: (max(p.missing, 0), p.seconds_per_token))
+
+
+def _overhead(shape: ModelShape, context: int) -> int:
+    """Bytes beside weights: the KV cache, and activations of a batch (logits of one token each)."""
+    wide = 4 * shape.width + 2 * shape.ffn_width + shape.vocabulary
+    activations = 4 * BATCH * wide
+    return context * shape.cache_bytes + activations
+
+
+def _whole_layers(
+    shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement, context: int
+) -> Prediction:
+    """Each box computes its layers while the others wait."""
+    used = [boxes[i] for i in arrangement.parts]
+    room = [usable(b.free) for b in used]
+    total = sum(room)
+    shares = [r / total if total else 1 / len(used) for r in room]
+    needed = shape.weight_bytes + len(used) * _overhead(shape, 0) + context * shape.cache_bytes
+    weights = sum(s * shape.token_bytes / b.decode for s, b in zip(shares, used, strict=True))
+    prompt = sum(s * shape.token_bytes / b.prompt for s, b in zip(shares, used, strict=True))
+    # A graph and what is read of it; of the last box that is a row of logits.
+    trips = sum(b.round_trip for b in used)
+    wire = 4 * shape.vocabulary / used[-1].link
+    terms = {
+        "bandwidth": weights * (1 + ALONE_PART), "round trips": trips, "network": wire
+    }  # fmt: skip
+    activations = (len(used) - 1) * 4 * shape.width * sum(1 / b.link for b in used) / len(used)
+    return Prediction(
+        arrangement,
+        tuple(shares),
+        needed - total,
+        sum(terms.values()),
+        prompt * (1 + ALONE_PART) + activations + trips / BATCH,
+        sum(s * shape.weight_bytes / b.link for s, b in zip(shares, used, strict=True)),
+        terms,
+    )
+
+
+def _distance(a: Box, b: Box) -> float:
+    """The round trip between two boxes, as far as can be told from here."""
+    return max(a.round_trip, b.round_trip)
+
+
+def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -> list[list[float]]:
+    """Shares worth looking at: by time, the same in whole heads, and all alike."""
+    assert arrangement.coordinator is not None
+    home = boxes[arrangement.coordinator]
+    used = [boxes[i] for i in arrangement.parts]
+    away = [0.0 if b is home else _distance(home, b) + EXCHANGE_SECONDS for b in used]
+    work = shape.token_bytes / (4 * shape.layers)
+    limits = [usable(b.free) / shape.weight_bytes for b in used]
+    speeds = [b.decode for b in used]
+    found = [[1 / len(used)] * len(used)]
+    for most in (limits, None):
+        try:
+            found.append(balanced(speeds, latencies=away, work=work, limits=most))
+        except ValueError:
+            # They have no room for it together: what is missing is told by the other shares.
+            continue
+    for shares in list(found):
+        heads = [round(s * shape.kv_heads) for s in shares]
+        if sum(heads) == shape.kv_heads:
+            found.append([h / shape.kv_heads for h in heads])
+    # A part without a share is another arrangement.
+    return [shares for shares in found if min(shares) >= _LEAST_SHARE]
+
+
+def cuts_heads(shape: ModelShape, shares: Sequence[float]) -> bool:
+    """Return whether tensor mode can cut attention: every part gets whole key/value heads."""
+    rows = partition(shape.kv_heads * shape.head_width, shares)
+    return all(r.first % shape.head_width == 0 and r.last % shape.head_width == 0 for r in rows)
+
+
+def exchanges(shape: ModelShape, kind: Kind, shares: Sequence[float]) -> int:
+    """Return how many exchanges a token takes."""
+    if kind == "row":
+        return 4 * shape.layers + 1
+    return (2 if cuts_heads(shape, shares) else 3) * shape.layers + 1
+
+
+def _wire_bytes(shape: ModelShape, kind: Kind, shares: Sequence[float], share: float) -> float:
+    """Bytes of activations there and back for one token and one worker."""
+    heads = shape.kv_heads * shape.head_width
+    attention = 2.0 * shape.width
+    if kind == "row" or not cuts_heads(shape, shares):
+        attention = 2 * shape.width + share * (2 * shape.width + 2 * heads)
+    ffn = 2.0 * shape.width
+    if kind == "row":
+        ffn = shape.width + shape.ffn_width + share * (2 * shape.ffn_width + shape.width)
+    return 4 * (shape.layers * (attention + ffn) + shape.width + share * shape.vocabulary)
+
+
+def _split(
+    shape: ModelShape,
+    boxes: Sequence[Box],
+    arrangement: Arrangement,
+    shares: Sequence[float],
+    context: int,
+) -> Prediction:
+    assert arrangement.coordinator is not None
+    home, kind = boxes[arrangement.coordinator], arrangement.kind
+    used = [boxes[i] for i in arrangement.parts]
+    workers = [(s, b) for s, b in zip(shares, used, strict=True) if b is not home and s > 0]
+    n = exchanges(shape, kind, shares)
+    alone = ALONE_PART * shape.token_bytes / home.decode
+    weights = max(s * shape.token_bytes / b.decode for s, b in zip(shares, used, strict=True))
+    trips = n * max((_distance(home, b) + EXCHANGE_SECONDS for _, b in workers), default=0.0)
+    # All workers' bytes go through the coordinator's one cable.
+    wire = sum(_wire_bytes(shape, kind, shares, s) / b.link for s, b in workers)
+    terms = {
+        "bandwidth": weights, "the coordinator alone": alone + home.round_trip,
+        "round trips": trips, "network": wire + 4 * shape.vocabulary / home.link,
+    }  # fmt: skip
+    prompt = max(s * shape.token_bytes / b.prompt for s, b in zip(shares, used, strict=True))
+    # Logits are computed for the last token of a prompt only.
+    batch_wire = sum(
+        (_wire_bytes(shape, kind, shares, s) - 4 * s * shape.vocabulary) / b.link
+        for s, b in workers
+    )
+    return Prediction(
+        arrangement,
+        tuple(shares),
+        _missing(shape, home, used, shares, kind, context),
+        sum(terms.values()),
+        prompt + ALONE_PART * shape.token_bytes / home.prompt + batch_wire + trips / BATCH,
+        max(s * shape.weight_bytes / b.link for s, b in [(1.0, home), *workers]),
+        terms,
+    )
+
+
+def _missing(
+    shape: ModelShape,
+    home: Box,
+    used: Sequence[Box],
+    shares: Sequence[float],
+    kind: Kind,
+    context: int,
+) -> int:
+    """Bytes by which the model doesn't fit, 0 or less where it does."""
+    cache = context * shape.cache_bytes
+    # A cache goes to the heads in tensor mode; else it lies with the coordinator.
+    moves = kind == "tensor" and cuts_heads(shape, shares)
+    needed_at_home = _overhead(shape, 0) + (0 if moves else cache)
+    short = []
+    for share, box in zip(shares, used, strict=True):
+        needed = int(share * (shape.weight_bytes + (cache if moves else 0)))
+        if box is home:
+            needed += needed_at_home
+        short.append(needed - usable(box.free))
+    if home not in used:
+        short.append(needed_at_home - usable(home.free))
+    return max(short)

@@ -1,0 +1,126 @@
+"""Advice before an upload: the header of a model, the formula, and which arrangement is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from client.backend import Backend
+from client.model_header import ModelShape, WeightProduct
+from client.split.advice import Arrangement, Box, advise, cuts_heads, exchanges, predict
+from client.split.survey import measure_model
+from protocol.ggml.types import GgmlType
+from tests.server.process import running
+from tools.models import write_model
+
+GB = 1e9
+# 8 GB of 32 layers, of which a token reads all.
+MODEL = ModelShape(
+    name="model", layers=32, width=4096, ffn_width=11008, kv_heads=8, head_width=128,
+    vocabulary=32000, weight_bytes=int(8 * GB), token_bytes=int(8 * GB), cache_bytes=131072,
+    products=(WeightProduct(GgmlType.Q8_0, 4096, 4096, 1),),
+)  # fmt: skip
+BOX = Box("a", 64 << 30, 20 * GB, 400 * GB, 0.3e-3, 0.12 * GB)
+TWO = [BOX, replace(BOX, endpoint="b")]
+
+
+def of(kind: str, parts: tuple[int, ...], home: int | None, boxes: list[Box]) -> float:
+    arrangement = Arrangement(kind, parts, home)  # type: ignore[arg-type]
+    return predict(MODEL, boxes, arrangement, context=4096).seconds_per_token
+
+
+def test_the_example_of_the_document() -> None:
+    """8 GB on two boxes of 20 GB/s: 400 ms alone, 200 ms and 64 round trips over both."""
+    alone, both = of("alone", (0,), None, TWO), of("tensor", (0, 1), 0, TWO)
+    assert alone == pytest.approx(0.400 * 1.05, rel=0.05)
+    assert both == pytest.approx(0.219 + 0.05 * 0.4, rel=0.1)
+    (best, *_) = advise(MODEL, TWO)
+    assert best.arrangement.kind == "tensor"
+    assert best.fits
+    assert set(best.arrangement.parts) == {0, 1}
+
+
+def test_a_small_model_stays_on_one_box() -> None:
+    small = replace(MODEL, weight_bytes=int(0.3 * GB), token_bytes=int(0.3 * GB))
+    assert advise(small, TWO)[0].arrangement.kind == "alone"
+
+
+def test_a_slow_network_takes_layers_for_what_fits_no_box() -> None:
+    boxes = [replace(b, free=6 << 30, round_trip=20e-3) for b in TWO]
+    best = advise(MODEL, boxes)[0]
+    assert best.arrangement.kind == "layers"
+    assert best.fits
+    alone = next(p for p in advise(MODEL, boxes) if p.arrangement.kind == "alone")
+    assert not alone.fits
+    assert alone.limit == "memory"
+
+
+def test_what_does_not_fit_comes_last_and_says_how_much_is_missing() -> None:
+    boxes = [replace(b, free=1 << 30) for b in TWO]
+    found = advise(MODEL, boxes)
+    assert not any(p.fits for p in found)
+    assert [p.missing for p in found] == sorted(p.missing for p in found)
+    assert found[0].missing > 2 << 30
+
+
+def test_round_trips_are_what_limits_a_far_away_worker() -> None:
+    boxes = [BOX, replace(BOX, endpoint="b", round_trip=10e-3)]
+    arrangement = Arrangement("row", (0, 1), 0)
+    assert predict(MODEL, boxes, arrangement, context=4096).limit == "round trips"
+
+
+def test_a_faster_box_gets_more() -> None:
+    boxes = [replace(BOX, decode=30 * GB), replace(BOX, endpoint="b", decode=10 * GB)]
+    found = predict(MODEL, boxes, Arrangement("row", (0, 1), 0), context=4096)
+    assert found.shares[0] > 0.7
+    assert sum(found.shares) == pytest.approx(1)
+
+
+def test_upstreams_servers_do_not_coordinate() -> None:
+    boxes = [replace(b, splits=False) for b in TWO]
+    assert {p.arrangement.kind for p in advise(MODEL, boxes)} == {"alone", "layers"}
+
+
+def test_exchanges_as_they_were_counted() -> None:
+    """SmolLM2 (30 layers, 3 key/value heads) takes 91 in tensor mode, 18 layers of 8 heads 37."""
+    smol = replace(MODEL, layers=30, kv_heads=3, head_width=64)
+    assert not cuts_heads(smol, [1, 1])
+    assert exchanges(smol, "tensor", [1, 1]) == 91
+    other = replace(MODEL, layers=18)
+    assert exchanges(other, "tensor", [1, 1]) == 37
+    assert exchanges(other, "row", [1, 1]) == 73
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "llama-moe", "gemma2"])
+def test_the_header_of_a_model(tmp_path: Path, architecture: str) -> None:
+    path = write_model(tmp_path, architecture, "Q8_0")
+    shape = ModelShape.read(path)
+    assert shape.layers == 2
+    assert shape.width == 256
+    assert 0 < shape.token_bytes <= shape.weight_bytes <= path.stat().st_size
+    # Of a mixture of experts a token reads some.
+    assert (shape.token_bytes < 0.9 * shape.weight_bytes) == (architecture == "llama-moe")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "x-00001-of-00002.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="not beside it"):
+        ModelShape.read(path)
+    other = tmp_path / "x.gguf"
+    other.write_bytes(b"no model at all")
+    with pytest.raises(ValueError, match=r"."):
+        ModelShape.read(other)
+
+
+async def test_a_server_is_timed_with_the_models_own_products(tmp_path: Path) -> None:
+    shape = ModelShape.read(write_model(tmp_path, "llama-gqa", "Q8_0"))
+    with running("-t", "1", "--mem", "256") as server:
+        async with Backend.connect("127.0.0.1", server.port) as backend:
+            before = await backend.connection.get_device_memory()
+            decode, prompt = await measure_model(backend, shape)
+            assert await backend.connection.get_device_memory() == before
+    assert decode > 0
+    assert prompt > 0
