@@ -387,7 +387,8 @@ class Session:
     def answer(self, command: Command, fields: dict[str, Any]) -> None:
         """Send an answer, if the command has one."""
         spec = self.dialect.commands[command]
-        if spec.answer is Answer.NEVER:
+        if spec.answer is Answer.NEVER or self._ended:
+            # Writing to a transport that is closed raises, and what comes next wouldn't be done.
             return
         data = encode_answer(spec, fields)
         self.stats.bytes_out += len(data)
@@ -398,6 +399,8 @@ class Session:
 
     def send_bytes(self, view: memoryview) -> None:
         """Answer with these bytes; nothing else may happen until they are on their way."""
+        if self._ended:
+            return
         header = encode_size(len(view))
         self.stats.bytes_out += 8 + len(view)
         if len(view) <= _COPY_ANSWER:

@@ -144,6 +144,45 @@ def test_programs(site: Site) -> None:
         assert site.used() == site.at_rest
 
 
+@pytest.mark.parametrize(
+    ("steps", "why"),
+    [
+        ([ProgramStep((), (), (1,) * 3)], "takes or gives the same tensor twice"),
+        ([ProgramStep((1, 1), (), ())], "takes or gives the same tensor twice"),
+        ([ProgramStep((), (), (1,))] * 9, "a program of 1 tensors and 9 transfers"),
+    ],
+)
+def test_programs_that_repeat_themselves(site: Site, steps: list[ProgramStep], why: str) -> None:
+    """An id is 8 bytes, what is made of it more than a thousand."""
+    with Wire(site.server.port, SPLIT, hello=False) as wire:
+        wire.send(Command.HELLO, split_caps())
+        wire.answer(Command.HELLO)
+        _, leaves, _ = doublings(wire, 1)
+        body = encode_program(steps, decode_graph(wire.graph([], leaves), SPLIT).tensors)
+        head = codec(SPLIT.commands[Command.SPLIT_PROGRAM].request).build(
+            {"device": 0, "program": 0}
+        )
+        wire.send(Command.SPLIT_PROGRAM, head, body)
+        assert wire.closed_by_server()
+    site.server.wait_for(rf"ERROR [^\n]*{why}")
+
+
+def test_a_client_that_leaves_while_its_program_is_planned(site: Site) -> None:
+    """Its answer has nowhere to go, and all that it had is given back nevertheless."""
+    with Wire(site.server.port, SPLIT, hello=False) as wire:
+        wire.send(Command.HELLO, split_caps())
+        wire.answer(Command.HELLO)
+        nodes, leaves, _ = doublings(wire, 3000)
+        step = ProgramStep((), tuple(node["id"] for node in nodes), ())
+        body = encode_program([step], decode_graph(wire.graph(nodes, leaves), SPLIT).tensors)
+        head = codec(SPLIT.commands[Command.SPLIT_PROGRAM].request).build(
+            {"device": 0, "program": 0}
+        )
+        wire.send(Command.SPLIT_PROGRAM, head, body)
+        address = wire.socket.getsockname()
+    site.server.wait_for(rf"client \d+ \({address[0]}:{address[1]}\): disconnected")
+
+
 def test_messages_that_are_never_finished(site: Site) -> None:
     """As many as one client may have open: what doesn't fit is closed, before it has come."""
     with contextlib.ExitStack() as stack:
@@ -175,7 +214,7 @@ def test_memory_beside_small_buffers(site: Site) -> None:
 
 def test_scratch_is_given_back_by_a_graph_that_fails() -> None:
     """As by one that ends well: the index that is out of range comes behind the product."""
-    width, rows = 6 << 20, 30
+    width, rows = 6 << 20, 18
     with running("--threads", "1") as server, Wire(server.port) as wire:
         handle, base = wire.alloc(256 * MIB)
         repeated = tensor(1, (width, rows), handle, base, nb=[4, 0, 0, 0])

@@ -57,8 +57,7 @@ _IN_TURN = contextlib.nullcontext()
 _MOST_AT_ONCE: dict[Op, int] = {
     **dict.fromkeys((Op.ARGSORT, Op.TOP_K), 1 << 19),
     **dict.fromkeys((Op.MUL_MAT, Op.MUL_MAT_ID, Op.FLASH_ATTN_EXT), 1 << 22),
-    **dict.fromkeys((Op.CUMSUM, Op.ARGMAX, Op.SOFT_MAX), 1 << 22),
-    **dict.fromkeys((Op.SUM_ROWS, Op.MEAN, Op.SUM), 1 << 24),
+    **dict.fromkeys((Op.SUM_ROWS, Op.MEAN, Op.SUM, Op.CUMSUM, Op.ARGMAX, Op.SOFT_MAX), 1 << 24),
     **dict.fromkeys((Op.NORM, Op.RMS_NORM, Op.L2_NORM, Op.GROUP_NORM), 1 << 24),
 }
 

@@ -72,7 +72,7 @@ class Planner(ScratchPlanner):
     """
 
     # What a part of a record has to do at most: some milliseconds of a thread.
-    part_bytes = 4 << 20
+    part_bytes = 8 << 20
     part_products = 1 << 27
 
     def __init__(

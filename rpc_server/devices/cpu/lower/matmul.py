@@ -64,19 +64,7 @@ def _emit_product(
     panel = panel_columns(isa, columns[1])
     extra = (*columns, routed, scratch, stride, panel)
     products = weights.ne[0] * t.ne[0] * t.ne[1] * t.ne[2] * t.ne[3]
-    # By what is multiplied alone: weights come as fast as memory is, elements of others do not.
-    parts = _whole_groups(planner.parts(0, products), weights, planner.n_threads)
-    planner.emit(product_kernel(weights.type, isa), t, extra=extra, parts=parts)
-
-
-def _whole_groups(parts: int, weights: Tensor, n_threads: int) -> int:
-    """``parts``, or somewhat more where each is then whole groups of rows multiplied at once."""
-    groups, rest = divmod(weights.nrows, LANES)
-    if parts and not rest:
-        for more in range(parts, min(4 * parts, groups) + 1):
-            if groups % more == 0 and more % n_threads == 0:
-                return more
-    return parts
+    planner.emit(product_kernel(weights.type, isa), t, extra=extra, products=products)
 
 
 def _most_columns(weights: Tensor, planner: Planner) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from protocol.dialects import Dialect
 from protocol.split import ProgramPayload
 from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
@@ -16,6 +18,8 @@ from rpc_server.graph.tensor import Tensor
 
 # Outputs of a step that are larger in all go out one by one, while the next is computed.
 _TOGETHER_UP_TO = 64 << 10
+# How often tensors go over the stream in one run, on average, at most.
+_MOST_TRANSFERS = 8
 
 
 def program_items(
@@ -27,6 +31,7 @@ def program_items(
     and here, and for an input that a node computes.
     """
     tensors = parse_tensors(payload.tensors, dialect, resolve)
+    _check_transfers(payload)
     items: list[Tensor | Transfer] = []
     computed: list[Tensor] = []
     for step in payload.steps:
@@ -43,17 +48,32 @@ def program_items(
     return items
 
 
+def _check_transfers(payload: ProgramPayload) -> None:
+    """Raise GraphError for a program that says the same again and again.
+
+    An id is 8 bytes, and the transfer that is made of it more than a kilobyte.
+    """
+    for step in payload.steps:
+        for ids in (step.inputs, step.outputs):
+            if len(set(ids)) != len(ids):
+                raise GraphError("a program's step takes or gives the same tensor twice")
+    transfers = sum(len(step.inputs) + len(step.outputs) for step in payload.steps)
+    most = _MOST_TRANSFERS * len(payload.tensors)
+    if transfers > most:
+        raise GraphError(f"a program of {len(payload.tensors)} tensors and {transfers} transfers")
+
+
 def _as_computed(
     nodes: list[Tensor], outputs: list[Tensor], peer: StreamPeer
 ) -> list[Tensor | Transfer]:
     """Each output is sent as soon as it and those before it are there."""
     items: list[Tensor | Transfer] = []
-    due, missing = list(outputs), {id(t) for t in nodes}
+    due, missing = deque(outputs), {id(t) for t in nodes}
     for node in nodes:
         items.append(node)
         missing.discard(id(node))
         while due and id(due[0]) not in missing:
-            items.append(Send.whole(peer, due.pop(0)))
+            items.append(Send.whole(peer, due.popleft()))
     return items + [Send.whole(peer, t) for t in due]
 
 
