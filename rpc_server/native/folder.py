@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from rpc_server.folders import check_private, make_folders, open_regular
+
 if sys.platform != "win32":
     import fcntl
 
@@ -112,7 +114,7 @@ class Folder:
             if _is_open_to_others(base) | _is_open_to_others(self.path):
                 log.warning("%s could be written to by others: its code is not used", self.path)
                 shutil.rmtree(self.path)
-            base.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(base)
             for path in (base, self.path):
                 _make_private(path)
             self._lock = _lock_in_use(self.path)
@@ -121,6 +123,12 @@ class Folder:
             self._temporary = tempfile.TemporaryDirectory(prefix="ggml-rpc-server-")
             self.path = Path(self._temporary.name) / self.path.name
             self._lock = _lock_in_use(self.path)
+
+    def read(self, name: str) -> bytes:
+        """Return what is in a file that nobody else could have written. Raises OSError."""
+        with os.fdopen(open_regular(self.path / name), "rb") as file:
+            check_private(os.fstat(file.fileno()))
+            return file.read()
 
     def prune(self, keep: int = KEPT) -> list[Path]:
         """Delete folders beside this one that nobody uses, but for the ``keep`` used last."""
@@ -175,9 +183,9 @@ def _last_use(path: Path) -> float:
 def _lock_in_use(path: Path) -> IO[bytes]:
     """An open file that shows to others that the folder is in use. Raises OSError."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folders(path)
         name = path / _LOCK
-        file = name.open("ab")
+        file = _open_lock(name)
         os.utime(name)
         if sys.platform == "win32":
             # An open file can't be deleted there.
@@ -193,10 +201,14 @@ def _lock_in_use(path: Path) -> IO[bytes]:
         file.close()
 
 
+def _open_lock(path: Path) -> IO[bytes]:
+    return os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "rb+")
+
+
 def _delete_unused(path: Path) -> bool:
     """Delete a folder unless a process uses it; whether it was."""
     try:
-        with (path / _LOCK).open("ab") as file:
+        with _open_lock(path / _LOCK) as file:
             if sys.platform != "win32":
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path)

@@ -90,7 +90,7 @@ class Library:
             return known
         path = self.file(routine)
         try:
-            future.set_result(load(path.read_bytes()))
+            future.set_result(load(self._folder.read(path.name)))
         except FileNotFoundError:
             self._compile(routine, future, urgent)
         except CompileError as error:
@@ -107,7 +107,7 @@ class Library:
                 self._failed(routine, future, error)
                 return
             try:
-                future.set_result(load(self.file(routine).read_bytes()))
+                future.set_result(load(self._folder.read(self.file(routine).name)))
             except CompileError as problem:
                 self._failed(routine, future, problem)
             except Exception as problem:

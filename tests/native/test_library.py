@@ -365,3 +365,35 @@ def test_a_folder_of_another_user_is_not_used(
     assert "belongs to user 65534" in caplog.text
     folder.close()
     assert path.stat().st_uid == 65534
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no owners or modes of this kind")
+def test_code_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
+    """Even in a folder of this user's: it may have been moved into the place of ours."""
+    folder = Folder(tmp_path, "0")
+    file = folder.path / "code.bin"
+    file.write_bytes(b"code")
+    assert folder.read("code.bin") == b"code"
+    file.chmod(0o666)
+    with pytest.raises(PermissionError, match="others can write to it"):
+        folder.read("code.bin")
+    file.unlink()
+    (tmp_path / "elsewhere").write_bytes(b"code")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"symbolic links"):
+        folder.read("code.bin")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(OSError, match=r"not a regular file"):
+        folder.read("code.bin")
+    folder.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes in folders")
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, "0")
+    other = tmp_path / "kernels-1"
+    other.mkdir()
+    os.mkfifo(other / "in-use")
+    assert folder.prune(keep=0) == []
+    folder.close()
