@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import random
 import struct
+from collections.abc import Sequence
 
 import dpkt
 import pytest
@@ -36,6 +38,7 @@ from tests.tools.packets import (
     pcap_bytes,
     tagged,
 )
+from tools.capture.blocks import INTERFACE, PACKET, SECTION, SIMPLE_PACKET, interface, section
 from tools.capture.connections import CapturedConnection, Connections, ReadOptions
 from tools.capture.errors import CaptureError
 from tools.capture.files import Capture, CaptureWriter, Frame
@@ -462,3 +465,45 @@ def _renumbered(data: bytes) -> bytes:
         number = int.from_bytes(changed[at : at + 4], "big") + 0xF0000000 & 0xFFFFFFFF
         changed[at : at + 4] = number.to_bytes(4, "big")
     return bytes(changed)
+
+
+def _captured(frames: Sequence[Frame]) -> bytes:
+    file = io.BytesIO()
+    writer = CaptureWriter(file)
+    for frame in frames:
+        writer.write(frame)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [SECTION, INTERFACE, PACKET, SIMPLE_PACKET])
+def test_blocks_too_short_for_what_they_are(kind: int) -> None:
+    start = section() + interface(1)
+    for size in (12, 16, 20, 24, 28):
+        block = struct.pack("<II", kind, size) + bytes(size - 12) + struct.pack("<I", size)
+        with contextlib.suppress(CaptureError):
+            list(Capture(io.BytesIO(start + block)))
+
+
+def test_compressed_files_that_are_cut_or_damaged() -> None:
+    """Cut, one is read as far as it goes; damaged, it is refused in words."""
+    frames = connection_frames(TURNS)
+    whole = gzip.compress(_captured(frames), mtime=0)
+    rng = random.Random(seed := random.SystemRandom().randrange(1 << 32))
+    print(f"seed {seed}")
+    most = 0
+    for size in sorted(rng.sample(range(3, len(whole)), 40)):
+        try:
+            capture = Capture(io.BufferedReader(io.BytesIO(whole[:size])))
+            read = list(capture)
+        except CaptureError:
+            # Not even the file's header is there.
+            continue
+        assert capture.truncated
+        assert [f.data for f in read] == [f.data for f in frames[: len(read)]]
+        most = max(most, len(read))
+    assert most > 0
+    for _ in range(60):
+        content = bytearray(whole)
+        content[rng.randrange(10, len(content))] ^= 1 << rng.randrange(8)
+        with contextlib.suppress(CaptureError):
+            list(Capture(io.BufferedReader(io.BytesIO(bytes(content)))))

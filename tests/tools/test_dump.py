@@ -36,7 +36,8 @@ from tools.capture.errors import MissingToolError
 from tools.capture.files import read_capture
 from tools.dump import graphs, progress
 from tools.dump.__main__ import main
-from tools.dump.extract import INDEX
+from tools.dump.extract import INDEX, Extractor
+from tools.dump.filters import Filters
 from tools.dump.screen import Screen, duration_text, printable
 from tools.record.frames import Address
 from tools.serving.processes import PROJECT
@@ -254,6 +255,43 @@ def test_names_off_the_wire_are_no_paths(
     assert len(list(tmp_path.rglob("*"))) == 8 + 3
     _, out, _ = dump(capsys, path)
     assert "\x1b" not in out
+
+
+def test_sizes_and_names_that_are_meant_to_hurt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Offsets that no file has are left out; thousands of names alike are numbered at once."""
+    turns = hello(NEWEST)
+    huge = tensor_fields(NEWEST, "huge", (4, (1 << 32) - 1, (1 << 32) - 1, 1))
+    huge["nb"] = [4, (1 << 32) - 1, (1 << 32) - 1, 4]
+    for offset in (1 << 63, (1 << 63) - 16, 1 << 62):
+        fields = {"tensor": huge, "cache_flag": 0, "offset": offset}
+        turns.append(request(NEWEST, Command.SET_TENSOR, fields, bytes(16)))
+    for i in range(300):
+        same = tensor_fields(NEWEST, "/?"[i % 2] * 3, (4, 1 + i, 1, 1))
+        fields = {"tensor": same, "cache_flag": 0, "offset": 0}
+        turns.append(request(NEWEST, Command.SET_TENSOR, fields, bytes([i % 256] * 16)))
+    path = write_pcapng(tmp_path / "hurt.pcapng", connection_frames(turns))
+    code, _, err = dump(capsys, path, "--extract", tmp_path / "out")
+    assert code == 0, err
+    tensors = json.loads((tmp_path / "out" / INDEX).read_text())["tensors"]
+    assert len({t["file"] for t in tensors}) == len(tensors) == 300
+    assert tensors[-1]["file"] == "___~300.bin"
+
+
+def test_names_alike_are_numbered_without_a_search(tmp_path: Path) -> None:
+    extractor = Extractor(tmp_path, Filters())
+    tried = []
+
+    class Names(set[str]):
+        def __contains__(self, name: object) -> bool:
+            tried.append(name)
+            return super().__contains__(name)
+
+    extractor._names = Names()
+    for _ in range(500):
+        extractor._file_name("alike")
+    assert len(tried) <= 1000
 
 
 def test_a_session_is_saved(

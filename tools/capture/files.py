@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -35,6 +36,8 @@ except ModuleNotFoundError as error:
 
 _CHUNK = 1 << 20
 _MOST = 16 << 20
+# Bytes of blocks that are read here, without anything in them.
+_LEAST = {SECTION: 28, PACKET: 32, SIMPLE_PACKET: 16, INTERFACE: 20}
 _NANO = (dpkt.pcap.TCPDUMP_MAGIC_NANO, dpkt.pcap.PMUDPCT_MAGIC_NANO)
 _SWAPPED = (dpkt.pcap.PMUDPCT_MAGIC, dpkt.pcap.PMUDPCT_MAGIC_NANO)
 
@@ -57,6 +60,8 @@ class _Source:
     def __init__(self, file: IO[bytes]) -> None:
         self._read = getattr(file, "read1", file.read)
         self._before = 0
+        # Whether the file is compressed and ends before its end.
+        self.cut = False
         self.buffer = b""
         self.at = 0
 
@@ -72,7 +77,7 @@ class _Source:
         parts = [self.buffer[self.at :]]
         size = len(parts[0])
         while size < n:
-            more = self._read(max(_CHUNK, n - size))
+            more = self._more(max(_CHUNK, n - size))
             if not more:
                 break
             parts.append(more)
@@ -81,6 +86,20 @@ class _Source:
         self.buffer = b"".join(parts)
         self.at = 0
         return size >= n
+
+    def _more(self, n: int) -> bytes:
+        """Up to ``n`` bytes more, none at the end. Raises CaptureError."""
+        if self.cut:
+            return b""
+        try:
+            more: bytes = self._read(n)
+        except EOFError:
+            # A compressed file that was cut short is as good as one that wasn't compressed.
+            self.cut = True
+            return b""
+        except (OSError, zlib.error) as error:
+            raise CaptureError(f"the file is damaged: {error}") from None
+        return more
 
     def peek(self, n: int) -> bytes:
         self.have(n)
@@ -155,7 +174,7 @@ class Capture:
                 raise CaptureError(f"a packet of {caught} bytes: the file is damaged")
             if source.have(size) and not source.have(size + caught):
                 break
-        self.truncated = bool(source.peek(1))
+        self.truncated = bool(source.peek(1)) or source.cut
 
     def _read_pcapng(self) -> Iterator[Frame]:
         source = self._source
@@ -168,7 +187,7 @@ class Capture:
                 order = "<" if source.peek(12)[8:] == b"\x4d\x3c\x2b\x1a" else ">"
                 (size,) = struct.unpack(order + "I", source.peek(8)[4:])
                 packet = struct.Struct(order + "IIIIIII")
-            if size < 12 or size % 4 or size > _MOST:
+            if size < _LEAST.get(kind, 12) or size % 4 or size > _MOST:
                 raise CaptureError(f"a block of {size} bytes: the file is damaged")
             if not source.have(size):
                 self.truncated = True
@@ -188,7 +207,7 @@ class Capture:
                 link, _, _, snap = interfaces[0]
                 caught = min(length, snap or length, size - 16)
                 yield Frame(0.0, link, block[12 : 12 + caught], length)
-        self.truncated = bool(source.peek(1))
+        self.truncated = bool(source.peek(1)) or source.cut
 
 
 def _interface(block: bytes, little: bool) -> tuple[int, float, int, int]:
@@ -199,7 +218,7 @@ def _interface(block: bytes, little: bool) -> tuple[int, float, int, int]:
             if little
             else dpkt.pcapng.InterfaceDescriptionBlock(block)
         )
-    except (dpkt.Error, ValueError, struct.error, UnicodeDecodeError) as error:
+    except (dpkt.Error, ValueError, IndexError, struct.error) as error:
         raise CaptureError(f"an interface that can't be read: {error}") from None
     unit, offset = 1e-6, 0
     for option in parsed.opts:

@@ -18,6 +18,8 @@ from tools.dump.filters import Filters
 
 INDEX = "index.json"
 _LONGEST = 150
+# Bytes of a tensor that are believed.
+_LARGEST = 1 << 44
 # Copies that llama.cpp makes of inputs for a device: DEVICE#TENSOR#NUMBER.
 _INPUT = re.compile(r"#.+#\d+$")
 
@@ -73,6 +75,8 @@ class Extractor:
         self.tensors: dict[tuple[str, str, tuple[int, ...]], Extracted] = {}
         self.bytes = 0
         self._names: set[str] = {INDEX}
+        # How many have a name, as far as files may have it.
+        self._numbers: dict[str, int] = {}
         self._computing: set[int] = set()
         self._open: tuple[Path, int] | None = None
         try:
@@ -141,7 +145,8 @@ class Extractor:
 
     def _entry(self, connection: int, tensor: Any) -> Extracted | None:
         size = tensor_bytes(tensor)
-        if size is None:
+        # Strides may say anything; offsets in files have 63 bits, and disks fewer.
+        if size is None or size > _LARGEST:
             return None
         name = text_of(tensor.name)
         if not self._filters.tensors and _INPUT.search(name):
@@ -170,10 +175,13 @@ class Extractor:
     def _file_name(self, name: str) -> str:
         """A name that no path can be made of, and that nothing else has."""
         plain = re.sub(r"[^A-Za-z0-9._#-]", "_", name).lstrip(".")[:_LONGEST] or "tensor"
-        found, n = f"{plain}.bin", 1
+        # Of thousands that are alike each would try all the numbers before it.
+        n = self._numbers.get(plain, 0) + 1
+        found = f"{plain}.bin" if n == 1 else f"{plain}~{n}.bin"
         while found in self._names:
             n += 1
             found = f"{plain}~{n}.bin"
+        self._numbers[plain] = n
         self._names.add(found)
         return found
 
