@@ -11,9 +11,14 @@ import socket
 from collections.abc import Mapping
 from typing import Any, Self
 
+import numpy as np
+
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect
+from protocol.ggml.types import GgmlType, row_size
+from protocol.graph_payload import GraphPayload, encode_graph
+from protocol.messages import RPC_TENSOR_DTYPE
 from protocol.requests import encode_frame
 
 Bytes = bytes | bytearray | memoryview
@@ -115,3 +120,52 @@ class Wire:
         answer = self.call(Command.GET_TENSOR, fields)
         assert isinstance(answer, bytes)
         return answer
+
+    def graph(self, nodes: list[dict[str, Any]], leaves: list[dict[str, Any]]) -> bytes:
+        tensors = [*leaves, *nodes]
+        array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
+        for row, tensor in zip(array, tensors, strict=True):
+            for name, value in tensor.items():
+                row[name] = value
+        ids = np.array([node["id"] for node in nodes], "<u8")
+        return encode_graph(GraphPayload(0, ids, array), self.dialect)
+
+    def op(self, name: str) -> int:
+        return next(i for i, op in enumerate(self.dialect.ops) if op == name)
+
+
+def tensor(
+    id: int,
+    ne: tuple[int, ...],
+    buffer: int = 0,
+    data: int = 0,
+    type: GgmlType = GgmlType.F32,
+    **fields: Any,
+) -> dict[str, Any]:
+    """The fields of a contiguous rpc_tensor."""
+    full = (*ne, 1, 1, 1, 1)[:4]
+    nb1 = row_size(type, full[0])
+    nb0 = row_size(type, 32) // 32 if type in (GgmlType.F32, GgmlType.I32) else nb1
+    strides = [nb0, nb1, nb1 * full[1], nb1 * full[1] * full[2]]
+    made: dict[str, Any] = {
+        "id": id,
+        "type": int(type),
+        "buffer": buffer,
+        "ne": list(full),
+        "nb": strides,
+        "op": 0,
+        "op_params": [0] * 16,
+        "flags": 16,
+        "src": [0] * 10,
+        "view_src": 0,
+        "view_offs": 0,
+        "data": data,
+        "name": f"t{id}".encode(),
+        "use_count": 0,
+    }
+    made.update(fields)
+    return made
+
+
+def sources(*ids: int) -> list[int]:
+    return [*ids, *[0] * (10 - len(ids))]

@@ -139,15 +139,6 @@ def test_no_part_of_a_huge_product_is_long() -> None:
         assert sum(int(r.words[3]) for r in made) == n
 
 
-def test_parts_of_a_product_are_whole_groups_of_rows() -> None:
-    """Rows are multiplied 16 at once: of a part of 40 rows, 8 would be for nothing."""
-    for m in (4096, 11008, 14336, 1536):
-        t = bare_node(Op.MUL_MAT, bare(F32, m, 512), bare(F16, 4096, m), bare(F32, 4096, 512))
-        parts = planned(t)[-1].parts
-        assert parts > 4
-        assert m % (16 * parts) == 0
-
-
 def test_heads_that_share_one_matrix_are_cut_too() -> None:
     k, heads = 1024, 1 << 16
     t = bare_node(Op.MUL_MAT, bare(F32, 16, 1, heads), bare(F16, k, 16), bare(F32, k, 1, heads))

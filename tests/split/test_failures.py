@@ -52,8 +52,6 @@ from tools.serving.processes import (
 F32, I32 = GgmlType.F32, GgmlType.I32
 # What any of these may take at most, on a busy machine.
 PATIENCE = 20.0
-# The same where kernels may have to be compiled first.
-COMPILING = 120.0
 
 
 class Cluster:
@@ -323,56 +321,39 @@ async def a_product(b: Backend) -> None:
 
 
 @contextlib.contextmanager
-def held_at(
-    command: Command, timeout: str, *, hangs: bool = False
-) -> Iterator[tuple[Coordinator, Relay]]:
-    """A coordinator of a worker that doesn't answer ``command``; one that ``hangs``, nobody."""
+def held_at_a_program(*, hangs: bool) -> Iterator[tuple[Coordinator, Relay]]:
+    """A coordinator of a worker that doesn't answer its program; one that ``hangs``, nobody."""
     with WorkerProcess() as worker, contextlib.ExitStack() as stack:
-        relay = Relay(worker.port, holds=bytes([command]), hangs=hangs)
+        relay = Relay(worker.port, holds=bytes([Command.SPLIT_PROGRAM]), hangs=hangs)
         stack.callback(relay.close)
-        options = ("--split-timeout", timeout, "--drain-seconds", "0.3")
-        yield stack.enter_context(Coordinator([relay.address], *options)), relay
-
-
-async def check_computes(b: Backend) -> None:
-    """A graph that needs no worker."""
-    x = await b.tensor(F32, (64,), values(64))
-    got = await asyncio.wait_for(b.compute(b.graph.scale(x, 3.0)), COMPILING)
-    assert np.array_equal(got.reshape(64), values(64) * np.float32(3))
+        yield (
+            stack.enter_context(Coordinator([relay.address], "--split-timeout", "1")),
+            relay,
+        )
 
 
 async def test_a_worker_that_hangs_at_a_program() -> None:
     """It isn't waited for as long as one that compiles, and answers others meanwhile."""
-    with held_at(Command.SPLIT_PROGRAM, "1", hangs=True) as (coordinator, relay):
+    with held_at_a_program(hangs=True) as (coordinator, relay):
         async with backend(coordinator) as b:
             with pytest.raises(ConnectionLost):
-                await asyncio.wait_for(a_product(b), COMPILING)
+                await asyncio.wait_for(a_product(b), PATIENCE)
         coordinator.wait_for("no answer within 1 s, nor to a greeting")
         assert relay.holding.is_set()
 
 
 async def test_others_compute_while_a_worker_does_not_get_ready() -> None:
     """Graphs that don't need it; and that the worker takes long is no reason to leave it."""
-    with held_at(Command.SPLIT_PROGRAM, "1") as (coordinator, relay):
+    with held_at_a_program(hangs=False) as (coordinator, relay):
         async with backend(coordinator) as b, backend(coordinator) as other:
             waiting = asyncio.ensure_future(a_product(b))
-            assert await asyncio.to_thread(relay.holding.wait, COMPILING)
+            assert await asyncio.to_thread(relay.holding.wait, PATIENCE)
+            x = await other.tensor(F32, (64,), values(64))
             for _ in range(3):
-                await check_computes(other)
+                got = await asyncio.wait_for(other.compute(other.graph.scale(x, 3.0)), PATIENCE)
+                assert np.array_equal(got.reshape(64), values(64) * np.float32(3))
                 # Longer than an exchange may take, in all.
                 await asyncio.sleep(0.5)
-            assert not waiting.done()
-            waiting.cancel()
-            await asyncio.wait([waiting])
-
-
-async def test_others_compute_while_an_exchange_waits() -> None:
-    with held_at(Command.SPLIT_RUN, "60") as (coordinator, relay):
-        async with backend(coordinator) as b, backend(coordinator) as other:
-            waiting = asyncio.ensure_future(a_product(b))
-            assert await asyncio.to_thread(relay.holding.wait, COMPILING)
-            for _ in range(3):
-                await check_computes(other)
             assert not waiting.done()
             waiting.cancel()
             await asyncio.wait([waiting])
