@@ -14,28 +14,43 @@ Everything later (contracts, plans, kernels) relies on what is established here:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from protocol.dialects import Dialect
 from protocol.ggml.ops import Op, TensorFlag
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
-from protocol.messages import MAX_PARAM_WORDS
+from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES
 from protocol.numbering import canonical_params, padding_behind
 from rpc_server.graph.errors import GraphError
+from rpc_server.graph.table import (
+    OP_NUMBERS,
+    Ints,
+    TensorTable,
+    name_of,
+    shape_rows,
+    table_of,
+    with_none,
+)
 from rpc_server.graph.tensor import Tensor
 
 _TYPES = {int(t): t for t in GgmlType}
-_COLUMNS = (
-    "id", "type", "buffer", "ne", "nb", "op", "op_params", "flags", "data", "name", "use_count",
-)  # fmt: skip
 
 # Strides below an element's size make any number of elements out of a few bytes, and a kernel busy
 # for days. Windows that overlap, or rows that repeat, are well within this.
 _MOST_REPEATED = 64
 _REPEATED_FROM = 64 << 20
+
+# What sizes are counted up to: no buffer is as large, and a sum of four still is an int64.
+_MOST_BYTES = 1 << 60
+
+_CPY = OP_NUMBERS[Op.CPY]
 
 
 class BufferLike(Protocol):
@@ -52,12 +67,36 @@ class BufferLike(Protocol):
 Resolve = Callable[[int], BufferLike | None]
 
 
-@dataclass(slots=True)
 class LinkedGraph:
-    """Nodes in execution order, views included; ``dialect`` is the numbering they were read by."""
+    """Nodes in execution order, views included; ``dialect`` is the numbering they were read by.
 
-    nodes: Sequence[Tensor]
-    dialect: Dialect
+    ``table`` has their columns and those of all that they read, and ``order`` the nodes' rows in
+    it; without them they are made of ``nodes``, and without ``nodes`` these of them.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Tensor] | None,
+        dialect: Dialect,
+        table: TensorTable | None = None,
+        order: Ints | None = None,
+    ) -> None:
+        self.dialect = dialect
+        if nodes is not None and table is None:
+            table, rows = table_of(nodes)
+            order = np.array([rows[id(t)] for t in nodes], np.int64)
+        assert table is not None
+        assert order is not None
+        self.table = table
+        self.order = order
+        self._nodes = nodes
+
+    @property
+    def nodes(self) -> Sequence[Tensor]:
+        """The nodes, linked: made when they are asked for."""
+        if self._nodes is None:
+            self._nodes = [self.table.make(row) for row in self.order.tolist()]
+        return self._nodes
 
 
 def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> LinkedGraph:
@@ -66,26 +105,25 @@ def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Li
     ``resolve`` maps a buffer handle off the wire to the client's buffer, None if it has no such.
     Raises GraphError.
     """
-    tensors = parse_tensors(payload.tensors, dialect, resolve)
-    node_ids: list[int] = payload.nodes.tolist()
-    nodes = [tensor_with_id(tensors, id_) for id_ in node_ids]
-    check_order(nodes)
-    return LinkedGraph(_to_compute(nodes, dialect), dialect)
+    ids = _Ids(payload.tensors["id"])
+    table = _read_table(payload.tensors, ids, dialect, resolve)
+    nodes = ids.rows(payload.nodes)
+    if (missing := nodes == ids.none).any():
+        raise GraphError(
+            f"node {int(payload.nodes[missing.argmax()]):#x} is not among the graph's tensors"
+        )
+    _check_order(table, nodes)
+    flags = payload.tensors["flags"][nodes] & TensorFlag.COMPUTE != 0
+    # The flag came in 2026-01; clients of protocol 3.6 exist with and without it.
+    if flags.any() or dialect.always_flags:
+        nodes = nodes[flags]
+    return LinkedGraph(None, dialect, table, nodes)
 
 
 def parse_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> dict[int, Tensor]:
     """Link and check an array of the wire's tensors; they by id. Raises GraphError."""
-    ids: list[int] = wire["id"].tolist()
-    index = {id_: i for i, id_ in enumerate(ids)}
-    if len(index) != len(ids):
-        raise GraphError("a tensor id occurs twice in the graph")
-    if 0 in index:
-        raise GraphError("a tensor has id 0")
-    tensors = _read_tensors(wire, dialect, resolve)
-    _link(tensors, wire, index)
-    if dialect.numbering.pads_behind:
-        _say_padding(tensors)
-    return dict(zip(ids, tensors, strict=True))
+    table = _read_table(wire, _Ids(wire["id"]), dialect, resolve)
+    return {id_: table.make(row) for row, id_ in enumerate(wire["id"].tolist())}
 
 
 def tensor_with_id(tensors: dict[int, Tensor], id_: int) -> Tensor:
@@ -96,132 +134,301 @@ def tensor_with_id(tensors: dict[int, Tensor], id_: int) -> Tensor:
     return tensor
 
 
-def _read_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> list[Tensor]:
-    numbering = dialect.numbering
-    ops = numbering.ops
-    buffers: dict[int, BufferLike | None] = {}
-    columns = [wire[name].tolist() for name in _COLUMNS]
-    tensors: list[Tensor] = []
-    for id_, type_, handle, ne, nb, op, params, flags, data, name, use_count in zip(
-        *columns, strict=True
-    ):
-        label = name.split(b"\0", 1)[0].decode("utf-8", "replace")
-        if type_ not in _TYPES:
-            raise GraphError(f"tensor '{label}': unknown type {type_}")
-        if op >= len(ops):
-            raise GraphError(f"tensor '{label}': unknown op {op}, {dialect.name} has {len(ops)}")
-        tensor_type = _TYPES[type_]
-        if ne[0] % TYPE_INFO[tensor_type].block_size:
-            raise GraphError(
-                f"tensor '{label}': rows of {ne[0]} {tensor_type.name} are not whole blocks"
-            )
-        tensor = Tensor(
-            id=id_,
-            name=label,
-            type=tensor_type,
-            op=ops[op],
-            ne=tuple(ne),
-            nb=tuple(nb),
-            op_params=canonical_params(numbering, ops[op], tuple(params)),
-            flags=flags,
-            use_count=use_count,
-        )
-        if handle or data:
-            if handle not in buffers:
-                buffers[handle] = resolve(handle) if handle else None
-            tensor.address = _locate(tensor, data, buffers[handle])
-        tensors.append(tensor)
-    return tensors
+class _Ids:
+    """The rows of tensors by id. Raises GraphError for ids that are not unique, and for 0."""
+
+    def __init__(self, ids: npt.NDArray[np.uint64]) -> None:
+        self.none = len(ids)
+        self._order = np.argsort(ids, kind="stable")
+        self._sorted = ids[self._order]
+        if (self._sorted[1:] == self._sorted[:-1]).any():
+            raise GraphError("a tensor id occurs twice in the graph")
+        if self.none and not self._sorted[0]:
+            raise GraphError("a tensor has id 0")
+
+    def rows(self, ids: npt.NDArray[np.uint64]) -> Ints:
+        """Where tensors with these ids are; ``none`` for one that is not there."""
+        if not self.none:
+            return np.zeros(len(ids), np.int64)
+        at = np.minimum(np.searchsorted(self._sorted, ids), self.none - 1)
+        return np.where(self._sorted[at] == ids, self._order[at], self.none)
 
 
-def _locate(tensor: Tensor, data: int, buffer: BufferLike | None) -> int:
-    """Host address of a tensor's data; 0 where it has none here.
+class _TypeColumns:
+    """What is known of types, by their number; the last one is that of all that are none."""
+
+    def __init__(self) -> None:
+        count = max(_TYPES) + 2
+        self.known = np.zeros(count, bool)
+        self.block, self.size, self.alignment = (np.ones(count, np.int64) for _ in range(3))
+        for number, type_ in _TYPES.items():
+            info = TYPE_INFO[type_]
+            self.known[number] = True
+            self.block[number] = info.block_size
+            self.size[number] = info.type_size
+            self.alignment[number] = info.alignment
+
+    def numbers(self, types: npt.NDArray[np.uint32]) -> Ints:
+        """Types off the wire as numbers that are in the columns."""
+        return np.minimum(types, len(self.known) - 1).astype(np.int64)
+
+
+@functools.cache
+def _type_columns() -> _TypeColumns:
+    return _TypeColumns()
+
+
+@functools.cache
+def _numbers_of_ops(dialect: Dialect) -> Ints:
+    """By its number in a dialect, the number of an op."""
+    return np.array([OP_NUMBERS[op] for op in dialect.numbering.ops], np.int64)
+
+
+def _read_table(wire: Any, ids: _Ids, dialect: Dialect, resolve: Resolve) -> TensorTable:
+    """The tensors as columns, each of them checked and linked. Raises GraphError."""
+    columns = _type_columns()
+    types, op_numbers = columns.numbers(wire["type"]), _numbers_of_ops(dialect)
+    ne, nb = wire["ne"].astype(np.uint64), wire["nb"].astype(np.uint64)
+    block, size = columns.block[types], columns.size[types]
+
+    _refuse_first(~columns.known[types], lambda i: _unknown_type(wire, i))
+    _refuse_first(
+        wire["op"] >= len(op_numbers),
+        lambda i: (
+            f"tensor '{_label(wire, i)}': unknown op {wire['op'][i]}, {dialect.name} has "
+            f"{len(op_numbers)}"
+        ),
+    )
+    _refuse_first(
+        ne[:, 0] % block.astype(np.uint64) != 0,
+        lambda i: (
+            f"tensor '{_label(wire, i)}': rows of {ne[i, 0]} {GgmlType(int(types[i])).name} are "
+            "not whole blocks"
+        ),
+    )
+    ops = op_numbers[wire["op"]]
+    # Sizes are exact below the bound, and at least that above it.
+    steps = np.minimum((ne - np.uint64(1)) * nb, np.uint64(_MOST_BYTES)).astype(np.int64)
+    along = np.minimum(ne[:, 0] * nb[:, 0], np.uint64(_MOST_BYTES)).astype(np.int64)
+    first = np.where(block == 1, size + steps[:, 0], along // block)
+    empty = (ne == 0).any(axis=1)
+    nbytes = np.where(empty, 0, first + steps[:, 1:].sum(axis=1))
+
+    # Where a GPU loads words of 4 bytes an odd address ends all work of the card, of all clients.
+    alignment = columns.alignment[types].astype(np.uint64)
+    odd = wire["data"] % alignment != 0
+    odd |= ((nb % alignment[:, None] != 0) & (ne > 1)).any(axis=1)
+    address = _addresses(wire, odd, nbytes, resolve)
+    # Only told from what is allowed by a factor: floats do.
+    dense = (ne[:, 0] / block) * size * ne[:, 1] * ne[:, 2] * ne[:, 3]
+    _refuse_first(
+        (address != 0) & (dense > _REPEATED_FROM) & (dense > _MOST_REPEATED * nbytes.astype(float)),
+        lambda i: _repeated(_bare(wire, i)),
+    )
+    src, view_src = _link(wire, ids, ops)
+    params = _params(wire, ops, ne, src, dialect)
+    made = _Maker(wire, types, ops, params, address, src, view_src)
+    return TensorTable(
+        shapes=shape_rows(types, address, ne, nb),
+        address=with_none(address),
+        nbytes=with_none(nbytes),
+        ops=ops,
+        params=params,
+        src=src,
+        view_src=view_src,
+        names=wire["name"],
+        make=made.linked,
+        node=made.alone,
+    )
+
+
+def _addresses(wire: Any, odd: Any, nbytes: Ints, resolve: Resolve) -> Ints:
+    """Where each tensor lies: all of it in its buffer; 0 where its data is not here.
+
+    ``odd`` are those that lie at no place for their type. Raises GraphError.
 
     Up to protocol 6 clients name buffers that they have on other servers, for sources that nothing
     here reads; a node that does read them is refused by its contract.
     """
-    if buffer is None or not data:
-        return 0
-    # Where a GPU loads words of 4 bytes an odd address ends all work of the card, of all clients.
-    alignment = TYPE_INFO[tensor.type].alignment
-    if alignment > 1:
-        strides = [nb for ne, nb in zip(tensor.ne, tensor.nb, strict=True) if ne > 1]
-        if any(n % alignment for n in (data, *strides)):
-            raise GraphError(f"tensor '{tensor.name}': {tensor.type.name} that is not aligned")
-    offset = data - buffer.base
-    if offset < 0 or offset + tensor.nbytes > buffer.size:
-        raise GraphError(
-            f"tensor '{tensor.name}': bytes [{offset}, {offset + tensor.nbytes}) lie outside "
-            f"its buffer of {buffer.size}"
+    handles, which = np.unique(wire["buffer"], return_inverse=True)
+    buffers = [resolve(handle) if handle else None for handle in handles.tolist()]
+    base, size, start = (
+        np.array([0 if b is None else of(b) for b in buffers], np.uint64)[which]
+        for of in (attrgetter("base"), attrgetter("size"), attrgetter("address"))
+    )
+    here = np.array([b is not None for b in buffers], bool)[which] & (wire["data"] != 0)
+    offset = wire["data"] - base
+    outside = (wire["data"] < base) | (offset > size) | (size - offset < nbytes.astype(np.uint64))
+
+    def message(i: int) -> str:
+        t, buffer = _bare(wire, i), buffers[which[i]]
+        assert buffer is not None
+        first = int(wire["data"][i]) - buffer.base
+        return (
+            f"tensor '{t.name}': bytes [{first}, {first + t.nbytes}) lie outside its buffer of "
+            f"{buffer.size}"
         )
-    dense = tensor.row_size * tensor.nrows
-    if dense > _REPEATED_FROM and dense > _MOST_REPEATED * tensor.nbytes:
-        raise GraphError(
-            f"tensor '{tensor.name}': {dense} bytes of elements lie in {tensor.nbytes} bytes"
-        )
-    return buffer.address + offset
+
+    _refuse_first(
+        odd & here,
+        lambda i: f"tensor '{_label(wire, i)}': {_bare(wire, i).type.name} that is not aligned",
+    )
+    _refuse_first(outside & here, message)
+    return np.where(here, start + offset, np.uint64(0)).astype(np.int64)
 
 
-def _link(tensors: list[Tensor], wire: Any, index: dict[int, int]) -> None:
-    sources: list[list[int]] = wire["src"].tolist()
-    views: list[int] = wire["view_src"].tolist()
-    ordered = True
-    for i, (tensor, source_ids, view_id) in enumerate(zip(tensors, sources, views, strict=True)):
-        linked: list[Tensor | None] = []
-        for k, id_ in enumerate((*source_ids, view_id)):
-            if id_ == 0:
-                linked.append(None)
-                continue
-            at = index.get(id_)
-            if at is None:
-                raise GraphError(f"tensor '{tensor.name}': source {id_:#x} is not in the graph")
-            if at == i and k == 1 and tensor.op is Op.CPY:
-                # ggml_cast: a copy whose destination is its own result.
-                linked.append(None)
-                continue
-            ordered = ordered and at < i
-            linked.append(tensors[at])
-        tensor.view_src = linked.pop()
-        tensor.src = tuple(linked)
+def _refuse_first(bad: npt.NDArray[np.bool_], message: Callable[[int], str]) -> None:
+    """Raises GraphError with the message for the first row that is ``bad``."""
+    if bad.any():
+        raise GraphError(message(int(bad.argmax())))
+
+
+def _label(wire: Any, i: int) -> str:
+    return name_of(bytes(wire["name"][i]))
+
+
+def _unknown_type(wire: Any, i: int) -> str:
+    return f"tensor '{_label(wire, i)}': unknown type {wire['type'][i]}"
+
+
+def _bare(wire: Any, i: int) -> Tensor:
+    """A tensor of known type that says no more than how it lies."""
+    ne, nb = (tuple(map(int, wire[name][i])) for name in ("ne", "nb"))
+    type_ = _TYPES[int(wire["type"][i])]
+    return Tensor(int(wire["id"][i]), _label(wire, i), type_, Op.NONE, ne, nb)  # type: ignore[arg-type]
+
+
+def _repeated(t: Tensor) -> str:
+    return f"tensor '{t.name}': {t.row_size * t.nrows} bytes of elements lie in {t.nbytes} bytes"
+
+
+def _link(wire: Any, ids: _Ids, ops: Ints) -> tuple[Ints, Ints]:
+    """Rows of sources (n, 10) and of what is viewed (n). Raises GraphError."""
+    n = len(wire)
+    named = np.empty((n, MAX_SOURCES + 1), np.uint64)
+    named[:, :MAX_SOURCES] = wire["src"]
+    named[:, MAX_SOURCES] = wire["view_src"]
+    there = named != 0
+    rows = np.full(named.shape, n, np.int64)
+    rows[there] = ids.rows(named[there])
+    lost = there & (rows == n)
+    if lost.any():
+        i, k = np.argwhere(lost)[0]
+        raise GraphError(
+            f"tensor '{_label(wire, i)}': source {int(named[i, k]):#x} is not in the graph"
+        )
+    own = np.arange(n)
+    # ggml_cast: a copy whose destination is its own result.
+    rows[(rows[:, 1] == own) & (ops == _CPY), 1] = n
     # Clients write tensors after what they refer to, which rules cycles out; only another order
     # needs the search.
-    if not ordered:
-        _refuse_cycles(tensors)
+    if ((rows >= own[:, None]) & (rows != n)).any():
+        _refuse_cycles(wire, rows)
+    return rows[:, :MAX_SOURCES], rows[:, MAX_SOURCES]
 
 
-def _say_padding(tensors: list[Tensor]) -> None:
-    """Give each PAD the op_params that it has in newer releases."""
-    for tensor in tensors:
-        source = tensor.src[0]
-        if tensor.op is Op.PAD and source is not None:
-            tensor.op_params = padding_behind(tensor.ne, source.ne, MAX_PARAM_WORDS)
+def _params(wire: Any, ops: Ints, ne: Any, src: Ints, dialect: Dialect) -> Ints:
+    """op_params (n, 16) as the newest ggml has them, whatever the client numbers."""
+    numbering = dialect.numbering
+    params: Ints = wire["op_params"].astype(np.int64)
+    for op in numbering.functions:
+        (rows,) = np.nonzero(ops == OP_NUMBERS[op])
+        words, inverse = np.unique(params[rows, 0], return_inverse=True)
+        known = [canonical_params(numbering, op, (int(word),))[0] for word in words]
+        params[rows, 0] = np.array(known, np.int64)[inverse]
+    if numbering.pads_behind:
+        (rows,) = np.nonzero((ops == OP_NUMBERS[Op.PAD]) & (src[:, 0] != len(ops)))
+        for row in rows.tolist():
+            shape, source_shape = ne[row].tolist(), ne[src[row, 0]].tolist()
+            params[row] = padding_behind(shape, source_shape, MAX_PARAM_WORDS)
+    return params
 
 
-def _refuse_cycles(tensors: list[Tensor]) -> None:
-    done: set[int] = set()
-    for root in tensors:
-        if id(root) in done:
-            continue
-        path: set[int] = set()
-        stack: list[tuple[Tensor, bool]] = [(root, False)]
+class _Maker:
+    """Makes tensors of the wire."""
+
+    def __init__(
+        self, wire: Any, types: Ints, ops: Ints, params: Ints, address: Ints, *links: Ints
+    ) -> None:
+        self._wire = wire
+        self._types, self._ops, self._params, self._address = types, ops, params, address
+        self._src, self._view_src = links
+        self._made: dict[int, Tensor] = {}
+
+    def alone(self, row: int) -> Tensor:
+        """A tensor and its sources, with nothing behind these."""
+        t = self._bare(row)
+        none = len(self._ops)
+        t.src = tuple(None if i == none else self._bare(i) for i in self._src[row].tolist())
+        return t
+
+    def linked(self, row: int) -> Tensor:
+        """A tensor with all that it leads to; each of them is made once."""
+        made = self._made.get(row)
+        if made is not None:
+            return made
+        wanted = [row]
+        for at in wanted:
+            if at in self._made:
+                continue
+            self._made[at] = self._bare(at)
+            wanted += self._links(at)
+        for at in wanted:
+            t = self._made[at]
+            *sources, view = (self._made.get(i) for i in self._ends(at))
+            t.src, t.view_src = tuple(sources), view
+        return self._made[row]
+
+    def _ends(self, row: int) -> list[int]:
+        return [*self._src[row].tolist(), int(self._view_src[row])]
+
+    def _links(self, row: int) -> list[int]:
+        return [i for i in self._ends(row) if i != len(self._ops)]
+
+    def _bare(self, row: int) -> Tensor:
+        t = _bare(self._wire, row)
+        t.op = _OPS[int(self._ops[row])]
+        t.op_params = tuple(self._params[row].tolist())
+        t.flags = int(self._wire["flags"][row])
+        t.use_count = int(self._wire["use_count"][row])
+        t.address = int(self._address[row])
+        return t
+
+
+_OPS = tuple(Op)
+
+
+def _refuse_cycles(wire: Any, rows: Ints) -> None:
+    """Raises GraphError if a tensor leads to itself by the rows of what it refers to."""
+    n = len(rows)
+    links = [[i for i in row if i != n] for row in rows.tolist()]
+    # 1: on the path that is being followed; 2: done.
+    state = bytearray(n)
+    for root in range(n):
+        stack = [] if state[root] else [root]
         while stack:
-            tensor, leaving = stack.pop()
-            key = id(tensor)
-            if leaving:
-                path.discard(key)
-                done.add(key)
+            at = stack[-1]
+            if state[at]:
+                state[stack.pop()] = 2
                 continue
-            if key in path:
-                raise GraphError(f"tensor '{tensor.name}' depends on itself")
-            if key in done:
-                continue
-            path.add(key)
-            stack.append((tensor, True))
-            for other in (*tensor.src, tensor.view_src):
-                if other is not None and id(other) not in done:
-                    if id(other) in path:
-                        raise GraphError(f"tensor '{other.name}' depends on itself")
-                    stack.append((other, False))
+            state[at] = 1
+            for other in links[at]:
+                if state[other] == 1:
+                    raise GraphError(f"tensor '{_label(wire, other)}' depends on itself")
+                if not state[other]:
+                    stack.append(other)
+
+
+def _check_order(table: TensorTable, nodes: Ints) -> None:
+    """Raises GraphError if a node reads what a later one computes."""
+    position = np.full(len(table) + 1, -1, np.int64)
+    position[nodes] = own = np.arange(len(nodes))
+    read = np.column_stack((table.src[nodes], table.view_src[nodes]))
+    early = position[read] > own[:, None]
+    if early.any():
+        i, k = np.argwhere(early)[0]
+        node, source = table.make(int(nodes[i])), table.make(int(read[i, k]))
+        raise GraphError(f"{node.label}: source '{source.name}' is computed after it")
 
 
 def check_order(nodes: list[Tensor]) -> None:
@@ -231,14 +438,6 @@ def check_order(nodes: list[Tensor]) -> None:
         for source in (*node.src, node.view_src):
             if source is not None and position.get(id(source), -1) > i:
                 raise GraphError(f"{node.label}: source '{source.name}' is computed after it")
-
-
-def _to_compute(nodes: list[Tensor], dialect: Dialect) -> list[Tensor]:
-    # The flag came in 2026-01; clients of protocol 3.6 exist with and without it.
-    chosen = [node for node in nodes if node.flags & TensorFlag.COMPUTE]
-    if not chosen and not dialect.always_flags:
-        return nodes
-    return chosen
 
 
 def label_of_message(message: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from protocol.ggml.ops import Op
@@ -16,6 +17,11 @@ from protocol.ggml.types import (
 from protocol.ggml.types import nbytes as tensor_nbytes
 
 Dims = tuple[int, int, int, int]
+
+
+def label_of(op: Op, name: str, type: GgmlType, ne: Sequence[int]) -> str:
+    """Return how messages name a tensor."""
+    return f"{op} '{name}' ({type.name} {'x'.join(map(str, ne))})"
 
 
 @dataclass(slots=True, eq=False)
@@ -98,8 +104,7 @@ class Tensor:
     @property
     def label(self) -> str:
         """How messages name this tensor."""
-        shape = "x".join(map(str, self.ne))
-        return f"{self.op} '{self.name}' ({self.type.name} {shape})"
+        return label_of(self.op, self.name, self.type, self.ne)
 
     def same_shape(self, other: Tensor) -> bool:
         return self.ne == other.ne

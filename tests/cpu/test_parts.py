@@ -13,6 +13,7 @@ from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.tensor import Tensor
+from tests.ops import harness
 from tests.ops.harness import node, params, run, tensor, values
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
@@ -93,6 +94,8 @@ def test_parts_compute_what_the_whole_does(
     monkeypatch.setattr(Planner, "emit", noted)
     monkeypatch.setattr(Planner, "part_bytes", 512)
     monkeypatch.setattr(Planner, "part_products", 1 << 14)
+    # One that has not seen the node yet.
+    monkeypatch.setattr(harness, "builder", harness.builder.__wrapped__)
     run(t, kernels=True, n_threads=n_threads)
     assert max(cut) > 2 * n_threads
     assert all(parts % n_threads == 0 for parts in cut)

@@ -15,11 +15,10 @@ from rpc_server.devices.cpu import catalog, plan, planner
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.kernels.interface import schedule
 from rpc_server.devices.cpu.kernels.interface.layout import activation_form
+from rpc_server.devices.cpu.kernels.interface.planning import MOST_KEPT
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.devices.planning import scratch
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError, NoMemoryNowError
@@ -155,35 +154,13 @@ def test_few_converted_rows_are_kept(executor: Executor) -> None:
     """A graph with more of them than are kept computes the same; its scratch is bounded."""
     weights = matrix(64, 8, 0)
     # Each is read again, when all others were read in between.
-    inputs = [activations(64, 3) for _ in range(scratch._MOST_KEPT + 8)]
+    inputs = [activations(64, 3) for _ in range(MOST_KEPT + 8)]
     nodes = [product(weights, x) for x in (*inputs, *inputs)]
     built = CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes, DIALECTS[0]))
     built.run()
     actual = [values(t) for t in nodes]
     few = CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes[:1], DIALECTS[0]))
-    assert built.scratch <= scratch._MOST_KEPT * few.scratch
+    assert built.scratch <= MOST_KEPT * few.scratch
     for t, result in zip(nodes, actual, strict=True):
         run(t, kernels=False)
         assert nmse(values(t), result) < 1e-4
-
-
-def test_many_records_are_scheduled_in_pieces(
-    executor: Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-
-    def counted(records: list[planner.Emitted]) -> list[int]:
-        sizes.append(len(records))
-        return schedule.schedule(records)
-
-    monkeypatch.setattr(plan, "schedule", counted)
-    monkeypatch.setattr(plan, "_TOGETHER", 5)
-    x = activations(4096, 4)
-    # The first node of each piece reads what the last of the piece before it computes.
-    nodes = [node(Op.ADD, GgmlType.F32, x.ne, [x, x])]
-    for i in range(1, 12):
-        nodes.append(node(Op.ADD, GgmlType.F32, x.ne, [nodes[-1] if i % 5 == 0 else x, x]))
-    CpuPlanBuilder(executor, ScratchArena()).build(LinkedGraph(nodes, DIALECTS[0])).run()
-    assert sizes == [5, 5, 2]
-    for i, t in enumerate(nodes):
-        assert (values(t) == (3 if i and i % 5 == 0 else 2) * values(x)).all()

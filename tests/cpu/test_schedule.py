@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpc_server.devices.cpu.kernels.interface.schedule import (
-    SERIAL_BELOW,
-    Span,
-    StepFlag,
-    schedule,
-)
+from rpc_server.devices.cpu.assembly import PlanStoppedError, schedule
+from rpc_server.devices.cpu.kernels.interface.planning import MOST_SPANS
+from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag
+
+Span = tuple[int, int]
 
 
 @dataclass
@@ -24,8 +25,13 @@ class Record:
     private: bool = False
 
 
-def steps(*records: Record) -> list[StepFlag]:
-    return [StepFlag(s) for s in schedule(records)]
+def steps(*records: Record, most_spans: int = MOST_SPANS, stopped: bool = False) -> list[StepFlag]:
+    alone = np.array([r.work < SERIAL_BELOW and not r.private for r in records], np.int64)
+    touched = [[(*s, 0) for s in r.reads] + [(*s, 1) for s in r.writes] for r in records]
+    first = np.cumsum([0, *map(len, touched)])
+    spans = np.array([s for some in touched for s in some], np.int64).reshape(-1, 3)
+    stop = np.array([stopped], np.int64)
+    return [StepFlag(int(s)) for s in schedule(alone, first, spans, stop, most_spans)]
 
 
 BIG, SMALL = SERIAL_BELOW, 10
@@ -59,7 +65,25 @@ def test_scratch_of_a_thread_is_used_by_that_thread() -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert schedule([]) == []
+    assert steps() == []
+
+
+def test_a_record_is_held_against_a_bounded_number_of_others() -> None:
+    """Behind so many spans all meet; records in front of that are no longer looked at."""
+    apart = [Record([(0, 1)], [(10 * i, 10 * i + 1)]) for i in range(1, 13)]
+    assert not any(steps(*apart))
+    assert [bool(s) for s in steps(*apart, most_spans=8)] == [i % 4 == 3 for i in range(11)] + [
+        False
+    ]
+    # What reads the result of the first: they have met since, or meet now.
+    apart[6] = Record([(10, 11)], [(70, 71)])
+    assert [i for i, s in enumerate(steps(*apart, most_spans=8)) if s] == [3, 7]
+    assert [i for i, s in enumerate(steps(*apart)) if s] == [5]
+
+
+def test_scheduling_can_be_stopped() -> None:
+    with pytest.raises(PlanStoppedError):
+        steps(Record([(0, 1)], [(1, 2)]), stopped=True)
 
 
 spans = st.tuples(st.integers(0, 12), st.integers(1, 4)).map(lambda s: (s[0], s[0] + s[1]))

@@ -7,7 +7,6 @@ are known by the handles and addresses of :func:`handle` and :func:`wire_base`.
 from __future__ import annotations
 
 import functools
-import itertools
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
-from rpc_server.devices.cpu.planner import Emitted
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.graph.errors import GraphError
@@ -144,9 +142,8 @@ def _check_promises(nodes: Sequence[Tensor], buffers: Iterable[BufferLike]) -> N
 class _Planner(CpuPlanBuilder):
     """Lowers whole graphs without asking for any kernel's code."""
 
-    def _addresses(self, parts: list[list[Emitted] | Tensor], wait: bool) -> dict[Kernel, int]:
-        lists = [part for part in parts if not isinstance(part, Tensor)]
-        return {record.kernel: 0 for record in itertools.chain.from_iterable(lists)}
+    def _addresses(self, users: Iterable[Kernel], wait: bool) -> dict[Kernel, int]:
+        return dict.fromkeys(users, 0)
 
 
 class _Threads(Executor):

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from protocol.graph_payload import decode_graph
@@ -99,7 +100,9 @@ def test_a_parser_that_lets_tensors_out_of_their_buffers_is_found(
 ) -> None:
     data = seeds.graph_inputs(5, 1)[0]
     assert graphs.graph(data)
-    monkeypatch.setattr("rpc_server.graph.parse._locate", lambda t, address, buffer: address)
+    monkeypatch.setattr(
+        "rpc_server.graph.parse._addresses", lambda wire, *_: wire["data"].astype(np.int64)
+    )
     with pytest.raises(streams.BrokenPromise, match="outside its buffer"):
         graphs.graph(data)
 

@@ -14,14 +14,16 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rpc_server import __main__ as server
+from rpc_server.devices.cpu.assembly import RecordTable
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.plan import CpuPlanBuilder, TimeSlices
-from rpc_server.devices.cpu.planner import Emitted
+from rpc_server.graph.table import Ints
 from tools.bench import llama
 from tools.serving.ports import free_port
 from tools.serving.processes import (
@@ -58,13 +60,17 @@ class Profiler:
     def program_step(
         self,
         builder: CpuPlanBuilder,
-        records: list[Emitted],
-        addresses: dict[Kernel, int],
+        records: RecordTable,
+        addresses: Mapping[Kernel, int],
         slices: TimeSlices,
+        label: Callable[[int], str],
+        stop: Ints,
     ) -> Callable[[], None]:
         """A step that runs its records in one call, and every other time one by one."""
-        whole = _ORIGINAL(builder, records, addresses, slices)
-        single = [_ORIGINAL(builder, [r], addresses, slices) for r in records]
+        given = (addresses, slices, label, stop)
+        whole = _ORIGINAL(builder, records, *given)
+        parts = [records.part(i, i + 1) for i in range(len(records))]
+        single = [_ORIGINAL(builder, part, *given) for part in parts]
         runs = 0
 
         def run() -> None:
@@ -77,13 +83,14 @@ class Profiler:
                     self.whole.append(time.perf_counter() - started)
                     self.n_records = len(records)
                 return
-            for record, step in zip(records, single, strict=True):
+            for part, step in zip(parts, single, strict=True):
                 before = time.perf_counter()
                 step()
-                entry = self.kernels.setdefault(record.kernel.label, Timed())
+                kernel = part.kernels[int(part.numbers[0])]
+                entry = self.kernels.setdefault(kernel.label, Timed())
                 entry.records += 1
                 entry.seconds += time.perf_counter() - before
-                entry.bytes += sum(b - a for a, b in (*record.reads, *record.writes))
+                entry.bytes += int((part.spans[:, 1] - part.spans[:, 0]).sum())
             self.timed.append(time.perf_counter() - started)
 
         return run
@@ -104,13 +111,8 @@ _ORIGINAL = CpuPlanBuilder._program_step
 def _serve(port: int, out: Path) -> int:
     profiler = Profiler()
 
-    def program_step(
-        builder: CpuPlanBuilder,
-        records: list[Emitted],
-        addresses: dict[Kernel, int],
-        slices: TimeSlices,
-    ) -> Callable[[], None]:
-        return profiler.program_step(builder, records, addresses, slices)
+    def program_step(builder: CpuPlanBuilder, *given: Any) -> Callable[[], None]:
+        return profiler.program_step(builder, *given)
 
     CpuPlanBuilder._program_step = program_step  # type: ignore[method-assign, assignment]
     status = server.main(["--port", str(port), "-t", "1", "--log-level", "warning"])

@@ -86,6 +86,9 @@ def _family(path: str) -> Callable[..., Kernel]:
 
 # Runs the records of a plan; see ``executor``.
 run_records = _one("run.run_records")
+# The loops of planning; see ``assembly``.
+place_scratch = _one("planning.place_scratch")
+schedule_records = _one("planning.schedule_records")
 # Its result has a bit for each Isa that compiled code may use.
 instruction_sets = _one("vector.instruction_sets")
 # FNV-1a 64 of (address, size), begun with a value.
@@ -158,6 +161,8 @@ merge_attention = _one("attention.merge_attention")
 # What language models are made of besides their weights; what takes longest to compile first.
 _USUAL = (
     run_records,
+    place_scratch,
+    schedule_records,
     # Keys and values are F16.
     attention_kernel(GgmlType.F16, GgmlType.F16),
     norm_kernel(Norm.RMS_NORM),

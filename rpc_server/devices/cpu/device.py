@@ -19,6 +19,7 @@ from rpc_server.devices.cpu.machine import available_cores, processor_name, syst
 from rpc_server.devices.cpu.mapped import MappedStorage
 from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
 from rpc_server.devices.cpu.turns import DeviceShare, Turns
+from rpc_server.devices.planning.kinds import KindMemory
 from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
@@ -26,6 +27,7 @@ from rpc_server.native.routine import CompileError
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.executor import Executor
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
+    from rpc_server.devices.cpu.kinds import CpuKind
     from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
     from rpc_server.devices.cpu.planner import PlanItem
 
@@ -61,6 +63,8 @@ class CpuDevice:
         self._queues: weakref.WeakSet[CpuQueue] = weakref.WeakSet()
         # Ops whose kernels could not be compiled.
         self._without: set[Op] = set()
+        # What is known of kinds of nodes, whoever's they are.
+        self._kinds: KindMemory[CpuKind] = KindMemory()
         self.idle_scratch = IdleScratch(_IDLE_SCRATCH)
 
     @property
@@ -101,7 +105,9 @@ class CpuDevice:
         from rpc_server.devices.cpu.plan import CpuPlanBuilder
 
         executor = self._executor()
-        return CpuPlanBuilder(executor, scratch, share=share, without=self._without)
+        return CpuPlanBuilder(
+            executor, scratch, share=share, without=self._without, kinds=self._kinds
+        )
 
     def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type loaded or compiled, and what most graphs need."""

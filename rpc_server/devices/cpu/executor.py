@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,16 +55,17 @@ class RecordProgram:
 
     def __init__(
         self,
-        kernels: list[int],
-        words: list[np.ndarray[Any, Any]],
-        steps: list[int] | None = None,
-        parts: list[int] | None = None,
+        kernels: Sequence[int] | np.ndarray[Any, Any],
+        words: Sequence[np.ndarray[Any, Any]] | np.ndarray[Any, Any],
+        steps: Sequence[int] | np.ndarray[Any, Any] | None = None,
+        parts: Sequence[int] | np.ndarray[Any, Any] | None = None,
     ) -> None:
         self.count = len(kernels)
-        self._words = np.array(words, np.int64)
+        # Not copied if they are one array already: they take most of a plan's memory.
+        self._words = np.ascontiguousarray(words, np.int64)
         self._kernels = np.array(kernels, np.int64)
-        base, stride = self._words.ctypes.data, self._words.strides[0] if words else 0
-        self._records = np.array([base + i * stride for i in range(self.count)], np.int64)
+        base, stride = self._words.ctypes.data, self._words.strides[0] if self.count else 0
+        self._records = base + stride * np.arange(self.count, dtype=np.int64)
         self._steps = np.full(self.count, int(StepFlag.BARRIER_AFTER), np.int64)
         if steps is not None:
             self._steps[:] = steps

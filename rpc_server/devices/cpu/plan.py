@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,32 +14,35 @@ import rpc_server.devices.cpu.lower  # fills the table of lowerings
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
 from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from rpc_server.devices.base import NotReadyError
+from rpc_server.devices.cpu.assembly import (
+    NoScratchError,
+    PlanStoppedError,
+    RecordAssembly,
+    RecordTable,
+    schedule,
+)
 from rpc_server.devices.cpu.catalog import Kernel, library
 from rpc_server.devices.cpu.executor import PAUSED, Executor, Position, RecordProgram
 from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
-from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag, schedule
-from rpc_server.devices.cpu.planner import (
-    LOWERINGS,
-    Emitted,
-    PlanItem,
-    Planner,
-)
+from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag
+from rpc_server.devices.cpu.kinds import CpuKind, KindMaker
+from rpc_server.devices.cpu.planner import LOWERINGS, PlanItem, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.turns import DeviceShare, Turns
-from rpc_server.devices.planning.nodes import PlanSteps, lower_node
+from rpc_server.devices.planning.kinds import SLOTS, KindMemory, signatures, slot_rows
 from rpc_server.devices.planning.records import STATUS_TEXT
-from rpc_server.devices.planning.scratch import Labelled
-from rpc_server.graph.errors import GraphError
+from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.tensor import Tensor
+from rpc_server.graph.table import NB, NE, TYPE, Ints, TensorTable, name_of, table_of
+from rpc_server.graph.table import OPS as OPS_BY_NUMBER
+from rpc_server.graph.tensor import Tensor, label_of
 from rpc_server.native.routine import NoMemoryNowError
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.table import OPS, ContractError, OpSpec, require
+from rpc_server.ops.table import OPS, ContractError
 
 log = logging.getLogger(__name__)
-
-_NOT_IMPLEMENTED = "this combination is not implemented"
 
 # A prompt may need scratch that later graphs don't; what is above this is given back after it.
 _KEEP_SCRATCH = 64 << 20
@@ -67,7 +70,7 @@ def _elements(node: Tensor) -> int:
     return sum(t.nelements for t in (node, *node.src) if t is not None)
 
 
-def _is_long(node: Tensor) -> bool:
+def is_long(node: Tensor) -> bool:
     """Whether a kernel would work through too much of ``node`` before it can pause."""
     most, source = _MOST_AT_ONCE.get(node.op), node.src[0]
     if most is None or source is None:
@@ -78,27 +81,6 @@ def _is_long(node: Tensor) -> bool:
         groups = max(node.param_i32(0), 1)
         return source.ne[0] * source.ne[1] * -(-source.ne[2] // groups) > most
     return source.ne[0] > most
-
-
-# Records that are scheduled together: each is held against all since the last barrier, and a graph
-# may have a million.
-_TOGETHER = 512
-
-
-def _steps(records: list[Emitted]) -> list[int]:
-    """The Step flags of records, scheduled in pieces with a barrier between them."""
-    if all(r.work < SERIAL_BELOW and not r.private and not r.parts for r in records):
-        return [int(StepFlag.SERIAL)] * len(records)
-    steps: list[int] = []
-    for at in range(0, len(records), _TOGETHER):
-        if steps:
-            steps[-1] |= StepFlag.BARRIER_AFTER
-        steps += schedule(records[at : at + _TOGETHER])
-    for i, record in enumerate(records):
-        if record.parts:
-            # Any thread may have done a part: they have to meet.
-            steps[i] = steps[i] & ~StepFlag.SERIAL | StepFlag.BARRIER_AFTER
-    return steps
 
 
 class TimeSlices:
@@ -124,6 +106,19 @@ class TimeSlices:
         self._share.word.set()
 
 
+@dataclass(slots=True)
+class PlanNeeds:
+    """What a plan takes: ``scratch`` are peak bytes beside tensors, ``touches`` those in the arena.
+
+    ``interpreted`` says how many nodes of which op run without a kernel.
+    """
+
+    records: int = 0
+    scratch: int = 0
+    touches: int = 0
+    interpreted: dict[str, int] = field(default_factory=dict)
+
+
 class CpuPlan:
     """Steps that run a graph from end to end, in ``slices``.
 
@@ -136,23 +131,17 @@ class CpuPlan:
         self,
         dialect: Dialect,
         steps: list[Callable[[], None]],
-        planner: Planner,
         arena: ScratchArena,
-        parts: PlanSteps[Emitted],
         slices: TimeSlices,
+        needs: PlanNeeds,
     ) -> None:
         self.dialect = dialect
-        self._steps = steps
+        self.steps = steps
         self._slices = slices
-        # Peak bytes beside tensors, those of them in the arena, and how many nodes of which op run
-        # without a kernel.
-        self.scratch = planner.peak
-        self._touches = planner.scratch_touched
-        self.interpreted = parts.interpreted
-        self.nbytes = (
-            sum(map(len, parts.runs())) * _RECORD_BYTES
-            + sum(self.interpreted.values()) * _NODE_BYTES
-        )
+        self.scratch = needs.scratch
+        self._touches = needs.touches
+        self.interpreted = needs.interpreted
+        self.nbytes = needs.records * _RECORD_BYTES + sum(self.interpreted.values()) * _NODE_BYTES
         self._arena = arena
         # What records hold addresses of beside the client's buffers; its maker puts it here.
         self.keep: object = None
@@ -162,7 +151,7 @@ class CpuPlan:
         arena = self._arena
         arena.touched = max(arena.touched, self._touches)
         try:
-            for step in self._steps:
+            for step in self.steps:
                 self._slices.look()
                 step()
         finally:
@@ -186,12 +175,97 @@ class _DeclinedError(Exception):
         self.now = now
 
 
+# A graph has a few dozen kinds of nodes; to decide about one takes longer than many of a kind do.
+_MOST_KINDS = 1 << 13
+
+
+class _Labels:
+    """How messages name what is at a position of a plan: all that a plan keeps of its nodes."""
+
+    def __init__(self, table: TensorTable, rows: Ints, nodes: Ints, others: Others) -> None:
+        self._nodes = nodes
+        self._names = table.names[rows]
+        self._ops = table.ops[rows].astype(np.uint8)
+        self._shapes = table.shapes[rows][:, [TYPE, *range(NE, NB)]].astype(np.uint32)
+        self._others = {number: item.label for number, item in others}
+
+    def __call__(self, position: int) -> str:
+        other = self._others.get(position)
+        if other is not None:
+            return other
+        at = int(np.searchsorted(self._nodes, position))
+        type_, *ne = self._shapes[at].tolist()
+        name = self._names[at]
+        if isinstance(name, bytes):
+            name = name_of(name)
+        return label_of(OPS_BY_NUMBER[self._ops[at]], name, GgmlType(type_), ne)
+
+
+Others = Sequence[tuple[int, PlanItem]]
+
+
+class _Positions:
+    """What a plan does one after the other: nodes of a table, and what else there is."""
+
+    def __init__(self, table: TensorTable, order: Ints, nodes: Ints, others: Others) -> None:
+        """``order`` are the nodes' rows in ``table``, ``nodes`` their positions."""
+        self._table = table
+        self._rows = slot_rows(table, order)
+        self.nodes = nodes
+        self.others = others
+        self.label = _Labels(table, order, nodes, others)
+
+    @classmethod
+    def of_graph(cls, graph: LinkedGraph) -> _Positions:
+        return cls(graph.table, graph.order, np.arange(len(graph.order)), ())
+
+    @classmethod
+    def of_items(cls, items: Sequence[Tensor | PlanItem]) -> _Positions:
+        nodes = [item for item in items if isinstance(item, Tensor)]
+        others = [(i, item) for i, item in enumerate(items) if not isinstance(item, Tensor)]
+        table, rows = table_of(nodes)
+        order = np.array([rows[id(t)] for t in nodes], np.int64)
+        there = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
+        return cls(table, order, np.array(there, np.int64), others)
+
+    def __len__(self) -> int:
+        return len(self.nodes) + len(self.others)
+
+    @property
+    def signatures(self) -> tuple[list[bytes], Ints, Ints]:
+        """The signatures of all nodes, the first of each, and each node's."""
+        return signatures(self._table, self._rows)
+
+    @property
+    def slots(self) -> Ints:
+        """(n, SLOTS) addresses of nodes and sources; 0 for what is no node."""
+        slots = np.zeros((len(self), SLOTS), np.int64)
+        slots[self.nodes] = self._table.address[self._rows]
+        return slots
+
+    def node(self, position: int) -> Tensor:
+        """The node at a position, with its sources and nothing behind them."""
+        at = int(np.searchsorted(self.nodes, position))
+        return self._table.node(int(self._rows[at, 0]))
+
+    def refuse(self, number: int, maker: KindMaker) -> None:
+        """Raise what is wrong with node ``number``, as a GraphError."""
+        node = self._table.node(int(self._rows[number, 0]))
+        try:
+            maker.decide(node)
+        except ContractError as error:
+            raise NodeError(str(error)) from None
+        except MemoryError as error:
+            raise GraphError(f"{node.label}: {error}") from None
+
+
 class CpuPlanBuilder:
     """Makes plans for one executor, and one client; not shared between threads.
 
     Without an executor, or with ``use_kernels=False``, every node runs by its array reference. The
     client has the device by turns with those that have other shares of it. ``without`` are ops
-    whose kernels could not be compiled; what turns out to be one is added.
+    whose kernels could not be compiled; what turns out to be one is added. ``kinds`` is what
+    builders of one device remember together.
     """
 
     def __init__(
@@ -202,92 +276,105 @@ class CpuPlanBuilder:
         use_kernels: bool = True,
         share: DeviceShare | None = None,
         without: set[Op] | None = None,
+        kinds: KindMemory[CpuKind] | None = None,
     ) -> None:
         self._executor = executor
         self._scratch = scratch
         self._use_kernels = use_kernels
         self._share = share or Turns().share()
         self._without = set() if without is None else without
+        self._maker = KindMaker(
+            executor.n_threads if executor else 1,
+            scratch.size,
+            self._lower,
+            self._share.word.address,
+        )
+        self._memory: KindMemory[CpuKind] = KindMemory() if kinds is None else kinds
 
-    def build(self, graph: LinkedGraph, *, wait: bool = True) -> CpuPlan:
+    def build(self, graph: LinkedGraph, *, wait: bool = True, stop: Ints | None = None) -> CpuPlan:
         """Hold each node against its contract and lower it. Raises GraphError.
 
         Waits for kernels that are being compiled, of this graph alone; with ``wait=False`` raises
-        NotReadyError instead.
+        NotReadyError instead. Ends with a GraphError as soon as the word ``stop`` is not 0.
         """
-        return self.build_items(graph.nodes, graph.dialect, wait=wait)
+        return self._build(_Positions.of_graph(graph), graph.dialect, wait, stop)
 
     def build_items(
-        self, items: Sequence[Tensor | PlanItem], dialect: Dialect, *, wait: bool = True
-    ) -> CpuPlan:
-        """Like :meth:`build`, with what else is to be done between nodes."""
-        without = set(self._without)
-        while True:
-            try:
-                return self._build(items, dialect, wait, without)
-            except _DeclinedError as declined:
-                self._without |= declined.ops - declined.now
-                without |= declined.ops
-
-    def _build(
         self,
         items: Sequence[Tensor | PlanItem],
         dialect: Dialect,
-        wait: bool,
-        without: AbstractSet[Op],
+        *,
+        wait: bool = True,
+        stop: Ints | None = None,
     ) -> CpuPlan:
-        """Raises GraphError, NotReadyError, _DeclinedError."""
+        """Like :meth:`build`, with what else is to be done between nodes."""
+        return self._build(_Positions.of_items(items), dialect, wait, stop)
+
+    def _build(
+        self, positions: _Positions, dialect: Dialect, wait: bool, stop: Ints | None
+    ) -> CpuPlan:
+        if not len(positions):
+            return CpuPlan(dialect, [], self._scratch, TimeSlices(self._share), PlanNeeds())
         started = time.perf_counter()
-        n_threads = self._executor.n_threads if self._executor else 1
-        planner = Planner(n_threads, self._scratch, items, self._share.word.address)
-        parts: PlanSteps[Emitted] = PlanSteps()
+        stop = np.zeros(1, np.int64) if stop is None else stop
+        kinds, which = self._kinds_of(positions, stop)
+        without = set(self._without)
+        while True:
+            chosen = [k.without_kernel() if k.op in without else k for k in kinds]
+            try:
+                addresses = self._addresses(_users(chosen), wait)
+                break
+            except _DeclinedError as declined:
+                self._without |= declined.ops - declined.now
+                without |= declined.ops
+        try:
+            plan = self._assemble(positions, chosen, which, addresses, dialect, stop)
+        except PlanStoppedError:
+            raise GraphError("was stopped") from None
+        log.debug(
+            "planned %d nodes of %d kinds as %d steps in %.1f ms, %d KiB of scratch; without "
+            "kernels: %s",
+            len(which),
+            len(kinds),
+            len(plan.steps),
+            (time.perf_counter() - started) * 1e3,
+            plan.scratch >> 10,
+            plan.interpreted or "none",
+        )
+        return plan
 
-        def decline(node: Tensor, spec: OpSpec) -> None:
-            require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
-            planner.works_on_copies(node)
-            parts.without_kernel(planner.take(), node)
-
-        def lower(node: Tensor) -> bool:
-            return node.op not in without and self._lower(node, planner)
-
-        for item in items:
-            if isinstance(item, Tensor):
-                lower_node(item, planner, lower, decline)
-                continue
+    def _kinds_of(self, positions: _Positions, stop: Ints) -> tuple[list[CpuKind], Ints]:
+        """The kinds that there are, and the kind of each position. Raises GraphError."""
+        keys, first, which = positions.signatures
+        if len(keys) > _MOST_KINDS:
+            raise GraphError(
+                f"a graph of {len(keys)} kinds of nodes, no two of them alike; more than "
+                f"{_MOST_KINDS} are not planned for"
+            )
+        kinds: list[CpuKind] = []
+        for key, number in zip(keys, first.tolist(), strict=True):
+            if stop[0]:
+                raise GraphError("was stopped")
+            try:
+                kinds.append(self._memory.find(key, self._maker))
+            except (ContractError, MemoryError):
+                # Not kept with the kind, which has no name: the same of the node itself.
+                positions.refuse(number, self._maker)
+                raise
+        numbers = np.empty(len(positions), np.int64)
+        numbers[positions.nodes] = which
+        for number, item in positions.others:
             if self._executor is None:
                 raise GraphError(f"{item.label} can't be reached without kernels")
-            planner.begin(item)
-            item.emit(planner)
-        parts.append(planner.take())
-        addresses = self._addresses(parts, wait)
-        slices = TimeSlices(self._share)
-        context = ArrayContext(slices.look)
-        steps = parts.steps(
-            lambda node: self._reference_step(node, context, slices),
-            lambda run: self._program_step(run, addresses, slices),
-        )
-        log.debug(
-            "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
-            len(items),
-            len(steps),
-            (time.perf_counter() - started) * 1e3,
-            planner.peak >> 10,
-            parts.interpreted or "none",
-        )
-        return CpuPlan(
-            dialect,
-            steps,
-            planner,
-            self._scratch,
-            parts,
-            slices,
-        )
+            numbers[number] = len(kinds)
+            kinds.append(self._maker.item(item))
+        return kinds, numbers
 
     def _lower(self, node: Tensor, planner: Planner) -> bool:
         lowering = LOWERINGS.get(node.op)
         if lowering is None or self._executor is None or not self._use_kernels:
             return False
-        if _is_long(node):
+        if is_long(node):
             return False
         before = len(planner.records)
         if lowering(node, planner):
@@ -296,12 +383,10 @@ class CpuPlanBuilder:
             raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
         return False
 
-    def _addresses(self, parts: PlanSteps[Emitted], wait: bool) -> dict[Kernel, int]:
+    def _addresses(
+        self, users: Mapping[Kernel, Iterable[Op | PlanItem]], wait: bool
+    ) -> dict[Kernel, int]:
         """Where the code of all kernels is. Raises GraphError, NotReadyError, _DeclinedError."""
-        users: dict[Kernel, list[Labelled]] = {}
-        for run in parts.runs():
-            for record in run:
-                users.setdefault(record.kernel, []).append(record.node)
         if not wait and not library().ready(users):
             raise NotReadyError(lambda: library().addresses(users))
         with self._share.away():
@@ -314,28 +399,86 @@ class CpuPlanBuilder:
                 found[kernel] = address
                 continue
             for user in users[kernel]:
-                if not isinstance(user, Tensor):
+                if not isinstance(user, Op):
                     raise GraphError(f"{user.label}: no compiled {kernel.label}: {address}")
-                failed.add(user.op)
+                failed.add(user)
                 if isinstance(address, NoMemoryNowError):
-                    now.add(user.op)
+                    now.add(user)
         if failed:
             raise _DeclinedError(failed, now)
         return found
 
+    def _assemble(
+        self,
+        positions: _Positions,
+        kinds: Sequence[CpuKind],
+        which: Ints,
+        addresses: Mapping[Kernel, int],
+        dialect: Dialect,
+        stop: Ints,
+    ) -> CpuPlan:
+        """Raises GraphError, PlanStoppedError."""
+        assembly = RecordAssembly(kinds, which, positions.slots, stop)
+        if self._executor is not None:
+            half = self._scratch.size // 2
+            threads = self._scratch.address(half, self._scratch.size - half)
+            try:
+                assembly.place(self._scratch, threads)
+            except NoScratchError as error:
+                raise GraphError(
+                    f"{positions.label(error.position)}: graph needs {error.needed} bytes of "
+                    f"scratch, limit {half}"
+                ) from None
+            except MemoryError as error:
+                raise GraphError(str(error)) from None
+        records = assembly.records()
+        by_reference = np.array([kind.by_reference for kind in kinds], bool)[which]
+        (references,) = np.nonzero(by_reference)
+        cuts = np.searchsorted(records.positions, references).tolist()
+        slices = TimeSlices(self._share)
+        context = ArrayContext(slices.look)
+        steps: list[Callable[[], None]] = []
+        needs = PlanNeeds(records=len(records))
+
+        def program(start: int, end: int) -> None:
+            if end > start:
+                run = records.part(start, end)
+                steps.append(self._program_step(run, addresses, slices, positions.label, stop))
+
+        start = 0
+        for position, cut in zip(references.tolist(), cuts, strict=True):
+            program(start, cut)
+            start = cut
+            op = kinds[which[position]].op
+            assert op is not None
+            needs.interpreted[op] = needs.interpreted.get(op, 0) + 1
+            steps.append(self._reference_step(positions.node(position), context, slices))
+        program(start, len(records))
+        # Beside its tensors a node takes scratch, threads' scratch, or arrays of its reference.
+        needs.touches = assembly.scratch + max(kind.threads for kind in kinds)
+        copies = max((kind.copies for kind in kinds if kind.by_reference), default=0)
+        needs.scratch = max(needs.touches, copies)
+        return CpuPlan(dialect, steps, self._scratch, slices, needs)
+
     def _program_step(
-        self, records: list[Emitted], addresses: dict[Kernel, int], slices: TimeSlices
+        self,
+        records: RecordTable,
+        addresses: Mapping[Kernel, int],
+        slices: TimeSlices,
+        label: Callable[[int], str],
+        stop: Ints,
     ) -> Callable[[], None]:
+        """``label`` names what is at a position."""
         executor = self._executor
         assert executor is not None
-        program = RecordProgram(
-            [addresses[r.kernel] for r in records],
-            [r.words for r in records],
-            _steps(records),
-            [r.parts for r in records],
-        )
-        # Not the nodes: of several plans they would take more memory than the records.
-        labels = [r.node.label for r in records]
+        alone = (records.work < SERIAL_BELOW) & (records.private == 0) & (records.parts == 0)
+        steps = schedule(alone, records.first, records.spans, stop)
+        # Any thread may have done a part: they have to meet.
+        steps[records.parts > 0] |= int(StepFlag.BARRIER_AFTER)
+        kernels = np.array([addresses[k] for k in records.kernels], np.int64)[records.numbers]
+        program = RecordProgram(kernels, records.words, steps, records.parts)
+        # Not the spans: a plan is kept, and they are only for the schedule.
+        numbers = records.positions
 
         def run() -> None:
             position = Position()
@@ -343,7 +486,7 @@ class CpuPlanBuilder:
                 slices.look()
             if status:
                 text = STATUS_TEXT.get(status, f"kernel status {status}")
-                raise GraphError(f"{labels[position.failed_at]}: {text}")
+                raise GraphError(f"{label(int(numbers[position.failed_at]))}: {text}")
 
         return run
 
@@ -364,3 +507,12 @@ class CpuPlanBuilder:
                 raise GraphError(f"{node.label}: {error or 'out of memory'}") from None
 
         return run
+
+
+def _users(kinds: Iterable[CpuKind]) -> dict[Kernel, list[Op | PlanItem]]:
+    """By kernel, what can't run without it."""
+    users: dict[Kernel, list[Op | PlanItem]] = {}
+    for kind in kinds:
+        for kernel in kind.kernels:
+            users.setdefault(kernel, []).append(kind.user)
+    return users

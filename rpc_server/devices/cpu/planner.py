@@ -7,12 +7,13 @@ the kernels of a node and emit their records. What they decline runs as the op's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from protocol.ggml.ops import Op
+from protocol.messages import MAX_PARAM_WORDS
 from rpc_server.devices.cpu.catalog import CONVERTERS, Kernel
 from rpc_server.devices.cpu.kernels.interface.layout import RowForm, row_bytes
 from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, Span
@@ -89,19 +90,8 @@ class Planner(ScratchPlanner):
         # Scratch that the node at hand has for itself; whether it uses that of threads.
         self._local: list[Span] = []
         self._private = False
-        # Most bytes that threads have for themselves, and that a reference takes for its arrays.
-        self._private_peak = 0
-        self._copies_peak = 0
-
-    @property
-    def peak(self) -> int:
-        """Most bytes that any node takes beside its tensors."""
-        return max(self.scratch_touched, self._copies_peak)
-
-    def works_on_copies(self, node: Tensor) -> None:
-        """``node`` runs by its reference, on arrays of F32."""
-        tensors = (node, *(source for source in node.src if source is not None))
-        self._copies_peak = max(self._copies_peak, 4 * sum(t.nelements for t in tensors))
+        # Most bytes that threads have for themselves.
+        self.thread_bytes = 0
 
     def begin(self, node: Labelled) -> None:
         """Start lowering ``node``: scratch of the node before is given back."""
@@ -117,7 +107,7 @@ class Planner(ScratchPlanner):
     @property
     def scratch_touched(self) -> int:
         """Most bytes of scratch that are written, those of threads too."""
-        return self.scratch_peak + self._private_peak
+        return self.scratch_peak + self.thread_bytes
 
     def take(self) -> list[Emitted]:
         """The records since the last time."""
@@ -192,7 +182,7 @@ class Planner(ScratchPlanner):
         if size > stride:
             raise MemoryError(f"graph needs {size} bytes of scratch for a thread, limit {stride}")
         self._private = True
-        self._private_peak = max(self._private_peak, size * self.n_threads)
+        self.thread_bytes = max(self.thread_bytes, size * self.n_threads)
         return self._arena.address(start, stride * self.n_threads), stride
 
     def converted_rows(self, t: Tensor, form: RowForm) -> int:
@@ -203,8 +193,10 @@ class Planner(ScratchPlanner):
         float type.
         """
         stride = row_bytes(form, t.ne[0])
-        key = (form, t.address, t.type, t.ne, t.nb)
+        key = (form, t.type, t.ne, t.nb)
         address, fresh = self.shared_scratch(key, (t,), stride * t.nrows)
         if fresh:
-            self.emit(CONVERTERS[form], t, slots=(None, t), extra=(address, stride, int(form)))
+            # What the source itself is computed by is nothing to its rows.
+            rows = replace(t, op_params=(0,) * MAX_PARAM_WORDS)
+            self.emit(CONVERTERS[form], rows, slots=(None, t), extra=(address, stride, int(form)))
         return address

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
+from rpc_server.devices.cpu.kernels.interface.planning import MOST_KEPT
 from rpc_server.devices.cpu.kernels.interface.schedule import Span
 from rpc_server.graph.tensor import Tensor
 
@@ -30,10 +31,6 @@ class Arena(Protocol):
     def address(self, offset: int, size: int) -> int:
         """Where ``size`` bytes at ``offset`` lie; MemoryError if beyond the end."""
         ...
-
-
-# Kept at once: each node looks through all of it, and a graph may have a million nodes.
-_MOST_KEPT = 64
 
 
 @dataclass(slots=True)
@@ -149,9 +146,11 @@ class ScratchPlanner:
     ) -> tuple[int, bool]:
         """(address, fresh) of ``size`` bytes that later nodes find again under ``key``.
 
-        They stay good until one of ``sources``, which they are made of, is written to. ``fresh``:
-        the caller must emit what fills them. To be called before :meth:`scratch` within a node.
+        They stay good until one of ``sources``, which they are made of, is written to; where these
+        lie is part of the key. ``fresh``: the caller must emit what fills them. To be called before
+        :meth:`scratch` within a node.
         """
+        key = (key, *(source.address for source in sources))
         known = self._shared.get(key)
         if known is not None:
             known.used = self._begun
@@ -160,7 +159,7 @@ class ScratchPlanner:
             return address, False
         if self._local_used:
             raise RuntimeError("shared scratch asked for after scratch in one node")
-        if len(self._shared) >= _MOST_KEPT:
+        if len(self._shared) >= MOST_KEPT:
             self._forget()
         aligned = -(-size // 64) * 64
         start = self._gap(aligned)

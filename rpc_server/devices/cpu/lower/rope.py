@@ -45,15 +45,7 @@ def _table(t: Tensor, planner: Planner, pairs: int) -> int:
     positions, factors = t.src[1], t.src[2]
     assert positions is not None
     count = t.ne[2]
-    key = (
-        "rope table",
-        t.op,
-        t.op_params[1:15],
-        pairs,
-        count,
-        positions.address,
-        factors.address if factors is not None else 0,
-    )
+    key = ("rope table", t.op, t.op_params[1:15], pairs, count)
     sources = [positions] if factors is None else [positions, factors]
     address, fresh = planner.shared_scratch(key, sources, count * pairs * 8)
     if fresh:

@@ -40,7 +40,7 @@ def _columns(x: Tensor, type_: GgmlType, planner: CudaPlanner) -> tuple[int, int
     if x.type is type_ and x.contiguous:
         return x.address, x.nb[1], 0
     to = dense(x, type_, 0)
-    key = ("dense", type_, x.address, x.type, x.ne, x.nb)
+    key = ("dense", type_, x.type, x.ne, x.nb)
     halved = type_ is GgmlType.F16 and x.type is not type_
     size = -(-to.nb[1] * x.nrows // 64) * 64
     address, fresh = planner.shared_scratch(key, (x,), size + (4 * x.nrows + 8 if halved else 0))

@@ -109,7 +109,7 @@ def place_columns(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int
     """
     form = column_form(weights, x)
     stride = codes_stride(x.ne[0]) if weights.quantized else floats_stride(x.ne[0])
-    key = ("columns", form, x.address, x.type, x.ne, x.nb)
+    key = ("columns", form, x.type, x.ne, x.nb)
     address, fresh = planner.shared_scratch(key, (x,), stride * x.nrows)
     return address, stride, fresh
 

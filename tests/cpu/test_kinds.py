@@ -1,0 +1,434 @@
+"""Planning by kinds: what is remembered of a kind gives the records that each node gets by itself.
+
+Random graphs are planned three ways: with a memory of kinds that has seen all graphs before, with a
+fresh one, and node by node, each lowered at its own addresses. All words have to be equal.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from protocol.dialects import DIALECTS
+from protocol.ggml.ops import GluOp, Op, TensorFlag, UnaryOp
+from protocol.ggml.types import GgmlType, row_size
+from protocol.graph_payload import GraphPayload, decode_graph
+from protocol.messages import RPC_TENSOR_DTYPE
+from rpc_server.devices.cpu.assembly import RecordTable
+from rpc_server.devices.cpu.catalog import Kernel
+from rpc_server.devices.cpu.executor import Executor
+from rpc_server.devices.cpu.kinds import CpuKind, KindMaker
+from rpc_server.devices.cpu.plan import CpuPlanBuilder, TimeSlices, is_long
+from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
+from rpc_server.devices.cpu.scratch import ScratchArena
+from rpc_server.devices.planning import kinds
+from rpc_server.devices.planning.kinds import KindMemory, group_rows
+from rpc_server.graph.errors import GraphError
+from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
+from rpc_server.graph.table import NB, SHAPE_WORDS, Ints
+from rpc_server.graph.tensor import Tensor
+from rpc_server.ops.table import ContractError, check
+from tests.fuzz import seeds
+from tests.fuzz.graphs import GraphInput, nowhere
+
+F32, F16, I32, Q8_0, Q4_0 = (
+    GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.Q8_0, GgmlType.Q4_0,
+)  # fmt: skip
+
+_BASE, _SIZE, _AT = 1 << 20, 1 << 30, 1 << 40
+
+
+@dataclass(frozen=True)
+class _Nowhere:
+    """A buffer without memory."""
+
+    base: int = _BASE
+    size: int = _SIZE
+    address: int = _AT
+
+
+class _Threads(Executor):
+    """Threads that are never started."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+
+
+class _Builder(CpuPlanBuilder):
+    """Keeps the records of what it plans last, and asks for no kernel."""
+
+    def __init__(self, arena: ScratchArena) -> None:
+        super().__init__(_Threads(3), arena)
+        self.runs: list[RecordTable] = []
+
+    def _addresses(self, users: Iterable[Kernel], wait: bool) -> dict[Kernel, int]:
+        return dict.fromkeys(users, 0)
+
+    def _program_step(
+        self,
+        records: RecordTable,
+        addresses: Mapping[Kernel, int],
+        slices: TimeSlices,
+        label: Callable[[int], str],
+        stop: Ints,
+    ) -> Callable[[], None]:
+        self.runs.append(records)
+        return super()._program_step(records, addresses, slices, label, stop)
+
+    def planned(self, graph: LinkedGraph) -> tuple[list[RecordTable], int]:
+        """The runs of records, and bytes of scratch."""
+        self.runs = []
+        scratch = self.build(graph).scratch
+        return self.runs, scratch
+
+
+def _one_by_one(graph: LinkedGraph, arena: ScratchArena) -> tuple[list[list[Emitted]], int]:
+    """Runs of records, each node lowered as it is; the most bytes that any of them takes."""
+    planner = Planner(3, arena, graph.nodes)
+    runs: list[list[Emitted]] = []
+    copies = 0
+    for node in graph.nodes:
+        planner.begin(node)
+        spec = check(node)
+        if spec.is_view or node.empty:
+            continue
+        if node.op not in LOWERINGS or is_long(node) or not LOWERINGS[node.op](node, planner):
+            runs.append(planner.take())
+            tensors = [node, *(s for s in node.src if s is not None)]
+            copies = max(copies, 4 * sum(t.nelements for t in tensors))
+        for written in spec.written(node):
+            planner.finish(written)
+    peak = max(planner.scratch_peak + planner.thread_bytes, copies)
+    return [run for run in [*runs, planner.take()] if run], peak
+
+
+def _spans(record: Emitted) -> set[tuple[int, int, int]]:
+    # How far a reader of shared scratch looks is rounded up for kinds.
+    up = [(a, a + -(-(b - a) // 64) * 64, 0) for a, b in record.reads]
+    return {*up, *((a, a + -(-(b - a) // 64) * 64, 1) for a, b in record.writes)}
+
+
+def _require_same(runs: list[RecordTable], expected: list[list[Emitted]]) -> None:
+    assert [len(run) for run in runs] == [len(run) for run in expected]
+    for run, records in zip(runs, expected, strict=True):
+        for i, record in enumerate(records):
+            where = f"record {i}, {record.kernel.label} of {record.node.label}"
+            assert run.kernels[run.numbers[i]] == record.kernel, where
+            different = np.nonzero(run.words[i] != record.words)[0]
+            assert not len(different), f"{where}: words {different.tolist()}"
+            assert run.work[i] == record.work, where
+            assert (run.private[i], run.parts[i]) == (record.private, record.parts), where
+            touched = run.spans[run.first[i] : run.first[i + 1]].tolist()
+            spans = {(a, a + -(-(b - a) // 64) * 64, w) for a, b, w in touched}
+            assert spans == _spans(record), where
+
+
+def _hold(
+    payload: GraphPayload, resolve: Resolve, remembered: _Builder, arena: ScratchArena
+) -> bool:
+    """Plan a graph in all ways; False where it is refused, by all."""
+    graph = parse_graph(payload, DIALECTS[0], resolve)
+    broken = ""
+    try:
+        expected, scratch = _one_by_one(graph, arena)
+    except ContractError as error:
+        broken = str(error)
+    if broken:
+        for builder in (remembered, _Builder(arena)):
+            with pytest.raises(GraphError) as refused:
+                builder.build(graph)
+            assert str(refused.value) == broken
+        return False
+    for builder in (remembered, _Builder(arena)):
+        runs, used = builder.planned(graph)
+        _require_same(runs, expected)
+        assert used == scratch
+    return True
+
+
+# -- graphs that are much alike --------------------------------------------------------------------
+
+
+@dataclass
+class _Sketch:
+    """A graph of few shapes, strides, parameters and places, so that nodes are nearly alike."""
+
+    seed: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.choose = random.Random(self.seed)
+
+    def tensor(
+        self,
+        type_: GgmlType,
+        ne: tuple[int, ...],
+        op: Op = Op.NONE,
+        src: tuple[int, ...] = (),
+        params: tuple[int, ...] = (),
+        data: int | None = None,
+    ) -> int:
+        """Append a tensor; its id."""
+        pick, ne = self.choose.choice, (*ne, 1, 1, 1)[:4]
+        row = row_size(type_, ne[0])
+        nb1 = row * pick((1, 1, 2, 3))
+        nb2 = nb1 * ne[1]
+        nb3 = nb2 * ne[2]
+        if pick((True, False)):
+            # Of dimensions of one element they may be anything; they differ in one alone.
+            nb2 = 3 * row * ne[1] * pick((1, 2))
+            nb3 = 6 * row * ne[1] * ne[2] * pick((1, 2))
+        size = row_size(type_, 1) if type_ in (F32, F16, I32) else row_size(type_, 32)
+        self.rows.append(
+            {
+                "id": len(self.rows) + 1,
+                "type": int(type_),
+                "buffer": 1,
+                "ne": ne,
+                "nb": (size, nb1, nb2, nb3),
+                "op": DIALECTS[0].numbering.numbers[op],
+                "op_params": (*params, *[0] * (16 - len(params))),
+                "flags": TensorFlag.COMPUTE if op is not Op.NONE else 0,
+                "src": (*src, *[0] * (10 - len(src))),
+                # Few places: results lie over sources, and over what was made of them.
+                "data": _BASE + 4096 * self.choose.randrange(40) if data is None else data,
+                "name": f"t{len(self.rows)}".encode(),
+            }
+        )
+        return len(self.rows)
+
+    def node(self) -> None:
+        """Append a node with sources of its own."""
+        pick = self.choose.choice
+        width, n = pick((32, 64)), pick((1, 2, 3))
+        kind = pick(("add", "scale", "norm", "product", "copy", "rows", "rope", "glu", "unary"))
+        if kind == "add":
+            x = self.tensor(F32, (width, n))
+            y = x if pick((True, False)) else self.tensor(F32, (width, pick((1, n))))
+            place = self.rows[x - 1]["data"] if pick((True, False)) else None
+            self.tensor(F32, (width, n), pick((Op.ADD, Op.MUL)), (x, y), data=place)
+        elif kind in ("scale", "norm", "unary"):
+            op, params = {
+                "scale": (Op.SCALE, (pick((1, 2)),)),
+                "norm": (Op.RMS_NORM, (pick((0, 1)),)),
+                "unary": (Op.UNARY, (int(pick((UnaryOp.SILU, UnaryOp.GELU, UnaryOp.ROUND))),)),
+            }[kind]
+            self.tensor(F32, (width, n), op, (self.tensor(F32, (width, n)),), params)
+        elif kind == "product":
+            # Few activations: their rows are converted once for several weights.
+            x = pick(self.inputs())
+            ne = self.rows[x - 1]["ne"]
+            weights = self.tensor(pick((F32, F16, Q8_0, Q4_0)), (ne[0], pick((4, 8))))
+            result = (self.rows[weights - 1]["ne"][1], ne[1])
+            self.tensor(F32, result, Op.MUL_MAT, (weights, x))
+        elif kind == "copy":
+            x = self.tensor(pick((F32, F16)), (width, n))
+            self.tensor(pick((F32, F16)), (width, n), Op.CPY, (x,))
+        elif kind == "rows":
+            table, ids = self.tensor(pick((F32, Q8_0)), (width, 9)), self.tensor(I32, (n,))
+            self.tensor(F32, (width, n), Op.GET_ROWS, (table, ids))
+        elif kind == "rope":
+            x, at = self.tensor(F32, (32, 2, n)), pick(self.positions(n))
+            base = int(np.float32(pick((1e4, 1e6))).view(np.int32))
+            turning = (0, 32, pick((0, 2)), 0, 0, base, int(np.float32(1).view(np.int32)))
+            self.tensor(F32, (32, 2, n), Op.ROPE, (x, at), turning)
+        else:
+            x = self.tensor(F32, (width, n))
+            self.tensor(F32, (width // 2, n), Op.GLU, (x,), (int(pick(tuple(GluOp))), pick((0, 1))))
+
+    def inputs(self) -> list[int]:
+        """Activations that products share."""
+        found = [r["id"] for r in self.rows if r["type"] == F32 and r["data"] >= _BASE + (1 << 24)]
+        if len(found) < 3:
+            width, n = self.choose.choice((32, 64)), self.choose.choice((1, 3))
+            at = _BASE + (1 << 24) + len(found) * 4096
+            found.append(self.tensor(F32, (width, n), data=at))
+        return found
+
+    def positions(self, n: int) -> list[int]:
+        """Positions that rotations share."""
+        at = _BASE + (1 << 25) + n * 4096
+        found = [r["id"] for r in self.rows if r["data"] == at]
+        return found or [self.tensor(I32, (n,), data=at)]
+
+    def payload(self, nodes: int) -> GraphPayload:
+        """The graph of so many nodes."""
+        for _ in range(nodes):
+            self.node()
+        wire = np.zeros(len(self.rows), RPC_TENSOR_DTYPE)
+        for i, row in enumerate(self.rows):
+            for name, value in row.items():
+                wire[name][i] = value
+        ids = wire["id"][wire["flags"] != 0]
+        return GraphPayload(0, ids.astype("<u8"), wire)
+
+
+def _resolve(handle: int) -> _Nowhere:
+    return _Nowhere()
+
+
+def _hold_sketches(first: int, count: int, nodes: int = 25) -> int:
+    """How many sketches are planned, and equally so in all ways."""
+    arena = ScratchArena()
+    remembered = _Builder(arena)
+    planned = 0
+    for seed in range(first, first + count):
+        print("seed", seed)
+        planned += _hold(_Sketch(seed).payload(nodes), _resolve, remembered, arena)
+    return planned
+
+
+def test_nearly_alike_nodes_are_planned_as_each_by_itself() -> None:
+    assert _hold_sketches(random.randrange(1 << 30), 40) > 20
+
+
+@pytest.mark.nightly
+def test_many_nearly_alike_nodes_are_planned_as_each_by_itself() -> None:
+    assert _hold_sketches(random.randrange(1 << 30), 2000) > 1000
+
+
+def test_graphs_of_all_ops_are_planned_as_node_by_node() -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    arena = ScratchArena()
+    remembered, planned = _Builder(arena), 0
+    for data in seeds.graph_inputs(150, seed):
+        given = GraphInput.decode(data)
+        assert given is not None
+        if given.dialect is not DIALECTS[0]:
+            continue
+        payload = decode_graph(given.payload, given.dialect)
+        planned += _hold(payload, nowhere(given).get, remembered, arena)
+    assert planned > 60
+
+
+@pytest.mark.parametrize("column", range(NB, SHAPE_WORDS))
+def test_a_signature_that_leaves_out_a_stride_is_found(
+    column: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(rows: Ints) -> tuple[Ints, Ints]:
+        if rows.shape[1] != SHAPE_WORDS:
+            return group_rows(rows)
+        rows = rows.copy()
+        rows[:, column] = 0
+        return group_rows(rows)
+
+    monkeypatch.setattr(kinds, "group_rows", blind)
+    if column == NB:
+        # The types and lengths of the sketches tell it.
+        _hold_sketches(1, 10)
+        return
+    with pytest.raises(AssertionError):
+        _hold_sketches(1, 10, nodes=400)
+
+
+def test_rows_whose_sums_are_equal_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.array([[1, 2], [3, 0], [1, 2], [0, 3]], np.int64)
+    monkeypatch.setattr(kinds, "_FACTORS", np.ones(2, np.uint64))
+    first, which = group_rows(rows)
+    assert (first.tolist(), which.tolist()) == ([0, 1, 3], [0, 1, 0, 2])
+
+
+# -- what is remembered ----------------------------------------------------------------------------
+
+
+def test_the_memory_of_kinds_is_bounded_and_keeps_the_newest() -> None:
+    @dataclass
+    class Made:
+        nbytes: int = 100
+
+    made: list[bytes] = []
+
+    def make(signature: bytes) -> Made:
+        made.append(signature)
+        return Made()
+
+    memory: KindMemory[Made] = KindMemory(350)
+    for name in (b"a", b"b", b"c", b"a", b"d", b"a", b"b"):
+        memory.find(name, make)
+        assert memory.nbytes <= 350
+    # "b" had gone for "d"; "a" had been used since.
+    assert made == [b"a", b"b", b"c", b"d", b"b"]
+
+
+def test_what_is_refused_is_not_remembered() -> None:
+    arena = ScratchArena()
+    builder = _Builder(arena)
+    sketch = _Sketch(1)
+    x, y = sketch.tensor(F32, (32, 2)), sketch.tensor(F32, (32, 3))
+    sketch.tensor(F32, (32, 2), Op.ADD, (x, y))
+    graph = parse_graph(sketch.payload(0), DIALECTS[0], _resolve)
+    for _ in range(2):
+        with pytest.raises(GraphError, match=r"ADD 't2'.*source 1 can't be repeated"):
+            builder.build(graph)
+    assert builder._memory.nbytes == 0
+
+
+def test_more_kinds_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpc_server.devices.cpu.plan._MOST_KINDS", 3)
+    sketch = _Sketch(1)
+    for width in range(1, 6):
+        x = sketch.tensor(F32, (width,))
+        sketch.tensor(F32, (width,), Op.ADD, (x, x))
+    graph = parse_graph(sketch.payload(0), DIALECTS[0], _resolve)
+    with pytest.raises(GraphError, match="5 kinds of nodes"):
+        _Builder(ScratchArena()).build(graph)
+
+
+def test_planning_ends_when_it_is_told_to() -> None:
+    graph = parse_graph(_Sketch(1).payload(5), DIALECTS[0], _resolve)
+    with pytest.raises(GraphError, match="was stopped"):
+        _Builder(ScratchArena()).build(graph, stop=np.ones(1, np.int64))
+
+
+# -- lowerings that break the rules ----------------------------------------------------------------
+
+
+def _kind_by(lower: Callable[[Tensor, Planner], bool]) -> CpuKind:
+    sketch = _Sketch(1)
+    x = sketch.tensor(F32, (32, 2))
+    sketch.tensor(F32, (32, 2), Op.SCALE, (x,))
+    graph = parse_graph(sketch.payload(0), DIALECTS[0], _resolve)
+    signatures, _, _ = kinds.signatures(graph.table, kinds.slot_rows(graph.table, graph.order))
+    return KindMaker(2, 1 << 30, lower)(signatures[0])
+
+
+_KERNEL = Kernel("none", "none")
+
+
+def test_addresses_may_be_anywhere_with_any_offset() -> None:
+    def lower(t: Tensor, planner: Planner) -> bool:
+        assert t.src[0] is not None
+        planner.emit(_KERNEL, t, extra=(t.src[0].address + 12, 7, planner.scratch(100) + 64))
+        return True
+
+    kind = _kind_by(lower)
+    assert [(int(w), int(o)) for _, w, _, o in kind.places if w >= 128] == [(128, 12), (130, 64)]
+    assert kind.local == 128
+
+
+@pytest.mark.parametrize("word", [lambda t: t.address * 2, lambda t: t.address - t.src[0].address])
+def test_a_lowering_may_not_compute_with_addresses(word: Callable[[Any], int]) -> None:
+    def lower(t: Tensor, planner: Planner) -> bool:
+        planner.emit(_KERNEL, t, extra=(word(t),))
+        return True
+
+    with pytest.raises(RuntimeError, match="computes with addresses"):
+        _kind_by(lower)
+
+
+def test_a_lowering_may_not_choose_by_addresses() -> None:
+    seen: set[int] = set()
+
+    def lower(t: Tensor, planner: Planner) -> bool:
+        seen.add(t.address)
+        planner.emit(_KERNEL if len(seen) == 1 else Kernel("other", "other"), t)
+        return True
+
+    with pytest.raises(RuntimeError, match="looks at addresses"):
+        _kind_by(lower)
