@@ -15,6 +15,7 @@ CLIENTS = Group(8, "clients", "Several clients")
 HOSTILE = Group(9, "hostile", "Limits and hostile input")
 SPLIT = Group(10, "split", "Split extension")
 PROPERTIES = Group(11, "properties", "Generated properties")
+SEQUENCES = Group(12, "sequences", "What real clients send")
 
 GROUPS = (
     HANDSHAKE,
@@ -28,4 +29,5 @@ GROUPS = (
     HOSTILE,
     SPLIT,
     PROPERTIES,
+    SEQUENCES,
 )

@@ -217,6 +217,11 @@ def more_free_than_total() -> None:
     _answering(Command.GET_DEVICE_MEMORY, free_mem=2, total_mem=1)
 
 
+@fault("GET_ALLOC_SIZE says 64 bytes for any tensor", "sizes-asked-and-nothing-made")
+def alloc_size_of_anything() -> None:
+    _answering(Command.GET_ALLOC_SIZE, alloc_size=64)
+
+
 @fault("GET_ALLOC_SIZE leaves out the last block of a quantized tensor", "alloc-size-of-every-type")
 def alloc_size_too_small() -> None:
     from protocol.ggml.types import TYPE_INFO, GgmlType

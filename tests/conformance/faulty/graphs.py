@@ -9,8 +9,10 @@ import numpy as np
 
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
+from protocol.ggml.ops import Op
 from protocol.requests import Request
 from rpc_server.devices.cpu.device import CpuQueue
+from rpc_server.graph.errors import GraphError
 from rpc_server.session.graph_memory import Share
 from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.state import Session
@@ -49,7 +51,8 @@ def recompute_of_nothing() -> None:
     handle(Command.GRAPH_RECOMPUTE, make)
 
 
-@fault("GRAPH_RECOMPUTE does nothing", "right-after-the-graph")
+@fault("GRAPH_RECOMPUTE does nothing", "right-after-the-graph", "tokens-by-running-again",
+       "tokens-in-one-write", "prompts-between-tokens", "adapter-replaced")  # fmt: skip
 def recompute_does_nothing() -> None:
     handle(Command.GRAPH_RECOMPUTE, lambda right: lambda s, request: None)
 
@@ -113,6 +116,110 @@ def compute_flag_ignored() -> None:
         return graph
 
     _before_planning(change)
+
+
+@fault("what a graph's nodes were computed from is computed too", "graph-with-all-its-ancestors",
+       "graph-in-two-parts", "one-node-a-graph")  # fmt: skip
+def ancestors_computed_again() -> None:
+    def change(graph: Any) -> Any:
+        made = graph.tensors[graph.tensors["op"] != 0]
+        graph.nodes = np.array([*made["id"][::-1], *graph.nodes[-1:]], np.uint64)
+        return graph
+
+    _before_planning(change)
+
+
+@fault("ancestors without memory are refused", "ancestors-on-another-server")
+def ancestors_refused() -> None:
+    def change(graph: Any) -> Any:
+        if (graph.tensors["data"] == 0).any():
+            raise GraphError("a tensor without memory")
+        return graph
+
+    _before_planning(change)
+
+
+@fault("nodes of no elements are refused", "part-without-rows")
+def empty_nodes_refused() -> None:
+    def change(graph: Any) -> Any:
+        nodes = graph.tensors[np.isin(graph.tensors["id"], graph.nodes)]
+        if (nodes["ne"] == 0).any():
+            raise GraphError("a node of no elements")
+        return graph
+
+    _before_planning(change)
+
+
+def _op_left_out(op: Op) -> None:
+    """Compute none of a graph's nodes of this op."""
+    number = DIALECTS[0].op_number(op)
+
+    def change(graph: Any) -> Any:
+        left_out = graph.tensors["id"][graph.tensors["op"] == number]
+        graph.nodes = graph.nodes[~np.isin(graph.nodes, left_out)]
+        return graph
+
+    _before_planning(change)
+
+
+_CACHES = ("f16", "f32", "q80", "q40")
+
+
+@fault("SET_ROWS isn't computed", *(f"cells-filled-{t}" for t in (*_CACHES, "bf16")),
+       "transposed-cells-filled-f16", "transposed-cells-filled-f32")  # fmt: skip
+def set_rows_left_out() -> None:
+    _op_left_out(Op.SET_ROWS)
+
+
+@fault("ROPE isn't computed", *(f"context-shifted-{t}" for t in _CACHES))
+def rope_left_out() -> None:
+    _op_left_out(Op.ROPE)
+
+
+@fault("CPY isn't computed", *(f"cells-moved-{t}" for t in _CACHES))
+def copies_left_out() -> None:
+    _op_left_out(Op.CPY)
+
+
+@fault("FLASH_ATTN_EXT isn't computed", *(f"cells-read-by-flash-attention-{t}" for t in _CACHES))
+def flash_attention_left_out() -> None:
+    _op_left_out(Op.FLASH_ATTN_EXT)
+
+
+@fault("a mask that SOFT_MAX is given is left out", "slots-that-share-a-cache",
+       "drafted-token-taken-back", "cleared-cache", "cells-read-without-flash-attention-f16",
+       "cells-read-without-flash-attention-f32")  # fmt: skip
+def soft_max_without_its_mask() -> None:
+    number = DIALECTS[0].op_number(Op.SOFT_MAX)
+
+    def change(graph: Any) -> Any:
+        tensors = graph.tensors.copy()
+        for row in tensors[tensors["op"] == number]:
+            tensors["src"][tensors["id"] == row["id"], 1] = 0
+        graph.tensors = tensors
+        return graph
+
+    _before_planning(change)
+
+
+@fault("GET_ROWS isn't computed", "logits-of-the-last-token", "logits-of-drafted-tokens",
+       "logits-of-several-slots", "embedding-of-the-first-token",
+       "embedding-of-the-last-token")  # fmt: skip
+def get_rows_left_out() -> None:
+    _op_left_out(Op.GET_ROWS)
+
+
+@fault("MUL_MAT isn't computed", "two-models-on-one-connection", "products-of-half-a-weight",
+       "prompts-between-tokens", "tokens-by-whole-graphs", "weights-that-nobody-has",
+       "embedding-by-the-mean", *(f"adapter-beside-{t}" for t in _CACHES))  # fmt: skip
+def products_left_out() -> None:
+    _op_left_out(Op.MUL_MAT)
+
+
+@fault("SCALE isn't computed", "dry-run-then-the-real-one", "session-between-others",
+       *(f"adapter-beside-{t}" for t in _CACHES))  # fmt: skip
+def scale_left_out() -> None:
+    _op_left_out(Op.SCALE)
 
 
 @fault("a view's offset is left out", "views-are-read")

@@ -41,7 +41,13 @@ def bounds_off_by_one() -> None:
     replace_method(HostStorage, "view", make)
 
 
-@fault("GET_TENSOR starts at the tensor, whatever the offset", "get-the-last-byte")
+_SLOTS = ("f16", "f32", "bf16", "q80", "q40", "q41", "q50")
+
+
+@fault("GET_TENSOR starts at the tensor, whatever the offset", "get-the-last-byte",
+       *(f"slot-saved-with-flash-attention-{t}" for t in _SLOTS),
+       "slot-saved-without-flash-attention-f16",
+       "slot-saved-without-flash-attention-f32")  # fmt: skip
 def get_ignores_offset() -> None:
     def make(right: Handler) -> Handler:
         def wrong(s: Session, request: Request) -> None:
@@ -53,7 +59,10 @@ def get_ignores_offset() -> None:
     handle(Command.GET_TENSOR, make)
 
 
-@fault("SET_TENSOR starts at the tensor, whatever the offset", "set-the-last-byte")
+@fault("SET_TENSOR starts at the tensor, whatever the offset", "set-the-last-byte",
+       *(f"slot-restored-with-flash-attention-{t}" for t in _SLOTS),
+       "slot-restored-without-flash-attention-f16",
+       "slot-restored-without-flash-attention-f32")  # fmt: skip
 def set_ignores_offset() -> None:
     def make(right: Any) -> Any:
         def begin(s: Session, upload: Any) -> None:
@@ -244,6 +253,14 @@ def hash_of_the_beginning() -> None:
     replace_method(TensorCache, "__init__", make)
 
 
+@fault("a hash that is known brings no data", "model-loaded-twice", options=_CACHE)
+def hash_hit_without_data() -> None:
+    def load(self: TensorCache, digest: int, place: memoryview) -> bool:
+        return (self.folder / f"{digest:016x}").exists()
+
+    TensorCache.load = load  # type: ignore[method-assign]
+
+
 @fault(
     "cached data are served to tensors of another size",
     "hash-of-content-that-does-not-fit",
@@ -261,7 +278,7 @@ def hash_hit_of_any_size() -> None:
     TensorCache.load = load  # type: ignore[method-assign]
 
 
-@fault("every hash is known", "hash-that-is-not-known")
+@fault("every hash is known", "hash-that-is-not-known", "weights-that-nobody-has")
 def hash_always_hits() -> None:
     def wrong(s: Session, request: Request) -> None:
         s.answer(request.command, {"result": 1})
