@@ -33,8 +33,10 @@ What is guaranteed, for each address and kind of HELLO; n is how many versions t
 3. **An accepted version stays the one that is offered** until hang-ups outside of that time make
    another client likely. One does, where the address's last client was there ``RECENT`` seconds ago
    or longer, or where the address has accepted several versions; two do, ``WORKING`` seconds apart
-   and without a client in between, where the last client was there later. Then the next HELLO is a
-   trial of another version: one that the address accepted before comes first, then the newest.
+   and without a client in between that went on, where the last client was there later. Then the
+   next HELLO is a trial of another version: one that the address accepted before comes first, then
+   the newest. (A connection that ends takes nothing back: who hung up while it was open and quiet
+   may still be waiting for a version.)
 4. **After a trial that was refused the accepted version is offered again.** A client of that
    version that happens upon a trial is served at its next start, unless another hang-up comes in
    between.

@@ -178,27 +178,36 @@ class Behind(RuleBasedStateMachine):
             self.accepted(greeting, kind)
             self.left(greeting, kind)
             return Process(client, greeting.offer, self.now)
-        if served_before:
-            self._refused_although_accepted(world)
+        # A start while another version is at work doesn't count.
+        by_trial = served_before and self._refused_by_a_trial(world)
         # Twice in a row only if others hung up in between.
-        owed = world.owed
-        assert not (served_before and owed)
+        assert not (by_trial and world.owed)
         self.hung_up(greeting, kind, self.now)
-        world.owed = served_before
+        world.owed = by_trial
         return None
 
-    def _refused_although_accepted(self, world: Kind) -> None:
-        """Another version at work, or hang-ups that the docstring names: nothing else does it."""
+    def _refused_by_a_trial(self, world: Kind) -> bool:
+        """Return whether it was no other version at work that refused the accepted one.
+
+        Then it was hang-ups that the docstring names: nothing else does it.
+        """
         last = world.signs[-1][0]
         if self.now - last < WORKING and any(
             at >= last - WORKING and offer != world.accepted[0] for at, offer in world.signs
         ):
-            return
-        apart = [at for at in world.hang_ups if at - last >= WORKING]
+            return False
+        # A connection that ends is a sign of life, but takes nothing back: who hung up
+        # before, while it was open and quiet, may still wait for a version.
+        apart = [
+            at
+            for at in world.hang_ups
+            if all(at - sign >= WORKING for sign, _ in world.signs if sign <= at)
+        ]
         assert apart, "nothing speaks for another client"
         assert self.now - last >= WORKING
         if len(world.accepted) == 1 and max(apart) - last < RECENT:
             assert max(apart) - min(apart) >= WORKING, "one event speaks for another client"
+        return True
 
     @rule(process=processes, stay=st.booleans())
     def connect(self, process: Process, stay: bool) -> None:
