@@ -179,11 +179,21 @@ def test_copies_between_buffers_find_the_weight(site: Site) -> None:
 
 
 def test_two_weights_do_not_lie_over_one_another(site: Site) -> None:
-    storage = site.storage()
-    assert not site.map(storage, 1, START + 8)
-    assert site.map(storage, 1, START + SIZE) is True
-    assert content(storage, START, SIZE) == site.data[0]
-    assert content(storage, START + SIZE, SIZE // 3) == site.data[1][: SIZE // 3]
+    storage = MappedStorage(2 * SIZE + 100)
+    assert site.map(storage, 0, 50)
+    assert not site.map(storage, 1, 58)
+    assert site.map(storage, 1, 50 + SIZE)
+    assert content(storage, 50) == site.data[0]
+    assert content(storage, 50 + SIZE) == site.data[1]
+    storage.close()
+
+
+def test_a_weight_lies_inside_of_its_buffer(site: Site) -> None:
+    """What is behind the buffer is memory of somebody else."""
+    storage = MappedStorage(SIZE + 10)
+    assert not site.map(storage, 0, -1)
+    assert not site.map(storage, 0, 11)
+    assert site.map(storage, 0, 10)
     storage.close()
 
 

@@ -74,10 +74,14 @@ class MappedStorage(HostStorage):
     ) -> bool:
         """Lay a tensor of a file over the bytes from ``start`` on; return whether that is done.
 
+        It is not where the tensor would end behind the buffer, or touch another one.
         ``owner`` and ``moved`` are of the client that the buffer belongs to.
         """
         with self._lock:
-            if any(o.touches(start, content.place.size) for o in self._overlays):
+            size = content.place.size
+            if not 0 <= start <= self.size - size:
+                return False
+            if any(o.touches(start, size) for o in self._overlays):
                 return False
             tensor = mappings.map(content, owner)
             if tensor is None:
