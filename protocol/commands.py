@@ -39,3 +39,4 @@ class Command(enum.IntEnum):
     SPLIT_ACQUIRE = 0x86
     SPLIT_RELEASE = 0x87
     SPLIT_DESCRIBE = 0x88
+    SPLIT_LOAD = 0x89

@@ -58,7 +58,7 @@ from protocol.messages import (
     numpy_dtype,
 )
 
-VERSION = 3
+VERSION = 4
 MAX_PARTS = 16
 # Most servers that a coordinator and those behind it may be in all.
 MAX_MEMBERS = 64
@@ -67,6 +67,8 @@ MAX_PROGRAMS = 64
 LEASES_SINCE = 2
 # The version whose servers describe themselves.
 DESCRIBES_SINCE = 3
+# The version in which a server can be asked for a slice of what it has on its own disk.
+LOADS_SINCE = 4
 
 # In which activations may travel, by the names that users give.
 WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
@@ -124,6 +126,21 @@ SplitDescribeResponse = Struct(
     "device_name" / Bytes(32),
     "device_description" / Bytes(128),
 )
+# Of a content of ``nbytes``: ``count`` runs of ``size`` bytes, the first at ``start`` and each
+# ``distance`` behind the one before, go to ``address`` in a buffer, side by side. ``whole`` is 1 if
+# no other bytes belong to the tensor there.
+SplitLoadRequest = Struct(
+    "remote_ptr" / Int64ul,
+    "address" / Int64ul,
+    "hash" / Int64ul,
+    "nbytes" / Int64ul,
+    "start" / Int64ul,
+    "size" / Int64ul,
+    "distance" / Int64ul,
+    "count" / Int64ul,
+    "whole" / Int8ul,
+)
+SplitLoadResponse = Struct("result" / Int8ul)
 _DEVICE = Struct("device" / Int32ul)
 
 _COMMANDS_1: dict[Command, CommandSpec] = {
@@ -143,9 +160,13 @@ _COMMANDS_2: dict[Command, CommandSpec] = {
     Command.SPLIT_ACQUIRE: CommandSpec(SplitAcquireRequest, Answer.FIXED, SplitAcquireResponse),
     Command.SPLIT_RELEASE: CommandSpec(SplitReleaseRequest, Answer.FIXED, SplitReleaseResponse),
 }
-SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+_COMMANDS_3: dict[Command, CommandSpec] = {
     **_COMMANDS_2,
     Command.SPLIT_DESCRIBE: CommandSpec(_DEVICE, Answer.FIXED, SplitDescribeResponse),
+}
+SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+    **_COMMANDS_3,
+    Command.SPLIT_LOAD: CommandSpec(SplitLoadRequest, Answer.FIXED, SplitLoadResponse),
 }
 
 _STEP_DTYPE = numpy_dtype(SplitStep)
@@ -237,8 +258,10 @@ def with_split(dialect: Dialect, version: int = VERSION) -> Dialect:
 
 def split_commands(version: int) -> dict[Command, CommandSpec]:
     """Return the commands that a ``version`` of the extension adds; none for version 0."""
-    if version >= DESCRIBES_SINCE:
+    if version >= LOADS_SINCE:
         return SPLIT_COMMANDS
+    if version >= DESCRIBES_SINCE:
+        return _COMMANDS_3
     if version >= LEASES_SINCE:
         return _COMMANDS_2
     return _COMMANDS_1 if version else {}

@@ -204,9 +204,13 @@ async def _context(options: Namespace) -> ServerContext:
     except (UnknownDeviceError, CacheError, DeviceError, SecretError) as error:
         raise StartError(str(error)) from None
     stats = ServerStats()
+    models = _models(options, stats)
+    for device in devices:
+        if models is not None and isinstance(device, Splitting):
+            device.use_models(models)
     return ServerContext(
         stats=stats,
-        models=_models(options, stats),
+        models=models,
         mappings=Mappings() if options.models else None,
         budgets=[Budget(device, options.mem) for device in devices],
         negotiator=Negotiator(options.protocol),

@@ -17,6 +17,7 @@ from rpc_server.graph.tensor import Tensor
 if TYPE_CHECKING:
     from rpc_server.cache.store import TensorCache
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
+    from rpc_server.models.library import Models
 
 T = TypeVar("T")
 
@@ -87,6 +88,10 @@ class Splitting(Protocol):
 
     def let_go(self) -> None:
         """Give back what is held."""
+        ...
+
+    def use_models(self, models: Models) -> None:
+        """Take this server's share of weights, and those of workers without, from its files."""
         ...
 
     async def keep_slices(self, cache: TensorCache) -> str:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,10 +79,12 @@ class Stripes:
 
 @dataclass(slots=True)
 class Content:
-    """A tensor's bytes, in an open file that is the one that was hashed."""
+    """A tensor's bytes, in an open file that is the one that was hashed; for any threads."""
 
     place: Place
     file: BinaryIO
+    # A file has one position.
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, offset: int, into: memoryview) -> bool:
         """Fill ``into`` with the bytes from ``offset`` on; return whether they are the tensor's.
@@ -92,22 +94,35 @@ class Content:
         try:
             for at in range(0, len(into), _CHUNK):
                 piece = into[at : at + _CHUNK]
-                if not read_at(self.file, self.place.offset + offset + at, piece):
-                    return False
+                with self._turn:
+                    if not read_at(self.file, self.place.offset + offset + at, piece):
+                        return False
             return identity_of(self.file) == self.place.identity
         except OSError as error:
             log.warning("%s can't be read: %s", self.place.path, error.strerror)
             return False
 
-    def read_rows(self, rows: Stripes, into: memoryview) -> bool:
-        """Fill ``into`` with rows, side by side; as :meth:`read`."""
-        if rows.stride == rows.size:
-            return self.read(rows.offset, into)
-        size = rows.size
-        return all(
-            self.read(rows.offset + i * rows.stride, into[i * size : (i + 1) * size])
-            for i in range(rows.count)
-        )
+    def part(self, stripes: Stripes) -> Content | None:
+        """Return stripes that lie side by side as a content of the same file; None if they don't.
+
+        It has no file of its own to be closed.
+        """
+        if stripes.count > 1 and stripes.stride != stripes.size:
+            return None
+        place = replace(self.place, offset=self.place.offset + stripes.offset, size=stripes.nbytes)
+        return Content(place, self.file, self._turn)
+
+    def read_slice(self, stripes: Stripes, at: int, into: memoryview) -> bool:
+        """Fill ``into`` with the bytes of stripes from the ``at``-th on; as :meth:`read`."""
+        while into:
+            number, within = divmod(at, stripes.size)
+            size = min(len(into), stripes.size - within)
+            if stripes.stride == stripes.size:
+                size = len(into)
+            if not self.read(stripes.offset + number * stripes.stride + within, into[:size]):
+                return False
+            at, into = at + size, into[size:]
+        return True
 
 
 def model_files(paths: Iterable[Path]) -> Iterator[str]:
@@ -264,8 +279,8 @@ class Models:
 
     def _run(self) -> None:
         if sys.platform == "linux":
-            # The thread's own on Linux: whatever else wants the processor goes first.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            # The thread's own on Linux: what else wants the processor gets most of it.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             lanes = self._make_lanes()
             while not self._stopped.is_set():

@@ -1,4 +1,4 @@
-"""SET_TENSOR_HASH: a tensor that is on this server's own disk, so that the client need not send it.
+"""Tensors that are on this server's own disk: SET_TENSOR_HASH, and slices of them (SPLIT_LOAD).
 
 What the operator put there (``--models``) comes first, then what clients had kept (``--cache``).
 """
@@ -8,13 +8,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import numpy as np
+
+from protocol.errors import ProtocolError
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
 from protocol.requests import Request
 from rpc_server.cache.store import TensorCache
 from rpc_server.devices.cpu.mapped import MappedStorage
 from rpc_server.graph.parse import tensor_of_message
 from rpc_server.graph.tensor import Tensor
 from rpc_server.limits import LimitReached
-from rpc_server.models.library import Content, Models
+from rpc_server.models.library import Content, Models, Stripes
 from rpc_server.session.buffers import Buffer
 from rpc_server.session.state import Session
 
@@ -23,7 +28,9 @@ def begin(s: Session, request: Request) -> None:
     """Answer whether the tensor is there, and fill it in. Raises BadAddressError, GraphError."""
     fields = request.fields
     buffer, start = s.locate(fields.tensor, fields.offset, 0)
-    if s.context.cache is not None or s.context.models is not None:
+    sources = s.context.cache, s.context.models
+    # A storage of several parts asks these, which may have what this server doesn't.
+    if any(source is not None for source in sources) or not buffer.storage.whole:
         tensor = tensor_of_message(fields.tensor, s.dialect)
         s.wait(_load(s, request, buffer, start, tensor))
         return
@@ -58,6 +65,76 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
     else:
         s.stats.cache_misses += 1
     s.answer(request.command, {"result": int(found)})
+
+
+def begin_slice(s: Session, request: Request) -> None:
+    """Answer a SPLIT_LOAD. Raises BadAddressError, ProtocolError."""
+    fields = request.fields
+    stripes = Stripes(fields.start, fields.size, fields.distance, fields.count)
+    if not stripes.nbytes or not stripes.inside(fields.nbytes):
+        raise ProtocolError(
+            f"SPLIT_LOAD of {fields.count} times {fields.size} bytes from {fields.start} on, "
+            f"{fields.distance} apart, of {fields.nbytes}"
+        )
+    buffer = s.buffers.get(fields.remote_ptr)
+    start = buffer.locate(fields.address, 0, stripes.nbytes)
+    s.wait(_load_slice(s, request, buffer, start, stripes))
+
+
+async def _load_slice(
+    s: Session, request: Request, buffer: Buffer, start: int, stripes: Stripes
+) -> None:
+    digest, nbytes = request.fields.hash, request.fields.nbytes
+    size = stripes.nbytes
+    # Bytes without a type: only a storage that cuts tensors looks at what they are of.
+    tensor = Tensor(0, "", GgmlType.I8, Op.NONE, (size, 1, 1, 1), (1, size, size, size))
+    place = Destination(buffer, start, size, tensor, 0)
+    models, cache = s.context.models, s.context.cache
+    in_models = False
+    if models is not None and buffer.storage.whole:
+        with models.open(digest, nbytes) as content:
+            if content is not None:
+                in_models = await _slice_of_model(s, content, stripes, place, request.fields.whole)
+    found = in_models
+    if not found and cache is not None and buffer.storage.whole:
+        found = await _slice_of_cache(cache, digest, nbytes, stripes, place)
+    s.stats.cache_hits += found
+    s.stats.cache_hit_bytes += size * found
+    s.stats.model_hits += in_models
+    s.stats.model_hit_bytes += size * in_models
+    s.stats.cache_misses += not found
+    if found:
+        s.meter.upload(size, cached=True)
+    s.answer(request.command, {"result": int(found)})
+
+
+async def _slice_of_model(
+    s: Session, content: Content, stripes: Stripes, place: Destination, whole: int
+) -> bool:
+    part = content.part(stripes)
+    if part is not None and not place.is_remote and whole and await _map(s, part, place):
+        return True
+    return await _pass_on(lambda at, room: content.read_slice(stripes, at, room), place)
+
+
+async def _slice_of_cache(
+    cache: TensorCache, digest: int, nbytes: int, stripes: Stripes, place: Destination
+) -> bool:
+    """From a content that is checked as a whole: it takes as much memory meanwhile."""
+    if await asyncio.to_thread(cache.size, digest) != nbytes:
+        return False
+    content = np.empty(nbytes, np.uint8)
+    if not await asyncio.to_thread(cache.load, digest, content.data):
+        return False
+    shape, strides = (stripes.count, stripes.size), (stripes.stride, 1)
+    rows = np.lib.stride_tricks.as_strided(content[stripes.offset :], shape, strides)
+    dense = np.ascontiguousarray(rows).reshape(-1).data
+
+    def read(at: int, room: memoryview) -> bool:
+        room[:] = dense[at : at + len(room)]
+        return True
+
+    return await _pass_on(read, place)
 
 
 class _Owner:
@@ -115,9 +192,9 @@ async def _from_models(s: Session, models: Models, digest: int, place: Destinati
     with models.open(digest, place.size) as content:
         if content is None:
             return False
-        if place.is_remote:
-            return await _pass_on(content, place)
-        return await _map(s, content, place) or await asyncio.to_thread(_copy, content, place)
+        if not place.is_remote and await _map(s, content, place):
+            return True
+        return await _pass_on(content.read, place)
 
 
 async def _map(s: Session, content: Content, place: Destination) -> bool:
@@ -129,21 +206,22 @@ async def _map(s: Session, content: Content, place: Destination) -> bool:
     return await asyncio.to_thread(storage.map, place.start, content, mappings, owner, owner.moved)
 
 
-def _copy(content: Content, place: Destination) -> bool:
-    with place.storage.place(place.start, place.size) as target:
-        return content.read(0, target)
+async def _pass_on(read: Callable[[int, memoryview], bool], place: Destination) -> bool:
+    """Have ``read(at, into)`` fill all bytes, wherever they are; return whether they are right.
 
-
-async def _pass_on(content: Content, place: Destination) -> bool:
-    """From the file into the chunks by which a storage elsewhere takes its bytes."""
+    A storage elsewhere takes them from the chunks into which they are read.
+    """
     storage = place.storage
+    if not place.is_remote:
+        with storage.place(place.start, place.size) as target:
+            return await asyncio.to_thread(read, 0, target)
     upload = await storage.upload(place.tensor, place.start, place.offset, place.size)
     assert upload is not None, "a storage whose bytes are elsewhere takes them itself"
     at, sound = 0, True
     while at < place.size:
         room = upload.room()
         # An upload that was begun goes on to its end, or its chunks would not be given back.
-        sound = sound and await asyncio.to_thread(content.read, at, room)
+        sound = sound and await asyncio.to_thread(read, at, room)
         at += len(room)
         await upload.forward()
     return sound

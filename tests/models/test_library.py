@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -72,15 +73,29 @@ def test_rows_are_taken_out_of_a_tensor(tmp_path: Path, indexer: Indexer) -> Non
     with models.open(fnv1a_64(data), len(data)) as content:
         assert content is not None
         place = memoryview(bytearray(2000))
-        assert content.read_rows(Stripes(2000, 2000, 2000, 1), place)
+        assert content.read_slice(Stripes(2000, 2000, 2000, 1), 0, place)
         assert bytes(place) == table[2:4].tobytes()
         place = memoryview(bytearray(6 * 250))
-        assert content.read_rows(Stripes(500, 250, 1000, 6), place)
+        assert content.read_slice(Stripes(500, 250, 1000, 6), 0, place)
         assert bytes(place) == table[:, 500:750].tobytes()
     assert Stripes(5000, 1000, 1000, 1).inside(6000)
     assert not Stripes(5000, 1001, 1001, 1).inside(6000)
     assert not Stripes(500, 250, 1000, 7).inside(6000)
     assert not Stripes(0, 1000, 999, 2).inside(6000), "rows would overlap"
+
+
+def test_several_threads_read_one_content(tmp_path: Path, indexer: Indexer) -> None:
+    """As where parts of a split are given their slices side by side."""
+    data = write_model(tmp_path / "m.gguf", 4 << 20)["t0"]
+    models = indexer(tmp_path)
+    with models.open(fnv1a_64(data), len(data)) as content, ThreadPoolExecutor(4) as threads:
+        assert content is not None
+
+        def read(at: int) -> bool:
+            place = bytearray(4096)
+            return content.read(at, memoryview(place)) and place == data[at : at + 4096]
+
+        assert all(threads.map(read, range(0, 4 << 20, 4096)))
 
 
 def test_one_of_two_files_is_enough(tmp_path: Path, indexer: Indexer) -> None:

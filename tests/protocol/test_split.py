@@ -264,7 +264,7 @@ def test_the_commands_are_unknown_without_the_extension() -> None:
 
 def test_versions() -> None:
     """Both sides speak the lower one: each has the commands of those before it."""
-    names = [set(with_split(NEWEST, v).commands) - set(NEWEST.commands) for v in (0, 1, 2, 3)]
+    names = [set(with_split(NEWEST, v).commands) - set(NEWEST.commands) for v in range(5)]
     assert names[0] == set()
     assert min(names[1]) == Command.SPLIT_QUERY
     assert max(names[1]) == Command.SPLIT_STATUS
@@ -274,4 +274,5 @@ def test_versions() -> None:
         Command.SPLIT_RELEASE,
     }
     assert names[3] - names[2] == {Command.SPLIT_DESCRIBE}
-    assert names[3] == set(SPLIT_COMMANDS)
+    assert names[4] - names[3] == {Command.SPLIT_LOAD}
+    assert names[4] == set(SPLIT_COMMANDS)

@@ -120,6 +120,7 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
         Command.SPLIT_MEMBERS: members_fields([1 << 63, 3]),
         Command.SPLIT_ACQUIRE: {"granted": 1, "holder": b""},
         Command.SPLIT_RELEASE: {"kept": 0},
+        Command.SPLIT_LOAD: {"result": 1},
         Command.SPLIT_DESCRIBE: description_fields("server 1", ["7.0.0"], "CPU", "a processor"),
     }
     tensor = tensor_fields(dialect, "blk.0.attn_q.weight", (max(upload, 8) // 4, 2, 1, 1))
@@ -127,7 +128,8 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
         "tensor": tensor, "src": tensor, "dst": tensor, "srcs": [tensor] * 10, "device": 0,
         "remote_ptr": HANDLE, "offset": 0, "size": download, "value": 7, "hash": 1 << 60,
         "cache_flag": 1, "n_proportions": 1, "proportions": [1.0] * 16, "program": 3,
-        "patience_ms": 100, "keep": 1,
+        "patience_ms": 100, "keep": 1, "address": BASE, "nbytes": 4096, "start": 64, "count": 2,
+        "distance": 128, "whole": 1,
     }  # fmt: skip
     for command, spec in dialect.commands.items():
         if command is Command.HELLO:

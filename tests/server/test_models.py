@@ -23,6 +23,8 @@ from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens
 
 MIB = 1 << 20
+# The index is made with a low priority: on a busy machine it waits for everybody.
+_PATIENCE = 240.0
 # More than two chunks of a card's pinned pair, and no whole number of pages.
 SIZE = 9 * MIB + 1236
 
@@ -48,7 +50,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def indexed(server: Process, path: Path, times: int = 1) -> None:
     """Wait until the server has said so often that it has indexed a file."""
     line = rf"(?s)(?:{re.escape(str(path))}: \d+ tensors.*){{{times}}}"
-    server.wait_for(line)
+    server.wait_for(line, _PATIENCE)
 
 
 def offer(wire: Wire, data: bytes, expected: int) -> None:
@@ -96,7 +98,7 @@ def test_a_model_on_disk_is_not_sent(server: ServerProcess, tmp_path: Path) -> N
         # The file is cut short under the server's hands.
         os.truncate(path, SIZE // 2)
         offer(wire, new, 0)
-        server.wait_for("it is cut short")
+        server.wait_for("it is cut short", _PATIENCE)
         path.unlink()
         offer(wire, new, 0)
 

@@ -29,6 +29,7 @@ from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.devices.cpu.streaming.transfer import Transfer
 from rpc_server.devices.cpu.turns import DeviceShare
 from rpc_server.devices.split.assemble import Assembler, Programmed
+from rpc_server.devices.split.disks import Disks
 from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.identity import conflict, same_server
 from rpc_server.devices.split.measure import measure_parts
@@ -56,6 +57,7 @@ from rpc_server.devices.split.worker import (
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
 from rpc_server.graph.tensor import Tensor
+from rpc_server.models.library import Models
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.rows import checked_indices
 from rpc_server.ops.table import ContractError
@@ -236,6 +238,7 @@ class SplitDevice:
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
         self._slices: Slices | None = None
+        self._disks = Disks()
         # By worker, why it keeps no slices, as far as the log has said so.
         self._keeps_not: dict[str, str] = {}
         # One graph has the workers' sockets at a time.
@@ -453,6 +456,7 @@ class SplitDevice:
             beyond_here=size > room.home - room.unknown,
         )
         storage.slices = self._slices
+        storage.disks = self._disks
         self._storages.add(storage)
         return storage
 
@@ -679,6 +683,9 @@ class SplitDevice:
         self._holding.take_in()
 
     # -- what the workers keep on disk
+
+    def use_models(self, models: Models) -> None:
+        self._disks = Disks(models)
 
     async def keep_slices(self, cache: TensorCache) -> str:
         self._slices = Slices.of(cache)

@@ -8,6 +8,7 @@ The buffer is address space; pages of rows that went elsewhere are never touched
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,12 @@ from client.split.partition import (
     Rows,
     partition,
 )
+from protocol.ggml.hashing import FNV_OFFSET
 from protocol.ggml.ops import Op
 from rpc_server.devices.base import Storage
+from rpc_server.devices.cpu.hashing import compiled_hash
 from rpc_server.devices.cpu.storage import HostStorage
+from rpc_server.devices.split.disks import Bytes, DeceivedError, Disks, OfferedWeight
 from rpc_server.devices.split.sharded import (
     Part,
     ShardedWeight,
@@ -41,6 +45,9 @@ log = logging.getLogger(__name__)
 _CLAIM = 1 << 20
 
 
+_compiled_hash = functools.cache(compiled_hash)
+
+
 @dataclass(slots=True)
 class SplitUpload:
     """An upload on its way through: fill :meth:`room`, then let :meth:`forward` send it on."""
@@ -51,6 +58,9 @@ class SplitUpload:
     left: int
     # Watches an upload of the whole tensor whose slices are to be kept.
     keeping: Keeping | None = None
+    # What it was offered as: parts that have it from their disks are not sent it again.
+    offered: OfferedWeight | None = None
+    _digest: int = FNV_OFFSET
     _chunk: memoryview = field(default_factory=lambda: memoryview(b""))
 
     @property
@@ -75,6 +85,10 @@ class SplitUpload:
         Raises WorkerLost.
         """
         data, weight = np.frombuffer(self._chunk, np.uint8), self.weight
+        loaded = frozenset[int]() if self.offered is None else self.offered.parts
+        if self.offered is not None:
+            hash_ = self.storage.hash
+            self._digest = await asyncio.to_thread(hash_, data.data, self._digest)
         writes = []
         for run in weight.runs(self.offset, len(data)):
             part = weight.parts[run.part]
@@ -83,7 +97,7 @@ class SplitUpload:
                 run.of(np.frombuffer(self.storage.view(begin, len(data)), np.uint8))[...] = run.of(
                     data
                 )
-            if part is not None and self.keeping is None:
+            if part is not None and self.keeping is None and run.part not in loaded:
                 dense = np.ascontiguousarray(run.of(data)).reshape(-1)
                 writes.append(part.worker.write(part.tensor, dense.data, run.at))
         begun = self.offset
@@ -91,6 +105,11 @@ class SplitUpload:
         self.left -= len(data)
         if self.keeping is None:
             await asyncio.gather(*writes)
+            if self.offered is not None and not self.left and self._digest != self.offered.digest:
+                raise DeceivedError(
+                    f"'{weight.tensor.name}' was offered as {self.offered.digest:016x}, and sent "
+                    f"as {self._digest:016x}"
+                )
             return
         await self.keeping.forward(data, begun)
         if not self.left:
@@ -142,6 +161,14 @@ class SplitStorage(HostStorage):
         self.open = True
         # Where slices are kept for the next time; None where they aren't.
         self.slices: Slices | None = None
+        self.disks = Disks()
+        # What weights were offered as that the client is about to send, by their places.
+        self._offered: dict[int, OfferedWeight] = {}
+
+    @property
+    def hash(self) -> Callable[..., int]:
+        """The hash by which clients offer weights, compiled."""
+        return _compiled_hash()
 
     @property
     def weights(self) -> list[ShardedWeight]:
@@ -206,23 +233,40 @@ class SplitStorage(HostStorage):
 
         Raises WorkerLost.
         """
-        slices = self.slices
-        if slices is None or not is_split(t) or start + t.nbytes > self.size:
+        if not is_split(t) or start + t.nbytes > self.size:
             return False
+
+        def view() -> Bytes:
+            return np.frombuffer(self.view(start, t.nbytes), np.uint8)
+
+        slices, hashes = self.slices, None
         # Before room is made for it: how it would be cut.
         tentative = ShardedWeight(t, start, *self._cuts(t), [], self._local, 0)
-        hashes = await asyncio.to_thread(slices.notes.find, digest, tentative)
-        if hashes is None:
-            return False
-        upload = await self.upload(t, start, 0, t.nbytes)
-        if upload is None:
-            return False
-        weight = upload.weight
-        if weight.gathered or (weight.axis, weight.cuts) != (tentative.axis, tentative.cuts):
-            return False
-        return await slices.load(
-            digest, weight, hashes, lambda: np.frombuffer(self.view(start, t.nbytes), np.uint8)
+        if slices is not None:
+            hashes = await asyncio.to_thread(slices.notes.find, digest, tentative)
+        asked = self.disks.models is not None or any(
+            worker is not None and worker.loads for worker in self.workers
         )
+        if hashes is None and not asked:
+            return False
+        self._offered.pop(start, None)
+        upload = await self.upload(t, start, 0, t.nbytes)
+        if upload is None or upload.weight.gathered:
+            return False
+        weight, loaded = upload.weight, frozenset[int]()
+        if asked:
+            loaded = await self.disks.load(digest, weight, view)
+            if len(loaded) == len(weight.cuts):
+                return True
+        same = (weight.axis, weight.cuts) == (tentative.axis, tentative.cuts)
+        if slices is not None and hashes is not None and same:
+            if await slices.load(digest, weight, hashes, view):
+                return True
+            # What it had of them may lie over what was loaded.
+            loaded = frozenset()
+        if loaded:
+            self._offered[start] = OfferedWeight(digest, loaded)
+        return False
 
     async def upload(
         self, t: Tensor, start: int, offset: int, size: int, *, keep: bool = False
@@ -235,15 +279,22 @@ class SplitStorage(HostStorage):
         upload = await self._upload(t, start, offset, size)
         if keep and upload is not None and self.slices is not None and size == t.nbytes:
             upload.keeping = self.slices.keeping(upload.weight)
+            if upload.keeping is not None:
+                # What is kept is sent to all.
+                upload.offered = None
         return upload
 
     async def _upload(self, t: Tensor, start: int, offset: int, size: int) -> SplitUpload | None:
         begin = start - offset
+        offered = self._offered.pop(begin, None)
         known = self._weights.get(begin)
         inside = offset + size <= t.nbytes
         if known is not None and inside and (known.tensor.type, known.tensor.ne) == (t.type, t.ne):
             known.require()
-            return SplitUpload(self, known, offset, size)
+            upload = SplitUpload(self, known, offset, size)
+            if size == t.nbytes:
+                upload.offered = offered
+            return upload
         await self.before_overwrite(start, size)
         if not is_split(t) or not inside or begin < 0 or begin + t.nbytes > self.size:
             return None

@@ -23,6 +23,7 @@ from client.backend import Backend, BackendBuffer
 from client.builder.graph import GraphBuilder
 from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
+from client.split.partition import Extent
 from client.split.steps import (
     Frames,
     Region,
@@ -37,7 +38,7 @@ from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import TYPE_INFO, GgmlType
-from protocol.split import LEASES_SINCE, MAX_MEMBERS, MAX_PROGRAMS, split_part_fields
+from protocol.split import LEASES_SINCE, LOADS_SINCE, MAX_MEMBERS, MAX_PROGRAMS, split_part_fields
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
@@ -213,6 +214,11 @@ class Worker:
     def has_leases(self) -> bool:
         """Whether the worker lets one coordinator run at a time."""
         return self.backend.connection.split_version >= LEASES_SINCE
+
+    @property
+    def loads(self) -> bool:
+        """Whether the worker can be asked for slices of what it has on its own disk."""
+        return self.backend.connection.split_version >= LOADS_SINCE and not self.splits
 
     @property
     def speaks(self) -> str:
@@ -433,6 +439,29 @@ class Worker:
         piece = self._piece(tensor, offset, size)
         async with self._asking(self._timeout):
             return await self.backend.connection.set_tensor_hash(piece, hash)
+
+    async def load(self, tensor: Tensor, extent: Extent, digest: int, nbytes: int) -> bool:
+        """Have the worker fill in a slice from its own disk; return whether it has the content.
+
+        That is named by the hash and the size of all of it. Raises WorkerLost.
+        """
+        handle, address = tensor.location
+        size = extent.count * extent.size
+        # It may have to read gigabytes.
+        async with self._asking(PREPARE_TIMEOUT):
+            answer = await self.backend.connection.request(
+                Command.SPLIT_LOAD,
+                remote_ptr=handle,
+                address=address + extent.at,
+                hash=digest,
+                nbytes=nbytes,
+                start=extent.start,
+                size=extent.size,
+                distance=extent.distance,
+                count=extent.count,
+                whole=int(size == tensor.nbytes),
+            )
+        return bool(answer.result)
 
     @staticmethod
     def _piece(tensor: Tensor, offset: int, size: int) -> Tensor:

@@ -19,6 +19,7 @@ from protocol.split import (
 )
 from rpc_server import SOFTWARE
 from rpc_server.devices.base import Splitting
+from rpc_server.session import by_hash
 from rpc_server.session.handlers.base import Handler, device_index
 from rpc_server.session.handlers.buffers import allocate
 from rpc_server.session.handlers.graphs import run
@@ -140,6 +141,10 @@ def _split_describe(s: Session, request: Request) -> None:
     s.answer(request.command, fields)
 
 
+def _split_load(s: Session, request: Request) -> None:
+    by_hash.begin_slice(s, request)
+
+
 HANDLERS: dict[int, Handler] = {
     Command.SPLIT_QUERY: _split_query,
     Command.SPLIT_ALLOC_BUFFER: _split_alloc_buffer,
@@ -149,5 +154,6 @@ HANDLERS: dict[int, Handler] = {
     Command.SPLIT_MEMBERS: _split_members,
     Command.SPLIT_ACQUIRE: _split_acquire,
     Command.SPLIT_RELEASE: _split_release,
+    Command.SPLIT_LOAD: _split_load,
     Command.SPLIT_DESCRIBE: _split_describe,
 }
