@@ -176,7 +176,7 @@ class _DeclinedError(Exception):
 
 
 # A graph has a few dozen kinds of nodes; to decide about one takes longer than many of a kind do.
-_MOST_KINDS = 1 << 13
+_MOST_KINDS = 1 << 12
 
 
 class _Labels:
@@ -280,13 +280,13 @@ class CpuPlanBuilder:
     ) -> None:
         self._executor = executor
         self._scratch = scratch
-        self._use_kernels = use_kernels
         self._share = share or Turns().share()
         self._without = set() if without is None else without
         self._maker = KindMaker(
             executor.n_threads if executor else 1,
             scratch.size,
-            self._lower,
+            # No method: a builder that is let go of is gone, with its scratch.
+            _by_kernels if executor is not None and use_kernels else _without_kernels,
             self._share.word.address,
         )
         self._memory: KindMemory[CpuKind] = KindMemory() if kinds is None else kinds
@@ -369,19 +369,6 @@ class CpuPlanBuilder:
             numbers[number] = len(kinds)
             kinds.append(self._maker.item(item))
         return kinds, numbers
-
-    def _lower(self, node: Tensor, planner: Planner) -> bool:
-        lowering = LOWERINGS.get(node.op)
-        if lowering is None or self._executor is None or not self._use_kernels:
-            return False
-        if is_long(node):
-            return False
-        before = len(planner.records)
-        if lowering(node, planner):
-            return True
-        if len(planner.records) != before:
-            raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
-        return False
 
     def _addresses(
         self, users: Mapping[Kernel, Iterable[Op | PlanItem]], wait: bool
@@ -507,6 +494,24 @@ class CpuPlanBuilder:
                 raise GraphError(f"{node.label}: {error or 'out of memory'}") from None
 
         return run
+
+
+def _without_kernels(node: Tensor, planner: Planner) -> bool:
+    """Lower nothing."""
+    return False
+
+
+def _by_kernels(node: Tensor, planner: Planner) -> bool:
+    """Emit the records of ``node``; False where there is no kernel for it."""
+    lowering = LOWERINGS.get(node.op)
+    if lowering is None or is_long(node):
+        return False
+    before = len(planner.records)
+    if lowering(node, planner):
+        return True
+    if len(planner.records) != before:
+        raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
+    return False
 
 
 def _users(kinds: Iterable[CpuKind]) -> dict[Kernel, list[Op | PlanItem]]:
