@@ -7,6 +7,9 @@ import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 from protocol.dialects import Dialect
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# One word that another thread sets to end what is being planned.
+StopWord = npt.NDArray[np.int64]
+
 __all__ = [
     "BufferLike",
     "Device",
@@ -30,6 +36,7 @@ __all__ = [
     "Queue",
     "Resolve",
     "Splitting",
+    "StopWord",
     "Storage",
 ]
 
@@ -207,10 +214,17 @@ class Queue(Protocol):
     One job of a queue is submitted at a time.
     """
 
-    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Plan:
+    def prepare(
+        self,
+        payload: GraphPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        stop: StopWord | None = None,
+    ) -> Plan:
         """Parse, validate and plan a graph of ``dialect``.
 
-        Runs on a thread of the device's. Raises GraphError, NotReadyError.
+        Runs on a thread of the device's, and ends with a GraphError soon after ``stop`` is not 0
+        any more. Raises GraphError, NotReadyError.
         """
         ...
 

@@ -26,6 +26,10 @@ NATIVE: dict[GgmlType, Any] = {
 }
 
 
+# Elements that are accumulated in one go, a millisecond or two.
+_ACCUMULATED_AT_ONCE = 1 << 19
+
+
 class ArrayContext:
     """Gives references their arrays on one device; this class is the one for host memory.
 
@@ -84,3 +88,25 @@ class ArrayContext:
         full = self.xp.broadcast_to(self.xp.asarray(values, np.float32), t.ne[::-1])
         blocks = from_f32(t.type, self.xp.ascontiguousarray(full), self.xp)
         target[...] = blocks.view(np.uint16) if t.type is GgmlType.BF16 else blocks
+
+    def accumulate(self, function: np.ufunc, x: Any) -> Any:
+        """Return ``function.accumulate`` of float32 ``x`` along its last axis, in order.
+
+        In pieces: numpy holds the interpreter's lock all the while, and the event loop with it.
+        """
+        if not x.size:
+            return self.xp.empty(x.shape, self.xp.float32)
+        rows = x.reshape(-1, x.shape[-1])
+        done = self.xp.empty(rows.shape, self.xp.float32)
+        n = rows.shape[1]
+        together = max(_ACCUMULATED_AT_ONCE // n, 1)
+        for first in range(0, len(rows), together):
+            some = slice(first, first + together)
+            for start in range(0, n, _ACCUMULATED_AT_ONCE):
+                self.look()
+                piece = rows[some, start : start + _ACCUMULATED_AT_ONCE]
+                if start:
+                    piece = self.xp.concatenate([done[some, start - 1 : start], piece], axis=1)
+                sums = function.accumulate(piece, axis=1, dtype=self.xp.float32)
+                done[some, start : start + _ACCUMULATED_AT_ONCE] = sums[:, bool(start) :]
+        return done.reshape(x.shape)

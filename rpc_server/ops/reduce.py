@@ -80,7 +80,7 @@ def _cumsum_contract(t: Tensor) -> None:
 
 @reference(Op.CUMSUM)
 def _cumsum(ctx: ArrayContext, t: Tensor) -> None:
-    ctx.store(t, ctx.xp.cumsum(ctx.f32(source(t, 0)), axis=3, dtype=ctx.xp.float32))
+    ctx.store(t, ctx.accumulate(ctx.xp.add, ctx.f32(source(t, 0))))
 
 
 @contract(Op.COUNT_EQUAL)

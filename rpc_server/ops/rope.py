@@ -130,9 +130,9 @@ def _angles(ctx: ArrayContext, t: Tensor, pairs: int) -> Any:
     xp, count = ctx.xp, t.ne[2]
     ratio = np.float32(t.param_f32(5)) ** np.float32(-2.0 / t.param_i32(1))
     positions = ctx.view(source(t, 1))[0, 0, 0].reshape(-1, count)
-    powers = xp.full((pairs, *positions.shape), ratio, xp.float32)
-    powers[0] = positions
-    powers = xp.cumprod(powers, axis=0, dtype=xp.float32)
+    powers = xp.full((*positions.shape, pairs), ratio, xp.float32)
+    powers[..., 0] = positions
+    powers = xp.moveaxis(ctx.accumulate(xp.multiply, powers), -1, 0)
     sections, steps = _sections(t, pairs)
     return powers[xp.asarray(steps), xp.asarray(sections)].T
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
 from rpc_server.devices.base import Plan, Queue
 from rpc_server.limits import LimitReached
 
@@ -24,6 +26,7 @@ class Job:
         "nodes",
         "planning",
         "started",
+        "stop_word",
     )
 
     def __init__(self, queue: Queue, nodes: int = 0) -> None:
@@ -35,6 +38,8 @@ class Job:
         self.started = 0.0
         # Seconds that making the plan took.
         self.planning = 0.0
+        # Set to 1, it ends what is being planned.
+        self.stop_word = np.zeros(1, np.int64)
         # Why it was stopped, to be told instead of how the plan failed.
         self.error: LimitReached | None = None
         self._plan: Plan | None = None
@@ -68,6 +73,7 @@ class Job:
         """Let the plan fail as soon as it can."""
         self.error = self.error or error
         self._stopped = True
+        self.stop_word[0] = 1
         if self._plan is not None:
             self._plan.stop()
 

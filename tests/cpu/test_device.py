@@ -15,6 +15,7 @@ import pytest
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.graph_payload import GraphPayload
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.plan import CpuPlan
 from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
@@ -125,6 +126,31 @@ def test_a_stopped_plan_stays_stopped_and_others_go_on(device: CpuDevice) -> Non
     with pytest.raises(GraphError, match="was stopped"):
         queue.submit(stopped.run).result(_PATIENCE)
     queue.submit(other.run).result(_PATIENCE)
+
+
+def test_planning_keeps_nobody_from_the_device(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor anybody from planning: it uses nothing of the device but a core."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> Any:
+        began.set()
+        assert go_on.wait(_PATIENCE)
+        raise GraphError("never mind")
+
+    long, short = device.queue(), device.queue()
+    known = planned(short, total())
+    monkeypatch.setattr("rpc_server.devices.cpu.device.parse_graph", slow)
+    payload = GraphPayload(0, np.zeros(0, np.uint64), np.zeros(0))  # type: ignore[arg-type]
+    planning = long.submit(lambda: long.prepare(payload, DIALECTS[0], lambda _: None))
+    assert began.wait(_PATIENCE)
+    short.submit(known.run).result(_PATIENCE)
+    planned(short, total())
+    go_on.set()
+    with pytest.raises(GraphError, match="never mind"):
+        planning.result(_PATIENCE)
+    long.submit(planned(long, total()).run).result(_PATIENCE)
 
 
 def test_what_a_client_had_is_given_back(device: CpuDevice) -> None:

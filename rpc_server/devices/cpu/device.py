@@ -14,6 +14,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
+from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.mapped import MappedStorage
@@ -152,18 +153,33 @@ class CpuQueue:
         """The client's part in the device."""
         return self._share
 
-    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> CpuPlan:
-        """Plan a graph of ``dialect``."""
-        return self.plan_here(payload, dialect, resolve, wait=False)
+    def prepare(
+        self,
+        payload: GraphPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        stop: StopWord | None = None,
+    ) -> CpuPlan:
+        """As of Queue."""
+        return self.plan_here(payload, dialect, resolve, wait=False, stop=stop)
 
     def plan_here(
-        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve, *, wait: bool = True
+        self,
+        payload: GraphPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        *,
+        wait: bool = True,
+        stop: StopWord | None = None,
     ) -> CpuPlan:
         """Plan for this machine alone; ``wait`` for kernels that are being compiled.
 
-        Runs on the queue's thread. Raises GraphError; NotReadyError when it is not to wait.
+        Runs on the queue's thread, beside those that have the device meanwhile: planning uses
+        nothing of it. Raises GraphError; NotReadyError when it is not to wait.
         """
-        return self._plans().build(parse_graph(payload, dialect, resolve), wait=wait)
+        plans = self._plans()
+        with self._share.aside():
+            return plans.build(parse_graph(payload, dialect, resolve), wait=wait, stop=stop)
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
@@ -171,8 +187,8 @@ class CpuQueue:
         """A program of the split extension. Raises GraphError."""
         from rpc_server.devices.cpu.streaming.program import program_items
 
-        items = program_items(payload, dialect, resolve, peer)
-        return self.plan_items(items, dialect)
+        with self._share.aside():
+            return self.plan_items(program_items(payload, dialect, resolve, peer), dialect)
 
     def plan_items(self, items: Sequence[Tensor | PlanItem], dialect: Dialect) -> CpuPlan:
         """Return a plan of nodes and of what else is to be done between them.

@@ -11,6 +11,7 @@ from typing import Any
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
+from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.host import run_on_host
@@ -168,10 +169,12 @@ class CudaPlanBuilder:
         """Let go of scratch; plans that are left keep theirs."""
         self._scratch = None
 
-    def build(self, graph: LinkedGraph, storages: Sequence[CudaStorage]) -> CudaPlan:
+    def build(
+        self, graph: LinkedGraph, storages: Sequence[CudaStorage], stop: StopWord | None = None
+    ) -> CudaPlan:
         """Hold each node against its contract and lower it; ``storages`` are all it touches.
 
-        Raises GraphError.
+        Raises GraphError, also once ``stop`` is set.
         """
         started = time.perf_counter()
         card = self._resources.card
@@ -183,6 +186,8 @@ class CudaPlanBuilder:
             parts.without_kernel(planner.take_launches(), node)
 
         for node in graph.nodes:
+            if stop is not None and stop[0]:
+                raise GraphError("was stopped")
             lower_node(node, planner, lambda t: lower_to_launches(t, planner), decline)
         parts.append(planner.take_launches())
         scratch = self._scratch_of(planner.scratch_peak)

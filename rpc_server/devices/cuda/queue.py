@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from protocol.dialects import Dialect
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload
+from rpc_server.devices.base import StopWord
 from rpc_server.devices.cuda.plan import CudaPlan, CudaPlanBuilder
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage
@@ -39,8 +40,14 @@ class CudaQueue:
         """The card's stream that graphs run on, one after the other."""
         return self._resources.stream
 
-    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> CudaPlan:
-        """Plan a graph of ``dialect``."""
+    def prepare(
+        self,
+        payload: GraphPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        stop: StopWord | None = None,
+    ) -> CudaPlan:
+        """As of Queue."""
         storages: dict[int, CudaStorage] = {}
 
         def watched(handle: int) -> BufferLike | None:
@@ -50,7 +57,9 @@ class CudaQueue:
                 storages[handle] = storage
             return buffer
 
-        return self._builder.build(parse_graph(payload, dialect, watched), list(storages.values()))
+        return self._builder.build(
+            parse_graph(payload, dialect, watched), list(storages.values()), stop
+        )
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer

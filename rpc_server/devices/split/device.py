@@ -23,6 +23,7 @@ from protocol.dialects import Dialect
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
+from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT, StreamPeer
 from rpc_server.devices.cpu.streaming.program import program_items
@@ -184,8 +185,14 @@ class SplitQueue:
         self._device = device
         self._cpu = cpu
 
-    def prepare(self, payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> SplitPlan:
-        """As of Queue."""
+    def prepare(
+        self,
+        payload: GraphPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        stop: StopWord | None = None,
+    ) -> SplitPlan:
+        """As of Queue, but for ``stop``: looking for what is split is not interrupted."""
         storages: dict[int, SplitStorage] = {}
         nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
         return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))

@@ -73,7 +73,7 @@ def _graph_compute(s: Session, request: Request) -> None:
         try:
             tensors, find = redirect(s.buffers.on(index), graph.tensors, here)
             given = replace(graph, tensors=tensors)
-            made = queue.prepare(given, readings.choose(given, find), find)
+            made = queue.prepare(given, readings.choose(given, find), find, task.stop_word)
         except GraphError as error:
             raise here.explained(error) from None
         s.check_scratch(made)
