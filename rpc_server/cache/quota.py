@@ -134,14 +134,20 @@ class Quota:
             self._note(
                 replace(usage, unfinished=usage.unfinished + size, small=usage.small + small)
             )
-            descriptor = self._folder.create(name)
-            if sys.platform != "win32":
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            file = os.fdopen(self._folder.create(name), "wb")
+            try:
+                if sys.platform != "win32":
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                # Before anybody else can look, who would count it by its size.
+                os.truncate(file.fileno(), size)
+            except OSError:
+                file.close()
+                self._folder.unlink(name)
+                self._note(usage)
+                raise
         finished = False
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                # Others count it at its full size from now on.
-                os.truncate(file.fileno(), size)
+            with file:
                 yield file, name
             finished = True
         finally:

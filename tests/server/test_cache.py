@@ -541,6 +541,27 @@ def test_what_is_being_written_counts(tmp_path: Path) -> None:
         assert second.exists()
 
 
+def test_nobody_sees_an_unfinished_file_before_it_has_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks at the folder meanwhile would keep too much beside it."""
+    TensorCache(tmp_path)
+    room = quota_of(tmp_path, 2 * SIZE)
+    seen: list[int] = []
+    right = Quota.locked
+
+    @contextlib.contextmanager
+    def locked(self: Quota) -> Iterator[None]:
+        with right(self):
+            yield
+            seen.extend(p.stat().st_size for p in tmp_path.iterdir() if p.name.startswith(PARTIAL))
+
+    monkeypatch.setattr(Quota, "locked", locked)
+    with room.reserve(12345):
+        pass
+    assert seen == [12345]
+
+
 def test_several_servers_and_threads_in_one_folder(tmp_path: Path) -> None:
     """Of one limit, smaller than what they keep: whatever is found is right, and it stays small."""
     contents = [some_bytes(SIZE // 8 + 64 * seed, seed) for seed in range(24)]
