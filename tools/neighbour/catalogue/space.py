@@ -127,6 +127,8 @@ def _keep(a: Attacker, size: int, count: int) -> None:
         wire.call(
             Command.SET_TENSOR, {"tensor": leaf, "offset": 0, "cache_flag": 1}, os.urandom(size)
         )
+    # What a client sent before it hangs up is still kept, so it would be seen as left behind.
+    wire.settle()
 
 
 @attack(SMALL_FILES)
