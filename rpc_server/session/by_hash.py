@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol.errors import ProtocolError
 from protocol.ggml.ops import Op
@@ -22,6 +23,8 @@ from rpc_server.limits import LimitReached
 from rpc_server.models.library import Content, Models, Stripes
 from rpc_server.session.buffers import Buffer
 from rpc_server.session.state import Session
+
+Bytes = npt.NDArray[np.uint8]
 
 
 def begin(s: Session, request: Request) -> None:
@@ -55,15 +58,19 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
         in_models = models is not None and await _from_models(s, models, digest, place)
         found = in_models or (cache is not None and await _from_cache(cache, digest, place))
     if found:
-        s.stats.cache_hits += 1
-        s.stats.cache_hit_bytes += size
-        if in_models:
-            s.stats.model_hits += 1
-            s.stats.model_hit_bytes += size
-        s.meter.upload(size, cached=True)
         s.context.prefetch_kernels(buffer.device, request.fields.tensor.type, size)
-    else:
-        s.stats.cache_misses += 1
+    _tell(s, request, size, found, in_models)
+
+
+def _tell(s: Session, request: Request, size: int, found: bool, in_models: bool) -> None:
+    """Count whether it was there, ``in_models`` or elsewhere, and answer."""
+    s.stats.cache_hits += found
+    s.stats.cache_hit_bytes += size * found
+    s.stats.model_hits += in_models
+    s.stats.model_hit_bytes += size * in_models
+    s.stats.cache_misses += not found
+    if found:
+        s.meter.upload(size, cached=True)
     s.answer(request.command, {"result": int(found)})
 
 
@@ -98,14 +105,7 @@ async def _load_slice(
     found = in_models
     if not found and cache is not None and buffer.storage.whole:
         found = await _slice_of_cache(cache, digest, nbytes, stripes, place)
-    s.stats.cache_hits += found
-    s.stats.cache_hit_bytes += size * found
-    s.stats.model_hits += in_models
-    s.stats.model_hit_bytes += size * in_models
-    s.stats.cache_misses += not found
-    if found:
-        s.meter.upload(size, cached=True)
-    s.answer(request.command, {"result": int(found)})
+    _tell(s, request, size, found, in_models)
 
 
 async def _slice_of_model(
@@ -121,20 +121,12 @@ async def _slice_of_cache(
     cache: TensorCache, digest: int, nbytes: int, stripes: Stripes, place: Destination
 ) -> bool:
     """From a content that is checked as a whole: it takes as much memory meanwhile."""
-    if await asyncio.to_thread(cache.size, digest) != nbytes:
-        return False
-    content = np.empty(nbytes, np.uint8)
-    if not await asyncio.to_thread(cache.load, digest, content.data):
+    content = await _content_of(cache, digest, nbytes)
+    if content is None:
         return False
     shape, strides = (stripes.count, stripes.size), (stripes.stride, 1)
     rows = np.lib.stride_tricks.as_strided(content[stripes.offset :], shape, strides)
-    dense = np.ascontiguousarray(rows).reshape(-1).data
-
-    def read(at: int, room: memoryview) -> bool:
-        room[:] = dense[at : at + len(room)]
-        return True
-
-    return await _pass_on(read, place)
+    return await _pass_on(_reader(np.ascontiguousarray(rows).reshape(-1).data), place)
 
 
 class _Owner:
@@ -213,8 +205,12 @@ async def _pass_on(read: Callable[[int, memoryview], bool], place: Destination) 
     """
     storage = place.storage
     if not place.is_remote:
-        with storage.place(place.start, place.size) as target:
-            return await asyncio.to_thread(read, 0, target)
+
+        def fill() -> bool:
+            with storage.place(place.start, place.size) as target:
+                return read(0, target)
+
+        return await asyncio.to_thread(fill)
     upload = await storage.upload(place.tensor, place.start, place.offset, place.size)
     assert upload is not None, "a storage whose bytes are elsewhere takes them itself"
     at, sound = 0, True
@@ -228,30 +224,27 @@ async def _pass_on(read: Callable[[int, memoryview], bool], place: Destination) 
 
 
 async def _from_cache(cache: TensorCache, digest: int, place: Destination) -> bool:
-    if place.is_remote:
-        return await _from_cache_elsewhere(cache, digest, place)
-
-    def load() -> bool:
-        with place.storage.place(place.start, place.size) as target:
-            return cache.load(digest, target)
-
-    return await asyncio.to_thread(load)
+    if not place.is_remote:
+        return await _pass_on(lambda _, target: cache.load(digest, target), place)
+    # It is checked as a whole, so it comes by way of memory here.
+    content = await _content_of(cache, digest, place.size)
+    return content is not None and await _pass_on(_reader(content.data), place)
 
 
-async def _from_cache_elsewhere(cache: TensorCache, digest: int, place: Destination) -> bool:
-    """From the cache to where the bytes belong, by way of memory here: it is checked as a whole."""
-    if await asyncio.to_thread(cache.size, digest) != place.size:
+async def _content_of(cache: TensorCache, digest: int, nbytes: int) -> Bytes | None:
+    """Return a content of this size, checked; None if there is none."""
+    if await asyncio.to_thread(cache.size, digest) != nbytes:
         # Memory as large as a tensor is taken only for what is there.
-        return False
-    content = memoryview(bytearray(place.size))
-    if not await asyncio.to_thread(cache.load, digest, content):
-        return False
-    storage = place.storage
-    upload = await storage.upload(place.tensor, place.start, place.offset, len(content))
-    assert upload is not None, "a storage whose bytes are elsewhere takes them itself"
-    while content:
-        room = upload.room()
-        room[:] = content[: len(room)]
-        content = content[len(room) :]
-        await upload.forward()
-    return True
+        return None
+    content = np.empty(nbytes, np.uint8)
+    return content if await asyncio.to_thread(cache.load, digest, content.data) else None
+
+
+def _reader(content: memoryview) -> Callable[[int, memoryview], bool]:
+    """Return what reads from memory, for :func:`_pass_on`."""
+
+    def read(at: int, room: memoryview) -> bool:
+        room[:] = content[at : at + len(room)]
+        return True
+
+    return read

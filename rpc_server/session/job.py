@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from rpc_server.devices.base import Plan, Queue
+from rpc_server.devices.base import Plan, Queue, StopWord
 from rpc_server.limits import LimitReached
 
 
@@ -38,8 +38,8 @@ class Job:
         self.started = 0.0
         # Seconds that making the plan took.
         self.planning = 0.0
-        # Set to 1, it ends what is being planned.
-        self.stop_word = np.zeros(1, np.int64)
+        # Set to 1, it ends what is being planned; most jobs run a plan that is there.
+        self.stop_word: StopWord | None = None
         # Why it was stopped, to be told instead of how the plan failed.
         self.error: LimitReached | None = None
         self._plan: Plan | None = None
@@ -48,6 +48,12 @@ class Job:
 
     def begin(self) -> None:
         """Its turn has come, and the plan has to be made first."""
+        self._start()
+        self.stop_word = np.zeros(1, np.int64)
+        # It may have been stopped just before there was a word to set.
+        self.stop_word[0] = self._stopped
+
+    def _start(self) -> None:
         now = time.monotonic()
         self._waited = self._queue.waited(now)
         self.started = now
@@ -64,7 +70,7 @@ class Job:
         if self.started:
             self.planning = time.monotonic() - self.started
         else:
-            self.begin()
+            self._start()
         if self._stopped or (self._abandoned and not plan.shared):
             plan.stop()
         plan.run()
@@ -73,7 +79,8 @@ class Job:
         """Let the plan fail as soon as it can."""
         self.error = self.error or error
         self._stopped = True
-        self.stop_word[0] = 1
+        if self.stop_word is not None:
+            self.stop_word[0] = 1
         if self._plan is not None:
             self._plan.stop()
 

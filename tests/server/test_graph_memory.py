@@ -196,17 +196,26 @@ def test_messages_that_are_never_finished(site: Site) -> None:
         site.bystander.check()
 
 
+def _product_of_one_row(
+    wire: Wire, buffer: tuple[int, int], place: int, width: int, rows: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A product with ``rows`` rows that all lie at one place, and its two sources."""
+    handle, base = buffer
+    repeated = tensor(1, (width, rows), handle, base, nb=[4, 0, 0, 0])
+    row = row_size(GgmlType.Q8_0, width)
+    weights = tensor(2, (width,), handle, base + 4 * width, GgmlType.Q8_0)
+    weights["nb"] = [row_size(GgmlType.Q8_0, 32), row, row, row]
+    product = tensor(3, (1, rows), handle, place, op=wire.op("MUL_MAT"), src=sources(2, 1))
+    return product, repeated, weights
+
+
 def test_memory_beside_small_buffers(site: Site) -> None:
     """Rows that all lie at one place would be rounded one by one, to many times as much."""
     width, rows = 6 << 20, 62
     with Wire(site.server.port) as wire:
         handle, base = wire.alloc(40 * MIB)
-        repeated = tensor(1, (width, rows), handle, base, nb=[4, 0, 0, 0])
-        row = row_size(GgmlType.Q8_0, width)
-        weights = tensor(2, (width,), handle, base + 4 * width, GgmlType.Q8_0)
-        weights["nb"] = [row_size(GgmlType.Q8_0, 32), row, row, row]
         place = base + 32 * MIB
-        product = tensor(3, (1, rows), handle, place, op=wire.op("MUL_MAT"), src=sources(2, 1))
+        product, repeated, weights = _product_of_one_row(wire, (handle, base), place, width, rows)
         wire.send(Command.GRAPH_COMPUTE, wire.graph([product], [repeated, weights]))
         assert wire.closed_by_server()
     site.server.wait_for(r"ERROR [^\n]*bytes beside its client's buffers[^\n]*; closing")
@@ -217,12 +226,8 @@ def test_scratch_is_given_back_by_a_graph_that_fails() -> None:
     width, rows = 6 << 20, 18
     with running("--threads", "1") as server, Wire(server.port) as wire:
         handle, base = wire.alloc(256 * MIB)
-        repeated = tensor(1, (width, rows), handle, base, nb=[4, 0, 0, 0])
-        row = row_size(GgmlType.Q8_0, width)
-        weights = tensor(2, (width,), handle, base + 4 * width, GgmlType.Q8_0)
-        weights["nb"] = [row_size(GgmlType.Q8_0, 32), row, row, row]
         place = base + 32 * MIB
-        product = tensor(3, (1, rows), handle, place, op=wire.op("MUL_MAT"), src=sources(2, 1))
+        product, repeated, weights = _product_of_one_row(wire, (handle, base), place, width, rows)
         index = tensor(4, (1,), handle, place + MIB, GgmlType.I32)
         rows_of = tensor(
             5, (1, 1), handle, place + 2 * MIB, op=wire.op("GET_ROWS"), src=sources(3, 4)

@@ -99,40 +99,41 @@ def names_of_unfinished_files(a: Attacker) -> None:
         a.found("a private file was made readable through a link")
 
 
+def _after_damage(a: Attacker, damage: Callable[[Path, str], None]) -> None:
+    """Keep a content, ``damage`` what lies in the folder under its name, and offer it."""
+    content = os.urandom(8192)
+    _keep(a, content)
+    with contextlib.suppress(OSError):
+        damage(Path(a.where.cache), f"{fnv1a_64(content):016x}")
+    if _offer(a, content) not in (None, content):
+        a.found("other bytes are served than were kept")
+
+
 @attack(SAME_HASH)
 def a_file_cut_short(a: Attacker) -> None:
     """A content whose file is cut short after it was kept, and offered by its hash"""
-    content = os.urandom(8192)
-    _keep(a, content)
-    place = Path(a.where.cache) / f"{fnv1a_64(content):016x}"
-    with contextlib.suppress(OSError):
-        os.truncate(place, 4096)
-    if _offer(a, content) not in (None, content):
-        a.found("other bytes are served than were kept")
+    _after_damage(a, lambda folder, name: os.truncate(folder / name, 4096))
 
 
 @attack(SAME_HASH)
 def a_file_of_others_bytes(a: Attacker) -> None:
     """A content whose file gets other bytes of the same length"""
-    content = os.urandom(8192)
-    _keep(a, content)
-    place = Path(a.where.cache) / f"{fnv1a_64(content):016x}"
-    with contextlib.suppress(OSError):
-        place.write_bytes(os.urandom(8192))
-    if _offer(a, content) not in (None, content):
-        a.found("other bytes are served than were kept")
+
+    def damage(folder: Path, name: str) -> None:
+        (folder / name).write_bytes(os.urandom(8192))
+
+    _after_damage(a, damage)
 
 
 @attack(SAME_HASH)
 def a_sum_of_others_bytes(a: Attacker) -> None:
     """A content whose noted sum is replaced by noise"""
-    content = os.urandom(8192)
-    _keep(a, content)
-    for sums in Path(a.where.cache).glob(".sums-*"):
-        with contextlib.suppress(OSError):
-            (sums / f"{fnv1a_64(content):016x}").write_bytes(os.urandom(84))
-    if _offer(a, content) not in (None, content):
-        a.found("other bytes are served than were kept")
+
+    def damage(folder: Path, name: str) -> None:
+        for sums in folder.glob(".sums-*"):
+            (sums / name).write_bytes(os.urandom(84))
+
+    _after_damage(a, damage)
 
 
 # The folders of a server that is started here; no kernel is compiled to say HELLO.
