@@ -32,8 +32,9 @@ What is guaranteed, for each address and kind of HELLO; n is how many versions t
    its start. (Where several versions are at work at once, it is that of the one that went on last.)
 3. **An accepted version stays the one that is offered** until hang-ups outside of that time make
    another client likely. One does, where the address's last client was there ``RECENT`` seconds ago
-   or longer, or where the address has accepted several versions; two do, ``WORKING`` seconds apart
-   and without a client in between that went on, where the last client was there later. Then the
+   or longer, or where the address has accepted several versions; two do, the HELLO of the second
+   ``WORKING`` seconds after the first's end or later and without a client in between that went on,
+   where the last client was there later. Then the
    next HELLO is a trial of another version: one that the address accepted before comes first, then
    the newest. (A connection that ends takes nothing back: who hung up while it was open and quiet
    may still be waiting for a version.)
@@ -192,7 +193,7 @@ class _Peer:
             return False
         self._expire(now)
         if self.known and offer == self.known[0]:
-            if self.count == 1 or not self._suffices(now):
+            if self.count == 1 or not self._suffices(opened, now):
                 return False
             self.trial = True
         else:
@@ -212,16 +213,20 @@ class _Peer:
     def _at_work(self, now: float) -> bool:
         return now - self.seen < WORKING
 
-    def _suffices(self, now: float) -> bool:
-        """Count a hang-up on the accepted offer, and return whether another one is to be tried."""
+    def _suffices(self, opened: float, now: float) -> bool:
+        """Count a hang-up on the accepted offer, and return whether another one is to be tried.
+
+        Its HELLO is what says when its client came: one that waits before it hangs up is not a
+        second one.
+        """
         if self.trial or self.refused:
             return True
-        if self.hang_ups and now - self.last_hang_up < WORKING:
+        if self.hang_ups and opened - self.last_hang_up < WORKING:
             # A burst of them is one client's.
             return False
         self.hang_ups += 1
         self.last_hang_up = now
-        likely = len(self.known) > 1 or now - self.seen >= RECENT
+        likely = len(self.known) > 1 or opened - self.seen >= RECENT
         return likely or self.hang_ups > 1
 
     def _untried(self) -> list[int]:

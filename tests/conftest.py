@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import sys
 import threading
 from collections.abc import Generator, Iterator
@@ -21,8 +22,12 @@ from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError
 from tools import smollm2
 
+# Where a seed is given all that is made up is the same in every run: a change is judged by itself.
+# Without one each run looks where none did before.
+SEED = os.environ.get("TEST_SEED")
+
 # How long an example takes says more about what else the machine does.
-settings.register_profile("project", deadline=None)
+settings.register_profile("project", deadline=None, derandomize=SEED is not None)
 settings.load_profile("project")
 
 # Hundreds of servers are started, and pytest rewrites every test: where the environment says not to
@@ -56,6 +61,14 @@ def _compile_ahead(library: Library) -> None:
         wanted = [catalog.kernels_of_weights(GgmlType.F16, isa)]
         wanted += [[catalog.product_kernel(type_, isa)] for type_ in types]
         library.request(itertools.chain(*wanted))
+
+
+@pytest.fixture
+def seed() -> int:
+    """A seed for what a test makes up: of TEST_SEED, or a new one, which is printed."""
+    chosen = int(SEED) if SEED is not None else random.SystemRandom().randrange(1 << 30)
+    print(f"seed {chosen} (to repeat it: TEST_SEED={chosen})")
+    return chosen
 
 
 @contextlib.contextmanager

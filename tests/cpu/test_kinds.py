@@ -283,18 +283,16 @@ def _hold_sketches(first: int, count: int, nodes: int = 25) -> int:
     return planned
 
 
-def test_nearly_alike_nodes_are_planned_as_each_by_itself() -> None:
-    assert _hold_sketches(random.randrange(1 << 30), 40) > 20
+def test_nearly_alike_nodes_are_planned_as_each_by_itself(seed: int) -> None:
+    assert _hold_sketches(seed, 40) > 20
 
 
 @pytest.mark.nightly
-def test_many_nearly_alike_nodes_are_planned_as_each_by_itself() -> None:
-    assert _hold_sketches(random.randrange(1 << 30), 2000) > 1000
+def test_many_nearly_alike_nodes_are_planned_as_each_by_itself(seed: int) -> None:
+    assert _hold_sketches(seed, 2000) > 1000
 
 
-def test_graphs_of_all_ops_are_planned_as_node_by_node() -> None:
-    seed = random.randrange(1 << 30)
-    print("seed", seed)
+def test_graphs_of_all_ops_are_planned_as_node_by_node(seed: int) -> None:
     arena = ScratchArena()
     remembered, planned = _Builder(arena), 0
     for data in seeds.graph_inputs(150, seed):

@@ -97,10 +97,8 @@ def test_graphs_that_differ_where_nobody_looks_are_told_apart() -> None:
     assert [cache.find(x) is p for x, p in zip((one, other), plans, strict=True)] == [True, True]
 
 
-def test_what_is_counted_is_what_is_kept() -> None:
+def test_what_is_counted_is_what_is_kept(seed: int) -> None:
     """Any order of looking and adding; everything is given back."""
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
     chosen = random.Random(seed)
     memory = GraphMemory(64 * MIB)
     share = Share(memory, "a")

@@ -391,10 +391,10 @@ async def attention_of_sequences(
     return [*results, *[await b.download(cache) for cache in caches]]
 
 
-async def test_any_number_of_sequences(whole: WorkerProcess, tensor_mode: Coordinator) -> None:
+async def test_any_number_of_sequences(
+    whole: WorkerProcess, tensor_mode: Coordinator, seed: int
+) -> None:
     """Whatever views a graph has of its caches: either parts have them exactly, or nothing does."""
-    seed = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {seed}")
     rng = random.Random(seed)
     for _ in range(24):
         s, cut = Sequences.random(rng), rng.choice(SHARES)
