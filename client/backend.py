@@ -82,7 +82,7 @@ class Backend:
         device: int = 0,
         timeout: float | None = 10.0,
     ) -> AsyncIterator[Backend]:
-        """A backend on a connection of its own; leaving the context closes it.
+        """Open a backend on a connection of its own; leaving the context closes it.
 
         The server then frees all that was allocated. ``version`` None finds the newest that the
         server speaks. Errors as of client.connection.connect.
@@ -96,7 +96,7 @@ class Backend:
 
     @classmethod
     async def open(cls, connection: Connection, device: int = 0) -> Backend:
-        """A backend on a connection that the caller keeps."""
+        """Return a backend on a connection that the caller keeps."""
         alignment, max_size = await asyncio.gather(
             connection.get_alignment(device), connection.get_max_size(device)
         )
@@ -157,7 +157,10 @@ class Backend:
         return -(-offset // self.alignment) * self.alignment
 
     async def alloc_size(self, tensor: Tensor) -> int:
-        """Bytes to reserve for ``tensor``: asked for where llama.cpp asks, once for each shape."""
+        """Return the bytes to reserve for ``tensor``.
+
+        The server is asked where llama.cpp asks, once for each shape.
+        """
         if not _padded(tensor) and tensor.op not in _MAY_EXPAND:
             return tensor.nbytes
         key = (tensor.type, tensor.op, tensor.op_params, tensor.ne, tensor.nb)
@@ -176,7 +179,7 @@ class Backend:
         *,
         name: str = "",
     ) -> Tensor:
-        """A new leaf in a buffer of its own, with ``values`` if given (see :meth:`upload`)."""
+        """Make a leaf in a buffer of its own, with ``values`` if given (see :meth:`upload`)."""
         leaf = self.graph.new_tensor(type, ne, name)
         await self.allocate([leaf])
         if values is not None:
@@ -206,7 +209,7 @@ class Backend:
         await self.connection.set_tensor(tensor, data, cache_flag=int(offer))
 
     async def download(self, tensor: Tensor) -> Array:
-        """The tensor's values: (ne3, ne2, ne1, ne0), of quantized types rows of bytes."""
+        """Return the tensor's values: (ne3, ne2, ne1, ne0), of quantized types rows of bytes."""
         return from_bytes(tensor, await self.connection.get_tensor(tensor))
 
     # -- graphs

@@ -181,7 +181,7 @@ def _reset_when_closed(transport: asyncio.Transport, reset: bool) -> None:
 
 
 class _Wire(asyncio.BufferedProtocol):
-    """What asyncio calls; everything goes to the connection."""
+    """The protocol that asyncio calls; everything goes to the connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -397,7 +397,7 @@ class Connection:
         return futures
 
     def message(self, command: Command, *, body_size: int = 0, **fields: Any) -> bytes:
-        """A request as it goes out, up to the ``body_size`` bytes that are to follow it.
+        """Return a request as it goes out, up to the ``body_size`` bytes that will follow it.
 
         Fields and errors as in :meth:`request`; for those who send by themselves.
         """
@@ -519,7 +519,10 @@ class Connection:
                 future.exception()
 
     def wire_tensor(self, tensor: TensorLike) -> Mapping[str, Any]:
-        """The rpc_tensor of ``tensor`` with this version's numbers; ValueError if it has none."""
+        """Return the rpc_tensor of ``tensor`` with this version's numbers.
+
+        Raises ValueError if it has none.
+        """
         if not isinstance(tensor, Tensor):
             return tensor
         fields = tensor.fields()
@@ -539,7 +542,7 @@ class Connection:
         return int(answer.alignment)
 
     async def get_max_size(self, device: int = 0) -> int:
-        """The size of the largest buffer, bytes."""
+        """Return the size of the largest buffer, bytes."""
         answer = await self.request(Command.GET_MAX_SIZE, device=device)
         return int(answer.max_size)
 
@@ -549,14 +552,14 @@ class Connection:
         return int(answer.free_mem), int(answer.total_mem)
 
     async def alloc_buffer(self, size: int, device: int = 0) -> tuple[int, int]:
-        """A new buffer's handle and size in bytes. Raises AllocationFailed."""
+        """Allocate a buffer; return its handle and size in bytes. Raises AllocationFailed."""
         answer = await self.request(Command.ALLOC_BUFFER, device=device, size=size)
         if answer.remote_ptr == 0:
             raise AllocationFailed(f"the server has no room for a buffer of {size} bytes")
         return int(answer.remote_ptr), int(answer.remote_size)
 
     async def buffer_get_base(self, buffer: int) -> int:
-        """The address of a buffer's first byte."""
+        """Return the address of a buffer's first byte."""
         answer = await self.request(Command.BUFFER_GET_BASE, remote_ptr=buffer)
         return int(answer.base_ptr)
 
@@ -611,7 +614,7 @@ class Connection:
     async def get_tensor(
         self, tensor: TensorLike, offset: int = 0, size: int | None = None
     ) -> npt.NDArray[np.uint8]:
-        """``size`` bytes of the tensor's memory from byte ``offset`` on (default: to its end)."""
+        """Return ``size`` bytes (default: to the end) of the tensor's memory from ``offset`` on."""
         if size is None:
             if not isinstance(tensor, Tensor):
                 raise ValueError("the size of a tensor given by its fields must be said")

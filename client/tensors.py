@@ -56,7 +56,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def dims(ne: Iterable[int]) -> Dims:
-    """``ne`` filled up with ones to four dimensions; ShapeError for more or for negative ones."""
+    """Return ``ne`` filled up with ones to four dimensions.
+
+    Raises ShapeError for more or for negative ones.
+    """
     values = tuple(int(n) for n in ne)
     require(1 <= len(values) <= 4, f"a tensor has 1 to 4 dimensions, not {len(values)}")
     require(all(n >= 0 for n in values), f"negative dimension in {values}")
@@ -65,7 +68,7 @@ def dims(ne: Iterable[int]) -> Dims:
 
 
 def contiguous_strides(type: GgmlType, ne: Dims) -> Dims:
-    """The byte strides of dense data in ``ne`` elements, as ggml_new_tensor sets them."""
+    """Return the byte strides of dense data in ``ne`` elements, as ggml_new_tensor sets them."""
     nb0 = TYPE_INFO[type].type_size
     # Whole blocks only: views of part of a block keep ggml's (truncating) arithmetic.
     nb1 = nb0 * (ne[0] // TYPE_INFO[type].block_size)
@@ -73,7 +76,7 @@ def contiguous_strides(type: GgmlType, ne: Dims) -> Dims:
 
 
 def encode_params(params: Iterable[int | float]) -> tuple[int, ...]:
-    """16 signed 32-bit words: a float becomes its float32 bits, an int its low 32 bits."""
+    """Return 16 signed 32-bit words: of a float its float32 bits, of an int its low 32 bits."""
     words = [_param_word(p) for p in params]
     if len(words) > MAX_PARAMS:
         raise ShapeError(f"{len(words)} op_params, there is room for {MAX_PARAMS}")
@@ -153,7 +156,7 @@ class Tensor:
         return is_contiguous(self.type, self.ne, self.nb)
 
     def contiguous_above(self, m: int) -> bool:
-        """ggml_is_contiguous_<m>: dimensions 1 to ``m`` may have any stride."""
+        """Return ggml_is_contiguous_<m>: dimensions 1 to ``m`` may have any stride."""
         return is_contiguous(self.type, self.ne, self.nb, m)
 
     @property
@@ -188,7 +191,7 @@ class Tensor:
         return (buffer, data + self.view_offs) if buffer else (0, 0)
 
     def fields(self, use_count: int = 0) -> dict[str, Any]:
-        """The wire's rpc_tensor as its fields; ``nb`` keeps 32 bits, as the wire does."""
+        """Return the wire's rpc_tensor as its fields; ``nb`` keeps 32 bits, as the wire does."""
         buffer, data = self.location
         src = [0 if s is None else s.id for s in self.src]
         return {
@@ -210,7 +213,7 @@ class Tensor:
 
 
 def wire_name(name: str) -> bytes:
-    """``name`` in UTF-8, cut to what the wire holds beside its terminating zero."""
+    """Return ``name`` in UTF-8, cut to what the wire holds beside its terminating zero."""
     return name.encode()[:MAX_NAME_BYTES].split(b"\0")[0]
 
 
@@ -241,7 +244,7 @@ def to_bytes(tensor: Tensor, values: Array | bytes | bytearray | memoryview) -> 
 
 
 def from_bytes(tensor: Tensor, raw: Array) -> Array:
-    """``raw`` (uint8, as downloaded) as a strided array.
+    """Return ``raw`` (uint8, as downloaded) as a strided array.
 
     Shape (ne3, ne2, ne1, ne0); of quantized types (ne3, ne2, ne1, bytes of a row), uint8.
     """
@@ -254,5 +257,5 @@ def from_bytes(tensor: Tensor, raw: Array) -> Array:
 
 
 def param_f32(tensor: Tensor, index: int) -> float:
-    """Word ``index`` of the op_params read as float32."""
+    """Return word ``index`` of the op_params read as float32."""
     return float(struct.unpack("<f", struct.pack("<i", tensor.op_params[index]))[0])

@@ -79,7 +79,7 @@ class End(asyncio.Protocol):
             self._other.pause(False)
 
     async def peek(self, n: int) -> bytes:
-        """The first ``n`` bytes, left where they are. Raises ConnectionLost."""
+        """Return the first ``n`` bytes, left where they are. Raises ConnectionLost."""
         while len(self._early) < n:
             if self._lost:
                 raise ConnectionLost("the peer hung up")
@@ -88,7 +88,7 @@ class End(asyncio.Protocol):
         return bytes(self._early[:n])
 
     async def read(self, n: int) -> bytes:
-        """The first ``n`` bytes. Raises ConnectionLost."""
+        """Return the first ``n`` bytes. Raises ConnectionLost."""
         data = await self.peek(n)
         del self._early[:n]
         return data
@@ -118,7 +118,7 @@ class End(asyncio.Protocol):
             self._transport.abort()
 
     def join(self, other: End) -> None:
-        """From now on what arrives at one goes out at the other."""
+        """Send on from now on what arrives at one by the other."""
         self._other, other._other = other, self
         for end, beyond in ((self, other), (other, self)):
             early, end._early = end._early, bytearray()
@@ -131,7 +131,7 @@ class End(asyncio.Protocol):
 
 
 async def near_end(far: End, factory: Callable[[], P]) -> P:
-    """A protocol of ``factory`` on a plain socket, whose bytes go through ``far``."""
+    """Return a protocol of ``factory`` on a plain socket, whose bytes go through ``far``."""
     loop = asyncio.get_running_loop()
     near_socket, far_socket = socket.socketpair()
     for s in (near_socket, far_socket):
@@ -195,7 +195,7 @@ def keep_alive(sock: socket.socket, idle: int = 10, interval: int = 5, probes: i
 def client_context(
     ca: Path | None = None, cert: Path | None = None, key: Path | None = None
 ) -> ssl.SSLContext:
-    """TLS to a server whose certificate ``ca`` vouches for (None: the system's).
+    """Return TLS to a server whose certificate ``ca`` vouches for (None: the system's).
 
     ``cert`` and ``key`` are this client's own, for servers that ask. Raises SecretError.
     """
@@ -210,7 +210,9 @@ def client_context(
 
 
 def server_context(cert: Path, key: Path | None, ca: Path | None = None) -> ssl.SSLContext:
-    """TLS for a server; with ``ca`` only clients whose certificate it vouches for are let in.
+    """Return TLS for a server.
+
+    With ``ca`` only clients whose certificate it vouches for are let in.
 
     Raises SecretError.
     """
@@ -230,7 +232,7 @@ def _reason(error: OSError) -> str:
 
 
 def read_token(path: Path | None, variable: str) -> bytes | None:
-    """The token in a file, or else in an environment variable; None if there is neither.
+    """Return the token in a file, or else in an environment variable; None if there is neither.
 
     White space around it doesn't count. Raises SecretError.
     """

@@ -23,7 +23,7 @@ _LABEL = re.compile(r"[^A-Za-z0-9-]+")
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What a record says: ``software`` with its version, ``device``, whether the port has TLS."""
+    """The fields of a record: ``software`` with its version, ``device``, whether it has TLS."""
 
     software: str = ""
     device: str = ""

@@ -116,11 +116,17 @@ class Codec:
             raise TypeError(f"codec of {self.size} bytes for {declaration.sizeof()} declared")
 
     def parse(self, data: Buffer, offset: int = 0) -> Any:
-        """The Record at ``offset``; ``data`` must hold ``size`` bytes from there (struct.error)."""
+        """Return the Record at ``offset``.
+
+        ``data`` must hold ``size`` bytes from there (struct.error).
+        """
         return self._take(self._struct.unpack_from(data, offset), 0)[0]
 
     def build(self, value: Mapping[str, Any] | Message) -> bytes:
-        """The bytes of a message given as a mapping or Record; KeyError for a missing field."""
+        """Return the bytes of a message given as a mapping or Record.
+
+        Raises KeyError for a missing field.
+        """
         out: list[Any] = []
         self._put(value, out)
         return self._struct.pack(*out)
@@ -128,5 +134,5 @@ class Codec:
 
 @functools.cache
 def codec(declaration: Any) -> Codec:
-    """The codec of a declaration; compiled once."""
+    """Return the codec of a declaration; compiled once."""
     return Codec(declaration)

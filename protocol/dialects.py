@@ -42,7 +42,7 @@ Version = tuple[int, int, int]
 
 
 class Body(enum.Enum):
-    """What a request carries behind its fixed head."""
+    """The form of what follows a request's fixed head."""
 
     NONE = "nothing"
     DATA = "bytes of a tensor"
@@ -50,7 +50,7 @@ class Body(enum.Enum):
 
 
 class Answer(enum.Enum):
-    """How a command answers; a command either always answers or never does."""
+    """The form of a command's answer; a command either always answers or never does."""
 
     NEVER = "no answer"
     FIXED = "a fixed struct"
@@ -124,7 +124,7 @@ class Dialect:
         return self.version >= _FLAGS_SINCE
 
     def op_number(self, op: Op) -> int:
-        """The number of ``op`` on the wire; NotInRelease if this version has no such op."""
+        """Return the number of ``op`` on the wire; NotInRelease if this version has no such op."""
         number = self.numbering.numbers.get(op)
         if number is None:
             raise NotInRelease(f"protocol {self.name} has no op {op}")
@@ -313,7 +313,7 @@ def dialect_of_version(version: Version, hello_size: int) -> Dialect | None:
 
 
 def compatible_dialects(dialect: Dialect) -> list[Dialect]:
-    """Dialects whose clients can't be told apart from ``dialect``'s on the wire, itself first.
+    """Return dialects whose clients look on the wire like those of ``dialect``, itself first.
 
     They have the same major number and the same commands and differ in op numbers at most.
     """

@@ -74,7 +74,7 @@ def _numpy_field(field: Any) -> tuple[Any, tuple[int, ...]]:
 
 
 def numpy_dtype(struct: Any) -> np.dtype[Any]:
-    """The packed structured dtype with the layout of a construct Struct of fixed size."""
+    """Return the packed structured dtype with the layout of a construct Struct of fixed size."""
     fields = [(field.name, *_numpy_field(field.subcon)) for field in struct.subcons]
     dtype = np.dtype(fields)
     if dtype.itemsize != struct.sizeof():
@@ -160,5 +160,5 @@ GraphComputeResponse = Struct("result" / Int8ul)
 
 
 def fixed_size(struct: Construct[Any, Any]) -> int:
-    """Bytes of a message of this declaration."""
+    """Return the bytes of a message of this declaration."""
     return int(struct.sizeof())

@@ -143,7 +143,7 @@ def _offers(dialects: list[Dialect]) -> list[Offer]:
 
 @dataclass(slots=True)
 class _Peer:
-    """What is known of one kind of HELLO from one address; offers are numbers below ``count``."""
+    """The state of one kind of HELLO from one address; offers are numbers below ``count``."""
 
     count: int
     # Accepted offers, the one that was accepted last first.
@@ -253,7 +253,7 @@ class _Peer:
 
 @dataclass(frozen=True, slots=True)
 class HangUp:
-    """What a connection that ended after HELLO means for its address.
+    """The consequence of a connection that ended after HELLO, for its address.
 
     ``evidence``: whether it may have been a refusal. ``following`` is what the address is offered
     next, ``accepted`` what it accepted last (None: nothing yet). ``doubt``: for how many seconds

@@ -67,7 +67,7 @@ class ReceiveBuffer:
         return self._view[self._end :]
 
     def received(self, n: int) -> None:
-        """``n`` bytes were written to the start of :meth:`receive_buffer`."""
+        """Take the ``n`` bytes that were written to the start of :meth:`receive_buffer`."""
         if self._receives_directly:
             self.filled += n
         else:
@@ -90,7 +90,7 @@ class ReceiveBuffer:
         return bytes(self._view[self._start : self._start + n])
 
     def begin(self, target: memoryview) -> None:
-        """The bytes from here on fill ``target``."""
+        """Fill ``target`` with the bytes from here on."""
         self._target = target
         self.filled = 0
 

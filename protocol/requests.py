@@ -37,7 +37,10 @@ _GROWTH = 4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a client may announce, bytes. Uploads are bounded by the buffer they go to."""
+    """The most that a client may announce, in bytes.
+
+    Uploads are bounded by the buffer they go to.
+    """
 
     graph_bytes: int = 256 << 20
 
@@ -144,7 +147,7 @@ class RequestReader:
         return self._received.receive_buffer()
 
     def received(self, n: int) -> None:
-        """``n`` bytes were written to the start of :meth:`receive_buffer`."""
+        """Take the ``n`` bytes that were written to the start of :meth:`receive_buffer`."""
         self._received.received(n)
 
     def direct(self, destination: memoryview) -> None:
@@ -166,11 +169,11 @@ class RequestReader:
         self.received(len(data))
 
     def abandon(self) -> None:
-        """The stream has ended: let go of the place of an upload that will not be finished."""
+        """Let go of the place of an upload that will not be finished: the stream has ended."""
         self._received.abandon()
 
     def next_event(self) -> Event | None:
-        """The next event, None if more bytes are needed. Raises ProtocolError."""
+        """Return the next event, None if more bytes are needed. Raises ProtocolError."""
         if not self._direct_given:
             raise ValueError("the last upload has no place yet")
         if self._received.in_body:
@@ -274,7 +277,7 @@ _HELLO_SPECS = {d.hello_size: d.commands[Command.HELLO] for d in DIALECTS}
 
 
 def first_frame(number: int, size: int) -> tuple[Command, CommandSpec]:
-    """HELLO by the frame of a connection's first request; ProtocolError if it is none.
+    """Return HELLO by the frame of a connection's first request; ProtocolError if it is none.
 
     Whichever version it is, the size tells what HELLO looks like.
     """
@@ -294,7 +297,10 @@ def first_frame(number: int, size: int) -> tuple[Command, CommandSpec]:
 def check_frame(
     dialect: Dialect, number: int, size: int, limits: Limits
 ) -> tuple[Command, CommandSpec]:
-    """The command of a later request by its frame; ProtocolError if no client sends such a one."""
+    """Return the command of a later request by its frame.
+
+    Raises ProtocolError if no client sends such a one.
+    """
     try:
         command = Command(number)
     except ValueError:

@@ -130,11 +130,11 @@ class ResponseReader:
         return self._received.receive_buffer()
 
     def received(self, n: int) -> None:
-        """``n`` bytes were written to the start of :meth:`receive_buffer`."""
+        """Take the ``n`` bytes that were written to the start of :meth:`receive_buffer`."""
         self._received.received(n)
 
     def next_answer(self) -> Received | None:
-        """The next answer, None if more bytes are needed.
+        """Return the next answer, None if more bytes are needed.
 
         Raises ProtocolError for an answer of another size than announced, or to no request.
         """

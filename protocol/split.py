@@ -208,7 +208,7 @@ def split_part_fields(
     round_trip_seconds: float = 0.0,
     wait_seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """The fields of a SplitPart."""
+    """Return the fields of a SplitPart."""
     return {
         "name": name.encode()[:63],
         "rows": rows,
@@ -228,7 +228,7 @@ def split_status_fields(
     graph_seconds: float = 0.0,
     tokens: int = 0,
 ) -> dict[str, Any]:
-    """The fields of a SplitStatusResponse; ``parts`` have those of SplitPart."""
+    """Return the fields of a SplitStatusResponse; ``parts`` have those of SplitPart."""
     return {
         "graphs": graphs,
         "graph_seconds": graph_seconds,
@@ -239,12 +239,12 @@ def split_status_fields(
 
 
 def split_caps(version: int = VERSION) -> bytes:
-    """The capability bytes of a peer that has the extension."""
+    """Return the capability bytes of a peer that has the extension."""
     return bytes(SplitCaps.build({"magic": _MAGIC, "version": version, "reserved": 0}))
 
 
 def caps_version(caps: bytes) -> int:
-    """Which version of the extension these capability bytes announce, 0 for none."""
+    """Return which version of the extension these capability bytes announce, 0 for none."""
     if len(caps) != CONN_CAPS_SIZE or not caps.startswith(_MAGIC):
         return 0
     return int(SplitCaps.parse(caps).version)
@@ -285,7 +285,7 @@ class ProgramPayload:
 
 
 def encode_program(steps: Sequence[ProgramStep], tensors: npt.NDArray[Any]) -> bytes:
-    """The body of a SPLIT_PROGRAM."""
+    """Return the body of a SPLIT_PROGRAM."""
     counts = np.array([(len(s.inputs), len(s.nodes), len(s.outputs)) for s in steps], _STEP_DTYPE)
     ids = [i for s in steps for i in (*s.inputs, *s.nodes, *s.outputs)]
     return b"".join(
@@ -301,7 +301,7 @@ def encode_program(steps: Sequence[ProgramStep], tensors: npt.NDArray[Any]) -> b
 
 @dataclass(frozen=True, slots=True)
 class ProgramSize:
-    """How many of each a program says that it has; ``nodes`` and ``ids`` are those of all steps."""
+    """The counts that a program's head gives; ``nodes`` and ``ids`` are those of all steps."""
 
     steps: int
     nodes: int
@@ -355,7 +355,10 @@ def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
 
 
 def step_sizes(program: ProgramPayload) -> list[tuple[int, int]]:
-    """Bytes that each step of a program takes off the stream and puts on it. ProtocolError."""
+    """Return the bytes that each step of a program takes off the stream and puts on it.
+
+    Raises ProtocolError.
+    """
     columns = (program.tensors[name].tolist() for name in ("id", "type", "ne", "nb"))
     sizes: dict[int, int] = {}
     for id_, type_, ne, nb in zip(*columns, strict=True):

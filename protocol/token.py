@@ -19,7 +19,7 @@ SHORTEST, LONGEST = 16, 1024
 
 
 def check_token(token: bytes) -> bytes:
-    """``token``. Raises ValueError if it is none; the message doesn't contain it."""
+    """Return ``token``; raise ValueError if it is none. The message doesn't contain it."""
     if not SHORTEST <= len(token) <= LONGEST:
         raise ValueError(f"a token has {SHORTEST} to {LONGEST} bytes, this one {len(token)}")
     return token
@@ -31,7 +31,7 @@ def encode_token(token: bytes) -> bytes:
 
 
 def token_size(head: bytes) -> int | None:
-    """Bytes of the token that follows these HEAD_SIZE bytes, None if they begin something else."""
+    """Return the bytes of the token behind this head, None if it begins something else."""
     if head[: len(MAGIC)] != MAGIC:
         return None
     return int.from_bytes(head[len(MAGIC) : HEAD_SIZE], "little")

@@ -50,7 +50,7 @@ class Graph:
         return [t for t in self.tensors if t.view_src is None]
 
     def payload(self, dialect: Dialect, device: int = 0) -> GraphPayload:
-        """The graph as arrays. ValueError if the dialect has no such op."""
+        """Return the graph as arrays. ValueError if the dialect has no such op."""
         rows = [t.fields(uses) for t, uses in zip(self.tensors, self.use_counts, strict=True)]
         tensors = np.zeros(len(rows), RPC_TENSOR_DTYPE)
         for name in RPC_TENSOR_DTYPE.names or ():
@@ -68,7 +68,7 @@ class Graph:
         return GraphPayload(device, nodes, tensors)
 
     def encode(self, dialect: Dialect, device: int = 0) -> bytes:
-        """The bytes of a GRAPH_COMPUTE."""
+        """Return the bytes of a GRAPH_COMPUTE."""
         return encode_graph(self.payload(dialect, device), dialect)
 
 
@@ -76,7 +76,7 @@ class GraphBuilder(PointwiseOps, PartialOps, TrainingOps, RecurrentOps, WindowOp
     """ggml's constructors as methods. Each checks its operands as ggml asserts (ShapeError)."""
 
     def build(self, outputs: Tensor | Iterable[Tensor]) -> Graph:
-        """The graph that computes ``outputs``, and whatever they need, in ggml's order.
+        """Return the graph that computes ``outputs``, and whatever they need, in ggml's order.
 
         Marks what is to be computed (GGML_TENSOR_FLAG_COMPUTE) and names what has no name.
         """

@@ -22,7 +22,7 @@ def can_repeat(a: Tensor, b: Tensor) -> bool:
 
 
 def is_vector(a: Tensor) -> bool:
-    """All elements in dimension 0 (ggml_is_vector)."""
+    """Return whether all elements are in dimension 0 (ggml_is_vector)."""
     return a.ne[1:] == (1, 1, 1)
 
 
@@ -35,7 +35,7 @@ class NodeFactory:
     # -- leaves
 
     def new_tensor(self, type: GgmlType, ne: Sequence[int], name: str = "") -> Tensor:
-        """A dense leaf of 1 to 4 dimensions; ShapeError for part of a block."""
+        """Return a dense leaf of 1 to 4 dimensions; ShapeError for part of a block."""
         return self.op(Op.NONE, type, ne, name=name)
 
     def new_tensor_1d(self, type: GgmlType, ne0: int, name: str = "") -> Tensor:
@@ -64,7 +64,9 @@ class NodeFactory:
         *,
         name: str = "",
     ) -> Tensor:
-        """Any node: a dense result of ``type`` and ``ne``, made of ``src`` with ``params``.
+        """Return a node of any op.
+
+        A dense result of ``type`` and ``ne``, made of ``src`` with ``params``.
 
         ``params`` are the op_params as words: ints as int32, floats as float32. Nothing is checked
         but that rows are whole blocks.
@@ -83,7 +85,7 @@ class NodeFactory:
         *,
         inplace: bool = False,
     ) -> Tensor:
-        """A node of the type and shape of ``a``; ``inplace`` in the memory of ``a``."""
+        """Return a node of the type and shape of ``a``; ``inplace`` in the memory of ``a``."""
         if inplace:
             return self.view_of(a, op, src, params)
         return self.op(op, a.type, a.ne, src, params)
@@ -100,7 +102,7 @@ class NodeFactory:
         offset: int = 0,
         name: str = "",
     ) -> Tensor:
-        """A node in the memory of ``a``, from byte ``offset`` of it on.
+        """Return a node in the memory of ``a``, from byte ``offset`` of it on.
 
         Shape and strides are those of ``a`` unless given. As in ggml a view of a view is a view of
         what that one views. ShapeError if the dense size of ``ne`` doesn't fit.
@@ -141,12 +143,12 @@ class NodeFactory:
         return result
 
     def view_1d(self, a: Tensor, ne0: int, offset: int = 0) -> Tensor:
-        """``ne0`` elements from byte ``offset`` of ``a`` on."""
+        """Return ``ne0`` elements from byte ``offset`` of ``a`` on."""
         ne = dims((ne0,))
         return self._view(a, ne, (row_size(a.type, ne0),), offset)
 
     def view_2d(self, a: Tensor, ne0: int, ne1: int, nb1: int, offset: int = 0) -> Tensor:
-        """Rows of ``ne0`` elements, ``nb1`` bytes apart."""
+        """Return rows of ``ne0`` elements, ``nb1`` bytes apart."""
         return self._view(a, dims((ne0, ne1)), (nb1,), offset)
 
     def view_3d(
@@ -169,7 +171,7 @@ class NodeFactory:
         return self._view(a, dims((ne0, ne1, ne2, ne3)), (nb1, nb2, nb3), offset)
 
     def reshape(self, a: Tensor, *ne: int) -> Tensor:
-        """The elements of a contiguous tensor in another shape (ggml_reshape_1d to _4d)."""
+        """Return the elements of a contiguous tensor in another shape (ggml_reshape_1d to _4d)."""
         shape = dims(ne)
         require(a.contiguous, f"reshape: {a!r} is not contiguous")
         require(
@@ -179,7 +181,7 @@ class NodeFactory:
         return self.view_of(a, Op.RESHAPE, (a,), ne=shape, name=f"{a.name} (reshaped)")
 
     def permute(self, a: Tensor, axis0: int, axis1: int, axis2: int, axis3: int) -> Tensor:
-        """Dimension i of ``a`` becomes dimension ``axis<i>``."""
+        """Make dimension i of ``a`` dimension ``axis<i>``."""
         axes = (axis0, axis1, axis2, axis3)
         require(sorted(axes) == [0, 1, 2, 3], f"permute: {axes} is no permutation")
         ne, nb = [0] * 4, [0] * 4
@@ -191,7 +193,7 @@ class NodeFactory:
         return result
 
     def transpose(self, a: Tensor) -> Tensor:
-        """Dimensions 0 and 1 change places."""
+        """Swap dimensions 0 and 1."""
         result = self.view_of(a, Op.TRANSPOSE, (a,), name=f"{a.name} (transposed)")
         result.ne = a.ne[1], a.ne[0], a.ne[2], a.ne[3]
         result.nb = a.nb[1], a.nb[0], a.nb[2], a.nb[3]

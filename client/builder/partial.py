@@ -13,7 +13,7 @@ _MAX_OFFSET = 1 << 30
 
 
 class Triangle(enum.IntEnum):
-    """Which part of a matrix stays (``enum ggml_tri_type``)."""
+    """The part of a matrix that stays (``enum ggml_tri_type``)."""
 
     UPPER_DIAG = 0
     UPPER = 1
@@ -29,7 +29,7 @@ class PartialOps(NodeFactory):
     """Results have the type and shape of the first source unless said otherwise."""
 
     def add1(self, a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
-        """``a`` plus the one element of ``b``."""
+        """Return ``a`` plus the one element of ``b``."""
         require(_scalar(b), f"add1: {b!r} has more than one element")
         padded_1d = (
             a.nb[0] == TYPE_INFO[a.type].type_size
@@ -40,7 +40,7 @@ class PartialOps(NodeFactory):
         return self.like(Op.ADD1, a, (a, b), inplace=inplace)
 
     def add_cast(self, a: Tensor, b: Tensor, type: GgmlType) -> Tensor:
-        """ADD of a quantized or 16-bit ``a`` with a result of another type."""
+        """Add to a quantized or 16-bit ``a`` with a result of another type."""
         rows = a.ne[0] == b.ne[0] and can_repeat(b, a)
         require(rows, f"add_cast: rows of {b!r} can't be repeated to {a!r}")
         narrow = a.quantized or a.type in (GgmlType.F16, GgmlType.BF16)
@@ -58,7 +58,7 @@ class PartialOps(NodeFactory):
         *,
         inplace: bool = False,
     ) -> Tensor:
-        """``a`` with ``b`` added to the part at byte ``offset`` with strides ``nb1`` to ``nb3``."""
+        """Add ``b`` to the part of ``a`` at byte ``offset`` with strides ``nb1`` to ``nb3``."""
         require(a.contiguous, f"acc: {a!r} is not contiguous")
         both = a.type == b.type == GgmlType.F32
         require(both, f"acc: {a!r} or {b!r} is not F32")
@@ -75,18 +75,18 @@ class PartialOps(NodeFactory):
         *,
         inplace: bool = False,
     ) -> Tensor:
-        """``a`` with ``b`` in place of the part that :meth:`acc` adds to."""
+        """Return ``a`` with ``b`` in place of the part that :meth:`acc` adds to."""
         require(0 <= offset < _MAX_OFFSET, f"set: offset {offset}")
         return self._write(Op.SET, a, b, (nb1, nb2, nb3, offset), inplace=inplace)
 
     def set_1d(self, a: Tensor, b: Tensor, offset: int, *, inplace: bool = False) -> Tensor:
-        """:meth:`set` with the strides of ``a``."""
+        """Do :meth:`set` with the strides of ``a``."""
         return self.set(a, b, *a.nb[1:], offset, inplace=inplace)
 
     def set_2d(
         self, a: Tensor, b: Tensor, nb1: int, offset: int, *, inplace: bool = False
     ) -> Tensor:
-        """:meth:`set` with rows ``nb1`` bytes apart."""
+        """Do :meth:`set` with rows ``nb1`` bytes apart."""
         return self.set(a, b, nb1, *a.nb[2:], offset, inplace=inplace)
 
     def _write(
@@ -96,7 +96,7 @@ class PartialOps(NodeFactory):
         return self.like(op, a, (a, b), (*layout, int(inplace)), inplace=inplace)
 
     def diag(self, a: Tensor) -> Tensor:
-        """(n, n, ...): rows (n, 1, ...) as the diagonals of matrices."""
+        """Return rows (n, 1, ...) as the diagonals of matrices (n, n, ...)."""
         require(a.ne[1] == 1, f"diag: {a!r} has more than one row")
         return self.op(Op.DIAG, a.type, (a.ne[0], a.ne[0], *a.ne[2:]), (a,))
 
@@ -107,5 +107,5 @@ class PartialOps(NodeFactory):
         return self.like(Op.TRI, a, (a,), (int(triangle),))
 
     def diag_mask_zero(self, a: Tensor, n_past: int, *, inplace: bool = False) -> Tensor:
-        """Zeros right of the diagonal that starts at column ``n_past``."""
+        """Put zeros right of the diagonal that starts at column ``n_past``."""
         return self.like(Op.DIAG_MASK_ZERO, a, (a,), (n_past,), inplace=inplace)

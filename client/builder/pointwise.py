@@ -117,12 +117,12 @@ class PointwiseOps(NodeFactory):
     geglu_quick, geglu_quick_swapped, geglu_quick_split = _glu(GluOp.GEGLU_QUICK)
 
     def unary(self, a: Tensor, kind: UnaryOp, *, inplace: bool = False) -> Tensor:
-        """UNARY of any kind without parameters."""
+        """Return UNARY of any kind without parameters."""
         require(a.contiguous_rows, f"{kind.name}: rows of {a!r} are not contiguous")
         return self.like(Op.UNARY, a, (a,), (int(kind),), inplace=inplace)
 
     def xielu(self, a: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) -> Tensor:
-        """xIELU; both alphas go through softplus here, as in ggml."""
+        """Apply xIELU; both alphas go through softplus here, as in ggml."""
         params = (
             int(UnaryOp.XIELU),
             beta + _softplus(alpha_n),
@@ -136,13 +136,13 @@ class PointwiseOps(NodeFactory):
         return self.like(Op.LEAKY_RELU, a, (a,), (float(negative_slope),), inplace=inplace)
 
     def glu(self, a: Tensor, kind: GluOp, *, swapped: bool = False) -> Tensor:
-        """Gate and value are the halves of the rows of ``a``; half as many columns result."""
+        """Gate one half of the rows of ``a`` by the other; half as many columns result."""
         require(a.contiguous_above(1), f"{kind.name}: {a!r} is not contiguous in rows")
         ne = (a.ne[0] // 2, *a.ne[1:])
         return self.op(Op.GLU, a.type, ne, (a, None), (int(kind), int(swapped)))
 
     def glu_split(self, a: Tensor, b: Tensor, kind: GluOp) -> Tensor:
-        """Gate ``a`` and value ``b`` of the same type and shape."""
+        """Gate value ``b`` by ``a``, of the same type and shape."""
         return self._glu_pair(a, b, (int(kind), 0))
 
     def swiglu_oai(self, a: Tensor, b: Tensor, alpha: float, limit: float) -> Tensor:
@@ -160,7 +160,7 @@ class PointwiseOps(NodeFactory):
     # -- with parameters
 
     def scale(self, a: Tensor, s: float, b: float = 0.0, *, inplace: bool = False) -> Tensor:
-        """``a * s + b`` (ggml_scale and ggml_scale_bias)."""
+        """Return ``a * s + b`` (ggml_scale and ggml_scale_bias)."""
         padded_1d = (
             a.nb[0] == TYPE_INFO[a.type].type_size
             and a.nb[2] == a.nb[1] * a.ne[1]
@@ -173,13 +173,13 @@ class PointwiseOps(NodeFactory):
         return self.like(Op.CLAMP, a, (a,), (float(min), float(max)), inplace=inplace)
 
     def fill(self, a: Tensor, value: float, *, inplace: bool = False) -> Tensor:
-        """A tensor like ``a`` with one value everywhere."""
+        """Return a tensor like ``a`` with one value everywhere."""
         require(a.type in (GgmlType.F32, GgmlType.F16), f"fill: {a!r} is not F32 or F16")
         require(a.contiguous, f"fill: {a!r} is not contiguous")
         return self.like(Op.FILL, a, (a,), (float(value),), inplace=inplace)
 
     def add_id(self, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-        """``a[:, e, t] + b[:, ids[e, t]]``; ids are I32."""
+        """Return ``a[:, e, t] + b[:, ids[e, t]]``; ids are I32."""
         require(ids.type == GgmlType.I32, f"add_id: {ids!r} is not I32")
         fits = a.ne[0] == b.ne[0] and a.ne[1] == ids.ne[0] and a.ne[2] == ids.ne[1]
         require(fits, f"add_id: {a!r}, {b!r} and {ids!r} don't fit")
@@ -197,37 +197,37 @@ class PointwiseOps(NodeFactory):
         return self.like(Op.L2_NORM, a, (a,), (float(eps),), inplace=inplace)
 
     def group_norm(self, a: Tensor, n_groups: int, eps: float, *, inplace: bool = False) -> Tensor:
-        """Over dimensions 0, 1 and a share of 2."""
+        """Normalize over dimensions 0, 1 and a share of 2."""
         return self.like(Op.GROUP_NORM, a, (a,), (n_groups, float(eps)), inplace=inplace)
 
     def sum(self, a: Tensor) -> Tensor:
-        """One element."""
+        """Return the sum of all elements, one element."""
         return self.op(Op.SUM, a.type, (1,), (a,))
 
     def sum_rows(self, a: Tensor) -> Tensor:
-        """One element a row."""
+        """Return the sum of each row, one element a row."""
         return self.op(Op.SUM_ROWS, a.type, (1, *a.ne[1:]), (a,))
 
     def mean(self, a: Tensor) -> Tensor:
-        """One F32 a row."""
+        """Return the mean of each row, one F32 a row."""
         return self.op(Op.MEAN, GgmlType.F32, (1, *a.ne[1:]), (a,))
 
     def cumsum(self, a: Tensor) -> Tensor:
-        """Running sums along rows; F32."""
+        """Return running sums along rows; F32."""
         require(a.type == GgmlType.F32, f"cumsum: {a!r} is not F32")
         return self.like(Op.CUMSUM, a, (a,))
 
     def argmax(self, a: Tensor) -> Tensor:
-        """The I32 position of each row's maximum, (ne1); ``a`` is a matrix."""
+        """Return the I32 position of each row's maximum, (ne1); ``a`` is a matrix."""
         require(a.ne[2:] == (1, 1), f"argmax: {a!r} is not a matrix")
         return self.op(Op.ARGMAX, GgmlType.I32, (a.ne[1],), (a,))
 
     def argsort(self, a: Tensor, descending: bool = False) -> Tensor:
-        """I32 positions that sort each row."""
+        """Return I32 positions that sort each row."""
         return self.op(Op.ARGSORT, GgmlType.I32, a.ne, (a,), (int(descending),))
 
     def top_k(self, a: Tensor, k: int) -> Tensor:
-        """I32 positions of each row's ``k`` greatest, in no certain order."""
+        """Return I32 positions of each row's ``k`` greatest, in no certain order."""
         require(a.ne[0] >= k, f"top_k: rows of {a!r} have less than {k}")
         return self.op(Op.TOP_K, GgmlType.I32, (k, *a.ne[1:]), (a,))
 
@@ -244,7 +244,7 @@ class PointwiseOps(NodeFactory):
         sinks: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """Softmax of ``a * scale + mask * slope`` along rows.
+        """Return softmax of ``a * scale + mask * slope`` along rows.
 
         ``mask`` is F16 or F32, (ne0, at least ne1) and repeated in dimensions 2 and 3; ``sinks``
         (ggml_soft_max_add_sinks) one F32 for each of dimension 2.
@@ -269,20 +269,20 @@ class PointwiseOps(NodeFactory):
         )
 
     def diag_mask_inf(self, a: Tensor, n_past: int, *, inplace: bool = False) -> Tensor:
-        """Minus infinity right of the diagonal that starts at column ``n_past``."""
+        """Put minus infinity right of the diagonal that starts at column ``n_past``."""
         return self.like(Op.DIAG_MASK_INF, a, (a,), (n_past,), inplace=inplace)
 
     # -- shapes
 
     def repeat(self, a: Tensor, *ne: int) -> Tensor:
-        """``a`` repeated to the shape ``ne`` (ggml_repeat_4d)."""
+        """Return ``a`` repeated to the shape ``ne`` (ggml_repeat_4d)."""
         shape = dims(ne)
         fits = 0 in a.ne or all(_divides(n, m) for n, m in zip(a.ne, shape, strict=True))
         require(fits, f"repeat: {a!r} can't be repeated to {shape}")
         return self.op(Op.REPEAT, a.type, shape, (a,))
 
     def concat(self, a: Tensor, b: Tensor, dim: int) -> Tensor:
-        """``b`` behind ``a`` in dimension ``dim``; type and other dimensions agree."""
+        """Return ``b`` behind ``a`` in dimension ``dim``; type and other dimensions agree."""
         require(0 <= dim < 4, f"concat: there is no dimension {dim}")
         require(a.type == b.type, f"concat: {a!r} and {b!r} differ in type")
         ne = list(a.ne)
@@ -294,7 +294,7 @@ class PointwiseOps(NodeFactory):
         return self.op(Op.CONCAT, a.type, ne, (a, b), (dim,))
 
     def pad(self, a: Tensor, p0: int, p1: int = 0, p2: int = 0, p3: int = 0) -> Tensor:
-        """Zeros behind the ends of the dimensions."""
+        """Put zeros behind the ends of the dimensions."""
         return self.pad_ext(a, (0, 0, 0, 0), (p0, p1, p2, p3))
 
     def pad_ext(
@@ -305,13 +305,13 @@ class PointwiseOps(NodeFactory):
         *,
         circular: bool = False,
     ) -> Tensor:
-        """Zeros (or with ``circular`` the other end) before and after each dimension."""
+        """Put zeros (or with ``circular`` the other end) before and after each dimension."""
         ne = [n + p + q for n, p, q in zip(a.ne, before, after, strict=True)]
         params = [p for pair in zip(before, after, strict=True) for p in pair]
         return self.op(Op.PAD, a.type, ne, (a,), (*params, int(circular)))
 
     def roll(self, a: Tensor, *shifts: int) -> Tensor:
-        """Dimensions rotated by ``shifts`` (up to four, |shift| below the dimension)."""
+        """Rotate dimensions by ``shifts`` (up to four, |shift| below the dimension)."""
         require(a.nb[0] == TYPE_INFO[a.type].type_size, f"roll: rows of {a!r} are not dense")
         full = (*shifts, 0, 0, 0, 0)[:4]
         fits = all(-n < shift < n for n, shift in zip(a.ne, full, strict=True))

@@ -28,20 +28,20 @@ class ProductOps(NodeFactory):
         return self.like(Op.DUP, a, (a,), inplace=inplace)
 
     def cont(self, a: Tensor, *ne: int) -> Tensor:
-        """``a`` made contiguous, in another shape if ``ne`` are given (ggml_cont_1d to _4d)."""
+        """Make ``a`` contiguous, in another shape if ``ne`` are given (ggml_cont_1d to _4d)."""
         shape = dims(ne) if ne else a.ne
         elements = shape[0] * shape[1] * shape[2] * shape[3]
         require(elements == a.nelements, f"cont: {a!r} doesn't have the elements of {shape}")
         return self.op(Op.CONT, a.type, shape, (a,), name=f"{a.name} (cont)")
 
     def cpy(self, a: Tensor, b: Tensor) -> Tensor:
-        """The elements of ``a`` written to ``b``, converted to its type; a view of ``b``."""
+        """Write the elements of ``a`` to ``b``, converted to its type; a view of ``b``."""
         require(a.nelements == b.nelements, f"cpy: {a!r} and {b!r} differ in size")
         name = f"{b.name} (copy of {a.name})" if b.name else f"{a.name} (copy)"
         return self.view_of(b, Op.CPY, (a, b), name=name)
 
     def cast(self, a: Tensor, type: GgmlType) -> Tensor:
-        """``a`` converted to another type."""
+        """Convert ``a`` to another type."""
         result = self.op(Op.CPY, type, a.ne, (a,), name=f"{a.name} (copy)")
         # As in ggml, where a copy's second source is its destination.
         result.src = (a, result)
@@ -52,7 +52,7 @@ class ProductOps(NodeFactory):
     def mul_mat(
         self, a: Tensor, b: Tensor, *, prec: int = PREC_UNDEFINED, hint: int = HINT_NONE
     ) -> Tensor:
-        """F32 (a.ne1, b.ne1, b.ne2, b.ne3): rows of ``a`` times rows of ``b``.
+        """Multiply rows of ``a`` by rows of ``b``: F32 (a.ne1, b.ne1, b.ne2, b.ne3).
 
         ``a`` is repeated in dimensions 2 and 3. ``prec`` as ggml_mul_mat_set_prec, ``hint`` as
         ggml_mul_mat_set_hint.
@@ -72,7 +72,9 @@ class ProductOps(NodeFactory):
         require(not a.transposed, f"{op}: {a!r} is transposed")
 
     def mul_mat_id(self, experts: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-        """F32 (rows, n_used, n_tokens): each row of ``b`` times the expert that ``ids`` names.
+        """Multiply each row of ``b`` by the expert that ``ids`` names.
+
+        The result is F32 (rows, n_used, n_tokens).
 
         ``experts`` (cols, rows, n_expert), ``b`` (cols, n_used or a divisor, n_tokens), ``ids`` I32
         (n_used, n_tokens).
@@ -93,7 +95,7 @@ class ProductOps(NodeFactory):
         return self.op(Op.MUL_MAT_ID, GgmlType.F32, ne, (experts, b, ids))
 
     def out_prod(self, a: Tensor, b: Tensor) -> Tensor:
-        """F32 (a.ne0, b.ne0, b.ne2, b.ne3): sum over dimension 1 of outer products."""
+        """Sum outer products over dimension 1: F32 (a.ne0, b.ne0, b.ne2, b.ne3)."""
         fits = (
             a.ne[1] == b.ne[1]
             and 0 not in a.ne[2:]
@@ -106,7 +108,7 @@ class ProductOps(NodeFactory):
     # -- rows by index
 
     def get_rows(self, a: Tensor, b: Tensor) -> Tensor:
-        """Rows of ``a`` that the I32 ``b`` names, as F32 (I32 of an I32 ``a``)."""
+        """Return rows of ``a`` that the I32 ``b`` names, as F32 (I32 of an I32 ``a``)."""
         require(b.type == GgmlType.I32, f"get_rows: {b!r} is not I32")
         fits = a.ne[2] == b.ne[1] and a.ne[3] == b.ne[2] and b.ne[3] == 1
         require(fits, f"get_rows: {a!r} and {b!r} don't fit")
@@ -114,7 +116,7 @@ class ProductOps(NodeFactory):
         return self.op(Op.GET_ROWS, type, (a.ne[0], *b.ne[:3]), (a, b))
 
     def set_rows(self, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
-        """The rows of ``b`` (F32 or F16) written to the rows of ``a`` that ``ids`` names.
+        """Write the rows of ``b`` (F32 or F16) to the rows of ``a`` that ``ids`` names.
 
         ``ids`` are I64 or I32; the result is a view of ``a``.
         """
@@ -157,7 +159,7 @@ class ProductOps(NodeFactory):
         n_offs: int = 0,
         inplace: bool = False,
     ) -> Tensor:
-        """Rotary positions on heads of ``a`` (head size, heads, tokens).
+        """Apply rotary positions to heads of ``a`` (head size, heads, tokens).
 
         ``positions`` are I32, one a token (four of the multi modes, with ``sections``, as
         ggml_rope_multi); ``freq_factors`` at least n_dims/2 F32. ``n_offs`` as
@@ -200,7 +202,7 @@ class ProductOps(NodeFactory):
         sinks: Tensor | None = None,
         prec: int = PREC_UNDEFINED,
     ) -> Tensor:
-        """F32 (v.ne0, heads, tokens, batch): attention in one op.
+        """Do attention in one op: F32 (v.ne0, heads, tokens, batch).
 
         ``q`` (head size, tokens, heads, batch), ``k`` and ``v`` (head size, n_kv, kv heads, batch),
         ``mask`` F16 (n_kv, tokens or more), ``sinks`` one F32 a head.

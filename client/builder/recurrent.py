@@ -42,7 +42,7 @@ class RecurrentOps(NodeFactory):
     # -- Mamba
 
     def ssm_conv(self, sx: Tensor, c: Tensor) -> Tensor:
-        """(channels, tokens, sequences): windows of ``sx`` times the rows of ``c``.
+        """Multiply windows of ``sx`` by the rows of ``c``: (channels, tokens, sequences).
 
         ``sx`` (window - 1 + tokens, channels, sequences), ``c`` (window, channels).
         """
@@ -64,7 +64,7 @@ class RecurrentOps(NodeFactory):
         ids: Tensor,
         K: int = 1,
     ) -> Tensor:
-        """Outputs like ``x``, then the last ``K`` states of each sequence, in one dimension.
+        """Return outputs like ``x``, then the last ``K`` states of each sequence, in one dimension.
 
         States ``s`` (S, D, heads, any), ``x`` (D, heads, tokens, sequences), ``dt`` (heads, tokens,
         sequences), ``A`` (1 or S, heads), ``B`` and ``C`` (S, groups, tokens, sequences), ``ids``
@@ -93,7 +93,7 @@ class RecurrentOps(NodeFactory):
     def rwkv_wkv6(
         self, k: Tensor, v: Tensor, r: Tensor, tf: Tensor, td: Tensor, state: Tensor
     ) -> Tensor:
-        """Like :meth:`gated_linear_attn`; ``tf`` has one row a head for all tokens."""
+        """Do as :meth:`gated_linear_attn`; ``tf`` has one row a head for all tokens."""
         _contiguous(Op.RWKV_WKV6, (tf,))
         self._require_rows(Op.RWKV_WKV6, (k, v, r, td), state)
         return self._linear(Op.RWKV_WKV6, (k, v, r, tf, td, state))
@@ -101,14 +101,14 @@ class RecurrentOps(NodeFactory):
     def rwkv_wkv7(
         self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
     ) -> Tensor:
-        """Like :meth:`gated_linear_attn`."""
+        """Do as :meth:`gated_linear_attn`."""
         self._require_rows(Op.RWKV_WKV7, (r, w, k, v, a, b), state)
         return self._linear(Op.RWKV_WKV7, (r, w, k, v, a, b, state))
 
     def gated_linear_attn(
         self, k: Tensor, v: Tensor, q: Tensor, g: Tensor, state: Tensor, scale: float
     ) -> Tensor:
-        """(S * heads, tokens + S * sequences): the tokens' outputs, then the states.
+        """Return (S * heads, tokens + S * sequences): the tokens' outputs, then the states.
 
         Sources are (S, heads, tokens), the state S * S * heads elements for each of its
         ``ne[1]`` sequences.
@@ -141,7 +141,7 @@ class RecurrentOps(NodeFactory):
         state: Tensor,
         K: int = 1,
     ) -> Tensor:
-        """(S * heads, tokens * sequences + K * S * sequences): outputs, then ``K`` states.
+        """Return (S * heads, tokens * sequences + K * S * sequences): outputs, then ``K`` states.
 
         ``v`` (S, heads, tokens, sequences); ``g`` has 1 or S gates where ``beta`` has one rate;
         ``state`` (S, S, heads, sequences) before the first token. The latest state comes first.
@@ -168,7 +168,7 @@ class RecurrentOps(NodeFactory):
         lower: bool = True,
         uni: bool = False,
     ) -> Tensor:
-        """X of A X = B with ``a`` lower triangular; ggml has no other variants yet."""
+        """Return X of A X = B with ``a`` lower triangular; ggml has no other variants yet."""
         _f32(Op.SOLVE_TRI, (a, b))
         square = a.ne[0] == a.ne[1]
         require(square and a.ne[1:] == b.ne[1:], f"{Op.SOLVE_TRI}: {a!r} and {b!r} don't fit")
@@ -179,7 +179,7 @@ class RecurrentOps(NodeFactory):
     # -- DeepSeek's sparse attention and hyper connections
 
     def lightning_indexer(self, q: Tensor, k: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-        """(positions, tokens, 1, streams): how much tokens want positions.
+        """Return how much tokens want positions: (positions, tokens, 1, streams).
 
         ``q`` (E, heads, tokens, streams), ``k`` (E, 1, positions, streams), ``weights`` (heads,
         tokens, 1, streams), ``mask`` F16 (positions, tokens, 1, streams or a divisor).
@@ -197,7 +197,7 @@ class RecurrentOps(NodeFactory):
     def dsv4_hc_comb(
         self, mixes: Tensor, scale: Tensor, base: Tensor, eps: float, n_iter: int
     ) -> Tensor:
-        """(4, 4, tokens): how streams are mixed, of the last 16 of ``mixes`` (24, tokens).
+        """Return how streams are mixed, of the last 16 of ``mixes`` (24, tokens): (4, 4, tokens).
 
         ``scale`` (3 or more) and ``base`` (24) are vectors.
         """
@@ -212,14 +212,14 @@ class RecurrentOps(NodeFactory):
         return self.op(op, F32, ne, (mixes, scale, base), (float(eps), n_iter))
 
     def dsv4_hc_pre(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(E, tokens): the sum of the streams of ``x`` (E, streams, tokens) with their weights.
+        """Sum the streams of ``x`` (E, streams, tokens) with their weights: (E, tokens).
 
         ``weights`` (streams, tokens).
         """
         return self._hc_pre(x, weights, 1.0, gated=False)
 
     def dsv4_hc_pre_gated(self, x: Tensor, gate: Tensor, scale: float) -> Tensor:
-        """As :meth:`dsv4_hc_pre` with a gate for each element, and scaled."""
+        """Do as :meth:`dsv4_hc_pre` with a gate for each element, and scaled."""
         return self._hc_pre(x, gate, scale, gated=True)
 
     def _hc_pre(self, x: Tensor, weights: Tensor, scale: float, *, gated: bool) -> Tensor:
@@ -236,7 +236,7 @@ class RecurrentOps(NodeFactory):
     def dsv4_hc_post(
         self, x: Tensor, residual: Tensor, post: Tensor, comb: Tensor | None = None
     ) -> Tensor:
-        """(E, streams, tokens): the streams ``residual`` mixed, with ``x`` added to each.
+        """Mix the streams ``residual`` and add ``x`` to each: (E, streams, tokens).
 
         ``x`` (E, tokens), ``post`` (streams, tokens): how much of it; ``comb`` (streams to, streams
         from, tokens), without which streams are not mixed.

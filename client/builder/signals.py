@@ -65,7 +65,7 @@ class SignalOps(NodeFactory):
         is_2d: bool = True,
         type: GgmlType = GgmlType.F16,
     ) -> Tensor:
-        """The image's patches as rows, for a product with the kernel; of ``type``.
+        """Return the image's patches as rows, for a product with the kernel; of ``type``.
 
         ``kernel`` (KW, KH, IC, OC) and ``image`` (W, H, IC, N) give (IC*KH*KW, OW, OH, N);
         without ``is_2d`` (KW, IC, OC) and (W, IC, N) give (IC*KW, OW, N).
@@ -90,7 +90,7 @@ class SignalOps(NodeFactory):
         *,
         is_2d: bool = True,
     ) -> Tensor:
-        """Gradients of an image of ``ne`` from those of its :meth:`im2col`."""
+        """Return gradients of an image of ``ne`` from those of its :meth:`im2col`."""
         params = (*stride, *padding, *dilation, int(is_2d))
         return self.op(Op.IM2COL_BACK, GgmlType.F32, ne, (gradients, kernel), params)
 
@@ -105,7 +105,7 @@ class SignalOps(NodeFactory):
         *,
         type: GgmlType = GgmlType.F16,
     ) -> Tensor:
-        """Patches of volumes as rows: (IC*KD*KH*KW, OW, OH, OD*N) of ``type``.
+        """Return patches of volumes as rows: (IC*KD*KH*KW, OW, OH, OD*N) of ``type``.
 
         ``kernel`` is (KW, KH, KD, IC*OC) and ``x`` (W, H, D, IC*N), with IC ``channels``.
         """
@@ -118,7 +118,7 @@ class SignalOps(NodeFactory):
         return self.op(Op.IM2COL_3D, type, ne, (kernel, x), params)
 
     def col2im_1d(self, columns: Tensor, stride: int, channels: int, padding: int = 0) -> Tensor:
-        """``columns`` (taps * channels, places) added up: (samples, channels) of their type."""
+        """Add up ``columns`` (taps * channels, places): (samples, channels) of their type."""
         types = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
         require(columns.type in types, f"col2im_1d: type of {columns!r}")
         fits = columns.ne[2:] == (1, 1) and columns.contiguous
@@ -137,7 +137,7 @@ class SignalOps(NodeFactory):
     def conv_2d_direct(
         self, kernel: Tensor, x: Tensor, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor:
-        """(OW, OH, OC, N) of the type of ``x`` from (KW, KH, IC, OC) and (W, H, IC, N)."""
+        """Return (OW, OH, OC, N) of the type of ``x`` from (KW, KH, IC, OC) and (W, H, IC, N)."""
         require(kernel.ne[2] == x.ne[2], f"conv_2d: {kernel!r} and {x!r} don't fit")
         ne = (*_outputs(kernel, x, stride, padding, dilation), kernel.ne[3], x.ne[3])
         params = (*stride, *padding, *dilation)
@@ -154,7 +154,7 @@ class SignalOps(NodeFactory):
         n: int,
         outputs: int,
     ) -> Tensor:
-        """(OW, OH, OD, OC*N) from (KW, KH, KD, IC*OC) and (W, H, D, IC*N)."""
+        """Return (OW, OH, OD, OC*N) from (KW, KH, KD, IC*OC) and (W, H, D, IC*N)."""
         fits = kernel.ne[3] == channels * outputs and x.ne[3] == channels * n
         require(fits, f"conv_3d: {kernel!r} and {x!r} of {channels} channels")
         ne = (*_outputs(kernel, x, stride, padding, dilation), outputs * n)
@@ -164,7 +164,9 @@ class SignalOps(NodeFactory):
     def conv_2d_dw_direct(
         self, kernel: Tensor, x: Tensor, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor:
-        """(OW, OH, C, N): each channel of ``x`` (W, H, C, N) with its kernel (KW, KH, 1, C).
+        """Convolve each channel of ``x`` (W, H, C, N) with its kernel (KW, KH, 1, C).
+
+        The result is (OW, OH, C, N).
 
         Where channels are innermost in the memory of ``x``, they are in the result's.
         """
@@ -180,7 +182,9 @@ class SignalOps(NodeFactory):
         return result
 
     def conv_transpose_1d(self, kernel: Tensor, x: Tensor, stride: int) -> Tensor:
-        """(OW, OC) from (KW, OC, IC) and (W, IC). ggml has other paddings than 0 in the name only.
+        """Return (OW, OC) from (KW, OC, IC) and (W, IC).
+
+        ggml has other paddings than 0 in the name only.
 
         The dilation is 1.
         """
@@ -190,7 +194,7 @@ class SignalOps(NodeFactory):
         return self.op(Op.CONV_TRANSPOSE_1D, GgmlType.F32, ne, (kernel, x), (stride, 0, 1))
 
     def conv_transpose_2d_p0(self, kernel: Tensor, x: Tensor, stride: int) -> Tensor:
-        """(OW, OH, OC, N) from (KW, KH, OC, IC) and (W, H, IC, N)."""
+        """Return (OW, OH, OC, N) from (KW, KH, OC, IC) and (W, H, IC, N)."""
         require(kernel.ne[3] == x.ne[2], f"conv_transpose_2d: {kernel!r} and {x!r} don't fit")
         width, height = ((x.ne[i] - 1) * stride + kernel.ne[i] for i in range(2))
         ne = (width, height, kernel.ne[2], x.ne[3])
@@ -199,7 +203,7 @@ class SignalOps(NodeFactory):
     # -- pooling
 
     def pool_1d(self, a: Tensor, kind: int, width: int, stride: int, padding: int = 0) -> Tensor:
-        """Maxima or means (POOL_MAX, POOL_AVG) of windows along rows."""
+        """Return maxima or means (POOL_MAX, POOL_AVG) of windows along rows."""
         require(stride > 0, f"pool_1d: stride {stride}")
         ne0 = _pooled(a.ne[0], width, stride, padding)
         require(ne0 > 0, f"pool_1d: {a!r} is too small for {width}")
@@ -214,7 +218,10 @@ class SignalOps(NodeFactory):
         stride: Pair,
         padding: tuple[float, float] = (0.0, 0.0),
     ) -> Tensor:
-        """Maxima or means of rectangles. Of a padding only the size of the result has fractions."""
+        """Return maxima or means of rectangles.
+
+        Of a padding only the size of the result has fractions.
+        """
         require(min(stride) > 0, f"pool_2d: strides {stride}")
         sizes = [_pooled(*numbers) for numbers in zip(a.ne, size, stride, padding, strict=False)]
         require(min(sizes) > 0, f"pool_2d: {a!r} is too small for {size}")
@@ -230,14 +237,14 @@ class SignalOps(NodeFactory):
         stride: Pair,
         padding: tuple[float, float] = (0.0, 0.0),
     ) -> Tensor:
-        """Gradients of ``a`` from those of its :meth:`pool_2d`."""
+        """Return gradients of ``a`` from those of its :meth:`pool_2d`."""
         params = (kind, *size, *stride, *map(int, padding))
         return self.op(Op.POOL_2D_BACK, GgmlType.F32, a.ne, (gradients, a), params)
 
     # -- sizes and ends
 
     def interpolate(self, a: Tensor, ne: Sequence[int], mode: int = SCALE_NEAREST) -> Tensor:
-        """``a`` (F32) resized to ``ne`` (ggml_interpolate, ggml_upscale_ext).
+        """Resize ``a`` (F32) to ``ne`` (ggml_interpolate, ggml_upscale_ext).
 
         Dimensions 2 and 3 take the nearest element in every mode. ``mode`` is one of SCALE_NEAREST,
         SCALE_BILINEAR, SCALE_BICUBIC with SCALE_ALIGN_CORNERS, and SCALE_ANTIALIAS if bilinear.
@@ -250,12 +257,12 @@ class SignalOps(NodeFactory):
         return self.op(Op.UPSCALE, a.type, ne, (a,), (mode,))
 
     def upscale(self, a: Tensor, factor: int, mode: int = SCALE_NEAREST) -> Tensor:
-        """Dimensions 0 and 1 ``factor`` times as large."""
+        """Make dimensions 0 and 1 ``factor`` times as large."""
         require(factor > 1, f"upscale: {factor} times")
         return self.interpolate(a, (a.ne[0] * factor, a.ne[1] * factor, *a.ne[2:]), mode)
 
     def pad_reflect_1d(self, a: Tensor, before: int, behind: int) -> Tensor:
-        """Rows (F32) mirrored at their ends, without the elements that are the ends."""
+        """Mirror rows (F32) at their ends, without the elements that are the ends."""
         fits = min(before, behind) >= 0 and max(before, behind) < a.ne[0]
         require(fits, f"pad_reflect_1d: {before} and {behind} of {a!r}")
         dense = a.contiguous and a.type == GgmlType.F32
@@ -266,13 +273,16 @@ class SignalOps(NodeFactory):
     # -- ranges
 
     def arange(self, start: float, stop: float, step: float) -> Tensor:
-        """``start``, ``start + step``, ... below ``stop``."""
+        """Return ``start``, ``start + step``, ... below ``stop``."""
         first, end, by = (np.float32(x) for x in (start, stop, step))
         require(bool(end > first and by > 0), f"arange: {start} to {stop} by {step}")
         steps = int(np.ceil((end - first) / by))
         return self.op(Op.ARANGE, GgmlType.F32, (steps,), (), tuple(map(float, (first, end, by))))
 
     def timestep_embedding(self, timesteps: Tensor, dim: int, max_period: int) -> Tensor:
-        """(dim, steps): cosines, then sines, of the steps at frequencies down to 1/max_period."""
+        """Return cosines, then sines, of the steps at frequencies down to 1/max_period.
+
+        The result is (dim, steps).
+        """
         ne = (dim, timesteps.ne[0])
         return self.op(Op.TIMESTEP_EMBEDDING, GgmlType.F32, ne, (timesteps,), (dim, max_period))

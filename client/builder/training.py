@@ -29,17 +29,23 @@ class TrainingOps(ProductOps):
     # -- losses
 
     def count_equal(self, a: Tensor, b: Tensor) -> Tensor:
-        """I64: how many elements of ``a`` and ``b`` are the same."""
+        """Count the elements of ``a`` and ``b`` that are the same: one I64."""
         require(a.ne == b.ne, f"count_equal: {a!r} and {b!r} differ in shape")
         return self.op(Op.COUNT_EQUAL, GgmlType.I64, (1,), (a, b))
 
     def cross_entropy_loss(self, a: Tensor, b: Tensor) -> Tensor:
-        """One element: the mean over rows of logits ``a`` with the probabilities ``b``."""
+        """Return the mean loss over rows of logits ``a`` with the probabilities ``b``.
+
+        The result is one element.
+        """
         require(a.ne == b.ne, f"cross_entropy_loss: {a!r} and {b!r} differ in shape")
         return self.op(Op.CROSS_ENTROPY_LOSS, a.type, (1,), (a, b))
 
     def cross_entropy_loss_back(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """The gradient of the logits ``b``, with probabilities ``c``; ``a`` is one element."""
+        """Return the gradient of the logits ``b``, with probabilities ``c``.
+
+        ``a`` is one element.
+        """
         require(a.ne == (1, 1, 1, 1), f"cross_entropy_loss_back: {a!r} has more than one element")
         require(b.ne == c.ne, f"cross_entropy_loss_back: {b!r} and {c!r} differ in shape")
         return self.like(Op.CROSS_ENTROPY_LOSS_BACK, b, (a, b, c))
@@ -47,17 +53,17 @@ class TrainingOps(ProductOps):
     # -- gradients
 
     def silu_back(self, a: Tensor, b: Tensor) -> Tensor:
-        """``b`` is what SILU was applied to."""
+        """Return the gradient of what SILU was applied to, ``b``."""
         return self.like(Op.SILU_BACK, a, (a, b))
 
     def rms_norm_back(self, a: Tensor, b: Tensor, eps: float) -> Tensor:
-        """``b`` is what RMS_NORM was applied to."""
+        """Return the gradient of what RMS_NORM was applied to, ``b``."""
         return self.like(Op.RMS_NORM_BACK, a, (a, b), (float(eps),))
 
     def soft_max_ext_back(
         self, a: Tensor, b: Tensor, scale: float, max_bias: float, *, inplace: bool = False
     ) -> Tensor:
-        """``b`` is the result of SOFT_MAX."""
+        """Return the gradient of SOFT_MAX, whose result is ``b``."""
         params = (float(scale), float(max_bias))
         return self.like(Op.SOFT_MAX_BACK, a, (a, b), params, inplace=inplace)
 
@@ -71,13 +77,13 @@ class TrainingOps(ProductOps):
         *args: Any,
         **options: Any,
     ) -> Tensor:
-        """Turns back what rope_ext with the same arguments turns (and ggml_rope_multi_back)."""
+        """Turn back what rope_ext with the same arguments turns (and ggml_rope_multi_back)."""
         result = self.rope_ext(a, positions, freq_factors, n_dims, mode, *args, **options)
         result.op = Op.ROPE_BACK
         return result
 
     def get_rows_back(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        """F32 like ``c``: the rows of ``a`` added up where the I32 ``b`` says they are from.
+        """Add up the rows of ``a`` where the I32 ``b`` says they are from: F32 like ``c``.
 
         ``c``, of which only the shape counts, is what GET_ROWS was applied to.
         """
@@ -89,7 +95,7 @@ class TrainingOps(ProductOps):
         return self.op(Op.GET_ROWS_BACK, F32, c.ne[:2], (a, b))
 
     def repeat_back(self, a: Tensor, b: Tensor) -> Tensor:
-        """The shape of ``b``: the copies of it that ``a`` is made of, added up."""
+        """Add up the copies of ``b`` that ``a`` is made of, in the shape of ``b``."""
         require(can_repeat(b, a), f"repeat_back: {b!r} can't be repeated to {a!r}")
         return self.op(Op.REPEAT_BACK, a.type, b.ne, (a,))
 
@@ -98,7 +104,7 @@ class TrainingOps(ProductOps):
     def opt_step_adamw(
         self, a: Tensor, grad: Tensor, m: Tensor, v: Tensor, adamw_params: Tensor
     ) -> Tensor:
-        """``a``, and its averages ``m`` and ``v``, changed in place by a step of AdamW.
+        """Change ``a``, and its averages ``m`` and ``v``, in place by a step of AdamW.
 
         ``adamw_params`` are 7 F32: alpha, beta1, beta2, eps, weight decay and 1 / (1 - beta^step)
         of both betas.
@@ -106,7 +112,7 @@ class TrainingOps(ProductOps):
         return self._step(Op.OPT_STEP_ADAMW, (a, grad, m, v), adamw_params, 7)
 
     def opt_step_sgd(self, a: Tensor, grad: Tensor, sgd_params: Tensor) -> Tensor:
-        """``a`` changed in place by a step of gradient descent.
+        """Change ``a`` in place by a step of gradient descent.
 
         ``sgd_params`` are 2 F32: alpha, weight decay.
         """

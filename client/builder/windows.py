@@ -12,7 +12,7 @@ class WindowOps(NodeFactory):
     """Results are F32 unless said otherwise."""
 
     def win_part(self, a: Tensor, width: int) -> Tensor:
-        """(C, W, H) cut into windows (C, width, width, number), zeros beyond the edges."""
+        """Cut (C, W, H) into windows (C, width, width, number), zeros beyond the edges."""
         require(a.type == GgmlType.F32 and a.ne[3] == 1, f"win_part: {a!r} is no F32 image")
         require(width > 0, f"win_part: windows of width {width}")
         across, down = (-(-n // width) for n in a.ne[1:3])
@@ -20,18 +20,18 @@ class WindowOps(NodeFactory):
         return self.op(Op.WIN_PART, GgmlType.F32, ne, (a,), (across, down, width))
 
     def win_unpart(self, a: Tensor, w0: int, h0: int, width: int) -> Tensor:
-        """The image (C, w0, h0) that :meth:`win_part` cut into windows."""
+        """Return the image (C, w0, h0) that :meth:`win_part` cut into windows."""
         require(a.type == GgmlType.F32, f"win_unpart: {a!r} is not F32")
         return self.op(Op.WIN_UNPART, GgmlType.F32, (a.ne[0], w0, h0), (a,), (width,))
 
     def get_rel_pos(self, a: Tensor, qh: int, kh: int) -> Tensor:
-        """F16 (C, kh, qh): of the 16-bit ``a`` (C, 2*kh - 1) the row for each distance."""
+        """Return the row of the 16-bit ``a`` (C, 2*kh - 1) for each distance: F16 (C, kh, qh)."""
         require(qh == kh, f"get_rel_pos: {qh} and {kh} differ")
         require(a.ne[1] == 2 * qh - 1, f"get_rel_pos: {a!r} for {qh} positions")
         return self.op(Op.GET_REL_POS, GgmlType.F16, (a.ne[0], kh, qh), (a,))
 
     def add_rel_pos(self, a: Tensor, pw: Tensor, ph: Tensor, *, inplace: bool = False) -> Tensor:
-        """``a`` (n*n, a*b, batches) and for each of its rows ``pw`` along n and ``ph`` across.
+        """Add to each row of ``a`` (n*n, a*b, batches) ``pw`` along n and ``ph`` across.
 
         These are F32 (n, a, b, batches).
         """

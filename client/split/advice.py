@@ -54,7 +54,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Who computes: numbers of boxes. ``coordinator`` None where llama.cpp talks to all itself.
+    """The boxes that compute, by number. ``coordinator`` None where llama.cpp talks to all itself.
 
     A coordinator that is among ``parts`` has a share of its own.
     """
@@ -66,7 +66,7 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an arrangement is expected to do; ``shares`` are those of its parts.
+    """The expected speed and memory of an arrangement; ``shares`` are those of its parts.
 
     ``terms`` are the seconds of a token by what takes them; ``limit`` is the largest of them, or
     'memory' where the model doesn't fit by ``missing`` bytes.

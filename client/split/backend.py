@@ -124,7 +124,7 @@ class SplitProduct:
         return g.mul_mat(weight, x) if ids is None else g.mul_mat_id(weight, x, ids)
 
     async def run(self, x: Array, ids: Array | None = None) -> list[Array]:
-        """The products, float32: one array for each weight, of the shape of ``x`` with rows last.
+        """Return the products, float32: one array a weight, of the shape of ``x`` with rows last.
 
         With ``ids`` (expert weights) of their shape and rows. ShapeError for another shape than
         was prepared; ServerLost names the server, of which the weights have to be placed anew.
@@ -311,7 +311,7 @@ class SplitBackend:
         name: str = "",
         cache: bool = False,
     ) -> SplitWeight:
-        """A new weight, (cols, rows) or with experts (cols, rows, n_expert), cut by rows.
+        """Make a weight, (cols, rows) or with experts (cols, rows, n_expert), cut by rows.
 
         With ``values`` it is uploaded, see :meth:`upload`. Raises AllocationFailed that names the
         server, and then nothing is allocated.
@@ -368,7 +368,7 @@ class SplitBackend:
         await self._on(dict.fromkeys(p.part for p in found), one)
 
     async def download(self, weight: SplitWeight, rows: range | None = None) -> Array:
-        """The values of all rows, or of a range of them (of each matrix), as Backend.download.
+        """Return the values of all rows, or of a range of them (of each matrix), as download does.
 
         Raises ServerLost; ShapeError for rows that there aren't.
         """
@@ -434,7 +434,7 @@ class SplitBackend:
         x_shape: Sequence[int],
         ids_shape: Sequence[int] | None = None,
     ) -> SplitProduct:
-        """Products of weights with one input of that (numpy) shape, made ready on all servers.
+        """Make products of weights with one input of that (numpy) shape ready on all servers.
 
         ``ids_shape`` (tokens, experts used) makes them products of expert weights. ShapeError as
         GraphBuilder.mul_mat and mul_mat_id; ServerLost, AllocationFailed.
@@ -464,7 +464,7 @@ class SplitBackend:
     async def mul_mat(
         self, weights: SplitWeight | Sequence[SplitWeight], x: Array
     ) -> Array | list[Array]:
-        """``x`` (..., cols) times the rows of each weight: float32 (..., rows).
+        """Multiply ``x`` (..., cols) by the rows of each weight: float32 (..., rows).
 
         Of several weights a list, in one exchange with each server. Errors as of :meth:`product`.
         """
@@ -480,7 +480,7 @@ class SplitBackend:
     async def mul_mat_id(
         self, weights: SplitWeight | Sequence[SplitWeight], x: Array, ids: Array
     ) -> Array | list[Array]:
-        """``x`` (tokens, 1 or used, cols) times the experts that ``ids`` (tokens, used) name.
+        """Multiply ``x`` (tokens, 1 or used, cols) by the experts that ``ids`` (tokens, used) name.
 
         float32 (tokens, used, rows), of several weights a list. Errors as of :meth:`product`.
         """

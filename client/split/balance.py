@@ -52,7 +52,7 @@ def balanced(
     work: float = WORK,
     limits: Sequence[float] | None = None,
 ) -> list[float]:
-    """The share of each part, of 1 in all.
+    """Return the share of each part, of 1 in all.
 
     ``speeds`` are bytes of weights a second, ``latencies`` seconds (default: none), ``work`` bytes
     of weights in one exchange, ``limits`` the most that a part may get, as shares (such as free
@@ -95,7 +95,7 @@ def balanced(
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What was measured of one server.
+    """The measurements of one server.
 
     ``compute`` bytes of weights a second, ``round_trip`` seconds, ``link`` bytes a second from
     there.
@@ -106,18 +106,18 @@ class Speed:
     link: float
 
     def rate(self) -> float:
-        """Bytes of weights a second, results on their way back counted in (one F32 a row)."""
+        """Return bytes of weights a second, with the way back of results (one F32 a row)."""
         return 1 / (1 / self.compute + 4 / row_size(_TYPE, _COLS) / self.link)
 
     def latency(self) -> float:
-        """Seconds of an exchange of one column beside the products."""
+        """Return seconds of an exchange of one column beside the products."""
         return self.round_trip + 4 * _COLS / self.link
 
 
 def shares_by_time(
     speeds: Sequence[Speed], *, work: float = WORK, limits: Sequence[float] | None = None
 ) -> list[float]:
-    """:func:`balanced` from measurements."""
+    """Return :func:`balanced` from measurements."""
     return balanced(
         [s.rate() for s in speeds],
         latencies=[s.latency() for s in speeds],
@@ -134,7 +134,7 @@ def sample_product(g: GraphBuilder) -> tuple[Tensor, Tensor, Tensor]:
 
 
 async def measure(backend: Backend) -> Speed:
-    """Time the server: small requests, a tensor's way back, a product of a few MB of weights.
+    """Measure the server: small requests, a tensor's way back, a product of a few MB of weights.
 
     What was allocated there is freed. Takes about half a second. Raises AllocationFailed, and
     ConnectionLost when the server is.
@@ -167,7 +167,7 @@ async def measure(backend: Backend) -> Speed:
 
 
 async def least_seconds(job: Callable[[], Awaitable[Any]]) -> float:
-    """The least of some runs, since anything may delay one; the first one warms up."""
+    """Return the least of some runs, since anything may delay one; the first one warms up."""
     await job()
     least, end = float("inf"), time.perf_counter() + _SECONDS
     for _ in range(_TRIES):
@@ -181,5 +181,5 @@ async def least_seconds(job: Callable[[], Awaitable[Any]]) -> float:
 
 
 async def measure_all(backends: Sequence[Backend]) -> list[Speed]:
-    """:func:`measure` of several servers at once, as they will work."""
+    """Return :func:`measure` of several servers at once, as they will work."""
     return list(await asyncio.gather(*map(measure, backends)))

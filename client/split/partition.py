@@ -30,7 +30,7 @@ class Rows:
 def partition(
     n_rows: int, proportions: Sequence[float], multiple: int = ROW_MULTIPLE
 ) -> list[Rows]:
-    """The rows of each part; cut where whole multiples are nearest to the exact share.
+    """Return the rows of each part; cut where whole multiples are nearest to the exact share.
 
     Proportions are non-negative and need not sum to anything. A part may come out empty, and the
     last one that has a share takes what is no whole multiple. ValueError if no part has a share.
@@ -65,7 +65,7 @@ class Extent:
     distance: int
 
     def of(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The pieces in what they are cut from: a view (count, size)."""
+        """Return the pieces in what they are cut from: a view (count, size)."""
         return np.lib.stride_tricks.as_strided(
             data[self.start :], (self.count, self.size), (self.distance, 1)
         )

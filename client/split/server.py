@@ -36,7 +36,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ready:
-    """What one server does of a product, ready to be run there; ``number`` is a program's."""
+    """The part of a product that one server computes, ready to be run there.
+
+    ``number`` is a program's.
+    """
 
     step: Step
     frames: Frames
@@ -68,7 +71,7 @@ class SplitServer:
         tls: ssl.SSLContext | None = None,
         token: bytes | None = None,
     ) -> SplitServer:
-        """Raises ServerLost."""
+        """Open a connection to the server. Raises ServerLost."""
         name = format_endpoint(host, port)
         try:
             connection = await connect_any(

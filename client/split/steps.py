@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """What surrounds the inputs of one step on their way: a prefix for each, and what follows."""
+    """The bytes around the inputs of one step on their way: a prefix for each, and what follows."""
 
     prefixes: tuple[bytes, ...]
     suffix: bytes
@@ -45,7 +45,7 @@ class Frames:
 
 
 def command_frames(connection: Connection, step: Step) -> Frames:
-    """A step by ordinary commands."""
+    """Return a step by ordinary commands."""
     prefixes = tuple(
         connection.message(
             Command.SET_TENSOR,
@@ -66,7 +66,7 @@ def command_frames(connection: Connection, step: Step) -> Frames:
 
 
 def program_frames(connection: Connection, number: int, steps: Sequence[Step]) -> list[Frames]:
-    """The frames of each step of a program: what starts it goes out with the first input."""
+    """Return the frames of each step of a program: what starts it goes out with the first input."""
     run = connection.message(Command.SPLIT_RUN, device=0, program=number)
     frames = [Frames((b"",) * len(s.inputs), b"", 0) for s in steps]
     frames[0] = Frames((run, *frames[0].prefixes[1:]), b"", 0)
@@ -74,7 +74,7 @@ def program_frames(connection: Connection, number: int, steps: Sequence[Step]) -
 
 
 def encode_steps(connection: Connection, steps: Sequence[Step]) -> bytes:
-    """The body of the SPLIT_PROGRAM that has ``steps``."""
+    """Return the body of the SPLIT_PROGRAM that has ``steps``."""
     tensors = np.concatenate([s.graph.payload(connection.dialect).tensors for s in steps])
     # Weights may be part of several steps.
     _, first = np.unique(tensors["id"], return_index=True)

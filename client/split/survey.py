@@ -50,7 +50,10 @@ _TLS = "tls://"
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Where a server listens, and whether inside of TLS; ``name`` is what it is announced as."""
+    """A place where a server listens, perhaps inside of TLS.
+
+    ``name`` is what it is announced as.
+    """
 
     host: str
     port: int = DEFAULT_PORT
@@ -83,7 +86,7 @@ class DeviceReport:
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """What a server tells of itself; ``error`` says why nothing more is known.
+    """The answers of a server about itself; ``error`` says why nothing more is known.
 
     ``round_trip`` is seconds, ``upload`` bytes a second, both None if not measured. ``split`` is
     the version of the split extension (0: none), ``parts`` over how many servers it splits.
@@ -104,7 +107,7 @@ class ServerReport:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What is shown to servers inside of TLS; see client.tunnel."""
+    """The credentials that servers inside of TLS are shown; see client.tunnel."""
 
     tls: ssl.SSLContext | None = None
     token: bytes | None = None
@@ -289,7 +292,7 @@ _PROMPT_COLUMNS = 32
 
 
 async def measure_model(backend: Backend, shape: ModelShape) -> tuple[float, float]:
-    """Time products of a model's own kinds; nothing of the model itself is sent.
+    """Measure products of a model's own kinds; nothing of the model itself is sent.
 
     Returns bytes of weights a second with one column, and with many the same times columns. What
     was allocated there is freed. Raises AllocationFailed, ConnectionLost.

@@ -32,7 +32,7 @@ def _compiled() -> Callable[[Any, Any], Any]:
 
 
 def fnv1a_64(data: bytes | bytearray | memoryview, value: int = FNV_OFFSET) -> int:
-    """FNV-1a 64 of ``data``; ``value`` continues a hash begun with the bytes before it."""
+    """Return FNV-1a 64 of ``data``; ``value`` continues a hash begun with the bytes before it."""
     array = np.frombuffer(data, np.uint8)
     if len(array) < 256:
         for byte in array.tolist():

@@ -190,7 +190,7 @@ class TensorFlag(enum.IntFlag):
 
 @dataclass(frozen=True, eq=False)
 class Numbering:
-    """How one release line of ggml numbers its ops, and where its ``op_params`` mean another thing.
+    """The numbers of ops in a release line of ggml, and where its ``op_params`` differ.
 
     ``ops[n]`` is the op with number ``n``; ``functions[op][n]`` is the function that ``n`` in
     op_params[0] of UNARY or GLU stands for, as the number it has in :class:`UnaryOp` or

@@ -150,13 +150,16 @@ def activation_type(weights: GgmlType) -> GgmlType:
 
 
 def row_size(type: GgmlType, n: int) -> int:
-    """Bytes of ``n`` dense elements (ggml_row_size); ``n`` is a whole number of blocks."""
+    """Return the bytes of ``n`` dense elements (ggml_row_size).
+
+    ``n`` is a whole number of blocks.
+    """
     info = TYPE_INFO[type]
     return info.type_size * n // info.block_size
 
 
 def nbytes(type: GgmlType, ne: Sequence[int], nb: Sequence[int]) -> int:
-    """Bytes from element 0 to behind the last one (ggml_nbytes); 0 if a dimension is 0.
+    """Return the bytes from element 0 to behind the last one (ggml_nbytes); 0 if a dimension is 0.
 
     ``ne`` are 4 element counts and ``nb`` 4 byte strides, innermost first. Python integers: sizes
     off the wire cannot wrap.
@@ -172,13 +175,15 @@ def nbytes(type: GgmlType, ne: Sequence[int], nb: Sequence[int]) -> int:
 
 
 def has_contiguous_rows(type: GgmlType, ne: Sequence[int], nb: Sequence[int]) -> bool:
-    """Whether the elements of a row are dense (ggml_is_contiguous_rows)."""
+    """Return whether the elements of a row are dense (ggml_is_contiguous_rows)."""
     info = TYPE_INFO[type]
     return ne[0] == info.block_size or nb[0] == info.type_size
 
 
 def is_contiguous(type: GgmlType, ne: Sequence[int], nb: Sequence[int], above: int = 0) -> bool:
-    """ggml_is_contiguous_<above>: dense in order; dimensions 1 to ``above`` may have any stride.
+    """Return ggml_is_contiguous_<above>.
+
+    That is dense in order; dimensions 1 to ``above`` may have any stride.
 
     Strides of dimensions of one element don't matter where they aren't counted on from.
     """

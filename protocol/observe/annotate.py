@@ -65,7 +65,7 @@ class Field:
     children: list[Field] = field(default_factory=list)
 
     def spans(self, prefix: str = "") -> Iterator[Span]:
-        """The fields without children, in the order of their bytes."""
+        """Yield the fields without children, in the order of their bytes."""
         path = f"{prefix}{self.name}"
         if not self.children:
             if self.end > self.start:
@@ -75,7 +75,7 @@ class Field:
             yield from child.spans(path if child.name.startswith("[") else f"{path}.")
 
     def lines(self, depth: int = 0) -> Iterator[str]:
-        """The tree as text, two spaces a level."""
+        """Yield the tree as text, two spaces a level."""
         indent = "  " * depth
         if not self.children or self.value:
             yield f"{indent}{self.name}: {self.value}"
@@ -169,7 +169,7 @@ def _without_end_of_zeros(values: Sequence[str]) -> list[str]:
 
 
 def value_text(name: str, number: float, dialect: Dialect) -> str:
-    """The value of the field ``name`` as it is shown."""
+    """Return the value of the field ``name`` as it is shown."""
     if name == "op":
         return f"{op_text(int(number), dialect)} ({number})"
     if name == "type":
@@ -205,7 +205,7 @@ def _program_declaration(program: ProgramPayload) -> Any:
 
 
 def fields_of(message: ObservedMessage) -> list[Field]:
-    """The fields of a message, with offsets into ``message.data``."""
+    """Return the fields of a message, with offsets into ``message.data``."""
     spec, data = message.spec, message.data
     walker = _Walker(data, message.dialect)
     found: list[Field] = []
@@ -242,7 +242,7 @@ def annotate(message: ObservedMessage) -> list[Span]:
 
 
 def tree(message: ObservedMessage) -> list[str]:
-    """The whole message as lines of text: its line, and its fields indented."""
+    """Return the whole message as lines of text: its line, and its fields indented."""
     lines = [describe(message)]
     for item in fields_of(message):
         lines += item.lines(1)
@@ -255,7 +255,10 @@ def tree(message: ObservedMessage) -> list[str]:
 
 
 def message_of_request(data: bytes, dialect: Dialect) -> ObservedMessage:
-    """The one request that ``data`` is, for who has its bytes alone. ProtocolError."""
+    """Return the one request that ``data`` is, for who has its bytes alone.
+
+    Raises ProtocolError.
+    """
     if len(data) < FRAME.size:
         raise ProtocolError(f"a request of {len(data)} bytes")
     number, size = FRAME.unpack_from(data)
@@ -284,7 +287,7 @@ def message_of_request(data: bytes, dialect: Dialect) -> ObservedMessage:
 def message_of_answer(
     data: bytes, command: Command, dialect: Dialect, request: ObservedMessage | None = None
 ) -> ObservedMessage:
-    """The one answer to ``command`` that ``data`` is. ProtocolError."""
+    """Return the one answer to ``command`` that ``data`` is. Raises ProtocolError."""
     spec = dialect.commands[command]
     size = int.from_bytes(data[: _SIZE.sizeof()], "little")
     fixed = spec.answer is Answer.FIXED
@@ -310,12 +313,12 @@ def op_of(number: int, dialect: Dialect) -> Op | None:
 
 
 def op_text(number: int, dialect: Dialect) -> str:
-    """The op with this number on the wire, '?' for one that the dialect doesn't have."""
+    """Return the op with this number on the wire, '?' for one that the dialect doesn't have."""
     return op_of(number, dialect) or "?"
 
 
 def sub_op(op: Op | None, number: int, dialect: Dialect) -> str:
-    """Which function a UNARY or GLU is, '' for other ops."""
+    """Return which function a UNARY or GLU is, '' for other ops."""
     functions = _SUB_OPS.get(op) if op is not None else None
     if op is None or functions is None:
         return ""
@@ -332,12 +335,12 @@ def command_text(number: int) -> str:
 
 
 def text_of(name: bytes) -> str:
-    """A name of the wire, up to its NUL."""
+    """Return a name of the wire, up to its NUL."""
     return name.split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
 def size_text(size: int) -> str:
-    """Bytes for people: exact below 10 KiB."""
+    """Return bytes for people: exact below 10 KiB."""
     if size < 10 << 10:
         return f"{size} B"
     value, units = size / 1024, ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
@@ -348,7 +351,7 @@ def size_text(size: int) -> str:
 
 
 def shape_text(ne: Sequence[int]) -> str:
-    """Elements innermost first, without ones at the end."""
+    """Return elements innermost first, without ones at the end."""
     dims = list(map(int, ne))
     while len(dims) > 1 and dims[-1] == 1:
         dims.pop()
@@ -356,7 +359,7 @@ def shape_text(ne: Sequence[int]) -> str:
 
 
 def tensor_text(tensor: Any, dialect: Dialect) -> str:
-    """A tensor of a message: op (if it has one), name, type and shape."""
+    """Return a tensor of a message: op (if it has one), name, type and shape."""
     parts = [op_text(tensor.op, dialect)] if tensor.op else []
     name = text_of(tensor.name)
     parts.append(repr(name) if name else "(no name)")
@@ -365,7 +368,7 @@ def tensor_text(tensor: Any, dialect: Dialect) -> str:
 
 
 def tensor_bytes(tensor: Any) -> int | None:
-    """ggml_nbytes of a tensor of a message; None for a type that isn't known."""
+    """Return ggml_nbytes of a tensor of a message; None for a type that isn't known."""
     if tensor.type not in _TYPES or tensor.ne[0] % TYPE_INFO[_TYPES[tensor.type]].block_size:
         return None
     return tensor_nbytes(_TYPES[tensor.type], tensor.ne, tensor.nb)
@@ -421,7 +424,7 @@ def _answer_parts(message: ObservedMessage) -> list[str]:
 
 
 def _extent(tensor: Any, offset: int, size: int) -> str:
-    """Which bytes of a tensor a transfer is of."""
+    """Return which bytes of a tensor a transfer is of."""
     whole = tensor_bytes(tensor)
     if offset == 0 and size == whole:
         return size_text(size)
@@ -494,7 +497,10 @@ class GraphTensor:
 
 
 def graph_tensors(tensors: Any, nodes: Sequence[int], dialect: Dialect) -> dict[int, GraphTensor]:
-    """The tensors of a graph (RPC_TENSOR_DTYPE) by id; of an id that occurs twice the last."""
+    """Return the tensors of a graph (RPC_TENSOR_DTYPE) by id.
+
+    Of an id that occurs twice the last.
+    """
     order = {id_: i for i, id_ in enumerate(nodes)}
     names = ("id", "type", "ne", "op", "op_params", "flags", "src", "view_src", "name")
     found = {}
@@ -521,7 +527,7 @@ def _source_text(tensors: Mapping[int, GraphTensor], id_: int) -> str:
 
 
 def graph_lines(graph: GraphPayload | ProgramPayload, dialect: Dialect) -> list[str]:
-    """A graph as text: a line a node, with its op, name, type, shape and sources.
+    """Return a graph as text: a line a node, with its op, name, type, shape and sources.
 
     Sources that no node computes (weights, inputs, caches) have their type and shape, too.
     """

@@ -133,7 +133,7 @@ class Conversation:
     def feed(
         self, side: Side, data: bytes | bytearray | memoryview, time: float | None = None
     ) -> list[Event]:
-        """The next bytes of one side; what they complete, on either side."""
+        """Take the next bytes of one side; return what they complete, on either side."""
         half = self._client if side is Side.CLIENT else self._server
         n = len(data)
         body = half.body
@@ -152,7 +152,7 @@ class Conversation:
         return self._advance()
 
     def gap(self, side: Side, size: int, time: float | None = None) -> list[Event]:
-        """``size`` bytes of one side were not seen."""
+        """Pass over ``size`` bytes of one side that were not seen; return what that completes."""
         half = self._half(side)
         while size and not half.dead:
             body = half.body or self._begin_unframed(half)
@@ -175,7 +175,7 @@ class Conversation:
         return self._advance()
 
     def close(self) -> list[Event]:
-        """Both streams have ended; what that leaves incomplete."""
+        """End both streams; return what that leaves incomplete."""
         if self.dialect is None and self._hello is not None and self._client.buffer:
             # Seen from one side only.
             self._guess(self._hello.spec)

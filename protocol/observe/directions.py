@@ -37,7 +37,7 @@ class IncomingBody:
 
 
 class Direction:
-    """What arrived of one side and was not read yet."""
+    """The bytes of one side that arrived and were not read yet."""
 
     def __init__(self, side: Side) -> None:
         self.side = side
@@ -64,7 +64,10 @@ class Direction:
         self.buffer += data
 
     def pass_over(self, n: int, time: float | None) -> None:
-        """``n`` bytes came and were read, or didn't come, without having been in the buffer."""
+        """Count ``n`` bytes that never were in the buffer.
+
+        They came and were read, or didn't come.
+        """
         self.position += n
         self.passed = time
         if self.marks:
@@ -80,20 +83,23 @@ class Direction:
         return taken
 
     def time_of(self, offset: int) -> float | None:
-        """When the byte there came; not for offsets before the last byte read."""
+        """Return when the byte there came; not for offsets before the last byte read."""
         marks = self.marks
         while len(marks) > 1 and marks[1][0] <= offset:
             marks.popleft()
         return marks[0][1] if marks and marks[0][0] <= offset else self.passed
 
     def begins(self) -> set[int]:
-        """Positions in the buffer where segments begin."""
+        """Return positions in the buffer where segments begin."""
         return {start - self.position for start, _ in self.marks if start >= self.position}
 
 
 @dataclass(slots=True)
 class ExpectedAnswer:
-    """What a request lets the server send: ``size`` bytes, in a frame or for a step without."""
+    """An answer that a request lets the server send.
+
+    ``size`` bytes, in a frame or for a step without.
+    """
 
     request: ObservedMessage
     # None until the answer says so, if the request was not seen whole.

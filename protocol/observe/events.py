@@ -14,7 +14,7 @@ from protocol.split import ProgramPayload
 
 
 class Side(enum.Enum):
-    """Who sent it."""
+    """The side that sent it."""
 
     CLIENT = "client"
     SERVER = "server"
@@ -25,7 +25,7 @@ class Side(enum.Enum):
 
 
 class MessageKind(enum.Enum):
-    """What a message is; the last two are the unframed bytes of a step of a SPLIT_RUN."""
+    """The kind of a message; the last two are the unframed bytes of a step of a SPLIT_RUN."""
 
     REQUEST = "request"
     ANSWER = "answer"

@@ -68,7 +68,7 @@ class FrameFinder:
         self._following = re.compile(b"|".join([*patterns, *map(re.escape, short)]), re.DOTALL)
 
     def find(self, data: bytes | bytearray, begins: Collection[int] = ()) -> tuple[int, bool]:
-        """The first beginning in ``data``, and whether it is one for sure.
+        """Return the first beginning in ``data``, and whether it is one for sure.
 
         Otherwise no request begins before that position, and more bytes are needed to judge it.
         ``begins`` are positions where a segment of the stream begins, as requests mostly do.
@@ -132,7 +132,7 @@ def _finder(commands: int, dialect_index: int) -> FrameFinder:
 
 
 def guess_dialect(data: bytes | bytearray, hello_size: int | None = None) -> Dialect | None:
-    """The newest dialect in which a request begins somewhere in ``data``, the earlier the better.
+    """Return the newest dialect in which a request begins in ``data``, the earlier the better.
 
     ``hello_size`` leaves only those of the versions that have such a HELLO. Versions that differ in
     their answers alone can't be told apart so.
@@ -148,7 +148,7 @@ def guess_dialect(data: bytes | bytearray, hello_size: int | None = None) -> Dia
 
 
 def finder(dialect: Dialect) -> FrameFinder:
-    """The finder of a dialect; those of the plain dialects are made once."""
+    """Return the finder of a dialect; those of the plain dialects are made once."""
     for i, known in enumerate(DIALECTS):
         if known is dialect:
             return _finder(id(known.commands), i)
