@@ -17,8 +17,15 @@ from pathlib import Path
 
 from rpc_server.cache.store import HASH_THRESHOLD
 from rpc_server.devices.cpu.hashing import CompiledLanes
-from rpc_server.models.library import UnusableError, checked_record, make_record, model_files
+from rpc_server.models.library import (
+    UnusableError,
+    checked_record,
+    indexing,
+    make_record,
+    model_files,
+)
 from rpc_server.models.record import FileRecord, Records, default_folder
+from rpc_server.observability.progress import shown
 
 _MIB = 1 << 20
 
@@ -65,6 +72,12 @@ def _list(records: Records, paths: Sequence[Path]) -> int:
     return status
 
 
+def _hashed(path: str, lanes: CompiledLanes) -> FileRecord:
+    """Hash a file, and show how far that is. Raises as make_record does."""
+    with shown(), indexing([path]) as task:
+        return make_record(path, lanes, lambda n: task.advance(n, Path(path).name))
+
+
 def _index(records: Records, paths: Sequence[Path]) -> int:
     status, lanes = 0, CompiledLanes()
     for path, record in _chosen(records, paths):
@@ -72,7 +85,7 @@ def _index(records: Records, paths: Sequence[Path]) -> int:
             print(f"{path}: indexed before")
             continue
         try:
-            made = make_record(path, lanes, lambda n: None)
+            made = _hashed(path, lanes)
         except (UnusableError, OSError) as error:
             status = 1
             print(f"{path}: {_reason(error)}")
@@ -88,7 +101,7 @@ def _verify(records: Records, paths: Sequence[Path]) -> int:
         said = "not indexed" if record is None else ""
         if record is not None:
             try:
-                made = make_record(path, lanes, lambda n: None)
+                made = _hashed(path, lanes)
             except (UnusableError, OSError) as error:
                 said = _reason(error)
             else:

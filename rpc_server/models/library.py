@@ -31,13 +31,12 @@ from rpc_server.models.files import (
 from rpc_server.models.hashing import HashLanes, Pace, StoppedError, hash_places
 from rpc_server.models.header import HeaderError, read_header
 from rpc_server.models.record import FileRecord, IndexedTensor, Records
+from rpc_server.observability import progress
 
 log = logging.getLogger(__name__)
 
 # How often files are looked at.
 _LOOK_SECONDS = 2.0
-# How often it is told how far the index is.
-_TELL_SECONDS = 10.0
 _SPLIT_NAME = re.compile(r"(.*-)\d{5}(-of-\d{5}\.gguf)", re.IGNORECASE)
 # Bytes that are read in one go.
 _CHUNK = 8 << 20
@@ -329,24 +328,40 @@ class Models:
         return True
 
     def _index(self, paths: Sequence[str], lanes: HashLanes) -> None:
-        progress = _Progress(paths, Pace(self._work, self._stopped.wait))
-        for path in paths:
-            identity = None
-            try:
-                progress.begin(path)
-                identity = identity_of(path)
-                record = make_record(path, lanes, progress.between)
-            except BeingWrittenError as error:
-                # It is looked at again.
-                self._refuse(path, None, error.strerror or str(error))
-            except UnusableError as error:
-                self._refuse(path, identity, str(error))
-            except OSError as error:
-                self._refuse(path, None, error.strerror or str(error))
-            else:
-                self._add(record)
-                self._records.keep(record)
-                progress.done(record)
+        pace = Pace(self._work, self._stopped.wait)
+        with indexing(paths) as task:
+            for path in paths:
+                self._index_one(path, lanes, task, pace)
+
+    def _index_one(self, path: str, lanes: HashLanes, task: progress.Task, pace: Pace) -> None:
+        identity, started = None, time.monotonic()
+
+        def between(n: int) -> None:
+            task.advance(n, os.path.basename(path))
+            pace.rest()
+
+        try:
+            identity = identity_of(path)
+            record = make_record(path, lanes, between)
+        except BeingWrittenError as error:
+            # It is looked at again.
+            self._refuse(path, None, error.strerror or str(error))
+        except UnusableError as error:
+            self._refuse(path, identity, str(error))
+        except OSError as error:
+            self._refuse(path, None, error.strerror or str(error))
+        else:
+            self._add(record)
+            self._records.keep(record)
+            seconds = max(time.monotonic() - started, 1e-6)
+            log.info(
+                "%s: %d tensors, %.1f MiB, indexed in %.1f s (%.0f MiB/s)",
+                path,
+                len(record.tensors),
+                record.nbytes / (1 << 20),
+                seconds,
+                record.nbytes / (1 << 20) / seconds,
+            )
 
     def _refuse(self, path: str, identity: Identity | None, reason: str) -> None:
         """Note why a file is not served: with an ``identity``, until it has another one."""
@@ -375,50 +390,9 @@ class Models:
                     self._places.pop(key, None)
 
 
-class _Progress:
-    """Tells how far the index of some files is."""
-
-    def __init__(self, paths: Sequence[str], pace: Pace) -> None:
-        self._pace = pace
-        self._sizes = {path: _size(path) for path in paths}
-        self._total = sum(self._sizes.values())
-        self._before = 0
-        self._done = 0
-        self._path = ""
-        self._begun = self._told = time.monotonic()
-
-    def begin(self, path: str) -> None:
-        """Note that the next file is hashed."""
-        self._before += self._sizes.get(self._path, 0)
-        self._path, self._done = path, 0
-        self._begun = time.monotonic()
-
-    def between(self, n: int) -> None:
-        """Note that ``n`` bytes more are hashed, and rest. Raises StoppedError."""
-        self._done += n
-        now = time.monotonic()
-        if now - self._told >= _TELL_SECONDS:
-            self._told = now
-            done = self._before + self._done
-            log.info(
-                "indexing models: %.1f of %.1f GiB, now %s",
-                done / (1 << 30),
-                self._total / (1 << 30),
-                os.path.basename(self._path),
-            )
-        self._pace.rest()
-
-    def done(self, record: FileRecord) -> None:
-        """Tell what came of a file."""
-        seconds = max(time.monotonic() - self._begun, 1e-6)
-        log.info(
-            "%s: %d tensors, %.1f MiB, indexed in %.1f s (%.0f MiB/s)",
-            record.path,
-            len(record.tensors),
-            record.nbytes / (1 << 20),
-            seconds,
-            record.nbytes / (1 << 20) / seconds,
-        )
+def indexing(paths: Iterable[str]) -> progress.Task:
+    """Return a task that shows how much of these files is hashed."""
+    return progress.begin("indexing models", sum(map(_size, paths)), progress.BYTES)
 
 
 def _size(path: str) -> int:

@@ -18,6 +18,7 @@ from rpc_server.native.folder import Folder
 from rpc_server.native.image import Loaded, load
 from rpc_server.native.processes import TIMEOUT, Compilers
 from rpc_server.native.routine import CompileError, NoMemoryNowError, Routine
+from rpc_server.observability import progress
 
 R = TypeVar("R", bound=Routine)
 
@@ -43,6 +44,9 @@ class Library:
         self._lock = threading.Lock()
         self._routines: dict[Routine, Future[Loaded]] = {}
         self._pruned = False
+        # How far it is while something is compiled, and how much that is.
+        self._compiling: progress.Task | None = None
+        self._left = 0
         atexit.register(self.close)
 
     def file(self, routine: Routine) -> Path:
@@ -103,6 +107,7 @@ class Library:
 
     def _compile(self, routine: Routine, future: Future[Loaded], urgent: bool) -> None:
         def done(error: CompileError | None) -> None:
+            self._compiled(routine)
             if error is not None:
                 self._failed(routine, future, error)
                 return
@@ -119,7 +124,26 @@ class Library:
             # A folder that grows is the time to see to the others.
             self._folder.prune()
             log.info("compiling kernels to %s, once for this machine", self._folder.path)
+        with self._lock:
+            self._left += 1
+            if self._compiling is None:
+                self._compiling = progress.begin("compiling kernels")
+            self._compiling.expect(1)
         self._compilers.submit(routine, self.file(routine).name, done, urgent=urgent)
+
+    def _compiled(self, routine: Routine) -> None:
+        """One less to wait for, however it ended; the last one's end is told."""
+        with self._lock:
+            task = self._compiling
+            assert task is not None
+            self._left -= 1
+            if not self._left:
+                self._compiling = None
+            last = not self._left
+        task.advance(1, routine.label)
+        if last:
+            task.end()
+            log.info("compiled %d kernels in %.1f s", task.numbers()[0], task.seconds)
 
     def _failed(self, routine: Routine, future: Future[Loaded], error: CompileError) -> None:
         log.warning("no compiled %s: %s", routine.label, error)

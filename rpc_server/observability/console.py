@@ -1,7 +1,8 @@
 """What a person sees while the server works: what arrives, and how fast graphs run.
 
-On a terminal a line for each busy client changes in place; elsewhere there is a line in the log now
-and then. Both are made of what ``metrics`` counts anyway.
+On a terminal a line for each busy client changes in place, below bars for what the server itself
+is long at (``progress``); elsewhere there is a line in the log now and then. What clients do is
+made of what ``metrics`` counts anyway.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rpc_server.observability import progress
 from rpc_server.observability.metrics import ClientStats, ServerStats
 
 log = logging.getLogger(__name__)
@@ -111,18 +113,19 @@ async def _as_lines(stats: ServerStats) -> None:
 
 
 async def _in_place(stats: ServerStats) -> None:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
 
     looks = Snapshots(stats)
     # What is logged meanwhile goes above the lines that change.
     console = Console(stderr=True, highlight=False)
-    with Live(console=console, transient=True, auto_refresh=False, redirect_stdout=False) as live:
+    live = Live(console=console, transient=True, auto_refresh=False, redirect_stdout=False)
+    with progress.drawn(), live:
         while True:
             await asyncio.sleep(_REDRAW)
             lines = Text("\n").join(
                 Text(f"  {client.name}: {text}", style="cyan", no_wrap=True, overflow="ellipsis")
                 for client, text in looks.news()
             )
-            live.update(lines, refresh=True)
+            live.update(Group(progress.bars(), lines), refresh=True)

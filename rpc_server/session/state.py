@@ -37,7 +37,7 @@ from rpc_server.graph.parse import check_message, label_of_message
 from rpc_server.limits import SCRATCH_BYTES, LimitReached
 from rpc_server.observability.logs import ClientLog
 from rpc_server.observability.metrics import ClientStats
-from rpc_server.observability.progress import UploadMeter
+from rpc_server.observability.upload_meter import UploadMeter
 from rpc_server.session.buffers import (
     BadAddressError,
     Buffer,

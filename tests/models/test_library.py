@@ -18,6 +18,7 @@ from rpc_server.models import library as library_module
 from rpc_server.models.files import BeingWrittenError
 from rpc_server.models.library import Models, Stripes, make_record, model_files
 from rpc_server.models.record import Records
+from rpc_server.observability.progress import under_way
 from tests.client.test_gguf_file import every_type, write
 from tests.models.conftest import Indexer, PlainLanes, served, settle, write_model
 
@@ -42,6 +43,29 @@ def test_folders_files_and_parts_of_split_models(tmp_path: Path) -> None:
     found = [os.path.basename(p) for p in model_files([tmp_path / "folder" / parts[0]])]
     assert found == [parts[0], parts[2]]
     assert len(list(model_files([tmp_path, tmp_path / "link.gguf"]))) == 5
+
+
+def test_how_far_the_index_is_can_be_seen(tmp_path: Path) -> None:
+    """Of all files that are new: the bytes of both, and the one that is hashed now."""
+    sizes = {}
+    for name in ("one.gguf", "two.gguf"):
+        write_model(tmp_path / name, 3 << 20)
+        sizes[name] = settle(tmp_path / name).stat().st_size
+    seen: list[tuple[tuple[int, int | None], str]] = []
+
+    def look() -> int:
+        seen.extend((t.numbers(), t.detail()) for t in under_way() if t.label == "indexing models")
+        return 0
+
+    models = Models([tmp_path], Records(tmp_path / "index"), PlainLanes, look)
+    models.refresh(PlainLanes())
+    assert len(models.files) == 2
+    done = [numbers[0] for numbers, _ in seen]
+    assert done == sorted(done)
+    assert 6 << 20 <= done[-1] <= sum(sizes.values())
+    assert {total for (_, total), _ in seen} == {sum(sizes.values())}
+    assert {detail for _, detail in seen} == set(sizes)
+    assert "indexing models" not in [t.label for t in under_way()]
 
 
 # -- what is served

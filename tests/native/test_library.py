@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import mmap
 import os
 import subprocess
@@ -19,6 +20,7 @@ from rpc_server.native import compiler, image
 from rpc_server.native.folder import Folder, fingerprint
 from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError, Constant, NoMemoryNowError, Routine
+from rpc_server.observability.progress import under_way
 from tests.native import sources
 
 # A compiler that must not be started.
@@ -140,7 +142,10 @@ def test_without_a_compiler_the_routine_is_missing(open_library: Open) -> None:
         library.address(routine("add"))
 
 
-def test_one_that_can_not_be_compiled_does_not_hurt_others(open_library: Open) -> None:
+def test_one_that_can_not_be_compiled_does_not_hurt_others(
+    open_library: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     library = open_library(2)
     bad = [
         routine("wrong"),
@@ -158,6 +163,9 @@ def test_one_that_can_not_be_compiled_does_not_hurt_others(open_library: Open) -
     address = found[good]
     assert isinstance(address, int)
     assert call(address, 1, 1) == 2
+    # All of them were counted, whatever came of them.
+    told = [m for m in caplog.messages if m.startswith("compiled ") and " kernels in " in m]
+    assert sum(int(m.split()[1]) for m in told) == 5
     # It stays so: nobody waits twice.
     with pytest.raises(CompileError, match="status 7"):
         library.address(bad[3])
@@ -170,13 +178,16 @@ def test_a_compiler_that_hangs_is_ended(open_library: Open) -> None:
 
 
 def test_closing_ends_compilers(open_library: Open) -> None:
-    library = open_library()
+    library, before = open_library(), under_way()
     library.request([routine("takes_long", 600)])
+    (task,) = (t for t in under_way() if t not in before)
+    assert task.describe() == "compiling kernels: 0 of 1"
     waiting = threading.Thread(target=library.addresses, args=([routine("takes_long", 600)],))
     waiting.start()
     library.close()
     waiting.join(20)
     assert not waiting.is_alive()
+    assert task not in under_way()
 
 
 def test_what_is_waited_for_comes_first(open_library: Open) -> None:

@@ -21,7 +21,7 @@ from rpc_server.devices.cpu.pages import large_page
 from rpc_server.observability.exporter import Collector
 from rpc_server.observability.logs import ClientLog, JsonFormatter
 from rpc_server.observability.metrics import GRAPH_BUCKETS
-from rpc_server.observability.progress import UploadMeter
+from rpc_server.observability.upload_meter import UploadMeter
 from tests.server.clients import Bystander, endless
 from tests.server.process import ServerProcess, Wire, running, tensor
 from tests.split.cluster import Coordinator, WorkerProcess

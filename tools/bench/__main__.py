@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rpc_server.observability.progress import begin, shown
 from tools.arguments import numbers
 from tools.bench import llama, micro, picture, report
 from tools.bench.machine import describe_machine, describe_versions
@@ -95,9 +96,9 @@ def _load(options: argparse.Namespace, model: Path) -> Measure:
 
 def _get_ready(options: argparse.Namespace, model: Path) -> None:
     """Have the kernels of a model compiled and its file in memory: neither is measured."""
-    print(f"getting ready: {model.stem}", file=sys.stderr, flush=True)
-    llama.read_once(model)
-    with serving(OURS, options.threads) as running:
+    with begin("getting ready", 1) as task, serving(OURS, options.threads) as running:
+        task.step(model.stem)
+        llama.read_once(model)
         llama.first_token(running.port, model, options.threads)
 
 
@@ -129,17 +130,14 @@ def run(options: argparse.Namespace) -> BenchResult:
     )
     subjects = plan(options)
     result.tables = [ResultTable(title) for title, _ in subjects]
-    for number in range(options.rounds):
-        # Neither always comes second.
-        order = SERVERS if number % 2 == 0 else SERVERS[::-1]
-        for table, (title, measure) in zip(result.tables, subjects, strict=True):
-            for server in order:
-                print(
-                    f"round {number + 1} of {options.rounds}: {title}, {server}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                table.add(server, measure(server))
+    with begin("measuring", options.rounds * len(subjects) * len(SERVERS)) as task:
+        for number in range(options.rounds):
+            # Neither always comes second.
+            order = SERVERS if number % 2 == 0 else SERVERS[::-1]
+            for table, (title, measure) in zip(result.tables, subjects, strict=True):
+                for server in order:
+                    task.step(f"round {number + 1} of {options.rounds}: {title}, {server}")
+                    table.add(server, measure(server))
     return result
 
 
@@ -228,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        result = BenchResult.load(options.show) if options.show else run(options)
+        with shown():
+            result = BenchResult.load(options.show) if options.show else run(options)
     except (ProgramError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

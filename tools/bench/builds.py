@@ -33,6 +33,7 @@ import numpy as np
 
 from client.gguf_file import GgufFile
 from rpc_server.devices.cpu.storage import HostStorage
+from rpc_server.observability.progress import begin, shown
 from tools.arguments import numbers
 from tools.bench import llama
 from tools.bench.report import number
@@ -230,17 +231,16 @@ def run(options: argparse.Namespace, model: Path) -> BuildTable:
         port = free_port()
         with build.start(port, options.threads):
             llama.first_token(port, model, options.threads)
-    for turn in range(options.rounds):
-        if options.sum:
-            sample = Sample("plain sum", "GB/s", True, plain_sum(options.threads) / 1e9)
-            for build in builds:
-                result.add(build.name, [sample])
-        # Whoever is first in one round is last in the next.
-        for build in builds if turn % 2 == 0 else builds[::-1]:
-            print(
-                f"round {turn + 1} of {options.rounds}: {build.name}", file=sys.stderr, flush=True
-            )
-            result.add(build.name, measure(build, model, options))
+    with begin("measuring", options.rounds * len(builds)) as task:
+        for turn in range(options.rounds):
+            if options.sum:
+                sample = Sample("plain sum", "GB/s", True, plain_sum(options.threads) / 1e9)
+                for build in builds:
+                    result.add(build.name, [sample])
+            # Whoever is first in one round is last in the next.
+            for build in builds if turn % 2 == 0 else builds[::-1]:
+                task.step(f"round {turn + 1} of {options.rounds}: {build.name}")
+                result.add(build.name, measure(build, model, options))
     return result
 
 
@@ -275,7 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         models = [*options.model, *([llama.large_model(options.large)] if options.large else [])]
         for model in models:
-            print(f"{model.stem}\n{run(options, model).text()}\n", flush=True)
+            with shown():
+                table = run(options, model)
+            print(f"{model.stem}\n{table.text()}\n", flush=True)
     except (ProgramError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

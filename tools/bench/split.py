@@ -28,6 +28,7 @@ from typing import Any
 
 from client.connection import connect
 from protocol.commands import Command
+from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
 from tools.bench import llama
 from tools.bench.link_picture import Bar, svg
@@ -169,9 +170,10 @@ def _tokens(ports: Sequence[int], options: argparse.Namespace, setup: Setup) -> 
 def measure(options: argparse.Namespace) -> dict[str, Measured]:
     """All setups in turn."""
     measured = {s.name: Measured() for s in SETUPS}
-    for number in range(options.rounds):
-        for setup in SETUPS:
-            print(f"round {number + 1}: {setup.name}", file=sys.stderr, flush=True)
+    steps = [(number, setup) for number in range(options.rounds) for setup in SETUPS]
+    with begin("measuring", len(steps)) as task:
+        for number, setup in steps:
+            task.step(f"round {number + 1} of {options.rounds}: {setup.name}")
             with running(setup) as (ports, coordinator, _):
                 rates = _tokens(ports, options, setup)
                 values = measured[setup.name]
@@ -224,31 +226,40 @@ def predicted(base: float, exchanges: float, wire: float, extra: float, rate: fl
 
 def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
     """Two machines, one of them the coordinator, over each network; and one alone, seconds."""
-    rows = []
+    rows: list[Row] = []
     with running(SETUPS[0]) as (ports, _, _):
         alone = 1 / _tokens(ports, _decode_only(options), SETUPS[0])["tg"]
-    for setup in (s for s in SETUPS if s.split and s.split[0] == "local"):
-        base = near = 0.0
-        for link in (NetworkLink(0.0, 100e9), *options.link):
-            print(f"{setup.name}: {link.name}", file=sys.stderr, flush=True)
-            with running(setup, link) as (ports, _, relay):
-                # The coordinator holds the relay's one connection to the worker, not the relay.
-                round_trip = asyncio.run(_round_trip(relay))
-                before = asyncio.run(_status(ports[0]))
-                rates = _tokens(ports, _decode_only(options), setup)
-                after = asyncio.run(_status(ports[0]))
-            part = next(i for i in range(after.n_parts) if after.parts[i].exchanges)
-            tokens = after.tokens - before.tokens
-            exchanges = after.parts[part].exchanges / tokens
-            sent = after.parts[part].bytes_sent + after.parts[part].bytes_received
-            seconds = 1 / rates["tg"]
-            if not base:
-                base, near = seconds, round_trip
-            expected = predicted(base, exchanges, sent / tokens, round_trip - near, link.rate)
-            rows.append(
-                Row(link.name, setup.mode, round_trip, exchanges, sent / tokens, seconds, expected)
-            )
+    setups = [s for s in SETUPS if s.split and s.split[0] == "local"]
+    with begin("measuring links", len(setups) * (1 + len(options.link))) as task:
+        for setup in setups:
+            rows += _measure_setup(options, setup, task)
     return rows, alone
+
+
+def _measure_setup(options: argparse.Namespace, setup: Setup, task: Task) -> list[Row]:
+    """One mode over each network, the first of which is none."""
+    rows: list[Row] = []
+    base = near = 0.0
+    for link in (NetworkLink(0.0, 100e9), *options.link):
+        task.step(f"{setup.name}: {link.name}")
+        with running(setup, link) as (ports, _, relay):
+            # The coordinator holds the relay's one connection to the worker, not the relay.
+            round_trip = asyncio.run(_round_trip(relay))
+            before = asyncio.run(_status(ports[0]))
+            rates = _tokens(ports, _decode_only(options), setup)
+            after = asyncio.run(_status(ports[0]))
+        part = next(i for i in range(after.n_parts) if after.parts[i].exchanges)
+        tokens = after.tokens - before.tokens
+        exchanges = after.parts[part].exchanges / tokens
+        sent = after.parts[part].bytes_sent + after.parts[part].bytes_received
+        seconds = 1 / rates["tg"]
+        if not base:
+            base, near = seconds, round_trip
+        expected = predicted(base, exchanges, sent / tokens, round_trip - near, link.rate)
+        rows.append(
+            Row(link.name, setup.mode, round_trip, exchanges, sent / tokens, seconds, expected)
+        )
+    return rows
 
 
 def _decode_only(options: argparse.Namespace) -> argparse.Namespace:
@@ -308,8 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         llama.read_once(options.model)
-        measured = measure(options) if options.rounds else {}
-        rows, alone = measure_links(options) if options.link else ([], 0.0)
+        with shown():
+            measured = measure(options) if options.rounds else {}
+            rows, alone = measure_links(options) if options.link else ([], 0.0)
     except ProgramError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

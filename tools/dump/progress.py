@@ -1,11 +1,11 @@
-"""A bar on the terminal while a large capture is read."""
+"""How far the reading of a large capture is."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rpc_server.observability.progress import BYTES, begin, shown
 from tools.capture.files import Capture, Frame
 
 # Smaller files are read before a bar would be seen.
@@ -14,29 +14,15 @@ _EVERY = 1024
 
 
 def with_progress(capture: Capture, path: Path | None, *, quiet: bool) -> Iterator[Frame]:
-    """The frames of a capture; ``quiet`` if lines go to the same terminal."""
+    """Yield the frames of a capture; ``quiet`` if lines go to the same terminal."""
     size = path.stat().st_size if path is not None and path.is_file() else 0
-    if quiet or size < _FROM_BYTES or not sys.stderr.isatty():
+    if path is None or quiet or size < _FROM_BYTES:
         yield from capture
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-        TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        assert path is not None
-        task = progress.add_task(path.name, total=size)
+    with shown(), begin(path.name, size, BYTES) as task:
+        before = 0
         for i, frame in enumerate(capture):
             if i % _EVERY == 0:
-                progress.update(task, completed=capture.position)
+                task.advance(capture.position - before)
+                before = capture.position
             yield frame
