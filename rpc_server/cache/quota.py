@@ -9,6 +9,9 @@ What is there is summed up in a small file, which every server of ours brings up
 lock: to keep a tensor takes as long with a hundred thousand files as with none. As upstream's
 servers tell nobody what they write, the folder is looked through again every ten minutes, and when
 something has to go and it isn't known any more what was used longest ago.
+
+Clients of one address can't push out what others use: once theirs takes half of the room, what they
+keep takes the place of their own, or of what nobody has used since this server began.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from rpc_server.cache.users import SMALL, CacheUsers
 from rpc_server.folders import PrivateFolder
 
 if sys.platform != "win32":
@@ -37,9 +41,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 100 << 30
 PARTIAL = ".partial-"
-# Contents below this size are no weights to speak of. There are so many at most, lest somebody
-# fills the folder with files of a few bytes; larger ones are few because of their bytes.
-SMALL = 1 << 20
+# There are so many small ones at most, lest somebody fills the folder with files of a few bytes;
+# larger ones are few because of their bytes.
 MOST_SMALL = 8192
 _NAME = re.compile(r"[0-9a-f]{16}")
 _LEDGER = "usage"
@@ -50,6 +53,8 @@ _ABANDONED_SECONDS = 86400.0
 _BELIEVED_SECONDS = 600.0
 # How many files are remembered, of those that go first: more than are looked at for one.
 _REMEMBERED = 1024
+# And of how many kinds.
+_MOST_KINDS = 16
 
 
 class NoRoomError(Exception):
@@ -61,6 +66,20 @@ class _Entry:
     last_use: float
     name: str
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is looked for to be deleted: all files or ``small`` ones, all users' or but others'."""
+
+    small: bool
+    user: str | None
+
+    def has(self, entry: _Entry, users: CacheUsers) -> bool:
+        """Return whether an entry is of this kind."""
+        if self.small and entry.size >= SMALL:
+            return False
+        return self.user is None or users.of(entry.name) in (None, self.user)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +126,9 @@ class Quota:
         self._most_small = most_small
         # As of when this server last changed or counted it.
         self.usage = Usage()
-        # What goes first, as of when the folder was last looked through: of all, of small ones.
-        self._oldest: dict[bool, deque[_Entry]] = {False: deque(), True: deque()}
+        self.users = CacheUsers()
+        # What goes first, as of when the folder was last looked through for it.
+        self._oldest: dict[_Wanted, deque[_Entry]] = {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -121,14 +141,15 @@ class Quota:
             yield
 
     @contextlib.contextmanager
-    def reserve(self, size: int) -> Iterator[tuple[BinaryIO, str]]:
+    def reserve(self, size: int, user: str = "") -> Iterator[tuple[BinaryIO, str]]:
         """An unfinished file to write ``size`` bytes to and then to give its name to.
 
-        Deleted at the end, if it is still there. Raises NoRoomError, OSError.
+        ``user`` is the address of the client it is for. Deleted at the end, if it is still there.
+        Raises NoRoomError, OSError.
         """
         small = int(size < SMALL)
         with self.locked():
-            usage = self._make_room(size)
+            usage = self._make_room(size, user)
             name = f"{PARTIAL}{secrets.token_hex(8)}"
             # First the sums: what a crash leaves in them that isn't there is found out later.
             self._note(
@@ -186,12 +207,13 @@ class Quota:
         with contextlib.suppress(OSError):
             self._sums.write(_LEDGER, usage.encode())
 
-    def _make_room(self, size: int) -> Usage:
+    def _make_room(self, size: int, user: str) -> Usage:
         """Delete what was used longest ago until ``size`` bytes fit; what is there then."""
         if size > self._limit:
             raise NoRoomError(f"that is more than the cache may hold ({self._limit} bytes)")
         usage = self._usage()
-        looked = failed = False
+        looked: _Wanted | None = None
+        failed = False
         total, free = self._folder.disk()
         # Servers that fill the disk hurt more than a tensor sent again.
         floor = min(total // 20, 4 << 30)
@@ -202,13 +224,18 @@ class Quota:
                 return usage
             if needed > usage.nbytes:
                 raise NoRoomError(f"{free} bytes are left on the disk of {self._folder.path}")
-            oldest = self._oldest[needed <= 0]
-            if not oldest and not looked:
-                usage, looked = self._look(), True
+            kind = _Wanted(
+                small=needed <= 0, user=user if self._has_its_share(user, size) else None
+            )
+            oldest = self._oldest.get(kind)
+            if not oldest and looked != kind:
+                usage, looked = self._look(kind), kind
                 continue
             if not oldest:
                 if failed:
                     raise NoRoomError(f"files in {self._folder.path} can't be deleted")
+                if kind.user is not None:
+                    raise NoRoomError("what is there is for clients of other addresses")
                 raise NoRoomError("what is there is being written or was used just now")
             entry = oldest.popleft()
             if self._last_use(entry.name) != entry.last_use:
@@ -223,7 +250,12 @@ class Quota:
             usage = replace(usage, nbytes=max(0, usage.nbytes - entry.size), small=max(0, small))
             self._note(usage)
             # One that was used a moment ago may be found again when all are looked at.
-            looked = looked and bool(oldest)
+            looked = looked if oldest else None
+
+    def _has_its_share(self, user: str, size: int) -> bool:
+        """Whether a user has half of the room with ``size`` bytes more, or half of small files."""
+        small = size < SMALL and self.users.small(user) >= self._most_small // 2
+        return bool(user) and (small or self.users.nbytes(user) + size > self._limit // 2)
 
     def _delete(self, entry: _Entry) -> bool:
         try:
@@ -236,12 +268,13 @@ class Quota:
             self._folder.path / entry.name,
             entry.size,
         )
+        self.users.forget(entry.name)
         with contextlib.suppress(OSError):
             self._sums.unlink(entry.name)
         return True
 
-    def _look(self) -> Usage:
-        """Look at all files: note what they are together, and which go first."""
+    def _look(self, wanted: _Wanted | None = None) -> Usage:
+        """Look at all files: note what they are together, and which of ``wanted`` go first."""
         nbytes = unfinished = small = 0
         entries: list[_Entry] = []
         for name in self._folder.names():
@@ -265,9 +298,12 @@ class Quota:
             else:
                 nbytes += info.st_size
                 entries.append(_Entry(self._last_use(name, info), name, info.st_size))
-        for only_small in (False, True):
-            wanted = (e for e in entries if e.size < SMALL or not only_small)
-            self._oldest[only_small] = deque(heapq.nsmallest(_REMEMBERED, wanted))
+        self.users.keep_only({e.name for e in entries})
+        if wanted is not None:
+            if len(self._oldest) >= _MOST_KINDS:
+                self._oldest.clear()
+            found = (e for e in entries if wanted.has(e, self.users))
+            self._oldest[wanted] = deque(heapq.nsmallest(_REMEMBERED, found))
         usage = Usage(nbytes, unfinished, small, time.time())
         self._note(usage)
         return usage

@@ -121,6 +121,11 @@ class TensorCache:
         """What is in the folder, as of this server's last look; None if it only reads."""
         return None if self.read_only else self._quota.usage
 
+    @property
+    def most_of_one_user(self) -> int:
+        """Bytes of files that clients of one address use, of the address that has most."""
+        return 0 if self.read_only else self._quota.users.most()
+
     def size(self, digest: int) -> int | None:
         """Return the size of the content that is there under a hash, in bytes; None if none is."""
         try:
@@ -128,10 +133,11 @@ class TensorCache:
         except OSError:
             return None
 
-    def load(self, digest: int, place: memoryview) -> bool:
+    def load(self, digest: int, place: memoryview, user: str = "") -> bool:
         """Fill ``place`` with the content that has this hash and this length; whether there is one.
 
-        Where it turns out unsound on the way, bytes of ``place`` may have changed.
+        ``user`` is the address of the client that asks for it. Where the content turns out unsound
+        on the way, bytes of ``place`` may have changed.
         """
         name = _name(digest)
         path = self.folder / name
@@ -156,11 +162,19 @@ class TensorCache:
             if kept is None:
                 self._sums.keep(name, found)
             self._set_verified(digest, before)
-        self._sums.touch(name)
+        self._used(name, len(place), user)
         return True
 
-    def store(self, data: memoryview) -> Path | None:
-        """Keep ``data``; the file's path, None if it is not kept (the log says why)."""
+    def _used(self, name: str, size: int, user: str) -> None:
+        self._sums.touch(name)
+        if user and not self.read_only:
+            self._quota.users.used(name, size, user)
+
+    def store(self, data: memoryview, user: str = "") -> Path | None:
+        """Keep ``data`` for a client at the address ``user``.
+
+        Return the file's path; None if it is not kept (the log says why).
+        """
         if self.read_only:
             return None
         digest = self._fnv(data)
@@ -170,12 +184,12 @@ class TensorCache:
         try:
             kept = self._existing(digest, found, len(data))
             if kept == found:
-                self._sums.touch(name)
+                self._used(name, len(data), user)
                 return path
             if kept is not None:
                 log.warning("another content has the hash %s already; it stays", name)
                 return None
-            self._write(name, data)
+            self._write(name, data, user)
         except NoRoomError as error:
             log.info("%d bytes are not cached: %s", len(data), error)
             return None
@@ -183,12 +197,13 @@ class TensorCache:
             log.warning("could not cache %d bytes as %s: %s", len(data), path, error.strerror)
             return None
         self._sums.keep(name, found)
+        self._used(name, len(data), user)
         return path
 
-    def _write(self, name: str, data: memoryview) -> None:
+    def _write(self, name: str, data: memoryview, user: str) -> None:
         """Raises OSError, NoRoomError; then nothing is left behind."""
         # No fsync: what a power cut tears does not pass as sound when it is read.
-        with self._quota.reserve(len(data)) as (file, unfinished):
+        with self._quota.reserve(len(data), user) as (file, unfinished):
             for at in range(0, len(data), _CHUNK):
                 file.write(data[at : at + _CHUNK])
             file.flush()

@@ -212,9 +212,11 @@ class Collector:
     def _cache(self) -> Iterator[Any]:
         cache = self._context.cache
         usage = cache.usage if cache is not None else None
-        if usage is not None:
+        if cache is not None and usage is not None:
             in_all = usage.nbytes + usage.unfinished
             yield _gauge("cache_bytes", "Bytes in the folder of the cache.", [((), in_all)])
+            most = [((), cache.most_of_one_user)]
+            yield _gauge("cache_most_bytes_of_an_address", "Of what its clients used last.", most)
             yield _gauge("cache_small_files", "Files below 1 MiB there.", [((), usage.small)])
 
     def _split(self) -> Iterator[Any]:

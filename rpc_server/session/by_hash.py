@@ -46,7 +46,7 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
     size = tensor.nbytes - offset
     fits = 0 < size <= buffer.size - start
     place = Destination(buffer, start, size, tensor, offset)
-    cache, models = s.context.cache, s.context.models
+    cache, models, user = s.context.cache, s.context.models, s.stats.address
     in_models = False
     if not fits:
         found = False
@@ -56,7 +56,7 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
         found = not offset and await storage.recall(tensor, start, digest)
     else:
         in_models = models is not None and await _from_models(s, models, digest, place)
-        found = in_models or (cache is not None and await _from_cache(cache, digest, place))
+        found = in_models or (cache is not None and await _from_cache(cache, digest, place, user))
     if found:
         s.context.prefetch_kernels(buffer.device, request.fields.tensor.type, size)
     _tell(s, request, size, found, in_models)
@@ -104,7 +104,7 @@ async def _load_slice(
                 in_models = await _slice_of_model(s, content, stripes, place, request.fields.whole)
     found = in_models
     if not found and cache is not None and buffer.storage.whole:
-        found = await _slice_of_cache(cache, digest, nbytes, stripes, place)
+        found = await _slice_of_cache(cache, digest, nbytes, stripes, place, s.stats.address)
     _tell(s, request, size, found, in_models)
 
 
@@ -118,10 +118,10 @@ async def _slice_of_model(
 
 
 async def _slice_of_cache(
-    cache: TensorCache, digest: int, nbytes: int, stripes: Stripes, place: Destination
+    cache: TensorCache, digest: int, nbytes: int, stripes: Stripes, place: Destination, user: str
 ) -> bool:
     """From a content that is checked as a whole: it takes as much memory meanwhile."""
-    content = await _content_of(cache, digest, nbytes)
+    content = await _content_of(cache, digest, nbytes, user)
     if content is None:
         return False
     shape, strides = (stripes.count, stripes.size), (stripes.stride, 1)
@@ -223,21 +223,22 @@ async def _pass_on(read: Callable[[int, memoryview], bool], place: Destination) 
     return sound
 
 
-async def _from_cache(cache: TensorCache, digest: int, place: Destination) -> bool:
+async def _from_cache(cache: TensorCache, digest: int, place: Destination, user: str) -> bool:
     if not place.is_remote:
-        return await _pass_on(lambda _, target: cache.load(digest, target), place)
+        return await _pass_on(lambda _, target: cache.load(digest, target, user), place)
     # It is checked as a whole, so it comes by way of memory here.
-    content = await _content_of(cache, digest, place.size)
+    content = await _content_of(cache, digest, place.size, user)
     return content is not None and await _pass_on(_reader(content.data), place)
 
 
-async def _content_of(cache: TensorCache, digest: int, nbytes: int) -> Bytes | None:
+async def _content_of(cache: TensorCache, digest: int, nbytes: int, user: str) -> Bytes | None:
     """Return a content of this size, checked; None if there is none."""
     if await asyncio.to_thread(cache.size, digest) != nbytes:
         # Memory as large as a tensor is taken only for what is there.
         return None
     content = np.empty(nbytes, np.uint8)
-    return content if await asyncio.to_thread(cache.load, digest, content.data) else None
+    found = await asyncio.to_thread(cache.load, digest, content.data, user)
+    return content if found else None
 
 
 def _reader(content: memoryview) -> Callable[[int, memoryview], bool]:

@@ -65,14 +65,25 @@ class Process:
 
 
 @dataclass
+class Apart:
+    """A hang-up outside of the time in which a client was at work, as it was when it came."""
+
+    # Of its HELLO, and its own.
+    opened: float
+    ended: float
+    # How long before its HELLO the last sign of life was.
+    quiet: float
+
+
+@dataclass
 class Kind:
     """What the world has done by one kind of HELLO."""
 
     # Which offers were accepted, the last one first, and the signs of life by offer.
     accepted: list[Offer] = field(default_factory=list)
     signs: list[tuple[float, Offer]] = field(default_factory=list)
-    # Hang-ups since the last client went on, by the time of their HELLO.
-    hang_ups: list[float] = field(default_factory=list)
+    # Hang-ups since the last client went on.
+    hang_ups: list[Apart] = field(default_factory=list)
     # Hang-ups on another version than the accepted one, since that was accepted.
     trials: list[float] = field(default_factory=list)
     accepted_at: float = 0.0
@@ -124,7 +135,9 @@ class Behind(RuleBasedStateMachine):
         told = greeting.ended(self.now)
         assert told is not None
         assert told.accepted == (world.accepted[0] if world.accepted else None)
-        world.hang_ups.append(opened)
+        quiet = opened - world.signs[-1][0] if world.signs else float("inf")
+        if quiet >= WORKING:
+            world.hang_ups.append(Apart(opened, self.now, quiet))
         if world.accepted and greeting.offer != world.accepted[0] and told.evidence:
             world.trials.append(self.now)
 
@@ -198,15 +211,13 @@ class Behind(RuleBasedStateMachine):
             return False
         # A connection that ends is a sign of life, but takes nothing back: who hung up
         # before, while it was open and quiet, may still wait for a version.
-        apart = [
-            at
-            for at in world.hang_ups
-            if all(at - sign >= WORKING for sign, _ in world.signs if sign <= at)
-        ]
+        apart = world.hang_ups
         assert apart, "nothing speaks for another client"
         assert self.now - last >= WORKING
-        if len(world.accepted) == 1 and max(apart) - last < RECENT:
-            assert max(apart) - min(apart) >= WORKING, "one event speaks for another client"
+        if len(world.accepted) == 1 and all(one.quiet < RECENT for one in apart):
+            last_opened = max(one.opened for one in apart)
+            first_ended = min(one.ended for one in apart)
+            assert last_opened - first_ended >= WORKING, "one event speaks for another client"
         return True
 
     @rule(process=processes, stay=st.booleans())

@@ -426,6 +426,47 @@ def test_the_oldest_goes_first(tmp_path: Path) -> None:
     assert paths[2].exists()
 
 
+def test_one_address_takes_half_of_what_others_use(tmp_path: Path) -> None:
+    """However much it has kept; alone it may have all, whatever was there before."""
+    cache = TensorCache(tmp_path, limit=6 * SIZE)
+    contents = [some_bytes(SIZE, seed) for seed in range(20)]
+    before = [keep(cache, data) for data in contents[:2]]
+    ours = [cache.store(memoryview(data), "10.0.0.1") for data in contents[2:6]]
+    for age, path in enumerate([*before, *ours]):
+        assert path is not None
+        for file in (path, sums(tmp_path) / path.name):
+            os.utime(file, (1000 + age, 1000 + age))
+    assert cache.most_of_one_user == 4 * SIZE
+    for data in contents[6:]:
+        assert cache.store(memoryview(data), "10.0.0.2") is not None
+    assert not any(path.exists() for path in before)
+    # Its third took the oldest of the other's, who had more than a half; the rest stays.
+    assert [path is not None and path.exists() for path in ours] == [False, True, True, True]
+    assert len(names(tmp_path)) == 6
+    # What the other is served by hash is its own from then on.
+    assert cache.load(fnv1a_64(contents[-1]), memoryview(bytearray(SIZE)), "10.0.0.1")
+    assert cache.store(memoryview(contents[0]), "10.0.0.2") is not None
+    assert (tmp_path / f"{fnv1a_64(contents[-1]):016x}").exists()
+
+
+def test_one_address_takes_half_of_the_small_files(tmp_path: Path) -> None:
+    folder = PrivateFolder.open(tmp_path)
+    quota = Quota(folder, folder.child(sums(tmp_path).name), 100 * SIZE, most_small=10)
+
+    def keep_small(number: int, user: str) -> None:
+        with quota.reserve(8, user) as (file, name):
+            file.write(b"12345678")
+            folder.replace(name, f"{number:016x}")
+        quota.users.used(f"{number:016x}", 8, user)
+        os.utime(tmp_path / f"{number:016x}", (number + 2, number + 2))
+
+    for number in range(5):
+        keep_small(number, "10.0.0.1")
+    for number in range(5, 50):
+        keep_small(number, "10.0.0.2")
+    assert names(tmp_path) == [f"{n:016x}" for n in (*range(5), *range(45, 50))]
+
+
 def test_what_is_larger_than_the_cache_is_not_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
