@@ -295,8 +295,8 @@ class Device(Protocol):
         """Bytes the tensor needs in a buffer of this device (GET_ALLOC_SIZE)."""
         ...
 
-    def queue(self) -> Queue:
-        """For the graphs of one client."""
+    def queue(self, address: str = "") -> Queue:
+        """For the graphs of one client at ``address``."""
         ...
 
     def prefetch_kernels(self, type: GgmlType) -> None:

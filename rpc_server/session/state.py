@@ -433,7 +433,7 @@ class Session:
         """What this client's graphs run by on a device."""
         queue = self._queues[index]
         if queue is None:
-            queue = self._queues[index] = self.device(index).queue()
+            queue = self._queues[index] = self.device(index).queue(self.stats.address)
         return queue
 
     def locate(self, tensor: Any, offset: int, size: int) -> tuple[Buffer, int]:

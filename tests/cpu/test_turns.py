@@ -108,7 +108,7 @@ def test_who_has_used_most_waits_longest(turns: Turns, clock: Clock) -> None:
     holder = turns.share()
     with holder.turn():
         heavy, light = Client(turns, log, "heavy"), Client(turns, log, "light")
-        heavy.share.used = 5.0
+        heavy.share.add(5.0)
         heavy.queue()
         light._waiting = turns.n_waiting
         light.queue()
@@ -131,7 +131,38 @@ def test_what_was_not_used_is_not_saved_up(turns: Turns, clock: Clock) -> None:
     with busy.turn():
         assert busy.used == pytest.approx(10.0)
     with idle.turn():
-        assert idle.used == pytest.approx(10.0 - SLICE)
+        assert idle.order[0] == pytest.approx(10.0 - SLICE)
+
+
+def test_clients_of_one_address_share_what_an_address_has(turns: Turns, clock: Clock) -> None:
+    """Five that compute all the time have as much together as one of another address."""
+    many, one = [turns.share("10.0.0.1") for _ in range(5)], turns.share("10.0.0.2")
+    waiting = [*many, one]
+    used = dict.fromkeys(range(6), 0.0)
+    for _ in range(60):
+        share = min(waiting, key=lambda s: s.order)
+        with share.turn():
+            clock.now += SLICE
+        used[waiting.index(share)] += SLICE
+    assert used[5] == pytest.approx(30 * SLICE)
+    assert [used[n] for n in range(5)] == pytest.approx([6 * SLICE] * 5)
+
+
+def test_a_new_client_of_a_busy_address_is_next_there(turns: Turns, clock: Clock) -> None:
+    log: list[str] = []
+    heavy = turns.share("10.0.0.1")
+    with heavy.turn():
+        clock.now += 5.0
+    with heavy.turn():
+        clock.now += SLICE
+        other = Client(turns, log, "light")
+        other.share = turns.share("10.0.0.1")
+        other.queue()
+        until(lambda: turns.word.is_set)
+        heavy.give_way()
+        log.append("heavy")
+    other.join()
+    assert log == ["light", "heavy"]
 
 
 def test_who_is_away_lets_others_have_it_and_waits_for_its_turn_again(

@@ -95,9 +95,12 @@ class CpuDevice:
         """Same as ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
-    def queue(self) -> CpuQueue:
-        """Return what graphs of one client run by, in turns with those of others."""
-        made = CpuQueue(self, self._turns.share())
+    def queue(self, address: str = "") -> CpuQueue:
+        """Return what graphs of one client run by, in turns with those of others.
+
+        Clients of one ``address`` count as one beside those of other addresses.
+        """
+        made = CpuQueue(self, self._turns.share(address))
         self._queues.add(made)
         return made
 

@@ -5,6 +5,9 @@ end of its slice to whoever has used least; where it can: between records, parts
 pieces of a reference. Nobody looks at a clock while no one waits. Who waits does, and sets a word
 that compiled code reads wherever it can pause.
 
+Clients of one address are counted together: whoever connects ten times has no ten turns. Among
+themselves they share as addresses do.
+
 What a client didn't use while it did nothing is not saved up: it begins where the others are, but
 for one slice. So a small graph is next, whatever the others have under way.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -46,6 +50,17 @@ class PauseWord:
         self._words[self._at] = 0
 
 
+class UsageOfAddress:
+    """What clients of one address have used, in seconds, and at most one of them."""
+
+    __slots__ = ("__weakref__", "level", "used")
+
+    def __init__(self) -> None:
+        self.used = 0.0
+        # What one has used that has been here all the time.
+        self.level = 0.0
+
+
 class Turns:
     """Gives one device to one of its shares at a time. ``clock`` returns seconds."""
 
@@ -57,14 +72,21 @@ class Turns:
         self._waiting: list[DeviceShare] = []
         # Since when the holder has it, as far as that was not added to what it has used.
         self._since = 0.0
-        # What a client has used that has been here all the time.
+        # What clients of an address have used that have been here all the time.
         self._level = 0.0
+        self._accounts: weakref.WeakValueDictionary[str, UsageOfAddress] = (
+            weakref.WeakValueDictionary()
+        )
         # The one of those waiting that looks at the clock for all.
         self._timer: DeviceShare | None = None
 
-    def share(self) -> DeviceShare:
-        """Return the share of a new client."""
-        return DeviceShare(self)
+    def share(self, address: str = "") -> DeviceShare:
+        """Return the share of a new client, which is counted by itself without an address."""
+        with self._lock:
+            account = self._accounts.get(address) or UsageOfAddress()
+            if address:
+                self._accounts[address] = account
+        return DeviceShare(self, account)
 
     @property
     def n_waiting(self) -> int:
@@ -82,7 +104,9 @@ class Turns:
     def take(self, share: DeviceShare) -> None:
         """Wait until it is the turn of ``share``."""
         with self._lock:
-            share.used = max(share.used, self._level - SLICE)
+            account = share.account
+            account.used = max(account.used, self._level - SLICE)
+            share.used = max(share.used, account.level - SLICE)
             if self._holder is None:
                 self._give(share)
                 return
@@ -104,15 +128,20 @@ class Turns:
         with self._lock:
             self.word.clear()
             self._charge(share)
-            if not self._waiting or min(s.used for s in self._waiting) > share.used:
+            if not self._waiting or min(s.order for s in self._waiting) > share.order:
                 return
             self._queue(share)
             self._give(self._next())
         self._wait(share)
 
+    def charge(self, share: DeviceShare, seconds: float) -> None:
+        """Count what ``share`` has used beside its turns."""
+        with self._lock:
+            share.add(seconds)
+
     def _charge(self, share: DeviceShare) -> None:
         now = self._clock()
-        share.used += now - self._since
+        share.add(now - self._since)
         self._since = now
 
     def _queue(self, share: DeviceShare) -> None:
@@ -121,14 +150,15 @@ class Turns:
 
     def _next(self) -> DeviceShare:
         """Take the one that has used least from those waiting; of equals who came first."""
-        found = min(self._waiting, key=lambda s: s.used)
+        found = min(self._waiting, key=lambda s: s.order)
         self._waiting.remove(found)
         return found
 
     def _give(self, share: DeviceShare) -> None:
         self._holder = share
         self._since = self._clock()
-        self._level = max(self._level, share.used)
+        self._level = max(self._level, share.account.used)
+        share.account.level = max(share.account.level, share.used)
         if share.waiting_since:
             share.waited_before += self._since - share.waiting_since
             share.waiting_since = 0.0
@@ -161,8 +191,9 @@ class DeviceShare:
     have used about as much as the others.
     """
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: Turns, account: UsageOfAddress) -> None:
         self._turns = turns
+        self.account = account
         self._sleep = threading.Lock()
         self._sleep.acquire()
         self.used = 0.0
@@ -223,10 +254,20 @@ class DeviceShare:
         try:
             yield
         finally:
-            self.used += self._turns.now() - started
+            self._turns.charge(self, self._turns.now() - started)
             self._turns.take(self)
 
-    # -- for Turns, which calls these two with its lock held, and without
+    # -- for Turns, which calls all of these but the last with its lock held
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """What decides whose turn is next: the least."""
+        return self.account.used, self.used
+
+    def add(self, seconds: float) -> None:
+        """Count what it has used, for it and for its address."""
+        self.used += seconds
+        self.account.used += seconds
 
     def wake(self) -> None:
         """Let :meth:`sleep` return, now or when it is called next."""

@@ -76,7 +76,7 @@ class CudaDevice:
         """Same as ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
-    def queue(self) -> CudaQueue:
+    def queue(self, address: str = "") -> CudaQueue:
         """Graphs of one client, beside those of others."""
         resources = StreamResources(
             self.name, self.card, self.pinned, allow_host_ops=self.allow_host_ops

@@ -473,9 +473,9 @@ class SplitDevice:
 
     # -- graphs
 
-    def queue(self) -> SplitQueue:
+    def queue(self, address: str = "") -> SplitQueue:
         """Return what graphs of one client run by, in turns with those of others."""
-        return SplitQueue(self, self._cpu.queue())
+        return SplitQueue(self, self._cpu.queue(address))
 
     def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type ready, for this server's own share."""
