@@ -88,7 +88,7 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How serving ended: whether all threads have, and the exit status."""
+    """The end of serving: whether all threads have, and the exit status."""
 
     threads_ended: bool
     status: int
@@ -129,7 +129,7 @@ def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: st
 
 
 def _split_tls(options: Namespace) -> dict[tuple[str, int], Tls]:
-    """How workers named tls:// are spoken to. Raises SecretError."""
+    """Return how workers named tls:// are spoken to. Raises SecretError."""
     from rpc_server.devices.split.worker import Tls
 
     named = [part[:2] for part in options.split if part and part[2]]
@@ -357,7 +357,7 @@ async def _until(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = parse_options(arguments)
     set_up(options.log_level, options.log_format)
     loop = _event_loop()

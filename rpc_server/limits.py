@@ -55,7 +55,7 @@ class ServerLimits:
         return Limits(graph_bytes=self.message)
 
     def check_graph(self, nodes: int, tensors: int) -> None:
-        """Raises LimitReached."""
+        """Raise LimitReached for a graph that is too large."""
         if nodes > self.graph_nodes:
             raise LimitReached(
                 "--max-graph-nodes", f"a graph of {nodes} nodes, the limit is {self.graph_nodes}"
@@ -67,7 +67,7 @@ class ServerLimits:
             )
 
     def check_program(self, steps: int, ids: int) -> None:
-        """Raises LimitReached for more steps than nodes are allowed, or ids that say too much.
+        """Raise LimitReached for more steps than nodes are allowed, or ids that say too much.
 
         A step that computes nothing and moves nothing isn't sent by anyone, and an id is one of a
         tensor that is computed, or comes or goes between two steps.

@@ -35,12 +35,12 @@ Exit codes: 0 stopped by a signal, 1 could not start (the reason is printed), 2 
 
 
 def server_version() -> str:
-    """This package's version, with the newest protocol it speaks."""
+    """Return this package's version, with the newest protocol it speaks."""
     return f"{SOFTWARE} (ggml RPC protocol {DIALECTS[0].name} and older)"
 
 
 def memory_size(text: str) -> int:
-    """Bytes of '4096' (MiB) or '8G'; ArgumentTypeError for anything else."""
+    """Return the bytes of '4096' (MiB) or '8G'; ArgumentTypeError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) <= 0:
@@ -84,7 +84,7 @@ def _networks(text: str) -> tuple[Network, ...]:
 
 
 def port(text: str) -> int:
-    """A port number, 0 for any; ArgumentTypeError for anything else."""
+    """Return a port number, 0 for any; ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
     return int(text)
@@ -404,7 +404,7 @@ _GROUPS: dict[str, Callable[[argparse._ArgumentGroup], None]] = {
 
 
 def server_limits(options: argparse.Namespace) -> ServerLimits:
-    """The limits that were chosen."""
+    """Return the limits that were chosen."""
     chosen = {
         field: getattr(options, f"limit_{field}")
         for field, *_ in (_MEMORY_LIMITS | _LIMITS).values()

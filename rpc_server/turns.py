@@ -25,7 +25,7 @@ def _thread() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def always() -> bool:
-    """Work that nobody may end early goes on."""
+    """Return True: work that nobody may end early goes on."""
     return True
 
 

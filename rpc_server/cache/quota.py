@@ -84,7 +84,7 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is in a folder: bytes of finished and unfinished files, and how many are small.
+    """The content of a folder: bytes of finished and unfinished files, and how many are small.
 
     ``looked`` is when all files were looked at, in seconds since 1970.
     """
@@ -132,7 +132,7 @@ class Quota:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone among this user's servers (where files can be locked). Raises OSError."""
+        """Be alone among this user's servers (where files can be locked). Raises OSError."""
         if sys.platform == "win32":
             yield
             return
@@ -142,7 +142,7 @@ class Quota:
 
     @contextlib.contextmanager
     def reserve(self, size: int, user: str = "") -> Iterator[tuple[BinaryIO, str]]:
-        """An unfinished file to write ``size`` bytes to and then to give its name to.
+        """Yield an unfinished file to write ``size`` bytes to and then to give its name to.
 
         ``user`` is the address of the client it is for. Deleted at the end, if it is still there.
         Raises NoRoomError, OSError.
@@ -253,7 +253,9 @@ class Quota:
             looked = looked if oldest else None
 
     def _has_its_share(self, user: str, size: int) -> bool:
-        """Whether a user has half of the room with ``size`` bytes more, or half of small files."""
+        """Return whether a user has half of the room with ``size`` bytes more, or half of small
+        files.
+        """
         small = size < SMALL and self.users.small(user) >= self._most_small // 2
         return bool(user) and (small or self.users.nbytes(user) + size > self._limit // 2)
 

@@ -57,7 +57,10 @@ class CacheError(Exception):
 
 
 def default_cache_dir() -> Path:
-    """Upstream's folder: ``$LLAMA_CACHE/rpc``, or ``llama.cpp/rpc`` in the user's cache folder."""
+    """Return upstream's folder.
+
+    It is ``$LLAMA_CACHE/rpc`` or ``llama.cpp/rpc`` in the user's cache folder.
+    """
     if chosen := os.environ.get("LLAMA_CACHE"):
         return Path(chosen) / "rpc"
     if sys.platform == "win32":
@@ -118,7 +121,7 @@ class TensorCache:
 
     @property
     def usage(self) -> Usage | None:
-        """What is in the folder, as of this server's last look; None if it only reads."""
+        """The content of the folder, as of this server's last look; None if it only reads."""
         return None if self.read_only else self._quota.usage
 
     @property
@@ -278,7 +281,7 @@ def _name(digest: int) -> str:
 
 
 def _identity(file: io.FileIO) -> Identity:
-    """What a file doesn't keep when it is replaced or written to: inode, size, times in ns."""
+    """Return what replacing or writing to a file changes: inode, size, times in ns."""
     found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

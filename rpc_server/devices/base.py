@@ -60,7 +60,7 @@ class Upload(Protocol):
     """Bytes on their way through this server: fill :meth:`room`, let :meth:`forward` take them."""
 
     def room(self) -> memoryview:
-        """Where the next bytes belong; not more than are left."""
+        """Return where the next bytes belong; not more than are left."""
         ...
 
     async def forward(self) -> None:
@@ -209,7 +209,9 @@ class Plan(Protocol):
 
 
 class Queue(Protocol):
-    """What graphs of one client run by on a device: one after the other, and by turns with others'.
+    """The order in which one client's graphs run on a device.
+
+    They run one after the other, and by turns with others'.
 
     One job of a queue is submitted at a time.
     """
@@ -246,7 +248,7 @@ class Queue(Protocol):
         ...
 
     def leave(self) -> None:
-        """The client is gone, nothing of it runs, and its plans have been let go of."""
+        """End it: the client is gone, nothing of it runs, and its plans have been let go of."""
         ...
 
 
@@ -263,16 +265,16 @@ class Device(Protocol):
 
     @property
     def lost(self) -> str:
-        """Why this process can't use the device any more, whatever is tried; empty while it can."""
+        """The reason why the device can't be used by this process any more; empty while it can."""
         ...
 
     @property
     def n_parts(self) -> int:
-        """How many parts weights are cut into; 0 for a device that keeps them whole."""
+        """The number of parts that weights are cut into; 0 for a device that keeps them whole."""
         ...
 
     def split_status(self) -> dict[str, Any]:
-        """The fields of a SPLIT_STATUS answer."""
+        """Return the fields of a SPLIT_STATUS answer."""
         ...
 
     def memory(self) -> tuple[int, int]:
@@ -280,11 +282,11 @@ class Device(Protocol):
         ...
 
     def capacity(self) -> int:
-        """Most bytes that buffers of all clients may have together."""
+        """Return the most bytes that buffers of all clients may have together."""
         ...
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> Storage:
-        """Memory for a buffer, zero-filled.
+        """Return memory for a buffer, zero-filled.
 
         ``proportions`` are for a device of several parts; empty: its own choice. Raises
         MemoryError.
@@ -292,7 +294,7 @@ class Device(Protocol):
         ...
 
     def alloc_size(self, tensor: Tensor) -> int:
-        """Bytes the tensor needs in a buffer of this device (GET_ALLOC_SIZE)."""
+        """Return the bytes that the tensor needs in a buffer of this device (GET_ALLOC_SIZE)."""
         ...
 
     def queue(self, address: str = "") -> Queue:
@@ -300,7 +302,7 @@ class Device(Protocol):
         ...
 
     def prefetch_kernels(self, type: GgmlType) -> None:
-        """Weights of ``type`` are being uploaded: get kernels ready, without blocking."""
+        """Get kernels ready, without blocking: weights of ``type`` are being uploaded."""
         ...
 
     def close(self) -> None: ...

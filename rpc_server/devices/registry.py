@@ -22,7 +22,7 @@ class UnknownDeviceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class DeviceOptions:
-    """What devices are made with.
+    """The options that devices are made with.
 
     ``threads`` None means all cores the process may use; ``allow_host_ops`` lets ops without a
     kernel for the GPU run on the host.
@@ -87,7 +87,7 @@ def warn_of_idle_cards() -> None:
 
 
 def available() -> list[str]:
-    """Names of the devices of this machine, the preferred first."""
+    """Return the names of the devices of this machine, the preferred first."""
     return list(_factories())
 
 

@@ -54,7 +54,7 @@ _CPY = OP_NUMBERS[Op.CPY]
 
 
 class BufferLike(Protocol):
-    """What parsing needs of a buffer: where it lies on the wire and in memory, in bytes."""
+    """A buffer as parsing needs it: where it lies on the wire and in memory, in bytes."""
 
     @property
     def base(self) -> int: ...
@@ -127,7 +127,7 @@ def parse_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> dict[int, Te
 
 
 def tensor_with_id(tensors: dict[int, Tensor], id_: int) -> Tensor:
-    """The tensor that the graph names as a node. Raises GraphError."""
+    """Return the tensor that the graph names as a node. Raises GraphError."""
     tensor = tensors.get(id_)
     if tensor is None:
         raise GraphError(f"node {id_:#x} is not among the graph's tensors")
@@ -147,7 +147,7 @@ class _Ids:
             raise GraphError("a tensor has id 0")
 
     def rows(self, ids: npt.NDArray[np.uint64]) -> Ints:
-        """Where tensors with these ids are; ``none`` for one that is not there."""
+        """Return where tensors with these ids are; ``none`` for one that is not there."""
         if not self.none:
             return np.zeros(len(ids), np.int64)
         at = np.minimum(np.searchsorted(self._sorted, ids), self.none - 1)
@@ -155,7 +155,7 @@ class _Ids:
 
 
 class _TypeColumns:
-    """What is known of types, by their number; the last one is that of all that are none."""
+    """The properties of types, by their number; the last one is that of all that are none."""
 
     def __init__(self) -> None:
         count = max(_TYPES) + 2
@@ -243,7 +243,7 @@ def _read_table(wire: Any, ids: _Ids, dialect: Dialect, resolve: Resolve) -> Ten
 
 
 def _addresses(wire: Any, odd: Any, nbytes: Ints, resolve: Resolve) -> Ints:
-    """Where each tensor lies: all of it in its buffer; 0 where its data is not here.
+    """Return where each tensor lies: all of it in its buffer; 0 where its data is not here.
 
     ``odd`` are those that lie at no place for their type. Raises GraphError.
 
@@ -399,7 +399,7 @@ _OPS = tuple(Op)
 
 
 def _refuse_cycles(wire: Any, rows: Ints) -> None:
-    """Raises GraphError if a tensor leads to itself by the rows of what it refers to."""
+    """Raise GraphError if a tensor leads to itself by the rows of what it refers to."""
     n = len(rows)
     links = [[i for i in row if i != n] for row in rows.tolist()]
     # 1: on the path that is being followed; 2: done.
@@ -420,7 +420,7 @@ def _refuse_cycles(wire: Any, rows: Ints) -> None:
 
 
 def _check_order(table: TensorTable, nodes: Ints) -> None:
-    """Raises GraphError if a node reads what a later one computes."""
+    """Raise GraphError if a node reads what a later one computes."""
     position = np.full(len(table) + 1, -1, np.int64)
     position[nodes] = own = np.arange(len(nodes))
     read = np.column_stack((table.src[nodes], table.view_src[nodes]))
@@ -432,7 +432,7 @@ def _check_order(table: TensorTable, nodes: Ints) -> None:
 
 
 def check_order(nodes: list[Tensor]) -> None:
-    """Raises GraphError if a node reads what a later one computes."""
+    """Raise GraphError if a node reads what a later one computes."""
     position = {id(node): i for i, node in enumerate(nodes)}
     for i, node in enumerate(nodes):
         for source in (*node.src, node.view_src):
@@ -441,13 +441,16 @@ def check_order(nodes: list[Tensor]) -> None:
 
 
 def label_of_message(message: Any) -> str:
-    """The name that an rpc_tensor message gives, however it is written."""
+    """Return the name that an rpc_tensor message gives, however it is written."""
     text: str = message.name.split(b"\0", 1)[0].decode("utf-8", "replace")
     return text
 
 
 def check_message(message: Any) -> GgmlType:
-    """The type of an rpc_tensor message; GraphError if it is unknown or a row is broken blocks."""
+    """Return the type of an rpc_tensor message.
+
+    Raises GraphError if it is unknown or a row is broken blocks.
+    """
     type_ = _TYPES.get(message.type)
     if type_ is None:
         raise GraphError(f"tensor '{label_of_message(message)}': unknown type {message.type}")
@@ -460,7 +463,7 @@ def check_message(message: Any) -> GgmlType:
 
 
 def tensor_of_message(message: Any, dialect: Dialect) -> Tensor:
-    """A tensor from a single rpc_tensor message (GET_ALLOC_SIZE), without data and sources.
+    """Return a tensor from a single rpc_tensor message (GET_ALLOC_SIZE), without data and sources.
 
     Raises GraphError for an unknown type, op or a row of broken blocks.
     """

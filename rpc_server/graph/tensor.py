@@ -88,7 +88,7 @@ class Tensor:
         return is_contiguous(self.type, self.ne, self.nb)
 
     def contiguous_above(self, m: int) -> bool:
-        """ggml_is_contiguous_<m>: dimensions 1 to ``m`` may have any stride."""
+        """Return ggml_is_contiguous_<m>: dimensions 1 to ``m`` may have any stride."""
         return is_contiguous(self.type, self.ne, self.nb, m)
 
     @property
@@ -103,12 +103,12 @@ class Tensor:
 
     @property
     def label(self) -> str:
-        """How messages name this tensor."""
+        """The name of this tensor in messages."""
         return label_of(self.op, self.name, self.type, self.ne)
 
     def same_shape(self, other: Tensor) -> bool:
         return self.ne == other.ne
 
     def can_repeat_to(self, other: Tensor) -> bool:
-        """Whether ``other`` is a whole number of copies of this in each dimension."""
+        """Return whether ``other`` is a whole number of copies of this in each dimension."""
         return all(o % s == 0 if s else o == 0 for s, o in zip(self.ne, other.ne, strict=True))

@@ -33,7 +33,7 @@ _SAMPLE = 64 << 10
 
 
 class Identity(NamedTuple):
-    """What a file doesn't keep when it is replaced or written to; times in ns."""
+    """The properties that replacing or writing to a file changes; times in ns."""
 
     device: int
     inode: int
@@ -43,7 +43,7 @@ class Identity(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether it was changed so long ago that another change would show."""
+        """True if it was changed so long ago that another change would show."""
         return time.time() - max(self.mtime, self.ctime) / 1e9 > SETTLED_SECONDS
 
 
@@ -117,7 +117,7 @@ class Hold:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits to write to the file, or the hold is gone already."""
+        """True if somebody waits to write to the file, or the hold is gone already."""
         if sys.platform != "linux":
             return True
         return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK)

@@ -47,7 +47,7 @@ class FilePlace:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file's head says: its tensors, and its own length in bytes.
+    """The content of a file's head: its tensors, and its own length in bytes.
 
     ``unknown`` are the names of tensors whose type is not known here.
     """

@@ -48,7 +48,7 @@ class UnusableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of a tensor are: in the file that was at ``path`` and had ``identity``."""
+    """The place of a tensor's bytes: in the file that was at ``path`` and had ``identity``."""
 
     path: str
     identity: Identity
@@ -67,11 +67,11 @@ class Stripes:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes that are."""
+        """The number of bytes."""
         return self.size * self.count
 
     def inside(self, total: int) -> bool:
-        """Whether all of them are among ``total`` bytes."""
+        """Return whether all of them are among ``total`` bytes."""
         last = self.offset + self.stride * max(self.count - 1, 0) + self.size
         return self.stride >= self.size and last <= total
 
@@ -241,7 +241,7 @@ class Models:
 
     @property
     def files(self) -> list[FileRecord]:
-        """What is indexed now."""
+        """The files that are indexed now."""
         with self._lock:
             return list(self._files.values())
 
@@ -301,7 +301,7 @@ class Models:
             self._index(fresh, lanes)
 
     def _has_changed(self, path: str) -> bool:
-        """Whether a file is not the one that is indexed, or was found to be unusable."""
+        """Return whether a file is not the one that is indexed, or was found to be unusable."""
         try:
             identity = identity_of(path)
         except OSError as error:

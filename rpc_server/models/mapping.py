@@ -96,7 +96,7 @@ class MappedTensor:
 
     @property
     def owned(self) -> bool:
-        """Whether no byte is the file's any more."""
+        """True if no byte is the file's any more."""
         return self._closed or self._owned >= self._skip + self.size
 
     def view(self, offset: int, size: int) -> memoryview:
@@ -159,7 +159,7 @@ class _HeldFile:
 
 
 class Mappings:
-    """What is mapped of the operator's files, for all clients of a server."""
+    """The mappings of the operator's files, for all clients of a server."""
 
     def __init__(self, most: int = _MOST, available: Callable[[], int] | None = None) -> None:
         """``most`` mappings there may be; ``available`` tells how many bytes of memory are left."""

@@ -36,7 +36,7 @@ Function = Callable[..., int]
 
 
 def find(module: str, name: str, constants: list[int | None]) -> Function:
-    """The function of a routine. Raises LookupError if there is none."""
+    """Return the function of a routine. Raises LookupError if there is none."""
     found: Any = getattr(importlib.import_module(module), name, None)
     if found is not None and constants:
         found = found(*constants)
@@ -56,7 +56,7 @@ def _machine(relocation: str) -> binding.TargetMachine:
 
 
 def object_code(function: Function) -> bytes:
-    """An object file whose symbol ENTRY is the function, by the C calling convention."""
+    """Return an object file whose symbol ENTRY is the function, by the C calling convention."""
     count = function.__code__.co_argcount
     signature = types.int64(*[types.int64] * count)
     compiled = numba.cfunc(signature, fastmath=FASTMATH, error_model="numpy")(function)
@@ -99,7 +99,7 @@ def object_code(function: Function) -> bytes:
 
 
 def content(code: bytes) -> bytes:
-    """What a file holds for an object file: an image where that can be, else the object."""
+    """Return what a file holds for an object file: an image where that can be, else the object."""
     if sys.platform == "linux":
         try:
             image, entry, imports = elf.link(code)

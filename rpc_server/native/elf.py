@@ -89,7 +89,7 @@ class _Object:
 
 
 def link(data: bytes) -> tuple[bytes, int, dict[str, int]]:
-    """Image, offset of the entry, and offset of the 8-byte slot of each imported function.
+    """Return the image, the entry's offset, and the offset of each imported function's slot.
 
     Raises UnsupportedError.
     """

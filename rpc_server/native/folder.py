@@ -52,7 +52,7 @@ def _packages() -> Iterator[bytes]:
 
 
 def _processor() -> list[str]:
-    """What tells processors apart, as far as code for one may not run on another."""
+    """Return what tells processors apart, as far as code for one may not run on another."""
     told = [platform.system(), platform.machine(), platform.processor()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -92,7 +92,7 @@ def fingerprint(folders: Iterable[Path]) -> str:
 
 
 def cache_base() -> Path:
-    """Where folders of compiled code are, for this user."""
+    """Return where folders of compiled code are, for this user."""
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home())
     else:
@@ -143,7 +143,7 @@ class Folder:
 
 
 def _is_open_to_others(path: Path) -> bool:
-    """Whether other users may write to an existing folder of this user's."""
+    """Return whether other users may write to an existing folder of this user's."""
     if sys.platform == "win32":
         return False
     try:

@@ -29,14 +29,14 @@ class DamagedFileError(Exception):
 
 
 def pack(header: dict[str, Any], code: bytes) -> bytes:
-    """The content of a file."""
+    """Return the content of a file."""
     text = json.dumps(header).encode()
     body = len(text).to_bytes(4, "little") + text + code
     return zlib.crc32(body).to_bytes(4, "little") + body
 
 
 def unpack(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and code. Raises DamagedFileError."""
+    """Return the header and the code. Raises DamagedFileError."""
     if len(content) < 8 or zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
         raise DamagedFileError("its checksum is wrong")
     end = 8 + int.from_bytes(content[4:8], "little")

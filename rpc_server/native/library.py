@@ -50,7 +50,7 @@ class Library:
         atexit.register(self.close)
 
     def file(self, routine: Routine) -> Path:
-        """Where the code of a routine is kept."""
+        """Return where the code of a routine is kept."""
         return self._folder.path / f"{routine.label}.bin"
 
     def request(self, routines: Iterable[Routine]) -> None:
@@ -59,7 +59,7 @@ class Library:
             self._find(routine, urgent=False)
 
     def address(self, routine: Routine) -> int:
-        """Address of the compiled function.
+        """Return the address of the compiled function.
 
         Raises CompileError, each time once it has failed; but what failed for want of memory is
         tried again.
@@ -67,12 +67,15 @@ class Library:
         return self._find(routine).result().address
 
     def addresses(self, routines: Iterable[R]) -> dict[R, int | CompileError]:
-        """Addresses of all these, or why there is none; compiled side by side if need be."""
+        """Return the addresses of all these, or why there is none.
+
+        They are compiled side by side if need be.
+        """
         found = {routine: self._find(routine) for routine in routines}
         return {routine: _outcome(future) for routine, future in found.items()}
 
     def ready(self, routines: Iterable[Routine]) -> bool:
-        """Whether nobody would have to wait for these, requested by this if they were not."""
+        """Return whether nobody would have to wait for these; request them otherwise."""
         found = [self._find(routine) for routine in routines]
         return all(future.done() for future in found)
 

@@ -130,7 +130,7 @@ class Compilers:
             threading.Thread(target=self._run, name="compiler", daemon=True).start()
 
     def hurry(self, file: str) -> None:
-        """Somebody waits for this file now."""
+        """Compile this file first: somebody waits for it."""
         with self._changed:
             if file in self._ahead:
                 self._urgent[file] = self._ahead.pop(file)

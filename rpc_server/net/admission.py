@@ -60,7 +60,7 @@ class Admission:
         return True
 
     def let_go(self, address: str) -> None:
-        """A connection that knocked has shown who it is, or is gone."""
+        """Let go of a connection that knocked: it has shown who it is, or is gone."""
         self._knocking[address] -= 1
         if not self._knocking[address]:
             del self._knocking[address]
@@ -92,7 +92,7 @@ class Admission:
         return True
 
     def leave(self, address: str) -> None:
-        """A connection that was admitted has ended."""
+        """Take note that an admitted connection has ended."""
         self._total -= 1
         self._present[address] -= 1
         if not self._present[address]:

@@ -195,18 +195,18 @@ class Server:
         self._listeners.append(SecureListener(self, sockets, tls, token))
 
     def connection(self, guest: ClientStats) -> ClientConnection:
-        """The near end of a tunnel, for a client that was let in."""
+        """Return the near end of a tunnel, for a client that was let in."""
         return ClientConnection(self, guest)
 
     def introduce(self, peer: tuple[object, ...] | None, *, secure: bool = False) -> ClientStats:
-        """Statistics of a new client, with its number and name."""
+        """Return statistics of a new client, with its number and name."""
         number = next(_numbers)
         address, port = (str(peer[0]), str(peer[1])) if peer else ("?", "?")
         name = f"client {number} ({format_endpoint(address, port)})"
         return ClientStats(number=number, name=name, address=address, secure=secure)
 
     def tunnel_ended(self, end: End, address: str) -> None:
-        """The client at the far end is gone."""
+        """Take note that the client at the far end is gone."""
         self.tunnels.discard(end)
         self.admission.leave(address)
 

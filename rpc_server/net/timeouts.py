@@ -15,7 +15,7 @@ _SHORTEST, _LONGEST = 0.02, 5.0
 
 
 class Watched(Protocol):
-    """What the sweep needs to see of a connection. Bytes, seconds, monotonic times."""
+    """A connection as the sweep sees it. Bytes, seconds, monotonic times."""
 
     # How many messages were handled, and bytes received and taken by the peer, so far.
     handled: int
@@ -49,7 +49,7 @@ class Watched(Protocol):
         ...
 
     def overran(self, error: LimitReached) -> None:
-        """The graph has run too long."""
+        """End the client, whose graph has run too long."""
         ...
 
     def end(self, error: LimitReached) -> None:
@@ -58,7 +58,7 @@ class Watched(Protocol):
 
 
 class _Pace:
-    """Whether one direction moves: a window begins anew with every 64 KiB and every message."""
+    """The pace of one direction: a window begins anew with every 64 KiB and every message."""
 
     def __init__(self) -> None:
         self._since = 0.0
@@ -83,7 +83,7 @@ class Deadlines:
         self._idle = _Pace()
 
     def look(self, peer: Watched, now: float) -> None:
-        """Ends the connection if it is at a limit."""
+        """End the connection if it is at a limit."""
         limits = self._limits
         if limits.graph is not None and peer.graph_seconds(now) > limits.graph:
             peer.overran(

@@ -29,7 +29,7 @@ _WEIGHTS_FROM = 4 << 20
 
 @dataclass(slots=True)
 class Snapshot:
-    """What was counted of a client at a time."""
+    """The counts of a client at a time."""
 
     when: float
     uploaded: int
@@ -85,7 +85,7 @@ class Snapshots:
         self._before: dict[int, Snapshot] = {}
 
     def news(self) -> Iterator[tuple[ClientStats, str]]:
-        """The clients that did something since the last time, and what."""
+        """Yield the clients that did something since the last time, and what."""
         now = time.monotonic()
         seen: dict[int, Snapshot] = {}
         for number, client in self._stats.clients.items():

@@ -125,7 +125,7 @@ class Collector:
         self._context = context
 
     def collect(self) -> Iterable[Any]:
-        """All families; names begin with ``ggml_rpc_``."""
+        """Yield all families; names begin with ``ggml_rpc_``."""
         yield from self._clients()
         yield from self._work()
         yield from self._memory()
@@ -220,7 +220,7 @@ class Collector:
             yield _gauge("cache_small_files", "Files below 1 MiB there.", [((), usage.small)])
 
     def _split(self) -> Iterator[Any]:
-        """What SPLIT_STATUS tells, of devices that split."""
+        """Yield what SPLIT_STATUS tells, of devices that split."""
         parts: list[tuple[tuple[str, str], Any]] = []
         whole: list[tuple[tuple[str, str], Any]] = []
         for number, budget in enumerate(self._context.budgets):

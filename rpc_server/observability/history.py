@@ -17,7 +17,7 @@ STEP = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What was counted up to a time (monotonic seconds)."""
+    """The counts up to a time (monotonic seconds)."""
 
     when: float
     tokens: int
@@ -28,7 +28,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What was done in the time before ``when``: a second each, and seconds a graph."""
+    """The work done in the time before ``when``: a second each, and seconds a graph."""
 
     when: float
     tokens: float

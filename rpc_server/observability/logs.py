@@ -19,7 +19,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class LineBudget:
-    """How many lines clients of each address may bring into the log: some at once, then a few.
+    """A budget of log lines for clients of each address: some at once, then a few.
 
     Whoever makes the server log a line for each message, or connects again and again, would fill
     the disk and push out what others' lines say.
@@ -66,7 +66,7 @@ class ClientLog:
         extra: Mapping[str, Any] | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """``extra`` are fields for programs; ``error`` is logged with its trace."""
+        """Log a line; ``extra`` are fields for programs; ``error`` is logged with its trace."""
         if self._logger.isEnabledFor(level):
             # Whoever asks for debug lines wants all of them.
             if self._budget is not None and level > logging.DEBUG:

@@ -24,7 +24,7 @@ _COMMANDS = 1 + max(Command)
 
 @dataclass(slots=True, eq=False)
 class Counts:
-    """What is counted of one client, or of several together. Bytes and seconds."""
+    """The counts of one client, or of several together. Bytes and seconds."""
 
     bytes_in: int = 0
     bytes_out: int = 0
@@ -55,7 +55,7 @@ class Counts:
     cache_stored_bytes: int = 0
 
     def graph(self, nodes: int, seconds: float) -> None:
-        """A graph was computed."""
+        """Count a graph that was computed."""
         self.graphs += 1
         self.nodes += nodes
         self.graph_seconds += seconds
@@ -71,7 +71,7 @@ class Counts:
                 setattr(self, name, mine + theirs)
 
     def by_command(self) -> dict[str, int]:
-        """How often each command came; those that didn't are left out."""
+        """Return how often each command came; those that didn't are left out."""
         return {c.name: self.commands[c] for c in Command if self.commands[c]}
 
 
@@ -121,7 +121,7 @@ class ServerStats:
             self.gone.add(client)
 
     def total(self) -> Counts:
-        """All clients since the start."""
+        """Return the counts of all clients since the start."""
         total = Counts()
         for counts in self._all():
             total.add(counts)

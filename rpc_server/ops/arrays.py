@@ -44,13 +44,13 @@ class ArrayContext:
         self.look = look
 
     def memory(self, address: int, size: int) -> Any:
-        """uint8[size] over device memory at ``address``."""
+        """Return uint8[size] over device memory at ``address``."""
         if size == 0:
             return np.empty(0, np.uint8)
         return np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(address)), np.uint8)
 
     def view(self, t: Tensor) -> Any:
-        """The tensor's memory through its strides, shape (ne3, ne2, ne1, ne0), native dtype.
+        """Return the tensor's memory through its strides: (ne3, ne2, ne1, ne0), native dtype.
 
         Quantized tensors come as uint8 (ne3, ne2, ne1, row bytes); BF16 as uint16 bit patterns.
         """
@@ -67,7 +67,7 @@ class ArrayContext:
         return self.xp.ndarray(shape, dtype, memory, 0, strides)
 
     def f32(self, t: Tensor) -> Any:
-        """float32 values, shape (ne3, ne2, ne1, ne0); a view of the memory if it is F32."""
+        """Return float32 values, shape (ne3, ne2, ne1, ne0); a view of the memory if it is F32."""
         values = self.view(t)
         if t.type is GgmlType.F32:
             return values

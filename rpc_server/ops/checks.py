@@ -20,7 +20,7 @@ _MAX_ELEMENTS = 1 << 48
 
 
 def source(t: Tensor, i: int) -> Tensor:
-    """Source ``i`` of a node that must have it."""
+    """Return source ``i`` of a node that must have it."""
     s = t.src[i]
     if s is None:
         refuse(f"source {i} is missing")
@@ -39,12 +39,18 @@ def require_shape(t: Tensor, ne: Sequence[int], what: str) -> None:
 
 
 def require_whole_copies(n: int, m: int, what: str) -> None:
-    """Dimension ``n`` is a whole number of repetitions of ``m``; 0 is one of 0 only."""
+    """Require that dimension ``n`` is a whole number of repetitions of ``m``.
+
+    0 is a repetition of 0 only.
+    """
     require(n % m == 0 if m else n == 0, f"{what}: {n} is not a multiple of {m}")
 
 
 def require_dense_rows(t: Tensor, what: str) -> None:
-    """Rows can be walked element by element, or block by block; any stride between rows."""
+    """Require that rows can be walked element by element, or block by block.
+
+    Between rows there may be any stride.
+    """
     require(t.contiguous_rows, f"{what} must have dense rows")
     require_blocks(t, what)
 
@@ -55,14 +61,14 @@ def require_contiguous(t: Tensor, what: str) -> None:
 
 
 def require_blocks(t: Tensor, what: str) -> None:
-    """Blocks follow one another, which the extent of a quantized tensor is counted by."""
+    """Require blocks that follow one another; a quantized tensor's extent is counted so."""
     require(not t.quantized or t.nb[0] == t.type_size, f"{what} must have dense rows of blocks")
     # Array modules multiply the other sizes of an array that has none, too.
     require(math.prod(n or 1 for n in t.ne) <= _MAX_ELEMENTS, f"{what} has too many elements")
 
 
 def require_distinct(t: Tensor, what: str) -> None:
-    """There is memory for each element, so that work is bounded by memory.
+    """Require that there is memory for each element, so that work is bounded by memory.
 
     Rules out strides that lay elements on one another; ggml's own views never have these where
     they are written.
@@ -72,7 +78,7 @@ def require_distinct(t: Tensor, what: str) -> None:
 
 
 def require_source(t: Tensor, i: int, types: Collection[GgmlType], *, dense: bool = True) -> Tensor:
-    """Source ``i``: there, of one of ``types``, with dense rows unless ``dense`` is False."""
+    """Return source ``i``: one of ``types``, with dense rows unless ``dense`` is False."""
     s, what = source(t, i), f"source {i}"
     require_type(s, types, what)
     if dense:
@@ -83,7 +89,7 @@ def require_source(t: Tensor, i: int, types: Collection[GgmlType], *, dense: boo
 
 
 def require_result(t: Tensor, types: Collection[GgmlType], *, dense: bool = True) -> None:
-    """The node's own memory: of one of ``types``, an element for each place, dense rows."""
+    """Require of the node's own memory one of ``types``, an element for each place, dense rows."""
     require_type(t, types, "the result")
     if dense:
         require_dense_rows(t, "the result")

@@ -51,7 +51,7 @@ def _gelu_quick(x: Floats) -> Floats:
 
 @functools.cache
 def table(quick: bool, type: GgmlType) -> Floats:
-    """float32[65536]: the result for each bit pattern of ``type``, F16 or BF16."""
+    """Return float32[65536]: the result for each bit pattern of ``type``, F16 or BF16."""
     bits = np.arange(1 << 16, dtype=np.uint32)
     half = type is GgmlType.F16
     with np.errstate(all="ignore"):
@@ -64,7 +64,7 @@ def table(quick: bool, type: GgmlType) -> Floats:
 
 
 def look_up(xp: ModuleType, x: Any, type: GgmlType, *, quick: bool) -> Any:
-    """GELU of float32 ``x`` that came from ``type``: F32, F16 or BF16."""
+    """Return GELU of float32 ``x`` that came from ``type``: F32, F16 or BF16."""
     if type is GgmlType.BF16:
         return xp.asarray(table(quick, type))[x.view(xp.uint32) >> 16]
     bits = xp.ascontiguousarray(x).astype(xp.float16).view(xp.uint16)

@@ -20,7 +20,7 @@ from rpc_server.ops.table import require
 def require_mask(
     t: Tensor, i: int, types: Collection[GgmlType], scores: tuple[int, int, int, int]
 ) -> None:
-    """Source ``i``, if there, masks ``scores``: (positions, tokens, heads, batches).
+    """Require that source ``i``, if there, masks ``scores``: (positions, tokens, heads, batches).
 
     It may have more tokens; it repeats over heads and batches. ALiBi (max_bias, op_params[1])
     needs one.
@@ -36,13 +36,15 @@ def require_mask(
 
 
 def require_sinks(t: Tensor, i: int, n_heads: int) -> None:
-    """Source ``i``, if there, is one score for each head."""
+    """Require that source ``i``, if there, is one score for each head."""
     if t.src[i] is not None:
         require_shape(require_source(t, i, F32_ONLY), (n_heads, 1, 1, 1), f"source {i}")
 
 
 def alibi_slopes(n_heads: int, max_bias: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """The weight of the mask in each head: 1 without ALiBi, else falling powers of two.
+    """Return the weight of the mask in each head.
+
+    It is 1 without ALiBi, else falling powers of two.
 
     Heads beyond the largest power of two get the slopes half way between.
     """

@@ -275,7 +275,7 @@ def _delta_net_contract(t: Tensor) -> None:
 
 @reference(Op.GATED_DELTA_NET)
 def _delta_net(ctx: ArrayContext, t: Tensor) -> None:
-    """What a state holds at a key is replaced by the value, as far as the rate says."""
+    """Replace what a state holds at a key by the value, as far as the rate says."""
     xp, v = ctx.xp, ctx.f32(source(t, 2))
     n_sequences, n_tokens, n_heads, size = v.shape
     q, k = (_over_heads(ctx, source(t, i), n_sequences, n_heads) for i in (0, 1))

@@ -45,7 +45,7 @@ _MULTIPLE = frozenset({Mode.MROPE, Mode.VISION, Mode.IMROPE})
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where a row's pairs lie: pair i is elements first + i * step and ``distance`` behind."""
+    """The places of a row's pairs: pair i is elements first + i * step and ``distance`` behind."""
 
     first: int
     pairs: int
@@ -88,7 +88,7 @@ def _rope_contract(t: Tensor) -> None:
 
 
 def _require_scaling(t: Tensor) -> None:
-    """What is divided by, or has its logarithm taken."""
+    """Require values that can be divided by, or have a logarithm."""
     require(t.param_f32(5) > 0, f"base of frequencies is {t.param_f32(5)}")
     if t.param_f32(7) != 0:
         require(t.param_f32(6) > 0, f"scale of frequencies is {t.param_f32(6)}")
@@ -97,7 +97,7 @@ def _require_scaling(t: Tensor) -> None:
 
 
 def _sections(t: Tensor, pairs: int) -> tuple[list[int], list[int]]:
-    """Which position turns each pair, and how many steps down from it the pair's angle is."""
+    """Return which position turns each pair, and how many steps down the pair's angle is."""
     mode, sizes = t.param_i32(2), t.op_params[11:15]
     if mode not in _MULTIPLE:
         return [0] * pairs, list(range(pairs))
@@ -138,7 +138,7 @@ def _angles(ctx: ArrayContext, t: Tensor, pairs: int) -> Any:
 
 
 def correction_range(t: Tensor) -> tuple[np.float32, np.float32]:
-    """Pairs between which YaRN goes over from extrapolated to interpolated angles."""
+    """Return pairs between which YaRN goes over from extrapolated to interpolated angles."""
     n_dims, n_ctx, base = t.param_i32(1), t.param_i32(4), np.float32(t.param_f32(5))
 
     def pair_of(rotations: float) -> np.float32:

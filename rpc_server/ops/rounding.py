@@ -13,7 +13,7 @@ from rpc_server.types import from_f32, to_f32
 
 
 def rounded_activations(x: Any, type: GgmlType, weights: GgmlType, xp: ModuleType) -> Any:
-    """float32 ``x`` (..., elements of a row), which was of ``type``, rounded for ``weights``.
+    """Round float32 ``x`` (..., elements of a row), which was of ``type``, for ``weights``.
 
     Unquantized weights take it as it is; so do others what is quantized already.
     """

@@ -24,7 +24,7 @@ class Shard:
     bounds: tuple[Rows, ...]
 
     def scaled(self, dim: int, numerator: int, denominator: int) -> Shard | None:
-        """The same cut counted in other units; None where it falls between two of them."""
+        """Return the same cut counted in other units; None where it falls between two of them."""
         edges = [(rows.first * numerator, rows.last * numerator) for rows in self.bounds]
         if any(edge % denominator for pair in edges for edge in pair):
             return None
@@ -42,7 +42,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Propagated:
-    """What a rule gives: the result's shard, and which whole sources the parts need."""
+    """The result of a rule: the result's shard, and which whole sources the parts need."""
 
     shard: Shard
     needs: tuple[Slice, ...] = ()
@@ -91,7 +91,7 @@ def in_whole_blocks(t: Tensor, shard: Shard) -> bool:
 
 
 def shard_by_rows(node: Tensor, shards: Shards) -> Propagated | None:
-    """Each row by itself, with parameters that all rows share."""
+    """Shard by rows, each by itself, with parameters that all rows share."""
     needs = _others_whole(node, shards)
     if shards[0] is None or shards[0].dim == 0 or needs is None:
         return None

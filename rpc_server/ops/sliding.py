@@ -36,7 +36,7 @@ class Axis:
     dilation: int = 1
 
     def seen(self, tap: int) -> tuple[slice, slice]:
-        """(places, samples) where element ``tap`` of the window lies inside, equally many."""
+        """Return (places, samples) where element ``tap`` of the window is inside, equally many."""
         offset = tap * self.dilation - self.padding
         first = max(0, -(offset // self.stride))
         end = min(self.places, (self.samples - 1 - offset) // self.stride + 1)
@@ -46,7 +46,7 @@ class Axis:
         return slice(first, end), slice(start, last + 1, self.stride)
 
     def reachable(self) -> range:
-        """The elements of the window that may lie inside anywhere: work grows with no others."""
+        """Return the elements of the window that are ever inside: work grows with no others."""
         low, high = self.padding - (self.places - 1) * self.stride, self.padding + self.samples - 1
         step = self.dilation
         if step == 0:
@@ -56,19 +56,19 @@ class Axis:
         return range(max(-(-low // step), 0), min(high // step + 1, self.taps))
 
     def under(self, place: int) -> slice:
-        """The samples under the window at ``place``, which has no dilation."""
+        """Return the samples under the window at ``place``, which has no dilation."""
         start = place * self.stride - self.padding
         low = max(start, 0)
         return slice(low, max(min(start + self.taps, self.samples), low))
 
     def part(self, places: range) -> Axis:
-        """Some consecutive places as if they were all."""
+        """Return some consecutive places as if they were all."""
         padding = self.padding - places.start * self.stride
         return dataclasses.replace(self, places=len(places), padding=padding)
 
 
 def each_tap(axes: Sequence[Axis]) -> Iterator[tuple[Tap, Slices, Slices]]:
-    """Elements of the window that lie inside anywhere, with :meth:`Axis.seen` of each axis."""
+    """Yield elements of the window that are ever inside, with :meth:`Axis.seen` of each axis."""
     if any(0 in (axis.samples, axis.taps, axis.places) for axis in axes):
         # What is empty in one dimension takes no memory, of whatever size it is in others.
         return
@@ -82,14 +82,17 @@ def each_tap(axes: Sequence[Axis]) -> Iterator[tuple[Tap, Slices, Slices]]:
 
 
 def gather(x: Any, axes: Sequence[Axis], columns: Any) -> None:
-    """``columns`` (N, C, *taps, *places) from ``x`` (N, C, *samples); 0 where that is outside."""
+    """Gather ``columns`` (N, C, *taps, *places) from ``x`` (N, C, *samples).
+
+    It is 0 where that is outside.
+    """
     columns[...] = 0
     for tap, places, samples in each_tap(axes):
         columns[(slice(None), slice(None), *tap, *places)] = x[(..., *samples)]
 
 
 def scatter(columns: Callable[[Tap], Any], axes: Sequence[Axis], x: Any) -> None:
-    """The reverse: ``x`` (N, C, *samples) as the sum of what ``columns`` has for each sample.
+    """Do the reverse: sum up in ``x`` (N, C, *samples) what ``columns`` has for each sample.
 
     ``columns`` gives the (N, C, *places) of one element of the window.
     """
@@ -99,7 +102,7 @@ def scatter(columns: Callable[[Tap], Any], axes: Sequence[Axis], x: Any) -> None
 
 
 def boxes(shape: Sequence[int], width: int) -> Iterator[tuple[range, ...]]:
-    """An array's indices in parts, each bounded in size for ``width`` elements an index."""
+    """Yield an array's indices in parts, each bounded in size for ``width`` elements an index."""
     if not shape:
         yield ()
         return

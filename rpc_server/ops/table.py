@@ -39,7 +39,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(slots=True)
 class OpSpec:
-    """What is known of one op, whatever the device; how many sources it has, the op itself says."""
+    """The row of one op, whatever the device; how many sources it has, the op itself says."""
 
     op: Op
     contract: Contract

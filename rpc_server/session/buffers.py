@@ -58,11 +58,11 @@ class Buffer:
 
     @property
     def address(self) -> int:
-        """Where the device has it."""
+        """The address at which the device has it."""
         return self.storage.address
 
     def locate(self, data: int, offset: int, size: int) -> int:
-        """Offset in the buffer of ``size`` bytes at address ``data + offset``.
+        """Return the offset in the buffer of ``size`` bytes at address ``data + offset``.
 
         Raises BadAddressError if they are not all inside. Python integers: nothing wraps.
         """
@@ -97,7 +97,7 @@ class AddressSpace:
         self._held: Counter[str] = Counter()
 
     def reserve(self, size: int, owner: str = "") -> tuple[int, int]:
-        """(handle, base) for a new buffer of a client at address ``owner``.
+        """Return (handle, base) for a new buffer of a client at address ``owner``.
 
         Raises OutOfMemoryError for a size beyond all addresses, or if there are too many buffers.
         """
@@ -113,14 +113,17 @@ class AddressSpace:
         return next(self._handles), base
 
     def give_back(self, owner: str = "") -> None:
-        """A buffer of a client at this address is gone."""
+        """Take back what a buffer of a client at this address had."""
         self._held[owner] -= 1
         if not self._held[owner]:
             del self._held[owner]
 
 
 class Budget:
-    """What clients may take of one device, in all; ``limit`` is bytes, None for all it has."""
+    """The memory that clients may take of one device, in all.
+
+    ``limit`` is bytes, None for all it has.
+    """
 
     def __init__(self, device: Device, limit: int | None = None) -> None:
         self.device = device
@@ -135,7 +138,7 @@ class Budget:
         return max(0, min(free, self.limit - self.used)), min(total, self.limit)
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> Storage:
-        """Storage counted against the limit; ``proportions`` as of Device.allocate.
+        """Allocate storage, counted against the limit; ``proportions`` as of Device.allocate.
 
         Raises OutOfMemoryError.
         """
@@ -188,7 +191,7 @@ class Buffers:
         return max(0, min(free, self._limit - self.nbytes)), min(total, self._limit)
 
     def allocate(self, device: int, size: int, proportions: Sequence[float] = ()) -> Buffer:
-        """A new buffer; ``proportions`` as of Device.allocate. Raises OutOfMemoryError."""
+        """Allocate a buffer; ``proportions`` as of Device.allocate. Raises OutOfMemoryError."""
         if self._limit is not None and self.nbytes + size > self._limit:
             left = self._limit - self.nbytes
             raise LimitedError(
@@ -212,11 +215,11 @@ class Buffers:
         return [b for b in list(self._by_handle.values()) if b.device == device]
 
     def find(self, handle: int) -> Buffer | None:
-        """The buffer with this handle, None if this client has no such."""
+        """Return the buffer with this handle, None if this client has no such."""
         return self._by_handle.get(handle)
 
     def get(self, handle: int) -> Buffer:
-        """The buffer with this handle. Raises BadAddressError."""
+        """Return the buffer with this handle. Raises BadAddressError."""
         buffer = self._by_handle.get(handle)
         if buffer is None:
             raise BadAddressError(f"{handle:#x} is no buffer of this client")

@@ -158,7 +158,7 @@ class _Owner:
 
 
 class Destination:
-    """Where a tensor's bytes belong: ``size`` of them from byte ``offset`` on."""
+    """The place where a tensor's bytes belong: ``size`` of them from byte ``offset`` on."""
 
     def __init__(self, buffer: Buffer, start: int, size: int, tensor: Tensor, offset: int) -> None:
         self.storage = buffer.storage
@@ -170,12 +170,12 @@ class Destination:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the host can't see the bytes."""
+        """True if the host can't see the bytes."""
         return self.storage.is_remote(self.start, self.size, self.tensor)
 
     @property
     def is_apart(self) -> bool:
-        """Whether the bytes are at several places, which only the storage itself can fill."""
+        """True if the bytes are at several places, which only the storage itself can fill."""
         return not self.storage.whole and self.is_remote
 
 

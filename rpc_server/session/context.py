@@ -121,7 +121,7 @@ class ServerContext:
 
     @property
     def releasing(self) -> bool:
-        """Whether memory is on its way back to the system that still counts as used."""
+        """True if memory is on its way back to the system that still counts as used."""
         return bool(self._releasing or self._departing)
 
     async def released(self) -> None:

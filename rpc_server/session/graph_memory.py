@@ -32,11 +32,11 @@ class GraphMemory:
 
     @property
     def used(self) -> int:
-        """How many bytes are taken."""
+        """The number of bytes that are taken."""
         return self._total
 
     def fits(self, owner: str, size: int) -> bool:
-        """Whether ``size`` bytes more may be taken for a client at address ``owner``."""
+        """Return whether ``size`` bytes more may be taken for a client at address ``owner``."""
         held = self._held[owner] + size
         if held > self.limit // 2:
             return False
@@ -56,7 +56,7 @@ class GraphMemory:
             self._total += size
 
     def give_back(self, owner: str, size: int) -> None:
-        """What was counted is gone."""
+        """Take back what was counted."""
         with self._lock:
             self._held[owner] -= size
             self._total -= size
@@ -65,7 +65,9 @@ class GraphMemory:
 
 
 class Share:
-    """What one client has of a GraphMemory: whatever is left of it is given back by :meth:`close`.
+    """The share of one client in a GraphMemory.
+
+    Whatever is left of it is given back by :meth:`close`.
 
     ``owner`` is the client's address.
     """
@@ -78,7 +80,7 @@ class Share:
         self.nbytes = 0
 
     def fits(self, size: int) -> bool:
-        """Whether ``size`` bytes more may be taken."""
+        """Return whether ``size`` bytes more may be taken."""
         return self._memory.fits(self._owner, size)
 
     def take(self, size: int, what: str) -> None:
@@ -87,12 +89,12 @@ class Share:
         self.nbytes += size
 
     def give_back(self, size: int) -> None:
-        """What was counted is gone."""
+        """Take back what was counted."""
         self.nbytes -= size
         self._memory.give_back(self._owner, size)
 
     def message(self, size: int) -> None:
-        """The message that is being received has so many bytes now. Raises LimitReached."""
+        """Count the bytes of the message that is being received. Raises LimitReached."""
         if size > self._message:
             self.take(size - self._message, "a message")
         elif size < self._message:

@@ -47,7 +47,7 @@ class Job:
         self._abandoned = False
 
     def begin(self) -> None:
-        """Its turn has come, and the plan has to be made first."""
+        """Begin, as its turn has come; the plan has to be made first."""
         self._start()
         self.stop_word = np.zeros(1, np.int64)
         # It may have been stopped just before there was a word to set.
@@ -85,7 +85,7 @@ class Job:
             self._plan.stop()
 
     def abandon(self) -> None:
-        """Nobody waits for the result any more; what others share goes on."""
+        """Abandon it: nobody waits for the result any more; what others share goes on."""
         self._abandoned = True
         if self._plan is not None and not self._plan.shared:
             self.stop()

@@ -21,7 +21,7 @@ from rpc_server.limits import LimitReached
 
 
 class LeaseHolder(Protocol):
-    """What a lease needs of those who want it."""
+    """A session as a lease needs it of those who want it."""
 
     name: str
 

@@ -57,7 +57,7 @@ class PlanCache:
         self._alike: dict[int, list[_Known]] = {}
 
     def find(self, payload: bytearray) -> Plan | None:
-        """The plan of a graph with exactly these bytes; it becomes the newest."""
+        """Return the plan of a graph with exactly these bytes; it becomes the newest."""
         for known in self._alike.get(_fingerprint(payload), ()):
             if known.payload == payload:
                 self._plans.move_to_end(id(known))
@@ -65,7 +65,7 @@ class PlanCache:
         return None
 
     def add(self, payload: bytearray, plan: Plan, nodes: int) -> None:
-        """``plan``, of so many nodes, becomes the newest; those that are used least go for it.
+        """Add ``plan``, of so many nodes, as the newest; those that are used least go for it.
 
         Raises LimitReached if it doesn't fit even then.
         """

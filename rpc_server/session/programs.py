@@ -46,7 +46,7 @@ class Programs:
 
     @staticmethod
     def check(number: int) -> None:
-        """Raises ProtocolError for a number that no program may have."""
+        """Raise ProtocolError for a number that no program may have."""
         if number >= MAX_PROGRAMS:
             raise ProtocolError(f"program {number}, there are {MAX_PROGRAMS}")
 
@@ -85,7 +85,7 @@ class Programs:
             self._share.give_back(known[2])
 
     def find(self, index: int, number: int) -> Plan:
-        """Raises ProtocolError if there is no such program (any more)."""
+        """Return a program; raise ProtocolError if there is no such one (any more)."""
         known = self._plans.get((index, number))
         if known is None:
             raise ProtocolError(f"SPLIT_RUN of program {number}, which device {index} doesn't have")

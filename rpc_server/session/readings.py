@@ -26,7 +26,7 @@ Group = list[Dialect]
 
 
 class Readings:
-    """What the graphs of one connection may be read by; used by one thread at a time."""
+    """The dialects that graphs of one connection may be read by; used by one thread at a time."""
 
     def __init__(self, memory: NumberingMemory, address: str, dialects: Iterable[Dialect]) -> None:
         """``dialects`` are what clients of the accepted version may speak, likeliest first."""
@@ -119,7 +119,7 @@ def _sound(groups: list[Group], graph: GraphPayload, nodes: Any, resolve: Resolv
 def _judge(
     graph: GraphPayload, dialect: Dialect, resolve: Resolve
 ) -> tuple[int, GraphError | None]:
-    """How many nodes are sound under ``dialect``, and what is wrong with the next one."""
+    """Return how many nodes are sound under ``dialect``, and what is wrong with the next one."""
     # Takes a moment to import: not before the first graph.
     import rpc_server.ops  # noqa: F401  (fills the op table)
     from rpc_server.ops.table import ContractError, check

@@ -71,12 +71,12 @@ _COPY_ANSWER = 64 << 10
 
 
 def error_kind(error: Exception) -> str:
-    """What an error that ends a connection is counted as."""
+    """Return what an error that ends a connection is counted as."""
     return next((kind for type_, kind in REFUSALS.items() if isinstance(error, type_)), "internal")
 
 
 def _nothing() -> str:
-    """What a client that is gone is doing."""
+    """Return what a client that is gone is doing."""
     return "gone"
 
 
@@ -193,7 +193,7 @@ class Session:
         )
 
     def connection_lost(self) -> None:
-        """The peer is gone: free everything, after the work in flight if there is some."""
+        """Free everything, after the work in flight if there is some: the peer is gone."""
         self._ended = True
         self._flushed.set()
         for lease in self.context.leases:
@@ -254,7 +254,7 @@ class Session:
         self._transport.abort()
 
     def stop_running(self) -> None:
-        """The server ends: whatever runs for this client is not waited for."""
+        """Stop what runs for this client, without waiting for it: the server ends."""
         if self.running is not None:
             self.running.stop()
 
@@ -286,7 +286,7 @@ class Session:
             releasing.add_done_callback(farewell)
 
     def present(self) -> bool:
-        """Whether the client is there: else long work for it is in vain."""
+        """Return whether the client is there: else long work for it is in vain."""
         return not self._ended
 
     def wait(self, work: Coroutine[Any, Any, None]) -> None:
@@ -300,7 +300,7 @@ class Session:
         self._finished(None if task.cancelled() else task.exception())
 
     def _finished(self, error: BaseException | None) -> None:
-        """What made the session busy is done: go on, or end with what it raised."""
+        """Go on, or end with what it raised: what made the session busy is done."""
         self.busy = False
         if self._ended:
             self._free()
@@ -355,7 +355,7 @@ class Session:
             shut_down(self._fileno())
 
     def activity(self) -> str:
-        """In a word, for people: see ClientStats."""
+        """Say in a word, for people, what it does: see ClientStats."""
         if not self.greeted:
             return "handshake"
         if self.running is not None:
@@ -378,7 +378,7 @@ class Session:
 
     @property
     def dialect(self) -> Dialect:
-        """What the connection speaks; there is nothing to do before HELLO."""
+        """The dialect of the connection; there is nothing to do before HELLO."""
         assert self.reader.dialect is not None
         return self.reader.dialect
 
@@ -420,7 +420,7 @@ class Session:
     # -- devices, buffers, graphs --------------------------------------------------------------
 
     def existing_device(self, command: Command, index: int) -> int:
-        """``index``. Raises ProtocolError if there is no such device."""
+        """Return ``index``. Raises ProtocolError if there is no such device."""
         count = len(self.context.budgets)
         if index >= count:
             raise ProtocolError(f"{command.name} for device {index}, this server has {count}")
@@ -430,14 +430,14 @@ class Session:
         return self.context.budgets[index].device
 
     def queue(self, index: int) -> Queue:
-        """What this client's graphs run by on a device."""
+        """Return what this client's graphs run by on a device."""
         queue = self._queues[index]
         if queue is None:
             queue = self._queues[index] = self.device(index).queue(self.stats.address)
         return queue
 
     def locate(self, tensor: Any, offset: int, size: int) -> tuple[Buffer, int]:
-        """Buffer and offset of ``size`` bytes, ``offset`` bytes into a tensor off the wire.
+        """Return buffer and offset of ``size`` bytes, ``offset`` bytes into a tensor off the wire.
 
         Raises BadAddressError, GraphError.
         """
@@ -460,12 +460,12 @@ class Session:
             )
 
     def update_buffer_stats(self) -> None:
-        """What the client holds has changed: note it."""
+        """Note what the client holds: it has changed."""
         self.stats.buffers = len(self.buffers)
         self.stats.memory = self.buffers.nbytes
 
     def allocation_failed(self, size: int, error: OutOfMemoryError) -> None:
-        """A buffer was refused: the client is told by the answer, the log and the stats why."""
+        """Tell log and stats why a buffer was refused; the answer tells the client."""
         extra = {"event": "no_room", "bytes": size}
         if isinstance(error, LimitedError):
             self.context.stats.limits[error.option] += 1
@@ -474,7 +474,7 @@ class Session:
         self.log.log(logging.WARNING, "no buffer of %d bytes: %s", size, error, extra=extra)
 
     def ran(self, command: Command, seconds: float, error: BaseException | None) -> None:
-        """A job on the device's thread is over; on the event loop."""
+        """Take note that a job on the device's thread is over; on the event loop."""
         running, self.running = self.running, None
         assert running is not None
         self.stats.plan_seconds += running.planning
@@ -533,7 +533,7 @@ class Session:
         lease.wait(self).add_done_callback(granted)
 
     def begin_stream(self) -> None:
-        """From here on the socket is the running program's."""
+        """Give the socket to the running program from here on."""
         stream = self.programs.peer.stream
         early = self.reader.take_received()
         stream.open(self._fileno(), early)
@@ -550,7 +550,7 @@ class Session:
         self.reader.put_back(left)
 
     def _is_silent(self, message: str) -> bool:
-        """Whether a program failed because it waited for this client, not for a worker."""
+        """Return whether a program failed because it waited for this client, not for a worker."""
         return message.startswith(self.name) and message.endswith(STATUS_TEXT[SILENT])
 
     def _fileno(self) -> int:

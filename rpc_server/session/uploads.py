@@ -53,7 +53,7 @@ async def _begin_relay(
 
 
 def part(s: Session) -> None:
-    """The place that was given is full: pass it on, and give the next one."""
+    """Pass on the place that was given, which is full, and give the next one."""
     s.wait(_relay_on(s))
 
 
@@ -64,7 +64,7 @@ async def _relay_on(s: Session) -> None:
 
 
 def end(s: Session) -> None:
-    """All bytes are in place."""
+    """End the upload: all bytes are in place."""
     if s.upload.relay is not None:
         relay, s.upload.relay = s.upload.relay, None
         s.wait(_end_relay(s, relay, s.upload.size))

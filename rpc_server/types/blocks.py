@@ -21,7 +21,7 @@ _ELEMENTS_AT_ONCE = 1 << 15
 
 
 def in_parts(encode: Encoder) -> Encoder:
-    """``encode`` on a few blocks at a time."""
+    """Return ``encode`` on a few blocks at a time."""
 
     def run(x: Floats) -> Bytes:
         step = _ELEMENTS_AT_ONCE // x.shape[1]
@@ -42,7 +42,7 @@ def inverse(d: Floats) -> Floats:
 
 
 def extreme(x: Floats) -> Floats:
-    """The element farthest from zero, sign kept, NaN passed over; +0 if all are zero."""
+    """Return the element farthest from zero, sign kept, NaN passed over; +0 if all are zero."""
     magnitude = np.abs(x)
     magnitude[np.isnan(magnitude)] = 0
     at = magnitude.argmax(axis=-1, keepdims=True)
@@ -59,14 +59,14 @@ def f16(x: Floats) -> Bytes:
 
 
 def nibbles(codes: Bytes, group: int = 32) -> Bytes:
-    """Codes below 16: those of the first half of each group go to the low nibbles."""
+    """Pack codes below 16: those of the first half of each group go to the low nibbles."""
     halves = codes.reshape(len(codes), -1, 2, group // 2)
     packed: Bytes = halves[:, :, 0] | (halves[:, :, 1] << 4)
     return packed.reshape(len(codes), -1)
 
 
 def nearest_int(x: Floats) -> Integers:
-    """The nearest integers below 2^22, ties to even, as ggml reads them off a float's mantissa.
+    """Return the nearest integers below 2^22, ties to even, as ggml reads them off a mantissa.
 
     What is too large, infinite or NaN gives the integer that those bits happen to be.
     """
@@ -74,7 +74,7 @@ def nearest_int(x: Floats) -> Integers:
 
 
 def sum_rows(x: Floats) -> Floats:
-    """The sum along axis 0, row after row, as a loop over the elements of a group sums them.
+    """Return the sum along axis 0, row after row, as a loop over a group's elements sums it.
 
     numpy may sum in another order where there are few columns.
     """
@@ -85,13 +85,13 @@ def sum_rows(x: Floats) -> Floats:
 
 
 def largest_of_rows(x: Floats) -> Floats:
-    """The largest along axis 0 as comparisons find it: NaN counts only if it comes first."""
+    """Return the largest along axis 0 as comparisons find it: NaN counts only if it comes first."""
     rest: Floats = np.fmax.reduce(x, axis=0)
     return np.where(np.isnan(x[0]), x[0], rest)
 
 
 def fields(codes: Integers, bits: int) -> Bytes:
-    """Codes (blocks, runs, n, width) in fields of ``bits``: n codes of a run share a byte."""
+    """Pack codes (blocks, runs, n, width) in fields of ``bits``: n codes of a run share a byte."""
     shifted = codes.astype(np.uint8) << (bits * np.arange(codes.shape[2], dtype=np.uint8))[:, None]
     packed: Bytes = np.bitwise_or.reduce(shifted, axis=2)
     return packed.reshape(len(codes), -1)

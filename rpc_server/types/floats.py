@@ -12,12 +12,12 @@ Convert = Callable[[Any, ModuleType], Any]
 
 
 def bf16_to_f32(bits: Any, xp: ModuleType) -> Any:
-    """uint16 bit patterns to float32: bfloat16 is the upper half of a float32."""
+    """Convert uint16 bit patterns to float32: bfloat16 is the upper half of a float32."""
     return (bits.astype(xp.uint32) << 16).view(xp.float32)
 
 
 def f32_to_bf16(values: Any, xp: ModuleType) -> Any:
-    """float32 to uint16 bit patterns, rounded to nearest even; NaN stays a (quiet) NaN."""
+    """Convert float32 to uint16 bit patterns, rounded to nearest even; NaN stays a (quiet) NaN."""
     bits = values.view(xp.uint32)
     rounded = bits + (xp.uint32(0x7FFF) + ((bits >> 16) & 1))
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000

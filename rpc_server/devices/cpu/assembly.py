@@ -66,7 +66,7 @@ class RecordTable:
         return len(self.numbers)
 
     def part(self, start: int, end: int) -> RecordTable:
-        """RecordTable ``start`` to ``end``."""
+        """Return records ``start`` to ``end``."""
         at = slice(start, end)
         first = self.first[start : end + 1]
         return RecordTable(
@@ -170,7 +170,7 @@ class RecordAssembly:
         self._bases[owner, PIECES + number] = np.array(found, np.int64)[which]
 
     def records(self) -> RecordTable:
-        """All records, with the addresses that they have by now."""
+        """Return all records, with the addresses that they have by now."""
         kinds = self._kinds
         numbers: dict[Kernel, int] = {}
         by_kind = [
@@ -288,7 +288,10 @@ def _numbered(rows: Sequence[Ints], begin: Ints) -> Ints:
 
 
 def _ranges(owners: Ints, count: int) -> tuple[Ints, Ints]:
-    """Where the rows of each of ``count`` owners begin, and how many there are; they are sorted."""
+    """Return where the rows of each of ``count`` owners begin, and how many there are.
+
+    They are sorted.
+    """
     begin = _starts(owners, count)
     return begin[:-1], np.diff(begin)
 

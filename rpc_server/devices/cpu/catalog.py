@@ -40,7 +40,7 @@ _library_lock = threading.Lock()
 
 
 def library() -> Library:
-    """The compiled kernels of this process."""
+    """Return the compiled kernels of this process."""
     global _library
     with _library_lock:
         if _library is None:
@@ -50,7 +50,7 @@ def library() -> Library:
 
 
 def end_compilers() -> None:
-    """Before the process ends: nobody is to wait for a kernel any more."""
+    """End compiling before the process ends: nobody is to wait for a kernel any more."""
     with _library_lock:
         if _library is not None:
             _library.close()
@@ -181,7 +181,7 @@ _ATTENTION = (soft_max, copy_strided, copy_same_type, convert_kernel(GgmlType.F3
 
 
 def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
-    """Kernels that a graph with weights of ``type_`` is likely to need, its own first."""
+    """Return kernels that a graph with weights of ``type_`` is likely to need, its own first."""
     own: list[Kernel] = []
     if type_ in PRODUCT_TYPES:
         own += [product_kernel(type_, isa), CONVERTERS[activation_form(type_)]]

@@ -78,21 +78,21 @@ class CpuDevice:
         return system_memory()
 
     def capacity(self) -> int:
-        """All that the machine has: memory that nobody has written to still looks free to it."""
+        """Return all that the machine has; memory that nobody has written to looks free to it."""
         return self.memory()[1]
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> MappedStorage:
-        """Raises MemoryError when more is asked for than the machine has free."""
+        """Allocate memory for a buffer; raise MemoryError when the machine has less free."""
         if size > self.memory()[0]:
             raise MemoryError(f"{size} bytes asked for, {self.memory()[0]} free")
         return MappedStorage(size)
 
     def split_status(self) -> dict[str, Any]:
-        """Nothing is split here."""
+        """Return empty fields: nothing is split here."""
         return split_status_fields()
 
     def alloc_size(self, tensor: Tensor) -> int:
-        """Same as ggml_nbytes: this device pads nothing."""
+        """Return ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
     def queue(self, address: str = "") -> CpuQueue:
@@ -139,7 +139,7 @@ class CpuDevice:
 
 
 class CpuQueue:
-    """What graphs of one client are made and run with, on a thread of its own.
+    """A queue for graphs of one client, on a thread of its own.
 
     It takes nothing before the first graph; :meth:`leave` gives all of it back.
     """
@@ -163,7 +163,7 @@ class CpuQueue:
         resolve: Resolve,
         stop: StopWord | None = None,
     ) -> CpuPlan:
-        """As of Queue."""
+        """Do what Queue says."""
         return self.plan_here(payload, dialect, resolve, wait=False, stop=stop)
 
     def plan_here(
@@ -187,7 +187,7 @@ class CpuQueue:
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
     ) -> CpuPlan:
-        """A program of the split extension. Raises GraphError."""
+        """Return a program of the split extension. Raises GraphError."""
         from rpc_server.devices.cpu.streaming.program import program_items
 
         with self._share.aside():

@@ -89,7 +89,7 @@ class RecordProgram:
 
 @dataclass(slots=True)
 class Position:
-    """Where a run goes on: see ``kernels/interface/sync.py``."""
+    """The place where a run goes on: see ``kernels/interface/sync.py``."""
 
     first: int = 0
     rest: int = 0

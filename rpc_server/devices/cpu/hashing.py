@@ -18,7 +18,10 @@ _WIDTH = 8
 
 
 def compiled_hash() -> Callable[..., int]:
-    """FNV-1a 64, called as protocol.ggml.hashing.fnv1a_64. Its code is got ready from here on."""
+    """Return FNV-1a 64, called as protocol.ggml.hashing.fnv1a_64.
+
+    Its code is got ready from here on.
+    """
     library().request([fnv1a])
 
     def fnv(data: memoryview, value: int = FNV_OFFSET) -> int:

@@ -12,14 +12,17 @@ from rpc_server.devices.cpu.kernels.interface.isa import Isa
 
 @functools.cache
 def host_isas() -> tuple[Isa, ...]:
-    """What code for this processor may use, the best last. Raises CompileError."""
+    """Return what code for this processor may use, the best last. Raises CompileError."""
     # Only the compiler knows, so it is asked by way of a routine which says it.
     bits = ctypes.CFUNCTYPE(ctypes.c_int64)(instruction_sets.address)()
     return tuple(isa for isa in Isa if bits >> isa & 1)
 
 
 def chosen_isa() -> Isa:
-    """The best of :func:`host_isas`, or what ``GGML_RPC_ISA`` names; ValueError if it can't run."""
+    """Return the best of :func:`host_isas`, or what ``GGML_RPC_ISA`` names.
+
+    Raises ValueError if it can't run.
+    """
     name = os.environ.get("GGML_RPC_ISA")
     if not name:
         return host_isas()[-1]

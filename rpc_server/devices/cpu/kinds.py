@@ -105,7 +105,7 @@ class CpuKind:
         return sum(a.nbytes for a in arrays) + 2048
 
     def without_kernel(self) -> CpuKind:
-        """The same nodes, run by the reference of their op."""
+        """Return the same nodes, run by the reference of their op."""
         return CpuKind(self.user, by_reference=True, written=self.written, copies=self.copies)
 
 
@@ -235,7 +235,7 @@ class KindMaker:
         return kind
 
     def item(self, item: PlanItem) -> CpuKind:
-        """What is done for one item, whose addresses are what they are."""
+        """Return what is done for one item, whose addresses are what they are."""
         recorder = self._recorder(_FIRST)
         recorder.begin(item)
         item.emit(recorder)

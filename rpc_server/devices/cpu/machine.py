@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor_name() -> str:
-    """The processor's own name where the system tells it."""
+    """Return the processor's own name where the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -28,7 +28,10 @@ def processor_name() -> str:
 
 
 def system_memory() -> tuple[int, int]:
-    """Available and total bytes of RAM; no more than this process's control group may have."""
+    """Return available and total bytes of RAM.
+
+    They are no more than this process's control group may have.
+    """
     try:
         fields = {}
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -58,7 +61,7 @@ class ControlGroup:
     reclaimable: str
 
     def memory(self, total: int) -> tuple[int, int]:
-        """Its limit, ``total`` if it has none (any more), and how much of it can't be had."""
+        """Return its limit (``total`` if it has none any more), and how much of it can't be had."""
         try:
             text = (self.folder / self.limit).read_text().strip()
             limit = total if text == "max" else min(int(text), total)
@@ -84,7 +87,7 @@ def _limited_groups() -> tuple[ControlGroup, ...]:
 
 
 def find_groups(listing: str, root: Path) -> list[ControlGroup]:
-    """The groups of ``/proc/self/cgroup`` that may limit memory, with those they are in.
+    """Return the groups of ``/proc/self/cgroup`` that may limit memory, with those they are in.
 
     In a container the folder at ``root`` is the container's own, whatever the listing says.
     """

@@ -31,20 +31,20 @@ class Overlay:
 
     @property
     def size(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes."""
         return self.tensor.size
 
     @property
     def address(self) -> int:
-        """Where the host has them."""
+        """The address at which the host has them."""
         return self.tensor.address
 
     def has(self, offset: int, size: int) -> bool:
-        """Whether bytes of the buffer are all in it."""
+        """Return whether bytes of the buffer are all in it."""
         return self.start <= offset and offset + size <= self.start + self.size
 
     def touches(self, offset: int, size: int) -> bool:
-        """Whether bytes of the buffer are partly in it."""
+        """Return whether bytes of the buffer are partly in it."""
         return self.start < offset + size and offset < self.start + self.size
 
 
@@ -60,7 +60,7 @@ class MappedStorage(HostStorage):
 
     @property
     def overlays(self) -> list[Overlay]:
-        """What is mapped, in no order."""
+        """The mapped overlays, in no order."""
         with self._lock:
             return list(self._overlays)
 

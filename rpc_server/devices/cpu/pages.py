@@ -209,7 +209,7 @@ class MappingPages:
         return begin, end
 
     def forget(self, address: int, size: int) -> None:
-        """These bytes' pages were given back."""
+        """Take note that these bytes' pages were given back."""
         if len(self._places):
             first = max(0, (address - self._begin) // self._page)
             last = max(first, -(-(address + size - self._begin) // self._page))
@@ -217,7 +217,7 @@ class MappingPages:
                 self._places[first:last] = _UNKNOWN
 
     def close(self) -> None:
-        """Returns when nothing touches the mapping any more."""
+        """Close it; return when nothing touches the mapping any more."""
         self._closed = True
         for future in self._work:
             if not future.cancel():
@@ -227,7 +227,7 @@ class MappingPages:
 
 
 def _in_memory(begin: int, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whether each small page is in memory, as one that was written or as zeros."""
+    """Return whether each small page is in memory, as one that was written or as zeros."""
     found = np.zeros(size // mmap.PAGESIZE, np.uint8)
     libc = _libc()
     address = ctypes.c_void_p(found.ctypes.data)
@@ -237,7 +237,10 @@ def _in_memory(begin: int, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _in_use(begin: int, size: int) -> bool:
-    """Whether all small pages are this process's own; False where the system doesn't tell."""
+    """Return whether all small pages are this process's own.
+
+    False where the system doesn't tell.
+    """
     entries = size // mmap.PAGESIZE * 8
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:

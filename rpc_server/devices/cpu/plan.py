@@ -66,12 +66,12 @@ _MOST_AT_ONCE: dict[Op, int] = {
 
 
 def _elements(node: Tensor) -> int:
-    """How many elements a node has and reads, those over one another too."""
+    """Return how many elements a node has and reads, those over one another too."""
     return sum(t.nelements for t in (node, *node.src) if t is not None)
 
 
 def is_long(node: Tensor) -> bool:
-    """Whether a kernel would work through too much of ``node`` before it can pause."""
+    """Return whether a kernel would work through too much of ``node`` before it can pause."""
     most, source = _MOST_AT_ONCE.get(node.op), node.src[0]
     if most is None or source is None:
         return False
@@ -84,7 +84,10 @@ def is_long(node: Tensor) -> bool:
 
 
 class TimeSlices:
-    """Where the run of a plan may be interrupted: to let others have the device, or for good."""
+    """The places where the run of a plan may be interrupted.
+
+    This is to let others have the device, or for good.
+    """
 
     def __init__(self, share: DeviceShare) -> None:
         self._share = share
@@ -108,7 +111,9 @@ class TimeSlices:
 
 @dataclass(slots=True)
 class PlanNeeds:
-    """What a plan takes: ``scratch`` are peak bytes beside tensors, ``touches`` those in the arena.
+    """The memory that a plan takes.
+
+    ``scratch`` are peak bytes beside tensors, ``touches`` those in the arena.
 
     ``interpreted`` says how many nodes of which op run without a kernel.
     """
@@ -180,7 +185,10 @@ _MOST_KINDS = 1 << 12
 
 
 class _Labels:
-    """How messages name what is at a position of a plan: all that a plan keeps of its nodes."""
+    """The names in messages of what is at a position of a plan.
+
+    They are all that a plan keeps of its nodes.
+    """
 
     def __init__(self, table: TensorTable, rows: Ints, nodes: Ints, others: Others) -> None:
         self._nodes = nodes
@@ -205,7 +213,7 @@ Others = Sequence[tuple[int, PlanItem]]
 
 
 class _Positions:
-    """What a plan does one after the other: nodes of a table, and what else there is."""
+    """The steps of a plan, one after the other: nodes of a table, and what else there is."""
 
     def __init__(self, table: TensorTable, order: Ints, nodes: Ints, others: Others) -> None:
         """``order`` are the nodes' rows in ``table``, ``nodes`` their positions."""
@@ -307,7 +315,7 @@ class CpuPlanBuilder:
         wait: bool = True,
         stop: Ints | None = None,
     ) -> CpuPlan:
-        """Like :meth:`build`, with what else is to be done between nodes."""
+        """Do as :meth:`build`, with what else is to be done between nodes."""
         return self._build(_Positions.of_items(items), dialect, wait, stop)
 
     def _build(
@@ -373,7 +381,10 @@ class CpuPlanBuilder:
     def _addresses(
         self, users: Mapping[Kernel, Iterable[Op | PlanItem]], wait: bool
     ) -> dict[Kernel, int]:
-        """Where the code of all kernels is. Raises GraphError, NotReadyError, _DeclinedError."""
+        """Return where the code of all kernels is.
+
+        Raises GraphError, NotReadyError, _DeclinedError.
+        """
         if not wait and not library().ready(users):
             raise NotReadyError(lambda: library().addresses(users))
         with self._share.away():

@@ -101,7 +101,7 @@ class Planner(ScratchPlanner):
 
     @property
     def _limit(self) -> int:
-        """Where the arena's second half begins, which belongs to threads (thread_scratch)."""
+        """The beginning of the arena's second half, which belongs to threads (thread_scratch)."""
         return self._arena.size // 2
 
     @property
@@ -110,7 +110,7 @@ class Planner(ScratchPlanner):
         return self.scratch_peak + self.thread_bytes
 
     def take(self) -> list[Emitted]:
-        """The records since the last time."""
+        """Return the records since the last time."""
         records, self.records = self.records, []
         return records
 
@@ -158,7 +158,7 @@ class Planner(ScratchPlanner):
         self._filling = []
 
     def parts(self, work: int, products: int) -> int:
-        """Into how many parts to cut what has so much to do; 0 if it is not much."""
+        """Return how many parts to cut so much work into; 0 if it is not much."""
         parts = max(-(-work // self.part_bytes), -(-products // self.part_products))
         if parts <= _UNCUT * self.n_threads:
             return 0
@@ -166,13 +166,13 @@ class Planner(ScratchPlanner):
         return -(-parts // self.n_threads) * self.n_threads
 
     def scratch(self, size: int) -> int:
-        """As of ScratchPlanner; records of the node at hand write it."""
+        """Do what ScratchPlanner says; records of the node at hand write it."""
         address = super().scratch(size)
         self._local = [*self._local, (address, address + -(-size // 64) * 64)]
         return address
 
     def thread_scratch(self, size: int) -> tuple[int, int]:
-        """(address, stride): ``size`` bytes for each thread, thread 0's first, ``stride`` apart.
+        """Return (address, stride) of ``size`` bytes for each thread, thread 0's first.
 
         They are good while a record runs. As no thread ever sees another's, records that use them
         need not wait for one another. Raises MemoryError if a thread can't have so much.
@@ -186,7 +186,7 @@ class Planner(ScratchPlanner):
         return self._arena.address(start, stride * self.n_threads), stride
 
     def converted_rows(self, t: Tensor, form: RowForm) -> int:
-        """Address of ``t``'s rows in ``form``, row_bytes apart in ne1, ne2, ne3 order.
+        """Return the address of ``t``'s rows in ``form``, row_bytes apart in ne1, ne2, ne3 order.
 
         Emits the conversion once for all products that read the same rows; must be called before
         :meth:`scratch` within a node. Coded forms take F32 of whole runs of 32, the others any

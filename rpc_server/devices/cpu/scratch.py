@@ -32,7 +32,10 @@ class ScratchArena:
         self._used = 0
 
     def address(self, offset: int, size: int) -> int:
-        """Host address of ``size`` bytes at ``offset``; MemoryError if beyond the reserve."""
+        """Return the host address of ``size`` bytes at ``offset``.
+
+        Raises MemoryError if beyond the reserve.
+        """
         if offset + size > self.size:
             raise MemoryError(f"graph needs {offset + size} bytes of scratch, limit {self.size}")
         if offset + size > self._used:
@@ -53,7 +56,7 @@ class ScratchArena:
 
 
 class IdleScratch:
-    """What the scratch of clients that compute nothing takes together: ``most`` bytes.
+    """The scratch of clients that compute nothing, together: ``most`` bytes.
 
     Whoever goes on soon finds its pages again; of whoever computed longest ago they are given back
     first.
@@ -70,12 +73,12 @@ class IdleScratch:
         return sum(self._idle.values())
 
     def leave(self, arena: ScratchArena) -> None:
-        """``arena`` is in use, or gone: what it takes is none of this."""
+        """Count ``arena`` no longer: it is in use, or gone."""
         with self._lock:
             self._idle.pop(arena, None)
 
     def enter(self, arena: ScratchArena) -> None:
-        """Nothing uses ``arena`` for now."""
+        """Count ``arena``: nothing uses it for now."""
         with self._lock:
             self._idle[arena] = arena.touched
             while self.nbytes > self._most:

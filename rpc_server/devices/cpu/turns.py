@@ -38,7 +38,7 @@ class PauseWord:
 
     @property
     def is_set(self) -> bool:
-        """Whether compiled code is to pause."""
+        """True if compiled code is to pause."""
         return bool(self._words[self._at])
 
     def set(self) -> None:
@@ -90,15 +90,15 @@ class Turns:
 
     @property
     def n_waiting(self) -> int:
-        """How many clients wait for their turn."""
+        """The number of clients that wait for their turn."""
         return len(self._waiting)
 
     def held_by(self, share: DeviceShare) -> bool:
-        """Whether it is the turn of ``share``."""
+        """Return whether it is the turn of ``share``."""
         return self._holder is share
 
     def now(self) -> float:
-        """The time by its clock."""
+        """Return the time by its clock."""
         return self._clock()
 
     def take(self, share: DeviceShare) -> None:
@@ -203,7 +203,7 @@ class DeviceShare:
 
     @property
     def word(self) -> PauseWord:
-        """What tells compiled code to pause on this device."""
+        """The word that tells compiled code to pause on this device."""
         return self._turns.word
 
     def waited(self, now: float) -> float:

@@ -56,7 +56,7 @@ _RESERVED_PART = 8
 
 
 def by_value(record: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The record as one element: CuPy passes host arrays with more to no kernel."""
+    """Return the record as one element: CuPy passes host arrays with more to no kernel."""
     return record.view(f"V{record.nbytes}")
 
 
@@ -71,7 +71,7 @@ class Pinned:
 
 
 class _Current:
-    """What CuPy does within is for one card; what it raises comes out as DeviceError.
+    """A context in which CuPy works for one card; its errors come out as DeviceError.
 
     The thread stays with the card: to go back to the first one, as CuPy's own Device does, would
     make a context there, which takes hundreds of megabytes of a card that nobody uses.
@@ -185,7 +185,7 @@ class Card:
             return int(self.cupy.cuda.runtime.malloc(size))
 
     def allocate_for_client(self, size: int) -> int:
-        """As :meth:`allocate`, and some memory is left. Raises MemoryError."""
+        """Allocate as :meth:`allocate` does, but leave some memory. Raises MemoryError."""
         with self._whole:
             free, _ = self.memory()
             if size > free:
@@ -220,19 +220,19 @@ class Card:
             log.debug("nothing is taken back: %s", error)
 
     def pinned(self, size: int) -> Pinned:
-        """Raises MemoryError."""
+        """Allocate pinned memory of the host. Raises MemoryError."""
         with self._whole, self.current(), self._memory_error(size, "of pinned memory"):
             return Pinned(self.cupy, size)
 
     # -- streams and copies --------------------------------------------------------------------
 
     def stream(self) -> Any:
-        """A stream that runs beside the others."""
+        """Return a stream that runs beside the others."""
         with self.current():
             return self.cupy.cuda.Stream(non_blocking=True)
 
     def mark(self, stream: Any) -> Any:
-        """An event behind what has been given to ``stream`` so far."""
+        """Return an event behind what has been given to ``stream`` so far."""
         with self.current():
             event = self.cupy.cuda.Event(block=True, disable_timing=True)
             event.record(stream)
@@ -274,7 +274,10 @@ class Card:
     # -- kernels -------------------------------------------------------------------------------
 
     def function(self, kernel: CudaKernel) -> Any:
-        """The kernel, ready to be launched; compiles its unit if that is not on disk already."""
+        """Return the kernel, ready to be launched.
+
+        This compiles its unit if that is not on disk already.
+        """
         known = self._functions.get(kernel)
         if known is not None:
             return known
@@ -306,7 +309,7 @@ class Card:
             function(grid, (threads, 1, 1), (by_value(words),), shared_mem=shared)
 
     def library(self) -> int:
-        """A handle of cuBLAS, for one stream at a time; see :meth:`close_library`."""
+        """Return a handle of cuBLAS, for one stream at a time; see :meth:`close_library`."""
         with self._whole, self.current():
             return int(self._cublas.create())
 

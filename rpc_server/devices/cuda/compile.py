@@ -24,12 +24,12 @@ _INCLUDE = re.compile(r'#include "([^"]+)"')
 
 
 def source_names() -> list[str]:
-    """The names of all sources, without their ending."""
+    """Return the names of all sources, without their ending."""
     return sorted(path.stem for path in SOURCES.glob("*.cu"))
 
 
 def joined(path: Path) -> str:
-    """One text of a source and all that it includes: a compiler needs no folder to look in."""
+    """Return one text of a source and all that it includes, so that a compiler needs no folder."""
     seen: set[str] = set()
 
     def read(file: Path) -> str:

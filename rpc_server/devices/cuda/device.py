@@ -48,7 +48,7 @@ class CudaDevice:
 
     @property
     def lost(self) -> str:
-        """Why nothing more can be done with the card, as Device.lost."""
+        """The reason why nothing more can be done with the card, as Device.lost."""
         return self.card.lost
 
     @property
@@ -57,27 +57,27 @@ class CudaDevice:
         return 0
 
     def split_status(self) -> dict[str, Any]:
-        """Nothing is split here."""
+        """Return empty fields: nothing is split here."""
         return split_status_fields()
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that clients may still have, and all bytes of the card."""
+        """Return bytes that clients may still have, and all bytes of the card."""
         return self.card.memory()
 
     def capacity(self) -> int:
-        """All that the card has."""
+        """Return all that the card has."""
         return self.card.memory()[1]
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> CudaStorage:
-        """Raises MemoryError."""
+        """Allocate memory for a buffer. Raises MemoryError."""
         return CudaStorage(self.card, self.pinned, size)
 
     def alloc_size(self, tensor: Tensor) -> int:
-        """Same as ggml_nbytes: this device pads nothing."""
+        """Return ggml_nbytes: this device pads nothing."""
         return tensor.nbytes
 
     def queue(self, address: str = "") -> CudaQueue:
-        """Graphs of one client, beside those of others."""
+        """Return a queue for graphs of one client, beside those of others."""
         resources = StreamResources(
             self.name, self.card, self.pinned, allow_host_ops=self.allow_host_ops
         )

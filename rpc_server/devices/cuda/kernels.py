@@ -11,7 +11,7 @@ from rpc_server.devices.cuda.compile import source_text
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is compiled at once: a source, with the macros it is made for."""
+    """The unit of compiling: a source, with the macros it is made for."""
 
     source: str
     macros: tuple[tuple[str, str], ...] = ()
@@ -42,13 +42,13 @@ class CudaKernel:
 
 @functools.cache
 def kernel(source: str, name: str, threads: int = 256) -> CudaKernel:
-    """A kernel of a source that is made for nothing in particular."""
+    """Return a kernel of a source that is made for nothing in particular."""
     return CudaKernel(Unit(source), name, threads)
 
 
 @functools.cache
 def kernel_of_weights(source: str, name: str, weights: GgmlType, threads: int = 128) -> CudaKernel:
-    """A kernel of a source that is compiled for each type of weights."""
+    """Return a kernel of a source that is compiled for each type of weights."""
     macros = [("WEIGHTS", weights.name)]
     if not TYPE_INFO[weights].quantized:
         macros.append(("FLOATS", ""))
@@ -61,13 +61,13 @@ ATTENTION_SIZES = (2, 4, 8, 16)
 
 @functools.cache
 def attention_kernel(values: int) -> CudaKernel:
-    """For rows of values of up to ``values`` times 32 elements, one of ATTENTION_SIZES."""
+    """Return a kernel for rows of up to ``values`` times 32 elements, one of ATTENTION_SIZES."""
     return CudaKernel(Unit("attention", (("VALUES", str(values)),)), "attention", 128)
 
 
 @functools.cache
 def attention_of_few_rows(keys: GgmlType, values: GgmlType, units: int, rows: int) -> CudaKernel:
-    """For ``rows`` queries, and keys and values of these types.
+    """Return the kernel for ``rows`` queries, and keys and values of these types.
 
     Rows of keys and of values have up to 256 elements times ``units``, 1 or 2.
     """

@@ -207,7 +207,7 @@ class CudaPlanBuilder:
         )
 
     def _scratch_of(self, size: int) -> Scratch | None:
-        """Raises GraphError if the card hasn't got so much."""
+        """Raise GraphError if the card hasn't got so much."""
         if not size:
             return None
         if self._scratch is None or self._scratch.size < size:

@@ -61,7 +61,10 @@ def fuses(*ops: Op) -> Callable[[Lowering], Lowering]:
 
 
 def lower_to_launches(node: Tensor, planner: CudaPlanner) -> bool:
-    """Launches for ``node``, unless a node before it has done it; False if it has no kernel."""
+    """Emit launches for ``node``, unless a node before it has done it.
+
+    Returns False if it has no kernel.
+    """
     if planner.absorbed(node):
         return True
     tried = (table.get(node.op) for table in (FUSIONS, LOWERINGS))
@@ -119,7 +122,7 @@ def is_valid(t: Tensor) -> bool:
 
 
 def threads_for(n: int, most: int) -> int:
-    """Threads of a block that walks ``n`` elements together: whole warps."""
+    """Return the threads of a block that walks ``n`` elements together: whole warps."""
     return min(most, max(-(-n // 32) * 32, 32))
 
 
@@ -163,7 +166,10 @@ class CudaPlanner(ScratchPlanner):
         self._absorbed: set[Tensor] = set()
 
     def ahead(self) -> Iterator[Tensor]:
-        """The nodes behind the one at hand that are still to be done; nobody has checked them."""
+        """Yield the nodes behind the one at hand that are still to be done.
+
+        Nobody has checked them.
+        """
         # The node at hand is the one that has begun last.
         for number in range(self._begun + 1, len(self._nodes)):
             node = self._nodes[number]
@@ -172,7 +178,7 @@ class CudaPlanner(ScratchPlanner):
                 yield node
 
     def chain(self, *ops: Op) -> list[Tensor]:
-        """The nodes that compute next, as far as they are of ``ops``, in this order, and valid."""
+        """Return the nodes that compute next, as far as they are ``ops`` in order, and valid."""
         found: list[Tensor] = []
         for op, node in zip(ops, self.ahead(), strict=False):
             if node.op is not op or not is_valid(node):
@@ -181,7 +187,7 @@ class CudaPlanner(ScratchPlanner):
         return found
 
     def absorb(self, nodes: Iterable[Tensor]) -> None:
-        """``nodes``, that at hand among them or later ones, are done by its launches.
+        """Count ``nodes``, that at hand among them or later ones, as done by its launches.
 
         What is kept from here on was made after them.
         """
@@ -232,7 +238,7 @@ class CudaPlanner(ScratchPlanner):
         self._filling = []
 
     def take_launches(self) -> list[Launch | Product]:
-        """The launches since the last time."""
+        """Return the launches since the last time."""
         launches, self.launches = self.launches, []
         return launches
 
@@ -247,7 +253,7 @@ class CudaPlanner(ScratchPlanner):
         slots: Sequence[Tensor | None] | None = None,
         params: Sequence[int] | None = None,
     ) -> None:
-        """A launch for a kernel made of FOR_ROWS and FOR_COLUMNS: blocks for rows, then columns."""
+        """Emit a launch for a kernel of FOR_ROWS and FOR_COLUMNS: blocks for rows, then columns."""
         threads = threads_for(columns, kernel.threads)
         # Enough blocks for the card to be full; what is more, loops.
         along_rows = min(rows, MAX_GRID[0])
@@ -272,7 +278,7 @@ class CudaPlanner(ScratchPlanner):
         extra: Sequence[int] = (),
         slots: Sequence[Tensor | None] | None = None,
     ) -> bool:
-        """A launch for a kernel whose blocks do whole rows, of ``n`` elements that threads share.
+        """Emit a launch for a kernel whose blocks do whole rows of ``n`` elements.
 
         True, for lowerings to return.
         """

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class CudaQueue:
-    """What graphs of one client are made and run with; one of its jobs runs at a time.
+    """A queue for graphs of one client; one of its jobs runs at a time.
 
     The card gives it nothing before the first graph; :meth:`leave` gives all of it back.
     """
@@ -47,7 +47,7 @@ class CudaQueue:
         resolve: Resolve,
         stop: StopWord | None = None,
     ) -> CudaPlan:
-        """As of Queue."""
+        """Do what Queue says."""
         storages: dict[int, CudaStorage] = {}
 
         def watched(handle: int) -> BufferLike | None:
@@ -64,7 +64,7 @@ class CudaQueue:
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
     ) -> CudaPlan:
-        """Nobody asks for it: the extension is not offered, so coordinators send whole graphs."""
+        """Raise: the extension is not offered, so coordinators send whole graphs."""
         raise GraphError("programs of the split extension don't run on a GPU")
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
@@ -72,7 +72,7 @@ class CudaQueue:
         return self._threads.submit(job)
 
     def waited(self, now: float) -> float:
-        """No time: graphs run beside those of others."""
+        """Return 0: graphs run beside those of others."""
         return 0.0
 
     def leave(self) -> None:

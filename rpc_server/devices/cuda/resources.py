@@ -9,7 +9,10 @@ from rpc_server.devices.cuda.storage import PinnedPool
 
 
 class StatusWord:
-    """Where kernels tell what failed: a word of the card's memory, and its mirror here."""
+    """The place where kernels tell what failed.
+
+    It is a word of the card's memory, and its mirror here.
+    """
 
     def __init__(self, card: Card, stream: Any) -> None:
         self._card = card
@@ -19,7 +22,7 @@ class StatusWord:
         card.fill(self.address, 4, 0, stream)
 
     def read(self) -> int:
-        """The status of what has run on the stream since the last time; waits for it."""
+        """Return the status of what has run on the stream since the last time; waits for it."""
         self._card.to_host(self._mirror.address, self.address, 4, self._stream)
         self._stream.synchronize()
         status = int.from_bytes(self._mirror.view, "little")

@@ -31,14 +31,14 @@ class PinnedPair:
             return all(event is None or event.done for event in self.copied)
 
     def wait(self, i: int) -> None:
-        """Until chunk ``i`` may be written to again."""
+        """Wait until chunk ``i`` may be written to again."""
         if self.copied[i] is not None:
             with self._card.current():
                 self.copied[i].synchronize()
             self.copied[i] = None
 
     async def ready(self, i: int) -> None:
-        """As :meth:`wait`, without blocking the event loop."""
+        """Wait as :meth:`wait`, without blocking the event loop."""
         event = self.copied[i]
         if event is not None:
             with self._card.current():
@@ -73,7 +73,7 @@ class PinnedPool:
                     self._idle.remove(done)
 
     def download(self, address: int, size: int, stream: Any) -> memoryview:
-        """Bytes of the card, after what ``stream`` was given; blocks until they are here.
+        """Return bytes of the card, after what ``stream`` was given; blocks until they are here.
 
         One chunk is emptied while the other is filled.
         """
@@ -122,7 +122,7 @@ class CudaUpload:
         self._turn = 0
 
     async def begin(self) -> None:
-        """Until there is room to receive into."""
+        """Wait until there is room to receive into."""
         await self._pair.ready(self._turn)
 
     def _filling(self) -> int:
@@ -172,7 +172,7 @@ class CudaStorage(Storage):
     # -- what Storage asks for -----------------------------------------------------------------
 
     def view(self, offset: int, size: int) -> memoryview:
-        """A copy: the host sees nothing of the card's memory."""
+        """Return a copy: the host sees nothing of the card's memory."""
         return self._download(offset, size)
 
     def place(self, offset: int, size: int) -> memoryview:
@@ -190,7 +190,7 @@ class CudaStorage(Storage):
         await asyncio.to_thread(self.copy_from, other, src_offset, dst_offset, size)
 
     def copy_from(self, other: Storage, src_offset: int, dst_offset: int, size: int) -> None:
-        """From another buffer of a card, this or another one."""
+        """Copy from another buffer of a card, this or another one."""
         assert isinstance(other, CudaStorage)
         # The client's graphs have ended before a request for a copy is taken.
         behind = other.card.mark(other.stream)
@@ -207,7 +207,7 @@ class CudaStorage(Storage):
             self.stream.synchronize()
 
     def before(self, stream: Any) -> None:
-        """What ``stream`` is given from here on comes after all that was written here.
+        """Order what ``stream`` is given from here on behind all that was written here.
 
         A buffer is one client's, and so is the stream: nobody else has to wait.
         """
@@ -218,7 +218,7 @@ class CudaStorage(Storage):
                 stream.wait_event(behind)
 
     def discard(self, offset: int, size: int) -> None:
-        """The card takes an allocation back as a whole."""
+        """Do nothing: the card takes an allocation back as a whole."""
 
     def close(self) -> None:
         with contextlib.suppress(DeviceError), self.card.current():
@@ -231,7 +231,7 @@ class CudaStorage(Storage):
     host_only = False
 
     def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
-        """All bytes are elsewhere than in the host's memory."""
+        """Return True: all bytes are elsewhere than in the host's memory."""
         return True
 
     async def upload(

@@ -51,7 +51,7 @@ def _declaration(name: str, values: Any) -> str:
 
 @functools.cache
 def tables_header() -> str:
-    """The text of tables.cuh."""
+    """Return the text of tables.cuh."""
     tables: dict[str, Any] = {
         "IQ4_VALUES": IQ4_VALUES.astype(np.int8),
         "FP4_VALUES": FP4_VALUES.astype(np.int8),

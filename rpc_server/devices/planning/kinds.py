@@ -92,7 +92,7 @@ def signatures(table: TensorTable, slots: Ints) -> tuple[list[bytes], Ints, Ints
 
 
 def _slots_used(table: TensorTable, slots: Ints) -> int:
-    """How many slots have to be looked at: behind them no node has any source."""
+    """Return how many slots have to be looked at: behind them no node has any source."""
     (used,) = np.nonzero((slots != table.none).any(axis=0))
     return int(used[-1]) + 1 if len(used) else 1
 
@@ -130,7 +130,7 @@ def specimen(signature: bytes, addresses: Sequence[int]) -> Tensor:
 
 
 class Kind(Protocol):
-    """What is remembered of a kind."""
+    """The state that is kept of a kind."""
 
     @property
     def nbytes(self) -> int: ...

@@ -15,7 +15,7 @@ PlanAction = Callable[[], None]
 
 
 class NodePlanner(Protocol):
-    """What is told where a node begins, and what has been written."""
+    """A planner that is told where a node begins, and what has been written."""
 
     def begin(self, node: Tensor) -> None: ...
     def finish(self, node: Tensor) -> None: ...
@@ -58,14 +58,14 @@ class PlanSteps(list[list[R] | Tensor]):
         self.interpreted: dict[str, int] = {}
 
     def without_kernel(self, before: list[R], node: Tensor) -> None:
-        """``node`` has no kernel; ``before`` is what runs since the last such."""
+        """Add ``node``, which has no kernel; ``before`` is what runs since the last such."""
         self += [before, node]
         self.interpreted[node.op] = self.interpreted.get(node.op, 0) + 1
 
     def steps(
         self, of_node: Callable[[Tensor], PlanAction], of_run: Callable[[list[R]], PlanAction]
     ) -> list[PlanAction]:
-        """What a plan does, one after the other."""
+        """Return what a plan does, one after the other."""
         return [
             of_node(part) if isinstance(part, Tensor) else of_run(part)
             for part in self
@@ -73,5 +73,5 @@ class PlanSteps(list[list[R] | Tensor]):
         ]
 
     def runs(self) -> Iterable[list[R]]:
-        """All but the nodes."""
+        """Yield all but the nodes."""
         return (part for part in self if not isinstance(part, Tensor))

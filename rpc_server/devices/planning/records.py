@@ -25,7 +25,7 @@ STATUS_TEXT: dict[int, str] = {Status.INDEX_OUT_OF_RANGE: "an index in its data 
 def record_words(
     label: str, tensors: Sequence[Tensor | None], op_params: Sequence[int], extra: Sequence[int]
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The words of a record; ``label`` names the kernel in the message.
+    """Return the words of a record; ``label`` names the kernel in the message.
 
     Raises ValueError if there are more tensors than slots, or too many extra words.
     """

@@ -16,7 +16,7 @@ from rpc_server.graph.tensor import Tensor
 
 
 class Labelled(Protocol):
-    """What messages name when a record fails."""
+    """A thing that messages name when a record fails."""
 
     @property
     def label(self) -> str: ...
@@ -29,7 +29,7 @@ class Arena(Protocol):
     def size(self) -> int: ...
 
     def address(self, offset: int, size: int) -> int:
-        """Where ``size`` bytes at ``offset`` lie; MemoryError if beyond the end."""
+        """Return where ``size`` bytes at ``offset`` lie; MemoryError if beyond the end."""
         ...
 
 
@@ -84,7 +84,10 @@ class ScratchPlanner:
         self._filling, self._reading = [], []
 
     def finish(self, node: Tensor) -> None:
-        """``node`` writes its memory: what was made of what lay there is no longer good."""
+        """Finish ``node``, which writes its memory.
+
+        What was made of what lay there is no longer good.
+        """
         if node.empty:
             return
         start, end = node.address, node.address + node.nbytes
@@ -117,7 +120,7 @@ class ScratchPlanner:
 
     @property
     def _limit(self) -> int:
-        """How much of the arena there is for scratch of nodes."""
+        """The bytes of the arena for scratch of nodes."""
         return self._arena.size
 
     def _place(self, offset: int, size: int) -> int:
@@ -131,7 +134,7 @@ class ScratchPlanner:
         return max((kept.end for kept in self._shared.values()), default=0)
 
     def scratch(self, size: int) -> int:
-        """Address of ``size`` bytes (64-byte aligned) that stay good until the next node.
+        """Return the address of ``size`` bytes (64-byte aligned), good until the next node.
 
         Raises MemoryError if the graph needs more than the arena reserves.
         """
@@ -144,7 +147,7 @@ class ScratchPlanner:
     def shared_scratch(
         self, key: Hashable, sources: Sequence[Tensor], size: int
     ) -> tuple[int, bool]:
-        """(address, fresh) of ``size`` bytes that later nodes find again under ``key``.
+        """Return (address, fresh) of ``size`` bytes that later nodes find again under ``key``.
 
         They stay good until one of ``sources``, which they are made of, is written to; where these
         lie is part of the key. ``fresh``: the caller must emit what fills them. To be called before

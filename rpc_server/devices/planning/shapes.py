@@ -8,12 +8,12 @@ from rpc_server.graph.tensor import Tensor
 
 
 def is_flat(t: Tensor) -> bool:
-    """Whether it is dense and says so: rows of one element may have any first stride."""
+    """Return whether it is dense and says so: rows of one element may have any first stride."""
     return t.contiguous and t.nb[0] == t.type_size
 
 
 def rows_and_width(t: Tensor, *others: Tensor) -> tuple[int, int]:
-    """How a kernel walks tensors of one shape: (1, all elements) if all are dense."""
+    """Return how a kernel walks tensors of one shape: (1, all elements) if all are dense."""
     if all(is_flat(x) for x in (t, *others)):
         return 1, t.nelements
     return t.nrows, t.ne[0]
@@ -26,7 +26,10 @@ def _half(t: Tensor, width: int, second: bool) -> Tensor:
 
 
 def gated_and_gate(t: Tensor) -> tuple[Tensor, Tensor]:
-    """What GLU node ``t`` gates, and the gate: its sources, or the halves of its source's rows."""
+    """Return what GLU node ``t`` gates, and the gate.
+
+    They are its sources, or halves of its source's rows.
+    """
     x, gate = t.src[0], t.src[1]
     assert x is not None
     if gate is not None:

@@ -32,7 +32,7 @@ _LEAST_CONVERTED = 64
 
 @dataclass(frozen=True, slots=True)
 class Programmed:
-    """What part ``number`` was made ready for, and the frames of each subgraph it takes part in."""
+    """The steps that part ``number`` was made ready for, and the frames of its subgraphs."""
 
     worker: Worker
     number: int
@@ -43,7 +43,10 @@ class Programmed:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What part ``number`` is to be sent: steps, one for each subgraph it takes part in."""
+    """The steps that part ``number`` is to be sent.
+
+    There is one for each subgraph it takes part in.
+    """
 
     worker: Worker
     number: int
@@ -58,7 +61,7 @@ class PlanMemory:
     blocks: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = field(default_factory=list)
 
     def take(self, size: int) -> int:
-        """Address of ``size`` new bytes."""
+        """Return the address of ``size`` new bytes."""
         block = np.empty(size + _ALIGN, np.uint8)
         self.blocks.append(block)
         return -(-int(block.ctypes.data) // _ALIGN) * _ALIGN
@@ -155,7 +158,7 @@ class Assembler:
     def items(
         self, items: Sequence[Tensor | Transfer], programs: Sequence[Programmed]
     ) -> list[Tensor | Transfer]:
-        """The graph's items with those of subgraphs replaced."""
+        """Return the graph's items with those of subgraphs replaced."""
         self._build_local()
         home = {id(t): s for s in self._found.subgraphs for t in s.nodes}
         starts = {id(s.nodes[0]): s for s in self._found.subgraphs}
@@ -197,7 +200,7 @@ class Assembler:
     def _results(
         self, node: Tensor, subgraph: Subgraph, programs: Sequence[Programmed]
     ) -> Iterator[Tensor | Transfer]:
-        """What is done where the graph has a node of a subgraph."""
+        """Yield what is done where the graph has a node of a subgraph."""
         partial = id(node) in self._found.partial
         summed = False
         local = self._local.get(subgraph)

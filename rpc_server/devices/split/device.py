@@ -153,7 +153,7 @@ class SplitPlan:
     shared = True
 
     def stop(self) -> None:
-        """As of Plan."""
+        """Do what Plan says."""
         self._stopped = True
         self._plan.inner.stop()
 
@@ -161,7 +161,10 @@ class SplitPlan:
         return sum(storage.changes for storage in self._storages)
 
     def run(self) -> None:
-        """Raises GraphError or WorkerLost; the message names the worker if one is to blame."""
+        """Run it.
+
+        Raises GraphError or WorkerLost; the message names the worker if one is to blame.
+        """
         if self._made_at != self._changes():
             self._plan = self._make()
             self._made_at = self._changes()
@@ -179,7 +182,7 @@ class SplitPlan:
 
 
 class SplitQueue:
-    """What graphs of one client run by: its queue on this machine, and workers for all clients."""
+    """A queue for graphs of one client: its queue on this machine, and workers for all clients."""
 
     def __init__(self, device: SplitDevice, cpu: CpuQueue) -> None:
         self._device = device
@@ -192,7 +195,7 @@ class SplitQueue:
         resolve: Resolve,
         stop: StopWord | None = None,
     ) -> SplitPlan:
-        """As of Queue, but for ``stop``: looking for what is split is not interrupted."""
+        """Do what Queue says, but for ``stop``: looking for what is split is not interrupted."""
         storages: dict[int, SplitStorage] = {}
         nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
         return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))
@@ -200,7 +203,7 @@ class SplitQueue:
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
     ) -> SplitPlan:
-        """A program of the split extension; its products go on to the workers."""
+        """Return a program of the split extension; its products go on to the workers."""
         storages: dict[int, SplitStorage] = {}
         items = program_items(payload, dialect, _watching(resolve, storages), peer)
         return self._device.plan(self._cpu, items, dialect, list(storages.values()))
@@ -210,11 +213,11 @@ class SplitQueue:
         return self._cpu.submit(job)
 
     def waited(self, now: float) -> float:
-        """As of Queue."""
+        """Do what Queue says."""
         return self._cpu.waited(now)
 
     def leave(self) -> None:
-        """As of Queue."""
+        """Do what Queue says."""
         self._cpu.leave()
 
 
@@ -356,7 +359,7 @@ class SplitDevice:
         return [worker for worker in self._workers if worker is not None]
 
     def proportions(self, size: int = 0) -> list[float]:
-        """The share of each part in a buffer of ``size`` bytes.
+        """Return the share of each part in a buffer of ``size`` bytes.
 
         The same for all buffers, since weights and caches of one block are cut alike; but shares by
         speed give way where a buffer doesn't fit.
@@ -382,7 +385,7 @@ class SplitDevice:
     # -- memory
 
     def memory(self) -> tuple[int, int]:
-        """What a model may take whatever it consists of, and that without any client; see room.
+        """Return what a model may take whatever it consists of, and that without any client.
 
         While a worker is missing nothing is free.
         """
@@ -391,7 +394,7 @@ class SplitDevice:
         return free, max(free, self._whole_room().anything)
 
     def capacity(self) -> int:
-        """The largest sum of buffers, if they are weights or all is for this machine."""
+        """Return the largest sum of buffers, if they are weights or all is for this machine."""
         return self._whole_room().largest
 
     def _held(self) -> tuple[int, int]:
@@ -400,7 +403,7 @@ class SplitDevice:
         return sum(s.bytes_here for s in storages), sum(s.bytes_unknown for s in storages)
 
     def _home(self) -> int:
-        """What this machine has for models, less what it keeps of split tensors."""
+        """Return what this machine has for models, less what it keeps of split tensors."""
         here, unknown = self._held()
         return usable(self._memory.free(here + unknown)) - here
 
@@ -436,7 +439,7 @@ class SplitDevice:
         return len(self._workers)
 
     def allocate(self, size: int, proportions: Sequence[float] = ()) -> SplitStorage:
-        """A buffer whose weights are cut in ``proportions``, one for each part.
+        """Return a buffer whose weights are cut in ``proportions``, one for each part.
 
         Raises MemoryError when a worker is missing, or for more than all have.
         """
@@ -468,7 +471,7 @@ class SplitDevice:
         return storage
 
     def alloc_size(self, tensor: Tensor) -> int:
-        """As of the CPU: this device pads nothing."""
+        """Return what the CPU does: this device pads nothing."""
         return self._cpu.alloc_size(tensor)
 
     # -- graphs
@@ -626,7 +629,7 @@ class SplitDevice:
         share: DeviceShare,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[None]:
-        """The workers' sockets belong to the calling thread meanwhile.
+        """Lend the workers' sockets to the calling thread meanwhile.
 
         Graphs of other clients that need them, and other coordinators, are waited for until
         ``stopped`` says otherwise; those that don't have the device meanwhile. What fails before a
@@ -714,7 +717,7 @@ class SplitDevice:
             self._keeps_not[worker.name] = reason
 
     def split_status(self) -> dict[str, Any]:
-        """Rows, bytes and times by part."""
+        """Return rows, bytes and times by part."""
         parts = []
         for i, worker in enumerate(self._workers):
             if worker is not None:

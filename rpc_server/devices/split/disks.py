@@ -33,7 +33,7 @@ class DeceivedError(DeviceError):
 
 @dataclass(frozen=True, slots=True)
 class OfferedWeight:
-    """What a weight was offered as, and the parts that have their slices of that content."""
+    """The offer of a weight, and the parts that have their slices of that content."""
 
     digest: int
     parts: frozenset[int]

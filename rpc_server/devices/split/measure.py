@@ -35,7 +35,7 @@ class _Memory:
 
 
 async def measure_parts(device: CpuDevice, workers: Sequence[Worker | None]) -> list[Speed]:
-    """The speed of each part, all at once as they will work; None is this machine.
+    """Return the speed of each part, all at once as they will work; None is this machine.
 
     Raises WorkerLost.
     """

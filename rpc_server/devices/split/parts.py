@@ -203,7 +203,7 @@ class LocalTensors:
         self._made: dict[int, tuple[PartTensor, Tensor]] = {}
 
     def convert(self, t: PartTensor) -> Tensor:
-        """The same tensor, with its sources."""
+        """Return the same tensor, with its sources."""
         known = self._made.get(id(t))
         if known is not None:
             return known[1]

@@ -109,7 +109,7 @@ class ShardedWeight:
         return rows * self.tensor.ne[2]
 
     def shape(self, part: int) -> tuple[int, int, int, int]:
-        """ne of a part's slice."""
+        """Return the ne of a part's slice."""
         ne = list(self.tensor.ne)
         ne[self.axis] = len(self.cuts[part])
         return (ne[0], ne[1], ne[2], ne[3])
@@ -137,12 +137,12 @@ class ShardedWeight:
         return start <= self.start and self.start + self.tensor.nbytes <= start + size
 
     def overlap(self, start: int, size: int) -> tuple[int, int]:
-        """The part of a range that is its own, as start and size."""
+        """Return the part of a range that is its own, as start and size."""
         low = max(start, self.start)
         return low, min(start + size, self.start + self.tensor.nbytes) - low
 
     def require(self) -> None:
-        """Raises WorkerLost if slices of it are gone."""
+        """Raise WorkerLost if slices of it are gone."""
         for part in self.parts:
             if part is not None:
                 part.worker.require()

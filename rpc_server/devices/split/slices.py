@@ -190,7 +190,7 @@ def _decode(data: bytes, digest: int, weight: ShardedWeight) -> list[int] | None
 
 @dataclass(slots=True)
 class Slices:
-    """How split weights of one coordinator are kept and loaded: ``cache`` has its own share."""
+    """The slices of one coordinator's weights, kept and loaded: ``cache`` has its own share."""
 
     cache: TensorCache
     notes: SliceNotes

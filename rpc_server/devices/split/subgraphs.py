@@ -103,7 +103,7 @@ class WeightIndex:
         return bool(self._weights)
 
     def find(self, address: int) -> tuple[SplitStorage, ShardedWeight, int] | None:
-        """Storage, weight, and offset in the weight."""
+        """Return the storage, the weight, and the offset in the weight."""
         i = bisect.bisect_right(self._starts, address) - 1
         if i < 0:
             return None
@@ -112,7 +112,7 @@ class WeightIndex:
         return (storage, weight, offset) if offset < weight.tensor.nbytes else None
 
     def overlapping(self, t: Tensor) -> list[tuple[SplitStorage, ShardedWeight]]:
-        """Weights of which some bytes are part of ``t``, too."""
+        """Return weights of which some bytes are part of ``t``, too."""
         found = []
         i = bisect.bisect_left(self._starts, t.address + t.nbytes) - 1
         while i >= 0 and self._starts[i] + self._weights[i][2].tensor.nbytes > t.address:
@@ -121,7 +121,7 @@ class WeightIndex:
         return found
 
     def storage(self, t: Tensor) -> SplitStorage | None:
-        """The storage that holds all of ``t``."""
+        """Return the storage that holds all of ``t``."""
         for s in self._storages:
             if s.address <= t.address and t.address + t.nbytes <= s.address + s.size:
                 return s
@@ -165,7 +165,7 @@ def find_subgraphs(
     chain: bool,
     counted: bool,
 ) -> Partitioning:
-    """Subgraphs of a graph.
+    """Find the subgraphs of a graph.
 
     ``chain``: let the parts go on by themselves (tensor mode). ``counted``: tensors carry their
     use_count, without which nobody knows whether something outside this graph reads one.
@@ -388,7 +388,7 @@ class _Partitioner:
         return True
 
     def _note_changes(self, written: Iterable[Tensor]) -> None:
-        """What is written in place has another value for what follows.
+        """Note what is written in place: it has another value for what follows.
 
         The parts don't get to know of it: their subgraph is over.
         """

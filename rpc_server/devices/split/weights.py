@@ -65,11 +65,11 @@ class SplitUpload:
 
     @property
     def kept(self) -> bool:
-        """Whether the parts keep their slices, now that all of it went through."""
+        """True if the parts keep their slices, now that all of it went through."""
         return self.keeping is not None and not self.left
 
     def room(self) -> memoryview:
-        """Where the next bytes of the upload belong."""
+        """Return where the next bytes of the upload belong."""
         keeping = self.keeping
         size = (
             self.weight.step(self.offset, self.left)
@@ -185,13 +185,16 @@ class SplitStorage(HostStorage):
         return sum(w.bytes_here for w in self._weights.values())
 
     def chunk(self, size: int) -> memoryview:
-        """Memory for one piece of an upload; one for the buffer, as uploads come one at a time."""
+        """Return memory for one piece of an upload.
+
+        There is one for the buffer, as uploads come one at a time.
+        """
         if len(self._chunk) < size:
             self._chunk = bytearray(size)
         return memoryview(self._chunk)[:size]
 
     def place(self, offset: int, size: int) -> memoryview:
-        """As of HostStorage. Raises NoRoom."""
+        """Do what HostStorage says. Raises NoRoom."""
         self.claim(offset, size)
         return super().place(offset, size)
 
@@ -217,7 +220,7 @@ class SplitStorage(HostStorage):
             self._claimed[first:end] = bytes(end - first)
 
     def overlapping(self, start: int, size: int) -> list[ShardedWeight]:
-        """Weights of which some bytes lie in this range."""
+        """Return weights of which some bytes lie in this range."""
         return [
             w
             for w in self._weights.values()
@@ -225,7 +228,7 @@ class SplitStorage(HostStorage):
         ]
 
     def is_remote(self, start: int, size: int, t: Tensor | None = None) -> bool:
-        """Whether bytes are part of a split weight, or of a tensor that is to become one."""
+        """Return whether bytes are part of a split weight, or of a tensor that is to become one."""
         return (t is not None and is_split(t)) or bool(self.overlapping(start, size))
 
     async def recall(self, t: Tensor, start: int, digest: int) -> bool:
@@ -328,7 +331,7 @@ class SplitStorage(HostStorage):
             await upload.forward()
 
     async def before_overwrite(self, start: int, size: int) -> None:
-        """Before bytes are overwritten by any other way: weights that they are part of come here.
+        """Bring here the weights that these bytes are part of, before another way overwrites them.
 
         Those that are overwritten as a whole need not. Raises WorkerLost.
         """
@@ -355,7 +358,7 @@ class SplitStorage(HostStorage):
         await asyncio.wrap_future(work)
 
     def fill(self, offset: int, size: int, value: int) -> None:
-        """As of HostStorage. Raises NoRoom."""
+        """Do what HostStorage says. Raises NoRoom."""
         if value or size < AT_ONCE:
             self.claim(offset, size)
         else:
@@ -410,7 +413,7 @@ class SplitStorage(HostStorage):
     # -- caches
 
     def may_cut(self, t: Tensor) -> bool:
-        """Whether a tensor that graphs write may live on the parts."""
+        """Return whether a tensor that graphs write may live on the parts."""
         start = t.address - self.address
         return (
             self._by_columns
@@ -421,12 +424,12 @@ class SplitStorage(HostStorage):
         )
 
     def tentative_shard(self, t: Tensor, cuts: Sequence[Rows]) -> ShardedWeight:
-        """What :meth:`cut_cache` would make of a tensor, without memory on the parts."""
+        """Return what :meth:`cut_cache` would make of a tensor, without memory on the parts."""
         start = t.address - self.address
         return ShardedWeight(t, start, 0, list(cuts), [], None, t.address, is_cache=True)
 
     def refuse(self, weight: ShardedWeight) -> None:
-        """Never cut this cache: graphs need it whole."""
+        """Refuse to cut this cache: graphs need it whole."""
         self._refused.add(weight.start)
 
     async def cut_cache(self, tentative: ShardedWeight) -> None:
@@ -447,7 +450,7 @@ class SplitStorage(HostStorage):
     # -- reading back
 
     async def read(self, start: int, size: int) -> memoryview:
-        """Bytes as the client wrote them, from wherever they lie. Raises WorkerLost."""
+        """Return bytes as the client wrote them, from wherever they lie. Raises WorkerLost."""
         if size > (spare := self._spare()):
             raise NoRoom(f"this machine has no room for an answer of {size} bytes: {spare} left")
         data = np.empty(size, np.uint8).data
@@ -504,7 +507,10 @@ class SplitStorage(HostStorage):
         super().copy_from(other, src_offset, dst_offset, size)
 
     def forget(self, weight: ShardedWeight) -> None:
-        """The client wrote something else there: the rows on the workers are no longer needed."""
+        """Forget a weight.
+
+        The client wrote something else there, and the workers' rows are not needed.
+        """
         del self._weights[weight.start]
         self.changes += 1
         self._background(self._release(weight.parts))

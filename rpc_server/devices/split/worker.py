@@ -82,7 +82,10 @@ class WorkerSilent(WorkerLost):
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How a worker is spoken to: inside of TLS with ``context``, showing ``token``; see connect."""
+    """The way to speak to a worker.
+
+    It is inside of TLS with ``context``, showing ``token``; see connect.
+    """
 
     context: ssl.SSLContext | None = None
     token: bytes | None = field(default=None, repr=False)
@@ -207,29 +210,32 @@ class Worker:
 
     @property
     def extended(self) -> bool:
-        """Whether the worker has the split extension."""
+        """True if the worker has the split extension."""
         return self.backend.connection.split_version > 0
 
     @property
     def has_leases(self) -> bool:
-        """Whether the worker lets one coordinator run at a time."""
+        """True if the worker lets one coordinator run at a time."""
         return self.backend.connection.split_version >= LEASES_SINCE
 
     @property
     def loads(self) -> bool:
-        """Whether the worker can be asked for slices of what it has on its own disk."""
+        """True if the worker can be asked for slices of what it has on its own disk."""
         return self.backend.connection.split_version >= LOADS_SINCE and not self.splits
 
     @property
     def speaks(self) -> str:
-        """What the worker understands, for people."""
+        """The dialect and extension of the worker, for people."""
         if not self.extended:
             return "ordinary commands"
         return "split extension" if self.has_leases else "split extension without leases"
 
     @property
     def identity(self) -> int:
-        """What the worker is known by under whatever address; 0 where it doesn't tell."""
+        """The number that the worker is known by under whatever address.
+
+        It is 0 where it doesn't tell.
+        """
         return self.members[0] if self.members else 0
 
     @property
@@ -242,13 +248,13 @@ class Worker:
         return self.backend.connection.closed
 
     def require(self) -> None:
-        """Raises WorkerLost if the connection has ended."""
+        """Raise WorkerLost if the connection has ended."""
         if self.lost:
             raise WorkerLost(self.loss)
 
     @property
     def loss(self) -> str:
-        """What to say of a worker that is lost."""
+        """The message about a worker that is lost."""
         return f"worker {self.name} was lost" + (f" ({self._reason})" if self._reason else "")
 
     def abort(self, reason: str) -> None:
@@ -347,7 +353,7 @@ class Worker:
         return kept
 
     def status(self) -> dict[str, Any]:
-        """The fields of a SplitPart."""
+        """Return the fields of a SplitPart."""
         stream = self.peer.stream
         return split_part_fields(
             self.name,
@@ -365,7 +371,7 @@ class Worker:
     async def place(
         self, type: GgmlType, ne: Sequence[int], name: str
     ) -> tuple[Tensor, BackendBuffer]:
-        """Memory for a part of a weight. Raises WorkerLost, NoRoom."""
+        """Return memory for a part of a weight. Raises WorkerLost, NoRoom."""
         tensor = self.backend.graph.new_tensor(type, ne, name)
         buffer = await self._allocate(tensor)
         self.rows += tensor.ne[1] * tensor.ne[2]
@@ -398,7 +404,7 @@ class Worker:
                 await self.backend.free([buffer], [tensor])
 
     async def write(self, tensor: Tensor, data: memoryview, offset: int) -> None:
-        """Raises WorkerLost."""
+        """Write to the worker's memory. Raises WorkerLost."""
         async with self._asking(self._timeout):
             await self.backend.connection.set_tensor(tensor, data, offset)
 
@@ -474,7 +480,7 @@ class Worker:
         return piece
 
     async def read(self, tensor: Tensor, offset: int, size: int) -> memoryview:
-        """Raises WorkerLost."""
+        """Read from the worker's memory. Raises WorkerLost."""
         async with self._asking(self._timeout):
             return (await self.backend.connection.get_tensor(tensor, offset, size)).data
 
@@ -542,7 +548,7 @@ class Worker:
                 sent.exception()
 
     async def _greets(self) -> bool:
-        """Whether the worker says anything to one that connects to it now."""
+        """Return whether the worker says anything to one that connects to it now."""
         host, port = self._endpoint
         try:
             async with asyncio.timeout(self._timeout):
@@ -600,7 +606,7 @@ class Worker:
         self.peer.stream.open(self._fd)
 
     def take_back(self) -> None:
-        """After :meth:`lend`."""
+        """Take the socket back after :meth:`lend`."""
         if self._lent:
             self._lent = False
             self._turn.release()
@@ -612,7 +618,7 @@ async def open_workers(
     timeout: float,
     tls: Mapping[tuple[str, int], Tls] = MappingProxyType({}),
 ) -> list[Worker | WorkerLost]:
-    """Links to all, or why there is none; those in ``tls`` are spoken to that way."""
+    """Open links to all, or tell why there is none; those in ``tls`` are spoken to that way."""
 
     async def one(host: str, port: int) -> Worker | WorkerLost:
         try:

@@ -11,6 +11,6 @@ Handler = Callable[[Session, Request], None]
 
 
 def device_index(s: Session, request: Request) -> int:
-    """The device a request is for. Raises ProtocolError if there is no such."""
+    """Return the device a request is for. Raises ProtocolError if there is no such."""
     # Before protocol 3.0 there was one device and no field for it.
     return s.existing_device(request.command, getattr(request.fields, "device", 0))

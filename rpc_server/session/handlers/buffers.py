@@ -62,7 +62,7 @@ def _alloc_buffer(s: Session, request: Request) -> None:
 def allocate(
     s: Session, request: Request, proportions: Sequence[float], *, patient: bool = True
 ) -> None:
-    """A new buffer, or the answer that there is no room for it.
+    """Answer with a new buffer, or that there is no room for it.
 
     ``patient``: first wait for memory that is on its way back, if there is none else.
     """

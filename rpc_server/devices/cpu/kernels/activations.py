@@ -79,7 +79,7 @@ _F32, _F16, _BF16, _Q8_0, _Q8_1, _Q8_K, _Q8_0_FLOATS = (int(form) for form in Ro
 
 @inline_helper
 def _inverse(largest):  # type: ignore[no-untyped-def]
-    """What maps the largest magnitude to 127."""
+    """Return what maps the largest magnitude to 127."""
     return np.float32(0.0) if largest == 0 else np.float32(127.0) / largest
 
 
@@ -103,7 +103,7 @@ def _store_run(form, source, unit, run, inverse, d):  # type: ignore[no-untyped-
 
 @kernel
 def quantize_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Rows of SRC0 (F32) in a coded form (extra 2) to extra 0, extra 1 bytes apart."""
+    """Write rows of SRC0 (F32) in a coded form (extra 2) to extra 0, extra 1 bytes apart."""
     form = extra(rec, 2)
     runs = ne(rec, SRC0, 0) // 32
     units = (runs + 7) // 8
@@ -143,7 +143,7 @@ def _round_run(source, target):  # type: ignore[no-untyped-def]
 
 @kernel
 def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Rows of SRC0 (F32, F16, BF16) in a float form (extra 2) to extra 0, extra 1 bytes apart.
+    """Write rows of SRC0 (floats) in a float form (extra 2) to extra 0, extra 1 bytes apart.
 
     Q8_0_FLOATS takes F32 of whole runs of 32.
     """

@@ -224,7 +224,7 @@ def _finish_row(rec, token, head, batch, top, total, sums, dv):  # type: ignore[
 
 @functools.cache
 def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
-    """FLASH_ATTN_EXT over keys and values of these types; queries are F32."""
+    """Return the kernel of FLASH_ATTN_EXT over keys and values of these types; queries are F32."""
     number_k, number_v = int(type_k), int(type_v)
 
     @kernel

@@ -59,7 +59,7 @@ def _share_chunks(n, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def copy_same_type(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Rows whose bytes are dense: extra words are rows and bytes of a row."""
+    """Copy rows whose bytes are dense: extra words are rows and bytes of a row."""
     rows, size = extra(rec, 0), extra(rec, 1)
     if rows == 1:
         begin, end = _share_chunks(size, ith, nth)
@@ -74,7 +74,9 @@ def copy_same_type(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> KernelFunction:
-    """Dense rows of one type to another: floats among each other, F32 to blocks and back.
+    """Return the kernel for dense rows of one type to another.
+
+    These are floats among each other, or F32 to blocks and back.
 
     Extra words: rows, elements of a row, address of scratch: a float32 row for each thread, needed
     where F16 or BF16 is quantized.
@@ -156,7 +158,9 @@ def _element(rec, slot, i):  # type: ignore[no-untyped-def]
 
 @kernel
 def copy_strided(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Elements in ggml's order whatever shape and strides; plain types or F32/F16/BF16/I32 mixed.
+    """Copy elements in ggml's order whatever shape and strides.
+
+    The types are plain, or F32, F16, BF16 and I32 mixed.
 
     Extra word 0: bytes of an element.
     """
@@ -174,7 +178,7 @@ def copy_strided(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def repeat(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """dst = copies of src0 along every dimension; extra word 0: bytes of an element."""
+    """Compute dst = copies of src0 along every dimension; extra word 0: bytes of an element."""
     ne0, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)
     n, size = ne(rec, SRC0, 0), extra(rec, 0)
     step_x, step_y = nb(rec, SRC0, 0), nb(rec, DST, 0)
@@ -200,7 +204,7 @@ def repeat(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def pad(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """F32 rows of dst: src0's with zeros around, or src0 again and again if op_params[8] is set."""
+    """Write F32 rows of dst: src0's with zeros around, or repeated if op_params[8] is set."""
     left0, left1 = param_i32(rec, 0), param_i32(rec, 2)
     left2, left3 = param_i32(rec, 4), param_i32(rec, 6)
     ne0, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)

@@ -378,7 +378,7 @@ def _row_function(type_: GgmlType) -> Any:
 
 
 def dequantize_row(type_: int, x: int, y: int, n: int) -> None:
-    """In kernels: the function of a decodable ``type_``, a constant where this is called."""
+    """Dequantize a row in kernels, where ``type_`` is a constant."""
     raise NotImplementedError("only compiled code can call this")
 
 

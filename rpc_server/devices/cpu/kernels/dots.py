@@ -49,7 +49,9 @@ _VECTOR_BYTES = 64
 
 
 def rows_at_once(type_: GgmlType) -> int:
-    """How many rows :func:`row_dots` does: each has sums and an unpacked block in registers.
+    """Return how many rows :func:`row_dots` does.
+
+    Each has sums and an unpacked block in registers.
 
     Several share what is loaded of the column, but one is a single stretch of memory.
     """
@@ -59,7 +61,7 @@ def rows_at_once(type_: GgmlType) -> int:
 
 
 def tile_columns_from(type_: GgmlType) -> int:
-    """From how many columns on tiles are worth being made."""
+    """Return from how many columns on tiles are worth being made."""
     return 4 if isinstance(FORMATS[type_], Quantized) else 6
 
 
@@ -94,7 +96,7 @@ def row_dots(
     activations: Any,
     target: Any,
 ) -> Any:
-    """Rows ``row``, ... (rows_at_once of them, none beyond ``last``) times one column.
+    """Multiply rows ``row``, ... (rows_at_once of them, none beyond ``last``) by one column.
 
     ``weights`` is row 0, ``stride`` bytes on is row 1; element ``row`` of the F32 at ``target`` is
     set, and those after it. ``ahead`` bytes further on lie the weights to be asked for now, on
@@ -268,7 +270,7 @@ def unpack_tile(
     end: Any,
     tile: Any,
 ) -> Any:
-    """Elements ``begin`` to ``end`` of 16 rows from ``row`` on into the tile at ``tile``.
+    """Unpack elements ``begin`` to ``end`` of 16 rows from ``row`` on into the tile at ``tile``.
 
     Rows beyond ``last`` are copies of it. ``begin`` is a multiple of 256.
     """
@@ -398,7 +400,7 @@ def tile_product(
     end: Any,
     columns: Any,
 ) -> Any:
-    """Elements ``begin`` to ``end`` of a tile times columns_at_once columns.
+    """Multiply elements ``begin`` to ``end`` of a tile by columns_at_once columns.
 
     ``columns`` are pairs of int64: a column's activations and its F32 results, of which ``rows``
     (at most 16) from ``row`` on are set, or added to where ``begin`` isn't 0.

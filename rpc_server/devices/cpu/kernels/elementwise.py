@@ -150,7 +150,10 @@ def _leaky_relu(x, slope):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def _table_index(type, x):  # type: ignore[no-untyped-def]
-    """Where a table for 16-bit arguments has ``x``: BF16 has its own, others round to F16."""
+    """Return where a table for 16-bit arguments has ``x``.
+
+    BF16 has its own, others round to F16.
+    """
     if type == BF16:
         return bf16_bits(x)
     return f16_bits(x)
@@ -158,7 +161,7 @@ def _table_index(type, x):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def unary_kernel(code: int, f32: bool) -> KernelFunction:
-    """The kernel of a function of one element: a UnaryOp or a :class:`Function`.
+    """Return the kernel of a function of one element: a UnaryOp or a :class:`Function`.
 
     ``f32``: source and result are F32; otherwise each may be F32, F16 or BF16.
     """
@@ -266,7 +269,10 @@ def unary_kernel(code: int, f32: bool) -> KernelFunction:
 
 @functools.cache
 def trigonometric_kernel(code: int) -> KernelFunction:
-    """SIN or COS: by the C library, whose argument reduction is good for any value."""
+    """Return the kernel of SIN or COS.
+
+    It uses the C library, whose argument reduction is always good.
+    """
 
     @kernel
     def trigonometric(rec, ith, nth):  # type: ignore[no-untyped-def]
@@ -307,7 +313,9 @@ def _combine(code, x, y):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def binary_kernel(code: int, f32: bool) -> KernelFunction:
-    """dst = src0 op src1, src1 repeated along every dimension; rows of src0 and dst dense.
+    """Return the kernel of dst = src0 op src1, src1 repeated along every dimension.
+
+    Rows of src0 and dst are dense.
 
     Extra word 2: 0 if src1's rows are dense and as long as dst's, 1 if they are one element, 2 if
     they repeat within a row or have a stride of their own.
@@ -398,7 +406,7 @@ def _swiglu_clamp(x, g, limit):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def glu_kernel(code: int, f32: bool) -> KernelFunction:
-    """dst = activation(x) * g for a GluOp.
+    """Return the kernel of dst = activation(x) * g for a GluOp.
 
     Slots 1 and 2 hold x and g with the shape of dst (a halved tensor gives two views).
     """

@@ -35,7 +35,7 @@ _EXP_HIGHEST = np.float32(89.0)
 
 @inline_helper
 def exp(x):  # type: ignore[no-untyped-def]
-    """e to the x: 2 to the integer part of x / ln 2, times a polynomial of the rest."""
+    """Return e to the x: 2 to the integer part of x / ln 2, times a polynomial of the rest."""
     x = select(x < _EXP_LOWEST, splat(_EXP_LOWEST), x)
     x = select(x > _EXP_HIGHEST, splat(_EXP_HIGHEST), x)
     shifted = fma(x, splat(_LOG2_E), splat(_TO_INTEGER))
@@ -58,7 +58,7 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def log(x):  # type: ignore[no-untyped-def]
-    """Natural logarithm; -inf at 0, NaN below."""
+    """Return the natural logarithm; -inf at 0, NaN below."""
     tiny = x < np.float32(1.1754944e-38)
     scaled = select(tiny, x * np.float32(8388608.0), x)
     bits = bits_of(scaled)
@@ -85,7 +85,7 @@ def log(x):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def expm1(x):  # type: ignore[no-untyped-def]
-    """exp(x) - 1 without cancellation near 0."""
+    """Return exp(x) - 1 without cancellation near 0."""
     p = fma(x, splat(np.float32(1.0 / 40320.0)), splat(np.float32(1.0 / 5040.0)))
     p = fma(p, x, splat(np.float32(1.0 / 720.0)))
     p = fma(p, x, splat(np.float32(1.0 / 120.0)))
@@ -121,7 +121,7 @@ def silu(x):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def gelu_of_f32(x, table):  # type: ignore[no-untyped-def]
-    """By a table for half precision, with the function's limits beyond 10 on either side."""
+    """Return GELU by a table for half precision, with its limits beyond 10 on either side."""
     y = look_up(table, f16_bits(x))
     y = select(x >= np.float32(10.0), x, y)
     return select(x <= np.float32(-10.0), splat(np.float32(0.0)), y)
@@ -129,7 +129,7 @@ def gelu_of_f32(x, table):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def gelu_erf(x):  # type: ignore[no-untyped-def]
-    """0.5 x (1 + erf(x / sqrt 2)).
+    """Return 0.5 x (1 + erf(x / sqrt 2)).
 
     1 - erf(z) is exp(-z z) times t exp(P(t)), t = 2 / (2 + z), by a fit of Chebyshev's whose
     relative error is 1.2e-7. As in ggml, erf is rounded before 1 is added: to exactly -1 at last.

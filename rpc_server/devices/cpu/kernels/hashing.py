@@ -13,7 +13,7 @@ _PRIME = np.int64(FNV_PRIME)
 
 @routine
 def fnv1a(address, size, value):  # type: ignore[no-untyped-def]
-    """The hash of ``size`` bytes, going on from ``value``: unsigned numbers as int64."""
+    """Return the hash of ``size`` bytes, going on from ``value``: unsigned numbers as int64."""
     for at in range(address, address + size):
         value = (value ^ load_u8(at)) * _PRIME
     return value

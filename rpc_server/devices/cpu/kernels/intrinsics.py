@@ -76,12 +76,12 @@ def helper(function: Callable[..., Any]) -> Any:
 
 
 def inline_helper(function: Callable[..., Any]) -> Any:
-    """A helper small enough that LLVM must always inline it."""
+    """Return a helper small enough that LLVM must always inline it."""
     return numba.njit(**_JIT, fastmath=FASTMATH, error_model="numpy", forceinline=True)(function)
 
 
 def exact_helper(function: Callable[..., Any]) -> Any:
-    """A helper whose float operations are each rounded on their own, none contracted."""
+    """Return a helper whose float operations are each rounded on their own, none contracted."""
     # Said explicitly: what is left unsaid numba inherits from the caller.
     return numba.njit(**_JIT, fastmath=False, error_model="numpy")(function)
 
@@ -173,7 +173,7 @@ store_f16 = intrinsic(_make_store(ir.HalfType(), types.float32, "fptrunc"))
 
 @intrinsic
 def f32_bits(typingctx: Any, value: Any) -> Any:
-    """The bit pattern of a float32 as int32."""
+    """Return the bit pattern of a float32 as int32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], _i(32))
@@ -183,7 +183,7 @@ def f32_bits(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def bits_f32(typingctx: Any, value: Any) -> Any:
-    """The float32 with the bit pattern of an int32."""
+    """Return the float32 with the bit pattern of an int32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -193,7 +193,7 @@ def bits_f32(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def round_f16(typingctx: Any, value: Any) -> Any:
-    """The nearest value that F16 has (ties to even), as float32."""
+    """Return the nearest value that F16 has (ties to even), as float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), ir.FloatType())
@@ -223,7 +223,7 @@ def store_bf16(address, value):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def round_bf16(value):  # type: ignore[no-untyped-def]
-    """The nearest value that BF16 has, as float32."""
+    """Return the nearest value that BF16 has, as float32."""
     return bits_f32(np.int32(_bf16_bits(value) << 16))
 
 
@@ -260,31 +260,31 @@ def _as_pointer(typingctx: Any, address: Any, like: Any) -> Any:
 
 @inline_helper
 def f32_view(address, n):  # type: ignore[no-untyped-def]
-    """float32[n] array over memory at ``address`` (must be 4-byte aligned)."""
+    """Return a float32[n] array over memory at ``address`` (must be 4-byte aligned)."""
     return numba.carray(_as_pointer(address, np.float32), (n,))
 
 
 @inline_helper
 def i32_view(address, n):  # type: ignore[no-untyped-def]
-    """int32[n] array over memory at ``address``."""
+    """Return a int32[n] array over memory at ``address``."""
     return numba.carray(_as_pointer(address, np.int32), (n,))
 
 
 @inline_helper
 def i8_view(address, n):  # type: ignore[no-untyped-def]
-    """int8[n] array over memory at ``address``."""
+    """Return a int8[n] array over memory at ``address``."""
     return numba.carray(_as_pointer(address, np.int8), (n,))
 
 
 @inline_helper
 def u8_view(address, n):  # type: ignore[no-untyped-def]
-    """uint8[n] array over memory at ``address``."""
+    """Return a uint8[n] array over memory at ``address``."""
     return numba.carray(_as_pointer(address, np.uint8), (n,))
 
 
 @inline_helper
 def u16_view(address, n):  # type: ignore[no-untyped-def]
-    """uint16[n] array over memory at ``address``."""
+    """Return a uint16[n] array over memory at ``address``."""
     return numba.carray(_as_pointer(address, np.uint16), (n,))
 
 
@@ -293,55 +293,55 @@ def u16_view(address, n):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def data(rec, slot):  # type: ignore[no-untyped-def]
-    """Address of element 0 of the tensor in ``slot``; 0 if the slot is empty."""
+    """Return the address of element 0 of the tensor in ``slot``; 0 if the slot is empty."""
     return load_i64(rec + slot * 80)
 
 
 @inline_helper
 def ggml_type(rec, slot):  # type: ignore[no-untyped-def]
-    """ggml type number of the tensor in ``slot``."""
+    """Return the ggml type number of the tensor in ``slot``."""
     return load_i64(rec + slot * 80 + 8)
 
 
 @inline_helper
 def ne(rec, slot, dim):  # type: ignore[no-untyped-def]
-    """Elements along ``dim`` of the tensor in ``slot``."""
+    """Return the number of elements along ``dim`` of the tensor in ``slot``."""
     return load_i64(rec + slot * 80 + 16 + dim * 8)
 
 
 @inline_helper
 def nb(rec, slot, dim):  # type: ignore[no-untyped-def]
-    """Stride in bytes along ``dim`` of the tensor in ``slot``."""
+    """Return the stride in bytes along ``dim`` of the tensor in ``slot``."""
     return load_i64(rec + slot * 80 + 48 + dim * 8)
 
 
 @inline_helper
 def param_i32(rec, i):  # type: ignore[no-untyped-def]
-    """op_params[i] as an integer."""
+    """Return op_params[i] as an integer."""
     return load_i64(rec + 880 + i * 8)
 
 
 @inline_helper
 def param_f32(rec, i):  # type: ignore[no-untyped-def]
-    """op_params[i] as a float32."""
+    """Return op_params[i] as a float32."""
     return bits_f32(np.int32(load_i64(rec + 880 + i * 8)))
 
 
 @inline_helper
 def extra(rec, i):  # type: ignore[no-untyped-def]
-    """Extra word ``i`` given when the record was emitted."""
+    """Return the extra word ``i`` given when the record was emitted."""
     return load_i64(rec + 1024 + i * 8)
 
 
 @inline_helper
 def n_rows(rec, slot):  # type: ignore[no-untyped-def]
-    """ne1 * ne2 * ne3 of the tensor in ``slot``."""
+    """Return ne1 * ne2 * ne3 of the tensor in ``slot``."""
     return ne(rec, slot, 1) * ne(rec, slot, 2) * ne(rec, slot, 3)
 
 
 @inline_helper
 def row_address(rec, slot, row):  # type: ignore[no-untyped-def]
-    """Address of the first element of row ``row`` (rows counted over dims 1, 2, 3)."""
+    """Return the address of the first element of row ``row`` (rows counted over dims 1, 2, 3)."""
     ne1 = ne(rec, slot, 1)
     ne2 = ne(rec, slot, 2)
     i1 = row % ne1

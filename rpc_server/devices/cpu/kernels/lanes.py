@@ -248,7 +248,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def splat(typingctx: Any, value: Any) -> Any:
-    """A float32 in every lane."""
+    """Return a float32 in every lane."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _splat(builder, args[0])
@@ -258,7 +258,7 @@ def splat(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def iota(typingctx: Any) -> Any:
-    """0.0, 1.0, ... 15.0."""
+    """Return 0.0, 1.0, ... 15.0."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return ir.Constant(_vector(_F32), [float(i) for i in range(LANES)])
@@ -268,7 +268,7 @@ def iota(typingctx: Any) -> Any:
 
 @intrinsic
 def bits_of(typingctx: Any, value: Any) -> Any:
-    """The bit patterns of float lanes."""
+    """Return the bit patterns of float lanes."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], _vector(_I32))
@@ -278,7 +278,7 @@ def bits_of(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def from_bits(typingctx: Any, value: Any) -> Any:
-    """Float lanes of these bit patterns."""
+    """Return float lanes of these bit patterns."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], _vector(_F32))
@@ -304,7 +304,7 @@ bf16_bits = _make_bits("bf16")
 
 @intrinsic
 def look_up(typingctx: Any, table: Any, indices: Any) -> Any:
-    """The float32s of ``table``, an address, at these places."""
+    """Return the float32s of ``table``, an address, at these places."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         table, indices = args
@@ -322,7 +322,7 @@ def look_up(typingctx: Any, table: Any, indices: Any) -> Any:
 
 @intrinsic
 def to_float(typingctx: Any, value: Any) -> Any:
-    """Integer lanes as floats."""
+    """Return integer lanes as floats."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.sitofp(args[0], _vector(_F32))
@@ -332,7 +332,7 @@ def to_float(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def select(typingctx: Any, mask: Any, yes: Any, no: Any) -> Any:
-    """Lanes of ``yes`` where ``mask`` is set, else of ``no``."""
+    """Return lanes of ``yes`` where ``mask`` is set, else of ``no``."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.select(*args)
@@ -422,7 +422,7 @@ def _halves(builder: Any, value: Any, combine: Callable[..., Any]) -> Any:
 
 @intrinsic
 def sum_lanes(typingctx: Any, value: Any) -> Any:
-    """The sum of the lanes, float32."""
+    """Return the sum of the lanes, float32."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _halves(builder, args[0], lambda b, x, y: b.fadd(x, y))
@@ -432,7 +432,7 @@ def sum_lanes(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def max_lanes(typingctx: Any, value: Any) -> Any:
-    """The largest lane; NaNs don't count."""
+    """Return the largest lane; NaNs don't count."""
 
     def larger(builder: Any, x: Any, y: Any) -> Any:
         lanes = x.type.count

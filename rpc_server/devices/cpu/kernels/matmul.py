@@ -66,7 +66,9 @@ _AHEAD = 4096
 
 @kernel
 def route_columns(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """MUL_MAT_ID's columns by expert, at extra ROUTED: where each expert's begin, and the lists.
+    """Sort MUL_MAT_ID's columns by expert, at extra ROUTED.
+
+    There go the places where each expert's begin, and then the lists.
 
     Slots are those of the node. An index that names no expert fails the graph. Behind the lists are
     the columns' experts, as they were when they were counted: each is read from the node's source
@@ -131,7 +133,7 @@ def _list_columns(rec, matrix, columns):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
-    """The product of weights of one type, for MUL_MAT and MUL_MAT_ID."""
+    """Return the kernel of products with weights of one type, for MUL_MAT and MUL_MAT_ID."""
     # Plain numbers, which numba takes for constants.
     TYPE, ISA = int(type_), int(isa)
     ROWS, COLUMNS = rows_at_once(type_), columns_at_once(isa)
@@ -139,7 +141,7 @@ def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
 
     @kernel
     def product(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
-        """DST = SRC0 times the columns given by the extra words."""
+        """Compute DST = SRC0 times the columns given by the extra words."""
         routed = extra(rec, ROUTED)
         tile = extra(rec, SCRATCH) + thread * extra(rec, SCRATCH_STRIDE)
         own_columns = tile + TILE_BYTES

@@ -97,7 +97,7 @@ def _statistics(code, row, n, eps):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def norm_kernel(code: int) -> KernelFunction:
-    """dst = (src0 - mean) * factor along rows, for a :class:`Norm`."""
+    """Return the kernel of dst = (src0 - mean) * factor along rows, for a :class:`Norm`."""
 
     @kernel
     def norm(rec, ith, nth):  # type: ignore[no-untyped-def]
@@ -121,7 +121,7 @@ def norm_kernel(code: int) -> KernelFunction:
 
 @kernel
 def group_norm(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """NORM over groups of extra(0) channels (dim 2); planes of dims 0 and 1 are dense."""
+    """Compute NORM over groups of extra(0) channels (dim 2); planes of dims 0 and 1 are dense."""
     channels, eps = extra(rec, 0), param_f32(rec, 1)
     plane = ne(rec, DST, 0) * ne(rec, DST, 1)
     n_channels = ne(rec, DST, 2)

@@ -104,7 +104,7 @@ def _keep(kept: Any, count: Any, args: Any, request: Any, start: Any, node: Any)
 
 @helper
 def _made_of(kept: Any, i: Any, start: Any, end: Any) -> Any:
-    """Whether what is kept was made of any of these bytes."""
+    """Return whether what is kept was made of any of these bytes."""
     for k in range(MOST_SOURCES):
         first, last = _field(kept, i, _K_SOURCES + 2 * k), _field(kept, i, _K_SOURCES + 2 * k + 1)
         if first < end and start < last:
@@ -122,7 +122,7 @@ def _find(kept: Any, count: Any, group: Any) -> Any:
 
 @helper
 def _written(kept: Any, count: Any, args: Any, node: Any) -> Any:
-    """What was made of what ``node`` writes over is no longer good."""
+    """Drop what was made of what ``node`` writes over: it is no longer good."""
     spans = _word(args, _SPANS)
     for w in range(_word(_word(args, _WRITTEN), node), _word(_word(args, _WRITTEN), node + 1)):
         i = 0
@@ -188,7 +188,7 @@ _BARRIER_AFTER = int(StepFlag.BARRIER_AFTER)
 
 @helper
 def _conflict(spans: Any, a: Any, a_end: Any, b: Any, b_end: Any) -> Any:
-    """Whether spans from ``a`` on and spans from ``b`` on meet where one is written."""
+    """Return whether spans from ``a`` on and spans from ``b`` on meet where one is written."""
     for i in range(a, a_end):
         start, end, writes = _word(spans, 3 * i), _word(spans, 3 * i + 1), _word(spans, 3 * i + 2)
         for j in range(b, b_end):

@@ -201,7 +201,7 @@ QUANTIZERS = {
 
 
 def quantize_row(type_: int, x: int, y: int, n: int) -> None:
-    """In kernels: the function of QUANTIZERS for a type that is a constant where it is called."""
+    """Quantize a row in kernels, where the type is a constant, by its function of QUANTIZERS."""
     raise NotImplementedError("only compiled code can call this")
 
 

@@ -28,7 +28,7 @@ from rpc_server.devices.cpu.kernels.typed import share_rows
 
 @kernel
 def sum_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """dst row = the sum of src0's row, divided by its length if extra(0) is 1."""
+    """Compute dst row = the sum of src0's row, divided by its length if extra(0) is 1."""
     n = ne(rec, SRC0, 0)
     row, end = share_rows(n_rows(rec, SRC0), ith, nth)
     while row < end:
@@ -42,7 +42,7 @@ def sum_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def sum_all(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """dst = the sum of all of src0, by one thread."""
+    """Compute dst = the sum of all of src0, by one thread."""
     if ith != 0:
         return 0
     total = 0.0
@@ -67,7 +67,10 @@ def cumulative_sum(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def argmax(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Index of the largest of each row, of equals the last; a NaN starts the search anew."""
+    """Write the index of the largest of each row, of equals the last.
+
+    A NaN starts the search anew.
+    """
     row, end = share_rows(n_rows(rec, SRC0), ith, nth)
     while row < end:
         x = row_address(rec, SRC0, row)
@@ -85,7 +88,7 @@ def argmax(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def _before(a, b, descending):  # type: ignore[no-untyped-def]
-    """Whether ``a`` comes strictly before ``b``; NaNs come last in either order."""
+    """Return whether ``a`` comes strictly before ``b``; NaNs come last in either order."""
     if b != b:
         return a == a
     return a > b if descending else a < b
@@ -160,7 +163,7 @@ def _insert_largest(x, n, y, k):  # type: ignore[no-untyped-def]
 
 @kernel
 def top_k(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
-    """Indices of the largest of each row, but the first two swapped, as ggml's CPU returns them.
+    """Write indices of the largest of each row, the first two swapped, as ggml's CPU does.
 
     Extra words: address of scratch, and bytes of each thread's: TOP_K_INSERT indices, or above that
     two for each of src0's ne0.

@@ -60,7 +60,7 @@ from rpc_server.devices.cpu.kernels.typed import (
 
 @inline_helper
 def _section(rec, pair):  # type: ignore[no-untyped-def]
-    """Which of the four positions (time, height, width, extra) turns pair number ``pair``."""
+    """Return which position (time, height, width, extra) turns pair number ``pair``."""
     s0, s1, s2 = param_i32(rec, 11), param_i32(rec, 12), param_i32(rec, 13)
     sector = pair % (s0 + s1 + s2 + param_i32(rec, 14))
     if param_i32(rec, 2) == MODE_IMROPE:
@@ -101,7 +101,7 @@ def _begins(rec, pair):  # type: ignore[no-untyped-def]
 
 @kernel
 def rope_table(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """Angles of the positions in src1 (src2: frequency factors), YaRN's scaling included.
+    """Write the angles of the positions in src1 (src2: frequency factors), YaRN's scaling included.
 
     Extra words: 0 address of the table, 1 pairs, 2 positions, 3 ratio of neighbouring angles, 4 and
     5 YaRN's correction range, 6 YaRN's magnitude, 7 sign of the sine (all but the first three are

@@ -50,7 +50,10 @@ _I64 = int(GgmlType.I64)
 
 @functools.cache
 def get_rows_kernel(type_: int) -> KernelFunction:
-    """dst row i = row src1[i] of src0, of ``type_``, as F32 (I32 stays as it is)."""
+    """Return the kernel of GET_ROWS.
+
+    It writes dst row i = row src1[i] of src0, of ``type_``, as F32 (I32 stays as it is).
+    """
 
     @kernel
     def get_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
@@ -77,7 +80,7 @@ def get_rows_kernel(type_: int) -> KernelFunction:
 
 @inline_helper
 def convert_row(type_x, type_y, x, y, n):  # type: ignore[no-untyped-def]
-    """``n`` dense elements of F32, F16 or BF16 to another of these."""
+    """Convert ``n`` dense elements of F32, F16 or BF16 to another of these."""
     if type_x == type_y:
         memory_copy(y, x, n * size_of(type_x))
         return
@@ -100,7 +103,7 @@ def _row_index(rec, i10, i11, i12):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def indices_valid(rec):  # type: ignore[no-untyped-def]
-    """Whether all of SET_ROWS's indices are rows of dst; every thread looks at all of them.
+    """Return whether all of SET_ROWS's indices are rows of dst; every thread looks at all of them.
 
     So that nothing is written for a graph whose indices are wrong from the start. Rows may lie over
     the indices, so each is read anew where it is used, and that value checked.
@@ -117,7 +120,7 @@ def indices_valid(rec):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def set_rows_kernel(blocks: int | None) -> KernelFunction:
-    """Row src1[i] of dst = row i of src0: to F32, F16 or BF16, or to ``blocks`` of a type.
+    """Return the kernel of row src1[i] of dst = row i of src0, as floats or ``blocks`` of a type.
 
     src0 is F32 or F16; extra word 0 is an address of scratch: a float32 row for each thread, needed
     where F16 is quantized.
@@ -165,7 +168,7 @@ def set_rows_kernel(blocks: int | None) -> KernelFunction:
 
 @kernel
 def add_id(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """dst row = src0's row plus the row of src1 that src2 names; all F32."""
+    """Compute dst row = src0's row plus the row of src1 that src2 names; all F32."""
     n, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)
     row, end = share_rows(ne1 * ne2 * ne(rec, DST, 3), ith, nth)
     while row < end:

@@ -111,7 +111,10 @@ _yield_slice = types.ExternalFunction(
 
 @numba.njit
 def _end_at(sync, i, parts, count, pause):  # type: ignore[no-untyped-def]
-    """Whether the run ends behind record ``i``, which all threads have left; where it goes on."""
+    """Return whether the run ends behind record ``i``, which all threads have left.
+
+    If so, that is where it goes on.
+    """
     if _atomic_load(sync + STATUS * 8) != 0:
         return 1
     unfinished = parts > 0 and _atomic_load(sync + NEXT * 8) < parts

@@ -44,7 +44,7 @@ from rpc_server.devices.cpu.kernels.typed import load_lanes, load_lanes_part, sh
 
 @inline_helper
 def alibi_slope(head, n_head, max_bias):  # type: ignore[no-untyped-def]
-    """The weight of the mask in ``head``: 1 without ALiBi, else falling powers of two."""
+    """Return the weight of the mask in ``head``: 1 without ALiBi, else falling powers of two."""
     if max_bias <= np.float32(0.0):
         return np.float32(1.0)
     power = 1
@@ -60,7 +60,10 @@ def alibi_slope(head, n_head, max_bias):  # type: ignore[no-untyped-def]
 
 @kernel
 def soft_max(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """dst = softmax(src0 * scale + slope * mask) along rows; sinks (src2) only add to the sum."""
+    """Compute dst = softmax(src0 * scale + slope * mask) along rows.
+
+    Sinks (src2) only add to the sum.
+    """
     n, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)
     scale, max_bias = param_f32(rec, 0), param_f32(rec, 1)
     masked = data(rec, SRC1) != 0
@@ -132,7 +135,10 @@ def soft_max(rec, ith, nth):  # type: ignore[no-untyped-def]
 
 @kernel
 def diagonal_mask(rec, ith, nth):  # type: ignore[no-untyped-def]
-    """dst = src0, but the value of extra(0)'s bits above the diagonal shifted by op_params[0]."""
+    """Copy src0 to dst, but above a diagonal write the value of extra(0)'s bits.
+
+    The diagonal is shifted by op_params[0].
+    """
     n, ne1, past = ne(rec, DST, 0), ne(rec, DST, 1), param_i32(rec, 0)
     value = np.float32(-np.inf) if extra(rec, 0) == 1 else np.float32(0.0)
     row, end = share_rows(n_rows(rec, DST), ith, nth)

@@ -98,7 +98,10 @@ def _paused(stream, since, done):  # type: ignore[no-untyped-def]
 
 @helper
 def _resumed(stream):  # type: ignore[no-untyped-def]
-    """How many bytes of the piece at hand were moved before the transfer was paused; once."""
+    """Return how many bytes of the piece at hand were moved before a pause.
+
+    It does so once.
+    """
     done = load_i64(stream + WITHIN * 8)
     store_i64(stream + WITHIN * 8, 0)
     return done
@@ -285,7 +288,10 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
 
 @helper
 def _receive_pieces(rec):  # type: ignore[no-untyped-def]
-    """What ``stream_receive`` does, but for counting; pieces that are done are passed over."""
+    """Do what ``stream_receive`` does, but for counting.
+
+    Pieces that are done are passed over.
+    """
     stream = extra(rec, 0)
     head = extra(rec, 1)
     place = extra(rec, 2)

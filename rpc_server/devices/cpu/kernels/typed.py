@@ -68,13 +68,13 @@ def choose_by_type(stub: Callable[..., None], choice: Callable[[GgmlType], Any])
 
 @inline_helper
 def size_of(type_):  # type: ignore[no-untyped-def]
-    """Bytes of an element of F32, F16, BF16 or I32."""
+    """Return the bytes of an element of F32, F16, BF16 or I32."""
     return 4 if type_ in (F32, I32) else 2
 
 
 @inline_helper
 def load_lanes(type_, address):  # type: ignore[no-untyped-def]
-    """16 elements of F32, F16 or BF16."""
+    """Return 16 elements of F32, F16 or BF16."""
     if type_ == F32:
         return load_f32s(address)
     if type_ == F16:
@@ -84,7 +84,7 @@ def load_lanes(type_, address):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def load_lanes_part(type_, address, n):  # type: ignore[no-untyped-def]
-    """The first ``n`` of 16 elements, zero beyond."""
+    """Return the first ``n`` of 16 elements, zero beyond."""
     if type_ == F32:
         return load_f32s_part(address, n)
     if type_ == F16:
@@ -116,7 +116,7 @@ def store_lanes_part(type_, address, value, n):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def load_scalar(type_, address):  # type: ignore[no-untyped-def]
-    """One element of F32, F16, BF16 or I32 as float32."""
+    """Return one element of F32, F16, BF16 or I32 as float32."""
     if type_ == F32:
         return load_f32(address)
     if type_ == F16:
@@ -141,7 +141,7 @@ def store_scalar(type_, address, value):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def share(n, ith, nth, grain):  # type: ignore[no-untyped-def]
-    """This thread's (begin, end) of ``n`` items: whole vectors, and at least ``grain`` of them.
+    """Return this thread's (begin, end) of ``n`` items, in whole vectors, ``grain`` at least.
 
     What is too little to share goes to the first thread.
     """
@@ -153,5 +153,5 @@ def share(n, ith, nth, grain):  # type: ignore[no-untyped-def]
 
 @inline_helper
 def share_rows(n, ith, nth):  # type: ignore[no-untyped-def]
-    """This thread's (begin, end) of ``n`` rows."""
+    """Return this thread's (begin, end) of ``n`` rows."""
     return n * ith // nth, n * (ith + 1) // nth

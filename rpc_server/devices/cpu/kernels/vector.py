@@ -34,7 +34,7 @@ _NEEDS: dict[Isa, tuple[str, ...]] = {
 
 
 def _compilable() -> list[Isa]:
-    """What code compiled here may use."""
+    """Return what code compiled here may use."""
     # Not what the processor has but what numba compiles for: its settings may switch features off,
     # and LLVM ends the process over an instruction that it was told not to use.
     features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
@@ -51,7 +51,7 @@ _COMPILABLE = sum(1 << isa for isa in _compilable())
 
 @routine
 def instruction_sets():  # type: ignore[no-untyped-def]
-    """A bit for each Isa that compiled code may use: tells it to processes without a compiler."""
+    """Return a bit for each Isa that compiled code may use, for processes without a compiler."""
     return _COMPILABLE
 
 
@@ -72,18 +72,18 @@ class Emit:
         return ir.Constant(I64, value)
 
     def constant(self, element: ir.Type, values: int | float | Sequence[Any], n: int) -> Any:
-        """A vector constant: ``n`` times a number, or ``n`` numbers."""
+        """Return a vector constant: ``n`` times a number, or ``n`` numbers."""
         listed = list(values) if isinstance(values, Sequence) else [values] * n
         return ir.Constant(vector(element, n), listed)
 
     def splat(self, value: Any, n: int) -> Any:
-        """``value`` in each of ``n`` lanes."""
+        """Return ``value`` in each of ``n`` lanes."""
         kind = vector(value.type, n)
         one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
         return self.shuffle(one, [0] * n)
 
     def shuffle(self, a: Any, order: Sequence[int], b: Any = None) -> Any:
-        """Lanes ``order`` of ``a``, counted on into ``b``."""
+        """Return lanes ``order`` of ``a``, counted on into ``b``."""
         second = ir.Constant(a.type, ir.Undefined) if b is None else b
         index = ir.Constant(vector(I32, len(order)), list(order))
         return self.b.shuffle_vector(a, second, index)
@@ -92,13 +92,13 @@ class Emit:
         return self.shuffle(a, range(2 * a.type.count), b)
 
     def lane(self, value: Any, i: int) -> Any:
-        """Lane ``i``; a scalar is its own only lane."""
+        """Return lane ``i``; a scalar is its own only lane."""
         if not isinstance(value.type, ir.VectorType):
             return value
         return self.b.extract_element(value, ir.Constant(I32, i))
 
     def like(self, value: Any, number: int | float) -> Any:
-        """``number`` in the type of ``value``, scalar or vector."""
+        """Return ``number`` in the type of ``value``, scalar or vector."""
         if isinstance(value.type, ir.VectorType):
             return self.constant(value.type.element, number, value.type.count)
         return ir.Constant(value.type, number)
@@ -117,7 +117,7 @@ class Emit:
         self.b.store(value, pointer, align=1)
 
     def load_part(self, address: Any, kind: ir.VectorType, n: Any) -> Any:
-        """The first ``n`` (i64) lanes from memory, zeros elsewhere."""
+        """Return the first ``n`` (i64) lanes from memory, zeros elsewhere."""
         slot = cgutils.alloca_once(self.b, kind)
         self.b.store(ir.Constant(kind, None), slot)
         self._copy(self.b.ptrtoint(slot, I64), address, kind.element, n)
@@ -162,20 +162,20 @@ class Emit:
         return self.b.call(function, args, **flags)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """a * b + c, fused where the processor can."""
+        """Return a * b + c, fused where the processor can."""
         return self._call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, [a, b, c])
 
     def call_vector(self, name: str, *args: Any) -> Any:
-        """An LLVM intrinsic of one overloaded type."""
+        """Return an LLVM intrinsic of one overloaded type."""
         return self._call(f"llvm.{name}.{_suffix(args[0].type)}", args[0].type, args)
 
     def to_int(self, value: Any) -> Any:
-        """Floats to I32, towards zero; NaN becomes 0 and what is too large the nearest."""
+        """Convert floats to I32, towards zero; NaN becomes 0 and what is too large the nearest."""
         kind = vector(I32, value.type.count)
         return self._call(f"llvm.fptosi.sat.{_suffix(kind)}.{_suffix(value.type)}", kind, [value])
 
     def fold(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
-        """Lanes of a vector combined to one by a tree; a scalar as it is."""
+        """Combine lanes of a vector to one by a tree; a scalar as it is."""
         if not isinstance(value.type, ir.VectorType):
             return value
         width = value.type.count
@@ -190,7 +190,7 @@ class Emit:
         return self.fold(value, add)
 
     def shift_right(self, value: Any, bits: int) -> Any:
-        """Unsigned."""
+        """Shift right, unsigned."""
         return self.b.lshr(value, self.like(value, bits)) if bits else value
 
     def shift_left(self, value: Any, bits: int) -> Any:
@@ -200,7 +200,7 @@ class Emit:
         return self.b.and_(value, self.like(value, mask))
 
     def widen(self, value: Any) -> Any:
-        """F16, BF16 (as I16) or F32 values to F32."""
+        """Convert F16, BF16 (as I16) or F32 values to F32."""
         element = _element(value.type)
         if element == F32:
             return value
@@ -212,7 +212,7 @@ class Emit:
         return self.b.bitcast(self.shift_left(bits, 16), wide)
 
     def look_up(self, table: Sequence[int], index: Any) -> Any:
-        """Bytes of a 16-entry table by the bytes of ``index``, which are below 16."""
+        """Return the bytes of a 16-entry table by the bytes of ``index``, which are below 16."""
         n = index.type.count
         if self.isa >= Isa.AVX2 and n == 32:
             entries = self.constant(I8, [*table, *table], 32)
@@ -228,7 +228,7 @@ class Emit:
         return values[0]
 
     def dot4(self, total: Any, codes: Any, values: Any, largest: int) -> Any:
-        """``total`` plus products of bytes, summed in groups of four.
+        """Return ``total`` plus products of bytes, summed in groups of four.
 
         ``total`` I32[n], ``codes`` unsigned I8[4 * n] of at most ``largest``, ``values`` signed
         I8[4 * n] above -128; n is 8 or 16.
@@ -281,7 +281,7 @@ class Emit:
         return total
 
     def transpose(self, rows: Sequence[Any]) -> list[Any]:
-        """16 vectors of 8 lanes to 8 vectors of 16 lanes."""
+        """Transpose 16 vectors of 8 lanes to 8 vectors of 16 lanes."""
         pairs = [self.concat(rows[i], rows[i + 8]) for i in range(8)]
         # Each half is an 8 x 8 matrix: three rounds swap blocks of 4, 2 and 1 across the diagonal.
         for size in (4, 2, 1):
@@ -313,7 +313,10 @@ class Emit:
         carried: Sequence[Any],
         body: Callable[[Any, list[Any]], Sequence[Any]],
     ) -> list[Any]:
-        """``for i in range(start, stop, step): carried = body(i, carried)``; the last carried."""
+        """Emit ``for i in range(start, stop, step): carried = body(i, carried)``.
+
+        Returns the last ``carried``.
+        """
         b = self.b
         before = b.block
         head, inside, after = (b.append_basic_block(n) for n in ("head", "inside", "after"))
@@ -340,7 +343,7 @@ def _element(kind: ir.Type) -> ir.Type:
 
 
 def _suffix(kind: ir.Type) -> str:
-    """How LLVM names an overload of this type."""
+    """Return how LLVM names an overload of this type."""
     element = _element(kind)
     name = {F32: "f32", F16: "f16"}.get(element) or f"i{element.width}"
     return f"v{kind.count}{name}" if isinstance(kind, ir.VectorType) else name

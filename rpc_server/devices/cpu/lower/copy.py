@@ -69,7 +69,7 @@ for _op in (Op.CPY, Op.CONT, Op.DUP):
 
 @lowers(Op.CONCAT)
 def lower_concat(t: Tensor, planner: Planner) -> bool:
-    """A copy for each source, to its part of the result."""
+    """Emit a copy for each source, to its part of the result."""
     a, b, dim = t.src[0], t.src[1], t.param_i32(0)
     assert a is not None
     assert b is not None

@@ -29,7 +29,7 @@ _LOOKED_UP = {
 
 
 def float_rows(*tensors: Tensor) -> bool:
-    """Whether all are F32, F16 or BF16 with dense rows."""
+    """Return whether all are F32, F16 or BF16 with dense rows."""
     return all(t.type in FLOATS and t.contiguous_rows for t in tensors)
 
 

@@ -44,7 +44,10 @@ def _supported(t: Tensor) -> bool:
 def _activations(
     weights: Tensor, activations: Tensor, planner: Planner
 ) -> tuple[int, int, int, int]:
-    """Where the columns lie as the weights' type wants them, and their strides: 4 extra words."""
+    """Return where the columns lie as the weights' type wants them, and their strides.
+
+    These are 4 extra words.
+    """
     form = activation_form(weights.type)
     if activations.type is GgmlType.F32 and form is RowForm.F32:
         return activations.address, *activations.nb[1:]
@@ -73,7 +76,7 @@ def _most_columns(weights: Tensor, planner: Planner) -> int:
 
 
 def _ranges(n: int, most: int) -> Iterator[tuple[int, int]]:
-    """Where each of the ranges begins that ``n`` is cut into, and its length."""
+    """Yield where each of the ranges begins that ``n`` is cut into, and its length."""
     return ((at, min(most, n - at)) for at in range(0, n, most))
 
 

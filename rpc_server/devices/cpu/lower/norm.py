@@ -11,7 +11,7 @@ from rpc_server.graph.tensor import Tensor
 
 
 def f32_rows(*tensors: Tensor | None) -> bool:
-    """Whether all are F32 with dense rows."""
+    """Return whether all are F32 with dense rows."""
     return all(t is not None and t.type is GgmlType.F32 and t.contiguous_rows for t in tensors)
 
 

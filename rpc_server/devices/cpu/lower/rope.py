@@ -21,7 +21,7 @@ from rpc_server.graph.tensor import Tensor
 
 
 def float_word(value: float | np.float32) -> int:
-    """A float32 as an extra word."""
+    """Return a float32 as an extra word."""
     word: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return word
 

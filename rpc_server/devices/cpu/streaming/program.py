@@ -25,7 +25,7 @@ _MOST_TRANSFERS = 8
 def program_items(
     payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
 ) -> list[Tensor | Transfer]:
-    """Nodes and transfers of a program in the order of execution.
+    """Return nodes and transfers of a program in the order of execution.
 
     Raises GraphError: for what parse_tensors refuses, for inputs and outputs that are not whole
     and here, and for an input that a node computes.

@@ -39,12 +39,12 @@ class Send:
 
     @classmethod
     def whole(cls, peer: StreamPeer, t: Tensor, prefix: bytes = b"", suffix: bytes = b"") -> Send:
-        """All of a tensor with dense rows."""
+        """Send all of a tensor with dense rows."""
         return cls(peer, [t], t.address, t.row_size, t.ne[1:], t.nb[1:], prefix, suffix)
 
     @classmethod
     def adjacent(cls, peer: StreamPeer, tensors: Sequence[Tensor]) -> list[Send]:
-        """Contiguous tensors one after the other, by as few sends as their places allow."""
+        """Send contiguous tensors one after the other, by as few sends as their places allow."""
         runs: list[list[Tensor]] = []
         for t in tensors:
             if runs and runs[-1][-1].address + runs[-1][-1].nbytes == t.address:
@@ -87,7 +87,7 @@ class Receive:
 
     @classmethod
     def whole(cls, peer: StreamPeer, t: Tensor) -> Receive:
-        """All of a contiguous tensor."""
+        """Receive all of a contiguous tensor."""
         return cls(peer, t, t.address, t.nbytes, 1, t.nbytes)
 
     @property

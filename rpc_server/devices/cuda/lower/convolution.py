@@ -40,7 +40,7 @@ _Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 @dataclass(slots=True)
 class _Geometry:
-    """What convolution.cu reads of windows; fewer than three dimensions are filled up.
+    """The words that convolution.cu reads of windows; fewer than three dimensions are filled up.
 
     Strides of input, kernel and result are bytes: those of dimensions, then of channels and
     batches, of channels and results, of results and batches.

@@ -20,7 +20,9 @@ _CONVERTED = kernel("copy", "copy_converted")
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """What writes blocks of a type: a kernel for all of a tensor, and one for rows by index.
+    """The kernels that write blocks of a type.
+
+    These are one for all of a tensor, and one for rows by index.
 
     A thread has ``group`` elements, one behind another; those of a block's groups work together.
     """
@@ -63,7 +65,7 @@ ENCODERS: dict[GgmlType, Encoder] = {t: _encoder(t) for t in (*CACHE_TYPES, *_GR
 
 
 def encoded(to: Tensor, values: Tensor, planner: CudaPlanner) -> bool:
-    """Launches that encode floats, as many elements, to blocks of a type of ENCODERS."""
+    """Emit launches that encode floats, as many elements, to blocks of a type of ENCODERS."""
     encoder = ENCODERS[to.type]
     if values.ne[0] % encoder.group:
         # A thread reads its elements from one row.

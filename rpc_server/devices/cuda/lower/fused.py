@@ -60,7 +60,10 @@ def _other_source(t: Tensor, of: Tensor) -> Tensor | None:
 
 @fuses(Op.ADD, Op.RMS_NORM)
 def fuse_norm(t: Tensor, planner: CudaPlanner) -> bool:
-    """ADD of a residual, RMS_NORM, MUL by weights, ADD; the first and the last may be missing."""
+    """Fuse ADD of a residual, RMS_NORM, MUL by weights and ADD.
+
+    The first and the last may be missing.
+    """
     summed = t if t.op is Op.ADD else None
     chain = (
         planner.chain(Op.RMS_NORM, Op.MUL, Op.ADD)
@@ -107,7 +110,7 @@ def _columns_for(x: Tensor, planner: CudaPlanner) -> tuple[int, ...]:
 
 @fuses(Op.ROPE)
 def fuse_rope(t: Tensor, planner: CudaPlanner) -> bool:
-    """ROPE of keys, and SET_ROWS that puts them into the cache."""
+    """Fuse ROPE of keys, and SET_ROWS that puts them into the cache."""
     chain = planner.chain(Op.SET_ROWS)
     if not chain:
         return False
@@ -143,7 +146,10 @@ def _may_be_done_before(t: Tensor, other: Tensor) -> bool:
 
 @fuses(Op.MUL_MAT)
 def fuse_products(t: Tensor, planner: CudaPlanner) -> bool:
-    """A token by several matrices of one type: queries, keys and values; gate and up, and GLU."""
+    """Fuse products of a token by several matrices of one type.
+
+    These are queries, keys and values; or gate and up, and GLU.
+    """
     if not is_one_column(t):
         return False
     joined, passed = [t], list[Tensor]()

@@ -20,7 +20,7 @@ _TILE_BYTES = 32 << 20
 
 
 def product_type(weights: GgmlType, capability: int) -> GgmlType:
-    """The type that a card multiplies with weights in; sums are F32 whatever it is.
+    """Return the type that a card multiplies with weights in; sums are F32 whatever it is.
 
     Cards of capability 6.1 have next to no half precision, those before 8.0 no BF16.
     """

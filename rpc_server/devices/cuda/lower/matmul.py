@@ -55,7 +55,7 @@ ROUNDED_AS = {GgmlType.Q8_0: 0, GgmlType.Q8_1: 1, GgmlType.Q8_K: 2}
 
 
 def products_of(weights: GgmlType) -> list[CudaKernel]:
-    """A kernel of each unit that products with such weights need."""
+    """Return a kernel of each unit that products with such weights need."""
     units = [("matvec", "multiply_1")]
     if TYPE_INFO[weights].quantized:
         units.append(("tiles", f"tiles_{TILES[-1]}"))
@@ -63,14 +63,14 @@ def products_of(weights: GgmlType) -> list[CudaKernel]:
 
 
 def library_from(weights: Tensor, capability: int) -> int | None:
-    """From how many columns on a product is best left to cuBLAS; None: never."""
+    """Return from how many columns on a product is best left to cuBLAS; None: never."""
     if not weights.quantized:
         return _LIBRARY_FROM_OF_FLOATS
     return _LIBRARY_FROM[max(c for c in _LIBRARY_FROM if c <= capability)]
 
 
 def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int) -> int:
-    """How many of ``n`` columns a block of threads should multiply: of _GROUPS or of TILES.
+    """Return how many of ``n`` columns a block of threads should multiply (_GROUPS or TILES).
 
     ``matrices`` is how many have so many columns. Wide tiles decode weights less often, narrow ones
     leave less of the card without work.
@@ -86,24 +86,24 @@ def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int) -> int
 
 
 def codes_stride(k: int) -> int:
-    """Bytes of a column of ``k`` elements as codes, see columns.cuh."""
+    """Return the bytes of a column of ``k`` elements as codes, see columns.cuh."""
     return k + k // 32 * 16
 
 
 def floats_stride(k: int) -> int:
-    """Bytes of a column of ``k`` floats."""
+    """Return the bytes of a column of ``k`` floats."""
     return -(-4 * k // 16) * 16
 
 
 def column_form(weights: Tensor, x: Tensor) -> GgmlType:
-    """What columns are read as by products with ``weights``: F32, or codes of this type."""
+    """Return what products with ``weights`` read columns as: F32, or codes of this type."""
     if not weights.quantized:
         return GgmlType.F32
     return x.type if x.quantized else activation_type(weights.type)
 
 
 def place_columns(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int, bool]:
-    """(address, stride, fresh) of the columns as products with ``weights`` read them.
+    """Return (address, stride, fresh) of the columns as products with ``weights`` read them.
 
     They are kept for all products of the graph that share them; ``fresh``: nobody has made them.
     """
@@ -115,7 +115,10 @@ def place_columns(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int
 
 
 def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int]:
-    """(address, stride) of the columns as products with ``weights`` read them, made if need be."""
+    """Return (address, stride) of the columns as products with ``weights`` read them.
+
+    They are made if need be.
+    """
     address, stride, fresh = place_columns(weights, x, planner)
     if fresh:
         form = column_form(weights, x)
@@ -134,7 +137,7 @@ def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tupl
 
 
 def lanes_of_a_row(weights: Tensor) -> int:
-    """How many lanes share a row: fewer where it is too short for a warp."""
+    """Return how many lanes share a row: fewer where it is too short for a warp."""
     steps = weights.ne[0] // 32 if weights.quantized else weights.ne[0] * weights.type_size // 16
     return 8 if steps <= 8 else 16 if steps <= 16 else 32
 
@@ -196,7 +199,7 @@ def _is_for_library(t: Tensor, planner: CudaPlanner) -> bool:
 
 
 def reads_codes(t: Tensor, planner: CudaPlanner) -> bool:
-    """Whether a valid product reads activations that are floats as codes."""
+    """Return whether a valid product reads activations that are floats as codes."""
     as_codes = _supported(t) and source(t, 0).quantized and not source(t, 1).quantized
     return as_codes and (t.op is Op.MUL_MAT_ID or not _is_for_library(t, planner))
 
@@ -211,7 +214,7 @@ def lower_mul_mat(t: Tensor, planner: CudaPlanner) -> bool:
 
 
 def is_one_column(t: Tensor) -> bool:
-    """Whether a valid MUL_MAT is one that :func:`multiply_one_column` can do."""
+    """Return whether a valid MUL_MAT is one that :func:`multiply_one_column` can do."""
     weights = source(t, 0)
     # Blocks for the rows of three such fit a grid.
     few = 3 * weights.ne[1] <= MAX_GRID[0]
@@ -221,7 +224,7 @@ def is_one_column(t: Tensor) -> bool:
 def multiply_one_column(
     products: Sequence[Tensor], planner: CudaPlanner, glu: Tensor | None = None
 ) -> None:
-    """One launch for up to three products of the same column with weights of one type.
+    """Emit one launch for up to three products of the same column with weights of one type.
 
     ``glu`` is made of the results of two, in either order. Results are F32, and independent of one
     another.

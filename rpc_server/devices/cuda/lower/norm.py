@@ -22,7 +22,7 @@ def normalize(
     slots: Sequence[Tensor | None] | None = None,
     columns: Sequence[int] = (),
 ) -> bool:
-    """``slots`` and ``columns`` are what norm.cu does besides, see there."""
+    """Emit a launch of norm.cu; ``slots`` and ``columns`` are what that does besides."""
     extra = (_KINDS[t.op], *columns)
     return planner.each_row(_NORMALIZE, t, t.nrows, t.ne[0], extra=extra, slots=slots)
 

@@ -21,7 +21,10 @@ def _bits(value: float) -> int:
 
 
 def turn(t: Tensor, planner: CudaPlanner, kept: Sequence[Tensor] = ()) -> bool:
-    """``kept``: a view of the result as rows, their indices, and what the rows are written to."""
+    """Emit a launch of rope.cu.
+
+    ``kept``: a view of the result as rows, their indices, and what the rows are written to.
+    """
     g = Geometry.of(t)
     ratio = np.float32(t.param_f32(5)) ** np.float32(-2.0 / t.param_i32(1))
     low, high = correction_range(t) if t.param_f32(7) else (np.float32(0), np.float32(0))

@@ -24,7 +24,10 @@ def elements(
     slots: Sequence[Tensor | None] | None = None,
     params: Sequence[int] | None = None,
 ) -> bool:
-    """A launch of a kernel of FOR_ELEMENTS, whose first extra word is ``n``: elements of ``t``."""
+    """Emit a launch of a kernel of FOR_ELEMENTS.
+
+    Its first extra word is ``n``: elements of ``t``.
+    """
     n = t.nelements if n is None else n
     grid = (min(-(-n // chosen.threads), MAX_GRID[0]),)
     planner.launch(chosen, t, grid, chosen.threads, extra=(n, *extra), slots=slots, params=params)
@@ -39,12 +42,15 @@ def small(*tensors: Tensor) -> bool:
 
 
 def as_row(t: Tensor) -> Tensor:
-    """A dense tensor as one row; others as they are."""
+    """Return a dense tensor as one row; others as they are."""
     return replace(t, ne=(t.nelements, 1, 1, 1)) if is_flat(t) and not t.quantized else t
 
 
 def dense(t: Tensor, type_: GgmlType, address: int, ne: Dims | None = None) -> Tensor:
-    """A dense tensor of ``type_`` and of ``t``'s shape at ``address``; it stands for ``t``."""
+    """Return a dense tensor of ``type_`` and of ``t``'s shape at ``address``.
+
+    It stands for ``t``.
+    """
     ne = t.ne if ne is None else ne
     size = 4 if type_ in (GgmlType.F32, GgmlType.I32) else 2
     nb = (size, size * ne[0], size * ne[0] * ne[1], size * ne[0] * ne[1] * ne[2])
@@ -52,19 +58,22 @@ def dense(t: Tensor, type_: GgmlType, address: int, ne: Dims | None = None) -> T
 
 
 def decode_grid(rows: int, n: int) -> tuple[int, int]:
-    """Blocks of threads that decode rows of ``n`` elements: 128 runs of 32 each at a time."""
+    """Return the blocks of threads that decode rows of ``n`` elements.
+
+    Each does 128 runs of 32 at a time.
+    """
     return min(rows, MAX_GRID[0]), min(-(-n // 32 // 128), MAX_GRID[1])
 
 
 def decoded(to: Tensor, blocks: Tensor, planner: CudaPlanner) -> None:
-    """A launch that decodes rows of blocks to floats; both have the same shape."""
+    """Emit a launch that decodes rows of blocks to floats; both have the same shape."""
     chosen = kernel_of_weights("dequantize", "dequantize", blocks.type)
     grid = decode_grid(blocks.nrows, blocks.ne[0])
     planner.launch(chosen, to, grid, 128, slots=(to, blocks))
 
 
 def as_floats(t: Tensor, planner: CudaPlanner) -> Tensor:
-    """``t`` if its elements can be loaded one by one, otherwise its values as F32 in scratch."""
+    """Return ``t`` if its elements can be loaded one by one, else its values as F32 in scratch."""
     if not t.quantized or t.empty:
         return t
     to = dense(t, GgmlType.F32, planner.scratch(4 * t.nelements))

@@ -42,7 +42,7 @@ RECORD_WORDS = EXTRA_WORD + N_EXTRA
 
 
 class Status(enum.IntEnum):
-    """What a kernel returns; everything but OK ends the graph with an error naming the node."""
+    """The result of a kernel; everything but OK ends the graph with an error naming the node."""
 
     OK = 0
     INDEX_OUT_OF_RANGE = 1

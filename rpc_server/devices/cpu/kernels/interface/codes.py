@@ -43,7 +43,7 @@ BINARY_CODES = {
 
 
 class Norm(enum.IntEnum):
-    """What a row is divided by."""
+    """The norm that a row is divided by."""
 
     RMS_NORM = 0
     NORM = 1

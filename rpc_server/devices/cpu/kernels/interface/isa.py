@@ -6,7 +6,7 @@ import enum
 
 
 class Isa(enum.IntEnum):
-    """How four byte products are added up; each needs what its name says."""
+    """A way to add up four byte products; each needs what its name says."""
 
     GENERIC = 0
     AVX2 = 1

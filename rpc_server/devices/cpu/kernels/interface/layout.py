@@ -62,7 +62,7 @@ def activation_form(weights: GgmlType) -> RowForm:
 
 
 def row_bytes(form: RowForm, n: int) -> int:
-    """Bytes of a row of ``n`` elements."""
+    """Return the bytes of a row of ``n`` elements."""
     if form in CODED:
         return -(-n // UNIT) * UNIT_BYTES
     return -(-n * 4 // 64) * 64
@@ -111,40 +111,43 @@ _PANEL_BYTES = 768 << 10
 
 
 def columns_at_once(isa: Isa) -> int:
-    """Columns that a tile is multiplied with: one register each, and one more for bytes."""
+    """Return the number of columns that a tile is multiplied with.
+
+    They take one register each, and one more for bytes.
+    """
     return 8 if isa >= Isa.AVX512 else 4
 
 
 def k_chunk(type_: GgmlType) -> int:
-    """Elements of a row that a tile holds at most: it should stay in the cache next to a core."""
+    """Return the most elements of a row in a tile, which should stay in the L1 cache."""
     return 2048 if type_ in SCALE_GROUPS else 512
 
 
 def run_bytes(group: int) -> int:
-    """Bytes of a tile for each run of 32 elements, of which ``group`` share a scale."""
+    """Return the bytes of a tile for each run of 32 elements, of which ``group`` share a scale."""
     return (8 + 2 * (SUBBLOCK // group)) * _VECTOR_BYTES
 
 
 def tile_bytes(type_: GgmlType) -> int:
-    """Size of a tile with the stage before it."""
+    """Return the size of a tile with the stage before it."""
     if type_ in SCALE_GROUPS:
         return STAGE_BYTES + k_chunk(type_) // SUBBLOCK * run_bytes(SCALE_GROUPS[type_])
     return STAGE_BYTES + k_chunk(type_) * _VECTOR_BYTES
 
 
 def panel_columns(isa: Isa, column_bytes: int) -> int:
-    """How many columns are done per unpacking of the weights: what the second-level cache holds."""
+    """Return how many columns are done per unpacking of the weights: as the L2 cache holds."""
     at_once = columns_at_once(isa)
     return max(_PANEL_BYTES // max(column_bytes, 1) // at_once, 4) * at_once
 
 
 def product_scratch(type_: GgmlType, isa: Isa, n_columns: int) -> int:
-    """Bytes of scratch of one thread for products of at most ``n_columns`` columns per matrix."""
+    """Return a thread's bytes of scratch for products of at most ``n_columns`` columns a matrix."""
     return tile_bytes(type_) + 16 * (n_columns + columns_at_once(isa))
 
 
 def routing_bytes(n_experts: int, n_columns: int) -> int:
-    """Size of what the kernel ``route_columns`` writes."""
+    """Return the size of what the kernel ``route_columns`` writes."""
     return 8 * (n_experts + 1) + 24 * n_columns
 
 
@@ -160,12 +163,17 @@ def _padded(n: int) -> int:
 
 
 def thread_floats(rows: int, dk: int, dv: int) -> int:
-    """Floats of scratch a thread needs: a block of keys and values, and for each row queries,
-    scores, sums and what else there is of it."""
+    """Return the floats of scratch that a thread needs.
+
+    These are a block of keys and values, and of each row queries, scores, sums and the rest.
+    """
     dk, dv = _padded(dk), _padded(dv)
     return BLOCK * (dk + dv + 1) + rows * (dk + dv + BLOCK + 3)
 
 
 def partial_floats(rows: int, dv: int) -> int:
-    """Floats that one thread leaves of one task: sums, then largest scores, then totals."""
+    """Return how many floats one thread leaves of one task.
+
+    These are sums, then largest scores, then totals.
+    """
     return rows * (_padded(dv) + 2)

@@ -18,7 +18,7 @@ Span = tuple[int, int]
 
 
 class StepFlag(enum.IntFlag):
-    """How the executor runs a record."""
+    """The flags by which the executor runs a record."""
 
     SERIAL = 1
     BARRIER_AFTER = 2

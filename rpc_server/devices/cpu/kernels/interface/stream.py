@@ -94,12 +94,12 @@ class Stream:
         self._words[EARLY_LEFT] = len(early)
 
     def count(self, word: int) -> int:
-        """A count since the link was made."""
+        """Return a count since the link was made."""
         return int(self._words[word])
 
     @property
     def early_left(self) -> bytes:
-        """What was received before the run and belongs to what follows it."""
+        """The bytes received before the run that belong to what follows it."""
         left = int(self._words[EARLY_LEFT])
         return bytes(self._early[len(self._early) - left :]) if left else b""
 
