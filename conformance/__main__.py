@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--serve" in given:
         given.remove("--serve")

@@ -23,7 +23,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def endpoint(text: str) -> tuple[str, int]:
-    """``HOST[:PORT]``, IPv6 addresses in brackets."""
+    """Parse ``HOST[:PORT]``, IPv6 addresses in brackets."""
     try:
         return parse_endpoint(text)
     except ValueError as error:
@@ -31,7 +31,10 @@ def endpoint(text: str) -> tuple[str, int]:
 
 
 def listening(text: str) -> tuple[str, int]:
-    """``[HOST:]PORT``: where to accept connections; this machine only unless told otherwise."""
+    """Parse ``[HOST:]PORT``, where to accept connections.
+
+    This machine only unless told otherwise.
+    """
     host, _, number = text.rpartition(":")
     if not host:
         return "127.0.0.1", port(number)
@@ -43,7 +46,7 @@ def listening(text: str) -> tuple[str, int]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """'0,4096' as numbers; ArgumentTypeError for anything else."""
+    """Return '0,4096' as numbers; ArgumentTypeError for anything else."""
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
@@ -51,7 +54,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def size(text: str) -> int:
-    """A number of bytes: 1000, 512K, 10M, 2G."""
+    """Parse a number of bytes: 1000, 512K, 10M, 2G."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip().lower())
     if not found:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 500M or 2G")
@@ -59,7 +62,7 @@ def size(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A time above 0."""
+    """Parse a time above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -70,7 +73,7 @@ def seconds(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
     return int(text)

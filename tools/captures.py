@@ -48,7 +48,7 @@ _LISTENS = r"endpoint +: \S+:(\d+)"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a capture is made: options of the server, and what talks to the port given to it.
+    """The recipe of a capture: options of the server, and what talks to the port given to it.
 
     ``behind`` are options of a second server, which the client is connected to; it is told the
     address of the recorder by ``--split``. ``build`` is the llama.cpp that is needed, ``theirs``
@@ -65,7 +65,7 @@ class Recipe:
 
     @property
     def possible(self) -> bool:
-        """Whether the programs that it takes are here."""
+        """True if the programs that it takes are here."""
         programs = [upstream.DIALECT_CLIENT, *([upstream.DIALECT_WORKER] if self.theirs else [])]
         return self.build is None or all(
             upstream.find_program(name, self.build) is not None for name in programs
@@ -246,7 +246,7 @@ def record(name: str, path: Path) -> None:
 
 
 def text_of(path: Path) -> str:
-    """What tools.dump says of a capture, by the options that suit it."""
+    """Return what tools.dump says of a capture, by the options that suit it."""
     command = [sys.executable, "-m", "tools.dump", "--color", "never", str(path)]
     texts = [
         subprocess.run(
@@ -258,7 +258,7 @@ def text_of(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.captures", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, help=f"such as {PROJECT.name}/tests/data/captures")

@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = make_parser().parse_args(arguments)
     place, name = SHELLS[options.shell]
     data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()

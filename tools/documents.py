@@ -10,7 +10,7 @@ from pathlib import Path
 def keep(
     document: Path, program: str, make: Callable[[], str], arguments: Sequence[str] | None
 ) -> int:
-    """The command line of a program that writes ``document``; the exit status.
+    """Run the command line of a program that writes ``document``; return the exit status.
 
     With ``--check`` nothing is written, and a document that is out of date is an error.
     """

@@ -115,12 +115,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def model_path(folder: Path, architecture: str, weight_type: str) -> Path:
-    """Where ``write_model`` puts a model, or would."""
+    """Return where ``write_model`` puts a model, or would."""
     return folder / f"random-{architecture}-{weight_type}.gguf"
 
 
 def write_model(folder: Path, architecture: str, weight_type: str = "F16") -> Path:
-    """Writes one model and returns its path.
+    """Write one model and return its path.
 
     ``architecture``: a key of ARCHITECTURES; ``weight_type``: a key of WEIGHT_TYPES. The same
     arguments always give the same file.
@@ -132,7 +132,7 @@ def write_model(folder: Path, architecture: str, weight_type: str = "F16") -> Pa
 
 
 def write_tiny_model(path: Path, ffn_width: int = 96) -> Path:
-    """Writes TINY, a llama of some ten kilobytes; it knows lower-case letters only.
+    """Write TINY, a llama of some ten kilobytes; it knows lower-case letters only.
 
     Its matrices are F16, so that two servers compute the same but for a little, but the last one,
     Q8_0: llama.cpp treats quantized ones in a way of its own.
@@ -154,7 +154,7 @@ WIDE = Architecture(
 def write_large_model(
     path: Path, nbytes: int, weight_type: str = "Q8_0", shape: Architecture = LARGE
 ) -> Path:
-    """Writes a llama of about ``nbytes`` with layers of a ``shape``.
+    """Write a llama of about ``nbytes`` with layers of a ``shape``.
 
     For measuring what moves weights: all its layers are the same, so it is made in seconds. It
     appears under its name in one rename, complete.
@@ -197,7 +197,7 @@ def _write(path: Path, name: str, shape: Architecture, tensors: _Encoded) -> Non
 
 
 def write_lora(model: Path, path: Path, rank: int = 8, strength: float = 1.0) -> Path:
-    """Writes a random LoRA adapter for the attention and FFN matrices of a model file.
+    """Write a random LoRA adapter for the attention and FFN matrices of a model file.
 
     ``strength`` is the size of the adapter's part of an activation beside the matrix's own, if
     that has entries near one over the root of its input's length.
@@ -377,7 +377,7 @@ def _weights(name: str, shape: Architecture) -> dict[str, Array]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in on_disk.COMMANDS:
         return on_disk.main(given)

@@ -129,7 +129,7 @@ COMMANDS = {"list": _list, "index": _index, "verify": _verify}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("command", choices=list(COMMANDS), help="what to do")

@@ -58,7 +58,7 @@ the rest of an op's combinations follows ggml's CPU backend.
 
 @dataclass
 class Support:
-    """How the combinations of one op that were tried run on the device."""
+    """The way the combinations of one op that were tried run on the device."""
 
     kernel: set[str] = field(default_factory=set)
     reference: set[str] = field(default_factory=set)
@@ -107,7 +107,7 @@ def _name(node: Tensor) -> str:
 
 
 def tried() -> dict[Op, Support]:
-    """What each op's cases came to; a combination counts by its best case."""
+    """Return what each op's cases came to; a combination counts by its best case."""
     found = {op: Support() for op in Op}
     planner = Planner(2, ScratchArena())
     for family in FAMILIES.values():
@@ -161,7 +161,7 @@ def _types(names: set[str]) -> str:
 
 
 def document() -> str:
-    """The whole text."""
+    """Return the whole text."""
     return "\n".join([_INTRO, *_lines(tried())]) + "\n"
 
 
@@ -193,7 +193,7 @@ def _lines(found: dict[Op, Support]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return keep(DOCUMENT, "tools.op_table", document, arguments)
 
 

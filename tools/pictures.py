@@ -145,7 +145,7 @@ class Terminal:
         os.close(self._master)
 
     def lines(self) -> list[Text]:
-        """The command and what is on the screen, in its colours, without empty lines at the end."""
+        """Return the command and what is on the screen, in its colours, without the empty end."""
         rows = [_styled(self._screen.buffer[y]) for y in range(ROWS)]
         while rows and not rows[-1].plain:
             rows.pop()
@@ -184,7 +184,7 @@ def _color(name: str) -> str | None:
 
 @contextlib.contextmanager
 def running(words: Sequence[str], shown: str) -> Iterator[Terminal]:
-    """A program in a terminal, stopped at the end."""
+    """Run a program in a terminal, stopped at the end."""
     terminal = Terminal(words, shown)
     try:
         yield terminal
@@ -232,7 +232,7 @@ def _generate(port: int) -> None:
 
 
 def server() -> list[Text]:
-    """A server with a client that comes, generates and goes."""
+    """Show a server with a client that comes, generates and goes."""
     port = free_port()
     # Once before: kernels are compiled, which is not what is to be seen.
     for shot in range(2):
@@ -247,7 +247,7 @@ def server() -> list[Text]:
 
 
 def split() -> list[Text]:
-    """A coordinator of two servers, and what tools.split_status shows of it."""
+    """Show a coordinator of two servers, and what tools.split_status shows of it."""
     ports = [free_port() for _ in range(3)]
     named = [(ports[0], 50060), (ports[1], 50052), (ports[2], 50053)]
     workers = ",".join(f"{HOST}:{port}" for port in ports[1:])
@@ -281,7 +281,7 @@ def split() -> list[Text]:
 
 
 def dump() -> list[Text]:
-    """The beginning of a dump: the connection that has a model's weights and graphs."""
+    """Show the beginning of a dump: the connection that has a model's weights and graphs."""
     words = ["tests/data/captures/llama-7.0.0.pcapng", "--connection", "9"]
     shown = f"python -m tools.dump {' '.join(words)}"
     with running([sys.executable, "-m", "tools.dump", *words], shown) as terminal:
@@ -313,7 +313,7 @@ SCENES: dict[str, tuple[str, Callable[[], list[Text]]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.pictures",
         description=__doc__,

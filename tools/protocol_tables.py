@@ -51,7 +51,7 @@ def _type_name(declaration: Any) -> str:
 
 
 def fields(struct: Any) -> Iterator[tuple[int, str, str]]:
-    """(offset, type, name) of each field of a declaration."""
+    """Yield (offset, type, name) of each field of a declaration."""
     at = 0
     for field in struct.subcons:
         inner = field.subcon if field.name else field
@@ -93,13 +93,13 @@ def _rows(command: Command) -> Iterator[str]:
 
 
 def _function_names(op: Op, newer: Numbering, older: Numbering) -> list[str]:
-    """What functions of an op the older of two numberings lacks."""
+    """Return what functions of an op the older of two numberings lacks."""
     names = _FUNCTIONS[op]
     return [names(n).name for n in newer.functions[op] if n not in older.functions[op]]
 
 
 def tables() -> str:
-    """The generated part of the document."""
+    """Return the generated part of the document."""
     lines = ["### rpc_tensor", "", "| offset | type | field |", "|---|---|---|"]
     lines += [f"| {at} | {kind} | {name} |" for at, kind, name in fields(messages.RpcTensor)]
     lines += ["", "### Commands", ""]
@@ -145,13 +145,13 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def document() -> str:
-    """The whole text, its tables made anew."""
+    """Return the whole text, its tables made anew."""
     before, after = _split(DOCUMENT.read_text())
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     return keep(DOCUMENT, "tools.protocol_tables", document, arguments)
 
 

@@ -84,7 +84,10 @@ class LlamaServer(Process):
         return False
 
     def ask(self, question: str, tokens: int) -> str:
-        """The answer, greedily. Raises OSError where there is none, TimeoutError among them."""
+        """Ask for an answer, greedily.
+
+        Raises OSError where there is none, TimeoutError among them.
+        """
         body = {
             "prompt": question,
             "n_predict": tokens,
@@ -104,7 +107,7 @@ class LlamaServer(Process):
 
 @dataclass
 class SoakTally:
-    """What happened."""
+    """The tally of what happened."""
 
     correct: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -222,7 +225,10 @@ class Soak:
         self._llama: LlamaServer | None = None
 
     def run(self) -> None:
-        """Raises ProgramError where nothing can be said, since it doesn't run undisturbed."""
+        """Run the servers and break them, as asked.
+
+        Raises ProgramError where nothing can be said, since it doesn't run undisturbed.
+        """
         options, tally = self._options, self.tally
         llama = self._start()
         expected = [llama.ask(question, options.tokens) for question in QUESTIONS]
@@ -354,13 +360,13 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def counted(counter: Counter[str]) -> str:
-    """'5 (3 killed, 2 silent)'."""
+    """Return '5 (3 killed, 2 silent)'."""
     parts = ", ".join(f"{n} {what}" for what, n in counter.most_common())
     return f"{counter.total()} ({parts})" if parts else "0"
 
 
 def reason(error: Exception) -> str:
-    """What kind of error a client of llama-server got."""
+    """Return what kind of error a client of llama-server got."""
     if isinstance(error, ProgramError):
         return "llama-server could not load the model"
     if isinstance(error, urllib.error.HTTPError):

@@ -64,7 +64,7 @@ class CoordinatorStatus:
         return self.tokens / self.graph_seconds if self.graph_seconds > 0 else None
 
     def since(self, earlier: CoordinatorStatus) -> CoordinatorStatus:
-        """What was added since then; rows, bytes and round trips as they are now.
+        """Return what was added since then; rows, bytes and round trips as they are now.
 
         Where a worker was reached anew, its counts are those since then.
         """
@@ -77,7 +77,7 @@ class CoordinatorStatus:
         )
 
     def as_json(self) -> str:
-        """One line."""
+        """Return it in JSON, one line."""
         return json.dumps({**asdict(self), "tokens_per_second": self.tokens_per_second})
 
 
@@ -97,7 +97,7 @@ def _part_since(part: PartStatus, earlier: PartStatus | None) -> PartStatus:
 
 
 async def open_coordinator(host: str, port: int) -> Connection:
-    """A connection to a server that has the split extension. Raises StatusError."""
+    """Open a connection to a server that has the split extension. Raises StatusError."""
     name = format_endpoint(host, port)
     try:
         connection = await connect_any(host, port, timeout=_TIMEOUT, split=True)
@@ -150,7 +150,7 @@ _HEAD = ("part", "rows", "MiB", "exchanges", "sent MiB", "recv MiB", "round trip
 
 
 def as_text(name: str, status: CoordinatorStatus) -> str:
-    """A line for the whole and a table of the parts."""
+    """Return a line for the whole and a table of the parts."""
     speed = status.tokens_per_second
     rate = "" if speed is None else f", {speed:.1f} tokens/s"
     lines = [

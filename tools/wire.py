@@ -80,14 +80,14 @@ class Wire:
         return bytes(data)
 
     def read_size(self) -> int:
-        """The size that an answer begins with."""
+        """Return the size that an answer begins with."""
         return int.from_bytes(self.read(8), "little")
 
     def read_answer(self) -> bytes:
         return self.read(self.read_size())
 
     def answer(self, command: Command) -> Any:
-        """The answer to ``command``: a record, or bytes, or None where it has none."""
+        """Return the answer to ``command``: a record, or bytes, or None where it has none."""
         spec = self.dialect.commands[command]
         if spec.answer is Answer.NEVER:
             return None
@@ -142,7 +142,7 @@ def tensor(
     type: GgmlType = GgmlType.F32,
     **fields: Any,
 ) -> dict[str, Any]:
-    """The fields of a contiguous rpc_tensor."""
+    """Return the fields of a contiguous rpc_tensor."""
     full = (*ne, 1, 1, 1, 1)[:4]
     nb1 = row_size(type, full[0])
     nb0 = row_size(type, 32) // 32 if type in (GgmlType.F32, GgmlType.I32) else nb1

@@ -81,7 +81,7 @@ def caches(c: Context, type: GgmlType) -> tuple[Bench, Cache, Cache]:
 
 
 class CheckOfType(Protocol):
-    """What a case does for one type of cache."""
+    """The check of a case for one type of cache."""
 
     def __call__(self, c: Context, type: GgmlType) -> None: ...
 

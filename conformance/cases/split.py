@@ -42,7 +42,7 @@ def no_tensors() -> Any:
 
 
 def parts_of(peer: Peer) -> int:
-    """How many parts weights are cut for; 1 for a server that doesn't split."""
+    """Return how many parts weights are cut for; 1 for a server that doesn't split."""
     return max(int(peer.call(Command.SPLIT_QUERY).n_parts), 1)
 
 

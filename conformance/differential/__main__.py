@@ -80,7 +80,7 @@ def _replay(path: Path, servers: Servers) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     servers = Servers(

@@ -45,7 +45,7 @@ _F16_SCALES: dict[GgmlType, tuple[int, ...]] = {
 
 
 def random_blocks(type: GgmlType, count: int, random: np.random.Generator) -> Bytes:
-    """``count`` blocks of a quantized type as uint8[count, type_size]."""
+    """Return ``count`` blocks of a quantized type as uint8[count, type_size]."""
     if not count:
         return np.empty((0, TYPE_INFO[type].type_size), np.uint8)
     blocks = random.integers(0, 256, (count, TYPE_INFO[type].type_size), np.uint8)

@@ -41,20 +41,20 @@ class Servers:
     version: str = "7"
 
     def tested(self) -> Endpoint:
-        """A new endpoint of the server under test."""
+        """Return a new endpoint of the server under test."""
         return Endpoint(
             address=self.tested_address, command=self.tested_command, version=self.version
         )
 
     def reference(self) -> Endpoint:
-        """A new endpoint of the reference."""
+        """Return a new endpoint of the reference."""
         return Endpoint(
             address=self.reference_address, command=self.reference_command, version=self.version
         )
 
 
 def select(only: str | None = None, variant: str | None = None) -> dict[str, list[str]]:
-    """Families by name with the labels of their variants; ValueError for unknown names."""
+    """Return families by name with the labels of their variants; ValueError for unknown names."""
     names = [n.strip() for n in only.split(",")] if only else list(FAMILIES)
     unknown = [n for n in names if n not in FAMILIES]
     if unknown:
@@ -71,7 +71,7 @@ def select(only: str | None = None, variant: str | None = None) -> dict[str, lis
 
 
 def regressions(name: str) -> dict[str, GraphCase]:
-    """The kept cases of a family, by file name."""
+    """Return the kept cases of a family, by file name."""
     folder = REGRESSIONS / name.replace(" ", "_")
     return {
         p.stem: GraphCase.from_json(json.loads(p.read_text()))
@@ -81,7 +81,7 @@ def regressions(name: str) -> dict[str, GraphCase]:
 
 @dataclass(frozen=True, slots=True)
 class DifferentialCampaign:
-    """What is to be tried. ``chosen`` as of :func:`select`."""
+    """The variants that are to be tried. ``chosen`` as of :func:`select`."""
 
     servers: Servers
     profile: str
@@ -89,7 +89,7 @@ class DifferentialCampaign:
     chosen: dict[str, list[str]]
 
     def run(self, jobs: int = 1) -> Iterator[tuple[str, FamilyTally]]:
-        """Tallies of families as they come in, several of one family where jobs share it."""
+        """Yield tallies of families as they come in, several of one family where jobs share it."""
         names = sorted(self.chosen, key=lambda n: -FAMILIES[n].examples * len(self.chosen[n]))
         if jobs < 2:
             with CampaignWorker(self) as worker:
@@ -120,7 +120,7 @@ class CampaignWorker:
             endpoint.close()
 
     def family(self, name: str) -> FamilyTally:
-        """Regressions first, then every chosen variant."""
+        """Try regressions first, then every chosen variant."""
         total = FamilyTally()
         for stem, case in regressions(name).items():
             total.add(self._regression(name, stem, case))

@@ -42,7 +42,7 @@ class GraphCase:
         return [*nodes, *(s for s in averages if s is not None)]
 
     def key(self) -> str:
-        """Equal for cases that differ in the seeds of their values only."""
+        """Return a key that is equal for cases that differ in the seeds of their values only."""
         rows = [
             (t.type, t.op, t.ne, t.nb, t.view_offs, t.view_src is not None, len(t.src), t.op_params)
             for t in self.graph.tensors
@@ -51,7 +51,7 @@ class GraphCase:
         return hashlib.sha1(repr((rows, kinds)).encode()).hexdigest()
 
     def describe(self) -> str:
-        """The graph as text, a line per tensor that isn't a dense leaf's view chain."""
+        """Return the graph as text, a line per tensor that isn't a dense leaf's view chain."""
         names = {t: f"%{i}" for i, t in enumerate(self.graph.tensors)}
         lines = []
         for t in self.graph.tensors:
@@ -76,7 +76,7 @@ class GraphCase:
     # -- JSON
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data; tensors by their position."""
+        """Return it as plain data; tensors by their position."""
         at = {t: i for i, t in enumerate(self.graph.tensors)}
         tensors = []
         for t in self.graph.tensors:
@@ -96,7 +96,7 @@ class GraphCase:
         return {"tensors": tensors, "outputs": outputs}
 
     def dumps(self) -> str:
-        """JSON text with a tensor per line."""
+        """Return JSON text with a tensor per line."""
         data = self.to_json()
         tensors = ",\n  ".join(json.dumps(row) for row in data["tensors"])
         outputs = json.dumps(data["outputs"])
@@ -104,7 +104,7 @@ class GraphCase:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GraphCase:
-        """What to_json gave."""
+        """Return what to_json gave."""
         tensors: list[Tensor] = []
         fills: dict[Tensor, Fill] = {}
         for i, row in enumerate(data["tensors"]):

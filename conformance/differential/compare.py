@@ -19,7 +19,7 @@ PRODUCT_NMSE = 5e-4
 
 
 class Equality(enum.StrEnum):
-    """What makes two results the same."""
+    """The way in which two results are the same."""
 
     NMSE = "nmse"  # the error's norm against the reference's; NaN and infinities in the same places
     EXACT = "exact"  # the same bits
@@ -29,7 +29,10 @@ class Equality(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How an output is compared; ``bound`` is NMSE's, ``of`` the tensor that indices refer to."""
+    """The way to compare an output.
+
+    ``bound`` is NMSE's, ``of`` the tensor that indices refer to.
+    """
 
     how: Equality = Equality.NMSE
     bound: float = DEFAULT_NMSE
@@ -40,7 +43,7 @@ EXACT = Check(Equality.EXACT)
 
 
 def numbers(t: Tensor, array: Array) -> Array:
-    """The values of a plain type as float64, integers as they are."""
+    """Return the values of a plain type as float64, integers as they are."""
     if t.type is GgmlType.BF16:
         wide = (array.astype(np.uint32) << 16).view(np.float32)
         return wide.astype(np.float64)
@@ -48,7 +51,10 @@ def numbers(t: Tensor, array: Array) -> Array:
 
 
 def nmse(expected: Array, actual: Array) -> float:
-    """Squared error over the squared norm of ``expected``; infinite if non-numbers differ."""
+    """Return the squared error over the squared norm of ``expected``.
+
+    It is infinite if non-numbers differ.
+    """
     finite = np.isfinite(expected)
     if not np.array_equal(expected[~finite], actual[~finite], equal_nan=True):
         return float("inf")
@@ -62,7 +68,7 @@ def nmse(expected: Array, actual: Array) -> float:
 
 
 def difference(check: Check, t: Tensor, expected: CaseMemory, actual: CaseMemory) -> str:
-    """What is wrong with ``t`` as computed by the server under test; empty if nothing is."""
+    """Return what is wrong with ``t`` as computed by the server under test; empty if nothing is."""
     want, got = expected.array(t), actual.array(t)
     match check.how:
         case Equality.EXACT:
@@ -116,13 +122,13 @@ class CaseMemory:
     offsets: dict[Tensor, int]
 
     def raw(self, t: Tensor) -> npt.NDArray[np.uint8]:
-        """The bytes of the tensor's extent."""
+        """Return the bytes of the tensor's extent."""
         root = t if t.view_src is None else t.view_src
         start = self.offsets[root] + (t.view_offs if t.view_src is not None else 0)
         return self.image[start : start + t.nbytes]
 
     def array(self, t: Tensor) -> Array:
-        """The tensor's values as (ne3, ne2, ne1, ne0), of quantized types rows of bytes."""
+        """Return the tensor's values as (ne3, ne2, ne1, ne0), of quantized types rows of bytes."""
         if not t.nbytes:
             return np.empty(tuple(reversed(t.ne)), np.uint8)
         array: npt.NDArray[Any] = from_bytes(t, self.raw(t))

@@ -44,7 +44,7 @@ class Endpoint:
         self.starts = 0
 
     async def connect(self) -> Connection:
-        """A new connection; starts the server if it is ours to start and not running.
+        """Open a connection; start the server if it is ours to start and not running.
 
         Raises ServerUnavailable.
         """
@@ -75,7 +75,7 @@ class Endpoint:
             )
 
     async def died(self, patience: float = 0.5) -> bool:
-        """Whether the process that we started has ended (a crash shows a moment later)."""
+        """Return whether the process that we started has ended (a crash shows a moment later)."""
         if self._process is None:
             return False
         for _ in range(max(int(patience / 0.02), 1)):

@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(slots=True)
 class FamilyTally:
-    """What was tried of one family's variant; sums of several are tallies too."""
+    """The tally of one family's variant; sums of several are tallies too."""
 
     cases: int = 0
     refused: int = 0
@@ -82,7 +82,7 @@ class Judge:
         return self._loop.run_until_complete(work)
 
     def judge(self, case: GraphCase) -> str:
-        """Raises Mismatch if the servers differ; why the reference refused, empty if it didn't."""
+        """Raise Mismatch if the servers differ; return why the reference refused, or nothing."""
         image = Image.of(case)
         try:
             expected = self._wait(self._reference.run(case, image))

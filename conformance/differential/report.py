@@ -39,7 +39,7 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether anything differed, or a family proved nothing."""
+        """True if anything differed, or a family proved nothing."""
         return any(t.findings or self._idle(t) for t in self._tallies.values())
 
     @staticmethod
@@ -47,7 +47,7 @@ class Report:
         return t.refused > t.cases * MOST_REFUSED
 
     def table(self) -> str:
-        """A line per family and their sum."""
+        """Return a line per family and their sum."""
         total = FamilyTally()
         lines = [_HEAD]
         for name, t in self._tallies.items():

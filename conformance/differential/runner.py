@@ -57,7 +57,7 @@ class Image:
         return cls(data, offsets)
 
     def untouched(self, case: GraphCase) -> npt.NDArray[np.bool_]:
-        """Which bytes no node may write: all but the elements of what nodes write."""
+        """Return which bytes no node may write: all but the elements of what nodes write."""
         mask = np.ones(len(self.data), np.bool_)
         for t in case.written:
             if not t.nelements:
@@ -83,7 +83,9 @@ class CaseRunner:
         self._size = 0
 
     async def run(self, case: GraphCase, image: Image, *, stepwise: bool = False) -> CaseMemory:
-        """The memory after the graph ran once; ``stepwise``: each node as a graph of its own.
+        """Return the memory after the graph ran once.
+
+        ``stepwise`` runs each node as a graph of its own.
 
         Raises Refused when the server hung up, TimeoutError when it took too long.
         """

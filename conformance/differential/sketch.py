@@ -43,7 +43,7 @@ class Sketch:
     # -- plain draws
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of ``options``; a failing case shrinks towards the first."""
+        """Draw one of ``options``; a failing case shrinks towards the first."""
         choice: T = self._draw(st.sampled_from(options))
         return choice
 
@@ -51,28 +51,28 @@ class Sketch:
         return bool(self._draw(st.booleans()))
 
     def seldom(self) -> bool:
-        """True about once in eight; shrinks towards False."""
+        """Draw True about once in eight; it shrinks towards False."""
         return self.pick((False,) * 7 + (True,))
 
     def integer(self, low: int, high: int) -> int:
-        """Both included."""
+        """Draw an integer between two, both included."""
         return int(self._draw(st.integers(low, high)))
 
     def real(self, low: float, high: float) -> float:
-        """A float32 between the bounds."""
+        """Draw a float32 between the bounds."""
         return float(self._draw(st.floats(low, high, width=32)))
 
     # -- shapes
 
     def size(self, most: int = 1031, *, least: int = 1, multiple: int = 1) -> int:
-        """The size of one dimension: a multiple of ``multiple`` between the bounds."""
+        """Draw the size of one dimension: a multiple of ``multiple`` between the bounds."""
         sizes = [n * multiple for n in (*_SIZES, *_LARGE) if least <= n * multiple <= most]
         return self.pick(sizes or [least])
 
     def shape(
         self, elements: int = 4096, *, block: int = 1, empty: bool = True, rank: int = 4
     ) -> Dims:
-        """A shape of at most ``elements`` elements; dimension 0 holds whole blocks.
+        """Draw a shape of at most ``elements`` elements; dimension 0 holds whole blocks.
 
         Dimensions of 1 occur in every place, and with ``empty`` now and then one of 0.
         """
@@ -89,7 +89,7 @@ class Sketch:
         return dims(ne)
 
     def broadcast_to(self, ne: Sequence[int]) -> Dims:
-        """A shape that ggml repeats to ``ne``: each dimension divides it."""
+        """Draw a shape that ggml repeats to ``ne``: each dimension divides it."""
         return dims([self.pick(_divisors(n)) if n else 0 for n in ne])
 
     # -- leaves
@@ -108,7 +108,7 @@ class Sketch:
         layout: str = "any",
         name: str = "",
     ) -> Tensor:
-        """A tensor of values, drawn by ``kind`` (or one of several).
+        """Draw a tensor of values, by ``kind`` (or one of several).
 
         ``layout``: "dense"; "contiguous": dense, but maybe a part of something larger; "even": rows
         may be padded, all by the same; "rows": elements of a row are dense, rows may be padded,
@@ -192,7 +192,9 @@ class Sketch:
         distinct: bool = False,
         layout: str = "dense",
     ) -> Tensor:
-        """Integers from 0 to ``below`` - 1; with ``distinct`` no two equal in a row (ne0 <= below).
+        """Draw integers from 0 to ``below`` - 1.
+
+        With ``distinct`` no two are equal in a row (ne0 <= below).
 
         Distinct ones are ``ne0`` of a row's permutation, through a view.
         """
@@ -234,7 +236,7 @@ class Family:
     examples: int
 
     def strategy(self, variant: Any) -> st.SearchStrategy[GraphCase]:
-        """Cases of one variant."""
+        """Return cases of one variant."""
 
         @st.composite
         def cases(draw: Callable[[st.SearchStrategy[Any]], Any]) -> GraphCase:
@@ -265,7 +267,7 @@ def family(
 
 
 def label(variant: Any) -> str:
-    """A variant's name on the command line and in tables."""
+    """Return a variant's name on the command line and in tables."""
     if isinstance(variant, GgmlType):
         return variant.name.lower()
     if isinstance(variant, tuple):

@@ -18,7 +18,7 @@ Values = npt.NDArray[np.float64]
 
 
 class ValueKind(enum.StrEnum):
-    """How the values of a leaf are drawn; ``low`` and ``high`` are the Fill's."""
+    """The way to draw the values of a leaf; ``low`` and ``high`` are the Fill's."""
 
     NORMAL = "normal"  # standard normal, scaled by high and moved by low
     UNIFORM = "uniform"  # between low and high
@@ -109,7 +109,7 @@ _MAKERS: dict[ValueKind, Callable[[Fill, int, int, np.random.Generator], Values]
 
 
 def leaf_bytes(t: Tensor, fill: Fill) -> Bytes:
-    """All bytes of a dense leaf."""
+    """Return all bytes of a dense leaf."""
     if not t.nelements:
         return np.empty(0, np.uint8)
     random = np.random.default_rng(fill.seed)

@@ -83,7 +83,7 @@ def _explore(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if not options.endpoint and not options.restart_command:

@@ -56,15 +56,18 @@ class CodecUnderTest(Protocol):
     """Reads and writes the messages of one connection, segment by segment."""
 
     def write_request(self, dialect: Dialect, request: DrawnRequest) -> bytes:
-        """The bytes of a request."""
+        """Return the bytes of a request."""
 
     def read_requests(self, dialect: Dialect, segments: Iterable[bytes]) -> list[Seen]:
-        """What a server reads after HELLO. ProtocolError for what is no request."""
+        """Return what a server reads after HELLO. Raises ProtocolError for what is no request."""
 
     def read_replies(
         self, dialect: Dialect, due: Sequence[tuple[Command, int]], segments: Iterable[bytes]
     ) -> list[Seen]:
-        """What a client reads; ``due`` are the requests, with the bytes asked for of GET_TENSOR."""
+        """Return what a client reads.
+
+        ``due`` are the requests, with the bytes asked for of GET_TENSOR.
+        """
 
 
 class OwnCodec:
@@ -136,7 +139,7 @@ def _feed(reader: Any, segment: bytes, take: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Records and tuples as dicts and lists, to compare."""
+    """Return records and tuples as dicts and lists, to compare."""
     if isinstance(value, Message):
         return {k: plain(v) for k, v in value.__dict__.items()}
     if isinstance(value, dict):
@@ -150,12 +153,12 @@ def plain(value: Any) -> Any:
 
 
 def segmentations() -> st.SearchStrategy[tuple[int, ...]]:
-    """Lengths of segments, taken in turn."""
+    """Return lengths of segments, taken in turn."""
     return st.lists(st.integers(1, 9) | st.integers(1, 30_000), min_size=1, max_size=8).map(tuple)
 
 
 def cut(stream: bytes, lengths: Sequence[int]) -> list[bytes]:
-    """``stream`` in segments of these lengths, in turn, to its end."""
+    """Cut ``stream`` into segments of these lengths, in turn, to its end."""
     segments, at, i = [], 0, 0
     while at < len(stream):
         # Many short ones cost time and show nothing that a hundred don't.
@@ -168,7 +171,7 @@ def cut(stream: bytes, lengths: Sequence[int]) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What happens to a stream: the ``kind`` at a place given by a number of any size."""
+    """A change to a stream: the ``kind`` at a place given by a number of any size."""
 
     kind: str
     at: int
@@ -194,7 +197,7 @@ class Damage:
 
 
 def damages() -> st.SearchStrategy[tuple[Damage, ...]]:
-    """One to three damages, most in the first bytes, where frames and heads are."""
+    """Return one to three damages, most in the first bytes, where frames and heads are."""
     one = st.builds(
         Damage,
         st.sampled_from(("flip", "truncate", "remove", "insert", "repeat")),
@@ -210,14 +213,14 @@ def damages() -> st.SearchStrategy[tuple[Damage, ...]]:
 def check_request_round_trip(
     codec_: CodecUnderTest, dialect: Dialect, request: DrawnRequest
 ) -> None:
-    """What is written is read."""
+    """Check that what is written is read."""
     data = codec_.write_request(dialect, request)
     expected = [Seen(request.command, plain(request.fields), request.body)]
     assert codec_.read_requests(dialect, [data]) == expected
 
 
 def check_reply_round_trip(codec_: CodecUnderTest, dialect: Dialect, reply: Reply) -> None:
-    """An answer as the tables have it is read."""
+    """Check that an answer as the tables have it is read."""
     due = [(reply.command, len(reply.data))]
     expected = [Seen(reply.command, plain(reply.fields), reply.data)]
     assert codec_.read_replies(dialect, due, [reply.encode(dialect)]) == expected
@@ -229,7 +232,7 @@ def check_request_segments(
     requests: Sequence[DrawnRequest],
     lengths: Sequence[int],
 ) -> None:
-    """However the stream arrives, it is the same requests."""
+    """Check that the requests are the same however the stream arrives."""
     stream = b"".join(codec_.write_request(dialect, r) for r in requests)
     expected = [Seen(r.command, plain(r.fields), r.body) for r in requests]
     assert codec_.read_requests(dialect, cut(stream, lengths)) == expected
@@ -238,7 +241,7 @@ def check_request_segments(
 def check_reply_segments(
     codec_: CodecUnderTest, dialect: Dialect, replies: Sequence[Reply], lengths: Sequence[int]
 ) -> None:
-    """However the stream arrives, it is the same answers."""
+    """Check that the answers are the same however the stream arrives."""
     stream = b"".join(r.encode(dialect) for r in replies)
     due = [(r.command, len(r.data)) for r in replies]
     expected = [Seen(r.command, plain(r.fields), r.data) for r in replies]
@@ -252,7 +255,7 @@ def check_damaged_requests(
     damage: Sequence[Damage],
     lengths: Sequence[int],
 ) -> None:
-    """Damaged bytes are other requests or a ProtocolError, the same however they arrive."""
+    """Check that damaged bytes are other requests or a ProtocolError, however they arrive."""
     stream = b"".join(codec_.write_request(dialect, r) for r in requests)
     for one in damage:
         stream = one.apply(stream)
@@ -272,7 +275,7 @@ def check_damaged_replies(
     damage: Sequence[Damage],
     lengths: Sequence[int],
 ) -> None:
-    """Damaged bytes are other answers or a ProtocolError."""
+    """Check that damaged bytes are other answers or a ProtocolError."""
     stream = b"".join(r.encode(dialect) for r in replies)
     for one in damage:
         stream = one.apply(stream)

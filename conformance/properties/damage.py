@@ -74,7 +74,7 @@ def _from_json(value: Any) -> Any:
 
 
 def streams(dialect: Dialect) -> st.SearchStrategy[DamagedStream]:
-    """One to five requests, damaged."""
+    """Return one to five requests, damaged."""
     commands = [c for c in dialect.commands if c not in _LEFT_OUT]
     one = st.sampled_from(commands).flatmap(lambda c: requests(dialect, c))
     return st.builds(

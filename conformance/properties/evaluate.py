@@ -52,7 +52,10 @@ def _for(*ops: Op) -> Callable[[Compute], Compute]:
 
 
 def evaluate(t: Tensor, sources: Sequence[Array]) -> Evaluated:
-    """What ``t`` has to be, of its sources' values. KeyError for an op that isn't known here."""
+    """Return what ``t`` has to be, of its sources' values.
+
+    Raises KeyError for an op that isn't known here.
+    """
     with np.errstate(all="ignore"):
         return _OPS[t.op](t, sources)
 

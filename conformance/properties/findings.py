@@ -42,12 +42,12 @@ class Finding:
     transcript: Transcript | None = None
 
     def summary(self) -> str:
-        """What happened, and the value."""
+        """Return what happened, and the value."""
         lines = [f"{self.property.name}, protocol {self.dialect.name}: {self.reason}"]
         return "\n".join([*lines, *("  " + line for line in self.property.lines(self.value))])
 
     def text(self) -> str:
-        """For people: what happened, the value, the messages in words and bytes."""
+        """Return text for people: what happened, the value, the messages in words and bytes."""
         lines = [self.summary()]
         hidden = len(self.messages) - _MOST_SHOWN
         if self.messages:
@@ -61,7 +61,7 @@ class Finding:
         return "\n".join(lines)
 
     def dumps(self) -> str:
-        """JSON for ``--replay``."""
+        """Return JSON for ``--replay``."""
         data = {
             "property": self.property.name,
             "protocol": self.dialect.name,
@@ -73,7 +73,7 @@ class Finding:
 
     @classmethod
     def loads(cls, text: str) -> Finding:
-        """What dumps gave. ValueError for anything else."""
+        """Return what dumps gave. Raises ValueError for anything else."""
         try:
             data = json.loads(text)
             kept = PROPERTIES[data["property"]]
@@ -95,7 +95,7 @@ class Finding:
 
 
 def readable(transcript: Transcript) -> Iterable[tuple[str, str]]:
-    """The messages of an exchange, each in words and as hexadecimal bytes."""
+    """Yield the messages of an exchange, each in words and as hexadecimal bytes."""
     for message in transcript.messages:
         yield (
             f"{message.peer} {'>' if message.sent else '<'} {_words(message, transcript)}",
@@ -178,7 +178,7 @@ def replay(target: PropertyTarget, finding: Finding) -> Finding | None:
 
 
 def spoken(server: Server, wanted: Sequence[Dialect], patience: float) -> Iterator[PropertyTarget]:
-    """A target for each of these versions that the server speaks.
+    """Yield a target for each of these versions that the server speaks.
 
     Of those that differ in the numbering of ops alone it is the first: a server takes all that
     comes from one address for what it knows of its clients.

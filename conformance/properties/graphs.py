@@ -43,7 +43,7 @@ _WHOLE = 0x7FFF_FFFF
 
 
 def last_writers(case: GraphCase, image: Image) -> npt.NDArray[np.int32]:
-    """For each byte of the image the number of the node that wrote it last, -1 if none did."""
+    """Return for each byte of the image the node that wrote it last, -1 if none did."""
     writers = np.full(len(image.data), -1, np.int32)
     memory = CaseMemory(np.empty(0, np.uint8), image.offsets)
     for i, t in enumerate(case.graph.nodes):
@@ -53,7 +53,7 @@ def last_writers(case: GraphCase, image: Image) -> npt.NDArray[np.int32]:
 
 
 def _of_elements(per_byte: Array, memory: CaseMemory, t: Tensor) -> Array:
-    """What an array with an item for each byte of the image has for the elements of ``t``."""
+    """Return what an array with an item for each byte has for the elements of ``t``."""
     root = t if t.view_src is None else t.view_src
     start = memory.offsets[root] + (t.view_offs if t.view_src is not None else 0)
     item = per_byte.itemsize
@@ -63,7 +63,7 @@ def _of_elements(per_byte: Array, memory: CaseMemory, t: Tensor) -> Array:
 
 
 def check(case: GraphCase, image: Image, actual: CaseMemory) -> None:
-    """Raises Mismatch if ``actual``, a server's memory after the graph ran, is not right."""
+    """Raise Mismatch if ``actual``, a server's memory after the graph ran, is not right."""
     quiet = image.untouched(case)
     changed = np.flatnonzero(quiet & (actual.image != image.data))
     if len(changed):
@@ -130,7 +130,7 @@ def _label(t: Tensor) -> str:
 
 
 def conditioned(case: GraphCase, image: Image) -> set[int]:
-    """The nodes whose values hardly depend on how earlier ones were rounded.
+    """Return the nodes whose values hardly depend on how earlier ones were rounded.
 
     Found by computing twice, the second time with every inexact node off by a little: what that
     changes much can't be compared between two servers, each of which rounds in its own way.
@@ -156,7 +156,9 @@ def conditioned(case: GraphCase, image: Image) -> set[int]:
 
 
 def run(context: Context, case: GraphCase, image: Image, *, stepwise: bool = False) -> CaseMemory:
-    """A server's memory after the graph ran once; ``stepwise``: each node as a graph of its own.
+    """Return a server's memory after the graph ran once.
+
+    ``stepwise`` runs each node as a graph of its own.
 
     All tensors lie in one buffer. Raises what ends a case.
     """
@@ -199,12 +201,12 @@ class Reference:
         self._loop.close()
 
     def run(self, case: GraphCase, image: Image) -> CaseMemory:
-        """Its memory after the graph. Raises Refused, TimeoutError."""
+        """Return its memory after the graph. Raises Refused, TimeoutError."""
         return self._loop.run_until_complete(self._runner.run(case, image))
 
 
 def judge(context: Context, case: GraphCase, reference: Reference | None = None) -> None:
-    """Raises Mismatch for what the server under test computes otherwise than numpy.
+    """Raise Mismatch for what the server under test computes otherwise than numpy.
 
     The graph runs as a whole and node by node: what a planner makes of neighbours must not show.
     With a reference, its results are held against numpy's too, and those that hardly depend on

@@ -48,13 +48,16 @@ class ModelBuffer:
         self.nan[at : at + len(content)] = False
 
     def part(self, at: int, size: int) -> ModelBuffer:
-        """A copy of some of it, as it is now."""
+        """Return a copy of some of it, as it is now."""
         copy = ModelBuffer(self.handle, self.base + at, self.data[at : at + size])
         copy.nan = self.nan[at : at + size].copy()
         return copy
 
     def difference(self, actual: bytes) -> str:
-        """What is wrong with the bytes that the server gave for all of it; '' if nothing is."""
+        """Return what is wrong with the bytes that the server gave for all of it.
+
+        The text is empty if nothing is.
+        """
         if len(actual) != len(self.data):
             return f"{len(actual)} bytes instead of {len(self.data)}"
         if actual == self.data:
@@ -101,7 +104,7 @@ class Range:
         self.buffer.nan[self.at : end] = np.repeat(np.isnan(values), 4)
 
     def apart(self, other: Range) -> bool:
-        """Whether no byte is in both."""
+        """Return whether no byte is in both."""
         if self.buffer is not other.buffer:
             return True
         return self.at + 4 * self.n <= other.at or other.at + 4 * other.n <= self.at
@@ -154,7 +157,7 @@ class ModelGraph:
             tensors.append(node.target)
 
     def _root(self, position: int) -> int:
-        """What a view of the tensor at ``position`` is a view of, as ggml has it."""
+        """Return what a view of the tensor at ``position`` is a view of, as ggml has it."""
         node = position - len(self._leaves)
         view_of = None if node < 0 else self._nodes[node].view_of
         return position if view_of is None else view_of
@@ -195,7 +198,7 @@ class ModelGraph:
         return any(r.buffer is buffer for r in (*self._leaves, *(n.target for n in self._nodes)))
 
     def payload(self, dialect: Dialect) -> bytes:
-        """The body of the GRAPH_COMPUTE."""
+        """Return the body of the GRAPH_COMPUTE."""
         return encode_graph(self._wire(dialect), dialect)
 
     def _wire(self, dialect: Dialect) -> GraphPayload:
@@ -231,6 +234,6 @@ def _fill(row: Any, id_: int, place: Range) -> None:
 
 
 def content(seed: int, size: int) -> bytes:
-    """Bytes that look like numbers: F32 of ordinary size, cut to ``size``."""
+    """Return bytes that look like numbers: F32 of ordinary size, cut to ``size``."""
     values = np.random.default_rng(seed).standard_normal(size // 4 + 1).astype("<f4")
     return values.tobytes()[:size]

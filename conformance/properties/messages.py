@@ -42,7 +42,7 @@ class DrawnRequest:
     body: bytes = b""
 
     def encode(self, dialect: Dialect) -> bytes:
-        """The bytes on the wire."""
+        """Return the bytes on the wire."""
         spec = dialect.commands[self.command]
         return encode_request(self.command, spec, self.fields, len(self.body)) + self.body
 
@@ -56,7 +56,7 @@ class Reply:
     data: bytes = b""
 
     def encode(self, dialect: Dialect) -> bytes:
-        """The bytes on the wire."""
+        """Return the bytes on the wire."""
         spec = dialect.commands[self.command]
         payload = self.data
         if spec.answer is Answer.FIXED:
@@ -68,7 +68,7 @@ class Reply:
 
 
 def integers(bits: int, signed: bool = False) -> st.SearchStrategy[int]:
-    """Integers that a field of so many bits holds, often at the edges of it."""
+    """Return integers that a field of so many bits holds, often at the edges of it."""
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
     edges = sorted({low, low + 1, 0, 1, 2, 255, 256, high >> 1, high - 1, high})
     fitting = [n for n in edges if low <= n <= high]
@@ -83,7 +83,7 @@ def _plain(field: FormatField[Any, Any]) -> st.SearchStrategy[Any]:
 
 
 def declared(declaration: Any, dialect: Dialect) -> st.SearchStrategy[Any]:
-    """Values of a construct declaration: numbers, bytes, lists, dicts."""
+    """Return values of a construct declaration: numbers, bytes, lists, dicts."""
     if declaration is RpcTensor:
         return tensors(dialect)
     if isinstance(declaration, Struct):
@@ -118,7 +118,10 @@ NO_TENSOR: Fields = {
 
 @st.composite
 def tensors(draw: Any, dialect: Dialect) -> Fields:
-    """The fields of one rpc_tensor as clients send them; now and then with anything in a field."""
+    """Return the fields of one rpc_tensor as clients send them.
+
+    Now and then a field has anything in it.
+    """
     type_ = draw(st.sampled_from(GgmlType))
     block = TYPE_INFO[type_].block_size
     shape = draw(st.lists(st.sampled_from((1, 2, 3, 5, 8, 64, 0)), min_size=1, max_size=MAX_DIMS))
@@ -148,14 +151,14 @@ def tensors(draw: Any, dialect: Dialect) -> Fields:
 
 
 def wire_array(rows: list[Fields]) -> Any:
-    """RPC_TENSOR_DTYPE[n] of tensors given by their fields."""
+    """Return RPC_TENSOR_DTYPE[n] of tensors given by their fields."""
     raw = b"".join(codec(RpcTensor).build(row) for row in rows)
     return np.frombuffer(raw, RPC_TENSOR_DTYPE)
 
 
 @st.composite
 def graphs(draw: Any, dialect: Dialect) -> bytes:
-    """The body of a GRAPH_COMPUTE: one that a program makes, or tensors that don't fit."""
+    """Return the body of a GRAPH_COMPUTE: one that a program makes, or tensors that don't fit."""
     if draw(st.booleans()):
         program = build(draw(programs(12)), 12).graph
         # What came with a later release has no number here.
@@ -169,7 +172,7 @@ def graphs(draw: Any, dialect: Dialect) -> bytes:
 
 @st.composite
 def split_programs(draw: Any, dialect: Dialect) -> bytes:
-    """The body of a SPLIT_PROGRAM."""
+    """Return the body of a SPLIT_PROGRAM."""
     ids = st.lists(integers(64), max_size=3).map(tuple)
     steps = draw(st.lists(st.builds(ProgramStep, ids, ids, ids), max_size=3))
     return encode_program(steps, wire_array(draw(st.lists(tensors(dialect), max_size=3))))
@@ -180,7 +183,7 @@ def split_programs(draw: Any, dialect: Dialect) -> bytes:
 
 @st.composite
 def requests(draw: Any, dialect: Dialect, command: Command | None = None) -> DrawnRequest:
-    """Any request of the dialect but HELLO, or of one command."""
+    """Return any request of the dialect but HELLO, or of one command."""
     chosen = command
     if chosen is None:
         chosen = draw(st.sampled_from([c for c in dialect.commands if c is not Command.HELLO]))
@@ -200,7 +203,7 @@ def requests(draw: Any, dialect: Dialect, command: Command | None = None) -> Dra
 
 @st.composite
 def replies(draw: Any, dialect: Dialect, command: Command | None = None) -> Reply:
-    """Any answer of the dialect but HELLO's, or to one command."""
+    """Return any answer of the dialect but HELLO's, or to one command."""
     chosen = command
     if chosen is None:
         answered = [

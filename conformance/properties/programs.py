@@ -91,7 +91,7 @@ class GraphProgram:
         return t
 
     def peak(self, t: Tensor) -> float:
-        """The largest magnitude that may be in the memory of ``t``."""
+        """Return the largest magnitude that may be in the memory of ``t``."""
         return self._peaks[t if t.view_src is None else t.view_src]
 
     def add(self, t: Tensor, peak: float = 0.0) -> Tensor:
@@ -111,12 +111,15 @@ class GraphProgram:
         return self.pool[-1 - back % len(self.pool)]
 
     def dense(self, t: Tensor) -> Tensor:
-        """``t``, or a contiguous copy of it: also strides of dimensions of one element count."""
+        """Return ``t``, or a contiguous copy of it.
+
+        Strides of dimensions of one element count as well.
+        """
         dense = t.nb == contiguous_strides(t.type, t.ne)
         return t if dense else self.add(self.g.cont(t), self.peak(t))
 
     def rows(self, t: Tensor) -> Tensor:
-        """``t`` if rows are dense, or a copy."""
+        """Return ``t`` if rows are dense, or a copy."""
         return t if _stepwise(t) else self.dense(t)
 
     def add_fused(self, inner: Tensor, t: Tensor, peak: float) -> None:
@@ -126,19 +129,19 @@ class GraphProgram:
         self._inexact.add(t)
 
     def owned(self, t: Tensor) -> Tensor:
-        """``t``, or a copy of it, whose memory may be written over."""
+        """Return ``t``, or a copy of it, whose memory may be written over."""
         root = t if t.view_src is None else t.view_src
         return self.add(self.g.dup(t), self.peak(t)) if root in self._inexact else t
 
     def small(self, t: Tensor) -> Tensor:
-        """``t``, or its rows normalized if they may hold large values."""
+        """Return ``t``, or its rows normalized if they may hold large values."""
         if self.peak(t) <= _LARGEST:
             return t
         a = self.rows(t)
         return self.add(self.g.rms_norm(a, 1e-6), math.sqrt(a.ne[0]) + 1)
 
     def repeatable(self, a: Tensor, w: Word) -> Tensor:
-        """A tensor that ggml repeats to ``a``: of those that there are, or a new one."""
+        """Return a tensor that ggml repeats to ``a``: of those that there are, or a new one."""
         fitting = [
             t
             for t in self.pool
@@ -516,12 +519,12 @@ def _diag_mask_zero(p: GraphProgram, a: Tensor, w: Word) -> None:
 
 
 def _stepwise(t: Tensor) -> bool:
-    """Whether elements of a row are side by side, also where there is but one (some ops ask)."""
+    """Return whether elements of a row are side by side, even where there is but one."""
     return t.nb[0] == TYPE_INFO[t.type].type_size
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:
-    """Whether both lie in the same memory."""
+    """Return whether both lie in the same memory."""
     return (a if a.view_src is None else a.view_src) is (b if b.view_src is None else b.view_src)
 
 
@@ -531,7 +534,7 @@ def _divisor(n: int, choice: int) -> int:
 
 
 def build(words: Sequence[int], most: int = MAX_NODES) -> GraphCase:
-    """The graph of ``words``, no more than about ``most`` nodes; every node is an output."""
+    """Return the graph of ``words``, no more than about ``most`` nodes; every node is an output."""
     p = GraphProgram()
     for seed, ne in enumerate(((16, 8), (4, 3, 2), (32,))):
         p.pool.append(p.leaf(ne, seed))
@@ -560,7 +563,7 @@ def _shape(w: Word) -> Dims:
 
 
 def programs(most: int = MAX_NODES) -> st.SearchStrategy[tuple[int, ...]]:
-    """Words of graphs of up to ``most`` nodes; half of them have more than 40."""
+    """Return words of graphs of up to ``most`` nodes; half of them have more than 40."""
     lengths = [n for n in (10, 1, 20, 40, 70, 100, 150, 190) if n < most]
     return st.sampled_from(lengths).flatmap(
         lambda least: st.lists(

@@ -35,12 +35,12 @@ class PropertyTarget:
 
     @property
     def clients(self) -> int:
-        """How many clients a session may have."""
+        """The number of clients that a session may have."""
         return 2 if self.facts.concurrent else 1
 
     @contextlib.contextmanager
     def context(self) -> Iterator[Context]:
-        """What makes connections and records what goes over them; closes them at the end."""
+        """Yield what makes connections and records what goes over them; close them at the end."""
         made = Context(self.address, self.facts, seconds=10 * self.patience, patience=self.patience)
         try:
             yield made
@@ -72,7 +72,7 @@ class Property:
     numbered: bool = False
 
     def fits(self, target: PropertyTarget) -> bool:
-        """Whether it can be tried in this protocol version on this server."""
+        """Return whether it can be tried in this protocol version on this server."""
         if not self.numbered:
             return True
         told = dialect_of_version(target.facts.version, target.dialect.hello_size)

@@ -16,7 +16,7 @@ _MOST_TRIES = 400
 
 
 def reduced(value: T, smaller: Callable[[T], Iterable[T]], fails: Callable[[T], bool]) -> T:
-    """The smallest value found for which ``fails`` holds, beginning with one for which it does.
+    """Return the smallest value found for which ``fails`` holds, beginning with one such.
 
     ``smaller`` gives simpler values, those that leave out most first.
     """
@@ -37,7 +37,10 @@ def reduced(value: T, smaller: Callable[[T], Iterable[T]], fails: Callable[[T], 
 
 
 def without_parts(items: Sequence[T], keep: int = 0) -> Iterator[tuple[T, ...]]:
-    """The items without some in a row: first half of them, in the end one; ``keep`` stay first."""
+    """Yield the items without some in a row.
+
+    It is half of them first, in the end one; the first ``keep`` stay.
+    """
     first, rest = tuple(items[:keep]), tuple(items[keep:])
     size = len(rest)
     while size:
@@ -47,7 +50,7 @@ def without_parts(items: Sequence[T], keep: int = 0) -> Iterator[tuple[T, ...]]:
 
 
 def simpler_numbers(number: int) -> Iterator[int]:
-    """Smaller numbers in the place of one: 0, half of it, one less."""
+    """Yield smaller numbers in the place of one: 0, half of it, one less."""
     for candidate in dict.fromkeys((0, number // 2, number - 1)):
         if 0 <= candidate < number:
             yield candidate

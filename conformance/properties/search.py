@@ -25,7 +25,7 @@ class Counterexample(Generic[T]):
 
 @dataclass(slots=True)
 class Search(Generic[T]):
-    """What a search did: how many inputs, how long, what it found."""
+    """The result of a search: how many inputs, how long, what it found."""
 
     examples: int = 0
     seconds: float = 0.0

@@ -43,7 +43,7 @@ class Violation(AssertionError):  # noqa: N818
 
 
 def byte_tensor(handle: int, address: int, size: int) -> Fields:
-    """The rpc_tensor of ``size`` bytes (I8)."""
+    """Return the rpc_tensor of ``size`` bytes (I8)."""
     return tensor(1, (size,), type=GgmlType.I8, buffer=handle, data=address)
 
 
@@ -332,7 +332,7 @@ class SequencePlayer:
             )
 
     def _ask_alloc_size(self, client: _Client, step: Action) -> None:
-        """What tensors take that have no place yet; rows of blocks may be padded, not cut."""
+        """Ask what tensors take that have no place yet; rows of blocks may be padded, not cut."""
         for type_ in _SIZED:
             ne = (TYPE_INFO[type_].block_size * (1 + step.at % 4), 1 + step.size % 8)
             least = row_size(type_, ne[0]) * ne[1]

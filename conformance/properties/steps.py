@@ -22,7 +22,7 @@ MAX_BYTES = 4096
 
 
 class ActionKind(enum.StrEnum):
-    """What a step does; those with a command need a dialect that has it."""
+    """The kind of a step; those with a command need a dialect that has it."""
 
     ALLOC = "alloc"
     SET = "set"
@@ -77,7 +77,7 @@ class Action:
     words: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that aren't 0."""
+        """Return the fields that aren't 0."""
         row: dict[str, Any] = {"kind": self.kind.value, "client": self.client}
         for name in ("a", "b", "at", "size", "seed"):
             if getattr(self, name):
@@ -116,7 +116,7 @@ class ActionSequence:
 
 
 def step_kinds(dialect: Dialect) -> Sequence[ActionKind]:
-    """The kinds that this dialect's clients can do, each as often as it is drawn."""
+    """Return the kinds that this dialect's clients can do, each as often as it is drawn."""
     kinds: list[ActionKind] = []
     for kind, weight in _WEIGHTS.items():
         if kind not in _NEEDS or _NEEDS[kind] in dialect.commands:
@@ -127,7 +127,10 @@ def step_kinds(dialect: Dialect) -> Sequence[ActionKind]:
 def sessions(
     dialect: Dialect, clients: int = 2, most: int = 24
 ) -> st.SearchStrategy[ActionSequence]:
-    """Sessions of up to ``most`` steps; each client begins with a buffer that holds something."""
+    """Return sessions of up to ``most`` steps.
+
+    Each client begins with a buffer that holds something.
+    """
     small, large = st.integers(0, 7), st.integers(0, MAX_BYTES - 1)
     drawn = st.builds(
         Action,

@@ -68,7 +68,7 @@ def _request(message: TranscriptMessage, dialect: Dialect) -> Shown:
 
 
 def _frame(data: bytes, dialect: Dialect) -> tuple[list[Span], str, int]:
-    """What starts ``data``: its spans, a line about it, how many bytes it takes."""
+    """Return what starts ``data``: its spans, a line about it, how many bytes it takes."""
     if len(data) < FRAME.size:
         return [Span(0, len(data), "(part of a message)", "")], f"{len(data)} bytes", len(data)
     number, claimed = FRAME.unpack_from(data)
@@ -115,7 +115,7 @@ def _answer(message: TranscriptMessage, dialect: Dialect) -> Shown:
 
 
 def merge_zeros(spans: Iterable[Span]) -> Iterator[Span]:
-    """The same spans with runs of zeros in one array put together, as ``src[2..9]``."""
+    """Yield the same spans with runs of zeros in one array put together, as ``src[2..9]``."""
     run: list[Span] = []
     for span in spans:
         if run and not _continues(run, span):

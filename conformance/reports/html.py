@@ -33,7 +33,7 @@ _MARKS = {
 
 
 def to_html(run: SuiteRun) -> str:
-    """The page."""
+    """Return the page."""
     return "".join(_page(run))
 
 
@@ -143,7 +143,7 @@ def _exchange(result: CaseResult) -> Iterator[str]:
 
 
 def _tells(message: TranscriptMessage) -> bool:
-    """Whether a message may be what the case is about: not the question that is put behind it."""
+    """Return whether a message may be what the case is about, not the question behind it."""
     return message.sent and bool(message.size) and message.command != "GET_ALIGNMENT"
 
 

@@ -11,7 +11,7 @@ from conformance.suite.transcript import TranscriptMessage
 
 
 def to_json(run: SuiteRun) -> dict[str, Any]:
-    """The run as what json.dumps takes; exchanges only of cases that failed or differ."""
+    """Return the run as what json.dumps takes; exchanges only of cases that failed or differ."""
     facts = run.facts
     return {
         "server": run.server,

@@ -13,7 +13,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def to_junit(run: SuiteRun) -> ElementTree.Element:
-    """The testsuites element."""
+    """Return the testsuites element."""
     counts = run.counts
     root = ElementTree.Element("testsuites", name=f"ggml RPC conformance of {run.server}")
     _count(root, run.results)

@@ -130,7 +130,7 @@ def _count(verdict: Verdict, n: int) -> str:
 
 
 def make_console() -> Console:
-    """Standard output; without a terminal lines are not broken."""
+    """Return standard output; without a terminal lines are not broken."""
     console = Console(highlight=False)
     if console.is_terminal:
         return console
@@ -138,7 +138,7 @@ def make_console() -> Console:
 
 
 def print_list(console: Console, cases: list[Case]) -> None:
-    """The cases, by group."""
+    """Print the cases, by group."""
     group = 0
     for case in cases:
         if case.group.number != group:
@@ -150,7 +150,7 @@ def print_list(console: Console, cases: list[Case]) -> None:
 
 
 def print_explanation(console: Console, case: Case) -> None:
-    """All that there is to say of a case."""
+    """Print all that there is to say of a case."""
     console.print(f"[bold]{case}[/] [dim]({case.group.title})[/]")
     lines = [("sends", case.sends), ("expects", case.expects), ("why", case.why)]
     lines.append(("source", case.source))

@@ -68,7 +68,7 @@ class ClientCampaign:
     # -- one visit
 
     def visit(self, script: Script, store: HashStore | None = None) -> tuple[Visit, Ended | None]:
-        """One run of the client against a server with this script."""
+        """Run the client once against a server with this script."""
         client = self.client
         silent = script.fault is not None and script.fault.how is Mishap.SILENT
         patience = max(client.patience, _SILENT_PATIENCE) if silent else client.patience
@@ -88,7 +88,7 @@ class ClientCampaign:
     # -- the client's version
 
     def find_version(self) -> ClientVersion:
-        """The newest version that the client accepts, by offering one after the other.
+        """Find the newest version that the client accepts, by offering one after the other.
 
         Raises NoClient.
         """
@@ -110,7 +110,7 @@ class ClientCampaign:
     # -- scenarios
 
     def run(self, scenario: Scenario, found: ClientVersion) -> CaseResult:
-        """One scenario's result."""
+        """Run one scenario; return its result."""
         started = time.monotonic()
         self.announce(f"{scenario.name}: {scenario.does}", 0)
         store = HashStore()
@@ -149,7 +149,7 @@ class ClientCampaign:
             line("the program", True, "\n".join([*said, ended.words]))
 
     def rule_results(self) -> Iterator[CaseResult]:
-        """The verdict on every rule, over all that was seen."""
+        """Yield the verdict on every rule, over all that was seen."""
         group = self._group(Topic.RULES)
         for number, rule in enumerate(RULES.values(), 1):
             verdict, came = self.notes.verdict(rule.name)
@@ -218,7 +218,7 @@ class _Offers:
 
 
 def planned(found: ClientVersion, every_dialect: bool) -> list[Scenario]:
-    """The scenarios for a client of this version, in the order of the report."""
+    """Return the scenarios for a client of this version, in the order of the report."""
     # By the version that the client took: of several with the same messages it may be an older.
     made: list[Scenario] = [replace(plain(found.dialect), dialect=None)]
     if every_dialect:

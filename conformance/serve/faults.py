@@ -19,7 +19,7 @@ _PIECES = 50
 
 
 class Mishap(enum.Enum):
-    """What happens to an answer, or instead of one."""
+    """A fault in an answer, or instead of one."""
 
     CLOSE = "closes the connection instead of answering"
     RESET = "resets the connection instead of answering"
@@ -34,7 +34,7 @@ class Mishap(enum.Enum):
 
     @property
     def fatal(self) -> bool:
-        """Whether no client can go on with the connection."""
+        """True if no client can go on with the connection."""
         return self not in (Mishap.DELAY, Mishap.DRIBBLE)
 
 

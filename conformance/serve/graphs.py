@@ -40,7 +40,7 @@ class GraphState:
     results: list[tuple[Block, int, int]]
 
     def clear_results(self) -> None:
-        """Compute: every result is zeros."""
+        """Clear every result, in place of computing it."""
         for block, start, size in self.results:
             block.data[start : start + size] = 0
 

@@ -16,7 +16,10 @@ _ORDER = (Verdict.FAIL, Verdict.DIFFERS, Verdict.SKIPPED, Verdict.PASS)
 
 
 def judge(scenario: Scenario, visit: Visit, ended: Ended | None) -> Judgement:
-    """The verdict on a visit, and why; ``ended`` is None where the client isn't ours to watch."""
+    """Return the verdict on a visit, and why.
+
+    ``ended`` is None where the client isn't ours to watch.
+    """
     if not visit.connections:
         if ended is not None and ended.status is None:
             return Verdict.FAIL, f"the client never connected; {ended.words}"
@@ -66,7 +69,7 @@ def _rules(scenario: Scenario, visit: Visit) -> Judgement:
 
 
 def _wire(scenario: Scenario, visit: Visit) -> Judgement:
-    """What the connections themselves show."""
+    """Return what the connections themselves show."""
     connections = visit.connections
     if scenario.expected is Conduct.SUCCEEDS:
         if any(record.hello_size is not None and not record.went_on for record in connections):

@@ -46,7 +46,7 @@ class Addresses:
         self._handles = itertools.count(_FIRST_HANDLE)
 
     def reserve(self, size: int) -> tuple[int, int]:
-        """(handle, base) of a new buffer."""
+        """Return (handle, base) of a new buffer."""
         with self._lock:
             base = -(-self._next // self._alignment) * self._alignment
             self._next = base + size + _GAP
@@ -75,7 +75,7 @@ class ServedMemory:
         return [block for block in self._blocks.values() if not block.freed]
 
     def allocate(self, size: int, device: int) -> Block | None:
-        """A new buffer of zeros; None if there is no room."""
+        """Allocate a buffer of zeros; None if there is no room."""
         if size > self.free:
             return None
         handle, base = self._addresses.reserve(size)
@@ -84,7 +84,7 @@ class ServedMemory:
         return block
 
     def find(self, handle: int) -> Block | None:
-        """The buffer with this handle, freed or not."""
+        """Return the buffer with this handle, freed or not."""
         return self._blocks.get(handle)
 
     def release(self, block: Block) -> None:

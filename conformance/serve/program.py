@@ -15,7 +15,7 @@ _OUTPUT = 4000
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run of the client ended; ``status`` None for one that had to be killed."""
+    """The end of a run of the client; ``status`` None for one that had to be killed."""
 
     status: int | None
     seconds: float
@@ -33,7 +33,7 @@ class Ended:
 
     @property
     def words(self) -> str:
-        """How it ended, in words."""
+        """The way it ended, in words."""
         if self.status is None:
             return f"it was still running after {self.seconds:.0f} s"
         if self.signal:

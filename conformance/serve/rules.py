@@ -68,7 +68,7 @@ _KEEP = 5
 
 @dataclass(slots=True)
 class Notes:
-    """How often each rule was put to the test, and where it was broken."""
+    """The counts of how often each rule was tested, and the places where it was broken."""
 
     tested: Counter[str] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
@@ -95,7 +95,7 @@ class Notes:
             mine.extend(examples[: _KEEP - len(mine)])
 
     def verdict(self, rule: str) -> tuple[Verdict, str]:
-        """The verdict on one rule, and why."""
+        """Return the verdict on one rule, and why."""
         if not self.tested[rule]:
             return Verdict.SKIPPED, "not seen: the client did nothing that this is about"
         if not self.broken[rule]:

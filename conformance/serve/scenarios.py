@@ -17,7 +17,7 @@ from protocol.dialects import Answer, Dialect, Version
 
 
 class Conduct(enum.Enum):
-    """How a run of a client has to end. Rules are kept and nothing hangs in every one."""
+    """The way a run of a client has to end. Rules are kept and nothing hangs in every one."""
 
     SUCCEEDS = "The client does its work; a program ends with status 0."
     REFUSES = (
@@ -67,7 +67,7 @@ class Scenario:
     dialect: Dialect | None = None
 
     def script(self, dialect: Dialect, version: Version | None = None) -> Script:
-        """The server's script for clients of ``dialect``, which accept ``version``."""
+        """Return the server's script for clients of ``dialect``, which accept ``version``."""
         if self.dialect is not None:
             dialect, version = self.dialect, self.dialect.version
         spoken = version or dialect.version
@@ -263,14 +263,14 @@ def _faults(dialect: Dialect) -> list[Scenario]:
 
 
 def scenarios(dialect: Dialect) -> list[Scenario]:
-    """All scenarios for clients of one dialect, but those of other dialects."""
+    """Return all scenarios for clients of one dialect, but those of other dialects."""
     known = dialect.commands
     made = [*_versions(), *_limits(), *_faults(dialect)]
     return [s for s in made if s.needs is None or s.needs in known]
 
 
 def plain(dialect: Dialect) -> Scenario:
-    """A plain server of one version."""
+    """Return a plain server of one version."""
     return Scenario(
         Topic.DIALECTS,
         f"plain-{dialect.name}",
@@ -282,12 +282,12 @@ def plain(dialect: Dialect) -> Scenario:
 
 
 def foreign(dialect: Dialect) -> Scenario:
-    """A plain server of a version that isn't the client's."""
+    """Return a plain server of a version that isn't the client's."""
     return replace(plain(dialect), expected=Conduct.REFUSES, why="It is another version.")
 
 
 def select(made: Iterable[Scenario], wanted: str) -> list[Scenario]:
-    """Those named by a comma-separated list of scenarios and subjects, in their own order.
+    """Return those that a comma-separated list of scenarios and subjects names, in their order.
 
     ValueError for an item that names none.
     """

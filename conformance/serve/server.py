@@ -56,7 +56,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """How a server behaves in one visit.
+    """The behaviour of a server in one visit.
 
     ``offer`` chooses the answer to a HELLO of some size, None to hang up on it.
     """
@@ -68,7 +68,7 @@ class Script:
 
 @dataclass(slots=True)
 class ConnectionRecord:
-    """What happened on one connection."""
+    """The record of one connection."""
 
     number: int
     hello_size: int | None = None
@@ -103,7 +103,7 @@ class ConnectionRecord:
 
     @property
     def story(self) -> str:
-        """What was sent, in one line."""
+        """The messages that were sent, in one line."""
         parts = [what if n == 1 else f"{what} x{n}" for what, n in self.commands]
         return ", ".join(parts) or "nothing"
 
@@ -119,7 +119,7 @@ class Visit:
 
     @property
     def went_on(self) -> bool:
-        """Whether any connection was used after HELLO."""
+        """True if any connection was used after HELLO."""
         return any(record.went_on for record in self.connections)
 
 

@@ -40,7 +40,10 @@ class RequestRefused(Exception):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Properties:
-    """What the server says of itself. ``pad`` is what it wants behind a quantized tensor."""
+    """The properties that the server tells of itself.
+
+    ``pad`` is what it wants behind a quantized tensor.
+    """
 
     devices: int = 1
     alignment: int = 64
@@ -81,7 +84,7 @@ class _Upload:
 
 @dataclass(slots=True)
 class ServedSession:
-    """What one connection has; ``notes`` takes what is found."""
+    """The state of one connection; ``notes`` takes what is found."""
 
     dialect: Dialect
     properties: Properties
@@ -103,7 +106,7 @@ class ServedSession:
     # -- life
 
     def ended(self) -> None:
-        """The client has ended the connection, all its messages complete."""
+        """Take note that the client has ended the connection, all its messages complete."""
         left = self.memory.live
         nbytes = sum(block.size for block in left)
         self.notes.check(
@@ -120,7 +123,7 @@ class ServedSession:
     # -- answers
 
     def answer(self, request: Request) -> bytes | memoryview | None:
-        """The payload of the plain answer to a request, None for a command without one."""
+        """Return the payload of the plain answer to a request, None for a command without one."""
         spec = self.dialect.commands[request.command]
         answer = _HANDLERS[request.command](self, request)
         if spec.answer is Answer.NEVER:
@@ -261,7 +264,7 @@ class ServedSession:
             )
 
     def begin_upload(self, upload: UploadStart) -> memoryview:
-        """Where the bytes of a SET_TENSOR belong."""
+        """Return where the bytes of a SET_TENSOR belong."""
         command = Command.SET_TENSOR
         tensor, block = self._placed(command, upload.fields.tensor)
         offset, size = int(upload.fields.offset), upload.size
@@ -306,7 +309,7 @@ class ServedSession:
             block.sent[tensor.data] = (reserved, tensor.name)
 
     def end_upload(self) -> bytes | None:
-        """The upload is complete: the payload of its answer, None where there is none."""
+        """End the upload, which is complete; return the payload of its answer, None without one."""
         upload, self._upload = self._upload, None
         assert upload is not None
         large = upload.size > HASH_THRESHOLD
@@ -409,15 +412,18 @@ class ServedSession:
         state.clear_results()
 
     def asked(self, device: int, tensor: TensorView) -> int:
-        """The bytes that the client was told to reserve for a tensor; its own if it never asked."""
+        """Return the bytes that the client was told to reserve for a tensor.
+
+        It is its own size if it never asked.
+        """
         return self._asked.get((device, *tensor.layout), tensor.nbytes)
 
     def tensor(self, fields: Any) -> TensorView:
-        """A tensor off the wire. Raises Refused for one without a type."""
+        """Return a tensor off the wire. Raises Refused for one without a type."""
         return self._tensor(fields)
 
     def find_block(self, what: str, handle: int) -> Block:
-        """The live buffer with this handle. Raises Refused."""
+        """Return the live buffer with this handle. Raises Refused."""
         return self._block(what, handle)
 
     def require(self, rule: str, kept: bool, otherwise: str) -> None:

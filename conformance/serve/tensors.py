@@ -17,7 +17,7 @@ _TYPES = {int(type): type for type in GgmlType}
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """Where a tensor lies and how large it is; ``layout`` is what its room depends on."""
+    """The place and the size of a tensor; ``layout`` is what its room depends on."""
 
     id: int
     name: str
@@ -36,18 +36,18 @@ class TensorView:
 
 
 def name_of(fields: Any) -> str:
-    """A tensor's name as text."""
+    """Return a tensor's name as text."""
     return bytes(fields.name).split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
 def describe(fields: Any) -> str:
-    """A tensor that may be of no known type, for messages."""
+    """Return a tensor that may be of no known type, for messages."""
     shape = "x".join(map(str, fields.ne))
     return f"{name_of(fields)!r} (type {fields.type}, {shape})"
 
 
 def view_of(fields: Any) -> TensorView | None:
-    """The tensor, or None if it has no type or its rows aren't whole blocks.
+    """Return the tensor, or None if it has no type or its rows aren't whole blocks.
 
     A row of part of a block is allowed where nothing is stored: of views, which ggml rounds down.
     """

@@ -43,7 +43,7 @@ class Bench:
     def leaf(
         self, values: Any, type: GgmlType = GgmlType.F32, ne: Sequence[int] | None = None
     ) -> Tensor:
-        """A leaf with these values; ``ne`` is that of the array, but for bytes of blocks."""
+        """Return a leaf with these values; ``ne`` is that of the array, but for bytes of blocks."""
         if isinstance(values, bytes):
             assert ne is not None
             t = self.g.new_tensor(type, ne)
@@ -79,7 +79,7 @@ class Bench:
             self.peer.set(self._wire(t), values)
 
     def get(self, t: Tensor) -> Array:
-        """The values of a tensor, in the shape of its ne reversed without leading ones."""
+        """Return the values of a tensor, in the shape of its ne reversed without leading ones."""
         raw = np.frombuffer(self.peer.get(self._wire(t), t.nbytes), np.uint8)
         array: Array = from_bytes(t, raw)
         while array.ndim > 1 and array.shape[0] == 1:
@@ -108,7 +108,7 @@ class Bench:
 
 
 def values(*shape: int, seed: int = 0) -> Array:
-    """F32 of ordinary size, outermost dimension first."""
+    """Return F32 of ordinary size, outermost dimension first."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
@@ -133,7 +133,7 @@ def same(c: Context, actual: Array, expected: Any, what: str) -> None:
 
 
 def weights(type: GgmlType, cols: int, rows: int, seed: int) -> tuple[bytes, Array]:
-    """Random weights of a type as bytes, and the numbers that they are: (rows, cols)."""
+    """Return random weights of a type as bytes, and the numbers that they are: (rows, cols)."""
     if type in PLAIN_TYPES:
         numbers = values(rows, cols, seed=seed)
         if type is GgmlType.F32:

@@ -18,7 +18,7 @@ from protocol.split import split_caps
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the server is, found out before the first case.
+    """The facts about the server, found out before the first case.
 
     ``version`` is what it answered HELLO with; ``concurrent`` tells whether a second client is
     served while a first is connected; ``zeroed`` whether new memory was all zeros.
@@ -64,7 +64,7 @@ class Context:
         split: bool = False,
         dialect: Dialect | None = None,
     ) -> Peer:
-        """A connection after HELLO and one further request, or with ``hello`` false a bare one.
+        """Connect, with HELLO and one further request, or with ``hello`` false without.
 
         ``split`` asks for the split extension.
         """
@@ -136,7 +136,7 @@ class Context:
     def refused(
         self, peer: Peer, command: Command | None = None, *, differs: str | None = None
     ) -> None:
-        """What ``peer`` sent last must make the server end the connection.
+        """Expect the server to end the connection for what ``peer`` sent last.
 
         ``command`` is whose answer may come if it doesn't. If it goes on the case fails, or
         differs if ``differs`` says what a server may do instead.
@@ -152,12 +152,12 @@ class Context:
 
 
 def accepts(dialect: Dialect, theirs: Version) -> bool:
-    """Whether llama.cpp of this protocol goes on with a server of that version."""
+    """Return whether llama.cpp of this protocol goes on with a server of that version."""
     return theirs[0] == dialect.version[0] and theirs[1] <= dialect.version[1]
 
 
 def same_messages(dialect: Dialect, theirs: Version) -> bool:
-    """Whether a server of that version has the messages of ``dialect``, as far as that is known.
+    """Return whether a server of that version has the messages of ``dialect``, as far as known.
 
     A server that guesses may offer an older minor version with others.
     """

@@ -12,7 +12,7 @@ SIZE = 4096
 
 
 def filled(c: Context, size: int = SIZE) -> tuple[Peer, RemoteBuffer, bytes]:
-    """A connection with a buffer of at least that size, and the random bytes all over it."""
+    """Return a connection with a buffer of at least that size, and the random bytes all over it."""
     peer = c.connect()
     buffer = peer.alloc(size)
     content = random.Random(c.seed + buffer.size).randbytes(buffer.size)

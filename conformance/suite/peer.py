@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a request: the connection ended, or the server went on, with this answer."""
+    """The outcome of a request: the connection ended, or the server went on, with this answer."""
 
     closed: bool
     answer: Any = None
@@ -81,7 +81,7 @@ class Peer:
         return caps_version(self.caps)
 
     def op(self, op: Op) -> int:
-        """The number of an op in this dialect."""
+        """Return the number of an op in this dialect."""
         return self.dialect.op_number(op)
 
     # -- bytes ---------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class Peer:
         return bytes(data)
 
     def read_answer(self, command: str = "") -> bytes:
-        """The payload of the next answer, that to ``command`` as far as one knows."""
+        """Read the payload of the next answer, that to ``command`` as far as one knows."""
         self._receiving = None
         what = f"answer to {command}" if command else "answer"
         size = int.from_bytes(self._receive(8, what, command=command), "little")
@@ -147,11 +147,11 @@ class Peer:
         return data
 
     def read_bytes(self, n: int) -> bytes:
-        """The next ``n`` bytes of the stream, whatever they are."""
+        """Read the next ``n`` bytes of the stream, whatever they are."""
         return self._receive(n, f"{n} bytes")
 
     def closed_by_server(self, patience: float | None = None) -> bool:
-        """Whether the server ends the connection within ``patience`` seconds; waits for it."""
+        """Wait whether the server ends the connection within ``patience`` seconds."""
         try:
             while True:
                 self._receive(1, "the end of the connection", patience)
@@ -161,7 +161,7 @@ class Peer:
             return False
 
     def silent(self, seconds: float) -> bool:
-        """Whether nothing comes for so long, the end of the connection neither."""
+        """Return whether nothing comes for so long, the end of the connection neither."""
         self.socket.settimeout(min(seconds, self._left()))
         try:
             self.socket.recv(1, socket.MSG_PEEK)
@@ -199,11 +199,11 @@ class Peer:
         return self.dialect.commands[command]
 
     def payload(self, command: Command, **fields: Any) -> bytes:
-        """The head of a request; see send for the fields."""
+        """Return the head of a request; see send for the fields."""
         return codec(self.spec(command).request).build({**_DEFAULTS, **fields})
 
     def message(self, command: Command, body: Bytes = b"", **fields: Any) -> bytes:
-        """A request as it goes out."""
+        """Return a request as it goes out."""
         head = self.payload(command, **fields)
         return encode_frame(command, len(head) + len(body)) + head + bytes(body)
 
@@ -219,7 +219,7 @@ class Peer:
         self.send_bytes(encode_frame(command, claimed) + bytes(payload), command=name)
 
     def answer(self, command: Command) -> Any:
-        """The answer to ``command``: a Record, bytes, or None where the dialect has none.
+        """Return the answer to ``command``: a Record, bytes, or None where the dialect has none.
 
         Raises Closed, NoAnswer, Malformed.
         """
@@ -257,11 +257,11 @@ class Peer:
         self._transcript.dialects[self.name] = dialect
 
     def ping(self) -> None:
-        """A question that every dialect has, and its answer: all before it has been done."""
+        """Ask what every dialect can, and take the answer: all before it has been done."""
         self.call(Command.GET_ALIGNMENT)
 
     def outcome(self, command: Command | None = None) -> Outcome:
-        """What became of the request sent last, of ``command`` if that is to be answered.
+        """Return what became of the request sent last, of ``command`` if that is to be answered.
 
         A further request is sent behind it, so that a server that just goes on is seen to.
         """
@@ -276,7 +276,10 @@ class Peer:
     # -- what most cases need ------------------------------------------------------------------
 
     def alloc(self, size: int, device: int = 0) -> RemoteBuffer:
-        """A buffer of at least ``size`` bytes. Fails the case if the server has no room."""
+        """Allocate a buffer of at least ``size`` bytes.
+
+        Fails the case if the server has no room.
+        """
         answer = self.call(Command.ALLOC_BUFFER, device=device, size=size)
         if not answer.remote_ptr or answer.remote_size < size:
             raise Failed(
@@ -290,7 +293,7 @@ class Peer:
         self.call(Command.SET_TENSOR, data, tensor=tensor, offset=offset, cache_flag=cache_flag)
 
     def get(self, tensor: Fields, size: int, offset: int = 0) -> bytes:
-        """``size`` bytes of a tensor. Raises Malformed when another number comes."""
+        """Return ``size`` bytes of a tensor. Raises Malformed when another number comes."""
         data = self.call(Command.GET_TENSOR, tensor=tensor, offset=offset, size=size)
         if len(data) != size:
             raise Malformed(f"GET_TENSOR of {size} bytes is answered with {len(data)}")
@@ -303,7 +306,7 @@ class Peer:
         device: int = 0,
         ids: Sequence[int] | None = None,
     ) -> bytes:
-        """The body of a GRAPH_COMPUTE of these tensors; ``ids`` as of graph_bytes."""
+        """Return the body of a GRAPH_COMPUTE of these tensors; ``ids`` as of graph_bytes."""
         return graph_bytes(self.dialect, nodes, leaves, device, ids)
 
     def compute(

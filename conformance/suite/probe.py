@@ -26,7 +26,7 @@ class NotUnderstood(Exception):  # noqa: N818 - what happened
 
 
 def find_dialect(address: tuple[str, int], patience: float) -> tuple[Dialect, Version]:
-    """The dialect of the version that the server answers HELLO with, newest HELLO first.
+    """Find the dialect of the version that the server answers HELLO with, newest HELLO first.
 
     Raises NotUnderstood, OSError.
     """
@@ -58,7 +58,7 @@ def _name(version: Version) -> str:
 
 
 def probe(address: tuple[str, int], dialect: Dialect | None, patience: float) -> Facts:
-    """What the server is; ``dialect`` is what to speak, found out if None.
+    """Find out what the server is; ``dialect`` is what to speak, found out if None.
 
     Raises NotUnderstood, Failed, OSError.
     """
@@ -101,7 +101,10 @@ def introduce_numbering(peer: Peer) -> None:
 
 
 def _is_concurrent(address: tuple[str, int], first: Peer, patience: float) -> bool:
-    """Whether a second client is answered while the ``first`` is connected; closes the first."""
+    """Return whether a second client is answered while the ``first`` is connected.
+
+    This closes the first.
+    """
     second = Peer(address, first.dialect, patience=_CONCURRENCY_PATIENCE)
     try:
         second.send(Command.HELLO)
@@ -121,7 +124,7 @@ def _is_concurrent(address: tuple[str, int], first: Peer, patience: float) -> bo
 
 
 def cacheable(dialect: Dialect, tail: bytes) -> tuple[bytes, int]:
-    """Content that a server with a cache keeps when it is told to, and its hash.
+    """Return content that a server with a cache keeps when told to, and its hash.
 
     ``tail`` (below 256 bytes) makes it unlike other content.
     """
@@ -131,7 +134,7 @@ def cacheable(dialect: Dialect, tail: bytes) -> tuple[bytes, int]:
 
 
 def fnv_of_zeros(zeros: int, tail: bytes) -> int:
-    """FNV-1a 64 of so many zeros and ``tail``."""
+    """Return FNV-1a 64 of so many zeros and ``tail``."""
     # Of zeros it only multiplies.
     value = FNV_OFFSET * pow(FNV_PRIME, zeros, 1 << 64) & 0xFFFFFFFFFFFFFFFF
     return fnv1a_64(tail, value)

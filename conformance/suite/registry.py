@@ -127,7 +127,7 @@ def _parts(doc: str) -> dict[str, str]:
 
 
 def load() -> list[Case]:
-    """All cases, in order; imports every module of ``conformance.cases``."""
+    """Load all cases, in order; import every module of ``conformance.cases``."""
     cases = importlib.import_module("conformance.cases")
     for module in sorted(m.name for m in pkgutil.iter_modules(cases.__path__)):
         importlib.import_module(f"conformance.cases.{module}")
@@ -136,7 +136,7 @@ def load() -> list[Case]:
 
 
 def select(cases: Iterable[Case], wanted: str) -> list[Case]:
-    """Those named by a comma-separated list of ``3``, ``3.4``, group names and case names.
+    """Return those that a comma-separated list of ``3``, ``3.4``, groups and cases names.
 
     ValueError for an item that names none.
     """

@@ -12,7 +12,7 @@ from conformance.suite.transcript import Transcript
 
 
 class Verdict(enum.StrEnum):
-    """What a case ended in.
+    """The verdict on a case.
 
     ``DIFFERS``: the protocol leaves it open, and the server does it otherwise than it had better;
     ``NOT_RUN``: for want of a server.
@@ -62,5 +62,5 @@ class SuiteRun:
 
     @property
     def gone(self) -> bool:
-        """Whether the server was lost before the end."""
+        """True if the server was lost before the end."""
         return any(result.verdict is Verdict.NOT_RUN for result in self.results)

@@ -36,7 +36,7 @@ _FOLDERS = re.compile(r"(?<!\S)\S*/")
 
 
 def last_words(output: str) -> str:
-    """Of what a server wrote before it ended the line that says why, as the end of a sentence."""
+    """Return the line in which a server said why it ended, as the end of a sentence."""
     said = [line.strip() for line in output.splitlines() if _LAST_WORDS.search(line)]
     return f": {_FOLDERS.sub('', said[-1], count=1)}" if said else ""
 
@@ -52,7 +52,7 @@ class _Canary:
         self._peer.set(self._buffer.whole(), self._content)
 
     def check(self) -> str:
-        """What became of it; empty if all is well."""
+        """Check the server; return what became of it, empty if all is well."""
         try:
             found = self._peer.get(self._buffer.whole(), len(self._content))
         except Failed as error:
@@ -139,7 +139,7 @@ class SuiteRunner:
         return result
 
     def reason_to_skip(self, case: Case) -> str:
-        """Why the case can't be run on this server; empty if it can."""
+        """Return why the case can't be run on this server; empty if it can."""
         facts = self._facts
         if case.hostile and not self._hostile:
             return NOT_TO_OTHERS
@@ -158,7 +158,7 @@ class SuiteRunner:
         return ""
 
     def _look_after(self, result: CaseResult) -> None:
-        """Whether the server lives, and another client's data with it; else the case has failed."""
+        """Check that the server lives, and another client's data with it; else fail the case."""
         trouble = ""
         if result.case.hostile or result.verdict is Verdict.FAIL:
             trouble = self._sign_of_life()
@@ -176,7 +176,7 @@ class SuiteRunner:
             result.came = f"{trouble}; {result.came}" if result.came else trouble
 
     def _sign_of_life(self, *, introduce: bool = False) -> str:
-        """What is wrong with the server for a new client; empty if nothing is.
+        """Return what is wrong with the server for a new client; empty if nothing is.
 
         ``introduce``: let the server know how the suite numbers ops.
         """

@@ -61,11 +61,11 @@ class Target:
 
     @property
     def is_own(self) -> bool:
-        """Whether the server was started here, by the command: it is nobody else's."""
+        """True if the server was started here, by the command: it is nobody else's."""
         return self._process is not None
 
     def listens(self) -> bool:
-        """Whether somebody takes connections there."""
+        """Return whether somebody takes connections there."""
         try:
             socket.create_connection(self.address, 2.0).close()
         except OSError:
@@ -115,7 +115,7 @@ class Target:
         )
 
     def ended(self, seconds: float = 0.0) -> str:
-        """How the process ended, if it does within ``seconds``; empty while it runs."""
+        """Return how the process ended, if it does within ``seconds``; empty while it runs."""
         if self._process is None:
             return ""
         try:
@@ -127,13 +127,13 @@ class Target:
         return f"ended with exit code {code}"
 
     def mark(self) -> int:
-        """A position in what the server writes, for output()."""
+        """Return a position in what the server writes, for output()."""
         if self._log is None:
             return 0
         return os.fstat(self._log.fileno()).st_size
 
     def output(self, since: int = 0, lines: int = 12) -> str:
-        """The last lines that the server wrote after the mark ``since``."""
+        """Return the last lines that the server wrote after the mark ``since``."""
         if self._log is None:
             return ""
         size = self.mark()

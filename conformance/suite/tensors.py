@@ -28,7 +28,7 @@ def tensor(
     data: int = 0,
     **fields: Any,
 ) -> Fields:
-    """The fields of a contiguous rpc_tensor, any of them replaced by ``fields``."""
+    """Return the fields of a contiguous rpc_tensor, any of them replaced by ``fields``."""
     full = dims(ne)
     return {
         "id": id,
@@ -58,12 +58,12 @@ NO_TENSOR: Mapping[str, Any] = {
 
 
 def sources(*ids: int) -> list[int]:
-    """Ten source ids, filled up with none."""
+    """Return ten source ids, filled up with none."""
     return [*ids, *[0] * (MAX_SOURCES - len(ids))]
 
 
 def sources_of(*tensors: Fields) -> list[Mapping[str, Any]]:
-    """The ten sources of a GET_ALLOC_SIZE."""
+    """Return the ten sources of a GET_ALLOC_SIZE."""
     return [*tensors, *[NO_TENSOR] * (MAX_SOURCES - len(tensors))]
 
 
@@ -84,7 +84,7 @@ class RemoteBuffer:
         type: GgmlType = GgmlType.F32,
         **fields: Any,
     ) -> Fields:
-        """A tensor ``at`` bytes into the buffer."""
+        """Return a tensor ``at`` bytes into the buffer."""
         place = {"buffer": self.handle, "data": self.base + at}
         return tensor(id, ne, type=type, **{**place, **fields})
 
@@ -98,7 +98,7 @@ class RemoteBuffer:
         type: GgmlType = GgmlType.F32,
         **fields: Any,
     ) -> Fields:
-        """A tensor that a graph computes by ``op`` from the tensors with ids ``src``."""
+        """Return a tensor that a graph computes by ``op`` from the tensors with ids ``src``."""
         computed = {
             "op": self.dialect.op_number(op),
             "src": sources(*src),
@@ -110,12 +110,12 @@ class RemoteBuffer:
         return self.leaf(id, ne, at, type, **{**computed, **fields})
 
     def whole(self) -> Fields:
-        """A tensor of bytes that covers the buffer."""
+        """Return a tensor of bytes that covers the buffer."""
         return self.leaf(0x7FFF_FFFF, (self.size,), type=GgmlType.I8)
 
 
 def tensor_array(tensors: Sequence[Mapping[str, Any]]) -> Any:
-    """RPC_TENSOR_DTYPE[n] of tensors given as fields."""
+    """Return RPC_TENSOR_DTYPE[n] of tensors given as fields."""
     array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
     for row, fields in zip(array, tensors, strict=True):
         for name, value in fields.items():
@@ -130,7 +130,7 @@ def graph_bytes(
     device: int = 0,
     ids: Sequence[int] | None = None,
 ) -> bytes:
-    """The payload of a GRAPH_COMPUTE: tensors are the leaves and then the nodes.
+    """Return the payload of a GRAPH_COMPUTE: tensors are the leaves and then the nodes.
 
     ``ids`` are what it names as nodes, those of ``nodes`` unless given.
     """

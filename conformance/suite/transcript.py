@@ -48,7 +48,7 @@ class Transcript:
     _start: float = field(default_factory=time.monotonic)
 
     def add(self, peer: str, *, sent: bool, command: str = "", note: str = "") -> TranscriptMessage:
-        """A new message, to be extended by its bytes."""
+        """Add a message, to be extended by its bytes."""
         message = TranscriptMessage(
             peer, sent, command, note=note, seconds=time.monotonic() - self._start
         )

@@ -70,7 +70,10 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What is looked for to be deleted: all files or ``small`` ones, all users' or but others'."""
+    """The files that are looked for to be deleted.
+
+    They are all files or ``small`` ones, of all users or of all but one.
+    """
 
     small: bool
     user: str | None
@@ -253,9 +256,7 @@ class Quota:
             looked = looked if oldest else None
 
     def _has_its_share(self, user: str, size: int) -> bool:
-        """Return whether a user has half of the room with ``size`` bytes more, or half of small
-        files.
-        """
+        """Return whether ``size`` bytes more give a user half of the room, or of small files."""
         small = size < SMALL and self.users.small(user) >= self._most_small // 2
         return bool(user) and (small or self.users.nbytes(user) + size > self._limit // 2)
 

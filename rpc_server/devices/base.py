@@ -298,7 +298,7 @@ class Device(Protocol):
         ...
 
     def queue(self, address: str = "") -> Queue:
-        """For the graphs of one client at ``address``."""
+        """Return a queue for the graphs of one client at ``address``."""
         ...
 
     def prefetch_kernels(self, type: GgmlType) -> None:

@@ -41,7 +41,10 @@ _GUESS_AFTER = 1.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where it is shown: what is done with a line, and when there is something new to draw."""
+    """A place where it is shown.
+
+    What is done with a line, and when there is something new to draw.
+    """
 
     tell: Callable[[str], None] = lambda line: None
     redraw: Callable[[], object] = lambda: None
@@ -151,7 +154,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Board:
-    """What is under way in this process, and who shows it."""
+    """The work that is under way in this process, and who shows it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -25,7 +25,7 @@ class UploadMeter:
         self._last = 0.0
 
     def upload(self, size: int, *, cached: bool) -> None:
-        """An upload of ``size`` bytes starts, or was served from the cache."""
+        """Count an upload of ``size`` bytes that starts, or was served from the cache."""
         self._last = time.monotonic()
         if not self._tensors:
             self._started = self._last
@@ -35,7 +35,7 @@ class UploadMeter:
             self._cached += size
 
     def other(self) -> None:
-        """Another request came: tell what was uploaded before it, once it is a load of weights."""
+        """Tell at another request what was uploaded before it, once it is a load of weights."""
         if self._bytes >= _WORTH_TELLING:
             self.finish()
         else:

@@ -145,7 +145,7 @@ _OUTPUTS = ("json", "picture", "markdown", "show")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     made = argparse.ArgumentParser(
         prog="python -m tools.bench",
         description=__doc__,
@@ -223,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command line; return the exit status."""
     options = parser().parse_args(arguments)
     try:
         with shown():

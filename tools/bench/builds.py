@@ -58,7 +58,7 @@ class Build:
 
     @classmethod
     def parse(cls, text: str) -> Build:
-        """A build as --build has it; ArgumentTypeError for anything else."""
+        """Return a build as --build has it; ArgumentTypeError for anything else."""
         name, equals, rest = text.partition("=")
         if text == UPSTREAM:
             return cls(text, None)
@@ -146,7 +146,7 @@ def weight_bytes(model: Path) -> int:
 
 
 def measure(build: Build, model: Path, options: argparse.Namespace) -> list[Sample]:
-    """One build's figures of one round."""
+    """Measure one build's figures of one round."""
     samples = []
     for prompt, generate in ((options.prompt, 0), (0, options.generate)):
         if not prompt + generate:
@@ -182,13 +182,16 @@ class BuildTable:
         self._samples: dict[str, dict[str, list[float]]] = {}
 
     def add(self, build: str, samples: Sequence[Sample]) -> None:
-        """A round's figures of one build."""
+        """Add a round's figures of one build."""
         for sample in samples:
             by_build = self._samples.setdefault(f"{sample.name}, {sample.unit}", {})
             by_build.setdefault(build, []).append(sample.value)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A header and the figures: medians, and of all builds but the first their ratio to it."""
+        """Return a header and the figures.
+
+        They are medians, and of all builds but the first their ratio to it.
+        """
         first, *others = self.builds
         rows = [("figure", *self.builds, *(f"{name} / {first}" for name in others))]
         for figure, by_build in self._samples.items():
@@ -209,7 +212,7 @@ class BuildTable:
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
 
     def text(self) -> str:
-        """The rows with aligned columns."""
+        """Return the rows with aligned columns."""
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -245,7 +248,7 @@ def run(options: argparse.Namespace, model: Path) -> BuildTable:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
+    """Return the command line's parser."""
     made = argparse.ArgumentParser(
         prog="python -m tools.bench.builds",
         description=__doc__,
@@ -267,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Run the command line; return the exit status."""
     made = parser()
     options = made.parse_args(arguments)
     if not options.build:

@@ -64,7 +64,7 @@ def _stream(size: int) -> Iterator[tuple[Side, bytes]]:
 
 
 def write_pcapng(path: Path, size: int, segment: int) -> None:
-    """A capture of about ``size`` bytes in segments of ``segment``."""
+    """Write a capture of about ``size`` bytes in segments of ``segment``."""
     writer = PcapngWriter(path)
     frames = TcpFrames(Address("10.0.0.2", 40000), Address("10.0.0.1", arguments.DEFAULT_PORT))
     now = time.time_ns()
@@ -90,7 +90,7 @@ def write_pcapng(path: Path, size: int, segment: int) -> None:
 
 
 def convert_to_pcap(source: Path, target: Path) -> None:
-    """The same packets as a pcap file."""
+    """Write the same packets as a pcap file."""
     from tools.capture.files import read_capture
 
     with target.open("wb") as file:
@@ -103,7 +103,7 @@ def convert_to_pcap(source: Path, target: Path) -> None:
 
 
 def measure(path: Path) -> tuple[float, float, int]:
-    """Seconds, those of them on a processor, and the most memory (bytes) of ``tools.dump --stats``.
+    """Measure ``tools.dump --stats``: seconds, those on a processor, and the most memory (bytes).
 
     The first two differ where other programs run at the same time.
     """

@@ -27,7 +27,7 @@ class Bar:
 
 
 def svg(title: str, bars: Sequence[Bar], alone: float) -> str:
-    """The picture as the text of an SVG file; ``alone`` is one machine's seconds a token."""
+    """Return the picture as the text of an SVG file; ``alone`` is one machine's seconds a token."""
     # Long waits would make everything else short: the axis ends at four times one machine.
     most = min(max(alone * 1.2, *(max(b.measured, b.predicted) for b in bars)), 4 * alone)
 

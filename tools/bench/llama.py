@@ -57,14 +57,14 @@ def _run(name: str, endpoints: str, *arguments: str) -> tuple[str, str]:
 
 
 def bench(port: int, model: Path, options: BenchOptions) -> list[Sample]:
-    """Tokens per second of each test that llama-bench makes of the options."""
+    """Return tokens per second of each test that llama-bench makes of the options."""
     return bench_at(f"{HOST}:{port}", model, options)
 
 
 def bench_at(
     endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str] = ()
 ) -> list[Sample]:
-    """The same on servers as --rpc takes them, with more arguments."""
+    """Return the same on servers as --rpc takes them, with more arguments."""
     output, _ = _run(
         "llama-bench",
         endpoints,
@@ -78,7 +78,7 @@ def bench_at(
 
 
 def bench_samples(tests: Sequence[dict[str, Any]]) -> list[Sample]:
-    """The samples in llama-bench's JSON."""
+    """Return the samples in llama-bench's JSON."""
     samples = []
     for test in tests:
         prompt, generate, depth = test["n_prompt"], test["n_gen"], test["n_depth"]
@@ -89,7 +89,7 @@ def bench_samples(tests: Sequence[dict[str, Any]]) -> list[Sample]:
 
 
 def first_token(port: int, model: Path, threads: int) -> list[Sample]:
-    """Seconds until llama-completion has loaded, and until it has given one token and ended.
+    """Measure seconds until llama-completion has loaded, and given one token and ended.
 
     Its end is what counts, since its log isn't always complete by then.
     """
@@ -108,7 +108,10 @@ def first_token(port: int, model: Path, threads: int) -> list[Sample]:
 
 
 def load_seconds(log: str) -> float:
-    """When llama-completion began to generate. Raises ProgramError where its log lacks that."""
+    """Return when llama-completion began to generate.
+
+    Raises ProgramError where its log lacks that.
+    """
     found = _LOADED.search(log)
     if found is None:
         raise ProgramError(f"llama-completion's log doesn't tell its time:\n{tail(log)}")

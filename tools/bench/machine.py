@@ -12,7 +12,7 @@ from tools.upstream import DEFAULT_BUILD
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores that may be used, memory and system."""
+    """Return processor, cores that may be used, memory and system."""
     _, total = system_memory()
     return {
         "processor": processor_name(),
@@ -23,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """Both servers, and what this one is made with."""
+    """Return both servers, and what this one is made with."""
     return {
         "ours": server_version(),
         "upstream": f"llama.cpp b{DEFAULT_BUILD}",

@@ -29,7 +29,7 @@ _ids = itertools.count(1)
 
 
 def make_tensor(type_: GgmlType, k: int, rows: int, memory: np.ndarray) -> Tensor:
-    """A matrix over ``memory``."""
+    """Return a matrix over ``memory``."""
     row = row_size(type_, k)
     nb = (TYPE_INFO[type_].type_size, row, row * rows, row * rows)
     address = int(memory.ctypes.data)
@@ -38,7 +38,7 @@ def make_tensor(type_: GgmlType, k: int, rows: int, memory: np.ndarray) -> Tenso
 
 
 def seconds(run: Callable[[], object], budget: float) -> float:
-    """Median time of a call, taken over ``budget`` seconds."""
+    """Measure the median time of a call, taken over ``budget`` seconds."""
     run()
     times: list[float] = []
     end = time.perf_counter() + budget
@@ -63,7 +63,7 @@ class Products:
         return self._rng.integers(60, 64, row_size(type_, k), np.uint8)
 
     def time(self, type_: GgmlType, k: int, rows: int, n: int) -> float:
-        """Seconds of one product (k x rows weights, n columns), quantizing the columns included."""
+        """Measure seconds of a product (k x rows weights, n columns), quantizing included."""
         memory = np.tile(self._row(type_, k), rows)
         x = self._rng.standard_normal((n, k), np.float32)
         y = np.empty((n, rows), np.float32)

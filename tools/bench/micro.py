@@ -44,7 +44,7 @@ _NODE_WIDTH = 16
 
 @dataclass(frozen=True)
 class MicroOptions:
-    """How much of each: round trips, bytes to upload and to read, nodes and runs of a graph."""
+    """The amounts of each: round trips, bytes to upload and to read, nodes and runs of a graph."""
 
     round_trips: int = 3000
     upload_bytes: int = 1 << 30
@@ -61,7 +61,7 @@ LEAST = MicroOptions(
 
 
 def measure(port: int, pid: int, options: MicroOptions) -> list[Sample]:
-    """All of them, on a connection each; ``pid`` is the server's process."""
+    """Measure all of them, on a connection each; ``pid`` is the server's process."""
     with _apart(pid), Wire(port, timeout=300) as wire:
         samples = _round_trip(wire, options)
     for part in (_transfers, _graphs):
@@ -103,7 +103,7 @@ def _settle(wire: Wire) -> None:
 
 
 def _seconds(wire: Wire, command: Command, payload: bytes) -> float:
-    """How long a command takes up to the answer of an empty one behind it."""
+    """Return how long a command takes up to the answer of an empty one behind it."""
     started = time.perf_counter()
     wire.send(command, payload)
     wire.answer(command)
@@ -126,7 +126,7 @@ def _round_trip(wire: Wire, options: MicroOptions) -> list[Sample]:
 
 
 def model_tensors(nbytes: int) -> Iterator[Tensor]:
-    """Leaves as a model of at least ``nbytes`` has them, in the order of a file."""
+    """Yield leaves as a model of at least ``nbytes`` has them, in the order of a file."""
     graph = GraphBuilder()
     made = 0
     while made < nbytes:
@@ -193,7 +193,7 @@ def _transfers(wire: Wire, options: MicroOptions) -> list[Sample]:
 
 
 def chain(wire: Wire, nodes: int, width: int) -> bytes:
-    """The GRAPH_COMPUTE of a chain of small sums, all of it placed in a new buffer."""
+    """Return the GRAPH_COMPUTE of a chain of small sums, all of it placed in a new buffer."""
     builder = GraphBuilder()
     total = builder.new_tensor(GgmlType.F32, (width,), "start")
     step = builder.new_tensor(GgmlType.F32, (width,), "step")

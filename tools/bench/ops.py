@@ -34,7 +34,7 @@ _memory: list[np.ndarray] = []
 
 
 def tensor(type_: GgmlType, *ne: int, values: np.ndarray | None = None) -> Tensor:
-    """A dense tensor of small random numbers, or of ``values``."""
+    """Return a dense tensor of small random numbers, or of ``values``."""
     dims = (*ne, 1, 1, 1, 1)[:4]
     nb = [TYPE_INFO[type_].type_size, row_size(type_, dims[0])]
     nb += [nb[1] * dims[1], nb[1] * dims[1] * dims[2]]
@@ -63,7 +63,7 @@ def node(op: Op, t: Tensor, sources: Sequence[Tensor | None], *words: float) -> 
 
 
 def heads_first(t: Tensor) -> Tensor:
-    """(width, heads, rows) seen as (width, rows, heads)."""
+    """Return (width, heads, rows) seen as (width, rows, heads)."""
     view = Tensor(next(_ids), "view", t.type, Op.PERMUTE, t.ne, t.nb, address=t.address)
     view.ne = (t.ne[0], t.ne[2], t.ne[1], t.ne[3])
     view.nb = (t.nb[0], t.nb[2], t.nb[1], t.nb[3])
@@ -71,7 +71,7 @@ def heads_first(t: Tensor) -> Tensor:
 
 
 def cases(n: int, contexts: Sequence[int]) -> Iterator[tuple[str, list[Tensor]]]:
-    """(name, nodes) for ``n`` tokens."""
+    """Yield (name, nodes) for ``n`` tokens."""
     x, y = tensor(F32, WIDTH, n), tensor(F32, WIDTH, n)
     weights = tensor(F32, WIDTH)
     norm = node(Op.RMS_NORM, tensor(F32, WIDTH, n), [x], 1e-5)
@@ -123,7 +123,7 @@ def cases(n: int, contexts: Sequence[int]) -> Iterator[tuple[str, list[Tensor]]]
 
 
 def measure(nodes: list[Tensor], executor: Executor, arena: ScratchArena, runs: int) -> float:
-    """Microseconds for ``nodes``, the best of ``runs``."""
+    """Measure microseconds for ``nodes``, the best of ``runs``."""
     repeats = 50
     planner = Planner(executor.n_threads, arena)
     for t in nodes * repeats:

@@ -46,7 +46,7 @@ text { font: 12px system-ui, sans-serif; fill: #24292f }
 
 
 class _Scale:
-    """Where a ratio lies: powers of two from the smallest to the largest, one always within."""
+    """The place of a ratio: powers of two from the smallest to the largest, one always within."""
 
     def __init__(self, ratios: Iterable[float]) -> None:
         logs = [0.0, *(math.log2(ratio) for ratio in ratios)]
@@ -70,7 +70,7 @@ def _tick(power: float) -> str:
 
 
 def text(x: float, y: float, words: str, *, kind: str = "", anchor: str = "start") -> str:
-    """An SVG text."""
+    """Return an SVG text."""
     attribute = f' class="{kind}"' if kind else ""
     return f'<text{attribute} x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'
 
@@ -95,7 +95,7 @@ def _bar(figure: Figure, axis: _Scale, y: float) -> list[str]:
 
 
 def svg(result: BenchResult) -> str:
-    """The picture as the text of an SVG file."""
+    """Return the picture as the text of an SVG file."""
     axis = _Scale(f.times_better for table in result.tables for f in table.figures)
     parts: list[str] = []
     y = float(_TOP)

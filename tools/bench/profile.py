@@ -66,7 +66,7 @@ class Profiler:
         label: Callable[[int], str],
         stop: Ints,
     ) -> Callable[[], None]:
-        """A step that runs its records in one call, and every other time one by one."""
+        """Return a step that runs its records in one call, and every other time one by one."""
         given = (addresses, slices, label, stop)
         whole = _ORIGINAL(builder, records, *given)
         parts = [records.part(i, i + 1) for i in range(len(records))]
@@ -96,7 +96,7 @@ class Profiler:
         return run
 
     def result(self) -> dict[str, object]:
-        """All of it as plain data."""
+        """Return all of it as plain data."""
         return {
             "kernels": {k: asdict(v) for k, v in self.kernels.items()},
             "whole": self.whole,
@@ -121,7 +121,7 @@ def _serve(port: int, out: Path) -> int:
 
 
 def table(result: dict[str, object]) -> str:
-    """The profile as Markdown, the largest share first."""
+    """Return the profile as Markdown, the largest share first."""
     kernels = {k: Timed(**v) for k, v in result["kernels"].items()}  # type: ignore[attr-defined]
     timed, whole = list(result["timed"]), list(result["whole"])  # type: ignore[call-overload]
     tokens = len(timed)
@@ -149,7 +149,7 @@ def table(result: dict[str, object]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.profile",
         description=__doc__,

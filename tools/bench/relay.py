@@ -78,7 +78,7 @@ def serve(listen: int, to: tuple[str, int], delay: float, rate: float) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.relay",
         description=__doc__,

@@ -14,13 +14,16 @@ _HEADER = ("figure", OURS, UPSTREAM, "ratio", "min..max", "better")
 
 
 def number(value: float) -> str:
-    """Three digits that count, without an exponent."""
+    """Return three digits that count, without an exponent."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
 
 
 def cells(figure: Figure) -> tuple[str, ...]:
-    """One row: the medians, ours over upstream's, and how far that ratio went over the rounds."""
+    """Return one row.
+
+    It has the medians, ours over upstream's, and how far that ratio went over the rounds.
+    """
     ratios = figure.ratios
     return (
         f"{figure.name}, {figure.unit}",
@@ -33,7 +36,7 @@ def cells(figure: Figure) -> tuple[str, ...]:
 
 
 def text(result: BenchResult) -> str:
-    """The tables with aligned columns."""
+    """Return the tables with aligned columns."""
     return "\n\n".join(_text_table(table) for table in result.tables)
 
 
@@ -51,7 +54,7 @@ def _text_table(table: ResultTable) -> str:
 
 
 def markdown(result: BenchResult) -> str:
-    """The tables for a document, under a line that says what was measured on what."""
+    """Return the tables for a document, under a line that says what was measured on what."""
     machine = "; ".join(f"{name}: {value}" for name, value in result.machine.items())
     versions = "; ".join(f"{name}: {value}" for name, value in result.versions.items())
     parts = [f"{machine}. {versions}."]

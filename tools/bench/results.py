@@ -88,7 +88,10 @@ class BenchResult:
 
     @classmethod
     def load(cls, path: Path) -> BenchResult:
-        """What :meth:`save` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        """Return what :meth:`save` wrote.
+
+        Raises ValueError, KeyError or TypeError for anything else.
+        """
         data = json.loads(path.read_text())
         tables = [
             ResultTable(table["title"], [Figure(**figure) for figure in table["figures"]])

@@ -33,16 +33,16 @@ class Running:
     start_seconds: float
 
     def startup(self) -> list[Sample]:
-        """How long it took to answer."""
+        """Return how long it took to answer."""
         return [Sample("start to HELLO", "s", False, self.start_seconds)]
 
     def memory(self) -> list[Sample]:
-        """The most memory it has taken up to now."""
+        """Return the most memory it has taken up to now."""
         return [Sample("peak memory", "MiB", False, self.process.peak_rss() / (1 << 20))]
 
 
 def command(server: str, port: int, threads: int) -> list[str]:
-    """What starts a server. Raises ProgramError where it isn't there."""
+    """Return what starts a server. Raises ProgramError where it isn't there."""
     options = ("-t", str(threads))
     if server == OURS:
         return own_command(port, *options)
@@ -53,7 +53,7 @@ def command(server: str, port: int, threads: int) -> list[str]:
 
 
 def answers(port: int) -> bool:
-    """Whether a server on this machine answers there."""
+    """Return whether a server on this machine answers there."""
     try:
         # A second command shows that HELLO's answer was no refusal.
         with Wire(port, timeout=5) as wire:
@@ -64,7 +64,10 @@ def answers(port: int) -> bool:
 
 @contextmanager
 def serving(server: str, threads: int, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """A server with this environment beside our own. Raises ProgramError if it doesn't start."""
+    """Run a server with this environment beside our own.
+
+    Raises ProgramError if it doesn't start.
+    """
     port = free_port()
     started = time.perf_counter()
     with Process(command(server, port, threads), env=env) as process:

@@ -92,7 +92,7 @@ class NetworkLink:
 
     @classmethod
     def of(cls, text: str) -> NetworkLink:
-        """'0.25:1' is 0.25 ms and 1 Gbit/s; ArgumentTypeError for anything else."""
+        """Parse '0.25:1', which is 0.25 ms and 1 Gbit/s; ArgumentTypeError for anything else."""
         try:
             delay, rate = map(float, text.split(":"))
         except ValueError:
@@ -131,7 +131,10 @@ def _start(stack: contextlib.ExitStack, core: int, command: list[str] | None, po
 def running(
     setup: Setup, link: NetworkLink | None = None
 ) -> Iterator[tuple[list[int], Process | None, int]]:
-    """The setup's ports for llama.cpp, its coordinator, and the relay's port if there is one."""
+    """Run the setup.
+
+    Yield its ports for llama.cpp, its coordinator, and the relay's port if any.
+    """
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
         relay = 0
@@ -168,7 +171,7 @@ def _tokens(ports: Sequence[int], options: argparse.Namespace, setup: Setup) -> 
 
 
 def measure(options: argparse.Namespace) -> dict[str, Measured]:
-    """All setups in turn."""
+    """Measure all setups in turn."""
     measured = {s.name: Measured() for s in SETUPS}
     steps = [(number, setup) for number in range(options.rounds) for setup in SETUPS]
     with begin("measuring", len(steps)) as task:
@@ -217,7 +220,7 @@ class Row:
 
 
 def predicted(base: float, exchanges: float, wire: float, extra: float, rate: float) -> float:
-    """Seconds a token over a network, from ``base`` over none: the formula of docs/split.md.
+    """Return seconds a token over a network, from ``base`` over none, as docs/split.md does.
 
     ``extra`` is how much longer a round trip takes there, ``wire`` the bytes of a token.
     """
@@ -225,7 +228,7 @@ def predicted(base: float, exchanges: float, wire: float, extra: float, rate: fl
 
 
 def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
-    """Two machines, one of them the coordinator, over each network; and one alone, seconds."""
+    """Measure two machines, one of them the coordinator, over each network; and one alone."""
     rows: list[Row] = []
     with running(SETUPS[0]) as (ports, _, _):
         alone = 1 / _tokens(ports, _decode_only(options), SETUPS[0])["tg"]
@@ -270,7 +273,7 @@ def _decode_only(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def table(measured: dict[str, Measured]) -> str:
-    """Medians as Markdown; ratios are to one worker, and to upstream's tensor split."""
+    """Return medians as Markdown; ratios are to one worker, and to upstream's tensor split."""
     lines = [
         "| servers | tg tokens/s | to one worker | pp tokens/s | coordinator |",
         "|" + "---|" * 5,
@@ -284,7 +287,7 @@ def table(measured: dict[str, Measured]) -> str:
 
 
 def link_table(rows: Sequence[Row]) -> str:
-    """Networks as Markdown."""
+    """Return networks as Markdown."""
     head = (
         "network | mode | round trip us | exchanges a token | KiB a token | ms a token | predicted"
     )
@@ -298,7 +301,7 @@ def link_table(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.split",
         description=__doc__,

@@ -23,12 +23,12 @@ Option = tuple[int, bytes]
 
 
 def padding(length: int) -> bytes:
-    """What follows ``length`` bytes up to a multiple of four."""
+    """Return what follows ``length`` bytes up to a multiple of four."""
     return bytes(-length % 4)
 
 
 def options(*those: Option) -> bytes:
-    """Options by code and value, and their end; nothing if there are none."""
+    """Return options by code and value, and their end; nothing if there are none."""
     if not those:
         return b""
     packed = b"".join(
@@ -38,24 +38,24 @@ def options(*those: Option) -> bytes:
 
 
 def block(kind: int, body: bytes) -> bytes:
-    """A whole block; ``body`` is padded."""
+    """Return a whole block; ``body`` is padded."""
     size = SIZE.pack(12 + len(body))
     return SIZE.pack(kind) + size + body + size
 
 
 def section(*those: Option) -> bytes:
-    """What a file begins with."""
+    """Return what a file begins with."""
     return block(SECTION, struct.pack("<IHHq", _BYTE_ORDER, 1, 0, -1) + options(*those))
 
 
 def interface(link: int, *those: Option) -> bytes:
-    """Frames of link layer ``link`` (LINKTYPE_*) follow, numbered by the order of interfaces."""
+    """Return the block for frames of link layer ``link`` (LINKTYPE_*), by order of interfaces."""
     resolution = (_RESOLUTION, bytes([_NANOSECONDS]))
     return block(INTERFACE, struct.pack("<HHI", link, 0, 0) + options(*those, resolution))
 
 
 def packet_ends(number: int, time_ns: int, captured: int, length: int) -> tuple[bytes, bytes]:
-    """What stands before and behind the bytes of a frame.
+    """Return what stands before and behind the bytes of a frame.
 
     ``number`` is its interface's, ``captured`` its bytes in the file, ``length`` those it had.
     """

@@ -61,7 +61,7 @@ class CapturedConnection:
 
     @property
     def notes(self) -> list[str]:
-        """What in it wasn't captured as it was on the wire, in words."""
+        """The bytes that weren't captured as they were on the wire, in words."""
         return [
             f"{text} from the {side.value}"
             for side, counts in self.counts.items()
@@ -70,7 +70,7 @@ class CapturedConnection:
 
 
 class Listener(Protocol):
-    """What is done with connections; in the order of the capture."""
+    """The receiver of connections, in the order of the capture."""
 
     def opened(self, connection: CapturedConnection) -> None: ...
     def event(self, connection: CapturedConnection, event: Event) -> None: ...
@@ -100,7 +100,7 @@ class ReadOptions:
 
 
 def is_hello(data: bytes | bytearray) -> bool:
-    """Whether a connection that begins so is ggml RPC's."""
+    """Return whether a connection that begins so is ggml RPC's."""
     try:
         first_frame(*FRAME.unpack_from(data))
     except ProtocolError:
@@ -149,7 +149,7 @@ class _Flow:
         self._early.append((index, size, time))
 
     def _look(self, index: int) -> None:
-        """Whether one of the sides has sent what a client sends."""
+        """Look whether one of the sides has sent what a client sends."""
         seen = self._seen[index]
         if self.port_told and self.client is not None:
             # Whatever it is.
@@ -274,7 +274,7 @@ class Connections:
         self._flows: dict[tuple[Address, Address], _Flow] = {}
 
     def frame(self, frame: Frame) -> None:
-        """The next frame of the capture."""
+        """Take the next frame of the capture."""
         segment = self.packets.segment(frame)
         if segment is None:
             return
@@ -300,14 +300,14 @@ class Connections:
             flow.close(complete=True)
 
     def close(self) -> None:
-        """The capture has ended."""
+        """Finish what is open: the capture has ended."""
         flows = dict.fromkeys(self._flows.values())
         self._flows.clear()
         for flow in flows:
             flow.close(complete=False)
 
     def run(self, frames: Iterable[Frame]) -> None:
-        """All frames, to the end."""
+        """Take all frames, to the end."""
         for frame in frames:
             self.frame(frame)
         self.close()

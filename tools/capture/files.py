@@ -71,7 +71,7 @@ class _Source:
         return self._before + self.at
 
     def have(self, n: int) -> bool:
-        """Whether ``n`` bytes are there; waits for them."""
+        """Return whether ``n`` bytes are there; wait for them."""
         if len(self.buffer) - self.at >= n:
             return True
         parts = [self.buffer[self.at :]]
@@ -231,7 +231,7 @@ def _interface(block: bytes, little: bool) -> tuple[int, float, int, int]:
 
 
 def open_file(path: str | Path) -> BufferedReader:
-    """Raises CaptureError where it can't be opened."""
+    """Open a file; raise CaptureError where it can't be opened."""
     try:
         return open(path, "rb")
     except OSError as error:
@@ -239,7 +239,7 @@ def open_file(path: str | Path) -> BufferedReader:
 
 
 def read_capture(path: str | Path) -> Iterator[Frame]:
-    """The frames of a file. Raises CaptureError."""
+    """Yield the frames of a file. Raises CaptureError."""
     with open_file(path) as file:
         yield from Capture(file)
 

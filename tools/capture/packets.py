@@ -48,7 +48,7 @@ class PacketReader:
         self.others: dict[str, int] = {}
 
     def segment(self, frame: Frame) -> Segment | None:
-        """The frame's segment, None for anything else."""
+        """Return the frame's segment, None for anything else."""
         time, link, data, length = frame
         try:
             if link == _ETHERNET and data[12:14] == b"\x08\x00":
@@ -109,7 +109,10 @@ class PacketReader:
 
 
 def _network(link: int, data: bytes) -> tuple[int, int]:
-    """Where the network layer begins, and its ethertype (0 for others). IndexError if cut."""
+    """Return where the network layer begins, and its ethertype (0 for others).
+
+    Raises IndexError if cut.
+    """
     if link == _ETHERNET:
         at = 14
         kind = data[12] << 8 | data[13]
@@ -131,7 +134,7 @@ def _network(link: int, data: bytes) -> tuple[int, int]:
 
 
 def address_text(address: tuple[bytes, int]) -> str:
-    """host:port, with an IPv6 host in brackets."""
+    """Return host:port, with an IPv6 host in brackets."""
     host, port = address
     family = socket.AF_INET if len(host) == 4 else socket.AF_INET6
     return format_endpoint(socket.inet_ntop(family, host), port)

@@ -32,7 +32,7 @@ Lose = Callable[[int, float], None]
 
 @dataclass(slots=True)
 class SegmentCounts:
-    """What was met on the way in one direction, in segments unless it says bytes."""
+    """The counts of one direction, in segments unless it says bytes."""
 
     bytes: int = 0
     out_of_order: int = 0
@@ -42,7 +42,7 @@ class SegmentCounts:
     lost_bytes: int = 0
 
     def texts(self) -> list[str]:
-        """What wasn't as on the wire, in words."""
+        """Return what wasn't as on the wire, in words."""
         found = []
         if self.out_of_order:
             found.append(f"{self.out_of_order} segments out of order")
@@ -79,11 +79,11 @@ class CapturedStream:
 
     @property
     def waits(self) -> bool:
-        """Whether there is a hole."""
+        """True if there is a hole."""
         return bool(self._waiting)
 
     def begin(self, seq: int) -> None:
-        """The first byte has this sequence number; one that was seen already counts."""
+        """Begin with the first byte's sequence number; one that was seen already counts."""
         if self._next is not None:
             return
         self._next = self.first = seq & _ALL
@@ -116,7 +116,7 @@ class CapturedStream:
             self.ended = True
 
     def acknowledged(self, ack: int, time: float) -> None:
-        """The receiver has all before this sequence number, as it says."""
+        """Take note that the receiver has all before this sequence number."""
         if self._next is None:
             return
         ahead = (ack - self._next) & _ALL
@@ -126,7 +126,7 @@ class CapturedStream:
         self._give_up(time)
 
     def flush(self, time: float) -> None:
-        """Nothing more will come: what waits for a hole goes on without it."""
+        """Flush: what waits for a hole goes on without it, as nothing more will come."""
         if self._early:
             self._begin_early(self._early[0].seq)
         while self._waiting:
@@ -230,7 +230,7 @@ class Assembly:
         return self.reset or (self.streams[0].ended and self.streams[1].ended)
 
     def segment(self, segment: Segment) -> None:
-        """One more segment, SYN or not."""
+        """Take one more segment, SYN or not."""
         flags = segment.flags
         if flags & SYN:
             mine, other = self._streams_of(segment)
@@ -276,17 +276,17 @@ class Assembly:
             self.reset = True
 
     def expect_start(self) -> None:
-        """The connection is seen from its start: what is before a SYN is out of order."""
+        """Expect the connection's start: what is before a SYN is out of order."""
         for stream in self.streams:
             stream.start_follows = True
 
     def restarts(self, segment: Segment) -> bool:
-        """Whether this SYN is of another connection between the same ports."""
+        """Return whether this SYN is of another connection between the same ports."""
         mine = self.streams[0 if segment.source == self._client else 1]
         return mine.first is not None and mine.first != (segment.seq + 1) & _ALL
 
     def flush(self, time: float) -> None:
-        """Nothing more will come."""
+        """Flush, as nothing more will come."""
         self._release()
         for stream in self.streams:
             stream.flush(time)

@@ -89,7 +89,7 @@ def _read(connections: Connections, frames: Iterable[Frame]) -> str:
 
 
 def _nothing(connections: Connections, why: str) -> str:
-    """Why there is nothing to show."""
+    """Return why there is nothing to show."""
     others = ", ".join(
         f"{count} packets {kind}" for kind, count in connections.packets.others.items()
     )

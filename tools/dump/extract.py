@@ -112,7 +112,7 @@ class Extractor:
         at: int,
         data: bytes | bytearray | memoryview,
     ) -> None:
-        """Bytes of the data of a message, at ``at`` in it."""
+        """Take bytes of the data of a message, at ``at`` in it."""
         if (
             message.command is not Command.SET_TENSOR
             or connection.number in self._computing

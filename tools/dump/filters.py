@@ -35,7 +35,10 @@ class Filters:
         )
 
     def shows(self, message: ObservedMessage) -> bool:
-        """Whether a message of a connection that is wanted is shown; answers as their requests."""
+        """Return whether a message of a connection that is wanted is shown.
+
+        Answers are shown as their requests.
+        """
         if self.commands and message.command not in self.commands:
             return False
         if not self.tensors:
@@ -48,17 +51,17 @@ class Filters:
 
     @property
     def of_messages(self) -> bool:
-        """Whether only some messages of a connection are shown."""
+        """True if only some messages of a connection are shown."""
         return bool(self.commands or self.tensors)
 
 
 def pattern(text: str) -> str:
-    """A pattern of names; plain text is looked for anywhere in them."""
+    """Return a pattern of names; plain text is looked for anywhere in them."""
     return text if any(mark in text for mark in "*?[") else f"*{text}*"
 
 
 def message_tensors(message: ObservedMessage) -> Iterator[Any]:
-    """The rpc_tensors in a message's fields."""
+    """Yield the rpc_tensors in a message's fields."""
     if message.fields is None:
         return
     for value in vars(message.fields).values():
@@ -68,7 +71,7 @@ def message_tensors(message: ObservedMessage) -> Iterator[Any]:
 
 
 def tensor_names(message: ObservedMessage) -> Iterator[str]:
-    """Names of the tensors that a message is about, those of its graph included."""
+    """Yield names of the tensors that a message is about, those of its graph included."""
     for tensor in message_tensors(message):
         yield text_of(tensor.name)
     if message.graph is not None:

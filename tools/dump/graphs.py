@@ -48,7 +48,10 @@ class GraphFinder:
             self.found = event
 
     def render(self, form: str) -> str:
-        """The graph as ``text``, ``dot`` or ``svg``. MissingToolError without Graphviz."""
+        """Return the graph as ``text``, ``dot`` or ``svg``.
+
+        Raises MissingToolError without Graphviz.
+        """
         assert self.found is not None
         assert self.found.graph is not None
         graph, dialect = self.found.graph, self.found.dialect
@@ -64,7 +67,10 @@ def _quoted(text: str) -> str:
 
 
 def dot_lines(graph: GraphPayload | ProgramPayload, dialect: Dialect) -> Iterator[str]:
-    """The graph in Graphviz' language: computed nodes as boxes, what is only read as ellipses."""
+    """Yield the graph in Graphviz' language.
+
+    Computed nodes are boxes, what is only read ellipses.
+    """
     nodes = (
         graph.nodes.tolist()
         if isinstance(graph, GraphPayload)
@@ -96,7 +102,7 @@ def _dot_node(tensor: GraphTensor) -> str:
 
 
 def draw(dot: str) -> str:
-    """SVG by Graphviz. MissingToolError where that isn't installed."""
+    """Draw it as SVG by Graphviz. Raises MissingToolError where that isn't installed."""
     program = shutil.which("dot")
     if program is None:
         raise MissingToolError(

@@ -147,7 +147,7 @@ def _graph_tree(message: ObservedMessage) -> list[str]:
 
 
 def hex_lines(message: ObservedMessage) -> Iterator[str]:
-    """Every byte of a message, and beside it what it is."""
+    """Yield every byte of a message, and beside it what it is."""
     data = message.data
     for span in annotate(message):
         end = min(span.end, len(data))

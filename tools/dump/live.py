@@ -16,7 +16,9 @@ _KERNEL_BUFFER = 262144
 
 
 class Listening:
-    """What tcpdump captures of TCP on ``interface``, of all ports if none are given: ``pipe``.
+    """The packets that tcpdump captures of TCP on ``interface``, of all ports if none are given.
+
+    They come out of ``pipe``.
 
     Within its context, Ctrl-C ends tcpdump, so that what it has captured is read to the end; a
     second one interrupts. ``dropped`` is how many packets the kernel had no room for, known after.

@@ -118,7 +118,10 @@ class JsonView:
 
 
 def plain(value: Any, dialect: Dialect) -> Any:
-    """A value of a message for JSON: ops and types by name, names as text, bytes in hexadecimal."""
+    """Return a value of a message for JSON.
+
+    It has ops and types by name, names as text, bytes in hexadecimal.
+    """
     if isinstance(value, Message):
         fields = {name: plain(item, dialect) for name, item in vars(value).items()}
         if hasattr(value, "op_params"):

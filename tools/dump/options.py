@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; ends the program with status 2 for wrong ones."""
+    """Return the options; end the program with status 2 for wrong ones."""
     made = parser()
     options = made.parse_args(argv)
     if (options.capture is None) == (options.live is None):

@@ -30,7 +30,7 @@ class Screen:
         self._colour = colour == "always" or (colour == "auto" and wanted)
 
     def style(self, text: str, style: str) -> str:
-        """``text`` as it is to be written in a style."""
+        """Return ``text`` as it is to be written in a style."""
         return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if self._colour and text else text
 
     def line(self, text: str) -> None:
@@ -43,7 +43,7 @@ class Screen:
 
 
 def printable(text: str) -> str:
-    """Text off the wire without what a terminal would obey."""
+    """Return text off the wire without what a terminal would obey."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 

@@ -37,7 +37,7 @@ class Samples:
             self.values[at] = value
 
     def percentiles(self, wanted: Sequence[int]) -> list[float]:
-        """The values below which so many percent are; the last may be 100."""
+        """Return the values below which so many percent are; the last may be 100."""
         ordered = sorted(self.values)
         if not ordered:
             return []
@@ -56,7 +56,7 @@ class CommandTotals:
 
 @dataclass(slots=True)
 class GenerationStep:
-    """What went over a connection from one read-back of results to the next."""
+    """The traffic of a connection from one read-back of results to the next."""
 
     graphs: list[Command] = field(default_factory=list)
     requests: int = 0
@@ -185,7 +185,7 @@ class StatsView:
     # -- output ---------------------------------------------------------------------------------
 
     def as_object(self) -> dict[str, Any]:
-        """All figures, for JSON."""
+        """Return all figures, for JSON."""
         return {
             "connections": self.connections,
             "protocols": self._protocols,
@@ -268,7 +268,7 @@ class StatsView:
 
 
 def _may_be_input(message: ObservedMessage) -> bool:
-    """Whether it may be for the graphs to come, rather than for loading a model."""
+    """Return whether it may be for the graphs to come, rather than for loading a model."""
     return message.command is Command.SET_TENSOR
 
 

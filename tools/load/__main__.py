@@ -61,7 +61,7 @@ _FAULTS = re.compile(r"internal error|Traceback|never retrieved")
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What a server takes: bytes, counts; those that can't be known from here are 0."""
+    """The memory that a server takes: bytes, counts; those that can't be known from here are 0."""
 
     free: int
     rss: int = 0
@@ -69,7 +69,7 @@ class Level:
     threads: int = 0
 
     def below(self, other: Level) -> bool:
-        """Whether it has fallen from ``other``, by more than noise."""
+        """Return whether it has fallen from ``other``, by more than noise."""
         fallen = other.rss - self.rss > _NOISE or other.files > self.files
         return fallen or other.threads > self.threads or other.free < self.free
 
@@ -83,7 +83,7 @@ class Level:
 
 @dataclass(slots=True)
 class LoadResult:
-    """What a run saw."""
+    """The result of a run."""
 
     seconds: float
     tallies: list[LoadTally]
@@ -101,7 +101,7 @@ class LoadedServer:
         self.process = process
 
     async def level(self) -> Level:
-        """What it takes now, beside the connection that asks."""
+        """Return what it takes now, beside the connection that asks."""
         connection = await connect_any(*self.address)
         async with connection:
             free, _ = await connection.get_device_memory()
@@ -113,7 +113,10 @@ class LoadedServer:
         return Level(free, self.process.rss(), len(os.listdir(root / "fd")), threads)
 
     async def settled(self, like: Level | None = None) -> Level:
-        """The level once it is no higher than ``like``; without one, once it no longer falls."""
+        """Return the level once it is no higher than ``like``.
+
+        Without ``like`` it returns once the level no longer falls.
+        """
         end = time.monotonic() + _SETTLE_SECONDS
         level = await self.level()
         while time.monotonic() < end:
@@ -188,7 +191,7 @@ def _unfair(tallies: Sequence[LoadTally]) -> list[str]:
 
 
 def report(result: LoadResult) -> str:
-    """As text."""
+    """Return it as text."""
     lines = []
     for kind in KINDS:
         group = [t for t in result.tallies if t.kind == kind]
@@ -248,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.clients < 1 or options.minutes <= 0:

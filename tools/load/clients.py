@@ -45,7 +45,7 @@ class WrongResult(Exception):  # noqa: N818
 
 @dataclass(slots=True)
 class LoadTally:
-    """What one client got done."""
+    """The work that one client got done."""
 
     name: str
     kind: str
@@ -201,21 +201,21 @@ async def _forever(
 async def steady(
     address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
 ) -> None:
-    """Works without a pause, and comes back after each time it left."""
+    """Work without a pause, and come back after each time it left."""
     await _forever(address, tally, chosen, stop, 0.0)
 
 
 async def slow(
     address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
 ) -> None:
-    """The same with pauses."""
+    """Do the same with pauses."""
     await _forever(address, tally, chosen, stop, 0.2)
 
 
 async def deaf(
     address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
 ) -> None:
-    """Asks for megabytes and never reads them; hangs up after a while, and comes back."""
+    """Ask for megabytes and never read them; hang up after a while, and come back."""
     while not stop.is_set():
         with contextlib.suppress(OSError, TimeoutError):
             async with Backend.connect(*address, version=None, timeout=PATIENCE) as backend:
@@ -247,7 +247,7 @@ async def _ask(number: int, requests: bytes) -> None:
 async def trickling(
     address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
 ) -> None:
-    """Sends an upload a few bytes at a time, and hangs up before its end."""
+    """Send an upload a few bytes at a time, and hang up before its end."""
     while not stop.is_set():
         with contextlib.suppress(OSError, TimeoutError):
             async with Backend.connect(*address, version=None, timeout=PATIENCE) as backend:
@@ -276,6 +276,9 @@ KINDS: dict[str, Behaviour] = {
 
 
 def kinds(count: int) -> list[str]:
-    """Of ``count`` clients: two in ten slow, one deaf, one trickling, the others steady."""
+    """Return the kinds of ``count`` clients.
+
+    Two in ten are slow, one deaf, one trickling, the others steady.
+    """
     pattern = ("steady", "slow", "steady", "deaf", "steady", "steady", "trickling", "steady")
     return [(*pattern, "steady", "slow")[i % 10] for i in range(count)]

@@ -59,7 +59,7 @@ def chosen(only: str) -> list[Attack]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     attacks = chosen(options.only)

@@ -37,7 +37,7 @@ TURNED_AWAY = (ClosedError, OSError, MemoryError, EOFError)
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where an attacked server is: its ports, its folder of tensors, and its log."""
+    """The place of an attacked server: its ports, its folder of tensors, and its log."""
 
     port: int
     tls_port: int = 0
@@ -130,7 +130,10 @@ class AttackWire(Wire):
 
     def op_of(self, id: int, name: str, ne: tuple[int, ...], place: tuple[int, int], *src: int,
               params: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:  # fmt: skip
-        """A node: ``place`` is its buffer's handle and its address, ``src`` the sources' ids."""
+        """Return a node.
+
+        ``place`` is its buffer's handle and its address, ``src`` the sources' ids.
+        """
         words = [*params, *[0] * (16 - len(params))]
         made = tensor(id, ne, *place, op=self.op(name), src=sources(*src), op_params=words)
         made.update(fields)
@@ -139,7 +142,10 @@ class AttackWire(Wire):
 
 @dataclass(slots=True)
 class Attacker:
-    """What an attack has: the server, the time until it is over, and what it found out itself."""
+    """The things that an attack has.
+
+    These are the server, the time until it is over, and what it found out itself.
+    """
 
     where: Where
     seconds: float
@@ -153,7 +159,7 @@ class Attacker:
 
     @property
     def over(self) -> bool:
-        """Whether the time is over."""
+        """True if the time is over."""
         return time.monotonic() > self._end
 
     def hold(self) -> None:
@@ -162,12 +168,12 @@ class Attacker:
             time.sleep(0.02)
 
     def connect(self, *, hello: bool = True, port: int = 0) -> AttackWire:
-        """A connection, closed when this call of the attack is over."""
+        """Connect; it is closed when this call of the attack is over."""
         wire = AttackWire(port or self.where.port, hello=hello, timeout=max(1.0, self.seconds))
         return self._held.enter_context(wire)
 
     def coordinate(self) -> AttackWire:
-        """A connection that speaks the split extension."""
+        """Connect, speaking the split extension."""
         wire = AttackWire(self.where.port, SPLIT, hello=False, timeout=max(1.0, self.seconds))
         self._held.enter_context(wire)
         wire.send(Command.HELLO, split_caps())
@@ -175,7 +181,7 @@ class Attacker:
         return wire
 
     def socket(self, port: int) -> socket.socket:
-        """A bare socket, closed when this call of the attack is over."""
+        """Open a bare socket, closed when this call of the attack is over."""
         made = socket.create_connection((HOST, port), timeout=max(1.0, self.seconds))
         return self._held.enter_context(made)
 
@@ -186,16 +192,16 @@ class Attacker:
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:
-        """What was opened within is closed at the end."""
+        """Close at the end what was opened within."""
         with contextlib.ExitStack() as self._held:
             yield
 
 
 def many(template: dict[str, Any], count: int, first: int) -> list[dict[str, Any]]:
-    """Copies of a node, with ids from ``first`` on."""
+    """Return copies of a node, with ids from ``first`` on."""
     return [{**template, "id": first + i, "name": b"n"} for i in range(count)]
 
 
 def floats(*values: float) -> tuple[int, ...]:
-    """Parameters of an op as words."""
+    """Return the parameters of an op as words."""
     return tuple(int(word) for word in np.array(values, np.float32).view(np.int32))

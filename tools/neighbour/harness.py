@@ -36,7 +36,7 @@ _FAULTS = re.compile(
 
 @dataclass(slots=True)
 class AttackResult:
-    """What one attack came to. ``kept`` and ``findings`` are in words."""
+    """The outcome of one attack. ``kept`` and ``findings`` are in words."""
 
     attack: Attack
     noticed: Noticed
@@ -48,7 +48,7 @@ class AttackResult:
 
     @property
     def faults(self) -> list[str]:
-        """What must not be, times aside."""
+        """The things that must not be, times aside."""
         found = list(self.findings)
         if self.noticed.changed:
             found.append(self.noticed.changed)
@@ -70,7 +70,7 @@ class AttackResult:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not (self.faults or self.delays)
 
 

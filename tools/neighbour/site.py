@@ -21,7 +21,10 @@ _MEM_OF_WORKERS = "256"
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a server has: bytes, and counts. ``files`` are unfinished ones that were left."""
+    """The footprint of a server.
+
+    It is in bytes, and counts. ``files`` are unfinished ones that were left.
+    """
 
     rss: int
     mappings: int
@@ -135,7 +138,7 @@ class Attacked:
 
 @contextlib.contextmanager
 def started(kind: str, seconds: float) -> Iterator[Attacked]:
-    """A server of a kind, with a folder of its own."""
+    """Run a server of a kind, with a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="neighbour-cache-") as folder:
         Path(folder).chmod(0o700)
         with Attacked(kind, Path(folder), seconds) as site:

@@ -21,7 +21,7 @@ _PRODUCTS = 8
 
 @dataclass(slots=True)
 class Noticed:
-    """What a victim saw beside an attack: worst and median latencies, in seconds.
+    """The things that a victim saw beside an attack: worst and median latencies, in seconds.
 
     ``changed`` says what was not as it should have been, '' if nothing.
     """

@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = make_parser().parse_args(words)
     if options.output.is_file() and not options.overwrite:
         print(f"{options.output} exists; --overwrite replaces it", file=sys.stderr)

@@ -50,7 +50,10 @@ class Address:
 
 
 def ones_complement_sum(data: Buffer) -> int:
-    """The Internet checksum's sum of 16-bit words, folded; an odd end is padded with zero."""
+    """Return the Internet checksum's sum of 16-bit words, folded.
+
+    An odd end is padded with zero.
+    """
     if len(data) < _FEW:
         number = int.from_bytes(bytes(data) + bytes(len(data) % 2), "big")
         # Folding is the remainder by 65535, but for what is not zero and has the remainder zero.
@@ -108,7 +111,7 @@ class TcpFrames:
         self._ends = {Side.CLIENT: client, Side.SERVER: server}
 
     def opened(self) -> Iterator[Frame]:
-        """The three frames that open a connection."""
+        """Yield the three frames that open a connection."""
         yield self._frame(Side.CLIENT, _SYN, options=_SYN_OPTIONS)
         self._ends[Side.CLIENT].sequence += 1
         yield self._frame(Side.SERVER, _SYN | _ACK, options=_SYN_OPTIONS)
@@ -116,13 +119,13 @@ class TcpFrames:
         yield self._frame(Side.CLIENT, _ACK)
 
     def refused(self) -> Iterator[Frame]:
-        """The frames of a connection that nobody accepts."""
+        """Yield the frames of a connection that nobody accepts."""
         yield self._frame(Side.CLIENT, _SYN, options=_SYN_OPTIONS)
         self._ends[Side.CLIENT].sequence += 1
         yield self._frame(Side.SERVER, _RST | _ACK)
 
     def data(self, side: Side, data: Buffer) -> Iterator[Frame]:
-        """The frames that carry ``data``; they refer to its memory."""
+        """Yield the frames that carry ``data``; they refer to its memory."""
         view = memoryview(data)
         sender, receiver = self._ends[side], self._ends[side.other]
         for at in range(0, len(view), _MAX_SEGMENT):
@@ -134,7 +137,7 @@ class TcpFrames:
             yield self._frame(side.other, _ACK)
 
     def ended(self, side: Side) -> Iterator[Frame]:
-        """The frames by which a side says that it will send nothing more."""
+        """Yield the frames by which a side says that it will send nothing more."""
         sender = self._ends[side]
         if sender.ended:
             return
@@ -144,7 +147,7 @@ class TcpFrames:
         yield self._frame(side.other, _ACK)
 
     def reset(self, side: Side) -> Iterator[Frame]:
-        """The frame by which a side breaks the connection off."""
+        """Yield the frame by which a side breaks the connection off."""
         for end in self._ends.values():
             end.ended = True
         yield self._frame(side, _RST | _ACK)

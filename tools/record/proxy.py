@@ -93,7 +93,7 @@ class _Link:
 
     @property
     def ending(self) -> bool:
-        """Whether one side has ended its stream."""
+        """True if one side has ended its stream."""
         return any(end.ended for end in self.ends.values())
 
     def accepted(self) -> None:

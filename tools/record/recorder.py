@@ -38,13 +38,13 @@ class Recorder:
         return self._writer.size
 
     def opened(self, client: Address, server: Address, time_ns: int) -> RecordedConnection:
-        """A client has been connected to a server."""
+        """Count a client that has been connected to a server."""
         connection = RecordedConnection(self, TcpFrames(client, server))
         self._add(connection.frames.opened(), time_ns)
         return connection
 
     def refused(self, client: Address, server: Address, time_ns: int) -> None:
-        """A client came and the server could not be reached."""
+        """Count a client for which the server could not be reached."""
         self._add(TcpFrames(client, server).refused(), time_ns)
 
     def flush(self) -> None:
@@ -94,16 +94,16 @@ class RecordedConnection:
         self.frames = frames
 
     def data(self, side: Side, data: bytes, time_ns: int) -> None:
-        """``data`` was sent by ``side``."""
+        """Take ``data``, which ``side`` sent."""
         if self._recorder.stopped:
             self._recorder.dropped += 1
             return
         self._recorder._add(self.frames.data(side, data), time_ns)
 
     def ended(self, side: Side, time_ns: int) -> None:
-        """``side`` sends nothing more."""
+        """Take note that ``side`` sends nothing more."""
         self._recorder._add(self.frames.ended(side), time_ns)
 
     def reset(self, side: Side, time_ns: int) -> None:
-        """``side`` has broken the connection off."""
+        """Take note that ``side`` has broken the connection off."""
         self._recorder._add(self.frames.reset(side), time_ns)

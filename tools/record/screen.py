@@ -17,7 +17,7 @@ _SHOWN = 6
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people: 3.1 MiB."""
+    """Return a number of bytes for people: 3.1 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -38,7 +38,7 @@ class _Mark:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What was added per second between two looks."""
+    """The growth per second between two looks."""
 
     to_server: float
     to_client: float
@@ -63,7 +63,7 @@ class RateClock:
         return _Mark(time.monotonic(), *sent, f.graphs, f.tokens)
 
     def rates(self) -> Rates:
-        """The rates since the call before."""
+        """Return the rates since the call before."""
         before, self._last = self._last, self._mark()
         now = self._last
         seconds = max(now.time - before.time, 1e-9)
@@ -83,7 +83,7 @@ def _recording(recorder: Recorder) -> str:
 
 
 def rate_line(stats: RecordStats, rates: Rates, recorder: Recorder) -> str:
-    """What happens now, in one line."""
+    """Return what happens now, in one line."""
     return (
         f"{stats.open} open  "
         f"{rates.tokens:.1f} tokens/s  {rates.graphs:.1f} graphs/s  "
@@ -108,7 +108,7 @@ _COLUMNS = ("command", "requests", "bytes", "mean ms", "longest ms", "total s")
 
 
 def summary(stats: RecordStats, recorder: Recorder) -> str:
-    """All that passed, for the end of a recording."""
+    """Return all that passed, for the end of a recording."""
     spoken = ", ".join(f"{name} ({n})" for name, n in stats.dialects.most_common())
     lines = [
         f"{stats.connections} connections; protocol {spoken or 'unknown'}; "
@@ -138,7 +138,7 @@ class Lines:
         self._clock = RateClock(stats)
 
     def say(self, line: str) -> None:
-        """A line for the user at any time."""
+        """Print a line for the user at any time."""
         print(line, flush=True)
 
     def update(self) -> None:
@@ -158,7 +158,7 @@ class LiveTable:
         self._clock = RateClock(stats)
 
     def say(self, line: str) -> None:
-        """A line for the user, above the table."""
+        """Print a line for the user, above the table."""
         self._live.console.print(line, markup=False, highlight=False)
 
     def update(self) -> None:
@@ -178,7 +178,7 @@ class LiveTable:
 
 @contextlib.contextmanager
 def screen(stats: RecordStats, recorder: Recorder, *, plain: bool) -> Iterator[Lines | LiveTable]:
-    """The display that suits where the output goes; ``plain`` asks for lines."""
+    """Show the display that suits where the output goes; ``plain`` asks for lines."""
     if not plain:
         try:
             from rich.console import Console

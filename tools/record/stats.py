@@ -51,17 +51,17 @@ class RecordStats:
     tokens: int = 0
 
     def opened(self, client: Address, server: Address, time_ns: int) -> CountedConnection:
-        """A client has been connected."""
+        """Count a client that has been connected."""
         self.connections += 1
         self.open += 1
         return CountedConnection(self, client)
 
     def refused(self, client: Address, server: Address, time_ns: int) -> None:
-        """A client came and the server could not be reached."""
+        """Count a client for which the server could not be reached."""
         self.connections += 1
 
     def count(self, message: ObservedMessage) -> None:
-        """A message has passed."""
+        """Count a message that has passed."""
         command = message.command
         stats = self.commands.setdefault(command, CommandStats())
         stats.size += message.size
@@ -98,7 +98,7 @@ class CountedConnection:
         self._open = set(Side)
 
     def data(self, side: Side, data: bytes, time_ns: int) -> None:
-        """``data`` was sent by ``side``."""
+        """Take ``data``, which ``side`` sent."""
         self._stats.sent[side] += len(data)
         if self._conversation is None:
             return
@@ -110,11 +110,11 @@ class CountedConnection:
             self._conversation = None
 
     def ended(self, side: Side, time_ns: int) -> None:
-        """``side`` sends nothing more."""
+        """Take note that ``side`` sends nothing more."""
         self._end({side})
 
     def reset(self, side: Side, time_ns: int) -> None:
-        """``side`` has broken the connection off."""
+        """Take note that ``side`` has broken the connection off."""
         self._end(set(Side))
 
     def _end(self, sides: set[Side]) -> None:

@@ -29,12 +29,12 @@ class Backlog:
         self._timer: asyncio.TimerHandle | None = None
 
     def opened(self, client: Address, server: Address, time_ns: int) -> WatchedConnection:
-        """A client has been connected to a server."""
+        """Count a client that has been connected to a server."""
         self.work()
         return _Waiting(self, [w.opened(client, server, time_ns) for w in self._watchers])
 
     def refused(self, client: Address, server: Address, time_ns: int) -> None:
-        """A client came and the server could not be reached."""
+        """Count a client for which the server could not be reached."""
         self.work()
         for watcher in self._watchers:
             watcher.refused(client, server, time_ns)

@@ -29,7 +29,7 @@ that can't be played
 
 
 def report(result: ReplayResult, tolerance: float) -> str:
-    """What came of a replay, for people."""
+    """Return what came of a replay, for people."""
     lines = [
         f"{result.connections} connections, {result.requests} requests, {result.answers} answers "
         f"in {result.seconds:.2f} s"
@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     options = make_parser().parse_args(words)
     host, port = options.to
     player = Player(host, port, tolerance=options.tolerance, timeout=options.timeout)

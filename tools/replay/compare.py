@@ -35,7 +35,10 @@ class Comparison:
 
 
 def nmse(expected: np.ndarray, actual: np.ndarray) -> float:  # type: ignore[type-arg]
-    """Squared error over the squares of what is expected; infinite where one isn't finite."""
+    """Return the squared error over the squares of what is expected.
+
+    It is infinite where one isn't finite.
+    """
     finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(actual)):
         return float("inf")

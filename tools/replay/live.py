@@ -51,13 +51,16 @@ class Live:
         return time.perf_counter()
 
     def expect(self, size: int, *, framed: bool = True) -> None:
-        """An answer of about ``size`` bytes is due, or exactly that many unframed bytes."""
+        """Expect an answer of about ``size`` bytes, or exactly that many unframed bytes."""
         answer = asyncio.get_running_loop().create_future()
         self._answers.append(answer)
         self._due.put_nowait((size, framed, answer))
 
     async def answer(self, timeout: float) -> tuple[bytes, float]:
-        """The next answer without its size, and when it came. ServerGoneError, TimeoutError."""
+        """Return the next answer without its size, and when it came.
+
+        Raises ServerGoneError, TimeoutError.
+        """
         async with asyncio.timeout(timeout):
             return await self._answers.popleft()
 

@@ -38,7 +38,7 @@ class ReplayError(Exception):
 
 @dataclass(slots=True)
 class Timing:
-    """How long answers to one command took, seconds in all."""
+    """The time that answers to one command took, seconds in all."""
 
     answers: int = 0
     recorded: float = 0.0
@@ -47,7 +47,10 @@ class Timing:
 
 @dataclass(slots=True)
 class ReplayResult:
-    """What came of it. ``differences`` are texts for people, in the order of the recording."""
+    """The result of a replay.
+
+    ``differences`` are texts for people, in the order of the recording.
+    """
 
     connections: int = 0
     requests: int = 0
@@ -88,7 +91,7 @@ class Player:
         self._played: dict[int, _Played] = {}
 
     async def play(self, path: Path) -> ReplayResult:
-        """All of the capture in ``path``.
+        """Play all of the capture in ``path``.
 
         Raises ReplayError, CaptureError for a file that can't be read, OSError and TimeoutError
         where there is no connection to the server.
@@ -204,7 +207,7 @@ class Player:
         timing.live += came - sent
 
     def _learn(self, played: _Played, message: ObservedMessage, data: bytes) -> None:
-        """Which buffer is meant by the recording's numbers."""
+        """Learn which buffer is meant by the recording's numbers."""
         if message.command in (Command.ALLOC_BUFFER, Command.SPLIT_ALLOC_BUFFER):
             live = codec(message.spec.response).parse(data)
             if message.fields.remote_ptr and live.remote_ptr:
@@ -289,7 +292,7 @@ def _version(message: ObservedMessage, data: bytes) -> Version:
 
 
 def _same_commands(message: ObservedMessage, version: Version) -> bool:
-    """Whether the messages of a server of ``version`` look like those that were recorded."""
+    """Return whether the messages of a server of ``version`` look like those that were recorded."""
     hello = message.request
     assert hello is not None
     size = codec(hello.spec.request).size
@@ -301,7 +304,7 @@ def _same_commands(message: ObservedMessage, version: Version) -> bool:
 
 
 class _Collector:
-    """What the capture's reader tells, until it is asked for."""
+    """The events that the capture's reader tells, until it is asked for."""
 
     def __init__(self) -> None:
         self.events: list[tuple[CapturedConnection, Event | None]] = []
@@ -321,7 +324,7 @@ class _Collector:
 
 
 async def _events(path: Path) -> AsyncIterator[tuple[CapturedConnection, Event | None]]:
-    """What happens on the connections of a capture, in its order; None for the end of one."""
+    """Yield what happens on the connections of a capture, in its order; None for the end of one."""
     collector = _Collector()
     connections = Connections(collector, ReadOptions(keep=_KEEP))
     for frame in read_capture(path):

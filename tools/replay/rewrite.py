@@ -34,16 +34,16 @@ class Rewriter:
         self._bases: dict[int, tuple[int, int]] = {}
 
     def allocated(self, recorded: int, live: int) -> None:
-        """A buffer was answered with the handle ``recorded`` and is now ``live``."""
+        """Take note that a buffer had the handle ``recorded`` and now has ``live``."""
         self._handles[recorded] = live
         self._bases.pop(recorded, None)
 
     def based(self, handle: int, recorded: int, live: int) -> None:
-        """The buffer with the recorded ``handle`` began at ``recorded`` and now at ``live``."""
+        """Take note that the buffer with ``handle`` began at ``recorded`` and now at ``live``."""
         self._bases[handle] = (recorded, live)
 
     def request(self, message: ObservedMessage) -> bytes:
-        """The bytes to send for a recorded request; all of it must have been recorded."""
+        """Return the bytes to send for a recorded request; all of it must have been recorded."""
         head = codec(message.spec.request)
         record = head.parse(message.head, FRAME.size)
         self._translate(record, message.spec.request)
@@ -56,7 +56,7 @@ class Rewriter:
         return sent + bytes(message.body or b"")
 
     def handle(self, recorded: int) -> int:
-        """The live handle for a recorded one."""
+        """Return the live handle for a recorded one."""
         if recorded == 0:
             return 0
         live = self._handles.get(recorded)
@@ -66,7 +66,7 @@ class Rewriter:
         return _FOREIGN | recorded if recorded in self._handles.values() else recorded
 
     def address(self, handle: int, recorded: int) -> int:
-        """The live address for one recorded in the buffer with the recorded ``handle``."""
+        """Return the live address for one recorded in the buffer with the recorded ``handle``."""
         base = self._bases.get(handle)
         if base is None or recorded == 0:
             return recorded

@@ -32,14 +32,14 @@ class ProgramError(RuntimeError):
 
 
 def own_command(port: int, *options: str) -> list[str]:
-    """Starts this project's server; port 0 lets the system choose one."""
+    """Return what starts this project's server; port 0 lets the system choose one."""
     return [sys.executable, "-m", "rpc_server", "--port", str(port), *options]
 
 
 def upstream_command(
     port: int, *options: str, build: int = upstream.DEFAULT_BUILD
 ) -> list[str] | None:
-    """Starts upstream's server; None where it hasn't been built."""
+    """Return what starts upstream's server; None where it hasn't been built."""
     program = upstream.find_program("ggml-rpc-server", build)
     if program is None:
         return None
@@ -47,14 +47,14 @@ def upstream_command(
 
 
 def listens(port: int, host: str = HOST) -> bool:
-    """Whether somebody accepts connections there."""
+    """Return whether somebody accepts connections there."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
         return True
     return False
 
 
 def tail(log: str, lines: int = 25) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(log.splitlines()[-lines:])
 
 
@@ -107,11 +107,11 @@ class Process:
         return self.child.poll() is None
 
     def rss(self) -> int:
-        """Bytes of memory in use by the process now."""
+        """Return the bytes of memory in use by the process now."""
         return self._memory("VmRSS")
 
     def peak_rss(self) -> int:
-        """The most bytes of memory it has used at once."""
+        """Return the most bytes of memory it has used at once."""
         return self._memory("VmHWM")
 
     def _memory(self, field: str) -> int:
@@ -124,7 +124,7 @@ class Process:
     def wait_until(
         self, ready: Callable[[], bool], seconds: float, what: str, pause: float = 0.02
     ) -> None:
-        """Waits for a condition; raises ProgramError when the process ends or time is over."""
+        """Wait for a condition; raise ProgramError when the process ends or time is over."""
         end = time.monotonic() + seconds
         while not ready():
             if not self.alive and not ready():
@@ -134,7 +134,7 @@ class Process:
             time.sleep(pause)
 
     def wait_for(self, pattern: str, seconds: float = 20.0) -> re.Match[str]:
-        """The first match of ``pattern`` in the log, waiting for it as wait_until does."""
+        """Wait for ``pattern`` in the log as wait_until does; return its first match."""
         found: list[re.Match[str]] = []
 
         def appeared() -> bool:
@@ -145,12 +145,12 @@ class Process:
         return found[0]
 
     def kill(self) -> None:
-        """Ends the process at once, as a crash or a power cut would."""
+        """End the process at once, as a crash or a power cut would."""
         self.child.send_signal(signal.SIGKILL)
         self.child.wait()
 
     def stop(self, seconds: float = 20.0) -> int:
-        """Asks the process to end, and ends it if it doesn't; its exit status."""
+        """Ask the process to end, and end it if it doesn't; return its exit status."""
         if self.alive:
             self.child.terminate()
             try:
@@ -160,6 +160,6 @@ class Process:
         return int(self.child.returncode)
 
     def forget(self) -> None:
-        """Removes the log, unless it is a file that the caller named."""
+        """Remove the log, unless it is a file that the caller named."""
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)

@@ -30,7 +30,10 @@ _HEAD = """\
 
 
 def dissector(port: int = arguments.DEFAULT_PORT) -> str:
-    """The dissector as Lua source; connections to ``port`` are ggml RPC to it in any case."""
+    """Return the dissector as Lua source.
+
+    Connections to ``port`` are ggml RPC to it in any case.
+    """
     folder = resources.files(__package__)
     engine = "\n".join((folder / part).read_text() for part in _PARTS)
     head = _HEAD.format(oldest=DIALECTS[-1].name, newest=DIALECTS[0].name)
@@ -58,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 written, 1 not, 2 wrong options."""
+    """Run the command line; return the exit status: 0 written, 1 not, 2 wrong options."""
     options = make_parser().parse_args(words)
     text = dissector(options.port)
     if options.output == "-":

@@ -51,7 +51,7 @@ def _struct_names() -> dict[int, str]:
 
 
 def _part_name(declaration: Any) -> str:
-    """What fields of a struct within another are called: tensor of RpcTensor."""
+    """Return what fields of a struct within another are called: tensor of RpcTensor."""
     name = _struct_names()[id(declaration)]
     return name.removeprefix("Rpc").removeprefix("Split").lower()
 
@@ -64,7 +64,7 @@ class Tables:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def layout(self, declaration: Any, prefix: str = PREFIX) -> str:
-        """The name of a struct's layout, which is made unless it is there."""
+        """Return the name of a struct's layout, which is made unless it is there."""
         name = _struct_names()[id(declaration)]
         if name not in self.layouts:
             entry: dict[str, Any] = {"size": declaration.sizeof(), "fields": []}
@@ -96,14 +96,17 @@ class Tables:
         return [made]
 
     def field(self, filter_name: str, kind: str) -> str:
-        """The name that a field is filtered by: with its kind, where another has the plain one."""
+        """Return the name that a field is filtered by.
+
+        It has its kind where another has the plain one.
+        """
         if self.fields.setdefault(filter_name, kind) != kind:
             filter_name = f"{filter_name}_{kind}"
             self.fields[filter_name] = kind
         return filter_name
 
     def command(self, spec: CommandSpec) -> dict[str, Any]:
-        """One command of a version."""
+        """Return one command of a version."""
         return {
             "request": self.layout(spec.request),
             "answer": _ANSWERS[spec.answer],
@@ -112,11 +115,11 @@ class Tables:
         }
 
     def commands(self, specs: Mapping[Command, CommandSpec]) -> dict[int, Any]:
-        """All commands of a version by their numbers."""
+        """Return all commands of a version by their numbers."""
         return {int(c): self.command(spec) for c, spec in sorted(specs.items())}
 
     def text(self) -> str:
-        """All tables, as local variables."""
+        """Return all tables, as local variables."""
         command_sets = _distinct([d.commands for d in DIALECTS])
         numberings = _distinct([d.numbering for d in DIALECTS])
         dialects = [
@@ -211,7 +214,7 @@ def _has_sources(number: int, count: int, dialect: Dialect) -> bool:
 
 
 def lua(value: Any, depth: int = 0) -> str:
-    """A Python value as a Lua expression."""
+    """Return a Python value as a Lua expression."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):

@@ -61,7 +61,7 @@ def _head_sizes(s: Sketch, k_type: GgmlType, v_type: GgmlType) -> tuple[int, int
 def cache(
     s: Sketch, type: GgmlType, head: int, n_kv: int, heads: int, streams: int, scale: float = 1.0
 ) -> Tensor:
-    """Keys or values (head size, positions, heads, streams) as they lie in some memory.
+    """Draw keys or values (head size, positions, heads, streams) as they lie in some memory.
 
     Often as llama.cpp's cache has them: rows of all heads, more positions than are used.
     """
@@ -89,7 +89,11 @@ def cache(
 
 
 def mask(s: Sketch, type: GgmlType, n_kv: int, n_tokens: int, heads: int, batch: int) -> Tensor:
-    """For all heads and streams or for each; more rows than tokens; whole rows masked at times."""
+    """Draw a mask.
+
+    It is for all heads and streams or for each; there may be more rows than tokens, and whole rows
+    may be masked.
+    """
     rows = s.pick((n_tokens, -(-n_tokens // 32) * 32, n_tokens + 3))
     ne = (n_kv, rows, s.pick((1, 1, heads)), s.pick((1, batch)))
     if s.seldom():

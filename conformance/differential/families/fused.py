@@ -46,7 +46,7 @@ _CACHES = (F16, F32, BF16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q5_1, GgmlType
 
 
 def reuse(s: Sketch, t: Tensor, *dead: Tensor) -> Tensor:
-    """Perhaps let node ``t`` lie in the memory of one of ``dead``, as ggml's allocator does it.
+    """Let ``t`` lie perhaps in the memory of one of ``dead``, as ggml's allocator does it.
 
     Nothing but ``t`` itself, element by element, may read these from then on.
     """

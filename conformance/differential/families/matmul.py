@@ -60,14 +60,16 @@ _WORK = 3_000_000
 
 
 def row_length(s: Sketch, *types: GgmlType, most: int = 1031) -> int:
-    """Whole blocks of all ``types``; a few thousand now and then."""
+    """Draw a row of whole blocks of all ``types``; a few thousand elements now and then."""
     block = max(TYPE_INFO[t].block_size for t in types)
     long = s.seldom()
     return s.size(4096 if long else max(most, 2 * block), multiple=block, least=block)
 
 
 def activations(s: Sketch, type: GgmlType, weights: GgmlType, ne: tuple[int, ...]) -> Tensor:
-    """Source 1: rows dense. Numbers that aren't finite only where no integer codes are made of it.
+    """Draw source 1, with dense rows.
+
+    Numbers that aren't finite only where no integer codes are made of it.
 
     (What code a NaN or an infinity gets depends on the order in which a maximum is found.) Of Q8_K
     upstream reads dense ones only, for 8 columns and more: it means to look, but returns before.

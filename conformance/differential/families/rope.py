@@ -35,7 +35,7 @@ def head_size(s: Sketch, multiple: int) -> int:
 
 
 def positions(s: Sketch, n_tokens: int, per_token: int = 1) -> Tensor:
-    """Small and large ones, as they come in a prompt or in any order; some below zero."""
+    """Draw small and large positions, as in a prompt or in any order; some below zero."""
     ne = (n_tokens * per_token,)
     start = s.pick((0, 1, 7, 500, 4096, 131_071, 1_000_000))
     if s.flag():
@@ -45,7 +45,7 @@ def positions(s: Sketch, n_tokens: int, per_token: int = 1) -> Tensor:
 
 
 def sections(s: Sketch, width: int) -> Sections:
-    """Shares of time, height, width and the rest, of which one of the first is not empty."""
+    """Draw shares of time, height, width and the rest, of which one of the first is not empty."""
     quarter = max(width // 8, 1)
     left = width
     sizes = []

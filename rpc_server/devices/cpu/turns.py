@@ -51,7 +51,7 @@ class PauseWord:
 
 
 class UsageOfAddress:
-    """What clients of one address have used, in seconds, and at most one of them."""
+    """The seconds that clients of one address have used, and the most that one of them has."""
 
     __slots__ = ("__weakref__", "level", "used")
 
@@ -261,7 +261,7 @@ class DeviceShare:
 
     @property
     def order(self) -> tuple[float, float]:
-        """What decides whose turn is next: the least."""
+        """The key by which the next turn is chosen: the least."""
         return self.account.used, self.used
 
     def add(self, seconds: float) -> None:

@@ -161,7 +161,7 @@ class SplitPlan:
         return sum(storage.changes for storage in self._storages)
 
     def run(self) -> None:
-        """Run it.
+        """Run the plan, here and on the workers.
 
         Raises GraphError or WorkerLost; the message names the worker if one is to blame.
         """

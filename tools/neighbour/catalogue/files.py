@@ -23,7 +23,7 @@ SAME_HASH = "contents that another client gets"
 
 
 def _offer(a: Attacker, content: bytes) -> bytes | None:
-    """What a client gets that offers the hash of this content."""
+    """Return what a client gets that offers the hash of this content."""
     wire = a.connect()
     handle, base = wire.alloc(len(content))
     leaf = tensor(1, (len(content),), handle, base, GgmlType.I8)

@@ -217,7 +217,7 @@ def plain_words_to_tls(a: Attacker) -> None:
 
 
 def _asks(a: Attacker) -> bool:
-    """Whether somebody who asks for a page gets it."""
+    """Return whether somebody who asks for a page gets it."""
     with contextlib.suppress(OSError), a.socket(a.where.metrics_port) as made:
         made.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         return made.recv(64).startswith(b"HTTP/1.1 200")
