@@ -1,4 +1,4 @@
-"""The floors that docs/architecture.md draws, held against the imports themselves."""
+"""The floors that docs/architecture.md draws and the habits of the house, held against the code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import docstrings
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "client", "rpc_server", "conformance", "tools")
@@ -176,6 +178,40 @@ def test_a_class_name_means_one_thing() -> None:
                 where[node.name].add(module)
     twice = {name: modules for name, modules in where.items() if len(modules) > 1}
     assert twice.keys() == TWICE
+
+
+def test_docstrings_begin_with_what_is_done_or_what_there_is() -> None:
+    found = [
+        f"{path.relative_to(PROJECT)}:{fault}"
+        for path in MODULES.values()
+        for fault in docstrings.faults(path.read_text())
+    ]
+    assert not found
+
+
+def test_docstrings_that_begin_otherwise_are_found() -> None:
+    source = '''
+def size():
+    """Bytes of it."""
+def has():
+    """Whether it is there."""
+class Thing:
+    """What there is."""
+    @property
+    def name(self):
+        """The name."""
+    def run(self):
+        """Run it."""
+    def _left(self):
+        """The rest."""
+    def _is_left(self):
+        """Whether there is a rest."""
+@GROUP.case(1)
+def case():
+    """Whatever is printed."""
+'''
+    lines = [fault.split(":")[0] for fault in docstrings.faults(source)]
+    assert lines == ["2 size", "4 has", "6 Thing", "15 _is_left"]
 
 
 # Where paths in documents begin.

@@ -72,7 +72,7 @@ class _Entry:
 class _Wanted:
     """The files that are looked for to be deleted.
 
-    They are all files or ``small`` ones, of all users or of all but one.
+    They are all files or ``small`` ones, of all users or of one.
     """
 
     small: bool
