@@ -39,11 +39,16 @@ class Servers:
     reference_address: Address | None
     reference_command: str
     version: str = "7"
+    # Where servers under test that are started here write.
+    tested_log: Path | None = None
 
     def tested(self) -> Endpoint:
         """Return a new endpoint of the server under test."""
         return Endpoint(
-            address=self.tested_address, command=self.tested_command, version=self.version
+            address=self.tested_address,
+            command=self.tested_command,
+            version=self.version,
+            log=self.tested_log,
         )
 
     def reference(self) -> Endpoint:

@@ -72,9 +72,10 @@ class Report:
                     stem = f"{name}-{finding.variant}-{i}".replace(" ", "_").replace("/", "_")
                     (save / f"{stem}.json").write_text(finding.case.dumps())
         if json_file is not None:
-            json_file.write_text(json.dumps(self._figures(), indent=1))
+            json_file.write_text(json.dumps(self.figures(), indent=1))
 
-    def _figures(self) -> dict[str, dict[str, object]]:
+    def figures(self) -> dict[str, dict[str, object]]:
+        """Return what was tried of each family and what differed, as plain data."""
         return {
             name: {
                 "variants": len(FAMILIES[name].variants),

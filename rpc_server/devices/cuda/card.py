@@ -291,6 +291,7 @@ class Card:
                 )
             # The compiler is called by the first of these; a unit that failed is tried again.
             found = module.get_function(kernel.name)
+            log.debug("kernel %s is ready", kernel.label)
             self._modules[kernel.unit] = module
             self._functions[kernel] = found
         return found

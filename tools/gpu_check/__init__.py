@@ -1,0 +1,1 @@
+"""Checks the CUDA device on a real card and measures it: ``python -m tools.gpu_check``."""
