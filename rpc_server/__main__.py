@@ -27,6 +27,7 @@ from rpc_server.cache.store import CacheError, TensorCache, default_cache_dir
 from rpc_server.devices.base import Device, DeviceError, Splitting
 from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import CompiledLanes, compiled_hash
+from rpc_server.devices.cpu.preparing import prepare_now, prepare_when_idle
 from rpc_server.devices.registry import (
     DeviceOptions,
     UnknownDeviceError,
@@ -292,11 +293,15 @@ async def _serve(options: Namespace) -> Ending:
         progress = asyncio.create_task(report(context.stats))
     if context.models is not None:
         context.models.start()
+    preparing = None
+    # Cards have kernels and a compiler of their own.
+    if not options.no_prepare and any(b.device.runs_programs for b in context.budgets):
+        preparing = asyncio.create_task(prepare_when_idle(context.stats))
     stopped = _signals()
     # A service manager starts it anew when it ends so, and with it the devices.
     devices_lost = await _signal_or_loss(stopped, context)
-    if progress is not None:
-        await _end(progress)
+    for task in filter(None, (progress, preparing)):
+        await _end(task)
     log.info("stopping", extra={"event": "stopping"})
     if announcer is not None:
         await announcer.close()
@@ -356,10 +361,22 @@ async def _until(
         task.cancel()
 
 
+def _prepare() -> int:
+    """Do --prepare; the exit status."""
+    try:
+        return prepare_now()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        end_compilers()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = parse_options(arguments)
     set_up(options.log_level, options.log_format)
+    if options.prepare:
+        return _prepare()
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:

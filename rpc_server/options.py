@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from rpc_server.net.admission import Network
 DEFAULT_HOST = "127.0.0.1"
 TOKEN_VARIABLE = "GGML_RPC_TOKEN"
 SPLIT_TOKEN_VARIABLE = "GGML_RPC_SPLIT_TOKEN"
+NO_PREPARE_VARIABLE = "GGML_RPC_NO_PREPARE"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
@@ -30,7 +32,8 @@ On the machine with the model, point any llama.cpp program at this server:
 
     llama-server -m model.gguf --rpc 192.168.1.10:50052 -ngl 99
 
-Exit codes: 0 stopped by a signal, 1 could not start (the reason is printed), 2 bad options.
+Exit codes: 0 stopped by a signal, 1 could not start (the reason is printed), 2 bad options; of
+--prepare 0 if all is compiled, else 1.
 """
 
 
@@ -235,6 +238,18 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
     add("-d", "--device", type=_devices, default=[], metavar="DEV[,DEV]", help="devices to offer")
     add(
         "-t", "--threads", type=_positive, metavar="N", help="threads of the CPU device (all cores)"
+    )
+    add(
+        "--prepare",
+        action="store_true",
+        help="compile what common models need, once for this machine, and end",
+    )
+    add(
+        "--no-prepare",
+        action="store_true",
+        default=bool(os.environ.get(NO_PREPARE_VARIABLE)),
+        help="don't do so in the background while no client wants anything (or set the variable "
+        f"{NO_PREPARE_VARIABLE})",
     )
     add(
         "--allow-host-ops",

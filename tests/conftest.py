@@ -20,6 +20,7 @@ from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES
 from rpc_server.native.folder import cache_base
 from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError
+from rpc_server.options import NO_PREPARE_VARIABLE
 from tools import smollm2
 
 # Where a seed is given all that is made up is the same in every run: a change is judged by itself.
@@ -36,6 +37,9 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     os.environ["PYTHONPYCACHEPREFIX"] = str(cache_base() / "bytecode")
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"]
     sys.dont_write_bytecode = False
+
+# Servers of tests compile what is asked of them, and leave the processors to the tests otherwise.
+os.environ.setdefault(NO_PREPARE_VARIABLE, "1")
 
 # CI has llama.cpp's programs: there, a test that was skipped for want of them has failed.
 REQUIRE_UPSTREAM = bool(os.environ.get("REQUIRE_UPSTREAM"))

@@ -1,9 +1,10 @@
-"""``python -m rpc_server.native.compiler FOLDER``: compiles routines into files of a folder.
+"""``python -m rpc_server.native.compiler FOLDER [--background]``: compiles routines into files.
 
 Reads a routine a line from stdin (JSON: module, name, constants, file) and answers each with a line
 on stdout (JSON: null, or what went wrong). Ends with its input, that is with the process which
 started it. Several may work in one folder, those of other servers too: files are moved into place
-whole, and each is made by one of them while the others wait for it.
+whole, and each is made by one of them while the others wait for it. In the background it has what
+others leave of the processors.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from numba.core.registry import cpu_target
 
 from rpc_server.native import elf
 from rpc_server.native.image import ENTRY, pack
+from rpc_server.native.routine import BACKGROUND
 from rpc_server.native.source import FASTMATH, is_routine
 
 Function = Callable[..., int]
@@ -163,6 +165,16 @@ def _answer(folder: Path, request: dict[str, Any]) -> str | None:
     return None
 
 
+def _step_back() -> None:
+    """Leave the processors to whoever wants them."""
+    if sys.platform != "win32":
+        os.nice(19)
+    if sys.platform == "linux":
+        # Where terminals or containers share a machine, niceness counts within each alone.
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def main(arguments: list[str]) -> int:
     """Serve requests until the input ends; the exit status."""
     # Of Ctrl-C the server learns; it ends this process.
@@ -170,6 +182,8 @@ def main(arguments: list[str]) -> int:
     # What numba or a module prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if BACKGROUND in arguments:
+        _step_back()
     for line in sys.stdin:
         print(json.dumps(_answer(Path(arguments[0]), json.loads(line))), file=answers, flush=True)
     return 0

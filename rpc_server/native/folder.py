@@ -110,6 +110,8 @@ class Folder:
     def __init__(self, base: Path, digest: str) -> None:
         self.path = base / f"{_PREFIX}{digest}"
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        # Why it is one of this process alone, if it is.
+        self.unkept = ""
         try:
             if _is_open_to_others(base) | _is_open_to_others(self.path):
                 log.warning("%s could be written to by others: its code is not used", self.path)
@@ -120,6 +122,7 @@ class Folder:
             self._lock = _lock_in_use(self.path)
         except OSError as error:
             log.warning("compiled kernels will not be kept: %s", error)
+            self.unkept = str(error)
             self._temporary = tempfile.TemporaryDirectory(prefix="ggml-rpc-server-")
             self.path = Path(self._temporary.name) / self.path.name
             self._lock = _lock_in_use(self.path)

@@ -1,12 +1,14 @@
 """Compiled routines by name: loaded from their folder, or compiled first.
 
 Nothing here blocks but :meth:`Library.address` and :meth:`Library.addresses`, which wait for what
-they were asked for and nothing else.
+they were asked for and nothing else. What nobody has asked for yet is compiled ahead by
+:meth:`Library.prepare`, in the background at will: that ends as soon as somebody does ask.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import threading
 from collections.abc import Iterable, Sequence
@@ -16,13 +18,21 @@ from typing import TypeVar
 
 from rpc_server.native.folder import Folder
 from rpc_server.native.image import Loaded, load
-from rpc_server.native.processes import TIMEOUT, Compilers
-from rpc_server.native.routine import CompileError, NoMemoryNowError, Routine
+from rpc_server.native.processes import TIMEOUT, Compilers, Done
+from rpc_server.native.routine import (
+    CompileError,
+    InterruptedCompileError,
+    NoMemoryNowError,
+    Routine,
+)
 from rpc_server.observability import progress
 
 R = TypeVar("R", bound=Routine)
 
 log = logging.getLogger(__name__)
+
+# A compiler in the background takes memory, too.
+_MOST_IN_BACKGROUND = 4
 
 
 class Library:
@@ -40,13 +50,15 @@ class Library:
         timeout: float = TIMEOUT,
     ) -> None:
         self._folder = folder
-        self._compilers = Compilers(folder.path, compilers, command=command, timeout=timeout)
+        self._compilers, self._background = (
+            Compilers(folder.path, n, background=back, command=command, timeout=timeout)
+            for n, back in ((compilers, False), (min(compilers, _MOST_IN_BACKGROUND), True))
+        )
         self._lock = threading.Lock()
         self._routines: dict[Routine, Future[Loaded]] = {}
         self._pruned = False
-        # How far it is while something is compiled, and how much that is.
-        self._compiling: progress.Task | None = None
-        self._left = 0
+        self._progress = _Progress("compiling kernels")
+        self._progress_in_background = _Progress("compiling kernels ahead of need")
         atexit.register(self.close)
 
     def file(self, routine: Routine) -> Path:
@@ -79,9 +91,36 @@ class Library:
         found = [self._find(routine) for routine in routines]
         return all(future.done() for future in found)
 
+    @property
+    def folder(self) -> Folder:
+        """Return where code is kept."""
+        return self._folder
+
+    def missing(self, routines: Iterable[R]) -> list[R]:
+        """Return those that have no code on disk."""
+        return [routine for routine in routines if not self.file(routine).exists()]
+
+    def prepare(self, routines: Iterable[Routine], *, background: bool) -> list[Future[None]]:
+        """Have routines compiled to disk and not loaded; the results are there when each is done.
+
+        They are CompileErrors for what can't be compiled; in the background also, as
+        InterruptedCompileErrors, for all that was not done when :meth:`interrupt` was called or
+        somebody asked for a routine.
+        """
+        futures: list[Future[None]] = []
+        for routine in routines:
+            futures.append(Future())
+            self._submit(routine, functools.partial(_settle, futures[-1]), background=background)
+        return futures
+
+    def interrupt(self) -> None:
+        """End what is compiled in the background."""
+        self._background.interrupt()
+
     def close(self) -> None:
         """End compilers. What is loaded stays loaded."""
         atexit.unregister(self.close)
+        self._background.close()
         self._compilers.close()
         self._folder.close()
 
@@ -110,7 +149,6 @@ class Library:
 
     def _compile(self, routine: Routine, future: Future[Loaded], urgent: bool) -> None:
         def done(error: CompileError | None) -> None:
-            self._compiled(routine)
             if error is not None:
                 self._failed(routine, future, error)
                 return
@@ -121,38 +159,78 @@ class Library:
             except Exception as problem:
                 self._failed(routine, future, CompileError(str(problem)))
 
+        # Nobody is to wait for what steps back.
+        self._background.interrupt()
+        self._submit(routine, done, urgent=urgent)
+
+    def _submit(
+        self, routine: Routine, done: Done, *, urgent: bool = False, background: bool = False
+    ) -> None:
         with self._lock:
             first, self._pruned = not self._pruned, True
         if first:
             # A folder that grows is the time to see to the others.
             self._folder.prune()
             log.info("compiling kernels to %s, once for this machine", self._folder.path)
-        with self._lock:
-            self._left += 1
-            if self._compiling is None:
-                self._compiling = progress.begin("compiling kernels")
-            self._compiling.expect(1)
-        self._compilers.submit(routine, self.file(routine).name, done, urgent=urgent)
+        task = self._progress_in_background if background else self._progress
+        task.expect()
 
-    def _compiled(self, routine: Routine) -> None:
-        """One less to wait for, however it ended; the last one's end is told."""
-        with self._lock:
-            task = self._compiling
-            assert task is not None
-            self._left -= 1
-            if not self._left:
-                self._compiling = None
-            last = not self._left
-        task.advance(1, routine.label)
-        if last:
-            task.end()
-            log.info("compiled %d kernels in %.1f s", task.numbers()[0], task.seconds)
+        def told(error: CompileError | None) -> None:
+            task.advance(routine.label, done=not isinstance(error, InterruptedCompileError))
+            done(error)
+
+        compilers = self._background if background else self._compilers
+        compilers.submit(routine, self.file(routine).name, told, urgent=urgent)
 
     def _failed(self, routine: Routine, future: Future[Loaded], error: CompileError) -> None:
         log.warning("no compiled %s: %s", routine.label, error)
         if isinstance(error, NoMemoryNowError):
             with self._lock:
                 del self._routines[routine]
+        future.set_exception(error)
+
+
+class _Progress:
+    """The progress with what was asked for, as long as not all of it is done."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._lock = threading.Lock()
+        self._task: progress.Task | None = None
+        self._left = self._done = 0
+
+    def expect(self) -> None:
+        """Note that there is one more to compile."""
+        with self._lock:
+            self._left += 1
+            if self._task is None:
+                self._task = progress.begin(self._label)
+                self._done = 0
+            self._task.expect(1)
+
+    def advance(self, label: str, *, done: bool) -> None:
+        """Note that there is one less to wait for; the last one's end is told.
+
+        Not ``done`` is what was interrupted.
+        """
+        with self._lock:
+            task = self._task
+            assert task is not None
+            self._left -= 1
+            self._done += done
+            last, n = not self._left, self._done
+            if last:
+                self._task = None
+        task.advance(1, label)
+        if last:
+            task.end()
+            log.info("compiled %d kernels in %.1f s", n, task.seconds)
+
+
+def _settle(future: Future[None], error: CompileError | None) -> None:
+    if error is None:
+        future.set_result(None)
+    else:
         future.set_exception(error)
 
 

@@ -17,7 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rpc_server.native.routine import CompileError, Routine
+from rpc_server.native.routine import (
+    BACKGROUND,
+    CompileError,
+    InterruptedCompileError,
+    Routine,
+)
 
 # One routine takes seconds; what takes this long hangs.
 TIMEOUT = 300.0
@@ -87,7 +92,8 @@ class _Process:
 class Compilers:
     """Compiles routines into files of ``folder``, at most ``limit`` at a time.
 
-    ``command`` starts a compiler, for tests.
+    ``background`` leaves the processors to whoever wants them. ``command`` starts a compiler, for
+    tests.
     """
 
     def __init__(
@@ -95,11 +101,14 @@ class Compilers:
         folder: Path,
         limit: int,
         *,
+        background: bool = False,
         command: Sequence[str] | None = None,
         timeout: float = TIMEOUT,
     ) -> None:
         module = "rpc_server.native.compiler"
         self._command = [*(command or (sys.executable, "-m", module)), str(folder)]
+        if background:
+            self._command.append(BACKGROUND)
         self._limit = limit
         self._timeout = timeout
         # By file; what is waited for comes before what was asked for ahead of need.
@@ -109,6 +118,8 @@ class Compilers:
         self._waiting = 0
         self._threads = 0
         self._processes: set[_Process] = set()
+        # Those that are ended because something else comes first.
+        self._interrupted: set[_Process] = set()
         self._closed = False
 
     def submit(self, routine: Routine, file: str, done: Done, *, urgent: bool = True) -> None:
@@ -134,6 +145,19 @@ class Compilers:
         with self._changed:
             if file in self._ahead:
                 self._urgent[file] = self._ahead.pop(file)
+
+    def interrupt(self) -> None:
+        """End what is under way and forget what was asked for: all of that fails."""
+        with self._changed:
+            dropped = [*self._urgent.values(), *self._ahead.values()]
+            self._urgent.clear()
+            self._ahead.clear()
+            processes = list(self._processes)
+            self._interrupted |= self._processes
+        for process in processes:
+            process.kill()
+        for _, done in dropped:
+            done(InterruptedCompileError("interrupted"))
 
     def _run(self) -> None:
         process: _Process | None = None
@@ -172,8 +196,12 @@ class Compilers:
             except OSError as error:
                 result = CompileError(str(error))
                 if process is not None:
+                    interrupted = process in self._interrupted
                     self._end(process)
                     process = None
+                    if interrupted:
+                        result = InterruptedCompileError("interrupted")
+                        break
         done(result)
         return process
 
@@ -188,6 +216,7 @@ class Compilers:
     def _end(self, process: _Process) -> None:
         with self._changed:
             self._processes.discard(process)
+            self._interrupted.discard(process)
         process.close()
 
     def close(self) -> None:

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 Constant = int | None
 
+# The option of a compiler that nobody waits for.
+BACKGROUND = "--background"
+
 
 class CompileError(Exception):
     """A routine could not be compiled or loaded; the message says why."""
+
+
+class InterruptedCompileError(CompileError):
+    """Something else came first; nothing is known against the routine."""
 
 
 class NoMemoryNowError(CompileError):

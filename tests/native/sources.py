@@ -87,3 +87,11 @@ def ends_its_process(status: int):  # type: ignore[no-untyped-def]
 def takes_long(seconds: int):  # type: ignore[no-untyped-def]
     time.sleep(seconds)
     return add
+
+
+def __getattr__(name: str):  # type: ignore[no-untyped-def]
+    """``own_priority`` tells the compiler's priority as the reason why it can't be compiled."""
+    if name == "own_priority":
+        policy = os.sched_getscheduler(0)
+        raise LookupError(f"nice {os.getpriority(os.PRIO_PROCESS, 0)}, policy {policy}")
+    raise AttributeError(name)

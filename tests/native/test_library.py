@@ -19,7 +19,13 @@ import pytest
 from rpc_server.native import compiler, image
 from rpc_server.native.folder import Folder, fingerprint
 from rpc_server.native.library import Library
-from rpc_server.native.routine import CompileError, Constant, NoMemoryNowError, Routine
+from rpc_server.native.routine import (
+    CompileError,
+    Constant,
+    InterruptedCompileError,
+    NoMemoryNowError,
+    Routine,
+)
 from rpc_server.observability.progress import under_way
 from tests.native import sources
 
@@ -408,3 +414,43 @@ def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None
     os.mkfifo(other / "in-use")
     assert folder.prune(keep=0) == []
     folder.close()
+
+
+def test_what_is_prepared_is_on_disk_and_not_loaded(open_library: Open) -> None:
+    library = open_library()
+    wanted = [routine("add"), routine("scaled_table", 3)]
+    assert library.missing(wanted) == wanted
+    for future in library.prepare(wanted, background=True):
+        assert future.result(60) is None
+    assert library.missing(wanted) == []
+    assert call(open_library(command=NONE).address(routine("add")), 1, 2) == 3
+
+
+def test_preparing_tells_what_can_not_be_compiled(open_library: Open) -> None:
+    good, bad = open_library().prepare([routine("add"), routine("absent")], background=False)
+    assert good.result(60) is None
+    with pytest.raises(CompileError, match="no routine 'absent'") as error:
+        bad.result(60)
+    assert not isinstance(error.value, InterruptedCompileError)
+
+
+def test_who_waits_does_not_wait_for_the_background(open_library: Open) -> None:
+    library = open_library()
+    wanted = [routine("takes_long", 600), routine("scaled_table", 4)]
+    futures = library.prepare(wanted, background=True)
+    assert call(library.address(routine("add")), 1, 2) == 3
+    for future in futures:
+        with pytest.raises(InterruptedCompileError):
+            future.result(20)
+    # It goes on when it is asked to, with a compiler of its own.
+    (again,) = library.prepare([routine("scaled_table", 4)], background=True)
+    assert again.result(60) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_background_leaves_the_processors_to_others(open_library: Open) -> None:
+    library = open_library()
+    future = library.prepare([routine("own_priority")], background=True)[0]
+    with pytest.raises(CompileError, match=r"nice 19, policy (\d)") as told:
+        future.result(60)
+    assert str(told.value).endswith(str(os.SCHED_IDLE))

@@ -34,6 +34,7 @@ import numpy as np
 from client.gguf_file import GgufFile
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.observability.progress import begin, shown
+from rpc_server.options import NO_PREPARE_VARIABLE
 from tools.arguments import numbers
 from tools.bench import llama
 from tools.bench.report import number
@@ -75,7 +76,7 @@ class Build:
         """Start it; raises ProgramError where it doesn't answer."""
         process = Process(
             command(UPSTREAM if self.folder is None else OURS, port, threads),
-            env=self.env,
+            env={NO_PREPARE_VARIABLE: "1", **self.env},
             folder=self.folder or PROJECT,
         )
         process.wait_until(lambda: answers(port), _START_SECONDS, "answer to HELLO")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from protocol.commands import Command
+from rpc_server.options import NO_PREPARE_VARIABLE
 from tools.bench.results import OURS, Sample
 from tools.serving.ports import free_port
 from tools.serving.processes import (
@@ -70,7 +71,9 @@ def serving(server: str, threads: int, env: Mapping[str, str] | None = None) -> 
     """
     port = free_port()
     started = time.perf_counter()
-    with Process(command(server, port, threads), env=env) as process:
+    # Nothing is to be compiled beside what is measured.
+    alone = {NO_PREPARE_VARIABLE: "1", **(env or {})}
+    with Process(command(server, port, threads), env=alone) as process:
         process.wait_until(
             lambda: answers(port), _START_SECONDS, "answer to HELLO", pause=_POLL_SECONDS
         )

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from protocol.ggml.ops import GluOp
+from protocol.ggml.ops import GluOp, UnaryOp
 from protocol.ggml.types import DECODABLE, GgmlType
-from rpc_server.devices.cpu.kernels.interface.codes import Binary, Norm
+from rpc_server.devices.cpu.kernels.interface.codes import Binary, Function, Norm
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
 from rpc_server.devices.cpu.kernels.interface.layout import (
     CODED,
@@ -180,11 +180,65 @@ _USUAL = (
 _ATTENTION = (soft_max, copy_strided, copy_same_type, convert_kernel(GgmlType.F32, GgmlType.F16))
 
 
-def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
-    """Return kernels that a graph with weights of ``type_`` is likely to need, its own first."""
+# Types of weights, the most common first. Rows that aren't of whole blocks of 256 have Q5_0, Q5_1
+# or Q8_0 instead of a K type; what chooses experts is F32.
+_COMMON_WEIGHTS = (
+    GgmlType.Q4_K,
+    GgmlType.Q6_K,
+    GgmlType.Q8_0,
+    GgmlType.Q5_0,
+    GgmlType.F16,
+    GgmlType.Q4_0,
+    GgmlType.Q5_K,
+    GgmlType.Q5_1,
+    GgmlType.F32,
+    GgmlType.BF16,
+    GgmlType.Q4_1,
+    GgmlType.MXFP4,
+)
+# What a cache may be kept in, beside F16.
+_CACHES = (GgmlType.Q8_0, GgmlType.Q4_0)
+# What some families of models have and others don't.
+_FAMILIES = (
+    unary_kernel(Function.SCALE, True),
+    binary_kernel(Binary.DIV, True),
+    norm_kernel(Norm.NORM),
+    glu_kernel(GluOp.GEGLU, True),
+    glu_kernel(GluOp.SWIGLU_OAI, True),
+    unary_kernel(UnaryOp.GELU, True),
+    unary_kernel(UnaryOp.SILU, True),
+    unary_kernel(UnaryOp.SIGMOID, True),
+    unary_kernel(UnaryOp.TANH, True),
+    unary_kernel(Function.CLAMP, True),
+    get_rows_kernel(GgmlType.F32),
+    route_columns,
+    argsort,
+    sum_rows,
+    add_id,
+)
+
+
+def common_kernels(isa: Isa) -> list[Kernel]:
+    """Return what most language models need, the most wanted first."""
+    wanted = [*_kernels_of(_COMMON_WEIGHTS[0], isa), *_USUAL]
+    for type_ in _COMMON_WEIGHTS[1:]:
+        wanted += _kernels_of(type_, isa)
+    wanted += [*_ATTENTION, *_FAMILIES]
+    for type_ in _CACHES:
+        wanted += [attention_kernel(type_, type_), set_rows_kernel(type_)]
+    return list(dict.fromkeys(wanted))
+
+
+def _kernels_of(type_: GgmlType, isa: Isa) -> list[Kernel]:
+    """Return what reads weights of one type."""
     own: list[Kernel] = []
     if type_ in PRODUCT_TYPES:
         own += [product_kernel(type_, isa), CONVERTERS[activation_form(type_)]]
     if type_ in DECODABLE:
         own.append(get_rows_kernel(type_))
-    return [*own, *_USUAL, product_kernel(GgmlType.F16, isa), *_ATTENTION]
+    return own
+
+
+def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
+    """Return kernels that a graph with weights of ``type_`` is likely to need, its own first."""
+    return [*_kernels_of(type_, isa), *_USUAL, product_kernel(GgmlType.F16, isa), *_ATTENTION]

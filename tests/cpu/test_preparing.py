@@ -1,0 +1,122 @@
+"""What is compiled ahead: by --prepare, and by a server that has nothing to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rpc_server.devices.cpu import preparing
+from rpc_server.devices.cpu.catalog import Kernel, common_kernels
+from rpc_server.devices.cpu.kernels.interface.isa import Isa
+from rpc_server.devices.cpu.preparing import prepare_now, prepare_when_idle
+from rpc_server.native import compiler
+from rpc_server.native.folder import Folder
+from rpc_server.native.library import Library
+from rpc_server.observability.metrics import ClientStats, ServerStats
+
+ADD = Kernel("tests.native.sources", "add")
+TABLE = Kernel("tests.native.sources", "scaled_table", (5,))
+ABSENT = Kernel("tests.native.sources", "absent")
+ENDLESS = Kernel("tests.native.sources", "takes_long", (600,))
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    """A folder of its own, where two small routines are all that is wanted."""
+    made = Library(Folder(tmp_path, "0"), 1)
+    monkeypatch.setattr(preparing, "library", lambda: made)
+    want(monkeypatch, ADD, TABLE)
+    yield made
+    made.close()
+
+
+def want(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> None:
+    monkeypatch.setattr(preparing, "instruction_sets", kernels[0])
+    monkeypatch.setattr(preparing, "chosen_isa", lambda: min(Isa))
+    monkeypatch.setattr(preparing, "common_kernels", lambda isa: list(kernels))
+
+
+def test_there_is_a_routine_for_each_common_kernel() -> None:
+    wanted = common_kernels(max(Isa))
+    assert len(wanted) == len(set(wanted))
+    for kernel in wanted:
+        # Raises LookupError.
+        compiler.find(kernel.module, kernel.name, list(kernel.constants))
+
+
+def test_prepare_now(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare_now() == 0
+    assert library.missing([ADD, TABLE]) == []
+    assert capsys.readouterr().out == f"2 of 2 kernels are in {library.folder.path}\n"
+    # There is nothing left to do.
+    library.close()
+    assert prepare_now() == 0
+
+
+def test_prepare_now_tells_what_failed(
+    library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    want(monkeypatch, ADD, ABSENT)
+    assert prepare_now() == 1
+    said = capsys.readouterr()
+    assert "error: no compiled sources.absent: " in said.err
+    assert said.out.startswith("1 of 2 kernels are in ")
+
+
+def test_prepare_now_where_nothing_can_be_kept(
+    library: Library, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library.folder.unkept = "no space left"
+    assert prepare_now() == 1
+    assert capsys.readouterr().err == "error: compiled kernels can't be kept: no space left\n"
+
+
+async def test_an_idle_server_prepares(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    want(monkeypatch, ADD, ABSENT, TABLE)
+    stats = ServerStats()
+    # One that is there and asks nothing.
+    stats.connected(ClientStats(number=1, activity=lambda: "idle"))
+    await asyncio.wait_for(prepare_when_idle(stats), 120)
+    assert library.missing([ADD, TABLE, ABSENT]) == [ABSENT]
+
+
+async def test_nothing_is_compiled_while_a_client_computes(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want(monkeypatch, ADD, ENDLESS)
+    stats, doing = ServerStats(), ["graph"]
+    stats.connected(ClientStats(number=1, activity=lambda: doing[0]))
+    looked = asyncio.Event()
+    look = preparing._Clients.look
+
+    async def counted(clients: preparing._Clients) -> bool:
+        busy = await look(clients)
+        looked.set()
+        return busy
+
+    monkeypatch.setattr(preparing._Clients, "look", counted)
+    interrupted = asyncio.Event()
+    loop, interrupt = asyncio.get_running_loop(), library.interrupt
+
+    def noted() -> None:
+        interrupt()
+        loop.call_soon_threadsafe(interrupted.set)
+
+    monkeypatch.setattr(library, "interrupt", noted)
+    task = asyncio.create_task(prepare_when_idle(stats))
+    await asyncio.wait_for(looked.wait(), 60)
+    assert not library.file(ADD).exists()
+    doing[0] = "idle"
+    while not library.file(ADD).exists():
+        await asyncio.sleep(0.05)
+    # What is under way when a client begins to compute ends.
+    while not library._background._processes:
+        await asyncio.sleep(0.05)
+    doing[0] = "graph"
+    await asyncio.wait_for(interrupted.wait(), 60)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
