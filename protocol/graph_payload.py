@@ -28,6 +28,18 @@ class GraphPayload:
     tensors: npt.NDArray[Any]
 
 
+def graph_device(payload: bytes | bytearray | memoryview, dialect: Dialect) -> int:
+    """Return the number of the device that a payload is for.
+
+    Raises ProtocolError if it ends before that.
+    """
+    if not dialect.graph_device:
+        return 0
+    if len(payload) < 4:
+        raise ProtocolError(f"graph of {len(payload)} bytes ends within a count")
+    return int(struct.unpack_from("<I", payload)[0])
+
+
 def decode_graph(payload: bytes | bytearray | memoryview, dialect: Dialect) -> GraphPayload:
     """Read a payload without copying it; raises ProtocolError if its counts don't fill it."""
     size = len(payload)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import random
 import re
 import signal
@@ -32,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import smollm2, upstream
+from tools.serving.llama_server import PATIENCE, LlamaServer
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     HOST,
@@ -49,60 +49,10 @@ QUESTIONS = (
     "".join(f"10:0{n}:00 INFO request {n} done in 12 ms\n" for n in range(1, 7)),
     "Q: What is your name?\nA: My name is Ann and I live in Oslo.\n\n" * 4 + "Q:",
 )
-# Nothing takes longer than this, however busy the machine is; more is a hang.
-PATIENCE = 120.0
 # How long a worker may be silent before the coordinator gives it up (its --split-timeout).
 SPLIT_TIMEOUT = 3
 # What must not be in the log of a server of ours.
 FAULTS = re.compile(r"internal error|Traceback|never retrieved")
-
-
-class LlamaServer(Process):
-    """llama-server with all of a model on an RPC server; ``ready`` once it has loaded it."""
-
-    def __init__(self, model: Path, rpc: str, folder: Path, number: int, build: int) -> None:
-        program = upstream.find_program("llama-server", build)
-        if program is None:
-            raise ProgramError("no llama-server: run python -m tools.upstream")
-        self.port = free_port()
-        super().__init__(
-            [
-                str(program),
-                *("-m", str(model), "--host", HOST, "--port", str(self.port)),
-                *("--rpc", rpc, "-ngl", "99", "-fit", "off", "-c", "512", "-np", "1", "-t", "1"),
-                *("--no-webui", "--no-warmup", "--cache-ram", "0", "--offline"),
-            ],
-            folder / f"llama-server-{number}.log",
-        )
-
-    def ready(self) -> bool:
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=5) as answer,
-        ):
-            return bool(answer.status == 200)
-        return False
-
-    def ask(self, question: str, tokens: int) -> str:
-        """Ask for an answer, greedily.
-
-        Raises OSError where there is none, TimeoutError among them.
-        """
-        body = {
-            "prompt": question,
-            "n_predict": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-        request = urllib.request.Request(
-            f"http://{HOST}:{self.port}/completion",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            text: str = json.load(answer)["content"]
-        return text
 
 
 @dataclass
@@ -231,7 +181,7 @@ class Soak:
         """
         options, tally = self._options, self.tally
         llama = self._start()
-        expected = [llama.ask(question, options.tokens) for question in QUESTIONS]
+        expected = [llama.complete(question, options.tokens)["content"] for question in QUESTIONS]
         say(f"{len(expected)} answers of a run that nobody disturbs; it begins")
         self.memory.append(self._measure())
         disturber = Disturber(self.servers, tally, options.every, options.seed)
@@ -283,13 +233,16 @@ class Soak:
             if llama is not None:
                 self._note_end(llama)
             llama = self._start()
-        return llama.ask(QUESTIONS[number], self._options.tokens)
+        answer: str = llama.complete(QUESTIONS[number], self._options.tokens)["content"]
+        return answer
 
     def _start(self) -> LlamaServer:
         options = self._options
         self.tally.starts += 1
         rpc = f"{HOST}:{self.servers.port}"
-        llama = LlamaServer(options.model, rpc, self._folder, self.tally.starts, options.build)
+        log = self._folder / f"llama-server-{self.tally.starts}.log"
+        words = ("-c", "512", "-np", "1", "-t", "1")
+        llama = LlamaServer(options.model, rpc, words, log, options.build)
         self._llama = llama
         try:
             llama.wait_until(llama.ready, PATIENCE, "loaded model", pause=0.2)

@@ -202,6 +202,8 @@ class Plan(Protocol):
 
     # Whether others are hurt if a run is stopped: clients that share what it uses.
     shared: bool
+    # Whether a run is over in less time than it takes to wake another thread.
+    brief: bool
 
     def stop(self) -> None:
         """Let a run that is under way fail soon; from any thread. The plan can't be run again."""
@@ -238,6 +240,13 @@ class Queue(Protocol):
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run ``job`` on a thread of the device's."""
+        ...
+
+    def at_once(self, job: Callable[[], None]) -> bool:
+        """Run ``job``, that of a brief plan, on the calling thread if it is its turn right now.
+
+        Returns whether it did. Raises what the job raises.
+        """
         ...
 
     def waited(self, now: float) -> float:

@@ -56,12 +56,12 @@ class PlanCache:
         self._plans: OrderedDict[int, _Known] = OrderedDict()
         self._alike: dict[int, list[_Known]] = {}
 
-    def find(self, payload: bytearray) -> Plan | None:
-        """Return the plan of a graph with exactly these bytes; it becomes the newest."""
+    def find(self, payload: bytearray) -> tuple[Plan, int] | None:
+        """Return the plan and the nodes of a graph with just these bytes; it becomes the newest."""
         for known in self._alike.get(_fingerprint(payload), ()):
             if known.payload == payload:
                 self._plans.move_to_end(id(known))
-                return known.plan
+                return known.plan, known.nodes
         return None
 
     def add(self, payload: bytearray, plan: Plan, nodes: int) -> None:

@@ -487,12 +487,7 @@ class Session:
             if isinstance(error, GraphError) and self._is_silent(str(error)):
                 error = LimitReached("--peer-timeout", str(error))
         if error is None and running.error is None:
-            if command is Command.SPLIT_RUN:
-                self.stats.programs_run += 1
-            if command is not Command.SPLIT_PROGRAM:
-                self.stats.graph(running.nodes, seconds)
-            # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
-            self.answer(command, {"result": 0})
+            self.completed(command, running, seconds)
         elif command is Command.SPLIT_PROGRAM and isinstance(error, NodeError):
             # A coordinator has clients beside the one whose graph that was.
             self.context.stats.errors["graph"] += 1
@@ -505,6 +500,15 @@ class Session:
             self.answer(command, {"result": 1})
             error = None
         self._finished(running.error or error)
+
+    def completed(self, command: Command, job: Job, seconds: float) -> None:
+        """Count a job that went well, and answer."""
+        if command is Command.SPLIT_RUN:
+            self.stats.programs_run += 1
+        if command is not Command.SPLIT_PROGRAM:
+            self.stats.graph(job.nodes, seconds)
+        # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
+        self.answer(command, {"result": 0})
 
     # -- the socket, lent to a program -------------------------------------------------------
 

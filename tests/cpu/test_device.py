@@ -258,3 +258,46 @@ def test_a_client_without_a_thread_is_told(
         with pytest.raises(MemoryError, match="no thread"):
             queue.submit(lambda: None)
     assert queue.submit(lambda: 1).result(_PATIENCE) == 1
+
+
+def test_what_is_brief_runs_on_the_calling_thread(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, long = device.queue(), device.queue()
+    added = total()
+    plan = planned(queue, added)
+    assert plan.brief
+    values(added)[:] = 0
+    threads: list[threading.Thread] = []
+
+    def job() -> None:
+        threads.append(threading.current_thread())
+        plan.run()
+
+    assert queue.at_once(job)
+    assert (values(added) == 2).all()
+    assert threads == [threading.current_thread()]
+    # Not while another client has the device.
+    done, begun = threading.Event(), threading.Event()
+
+    def work(ctx: Any) -> None:
+        begun.set()
+        assert done.wait(_PATIENCE)
+
+    running = long.submit(planned(long, planted(monkeypatch, work)).run)
+    assert begun.wait(_PATIENCE)
+    assert not queue.at_once(job)
+    done.set()
+    running.result(_PATIENCE)
+    assert len(threads) == 1
+    assert queue.at_once(job)
+
+
+def test_what_takes_long_is_not_brief(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = device.queue()
+    # Many nodes, much memory, work for several threads, array code.
+    assert not planned(queue, *(total() for _ in range(40))).brief
+    wide = tensor(GgmlType.F32, (1 << 14, 2))
+    assert not planned(queue, node(Op.ADD, GgmlType.F32, wide.ne, [wide, wide])).brief
+    assert not planned(queue, product(512, 96, 40)).brief
+    assert not planned(queue, planted(monkeypatch, lambda ctx: None)).brief

@@ -206,6 +206,46 @@ def test_turns_are_given_back_when_a_job_fails(turns: Turns) -> None:
         pass
 
 
+def test_who_does_not_want_to_wait_has_it_only_if_nobody_else_does(
+    turns: Turns, clock: Clock
+) -> None:
+    share, other = turns.share(), turns.share()
+    with share.turn():
+        assert other.turn_now() is None
+    turn = other.turn_now()
+    assert turn is not None
+    with turn:
+        clock.now += SLICE / 4
+        assert share.turn_now() is None
+    assert other.used == pytest.approx(SLICE / 4)
+    with share.turn():
+        pass
+
+
+def test_who_took_it_at_once_does_not_wait_within_its_turn(turns: Turns, clock: Clock) -> None:
+    log: list[str] = []
+    share = turns.share()
+    turn = share.turn_now()
+    assert turn is not None
+    with turn:
+        clock.now += 2 * SLICE
+        waiting = Client(turns, log, "other").queue()
+        turns.word.set()
+        # Would be the other's turn, for as long as that takes.
+        share.give_way()
+        assert turns.held_by(share)
+    waiting.join(_PATIENCE)
+    assert log == ["other"]
+    # Only that one turn was such a one.
+    with share.turn():
+        clock.now += 2 * SLICE
+        last = Client(turns, log, "last").queue()
+        turns.word.set()
+        share.give_way()
+        assert log[-1] == "last"
+    last.join(_PATIENCE)
+
+
 def test_many_clients_at_once_all_get_their_turns(turns: Turns, clock: Clock) -> None:
     """One has it at a time; nobody is forgotten, whoever looks at the clock for all."""
     inside = threading.Lock()

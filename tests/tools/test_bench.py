@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from client.gguf_file import GgufFile
 from tools import models, upstream
 from tools.arguments import numbers
-from tools.bench import llama, micro, picture, report
+from tools.bench import llama, micro, picture, report, slots
 from tools.bench.__main__ import main
 from tools.bench.results import (
     OURS,
@@ -263,3 +263,10 @@ def test_a_run_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["--show", str(kept), "--picture", str(drawn)]) == 0
     assert capsys.readouterr().out == shown
     ElementTree.parse(drawn)
+
+
+def test_users_ask_the_same_each_time() -> None:
+    asked = slots.questions(4)
+    assert asked == slots.questions(4)
+    assert len({q.prompt for q in asked}) == len(asked) == 20
+    assert all(5 <= len(q.prompt.split()) <= 120 and 10 <= q.tokens <= 60 for q in asked)

@@ -3,6 +3,7 @@
     python -m tools.bench                                     # single parts of a server's work
     python -m tools.bench --model a.gguf --model b.gguf       # and models, a table each
     python -m tools.bench --model a.gguf -d 0,4096 --flash    # generation with a full context, too
+    python -m tools.bench --model a.gguf --slots 4,8          # and llama-server with several users
     python -m tools.bench --model a.gguf --cold               # and the first start of all
     python -m tools.bench --show result.json --picture result.svg
 
@@ -17,13 +18,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rpc_server.observability.progress import begin, shown
+from rpc_server.options import NO_PREPARE_VARIABLE
 from tools.arguments import numbers
-from tools.bench import llama, micro, picture, report
+from tools.bench import llama, micro, picture, report, slots
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.results import (
     OURS,
@@ -34,6 +37,9 @@ from tools.bench.results import (
 )
 from tools.bench.servers import serving
 from tools.serving.processes import ProgramError
+
+# How long a server is idle before the first client comes, with --cold, seconds.
+_IDLE = 15
 
 # What one server did in one round.
 Measure = Callable[[str], list[Sample]]
@@ -66,23 +72,33 @@ def _model(options: argparse.Namespace, model: Path) -> Measure:
             samples += llama.first_token(running.port, model, options.threads)
         with serving(server, options.threads) as running:
             samples += llama.bench(running.port, model, tests)
-            return samples + running.memory()
+            samples += running.memory()
+        if options.slots:
+            with serving(server, options.threads) as running:
+                samples += slots.measure(running.port, model, options.slots)
+        return samples
 
     return measure
 
 
 def _cold(server: str, options: argparse.Namespace, model: Path) -> list[Sample]:
-    """The first token of a server that has to compile its kernels; upstream's has none."""
-    with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
-        # numba's own variable: it wins over the folder that the device would choose.
-        env = {"NUMBA_CACHE_DIR": folder} if server == OURS else None
-        with serving(server, options.threads, env) as running:
-            samples = llama.first_token(running.port, model, options.threads)
-    return [
-        replace(sample, name=f"{sample.name}, no compiled kernels")
-        for sample in samples
-        if sample.name == "first token"
-    ]
+    """The first token of a server that finds no compiled kernels; upstream's has none.
+
+    Once a client is there as soon as it serves, once it had some seconds before to compile them.
+    """
+    found = []
+    for seconds, told in ((0, "no compiled kernels"), (_IDLE, f"started {_IDLE} s before")):
+        with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
+            env = {"XDG_CACHE_HOME": folder, NO_PREPARE_VARIABLE: ""}
+            with serving(server, options.threads, env) as running:
+                time.sleep(seconds if server == OURS else 0)
+                samples = llama.first_token(running.port, model, options.threads)
+        found += [
+            replace(sample, name=f"{sample.name}, {told}")
+            for sample in samples
+            if sample.name == "first token"
+        ]
+    return found
 
 
 def _load(options: argparse.Namespace, model: Path) -> Measure:
@@ -180,6 +196,13 @@ def parser() -> argparse.ArgumentParser:
         default=(0,),
         metavar="N[,N]",
         help="tokens in the KV cache before, commas between several (0)",
+    )
+    add(
+        "--slots",
+        type=numbers,
+        default=(),
+        metavar="N[,N]",
+        help="also llama-server with so many users at once, such as 4,8",
     )
     add("--flash", action="store_true", help="flash attention")
     add("--cold", action="store_true", help="also the first token without compiled kernels")

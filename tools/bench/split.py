@@ -64,12 +64,14 @@ class Setup:
 
 SETUPS = (
     Setup("one worker", 1),
+    Setup("two workers, by layers", 2),
     Setup("two workers, row", 2, split=("0", "1")),
     Setup("two workers, tensor", 2, split=("0", "1"), mode="tensor"),
     Setup("local and a worker, row", 2, split=("local", "1")),
     Setup("local and a worker, tensor", 2, split=("local", "1"), mode="tensor"),
     Setup("two of upstream's workers, tensor", 2, True, split=("0", "1"), mode="tensor"),
     Setup("upstream, one server", 1, True),
+    Setup("upstream, two servers by layers", 2, True),
     Setup("upstream, -sm tensor over two", 2, True, arguments=("-sm", "tensor")),
 )
 
@@ -166,7 +168,8 @@ def running(
 def _tokens(ports: Sequence[int], options: argparse.Namespace, setup: Setup) -> dict[str, float]:
     bench = llama.BenchOptions(options.prompt, options.generate, (0,), options.repetitions, 1, True)
     endpoints = ",".join(f"{_HOST}:{p}" for p in ports)
-    samples = llama.bench_at(endpoints, options.model, bench, setup.arguments)
+    arguments = (*setup.arguments, "-ub", str(options.ubatch))
+    samples = llama.bench_at(endpoints, options.model, bench, arguments)
     return {s.name[:2]: s.value for s in samples}
 
 
@@ -275,14 +278,17 @@ def _decode_only(options: argparse.Namespace) -> argparse.Namespace:
 def table(measured: dict[str, Measured]) -> str:
     """Return medians as Markdown; ratios are to one worker, and to upstream's tensor split."""
     lines = [
-        "| servers | tg tokens/s | to one worker | pp tokens/s | coordinator |",
-        "|" + "---|" * 5,
+        "| servers | tg tokens/s | to one worker | pp tokens/s | to one worker | coordinator |",
+        "|" + "---|" * 6,
     ]
-    one = statistics.median(measured["one worker"].generate)
+    one = measured["one worker"]
+    one_tg, one_pp = statistics.median(one.generate), statistics.median(one.prompt)
     for name, m in measured.items():
         tg, pp = statistics.median(m.generate), statistics.median(m.prompt)
         memory = f"{max(m.coordinator_bytes) >> 20} MiB" if m.coordinator_bytes else ""
-        lines.append(f"| {name} | {tg:.1f} | {tg / one:.2f} | {pp:.0f} | {memory} |")
+        lines.append(
+            f"| {name} | {tg:.1f} | {tg / one_tg:.2f} | {pp:.0f} | {pp / one_pp:.2f} | {memory} |"
+        )
     return "\n".join(lines)
 
 
@@ -310,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="GGUF file")
     add("-p", "--prompt", type=int, default=64, help="tokens of the prompt (%(default)s)")
+    add("-ub", "--ubatch", type=int, default=512, help="tokens of a graph (%(default)s)")
     add("-n", "--generate", type=int, default=32, help="tokens to generate (%(default)s)")
     add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
     add("--rounds", type=int, default=3, help="starts of each setup (%(default)s)")

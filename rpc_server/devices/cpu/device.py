@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import threading
 import weakref
@@ -211,9 +212,20 @@ class CpuQueue:
             self._thread = None
             raise MemoryError(f"no thread for a client's graphs: {error}") from None
 
+    def at_once(self, job: Callable[[], None]) -> bool:
+        """Run the job of a brief plan as of Queue."""
+        turn = self._share.turn_now()
+        if turn is None:
+            return False
+        self._run_in(turn, job)
+        return True
+
     def _run(self, job: Callable[[], T]) -> T:
+        return self._run_in(self._share.turn(), job)
+
+    def _run_in(self, turn: contextlib.AbstractContextManager[None], job: Callable[[], T]) -> T:
         idle = self._device.idle_scratch
-        with self._share.turn():
+        with turn:
             if self._scratch is not None:
                 idle.leave(self._scratch)
             try:

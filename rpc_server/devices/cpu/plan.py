@@ -51,6 +51,11 @@ _RECORD_BYTES = 8 * (RECORD_WORDS + 4) + 128
 _NODE_BYTES = 4096
 
 
+# What the event loop may run by itself: some ten microseconds, a few milliseconds if each byte is a
+# comparison of a sort or the argument of a sine.
+_BRIEF_RECORDS = 32
+_BRIEF_BYTES = 64 << 10
+
 # Array code of so many elements is over in no time.
 _FEW_ELEMENTS = 1 << 14
 _IN_TURN = contextlib.nullcontext()
@@ -115,10 +120,13 @@ class PlanNeeds:
 
     ``scratch`` are peak bytes beside tensors, ``touches`` those in the arena.
 
-    ``interpreted`` says how many nodes of which op run without a kernel.
+    ``interpreted`` says how many nodes of which op run without a kernel. ``work`` is how many bytes
+    records read and write; ``others`` is how many of these are for more than one thread.
     """
 
     records: int = 0
+    work: int = 0
+    others: int = 0
     scratch: int = 0
     touches: int = 0
     interpreted: dict[str, int] = field(default_factory=dict)
@@ -147,6 +155,12 @@ class CpuPlan:
         self._touches = needs.touches
         self.interpreted = needs.interpreted
         self.nbytes = needs.records * _RECORD_BYTES + sum(self.interpreted.values()) * _NODE_BYTES
+        self.brief = (
+            not self.interpreted
+            and not needs.others
+            and needs.records <= _BRIEF_RECORDS
+            and max(needs.work, needs.touches) <= _BRIEF_BYTES
+        )
         self._arena = arena
         # What records hold addresses of beside the client's buffers; its maker puts it here.
         self.keep: object = None
@@ -436,7 +450,11 @@ class CpuPlanBuilder:
         slices = TimeSlices(self._share)
         context = ArrayContext(slices.look)
         steps: list[Callable[[], None]] = []
-        needs = PlanNeeds(records=len(records))
+        needs = PlanNeeds(
+            records=len(records),
+            work=int(records.work.sum()),
+            others=len(records) - int(_alone(records).sum()),
+        )
 
         def program(start: int, end: int) -> None:
             if end > start:
@@ -469,8 +487,7 @@ class CpuPlanBuilder:
         """``label`` names what is at a position."""
         executor = self._executor
         assert executor is not None
-        alone = (records.work < SERIAL_BELOW) & (records.private == 0) & (records.parts == 0)
-        steps = schedule(alone, records.first, records.spans, stop)
+        steps = schedule(_alone(records), records.first, records.spans, stop)
         # Any thread may have done a part: they have to meet.
         steps[records.parts > 0] |= int(StepFlag.BARRIER_AFTER)
         kernels = np.array([addresses[k] for k in records.kernels], np.int64)[records.numbers]
@@ -505,6 +522,12 @@ class CpuPlanBuilder:
                 raise GraphError(f"{node.label}: {error or 'out of memory'}") from None
 
         return run
+
+
+def _alone(records: RecordTable) -> Ints:
+    """Return 1 for each record that the first thread runs without the others, else 0."""
+    alone = (records.work < SERIAL_BELOW) & (records.private == 0) & (records.parts == 0)
+    return alone.astype(np.int64)
 
 
 def _without_kernels(node: Tensor, planner: Planner) -> bool:

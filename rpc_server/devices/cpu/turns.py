@@ -104,14 +104,21 @@ class Turns:
     def take(self, share: DeviceShare) -> None:
         """Wait until it is the turn of ``share``."""
         with self._lock:
-            account = share.account
-            account.used = max(account.used, self._level - SLICE)
-            share.used = max(share.used, account.level - SLICE)
+            self._catch_up(share)
             if self._holder is None:
                 self._give(share)
                 return
             self._queue(share)
         self._wait(share)
+
+    def take_now(self, share: DeviceShare) -> bool:
+        """Have it be the turn of ``share`` if nobody has the device; return whether it is."""
+        with self._lock:
+            if self._holder is not None:
+                return False
+            self._catch_up(share)
+            self._give(share)
+            return True
 
     def give_back(self, share: DeviceShare) -> None:
         """End the turn of ``share``, whose job is done or waits for something else."""
@@ -133,6 +140,12 @@ class Turns:
             self._queue(share)
             self._give(self._next())
         self._wait(share)
+
+    def _catch_up(self, share: DeviceShare) -> None:
+        """Begin where the others are, but for one slice."""
+        account = share.account
+        account.used = max(account.used, self._level - SLICE)
+        share.used = max(share.used, account.level - SLICE)
 
     def charge(self, share: DeviceShare, seconds: float) -> None:
         """Count what ``share`` has used beside its turns."""
@@ -199,6 +212,8 @@ class DeviceShare:
         self.used = 0.0
         # Seconds it waited for its turn, and since when it waits now (0: it doesn't).
         self.waited_before = 0.0
+        # Whether its turn is one that doesn't give way.
+        self._keeps = False
         self.waiting_since = 0.0
 
     @property
@@ -213,15 +228,32 @@ class DeviceShare:
 
     def give_way(self) -> None:
         """Let others have the device, if the slice is over; to be called wherever that can be."""
-        self._turns.give_way(self)
+        if not self._keeps:
+            self._turns.give_way(self)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Have the device, but for where the work in it gives way or is :meth:`away`."""
         self._turns.take(self)
+        with self._until_given_back():
+            yield
+
+    def turn_now(self) -> contextlib.AbstractContextManager[None] | None:
+        """Return the device as of :meth:`turn`, or None if that would have to be waited for.
+
+        It is for work that is over in less than a slice: it doesn't give way, which is to wait.
+        """
+        if not self._turns.take_now(self):
+            return None
+        self._keeps = True
+        return self._until_given_back()
+
+    @contextlib.contextmanager
+    def _until_given_back(self) -> Iterator[None]:
         try:
             yield
         finally:
+            self._keeps = False
             self._turns.give_back(self)
 
     @contextlib.contextmanager

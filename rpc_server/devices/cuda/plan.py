@@ -99,6 +99,7 @@ class CudaPlan:
     """Steps that run a graph from end to end on its client's stream."""
 
     shared = False
+    brief = False
 
     def __init__(
         self,

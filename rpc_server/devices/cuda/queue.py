@@ -71,6 +71,10 @@ class CudaQueue:
         """Run ``job`` on a thread of the device's."""
         return self._threads.submit(job)
 
+    def at_once(self, job: Callable[[], None]) -> bool:
+        """Do nothing: a card is waited for."""
+        return False
+
     def waited(self, now: float) -> float:
         """Return 0: graphs run beside those of others."""
         return 0.0

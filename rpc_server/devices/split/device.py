@@ -151,6 +151,7 @@ class SplitPlan:
 
     # A stopped run leaves the workers' streams in the middle of an exchange.
     shared = True
+    brief = False
 
     def stop(self) -> None:
         """Do what Plan says."""
@@ -211,6 +212,10 @@ class SplitQueue:
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run ``job`` on the client's thread, once it is the client's turn."""
         return self._cpu.submit(job)
+
+    def at_once(self, job: Callable[[], None]) -> bool:
+        """Do nothing: what is done over sockets is not done at once."""
+        return False
 
     def waited(self, now: float) -> float:
         """Do what Queue says."""
