@@ -13,9 +13,11 @@ from argparse import Namespace
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from client.errors import MissingPackageError
+from client.errors import AllocationFailed, MissingPackageError
+from client.model_header import ModelShape
+from client.split.survey import Credentials
 from client.tunnel import SecretError, client_context, read_token, server_context
 from protocol.announcement import Announcement
 from protocol.endpoint import format_endpoint
@@ -34,9 +36,11 @@ from rpc_server.devices.registry import (
     open_devices,
     warn_of_idle_cards,
 )
+from rpc_server.devices.split.choice import AutoSplit
 from rpc_server.models.library import Models
 from rpc_server.models.mapping import Mappings
 from rpc_server.models.record import Records, default_folder
+from rpc_server.net.admission import is_allowed
 from rpc_server.net.listener import Server
 from rpc_server.net.listening import (
     PortInUseError,
@@ -51,6 +55,7 @@ from rpc_server.observability.metrics import ServerStats
 from rpc_server.options import (
     SPLIT_TOKEN_VARIABLE,
     TOKEN_VARIABLE,
+    Parts,
     parse_options,
     server_limits,
     server_version,
@@ -59,6 +64,7 @@ from rpc_server.session.buffers import Budget
 from rpc_server.session.context import ServerContext, new_identity
 
 if TYPE_CHECKING:
+    from rpc_server.devices.split.device import SplitOptions
     from rpc_server.devices.split.worker import Tls
     from rpc_server.net.announcer import Announcer
 
@@ -129,11 +135,11 @@ def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: st
         _say(f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)")
 
 
-def _split_tls(options: Namespace) -> dict[tuple[str, int], Tls]:
+def _split_tls(options: Namespace, parts: Parts) -> dict[tuple[str, int], Tls]:
     """Return how workers named tls:// are spoken to. Raises SecretError."""
     from rpc_server.devices.split.worker import Tls
 
-    named = [part[:2] for part in options.split if part and part[2]]
+    named = [part[:2] for part in parts if part and part[2]]
     if not named:
         return {}
     context = client_context(options.split_ca, options.split_cert, options.split_key)
@@ -162,24 +168,96 @@ async def _start_tls(options: Namespace, server: Server) -> tuple[str | None, li
 async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
     if not options.split:
         return open_devices(options.device, DeviceOptions(options.threads, options.allow_host_ops))
-    from rpc_server.devices.split.device import SplitDevice, SplitOptions
+    if isinstance(options.split, AutoSplit):
+        return await _chosen_devices(options, options.split, identity)
+    from rpc_server.devices.split.device import SplitDevice
 
-    wire, timeout = WIRE_TYPES[options.split_wire], options.split_timeout
-    by_columns = options.split_mode == "tensor"
-    parts = tuple(part and part[:2] for part in options.split)
-    for host, port in filter(None, parts):
+    for host, port in (part[:2] for part in options.split if part is not None):
         if await is_here(host, port, options.host, options.port):
             raise StartError(
                 f"worker {format_endpoint(host, port)} is this server itself; its own share is "
                 "called 'local'"
             )
+    mode = options.split_mode or "row"
+    split = _split_options(options, options.split, options.tensor_split, mode, identity)
+    return [await SplitDevice.open(split, options.threads)]
+
+
+def _split_options(
+    options: Namespace,
+    parts: Parts,
+    shares: tuple[float, ...] | Literal["auto"] | None,
+    mode: str,
+    identity: int,
+) -> SplitOptions:
+    """Return what a split device is made with. Raises SecretError."""
+    from rpc_server.devices.split.device import SplitOptions
+
     if None in parts:
         warn_of_idle_cards()
-    secure = _split_tls(options)
-    split = SplitOptions(
-        parts, options.tensor_split, wire, by_columns, timeout, secure, identity=identity
+    return SplitOptions(
+        tuple(part and part[:2] for part in parts),
+        shares,
+        WIRE_TYPES[options.split_wire],
+        mode == "tensor",
+        options.split_timeout,
+        _split_tls(options, parts),
+        identity=identity,
     )
-    return [await SplitDevice.open(split, options.threads)]
+
+
+async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) -> Sequence[Device]:
+    """Open the best of what there is. Raises StartError, DeviceError, SecretError."""
+    from rpc_server.devices.split.choice import Chooser, candidates
+    from rpc_server.devices.split.device import SplitDevice
+    from rpc_server.devices.split.worker import PartsMissing
+
+    tls = client_context(options.split_ca, options.split_cert, options.split_key)
+    token = read_token(options.split_token_file, SPLIT_TOKEN_VARIABLE)
+    modes: tuple[Literal["row", "tensor"], ...] = ("row", "tensor")
+    try:
+        shape = await asyncio.to_thread(_split_shape, options)
+        asked = await candidates(auto, lambda target: is_allowed(target.host, options.allow))
+        targets = [
+            target
+            for target in asked
+            if not await is_here(target.host, target.port, options.host, options.port)
+        ]
+        chooser = await Chooser.measure(
+            auto,
+            targets,
+            shape,
+            [mode for mode in modes if options.split_mode in (None, mode)],
+            options.threads,
+            Credentials(tls, token),
+        )
+    except (MissingPackageError, AllocationFailed, OSError, ValueError) as error:
+        raise StartError(f"--split auto: {error}") from None
+    while True:
+        choice = chooser.choose()
+        if not choice.parts:
+            # What was measured is what is served with.
+            return open_devices(["CPU"], DeviceOptions(options.threads))
+        parts = tuple(
+            None if part is None else (part.host, part.port, part.tls) for part in choice.parts
+        )
+        split = _split_options(options, parts, choice.shares, choice.mode, identity)
+        try:
+            return [await SplitDevice.open(split, options.threads)]
+        except PartsMissing as missing:
+            for number, reason in missing.reasons.items():
+                lost = choice.parts[number]
+                assert lost is not None
+                chooser.leave_out(lost.endpoint, reason)
+
+
+def _split_shape(options: Namespace) -> ModelShape | None:
+    """Return the model that --split auto is for, if one is named. Raises OSError, ValueError."""
+    if options.split_model is not None:
+        return ModelShape.read(options.split_model)
+    if len(options.models) == 1 and options.models[0].is_file():
+        return ModelShape.read(options.models[0])
+    return None
 
 
 def _cache(options: Namespace) -> TensorCache:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from client.split.survey import ServerAddress
 from protocol.dialects import DIALECTS, find_dialects
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import SOFTWARE
+from rpc_server.devices.split.choice import AutoSplit
 from rpc_server.limits import ServerLimits
 from rpc_server.net.admission import Network
 
@@ -23,6 +25,9 @@ TOKEN_VARIABLE = "GGML_RPC_TOKEN"
 SPLIT_TOKEN_VARIABLE = "GGML_RPC_SPLIT_TOKEN"
 NO_PREPARE_VARIABLE = "GGML_RPC_NO_PREPARE"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+# Of each part host, port, and whether inside of TLS; None is this machine.
+Parts = tuple[tuple[str, int, bool] | None, ...]
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
 _UNITS |= dict.fromkeys(("G", "GB", "GIB"), 1 << 30)
@@ -103,8 +108,26 @@ def _protocol(text: str) -> str | None:
     return text
 
 
-def _split(text: str) -> tuple[tuple[str, int, bool] | None, ...]:
-    """Host, port, whether inside of TLS; None is this machine."""
+def _split(text: str) -> Parts | AutoSplit:
+    """Return what --split names: parts, or what they are to be chosen from."""
+    auto, colon, names = text.partition(":")
+    if auto.strip() == "auto":
+        return _candidates(names) if colon else AutoSplit()
+    return _parts(text)
+
+
+def _candidates(text: str) -> AutoSplit:
+    names = [name for name in re.split(r"[,;\s]+", text) if name]
+    if not names:
+        raise argparse.ArgumentTypeError("'auto:' names nothing to choose from")
+    words = {"announced", "local"}
+    named = ",".join(name for name in names if name not in words)
+    parts = _parts(named) if named else ()
+    addresses = tuple(ServerAddress(*part) for part in parts if part is not None)
+    return AutoSplit(addresses, "announced" in names, "local" in names)
+
+
+def _parts(text: str) -> Parts:
     parts: list[tuple[str, int, bool] | None] = []
     for name in filter(None, re.split(r"[,;\s]+", text)):
         if name == "local":
@@ -270,9 +293,18 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
     add(
         "--split",
         type=_split,
-        metavar="HOST:PORT[,...]",
+        metavar="HOST:PORT[,...]|auto",
         help="be one large device whose weights are cut by rows over these servers (upstream's or "
-        "ours); 'local' among them is a share of this machine's own",
+        "ours); 'local' among them is a share of this machine's own. auto: find servers that "
+        "announce themselves, measure them, and take the best arrangement; auto:HOST[,HOST]: of "
+        "these, 'local' and 'announced' ones where they are among the names",
+    )
+    add(
+        "--split-model",
+        type=Path,
+        metavar="FILE",
+        help="the model that --split auto chooses for, a GGUF file; only its header is read "
+        "(default: that of --models, if it is one file)",
     )
     add(
         "--tensor-split",
@@ -283,9 +315,9 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
     add(
         "--split-mode",
         choices=("row", "tensor"),
-        default="row",
         help="row: cut every weight by rows; tensor: whole attention heads and feed-forward "
-        "columns on each server, two exchanges a layer (default: %(default)s)",
+        "columns on each server, two exchanges a layer (default: row; with --split auto the "
+        "better one)",
     )
     add(
         "--split-wire",
@@ -450,6 +482,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.cache = bool(
         options.cache or options.cache_dir or options.cache_size or options.cache_read_only
     )
+    auto = isinstance(options.split, AutoSplit)
+    if auto and options.tensor_split:
+        parser.error("--split auto chooses the shares, too: leave out --tensor-split")
+    if options.split_model and not auto:
+        parser.error("--split-model is for --split auto")
     shares = options.tensor_split
     if shares and (not options.split or (shares != "auto" and len(shares) != len(options.split))):
         parser.error("--tensor-split needs one share for each part of --split")
@@ -457,7 +494,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--tls-port and --tls-cert need each other")
     if options.tls_port is None and (options.tls_ca or options.token_file or options.tls_key):
         parser.error("--tls-ca, --tls-key and --token-file are for --tls-port")
-    secure = any(part and part[2] for part in options.split or ())
+    secure = auto or any(part and part[2] for part in options.split or ())
     if not secure and (options.split_ca or options.split_cert or options.split_token_file):
         parser.error("--split-ca, --split-cert, --split-token-file are for tls:// in --split")
     if options.cache_read_only and options.cache_size:

@@ -12,8 +12,8 @@ the longer of the round trips from here is taken for theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from client.model_header import ModelShape
@@ -22,7 +22,7 @@ from client.split.partition import partition
 
 Kind = Literal["alone", "layers", "row", "tensor"]
 
-# Of the coordinator's time for a token alone, what is no product of a weight.
+# Of a box's time for a token, what is no product of a weight, where that was not measured.
 ALONE_PART = 0.05
 # What an exchange costs both ends beside the round trip, seconds.
 EXCHANGE_SECONDS = 30e-6
@@ -40,7 +40,11 @@ class Box:
 
     ``decode`` bytes of weights a second with one column, ``prompt`` the same times columns, with
     many of them; ``round_trip`` seconds and ``link`` bytes a second from here. ``splits``: whether
-    it can coordinate, which this project's servers can.
+    it can coordinate, which this project's servers can. ``rest`` and ``rest_prompt`` are seconds of
+    a token that are no product of a weight, ``graph`` those of the least graph and its answer, the
+    round trip among them; None if not measured. ``beside`` says of others on the
+    same machine, by endpoint, how much longer this one takes while they compute: 1 is twice as
+    long.
     """
 
     endpoint: str
@@ -50,6 +54,14 @@ class Box:
     round_trip: float
     link: float
     splits: bool = True
+    rest: float | None = None
+    rest_prompt: float | None = None
+    graph: float | None = None
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    def slowed(self, others: Iterable[Box]) -> float:
+        """Return how many times as long it takes while others compute."""
+        return 1 + sum(self.beside.get(other.endpoint, 0.0) for other in others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +151,24 @@ def arrangements(boxes: Sequence[Box]) -> Iterator[Arrangement]:
 
 
 def predict(
-    shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement, *, context: int
+    shape: ModelShape,
+    boxes: Sequence[Box],
+    arrangement: Arrangement,
+    *,
+    context: int,
+    batch: int = BATCH,
+    shares: Sequence[float] | None = None,
 ) -> Prediction:
-    """Return what one arrangement would do."""
+    """Return what one arrangement would do, ``shares`` given or the best.
+
+    ``batch`` is how many tokens of a prompt are computed at once.
+    """
     if arrangement.coordinator is None:
-        return _whole_layers(shape, boxes, arrangement, context)
+        return _whole_layers(shape, boxes, arrangement, context, batch)
+    if shares is not None:
+        return _split(shape, boxes, arrangement, shares, context, batch)
     candidates = [
-        _split(shape, boxes, arrangement, shares, context)
+        _split(shape, boxes, arrangement, shares, context, batch)
         for shares in _shares(shape, boxes, arrangement)
     ]
     return min(candidates, key=lambda p: (max(p.missing, 0), p.seconds_per_token))
@@ -159,7 +182,7 @@ def _overhead(shape: ModelShape, context: int) -> int:
 
 
 def _whole_layers(
-    shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement, context: int
+    shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement, context: int, batch: int
 ) -> Prediction:
     """Each box computes its layers while the others wait."""
     used = [boxes[i] for i in arrangement.parts]
@@ -169,11 +192,13 @@ def _whole_layers(
     needed = shape.weight_bytes + len(used) * _overhead(shape, 0) + context * shape.cache_bytes
     weights = sum(s * shape.token_bytes / b.decode for s, b in zip(shares, used, strict=True))
     prompt = sum(s * shape.token_bytes / b.prompt for s, b in zip(shares, used, strict=True))
+    rest = sum(s * _rest(shape, b) for s, b in zip(shares, used, strict=True))
+    prompt_rest = sum(s * _prompt_rest(shape, b) for s, b in zip(shares, used, strict=True))
     # A graph and what is read of it; of the last box that is a row of logits.
-    trips = sum(b.round_trip for b in used)
+    trips = sum(map(_least, used))
     wire = 4 * shape.vocabulary / used[-1].link
     terms = {
-        "bandwidth": weights * (1 + ALONE_PART), "round trips": trips, "network": wire
+        "bandwidth": weights, "no products": rest, "round trips": trips, "network": wire
     }  # fmt: skip
     activations = (len(used) - 1) * 4 * shape.width * sum(1 / b.link for b in used) / len(used)
     return Prediction(
@@ -181,10 +206,27 @@ def _whole_layers(
         tuple(shares),
         needed - total,
         sum(terms.values()),
-        prompt * (1 + ALONE_PART) + activations + trips / BATCH,
+        prompt + prompt_rest + activations + trips / batch,
         sum(s * shape.weight_bytes / b.link for s, b in zip(shares, used, strict=True)),
         terms,
     )
+
+
+def _rest(shape: ModelShape, box: Box) -> float:
+    """Seconds of a token on a box that are no product of a weight."""
+    return ALONE_PART * shape.token_bytes / box.decode if box.rest is None else box.rest
+
+
+def _prompt_rest(shape: ModelShape, box: Box) -> float:
+    """The same of a token among many."""
+    if box.rest_prompt is None:
+        return ALONE_PART * shape.token_bytes / box.prompt
+    return box.rest_prompt
+
+
+def _least(box: Box) -> float:
+    """Seconds of the least graph and its answer."""
+    return box.round_trip if box.graph is None else box.graph
 
 
 def _distance(a: Box, b: Box) -> float:
@@ -200,7 +242,7 @@ def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -
     away = [0.0 if b is home else _distance(home, b) + EXCHANGE_SECONDS for b in used]
     work = shape.token_bytes / (4 * shape.layers)
     limits = [usable(b.free) / shape.weight_bytes for b in used]
-    speeds = [b.decode for b in used]
+    speeds = [b.decode / b.slowed(used) for b in used]
     found = [[1 / len(used)] * len(used)]
     for most in (limits, None):
         try:
@@ -247,22 +289,30 @@ def _split(
     arrangement: Arrangement,
     shares: Sequence[float],
     context: int,
+    batch: int,
 ) -> Prediction:
     assert arrangement.coordinator is not None
     home, kind = boxes[arrangement.coordinator], arrangement.kind
     used = [boxes[i] for i in arrangement.parts]
     workers = [(s, b) for s, b in zip(shares, used, strict=True) if b is not home and s > 0]
     n = exchanges(shape, kind, shares)
-    alone = ALONE_PART * shape.token_bytes / home.decode
-    weights = max(s * shape.token_bytes / b.decode for s, b in zip(shares, used, strict=True))
+    alone = _rest(shape, home)
+    slower = [b.slowed(used) for b in used]
+    weights = max(
+        s * shape.token_bytes / b.decode * slow
+        for s, b, slow in zip(shares, used, slower, strict=True)
+    )
     trips = n * max((_distance(home, b) + EXCHANGE_SECONDS for _, b in workers), default=0.0)
     # All workers' bytes go through the coordinator's one cable.
     wire = sum(_wire_bytes(shape, kind, shares, s) / b.link for s, b in workers)
     terms = {
-        "bandwidth": weights, "the coordinator alone": alone + home.round_trip,
+        "bandwidth": weights, "the coordinator alone": alone + _least(home),
         "round trips": trips, "network": wire + 4 * shape.vocabulary / home.link,
     }  # fmt: skip
-    prompt = max(s * shape.token_bytes / b.prompt for s, b in zip(shares, used, strict=True))
+    prompt = max(
+        s * shape.token_bytes / b.prompt * slow
+        for s, b, slow in zip(shares, used, slower, strict=True)
+    )
     # Logits are computed for the last token of a prompt only.
     batch_wire = sum(
         (_wire_bytes(shape, kind, shares, s) - 4 * s * shape.vocabulary) / b.link
@@ -273,7 +323,7 @@ def _split(
         tuple(shares),
         _missing(shape, home, used, shares, kind, context),
         sum(terms.values()),
-        prompt + ALONE_PART * shape.token_bytes / home.prompt + batch_wire + trips / BATCH,
+        prompt + _prompt_rest(shape, home) + batch_wire + trips / batch,
         max(s * shape.weight_bytes / b.link for s, b in [(1.0, home), *workers]),
         terms,
     )

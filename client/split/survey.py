@@ -11,19 +11,30 @@ for granted: figures that can't be make it one with an ``error``, text is made f
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
+import itertools
 import os
 import ssl
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from client.backend import Backend
 from client.connection import Connection, connect_any
+from client.discovery import FoundServer
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
 from client.model_header import ModelShape
 from client.split.advice import Box
-from client.split.balance import FILL, Speed, least_seconds, measure
-from client.tensors import ShapeError, Tensor
+from client.split.balance import Speed, measure
+from client.split.model_speed import (
+    ModelSample,
+    ModelSpeed,
+    ServerSample,
+    time_sample,
+    time_together,
+)
+from client.tensors import ShapeError
 from protocol.commands import Command
 from protocol.dialects import version_name
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
@@ -116,6 +127,23 @@ class Credentials:
 NO_CREDENTIALS = Credentials()
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host's name or address is that of the machine itself."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def targets_of(found: Iterable[FoundServer]) -> list[ServerAddress]:
+    """Return every address of announced servers; a server with several comes once in a survey."""
+    return [
+        ServerAddress(address, server.port, server.announcement.tls, server.name)
+        for server in found
+        for address in server.addresses
+    ]
+
+
 async def open_target(
     target: ServerAddress,
     credentials: Credentials = NO_CREDENTIALS,
@@ -140,17 +168,28 @@ async def survey(
                 return await _ask(target, connection, measured)
             finally:
                 connection.abort()
-    except TimeoutError:
-        error = "accepts but does not answer (another client may have it)"
-    except VersionMismatch as mismatch:
-        error = f"speaks another protocol: {mismatch}"
-    except ssl.SSLError as failed:
-        error = f"TLS: {failed.reason or failed}"
-    except (ProtocolError, ConnectionLost) as broken:
-        error = f"speaks something else: {broken}"
-    except OSError as failed:
-        error = os.strerror(failed.errno) if failed.errno and failed.errno > 0 else str(failed)
-    return ServerReport(target, error)
+    except FAILURES as failed:
+        return ServerReport(target, failure(failed))
+
+
+# What a server that is asked, or the way to it, may come to.
+FAILURES = (OSError, ProtocolError, ConnectionLost, VersionMismatch, AllocationFailed, ShapeError)
+
+
+def failure(error: BaseException) -> str:
+    """Return in words why a server can't be had; ``error`` is one of FAILURES."""
+    if isinstance(error, TimeoutError):
+        return "accepts but does not answer (another client may have it)"
+    if isinstance(error, VersionMismatch):
+        return f"speaks another protocol: {error}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"
+    if isinstance(error, AllocationFailed | ShapeError):
+        return f"can't be measured: {error}"
+    if isinstance(error, ProtocolError | ConnectionLost):
+        return f"speaks something else: {error}"
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number and number > 0 else str(error)
 
 
 async def _ask(target: ServerAddress, connection: Connection, measured: bool) -> ServerReport:
@@ -286,84 +325,129 @@ def _each_once(reports: Sequence[ServerReport]) -> list[ServerReport]:
     return kept
 
 
-# Bytes of a model's weights that are timed, and columns that stand for a prompt.
-_SAMPLE_BYTES = 96 << 20
-_PROMPT_COLUMNS = 32
+@dataclass(frozen=True, slots=True)
+class MeasuredBoxes:
+    """Servers as boxes for :func:`advise`, and by endpoint why others can't be used."""
+
+    boxes: tuple[Box, ...]
+    unusable: dict[str, str]
 
 
-async def measure_model(backend: Backend, shape: ModelShape) -> tuple[float, float]:
-    """Measure products of a model's own kinds; nothing of the model itself is sent.
+@dataclass(slots=True)
+class Candidate:
+    """A server that is being measured. ``machine`` is the same for those that share one."""
 
-    Returns bytes of weights a second with one column, and with many the same times columns. What
-    was allocated there is freed. Raises AllocationFailed, ConnectionLost.
-    """
-    free, _ = await backend.connection.get_device_memory(backend.device)
-    left = min(_SAMPLE_BYTES, free // 4)
-    weights, wanted = [], sorted(shape.products, key=lambda p: -p.nbytes * p.count)
-    # As many of each kind as there are in a layer, the largest kinds first.
-    for product in wanted * max(1, shape.layers):
-        if product.nbytes <= left and product.columns:
-            left -= product.nbytes
-            weights.append(backend.graph.new_tensor_2d(product.type, product.columns, product.rows))
-    if not weights:
-        raise AllocationFailed("no room to measure in")
-    buffers = await backend.allocate(weights)
-    try:
-        for buffer in buffers:
-            await backend.connection.buffer_clear(buffer.handle, FILL)
-        size = sum(w.nbytes for w in weights)
-        one = await _seconds_of(backend, weights, 1)
-        many = await _seconds_of(backend, weights, _PROMPT_COLUMNS)
-    finally:
-        if not backend.connection.closed:
-            await backend.free(buffers, weights)
-    return size / one, size * _PROMPT_COLUMNS / many
+    endpoint: str
+    machine: str
+    free: int
+    sample: ModelSample
+    link: float
+    splits: bool = True
+    round_trip: float = 0.0
+    speed: ModelSpeed | None = None
+    beside: dict[str, float] = field(default_factory=dict)
 
-
-async def _seconds_of(backend: Backend, weights: Sequence[Tensor], columns: int) -> float:
-    """The least time of products of all weights with so many columns, without the round trip."""
-    connection, g = backend.connection, backend.graph
-    inputs = {n: g.new_tensor_2d(GgmlType.F32, n, columns) for n in {w.ne[0] for w in weights}}
-    buffers = await backend.allocate(inputs.values())
-    products = [g.mul_mat(w, inputs[w.ne[0]]) for w in weights]
-    plan = await backend.prepare(products)
-    try:
-        for buffer in buffers:
-            await connection.buffer_clear(buffer.handle, FILL)
-        trip = await least_seconds(connection.get_alignment)
-
-        async def run() -> None:
-            await plan.run()
-            await connection.get_tensor(products[-1], 0, 4)
-
-        return max(await least_seconds(run) - trip, 1e-9)
-    finally:
-        if not connection.closed:
-            await plan.free()
-            await backend.free(buffers, inputs.values())
+    def box(self) -> Box:
+        """Return what was measured."""
+        speed = self.speed
+        assert speed is not None
+        return Box(
+            self.endpoint, self.free, speed.decode, speed.prompt, self.round_trip, self.link,
+            self.splits, speed.rest, speed.rest_prompt, speed.graph, self.beside,
+        )  # fmt: skip
 
 
 async def measure_boxes(
     reports: Iterable[ServerReport],
     shape: ModelShape,
     credentials: Credentials = NO_CREDENTIALS,
-) -> list[Box]:
-    """Return the servers that answered as boxes, measured with products of the model's kinds."""
-    boxes = []
-    for report in reports:
-        if report.error:
+    home: Candidate | None = None,
+) -> MeasuredBoxes:
+    """Measure the servers that answered with products of the model's kinds.
+
+    ``home`` is this machine's own share, which becomes the first box. Left out is who fails on the
+    way, computes nothing, or something else than ``home`` does.
+    """
+    unusable: dict[str, str] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        measured = [home] if home is not None else []
+        for report in reports:
+            endpoint, reason = report.target.endpoint, report.error
+            if not reason:
+                try:
+                    measured.append(await _candidate(report, shape, credentials, stack))
+                except FAILURES as error:
+                    reason = failure(error)
+            if reason:
+                unusable[endpoint] = reason
+        for candidate in list(measured):
+            reason = await _time(candidate, shape, home)
+            if reason:
+                measured.remove(candidate)
+                unusable[candidate.endpoint] = reason
+        await _time_neighbours(measured, unusable)
+    return MeasuredBoxes(tuple(c.box() for c in measured), unusable)
+
+
+async def _candidate(
+    report: ServerReport,
+    shape: ModelShape,
+    credentials: Credentials,
+    stack: contextlib.AsyncExitStack,
+) -> Candidate:
+    connection = await open_target(report.target, credentials)
+    stack.callback(connection.abort)
+    async with asyncio.timeout(MEASURE_SECONDS):
+        backend = await Backend.open(connection, 0)
+        link = await measure_upload(backend)
+        sample = await ServerSample.make(backend, shape)
+    # A server that splits over others itself is no part of another's.
+    splits = report.split > 0 and not report.parts
+    host = report.target.host
+    machine = "" if is_loopback(host) else host
+    free = report.devices[0].free
+    return Candidate(report.target.endpoint, machine, free, sample, link, splits)
+
+
+async def _time(candidate: Candidate, shape: ModelShape, home: Candidate | None) -> str:
+    """Measure how fast one is; return why it can't be used, if so."""
+    try:
+        async with asyncio.timeout(MEASURE_SECONDS):
+            candidate.round_trip = await candidate.sample.round_trip()
+            speed = candidate.speed = await time_sample(candidate.sample, shape)
+    except FAILURES as error:
+        return failure(error)
+    if not speed.computes:
+        return "does not compute what it is asked"
+    right = home.speed if home is not None and home.speed is not None else speed
+    if not speed.agrees(right):
+        return f"computes {speed.answer:g} where {right.answer:g} is right"
+    return ""
+
+
+async def _time_neighbours(measured: list[Candidate], unusable: dict[str, str]) -> None:
+    """Time those that share a machine in pairs; one that fails is taken out."""
+    for a, b in itertools.combinations(list(measured), 2):
+        if a.machine != b.machine or a not in measured or b not in measured:
             continue
-        connection = await open_target(report.target, credentials)
         try:
             async with asyncio.timeout(MEASURE_SECONDS):
-                backend = await Backend.open(connection, 0)
-                decode, prompt = await measure_model(backend, shape)
-                link = await measure_upload(backend)
-                trip = await _round_trip(connection)
-        finally:
-            connection.abort()
-        free = sum(d.free for d in report.devices[:1])
-        splits = report.split > 0 and not report.parts
-        endpoint = report.target.endpoint
-        boxes.append(Box(endpoint, free, decode, prompt, trip, link, splits))
-    return boxes
+                slower = await time_together([a.sample, b.sample])
+        except FAILURES as error:
+            for c in (a, b):
+                if not await _answers(c):
+                    measured.remove(c)
+                    unusable[c.endpoint] = failure(error)
+            continue
+        for one, other, more in ((a, b, slower[0]), (b, a, slower[1])):
+            if more:
+                one.beside[other.endpoint] = more
+
+
+async def _answers(candidate: Candidate) -> bool:
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            await candidate.sample.round_trip()
+    except FAILURES:
+        return False
+    return True

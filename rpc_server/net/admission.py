@@ -26,6 +26,19 @@ _QUIET_SECONDS = 10.0
 _NOT_ALLOWED = "its address is not among those of --allow"
 
 
+def is_allowed(address: str, networks: Sequence[Network]) -> bool:
+    """Return whether an address is in one of these networks; where there is none, any is."""
+    if not networks:
+        return True
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    parsed = mapped or parsed
+    return any(parsed in network for network in networks)
+
+
 class Admission:
     """Admits connections by address. All on the event loop's thread."""
 
@@ -49,7 +62,7 @@ class Admission:
         It counts for none of the limits of clients until it has, so nobody is kept out by those
         who have nothing to show.
         """
-        if not self._is_allowed(address):
+        if not is_allowed(address, self._allowed):
             return self.refuse("address", name, _NOT_ALLOWED)
         if (
             self._knocking.total() >= _MOST_KNOCKING
@@ -74,7 +87,7 @@ class Admission:
         limits = self._limits
         if self._stats.lost:
             return self.refuse("device", name, self._stats.lost)
-        if not self._is_allowed(address):
+        if not is_allowed(address, self._allowed):
             return self.refuse("address", name, _NOT_ALLOWED)
         if self._total >= limits.clients:
             return self.refuse(
@@ -118,14 +131,3 @@ class Admission:
             extra={"event": "refused", "reason": reason},
         )
         return False
-
-    def _is_allowed(self, address: str) -> bool:
-        if not self._allowed:
-            return True
-        try:
-            parsed = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
-            return False
-        mapped = getattr(parsed, "ipv4_mapped", None)
-        parsed = mapped or parsed
-        return any(parsed in network for network in self._allowed)

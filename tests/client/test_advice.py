@@ -10,7 +10,7 @@ import pytest
 from client.backend import Backend
 from client.model_header import ModelShape, WeightProduct
 from client.split.advice import Arrangement, Box, advise, cuts_heads, exchanges, predict
-from client.split.survey import measure_model
+from client.split.model_speed import ServerSample, time_sample
 from protocol.ggml.types import GgmlType
 from tests.server.process import running
 from tools.models import write_model
@@ -120,7 +120,13 @@ async def test_a_server_is_timed_with_the_models_own_products(tmp_path: Path) ->
     with running("-t", "1", "--mem", "256") as server:
         async with Backend.connect("127.0.0.1", server.port) as backend:
             before = await backend.connection.get_device_memory()
-            decode, prompt = await measure_model(backend, shape)
+            sample = await ServerSample.make(backend, shape)
+            speed = await time_sample(sample, shape)
+            await sample.close()
             assert await backend.connection.get_device_memory() == before
-    assert decode > 0
-    assert prompt > 0
+    assert speed.decode > 0
+    assert speed.prompt > 0
+    assert speed.rest is not None
+    assert speed.rest_prompt is not None
+    assert min(speed.rest, speed.rest_prompt) > 0
+    assert abs(speed.answer) > 1e-6

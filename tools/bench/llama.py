@@ -65,6 +65,12 @@ def bench_at(
     endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str] = ()
 ) -> list[Sample]:
     """Return the same on servers as --rpc takes them, with more arguments."""
+    return bench_samples(_tests(endpoints, model, options, arguments))
+
+
+def _tests(
+    endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str]
+) -> list[dict[str, Any]]:
     output, _ = _run(
         "llama-bench",
         endpoints,
@@ -74,7 +80,18 @@ def bench_at(
         *("-d", ",".join(map(str, options.depths)), "-fa", "on" if options.flash else "off"),
         *("-o", "json"),
     )
-    return bench_samples(json.loads(output))
+    tests: list[dict[str, Any]] = json.loads(output)
+    return tests
+
+
+def best_at(
+    endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the best repetition of each test, tokens a second; as of bench_at."""
+    best = {}
+    for test in _tests(endpoints, model, options, arguments):
+        best["pp" if test["n_prompt"] else "tg"] = float(max(test["samples_ts"]))
+    return best
 
 
 def bench_samples(tests: Sequence[dict[str, Any]]) -> list[Sample]:

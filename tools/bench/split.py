@@ -109,7 +109,7 @@ class NetworkLink:
 
 
 @contextlib.contextmanager
-def _on_core(core: int) -> Iterator[None]:
+def on_core(core: int) -> Iterator[None]:
     """Children started meanwhile run on one core."""
     before = os.sched_getaffinity(0)
     cores = sorted(before)
@@ -120,10 +120,17 @@ def _on_core(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def relay_command(listen: int, to: int, link: NetworkLink) -> list[str]:
+    """Return what starts a relay between two ports that behaves like a network."""
+    words = ["--listen", str(listen), "--to", f"{_HOST}:{to}"]
+    words += ["--delay", str(link.delay * 1e3), "--rate", str(link.rate * 8 / 1e9)]
+    return [sys.executable, "-m", "tools.bench.relay", *words]
+
+
 def _start(stack: contextlib.ExitStack, core: int, command: list[str] | None, port: int) -> Process:
     if command is None:
         raise ProgramError("no ggml-rpc-server: run python -m tools.upstream")
-    with _on_core(core):
+    with on_core(core):
         process = stack.enter_context(Process(command))
     process.wait_until(lambda: answers(port), _START_SECONDS, "answer to HELLO")
     return process
@@ -148,10 +155,7 @@ def running(
             _start(stack, number, make(port, "-t", "1"), port)
             if link is not None:
                 relay = free_port()
-                words = ["--listen", str(relay), "--to", f"{_HOST}:{port}"]
-                words += ["--delay", str(link.delay * 1e3), "--rate", str(link.rate * 8 / 1e9)]
-                command = [sys.executable, "-m", "tools.bench.relay", *words]
-                _start(stack, number, command, relay)
+                _start(stack, number, relay_command(relay, port, link), relay)
                 port = relay
             ports[str(number)] = port
         if not setup.split:

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from client.discovery import Browser, FoundServer
+from client.discovery import Browser
 from client.errors import ConnectionLost, MissingPackageError
 from client.model_header import ModelShape
 from client.split.advice import advise
@@ -36,21 +36,13 @@ from client.split.survey import (
     ServerReport,
     measure_boxes,
     survey_all,
+    targets_of,
 )
 from client.tunnel import SecretError, client_context, read_token
 from rpc_server.options import SPLIT_TOKEN_VARIABLE
 from tools.arguments import positive, seconds
 from tools.workers.advice import advice_json, advice_table, commands, describe
 from tools.workers.report import console, servers_json, servers_table, size_text
-
-
-def targets_of(found: Sequence[FoundServer]) -> list[ServerAddress]:
-    """Return every address of announced servers; a server with several comes once in a survey."""
-    return [
-        ServerAddress(address, server.port, server.announcement.tls, server.name)
-        for server in found
-        for address in server.addresses
-    ]
 
 
 class Looking:
@@ -94,9 +86,10 @@ async def advise_for(
     shape = await asyncio.to_thread(ModelShape.read, options.model)
     options.measure = False
     reports = await Looking(options, credentials).once(browser)
-    for report in (r for r in reports if r.error):
-        print(f"{report.target.endpoint}: {report.error}", file=sys.stderr)
-    boxes = await measure_boxes(reports, shape, credentials)
+    measured = await measure_boxes(reports, shape, credentials)
+    for endpoint, reason in measured.unusable.items():
+        print(f"{endpoint}: {reason}", file=sys.stderr)
+    boxes = measured.boxes
     if not boxes:
         print("error: no server answers", file=sys.stderr)
         return 1

@@ -48,6 +48,7 @@ from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import (
     PREPARE_TIMEOUT,
     NoRoom,
+    PartsMissing,
     Tls,
     UnfitError,
     Worker,
@@ -265,12 +266,12 @@ class SplitDevice:
 
     @classmethod
     async def open(cls, options: SplitOptions, n_threads: int | None) -> SplitDevice:
-        """Connect to all workers. Raises WorkerLost naming the first that can't be reached."""
+        """Connect to all workers. Raises PartsMissing if some can't be reached, WorkerLost."""
         device = cls(options, n_threads)
         await device._connect(range(len(options.parts)))
         if device._missing:
             device.close()
-            raise WorkerLost(next(iter(device._missing.values())))
+            raise PartsMissing(device._missing)
         device._by_memory = [float(n) for n in device._free_of_parts()]
         names = [LOCAL if worker is None else worker.name for worker in device._workers]
         if options.proportions == "auto":

@@ -72,6 +72,14 @@ class WorkerLost(DeviceError):  # noqa: N818 - says what happened
     """The worker can't be reached, or its connection ended; the message names it and says why."""
 
 
+class PartsMissing(WorkerLost):
+    """Parts can't be had at the start; ``reasons`` says why of each, by its number."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(next(iter(reasons.values())))
+        self.reasons = dict(reasons)
+
+
 class NoRoom(WorkerLost):
     """The worker has no memory for something; its connection goes on."""
 
