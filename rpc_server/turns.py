@@ -17,6 +17,8 @@ AT_ONCE = 1 << 20
 PIECE = 8 << 20
 
 Piece = Callable[[int, int], None]
+# Whether work is still for somebody; asked from any thread.
+Wanted = Callable[[], bool]
 
 
 @functools.cache
@@ -30,7 +32,7 @@ def always() -> bool:
 
 
 def in_pieces(
-    work: Piece, size: int, *, backwards: bool = False, wanted: Callable[[], bool] = always
+    work: Piece, size: int, *, backwards: bool = False, wanted: Wanted = always
 ) -> concurrent.futures.Future[None]:
     """Call ``work(offset, n)`` for all of ``size`` bytes, on the thread, one piece after the other.
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from protocol.ggml.hashing import fnv1a_64
 from rpc_server.cache.quota import DEFAULT_LIMIT, PARTIAL, NoRoomError, Quota, Usage
 from rpc_server.folders import PrivateFolder
+from rpc_server.turns import Wanted, always
 
 # As protocol.ggml.hashing.fnv1a_64: bytes, and the hash of those before them.
 Hash = Callable[..., int]
@@ -54,6 +55,10 @@ _ROOT = 0
 
 class CacheError(Exception):
     """The cache folder can't be used; the message says why."""
+
+
+class _UnwantedError(Exception):
+    """Nobody is there any more for whom something is kept."""
 
 
 def default_cache_dir() -> Path:
@@ -136,11 +141,11 @@ class TensorCache:
         except OSError:
             return None
 
-    def load(self, digest: int, place: memoryview, user: str = "") -> bool:
+    def load(self, digest: int, place: memoryview, user: str = "", wanted: Wanted = always) -> bool:
         """Fill ``place`` with the content that has this hash and this length; whether there is one.
 
         ``user`` is the address of the client that asks for it. Where the content turns out unsound
-        on the way, bytes of ``place`` may have changed.
+        on the way, or is not ``wanted`` any more, bytes of ``place`` may have changed.
         """
         name = _name(digest)
         path = self.folder / name
@@ -149,7 +154,10 @@ class TensorCache:
                 before = _identity(file)
                 if not place or before[1] != len(place):
                     return False
-                if not _fill(file, place) or _identity(file) != before:
+                filled = _fill(file, place, wanted)
+                if not wanted():
+                    return False
+                if not filled or _identity(file) != before:
                     log.info("cache file %s changes as it is read; not used", path)
                     return False
         except OSError as error:
@@ -173,12 +181,13 @@ class TensorCache:
         if user and not self.read_only:
             self._quota.users.used(name, size, user)
 
-    def store(self, data: memoryview, user: str = "") -> Path | None:
+    def store(self, data: memoryview, user: str = "", wanted: Wanted = always) -> Path | None:
         """Keep ``data`` for a client at the address ``user``.
 
-        Return the file's path; None if it is not kept (the log says why).
+        Return the file's path; None if it is not kept: the log says why, or it is not ``wanted``
+        any more.
         """
-        if self.read_only:
+        if self.read_only or not wanted():
             return None
         digest = self._fnv(data)
         name = _name(digest)
@@ -192,7 +201,9 @@ class TensorCache:
             if kept is not None:
                 log.warning("another content has the hash %s already; it stays", name)
                 return None
-            self._write(name, data, user)
+            self._write(name, data, user, wanted)
+        except _UnwantedError:
+            return None
         except NoRoomError as error:
             log.info("%d bytes are not cached: %s", len(data), error)
             return None
@@ -203,11 +214,13 @@ class TensorCache:
         self._used(name, len(data), user)
         return path
 
-    def _write(self, name: str, data: memoryview, user: str) -> None:
-        """Raises OSError, NoRoomError; then nothing is left behind."""
+    def _write(self, name: str, data: memoryview, user: str, wanted: Wanted) -> None:
+        """Raises OSError, NoRoomError, _UnwantedError; then nothing is left behind."""
         # No fsync: what a power cut tears does not pass as sound when it is read.
         with self._quota.reserve(len(data), user) as (file, unfinished):
             for at in range(0, len(data), _CHUNK):
+                if not wanted():
+                    raise _UnwantedError
                 file.write(data[at : at + _CHUNK])
             file.flush()
             if sys.platform != "win32":
@@ -286,10 +299,12 @@ def _identity(file: io.FileIO) -> Identity:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _fill(file: io.FileIO, place: memoryview) -> bool:
-    """Read the file's beginning; whether there was as much."""
+def _fill(file: io.FileIO, place: memoryview, wanted: Wanted) -> bool:
+    """Read the file's beginning; return whether there was as much, and it is ``wanted``."""
     at = 0
     while at < len(place):
+        if not wanted():
+            return False
         # Not mapped: a mapped file that another process cuts short takes this one with it.
         n = file.readinto(place[at : at + _CHUNK])
         if not n:

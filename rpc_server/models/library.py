@@ -32,6 +32,7 @@ from rpc_server.models.hashing import HashLanes, Pace, StoppedError, hash_places
 from rpc_server.models.header import HeaderError, read_header
 from rpc_server.models.record import FileRecord, IndexedTensor, Records
 from rpc_server.observability import progress
+from rpc_server.turns import Wanted, always
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,16 @@ class Content:
     # A file has one position.
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, offset: int, into: memoryview) -> bool:
+    def read(self, offset: int, into: memoryview, wanted: Wanted = always) -> bool:
         """Fill ``into`` with the bytes from ``offset`` on; return whether they are the tensor's.
 
-        Where they are not, what is in ``into`` is undefined. Blocks on the disk.
+        Where they are not, or are not ``wanted`` any more, what is in ``into`` is undefined. Blocks
+        on the disk.
         """
         try:
             for at in range(0, len(into), _CHUNK):
+                if not wanted():
+                    return False
                 piece = into[at : at + _CHUNK]
                 with self._turn:
                     if not read_at(self.file, self.place.offset + offset + at, piece):
@@ -111,14 +115,17 @@ class Content:
         place = replace(self.place, offset=self.place.offset + stripes.offset, size=stripes.nbytes)
         return Content(place, self.file, self._turn)
 
-    def read_slice(self, stripes: Stripes, at: int, into: memoryview) -> bool:
+    def read_slice(
+        self, stripes: Stripes, at: int, into: memoryview, wanted: Wanted = always
+    ) -> bool:
         """Fill ``into`` with the bytes of stripes from the ``at``-th on; as :meth:`read`."""
         while into:
             number, within = divmod(at, stripes.size)
             size = min(len(into), stripes.size - within)
             if stripes.stride == stripes.size:
                 size = len(into)
-            if not self.read(stripes.offset + number * stripes.stride + within, into[:size]):
+            offset = stripes.offset + number * stripes.stride + within
+            if not self.read(offset, into[:size], wanted):
                 return False
             at, into = at + size, into[size:]
         return True

@@ -46,7 +46,7 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
     size = tensor.nbytes - offset
     fits = 0 < size <= buffer.size - start
     place = Destination(buffer, start, size, tensor, offset)
-    cache, models, user = s.context.cache, s.context.models, s.stats.address
+    cache, models = s.context.cache, s.context.models
     in_models = False
     if not fits:
         found = False
@@ -56,7 +56,7 @@ async def _load(s: Session, request: Request, buffer: Buffer, start: int, tensor
         found = not offset and await storage.recall(tensor, start, digest)
     else:
         in_models = models is not None and await _from_models(s, models, digest, place)
-        found = in_models or (cache is not None and await _from_cache(cache, digest, place, user))
+        found = in_models or (cache is not None and await _from_cache(s, cache, digest, place))
     if found:
         s.context.prefetch_kernels(buffer.device, request.fields.tensor.type, size)
     _tell(s, request, size, found, in_models)
@@ -104,7 +104,7 @@ async def _load_slice(
                 in_models = await _slice_of_model(s, content, stripes, place, request.fields.whole)
     found = in_models
     if not found and cache is not None and buffer.storage.whole:
-        found = await _slice_of_cache(cache, digest, nbytes, stripes, place, s.stats.address)
+        found = await _slice_of_cache(s, cache, digest, nbytes, stripes, place)
     _tell(s, request, size, found, in_models)
 
 
@@ -114,14 +114,19 @@ async def _slice_of_model(
     part = content.part(stripes)
     if part is not None and not place.is_remote and whole and await _map(s, part, place):
         return True
-    return await _pass_on(lambda at, room: content.read_slice(stripes, at, room), place)
+    return await _pass_on(lambda at, room: content.read_slice(stripes, at, room, s.present), place)
 
 
 async def _slice_of_cache(
-    cache: TensorCache, digest: int, nbytes: int, stripes: Stripes, place: Destination, user: str
+    s: Session,
+    cache: TensorCache,
+    digest: int,
+    nbytes: int,
+    stripes: Stripes,
+    place: Destination,
 ) -> bool:
     """From a content that is checked as a whole: it takes as much memory meanwhile."""
-    content = await _content_of(cache, digest, nbytes, user)
+    content = await _content_of(s, cache, digest, nbytes)
     if content is None:
         return False
     shape, strides = (stripes.count, stripes.size), (stripes.stride, 1)
@@ -186,7 +191,7 @@ async def _from_models(s: Session, models: Models, digest: int, place: Destinati
             return False
         if not place.is_remote and await _map(s, content, place):
             return True
-        return await _pass_on(content.read, place)
+        return await _pass_on(lambda at, room: content.read(at, room, s.present), place)
 
 
 async def _map(s: Session, content: Content, place: Destination) -> bool:
@@ -223,21 +228,25 @@ async def _pass_on(read: Callable[[int, memoryview], bool], place: Destination) 
     return sound
 
 
-async def _from_cache(cache: TensorCache, digest: int, place: Destination, user: str) -> bool:
+async def _from_cache(s: Session, cache: TensorCache, digest: int, place: Destination) -> bool:
     if not place.is_remote:
-        return await _pass_on(lambda _, target: cache.load(digest, target, user), place)
+        return await _pass_on(lambda _, target: _load_kept(s, cache, digest, target), place)
     # It is checked as a whole, so it comes by way of memory here.
-    content = await _content_of(cache, digest, place.size, user)
+    content = await _content_of(s, cache, digest, place.size)
     return content is not None and await _pass_on(_reader(content.data), place)
 
 
-async def _content_of(cache: TensorCache, digest: int, nbytes: int, user: str) -> Bytes | None:
+def _load_kept(s: Session, cache: TensorCache, digest: int, target: memoryview) -> bool:
+    return cache.load(digest, target, s.stats.address, s.present)
+
+
+async def _content_of(s: Session, cache: TensorCache, digest: int, nbytes: int) -> Bytes | None:
     """Return a content of this size, checked; None if there is none."""
     if await asyncio.to_thread(cache.size, digest) != nbytes:
         # Memory as large as a tensor is taken only for what is there.
         return None
     content = np.empty(nbytes, np.uint8)
-    found = await asyncio.to_thread(cache.load, digest, content.data, user)
+    found = await asyncio.to_thread(_load_kept, s, cache, digest, content.data)
     return content if found else None
 
 

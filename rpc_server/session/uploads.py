@@ -100,7 +100,7 @@ async def _store(s: Session, content: memoryview) -> None:
     size = len(content)
     cache = s.context.cache
     assert cache is not None
-    path = await asyncio.to_thread(cache.store, content, s.stats.address)
+    path = await asyncio.to_thread(cache.store, content, s.stats.address, s.present)
     if path is not None:
         s.stats.cache_stored += 1
         s.stats.cache_stored_bytes += size

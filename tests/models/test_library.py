@@ -90,6 +90,22 @@ def test_a_hash_is_good_for_its_length_alone(tmp_path: Path, indexer: Indexer) -
             assert content is None
 
 
+def test_of_a_client_that_is_gone_nothing_more_is_read(
+    tmp_path: Path, indexer: Indexer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_module, "_CHUNK", 1000)
+    data = write_model(tmp_path / "m.gguf", 4000)["t0"]
+    models = indexer(tmp_path)
+    left = iter(range(2))
+    with models.open(fnv1a_64(data), len(data)) as content:
+        assert content is not None
+        place = bytearray(len(data))
+        assert not content.read(0, memoryview(place), lambda: next(left, None) is not None)
+        assert bytes(place) == data[:2000] + bytes(len(data) - 2000)
+        assert content.read(0, memoryview(place))
+        assert bytes(place) == data
+
+
 def test_rows_are_taken_out_of_a_tensor(tmp_path: Path, indexer: Indexer) -> None:
     data = write_model(tmp_path / "m.gguf", 6000)["t0"]
     table = np.frombuffer(data, np.uint8).reshape(6, 1000)

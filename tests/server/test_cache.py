@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from rpc_server.cache.store import (
     default_cache_dir,
 )
 from rpc_server.folders import PrivateFolder
+from rpc_server.session import uploads
 from tests.server.process import REPOSITORY, Wire, running, tensor
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens, upstream_command
@@ -212,9 +215,9 @@ def test_a_file_cut_short_while_it_is_read(
     cache, data = TensorCache(tmp_path), some_bytes(SIZE)
     path, fill = keep(cache, data), cache_module._fill
 
-    def cut(file: io.FileIO, place: memoryview) -> bool:
+    def cut(file: io.FileIO, place: memoryview, wanted: Callable[[], bool]) -> bool:
         os.truncate(path, SIZE // 2)
-        return fill(file, place)
+        return fill(file, place, wanted)
 
     monkeypatch.setattr(cache_module, "_fill", cut)
     with caplog.at_level(logging.INFO):
@@ -795,3 +798,54 @@ def test_upstreams_server_and_ours_use_one_folder(tmp_path: Path, content: bytes
             use(ours.port, other, 0)
         use(port, other, 1)
     assert len(names(tmp_path / "rpc")) == 2
+
+
+# -- clients that are gone
+
+
+def until(calls: int) -> Callable[[], bool]:
+    """Return what says so often that work is wanted, and then that it isn't."""
+    left = iter(range(calls))
+    return lambda: next(left, None) is not None
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_what_nobody_wants_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    monkeypatch.setattr(cache_module, "_CHUNK", SIZE // 4)
+    cache = TensorCache(tmp_path)
+    data = some_bytes(SIZE)
+    assert cache.store(memoryview(data), wanted=until(calls)) is None
+    assert names(tmp_path) == []
+    assert keep(cache, data).read_bytes() == data
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_what_nobody_wants_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    monkeypatch.setattr(cache_module, "_CHUNK", SIZE // 4)
+    cache = TensorCache(tmp_path)
+    data = some_bytes(SIZE)
+    keep(cache, data)
+    place = bytearray(SIZE)
+    assert not cache.load(fnv1a_64(data), memoryview(place), wanted=until(calls))
+    assert bytes(place) == data[: calls * SIZE // 4] + bytes(SIZE - calls * SIZE // 4)
+    assert fetch(cache, fnv1a_64(data), SIZE) == data
+
+
+async def test_uploads_that_wait_for_the_disk_end_with_their_client(tmp_path: Path) -> None:
+    """Of many clients that send something to be kept and hang up, nothing is left to be done."""
+    cache = TensorCache(tmp_path)
+    data = memoryview(some_bytes(SIZE))
+    for present, kept in ((False, 0), (True, 1)):
+        session: Any = types.SimpleNamespace(
+            context=types.SimpleNamespace(cache=cache),
+            stats=types.SimpleNamespace(address="", cache_stored=0, cache_stored_bytes=0),
+            log=logging.getLogger(),
+            present=lambda present=present: present,
+            answer_empty=lambda command: None,
+        )
+        await uploads._store(session, data)
+        assert len(names(tmp_path)) == session.stats.cache_stored == kept

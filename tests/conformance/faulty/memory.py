@@ -255,7 +255,9 @@ def hash_of_the_beginning() -> None:
 
 @fault("a hash that is known brings no data", "model-loaded-twice", options=_CACHE)
 def hash_hit_without_data() -> None:
-    def load(self: TensorCache, digest: int, place: memoryview, user: str = "") -> bool:
+    def load(
+        self: TensorCache, digest: int, place: memoryview, user: str = "", wanted: Any = None
+    ) -> bool:
         return (self.folder / f"{digest:016x}").exists()
 
     TensorCache.load = load  # type: ignore[method-assign]
@@ -267,7 +269,9 @@ def hash_hit_without_data() -> None:
     options=_CACHE,
 )
 def hash_hit_of_any_size() -> None:
-    def load(self: TensorCache, digest: int, place: memoryview, user: str = "") -> bool:
+    def load(
+        self: TensorCache, digest: int, place: memoryview, user: str = "", wanted: Any = None
+    ) -> bool:
         path = self.folder / f"{digest:016x}"
         if not path.exists():
             return False
