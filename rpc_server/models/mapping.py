@@ -7,6 +7,9 @@ the weights would change. So a file is *held* as long as something of it is mapp
 opens it for writing waits, for at most 45 seconds unless the administrator has set another time,
 until all that is mapped has become memory of this process in the same place: running plans notice
 nothing. Where a file can't be held nothing of it is mapped.
+
+What is mapped is brought in at once, in the background: while a client still hashes its next weight
+the disk reads this one, and its first graph finds all pages in place.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import ctypes
 import functools
 import logging
 import mmap
+import queue
 import sys
 import threading
 import time
@@ -43,6 +47,8 @@ _PIECE = 8 << 20
 _MOST = 8192
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAYMOVE, _FIXED = 1, 2
+# Pages into memory and into the page table; Linux has it from 5.14 on. Or at least into memory.
+_POPULATE_READ, _WILLNEED = 22, 3
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -66,6 +72,7 @@ def _libc() -> Any:
     libc.mmap.argtypes = [ctypes.c_void_p, size, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.mremap.argtypes = [ctypes.c_void_p, size, size, ctypes.c_int, ctypes.c_void_p]
     libc.munmap.argtypes = [ctypes.c_void_p, size]
+    libc.madvise.argtypes = [ctypes.c_void_p, size, ctypes.c_int]
     return libc
 
 
@@ -103,6 +110,18 @@ class MappedTensor:
         """Return a writable view of bytes."""
         begin = self._skip + offset
         return memoryview(self._map)[begin : begin + size]
+
+    def bring_in(self) -> None:
+        """Have the disk read what is the file's; errors are left to who reads the bytes."""
+        libc = _libc()
+        end = self._skip + self.size
+        for at in range(0, end, _PIECE):
+            with self._lock:
+                if self._closed or self._owned:
+                    return
+                place = self._base + at, min(_PIECE, end - at)
+                if libc.madvise(*place, _POPULATE_READ) and libc.madvise(*place, _WILLNEED):
+                    return
 
     def own_next(self) -> None:
         """Turn some more bytes into memory of this process, at the same place.
@@ -171,6 +190,8 @@ class Mappings:
         self._count = 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._wanted: queue.SimpleQueue[MappedTensor | None] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
 
     def map(self, content: Content, owner: Owner) -> MappedTensor | None:
         """Return a tensor as memory of a client; None where it has to be copied."""
@@ -191,6 +212,7 @@ class Mappings:
                 return None
             held.tensors.add(tensor)
             self._count += 1
+            self._wanted.put(tensor)
             return tensor
 
     def _hold(self, content: Content) -> _HeldFile:
@@ -209,6 +231,8 @@ class Mappings:
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="mappings", daemon=True)
             self._thread.start()
+            self._reader = threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
+            self._reader.start()
         return held
 
     def _drop_unused(self, identity: Identity) -> None:
@@ -228,8 +252,18 @@ class Mappings:
     def close(self) -> None:
         """Stop to watch; when no client is left."""
         self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._wanted.put(None)
+        for thread in (self._thread, self._reader):
+            if thread is not None:
+                thread.join()
+
+    def _read_ahead(self) -> None:
+        while (tensor := self._wanted.get()) is not None and not self._stopped.is_set():
+            # Where memory is short, what is read now would push out what is used.
+            if tensor.size < self._available():
+                tensor.bring_in()
+            # A client's memory is not kept for want of another weight.
+            del tensor
 
     def _watch(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +112,40 @@ def test_a_weight_is_read_where_the_file_is(site: Site) -> None:
     assert site.client.moves == 0
     storage.close()
     assert not pages(site.path)
+
+
+def resident(path: Path) -> int:
+    return pages(path).get("Rss", 0) * 1024
+
+
+def test_a_weight_is_brought_in_before_somebody_reads_it(site: Site) -> None:
+    # Another may be closed before its turn has come.
+    site.storage(1).close()
+    storage = site.storage()
+    for _ in range(6000):
+        if resident(site.path) >= SIZE:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail(f"{resident(site.path)} of {SIZE} bytes are there after a minute")
+    storage.close()
+
+
+def test_a_weight_is_not_brought_in_where_memory_is_short(site: Site) -> None:
+    asked = threading.Event()
+
+    def available() -> int:
+        asked.set()
+        return SIZE
+
+    site.mappings = Mappings(available=available)
+    storage = site.storage()
+    assert asked.wait(60)
+    # Waits until what was begun is done.
+    site.mappings.close()
+    assert resident(site.path) == 0
+    assert content(storage) == site.data[0]
+    storage.close()
 
 
 def test_clients_share_a_weight_until_one_writes_to_it(site: Site) -> None:
