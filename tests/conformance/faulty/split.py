@@ -8,6 +8,8 @@ from typing import Any
 from client.split.partition import Extent, Rows
 from protocol.commands import Command
 from rpc_server.devices.split import sharded
+from rpc_server.models.library import Stripes
+from rpc_server.session import by_hash
 from rpc_server.session.context import new_identity
 from rpc_server.session.leases import Lease, LeaseHolder
 from rpc_server.session.programs import Programs
@@ -124,3 +126,25 @@ def description_without_end() -> None:
         return noise
 
     handle(Command.SPLIT_DESCRIBE, describe)
+
+
+@fault("of a slice in several runs what lies between them is taken too", "slice-of-what-is-there",
+       options=("--cache",))  # fmt: skip
+def slice_without_its_distance() -> None:
+    def make(right: Any) -> Any:
+        return lambda offset, size, stride, count: right(offset, size, size, count)
+
+    replace_method(by_hash, "Stripes", make)
+
+
+@fault("a server says that it has every slice", "slice-of-what-is-not-there")
+def slice_of_everything() -> None:
+    def wrong(s: Session, request: Any) -> None:
+        s.answer(request.command, {"result": 1})
+
+    handle(Command.SPLIT_LOAD, lambda right: wrong)
+
+
+@fault("a slice may end behind its content", "slice-outside-of-its-content")
+def slice_that_is_not_checked() -> None:
+    Stripes.inside = lambda self, total: self.stride >= self.size  # type: ignore[method-assign]
