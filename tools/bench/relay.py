@@ -4,13 +4,15 @@
 
 What comes in goes out ``--delay`` milliseconds later, and no faster than ``--rate`` Gbit/s. The
 relay takes processor time of its own and the system's timers are coarse, so what a round trip
-really takes is to be measured through it.
+really takes is to be measured through it. It prints how many bytes have passed, a line for those
+between two pauses.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import selectors
 import socket
 import sys
 import threading
@@ -21,6 +23,8 @@ from collections.abc import Sequence
 from tools.arguments import endpoint
 
 _CHUNK = 256 << 10
+# So long nothing comes in a pause.
+_PAUSE_SECONDS = 0.2
 
 
 class _Direction:
@@ -28,10 +32,14 @@ class _Direction:
 
     def __init__(self, source: socket.socket, target: socket.socket, delay: float, rate: float):
         self._source, self._target = source, target
+        # Before each read it is looked whether something is there.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(source, selectors.EVENT_READ)
         self._delay, self._rate = delay, rate
         self._chunks: deque[tuple[float, bytes]] = deque()
         self._arrived = threading.Semaphore(0)
         self._line_free = 0.0
+        self._count = 0
 
     def start(self) -> None:
         for work in (self._receive, self._send):
@@ -40,16 +48,27 @@ class _Direction:
     def _receive(self) -> None:
         while True:
             try:
+                if not self._selector.select(_PAUSE_SECONDS):
+                    self._tell()
+                    self._selector.select()
                 data = self._source.recv(_CHUNK)
             except OSError:
                 data = b""
             now = time.perf_counter()
+            self._count += len(data)
             # The line is busy for as long as the bytes take; then they travel.
             self._line_free = max(self._line_free, now) + len(data) / self._rate
             self._chunks.append((self._line_free + self._delay, data))
             self._arrived.release()
             if not data:
+                self._tell()
+                self._selector.close()
                 return
+
+    def _tell(self) -> None:
+        if self._count:
+            print(f"relayed {self._count} bytes", flush=True)
+        self._count = 0
 
     def _send(self) -> None:
         while True:
