@@ -376,6 +376,12 @@ def test_more_kinds_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPat
     graph = parse_graph(sketch.payload(0), DIALECTS[0], _resolve)
     with pytest.raises(GraphError, match="5 kinds of nodes"):
         _Builder(ScratchArena()).build(graph)
+    # Before their signatures are made, which take a kilobyte each.
+    monkeypatch.setattr(kinds, "_WORDS", None)
+    rows = kinds.slot_rows(graph.table, graph.order)
+    with pytest.raises(kinds.TooManyKindsError) as told:
+        kinds.signatures(graph.table, rows, 3)
+    assert told.value.count == 5
 
 
 def test_planning_ends_when_it_is_told_to() -> None:

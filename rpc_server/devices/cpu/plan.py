@@ -31,7 +31,13 @@ from rpc_server.devices.cpu.kinds import CpuKind, KindMaker
 from rpc_server.devices.cpu.planner import LOWERINGS, PlanItem, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.turns import DeviceShare, Turns
-from rpc_server.devices.planning.kinds import SLOTS, KindMemory, signatures, slot_rows
+from rpc_server.devices.planning.kinds import (
+    SLOTS,
+    KindMemory,
+    TooManyKindsError,
+    signatures,
+    slot_rows,
+)
 from rpc_server.devices.planning.records import STATUS_TEXT
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import LinkedGraph
@@ -195,7 +201,7 @@ class _DeclinedError(Exception):
 
 
 # A graph has a few dozen kinds of nodes; to decide about one takes longer than many of a kind do.
-_MOST_KINDS = 1 << 12
+_MOST_KINDS = 1 << 11
 
 
 class _Labels:
@@ -253,10 +259,18 @@ class _Positions:
     def __len__(self) -> int:
         return len(self.nodes) + len(self.others)
 
-    @property
     def signatures(self) -> tuple[list[bytes], Ints, Ints]:
-        """The signatures of all nodes, the first of each, and each node's."""
-        return signatures(self._table, self._rows)
+        """Return the signatures of all nodes, the first of each, and each node's.
+
+        Raises GraphError where there are too many.
+        """
+        try:
+            return signatures(self._table, self._rows, _MOST_KINDS)
+        except TooManyKindsError as error:
+            raise GraphError(
+                f"a graph of {error.count} kinds of nodes, no two of them alike; more than "
+                f"{_MOST_KINDS} are not planned for"
+            ) from None
 
     @property
     def slots(self) -> Ints:
@@ -367,12 +381,7 @@ class CpuPlanBuilder:
 
     def _kinds_of(self, positions: _Positions, stop: Ints) -> tuple[list[CpuKind], Ints]:
         """The kinds that there are, and the kind of each position. Raises GraphError."""
-        keys, first, which = positions.signatures
-        if len(keys) > _MOST_KINDS:
-            raise GraphError(
-                f"a graph of {len(keys)} kinds of nodes, no two of them alike; more than "
-                f"{_MOST_KINDS} are not planned for"
-            )
+        keys, first, which = positions.signatures()
         kinds: list[CpuKind] = []
         for key, number in zip(keys, first.tolist(), strict=True):
             if stop[0]:

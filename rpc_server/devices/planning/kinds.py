@@ -69,8 +69,21 @@ def slot_rows(table: TensorTable, order: Ints) -> Ints:
     return rows
 
 
-def signatures(table: TensorTable, slots: Ints) -> tuple[list[bytes], Ints, Ints]:
-    """Return the signatures of nodes (rows of slot_rows), the first of each, and each node's."""
+class TooManyKindsError(Exception):
+    """There are more kinds of nodes than are planned for; the argument is how many."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
+def signatures(
+    table: TensorTable, slots: Ints, most: int | None = None
+) -> tuple[list[bytes], Ints, Ints]:
+    """Return the signatures of nodes (rows of slot_rows), the first of each, and each node's.
+
+    Raises TooManyKindsError where there are more than ``most``.
+    """
     if not len(slots):
         nothing = np.zeros(0, np.int64)
         return [], nothing, nothing
@@ -81,6 +94,9 @@ def signatures(table: TensorTable, slots: Ints) -> tuple[list[bytes], Ints, Ints
     first, which = group_rows(
         np.column_stack((table.ops[own], table.params[own], shapes[slots[:, :used]], same))
     )
+    if most is not None and len(first) > most:
+        # Their signatures alone would take a hundred megabytes.
+        raise TooManyKindsError(len(first))
     words = np.empty((len(first), _WORDS), np.int64)
     some = slots[first]
     words[:, 0] = table.ops[some[:, 0]]
