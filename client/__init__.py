@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from client.split.backend import SplitProduct as SplitProduct
     from client.split.backend import SplitWeight as SplitWeight
     from client.tensors import ShapeError as ShapeError
-    from client.tensors import Tensor as Tensor
     from protocol.ggml.ops import Op as Op
     from protocol.ggml.types import GgmlType as GgmlType
+    from protocol.tensor import Tensor as Tensor
 
 # Where each name is defined.
 _HOMES = {
@@ -49,7 +49,7 @@ _HOMES = {
     "SplitBackend": "client.split.backend",
     "SplitProduct": "client.split.backend",
     "SplitWeight": "client.split.backend",
-    "Tensor": "client.tensors",
+    "Tensor": "protocol.tensor",
     "UnsupportedCommand": "client.errors",
     "VersionMismatch": "client.errors",
     "connect": "client.connection",

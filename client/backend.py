@@ -28,13 +28,14 @@ import numpy.typing as npt
 from client.builder.graph import Graph, GraphBuilder
 from client.connection import Connection, connect_any
 from client.connection import connect as open_connection
-from client.tensors import Array, Tensor, from_bytes, require, to_bytes
+from client.tensors import Array, from_bytes, require, to_bytes
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
 from protocol.errors import ProtocolError
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 Values = Array | bytes | bytearray | memoryview | Sequence[Any] | float
 

@@ -32,7 +32,6 @@ from client.errors import (
     UnsupportedCommand,
     VersionMismatch,
 )
-from client.tensors import Tensor
 from client.tunnel import keep_alive, open_tunnel
 from protocol.codec import codec
 from protocol.commands import Command
@@ -52,6 +51,7 @@ from protocol.numbering import wire_params
 from protocol.requests import encode_frame
 from protocol.responses import ResponseReader
 from protocol.split import caps_version, split_caps, with_split
+from protocol.tensor import Tensor
 
 Bytes = bytes | bytearray | memoryview
 # A tensor of this client, or the fields of an rpc_tensor as they are to be sent.

@@ -16,8 +16,9 @@ import gguf
 import numpy as np
 
 from client.backend import Backend
-from client.tensors import Array, Tensor
+from client.tensors import Array
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.tensor import Tensor
 
 MAX_DIMS = 4
 

@@ -26,11 +26,11 @@ from conformance.differential.uncovered import UNCOVERED
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import VIEWS, Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import parse_graph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from tools.documents import keep
 

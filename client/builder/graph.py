@@ -20,12 +20,15 @@ from client.builder.recurrent import RecurrentOps
 from client.builder.signals import SignalOps
 from client.builder.training import TrainingOps
 from client.builder.windows import WindowOps
-from client.tensors import FLAG_COMPUTE, FLAG_PARAM, Tensor
 from protocol.dialects import USE_COUNT_SINCE, Dialect
-from protocol.ggml.ops import Op
+from protocol.ggml.ops import Op, TensorFlag
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE
 from protocol.numbering import wire_params
+from protocol.tensor import Tensor
+
+# As plain numbers, which are quicker than flags.
+_PARAM, _COMPUTE = int(TensorFlag.PARAM), int(TensorFlag.COMPUTE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +85,15 @@ class GraphBuilder(PointwiseOps, PartialOps, TrainingOps, RecurrentOps, WindowOp
         """
         targets = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         visited = _post_order(targets, lambda t: t.src)
-        nodes = [t for t in visited if t.op is not Op.NONE or t.flags & FLAG_PARAM]
-        leaves = [t for t in visited if t.op is Op.NONE and not t.flags & FLAG_PARAM]
+        nodes = [t for t in visited if t.op is not Op.NONE or t.flags & _PARAM]
+        leaves = [t for t in visited if t.op is Op.NONE and not t.flags & _PARAM]
         for kind, group in (("node", nodes), ("leaf", leaves)):
             for i, tensor in enumerate(group):
                 tensor.name = tensor.name or f"{kind}_{i}"
         uses = {id(t): 0 for t in visited}
         for tensor in visited:
             if tensor.op is not Op.NONE:
-                tensor.flags |= FLAG_COMPUTE
+                tensor.flags |= _COMPUTE
             for source in tensor.src:
                 if source is not None:
                     uses[id(source)] += 1

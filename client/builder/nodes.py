@@ -5,25 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from client.tensors import Dims, Tensor, dims, require
+from client.tensors import dims, encode_params, require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.messages import MAX_SOURCES
+from protocol.tensor import Dims, Tensor, contiguous_strides, padded_sources
 
 # ggml_prec: what a product may accumulate in. The names are ggml's.
 PREC_UNDEFINED = 0
 PREC_F32 = 10
 
 
-def can_repeat(a: Tensor, b: Tensor) -> bool:
-    """Return whether ``a`` fits into ``b`` a whole number of times in each dimension."""
-    if 0 in a.ne:
-        return 0 in b.ne
-    return all(nb % na == 0 for na, nb in zip(a.ne, b.ne, strict=True))
-
-
 def is_vector(a: Tensor) -> bool:
     """Return whether all elements are in dimension 0 (ggml_is_vector)."""
     return a.ne[1:] == (1, 1, 1)
+
+
+def _sources(src: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return sources as a tensor has them. Raises ShapeError for more than ten."""
+    given = tuple(src)
+    require(len(given) <= MAX_SOURCES, f"{len(given)} sources, a tensor has {MAX_SOURCES} at most")
+    return padded_sources(given)
 
 
 class NodeFactory:
@@ -71,7 +73,17 @@ class NodeFactory:
         ``params`` are the op_params as words: ints as int32, floats as float32. Nothing is checked
         but that rows are whole blocks.
         """
-        result = Tensor(next(self._ids), type, dims(ne), op=op, params=params, src=src, name=name)
+        shape = dims(ne)
+        result = Tensor(
+            next(self._ids),
+            type,
+            shape,
+            contiguous_strides(type, shape),
+            op,
+            encode_params(params),
+            _sources(src),
+            name,
+        )
         block = TYPE_INFO[type].block_size
         require(result.ne[0] % block == 0, f"{result!r}: rows are not whole blocks of {block}")
         return result
@@ -110,18 +122,19 @@ class NodeFactory:
         root = a if a.view_src is None else a.view_src
         base = offset + (0 if a.view_src is None else a.view_offs)
         shape = a.ne if ne is None else ne
-        strides = nb if nb is not None else (a.nb if ne is None else None)
+        if nb is None:
+            nb = a.nb if ne is None else contiguous_strides(a.type, ne)
         result = Tensor(
             next(self._ids),
             a.type,
             shape,
-            op=op,
-            params=params,
-            src=src,
-            nb=strides,
+            nb,
+            op,
+            encode_params(params),
+            _sources(src),
+            name or f"{a.name} (view)",
             view_src=root,
             view_offs=base,
-            name=name or f"{a.name} (view)",
         )
         size = row_size(a.type, shape[0]) * shape[1] * shape[2] * shape[3]
         require(offset >= 0, f"{result!r}: negative offset {offset}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 
-from client.builder.nodes import NodeFactory, can_repeat
-from client.tensors import Tensor, require
+from client.builder.nodes import NodeFactory
+from client.tensors import require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 _MAX_OFFSET = 1 << 30
 
@@ -41,7 +42,7 @@ class PartialOps(NodeFactory):
 
     def add_cast(self, a: Tensor, b: Tensor, type: GgmlType) -> Tensor:
         """Add to a quantized or 16-bit ``a`` with a result of another type."""
-        rows = a.ne[0] == b.ne[0] and can_repeat(b, a)
+        rows = a.ne[0] == b.ne[0] and b.can_repeat_to(a)
         require(rows, f"add_cast: rows of {b!r} can't be repeated to {a!r}")
         narrow = a.quantized or a.type in (GgmlType.F16, GgmlType.BF16)
         require(narrow, f"add_cast: {a!r} is neither quantized nor of 16 bits")

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from client.builder.nodes import NodeFactory, can_repeat
-from client.tensors import Tensor, dims, require
+from client.builder.nodes import NodeFactory
+from client.tensors import dims, require
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 # The families below differ in a name only, so they are made from it. `Any` is the builder.
 _Unary = Callable[[Any, Tensor], Tensor]
@@ -46,7 +47,7 @@ def _broadcast(op: Op) -> tuple[_Binary, _Binary]:
     """An op on ``a`` and ``b`` repeated to the shape of ``a``; and in the memory of ``a``."""
 
     def check(a: Tensor, b: Tensor) -> None:
-        require(can_repeat(b, a), f"{op}: {b!r} can't be repeated to {a!r}")
+        require(b.can_repeat_to(a), f"{op}: {b!r} can't be repeated to {a!r}")
 
     def new(self: NodeFactory, a: Tensor, b: Tensor) -> Tensor:
         check(a, b)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from client.builder.nodes import PREC_UNDEFINED, NodeFactory, is_vector
-from client.tensors import Tensor, dims, require
+from client.tensors import dims, require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, padded_sources
 
 # ggml's rope modes.
 ROPE_NORMAL = 0
@@ -44,7 +45,7 @@ class ProductOps(NodeFactory):
         """Convert ``a`` to another type."""
         result = self.op(Op.CPY, type, a.ne, (a,), name=f"{a.name} (copy)")
         # As in ggml, where a copy's second source is its destination.
-        result.src = (a, result)
+        result.src = padded_sources((a, result))
         return result
 
     # -- products

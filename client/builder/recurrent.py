@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from client.builder.nodes import NodeFactory, is_vector
-from client.tensors import Tensor, require
+from client.tensors import require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 F32 = GgmlType.F32
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from client.builder.nodes import NodeFactory
-from client.tensors import Dims, Tensor, dims, require
+from client.tensors import dims, require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Dims, Tensor
 
 # ggml_op_pool.
 POOL_MAX = 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from client.builder.nodes import can_repeat, is_vector
+from client.builder.nodes import is_vector
 from client.builder.products import ROPE_NORMAL, ProductOps
-from client.tensors import FLAG_PARAM, Tensor, require
-from protocol.ggml.ops import Op
+from client.tensors import require
+from protocol.ggml.ops import Op, TensorFlag
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 F32 = GgmlType.F32
 
@@ -23,7 +24,7 @@ class TrainingOps(ProductOps):
     def set_param(self, a: Tensor) -> Tensor:
         """Mark a leaf as what training changes (ggml_set_param); returns it."""
         require(a.op is Op.NONE, f"set_param: {a!r} is computed")
-        a.flags |= FLAG_PARAM
+        a.flags |= TensorFlag.PARAM
         return a
 
     # -- losses
@@ -96,7 +97,7 @@ class TrainingOps(ProductOps):
 
     def repeat_back(self, a: Tensor, b: Tensor) -> Tensor:
         """Add up the copies of ``b`` that ``a`` is made of, in the shape of ``b``."""
-        require(can_repeat(b, a), f"repeat_back: {b!r} can't be repeated to {a!r}")
+        require(b.can_repeat_to(a), f"repeat_back: {b!r} can't be repeated to {a!r}")
         return self.op(Op.REPEAT_BACK, a.type, b.ne, (a,))
 
     # -- optimizers
@@ -120,7 +121,7 @@ class TrainingOps(ProductOps):
 
     def _step(self, op: Op, tensors: tuple[Tensor, ...], params: Tensor, n_params: int) -> Tensor:
         a = tensors[0]
-        require(bool(a.flags & FLAG_PARAM), f"{op}: {a!r} is not marked as a parameter")
+        require(bool(a.flags & TensorFlag.PARAM), f"{op}: {a!r} is not marked as a parameter")
         for t in tensors[1:]:
             require(t.ne == a.ne, f"{op}: {t!r} and {a!r} differ in shape")
         fits = params.type == F32 and params.nelements == n_params

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from client.builder.nodes import NodeFactory
-from client.tensors import Tensor, require
+from client.tensors import require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 
 class WindowOps(NodeFactory):

@@ -44,10 +44,11 @@ from client.split.partition import (
     row_extents,
 )
 from client.split.server import Ready, SplitServer
-from client.tensors import Array, Tensor, from_bytes, require, to_bytes
+from client.tensors import Array, from_bytes, require, to_bytes
 from protocol.commands import Command
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from protocol.split import MAX_PROGRAMS, WIRE_TYPES
+from protocol.tensor import Tensor
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from client.backend import Backend
 from client.builder.graph import GraphBuilder
-from client.tensors import Tensor
 from protocol.ggml.types import GgmlType, row_size
+from protocol.tensor import Tensor
 
 # Bytes of weights in one exchange where nobody says it: those of a layer of a 7B model at 4 bits.
 WORK = 32e6

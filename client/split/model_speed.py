@@ -21,8 +21,8 @@ from client.builder.graph import GraphBuilder
 from client.errors import AllocationFailed
 from client.model_header import ModelShape
 from client.split.balance import least_seconds
-from client.tensors import Tensor
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 # Columns that stand for a prompt.
 PROMPT_COLUMNS = 32

@@ -25,11 +25,11 @@ from client.split.steps import (
     encode_steps,
     program_frames,
 )
-from client.tensors import Tensor
 from protocol.commands import Command
 from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.split import MAX_PROGRAMS
+from protocol.tensor import Tensor
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from client.backend import Backend, BackendBuffer
 from client.builder.graph import Graph
 from client.connection import Connection
 from client.errors import AllocationFailed
-from client.tensors import Tensor
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 from protocol.split import ProgramStep, encode_program
+from protocol.tensor import Tensor
 
 _ALIGN = 128
 _FIRST_REGION = 4 << 20

@@ -8,12 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from client.builder.products import ROPE_NORMAL
-from client.tensors import Tensor
 from conformance.cases.groups import SEQUENCES
 from conformance.suite import Context
 from conformance.suite.arrays import PRODUCT_BOUND, Array, Bench, close, same, values, weights
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType, row_size
+from protocol.tensor import Tensor
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 PLAIN = (F16, F32)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from client.builder.graph import Graph
-from client.tensors import FLAG_OUTPUT
 from conformance.cases.groups import GRAPHS
 from conformance.suite import Context
 from conformance.suite.arrays import (
@@ -17,6 +16,7 @@ from conformance.suite.arrays import (
     same,
     values,
 )
+from protocol.ggml.ops import TensorFlag
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
 
@@ -172,7 +172,7 @@ def several_outputs(c: Context) -> None:
     shared = b.g.rms_norm(b.leaf(x), 1e-5)
     outputs = [shared, b.g.mul(shared, b.leaf(w)), b.g.neg(shared), b.g.sqr(shared)]
     for t in outputs:
-        t.flags |= FLAG_OUTPUT
+        t.flags |= TensorFlag.OUTPUT
     norm, scaled, negated, squared = b.compute(*outputs)
     expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5)
     close(c, norm, expected, "RMS_NORM")

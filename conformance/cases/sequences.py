@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from client.tensors import Tensor
 from conformance.cases.caches import CELLS, WIDTH, Cache, attended, caches, mask_of
 from conformance.cases.groups import SEQUENCES
 from conformance.suite import Context, Peer, tensor
@@ -17,6 +16,7 @@ from conformance.suite.probe import cacheable
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
+from protocol.tensor import Tensor
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 _CLIENTS = "tests/data/captures/clients/"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from client.tensors import Tensor
 from conformance.cases.groups import SPLIT
 from conformance.suite import Context, Peer, RemoteBuffer
 from conformance.suite.arrays import PRODUCT_BOUND, Array, Bench, close, same, values, weights
@@ -24,6 +23,7 @@ from protocol.split import (
     split_caps,
     split_commands,
 )
+from protocol.tensor import Tensor
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from client.split.steps import Step
-from client.tensors import Tensor
 from conformance.cases.groups import SPLIT
 from conformance.cases.split import SOURCE, no_tensors, parts_of
 from conformance.suite import Closed, Context, Peer
@@ -21,6 +20,7 @@ from protocol.split import (
     ProgramStep,
     encode_program,
 )
+from protocol.tensor import Tensor
 
 F32 = GgmlType.F32
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from client.builder.graph import Graph, GraphBuilder
-from client.tensors import Tensor, dims
+from client.tensors import dims, encode_params
 from conformance.differential.compare import Check, Equality
 from conformance.differential.values import Fill, ValueKind
 from protocol.ggml.ops import (
@@ -19,6 +19,7 @@ from protocol.ggml.ops import (
     UnaryOp,
 )
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, padded_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class GraphCase:
     def key(self) -> str:
         """Return a key that is equal for cases that differ in the seeds of their values only."""
         rows = [
-            (t.type, t.op, t.ne, t.nb, t.view_offs, t.view_src is not None, len(t.src), t.op_params)
+            (t.type, t.op, t.ne, t.nb, t.view_offs, t.view_src is not None, _count(t), t.op_params)
             for t in self.graph.tensors
         ]
         kinds = [(f.kind, f.low, f.high) for f in self.fills.values()]
@@ -55,7 +56,7 @@ class GraphCase:
         names = {t: f"%{i}" for i, t in enumerate(self.graph.tensors)}
         lines = []
         for t in self.graph.tensors:
-            sources = ", ".join(names[s] if s is not None else "-" for s in t.src)
+            sources = ", ".join(names[s] if s is not None else "-" for s in t.src[: _count(t)])
             line = f"{names[t]} = {_op_name(t)}({sources}) {t.type.name} ne={list(t.ne)}"
             if not t.contiguous or t.view_src is not None:
                 line += f" nb={list(t.nb)}"
@@ -83,7 +84,7 @@ class GraphCase:
             row: dict[str, Any] = {"type": t.type.name, "op": t.op.value, "ne": list(t.ne)}
             row["nb"] = list(t.nb)
             row["params"] = list(t.op_params)
-            row["src"] = [None if s is None else at[s] for s in t.src]
+            row["src"] = [None if s is None else at[s] for s in t.src[: _count(t)]]
             if t.view_src is not None:
                 row["view"] = [at[t.view_src], t.view_offs]
             if t in self.fills:
@@ -113,15 +114,15 @@ class GraphCase:
                 i + 1,
                 GgmlType[row["type"]],
                 dims(row["ne"]),
-                op=Op(row["op"]),
-                params=row["params"],
-                nb=dims(row["nb"]),
+                dims(row["nb"]),
+                Op(row["op"]),
+                encode_params(row["params"]),
                 view_src=tensors[view[0]] if view else None,
                 view_offs=view[1] if view else 0,
             )
             tensors.append(t)
             # A cast is its own second source, so it must be there before.
-            t.src = tuple(None if s is None else tensors[s] for s in row["src"])
+            t.src = padded_sources(None if s is None else tensors[s] for s in row["src"])
             if "fill" in row:
                 fields = dict(row["fill"])
                 fills[t] = Fill(ValueKind(fields.pop("kind")), **fields)
@@ -135,6 +136,11 @@ class GraphCase:
             for o in data["outputs"]
         ]
         return cls.of(outputs, fills)
+
+
+def _count(t: Tensor) -> int:
+    """Return how many sources are written down: all up to the last one."""
+    return max((i for i, s in enumerate(t.src, 1) if s is not None), default=0)
 
 
 def _op_name(t: Tensor) -> str:

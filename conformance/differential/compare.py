@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.tensors import Array, Tensor, from_bytes
+from client.tensors import Array, from_bytes
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 # ggml's own bounds for backends (tests/test-backend-ops.cpp): for all ops, and for those which
 # round activations or accumulate in their own order.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from client.connection import Connection
 from client.errors import ConnectionLost, GraphFailed
-from client.tensors import Tensor, dims
+from client.tensors import dims
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import CaseMemory
 from conformance.differential.endpoint import Endpoint
@@ -23,6 +23,7 @@ from protocol.errors import ProtocolError
 from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import encode_graph
+from protocol.tensor import Tensor, contiguous_strides
 
 GUARD_BYTE = 0xA5
 # What nodes find in their memory: not-a-number in every float type.
@@ -104,7 +105,8 @@ class CaseRunner:
         connection = await self._ready(len(image.data))
         for root, offset in image.offsets.items():
             root.place(self._buffer, self._base + offset)
-        whole = Tensor(0x7FFF_FFFF, GgmlType.I8, dims([len(image.data)]))
+        ne = dims([len(image.data)])
+        whole = Tensor(0x7FFF_FFFF, GgmlType.I8, ne, contiguous_strides(GgmlType.I8, ne))
         whole.place(self._buffer, self._base)
         payload = case.graph.payload(connection.dialect)
         graphs = [payload.nodes]

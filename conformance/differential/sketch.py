@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 
 from client.builder.graph import GraphBuilder
-from client.tensors import Dims, Tensor, dims
+from client.tensors import dims
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
 from conformance.differential.values import Fill, ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.tensor import Dims, Tensor
 
 T = TypeVar("T")
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.tensors import NUMPY_TYPES, Tensor
+from client.tensors import NUMPY_TYPES
 from conformance.differential.blocks import Bytes, random_blocks
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 Values = npt.NDArray[np.float64]
 

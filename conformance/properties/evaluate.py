@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.tensors import Tensor, param_f32
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
@@ -89,7 +89,7 @@ def _pairs(t: Tensor, s: Sequence[Array]) -> Evaluated:
 
 @_for(Op.SCALE)
 def _scale(t: Tensor, s: Sequence[Array]) -> Evaluated:
-    return Evaluated(s[0] * np.float32(param_f32(t, 0)) + np.float32(param_f32(t, 1)))
+    return Evaluated(s[0] * np.float32(t.param_f32(0)) + np.float32(t.param_f32(1)))
 
 
 @_for(Op.SQR)
@@ -104,12 +104,12 @@ def _sqrt(t: Tensor, s: Sequence[Array]) -> Evaluated:
 
 @_for(Op.CLAMP)
 def _clamp(t: Tensor, s: Sequence[Array]) -> Evaluated:
-    return Evaluated(np.clip(s[0], np.float32(param_f32(t, 0)), np.float32(param_f32(t, 1))))
+    return Evaluated(np.clip(s[0], np.float32(t.param_f32(0)), np.float32(t.param_f32(1))))
 
 
 @_for(Op.LEAKY_RELU)
 def _leaky_relu(t: Tensor, s: Sequence[Array]) -> Evaluated:
-    return Evaluated(np.where(s[0] > 0, s[0], s[0] * np.float32(param_f32(t, 0))))
+    return Evaluated(np.where(s[0] > 0, s[0], s[0] * np.float32(t.param_f32(0))))
 
 
 # -- functions -------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def _norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x, n = _double(s[0]), s[0].shape[-1]
     centred = x - x.mean(-1, keepdims=True)
     variance = (centred**2).mean(-1, keepdims=True)
-    root = np.sqrt(variance + param_f32(t, 0))
+    root = np.sqrt(variance + t.param_f32(0))
     # The mean is off by as much as sums are, and so is every difference from it.
     off = np.abs(x).max(-1, keepdims=True) * _EPS * (n + 4)
     values = centred / root
@@ -234,21 +234,21 @@ def _norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
 @_for(Op.RMS_NORM)
 def _rms_norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x, n = _double(s[0]), s[0].shape[-1]
-    values = x / np.sqrt((x**2).mean(-1, keepdims=True) + param_f32(t, 0))
+    values = x / np.sqrt((x**2).mean(-1, keepdims=True) + t.param_f32(0))
     return Evaluated(values, np.abs(values) * _EPS * (n + 8) + _TINY)
 
 
 @_for(Op.L2_NORM)
 def _l2_norm(t: Tensor, s: Sequence[Array]) -> Evaluated:
     x, n = _double(s[0]), s[0].shape[-1]
-    length = np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), param_f32(t, 0))
+    length = np.maximum(np.sqrt((x**2).sum(-1, keepdims=True)), t.param_f32(0))
     values = x / length
     return Evaluated(values, np.abs(values) * _EPS * (n + 8) + _TINY)
 
 
 @_for(Op.SOFT_MAX)
 def _soft_max(t: Tensor, s: Sequence[Array]) -> Evaluated:
-    x = _double(s[0] * np.float32(param_f32(t, 0)))
+    x = _double(s[0] * np.float32(t.param_f32(0)))
     if len(s) > 1:
         x = x + _double(s[1][:, :, : x.shape[2]])
     top = x.max(-1, keepdims=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from client.tensors import FLAG_OUTPUT, NUMPY_TYPES, Tensor
+from client.tensors import NUMPY_TYPES
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import (
     DEFAULT_NMSE,
@@ -29,9 +29,10 @@ from conformance.properties.evaluate import Evaluated, evaluate
 from conformance.suite.context import Context
 from conformance.suite.errors import CaseEnded
 from protocol.commands import Command
-from protocol.ggml.ops import VIEWS, Op
+from protocol.ggml.ops import VIEWS, Op, TensorFlag
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
+from protocol.tensor import Tensor
 
 Array = npt.NDArray[Any]
 
@@ -75,7 +76,7 @@ def check(case: GraphCase, image: Image, actual: CaseMemory) -> None:
         if t.op in VIEWS or not t.nelements:
             continue
         result = _expected(t, ours, inner)
-        if not t.flags & FLAG_OUTPUT:
+        if not t.flags & TensorFlag.OUTPUT:
             # A server may compute it together with what reads it, and leave its memory alone.
             inner[t] = result
             ours.array(t)[...] = result.values
@@ -237,7 +238,7 @@ def _compare(case: GraphCase, image: Image, expected: CaseMemory, actual: CaseMe
     writers = last_writers(case, image)
     steady = conditioned(case, image)
     for i, t in enumerate(case.graph.nodes):
-        if i not in steady or not t.flags & FLAG_OUTPUT:
+        if i not in steady or not t.flags & TensorFlag.OUTPUT:
             continue
         if not (_of_elements(writers, actual, t) == i).all():
             continue

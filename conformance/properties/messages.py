@@ -17,7 +17,7 @@ import numpy as np
 from construct import Array, Bytes, FormatField, Padded, Struct
 from hypothesis import strategies as st
 
-from client.tensors import contiguous_strides, dims
+from client.tensors import dims
 from conformance.properties.programs import build, programs
 from protocol.codec import codec
 from protocol.commands import Command
@@ -29,6 +29,7 @@ from protocol.messages import MAX_DIMS, MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
 from protocol.requests import encode_request
 from protocol.responses import encode_size
 from protocol.split import ProgramStep, encode_program
+from protocol.tensor import contiguous_strides
 
 Fields = Mapping[str, Any]
 

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from client.builder.graph import GraphBuilder
-from client.tensors import FLAG_OUTPUT, Dims, Tensor, contiguous_strides, dims
+from client.tensors import dims
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
 from conformance.differential.values import Fill, ValueKind
-from protocol.ggml.ops import VIEWS, Op
+from protocol.ggml.ops import VIEWS, Op, TensorFlag
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Dims, Tensor, contiguous_strides
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 
@@ -98,7 +99,7 @@ class GraphProgram:
         """Take in a node; ``peak`` bounds its values (of views it is what they view)."""
         self.nodes.append(t)
         # Without this flag a server may leave out what one other node reads only.
-        t.flags |= FLAG_OUTPUT
+        t.flags |= TensorFlag.OUTPUT
         root = t if t.view_src is None else t.view_src
         self._peaks[root] = max(self._peaks.get(root, 0.0), peak)
         if t.op not in _ROUNDED_ONCE:

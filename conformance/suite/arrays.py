@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.builder.graph import Graph, GraphBuilder
-from client.tensors import NUMPY_TYPES, Tensor, from_bytes
+from client.tensors import NUMPY_TYPES, from_bytes
 from conformance.differential.blocks import random_blocks
 from conformance.differential.compare import nmse
 from conformance.suite.context import Context
@@ -18,6 +18,7 @@ from conformance.suite.peer import Peer
 from conformance.suite.tensors import RemoteBuffer
 from protocol.commands import Command
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 Array = npt.NDArray[Any]
 _GAP = 64

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from client.tensors import FLAG_COMPUTE, contiguous_strides, dims
+from client.tensors import dims
 from protocol.dialects import Dialect
-from protocol.ggml.ops import Op
+from protocol.ggml.ops import Op, TensorFlag
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES, RPC_TENSOR_DTYPE
 from protocol.numbering import wire_params
+from protocol.tensor import contiguous_strides
 
 Fields = dict[str, Any]
 
@@ -102,7 +103,7 @@ class RemoteBuffer:
         computed = {
             "op": self.dialect.op_number(op),
             "src": sources(*src),
-            "flags": FLAG_COMPUTE,
+            "flags": TensorFlag.COMPUTE,
         }
         if "op_params" in fields:
             params = wire_params(self.dialect.numbering, op, fields["op_params"])

@@ -14,8 +14,8 @@ from protocol.dialects import Dialect
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload
+from protocol.tensor import Tensor
 from rpc_server.graph.parse import BufferLike, Resolve
-from rpc_server.graph.tensor import Tensor
 
 if TYPE_CHECKING:
     from rpc_server.cache.store import TensorCache

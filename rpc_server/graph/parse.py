@@ -28,6 +28,7 @@ from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES
 from protocol.numbering import canonical_params, padding_behind
+from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.table import (
     OP_NUMBERS,
@@ -38,7 +39,6 @@ from rpc_server.graph.table import (
     table_of,
     with_none,
 )
-from rpc_server.graph.tensor import Tensor
 
 _TYPES = {int(t): t for t in GgmlType}
 
@@ -295,7 +295,7 @@ def _bare(wire: Any, i: int) -> Tensor:
     """A tensor of known type that says no more than how it lies."""
     ne, nb = (tuple(map(int, wire[name][i])) for name in ("ne", "nb"))
     type_ = _TYPES[int(wire["type"][i])]
-    return Tensor(int(wire["id"][i]), _label(wire, i), type_, Op.NONE, ne, nb)  # type: ignore[arg-type]
+    return Tensor(int(wire["id"][i]), type_, ne, nb, name=_label(wire, i))  # type: ignore[arg-type]
 
 
 def _repeated(t: Tensor) -> str:

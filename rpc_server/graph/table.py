@@ -16,7 +16,7 @@ import numpy.typing as npt
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.messages import MAX_DIMS, MAX_PARAM_WORDS, MAX_SOURCES
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 
 Ints = npt.NDArray[np.int64]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.types import from_f32, to_f32
 
 NATIVE: dict[GgmlType, Any] = {

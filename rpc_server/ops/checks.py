@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import refuse, require
 
 F32_ONLY: frozenset[GgmlType] = frozenset({GgmlType.F32})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.ggml.ops import Op
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import contract, refuse
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.checks import (
     F32_ONLY,
     require_shape,

@@ -9,7 +9,7 @@ from typing import Any
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, FLOATS, GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,

@@ -9,7 +9,7 @@ from typing import Any
 
 from protocol.ggml.ops import VIEWS, Op
 from protocol.ggml.types import DECODABLE, FLOATS, TYPE_INFO, GgmlType, nbytes
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE, ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from client.split.partition import Rows
 from protocol.ggml.types import TYPE_INFO
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 
 
 @dataclass(frozen=True, slots=True)

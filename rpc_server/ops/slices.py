@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 
 # Bytes of float32 that a reference decodes or computes at a time, unless one row takes more.
 _BYTES_AT_ONCE = 16 << 20

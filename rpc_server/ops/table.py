@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from protocol.ggml.ops import Op
 
 if TYPE_CHECKING:
-    from rpc_server.graph.tensor import Tensor
+    from protocol.tensor import Tensor
     from rpc_server.ops.arrays import ArrayContext
     from rpc_server.ops.shards import Propagated, Shards
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.ops import Op
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,

@@ -6,7 +6,7 @@ import math
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import (
     F32_ONLY,

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import ProtocolError
-from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.requests import Request
+from protocol.tensor import Tensor
 from rpc_server.cache.store import TensorCache
 from rpc_server.devices.cpu.mapped import MappedStorage
 from rpc_server.graph.parse import tensor_of_message
-from rpc_server.graph.tensor import Tensor
 from rpc_server.limits import LimitReached
 from rpc_server.models.library import Content, Models, Stripes
 from rpc_server.session.buffers import Buffer
@@ -94,7 +93,7 @@ async def _load_slice(
     digest, nbytes = request.fields.hash, request.fields.nbytes
     size = stripes.nbytes
     # Bytes without a type: only a storage that cuts tensors looks at what they are of.
-    tensor = Tensor(0, "", GgmlType.I8, Op.NONE, (size, 1, 1, 1), (1, size, size, size))
+    tensor = Tensor(0, GgmlType.I8, (size, 1, 1, 1), (1, size, size, size))
     place = Destination(buffer, start, size, tensor, 0)
     models, cache = s.context.models, s.context.cache
     in_models = False

@@ -6,10 +6,10 @@ import asyncio
 
 from protocol.commands import Command
 from protocol.requests import UploadStart
+from protocol.tensor import Tensor
 from rpc_server.cache.store import HASH_THRESHOLD
 from rpc_server.devices.base import Upload
 from rpc_server.graph.parse import tensor_of_message
-from rpc_server.graph.tensor import Tensor
 from rpc_server.session.buffers import Buffer
 from rpc_server.session.state import Session
 

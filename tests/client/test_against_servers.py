@@ -15,10 +15,11 @@ from client.backend import HASH_THRESHOLD, Backend
 from client.connection import connect
 from client.errors import ConnectionLost, VersionMismatch
 from client.gguf_file import load_gguf
-from client.tensors import Array, ShapeError, Tensor
+from client.tensors import Array, ShapeError
 from protocol.dialects import DIALECTS
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.types import to_f32
 from tests.client.test_gguf_file import write
 from tests.upstream_server import Endpoint

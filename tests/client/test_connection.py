@@ -20,13 +20,13 @@ from client.errors import (
     UnsupportedCommand,
     VersionMismatch,
 )
-from client.tensors import Tensor
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect, find_dialects
 from protocol.errors import ProtocolError
 from protocol.ggml.types import GgmlType
 from protocol.messages import RPC_TENSOR_DTYPE
 from protocol.split import SPLIT_COMMANDS, VERSION, split_caps, with_split
+from protocol.tensor import Tensor
 from tests.client.scripted import Peer, scripted, talking_to
 
 NEWEST = DIALECTS[0]

@@ -9,9 +9,10 @@ import pytest
 from client.builder.graph import GraphBuilder
 from client.builder.partial import Triangle
 from client.builder.products import ROPE_NEOX
-from client.tensors import FLAG_PARAM, ShapeError, Tensor, param_f32
-from protocol.ggml.ops import Op
+from client.tensors import ShapeError
+from protocol.ggml.ops import Op, TensorFlag
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 F32, F16, BF16, I32, I64, Q8_0 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64, GgmlType.Q8_0,
@@ -73,7 +74,7 @@ class TestRecurrent:
             (Op.GATED_LINEAR_ATTN, g.gated_linear_attn(x, x, x, x, states, 0.5)),
         ):
             assert (result.op, result.ne) == (op, (24, 4 + 16, 1, 1))
-        assert param_f32(result, 0) == 0.5
+        assert result.param_f32(0) == 0.5
         assert g.solve_tri(t(5, 5, 2), t(3, 5, 2)).ne == (3, 5, 2, 1)
 
     def test_scan(self, g: GraphBuilder, t: Make) -> None:
@@ -145,7 +146,7 @@ class TestDeepSeek:
         x = t(16, 4, 9)
         assert g.dsv4_hc_pre(x, t(4, 9)).op_params[1] == 0
         gated = g.dsv4_hc_pre_gated(x, x, 0.5)
-        assert (gated.ne, param_f32(gated, 0), gated.op_params[1]) == ((16, 9, 1, 1), 0.5, 1)
+        assert (gated.ne, gated.param_f32(0), gated.op_params[1]) == ((16, 9, 1, 1), 0.5, 1)
         assert g.dsv4_hc_post(t(16, 9), x, t(4, 9)).src[3] is None
         assert g.dsv4_hc_post(t(16, 9), x, t(4, 9), comb).ne == (16, 4, 9, 1)
         all_refused(
@@ -181,7 +182,7 @@ class TestTraining:
         with pytest.raises(ShapeError, match="not marked as a parameter"):
             g.opt_step_sgd(a, t(8, 5), t(2))
         assert g.set_param(a) is a
-        assert a.flags & FLAG_PARAM
+        assert a.flags & TensorFlag.PARAM
         step = g.opt_step_adamw(a, t(8, 5), t(8, 5), t(8, 5), t(7))
         assert (step.op, step.view_src, step.ne) == (Op.OPT_STEP_ADAMW, a, a.ne)
         # A parameter is among the nodes of a graph, as in ggml.
@@ -196,9 +197,9 @@ class TestTraining:
     def test_gradients(self, g: GraphBuilder, t: Make) -> None:
         a = t(8, 6, 4)
         assert g.silu_back(a, a).op is Op.SILU_BACK
-        assert param_f32(g.rms_norm_back(a, a, 0.25), 0) == 0.25
+        assert g.rms_norm_back(a, a, 0.25).param_f32(0) == 0.25
         back = g.soft_max_ext_back(a, a, 0.5, 0.0, inplace=True)
-        assert (back.view_src, param_f32(back, 0)) == (a, 0.5)
+        assert (back.view_src, back.param_f32(0)) == (a, 0.5)
         positions = t(4, type=I32)
         turned = g.rope_ext(a, positions, None, 6, ROPE_NEOX, 64, freq_scale=0.5)
         back = g.rope_ext_back(a, positions, None, 6, ROPE_NEOX, 64, freq_scale=0.5)
@@ -207,7 +208,7 @@ class TestTraining:
         with pytest.raises(ShapeError, match="can't be repeated"):
             g.repeat_back(a, t(3, 3))
         rows = g.get_rows_back(t(8, 3, type=F16), t(3, type=I32), t(8, 9, type=F16))
-        assert (rows.type, rows.ne, rows.src[2:]) == (F32, (8, 9, 1, 1), ())
+        assert (rows.type, rows.ne, rows.src[2:]) == (F32, (8, 9, 1, 1), (None,) * 8)
         all_refused(
             "get_rows_back",
             lambda: g.get_rows_back(a, t(3, type=I32), t(8, 9)),

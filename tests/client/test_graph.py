@@ -10,11 +10,12 @@ import pytest
 
 from client.builder.graph import GraphBuilder
 from client.builder.products import ROPE_MROPE, ROPE_NEOX
-from client.tensors import FLAG_COMPUTE, ShapeError, Tensor, encode_params
+from client.tensors import ShapeError, encode_params
 from protocol.dialects import DIALECTS, find_dialects
-from protocol.ggml.ops import GluOp, Op, UnaryOp
+from protocol.ggml.ops import GluOp, Op, TensorFlag, UnaryOp
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import decode_graph
+from protocol.tensor import Tensor, padded_sources
 
 F32, F16, I32, Q4_0 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.Q4_0
 
@@ -49,7 +50,7 @@ class TestViews:
         a = g.new_tensor_2d(F32, 8, 6)
         first = g.view_2d(a, 8, 4, a.nb[1], 32)
         second = g.view_1d(first, 8, 64)
-        assert second.src == (first,)
+        assert second.src == padded_sources([first])
         assert second.view_src is a
         assert second.view_offs == 96
         # The parameter is the offset within what was viewed, 64 bits.
@@ -252,8 +253,8 @@ def test_order_is_sources_first_left_to_right(g: GraphBuilder) -> None:
     assert graph.tensors == (a, b, left, c, right, total)
     assert graph.leaves == [a, b, c]
     assert unused not in graph.tensors
-    assert all(n.flags & FLAG_COMPUTE for n in graph.nodes)
-    assert not any(n.flags & FLAG_COMPUTE for n in graph.leaves)
+    assert all(n.flags & TensorFlag.COMPUTE for n in graph.nodes)
+    assert not any(n.flags & TensorFlag.COMPUTE for n in graph.leaves)
     assert [n.name for n in graph.nodes] == ["node_0", "node_1", "node_2"]
     assert [n.name for n in graph.leaves] == ["leaf_0", "leaf_1", "leaf_2"]
 

@@ -22,8 +22,9 @@ from client.builder.signals import (
     SCALE_BILINEAR,
     SCALE_NEAREST,
 )
-from client.tensors import Array, Tensor
+from client.tensors import Array
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from tests.ops.harness import nmse
 from tests.upstream_server import Endpoint
 

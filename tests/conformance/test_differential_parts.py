@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import conformance.differential.families  # noqa: F401  (fills the table)
 from client.builder.graph import GraphBuilder
-from client.tensors import Tensor, dims
+from client.tensors import dims
 from conformance.differential.blocks import random_blocks
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import (
@@ -30,6 +30,7 @@ from conformance.differential.sketch import FAMILIES, Sketch
 from conformance.differential.type_sets import DECODABLE, ENCODABLE, QUANTIZED
 from conformance.differential.values import Fill, ValueKind, leaf_bytes
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.tensor import Tensor
 from rpc_server.types import ENCODABLE as SERVER_ENCODABLE
 from rpc_server.types import to_f32
 

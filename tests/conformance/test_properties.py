@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.tensors import FLAG_OUTPUT
 from conformance.__main__ import main
 from conformance.differential.compare import CaseMemory
 from conformance.differential.explore import Mismatch
@@ -43,7 +42,7 @@ from conformance.suite.target import Target as Server
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect, find_dialects
 from protocol.errors import ProtocolError
-from protocol.ggml.ops import VIEWS
+from protocol.ggml.ops import VIEWS, TensorFlag
 from protocol.split import with_split
 from tests.server.process import ServerProcess, running
 
@@ -198,7 +197,7 @@ def test_a_wrong_element_is_found_at_its_node(words: tuple[int, ...], which: int
     wanted = sorted(set(writers[writers >= 0].tolist()))
     number = wanted[which % len(wanted)]
     node = case.graph.nodes[number]  # type: ignore[attr-defined]
-    if not node.flags & FLAG_OUTPUT:
+    if not node.flags & TensorFlag.OUTPUT:
         return
     at = int(np.flatnonzero(writers == number)[0]) & ~3
     memory.image[at : at + 4] = np.array([3e30], np.float32).view(np.uint8)[:4]

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from tests.ops.harness import (
     CONTEXT,
     by_both,

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import CACHE_TYPES, GgmlType
+from protocol.tensor import contiguous_strides
 from tests.ops.harness import (
     CONTEXT,
     by_both,
-    dense_strides,
     guards_intact,
     node,
     permuted,
@@ -46,7 +46,9 @@ def test_conversions_of_every_layout(x: GgmlType, y: GgmlType) -> None:
     content = rng.integers(-1000, 1000, ne[::-1]) / (1 if I32 in (x, y) else 7)
     dense = tensor(x, ne, content)
     assert_equal(node(Op.CPY, y, ne, [dense, None]), 3)
-    assert_equal(node(Op.DUP, y, ne, [tensor(x, ne, content, nb=dense_strides(x, (48, 5, 3, 2)))]))
+    assert_equal(
+        node(Op.DUP, y, ne, [tensor(x, ne, content, nb=contiguous_strides(x, (48, 5, 3, 2)))])
+    )
     turned = permuted(dense, (1, 0, 2, 3))
     assert_equal(node(Op.CONT, y, turned.ne, [turned]), 1)
     moved = permuted(dense, (0, 2, 1, 3))

@@ -16,11 +16,11 @@ from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.plan import CpuPlan
 from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS
 from tests.ops.harness import CONTEXT, node, tensor, values
 

@@ -7,8 +7,8 @@ import pytest
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
-from tests.ops.harness import by_both, dense_strides, four, nmse, node, params, tensor, values
+from protocol.tensor import Tensor, contiguous_strides
+from tests.ops.harness import by_both, four, nmse, node, params, tensor, values
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 # Relative rounding of a result: squared, and with room for a rounding decided the other way.
@@ -24,7 +24,7 @@ def numbers(*shape: int) -> np.ndarray:
 
 def padded_rows(type_: GgmlType, ne: tuple[int, ...], content: np.ndarray) -> Tensor:
     """A tensor whose rows are dense but not next to each other."""
-    nb = dense_strides(type_, four((ne[0] + 8, *ne[1:])))
+    nb = contiguous_strides(type_, four((ne[0] + 8, *ne[1:])))
     return tensor(type_, ne, content, nb=nb)
 
 

@@ -19,6 +19,7 @@ from protocol.ggml.ops import GluOp, Op, TensorFlag, UnaryOp
 from protocol.ggml.types import GgmlType, row_size
 from protocol.graph_payload import GraphPayload, decode_graph
 from protocol.messages import RPC_TENSOR_DTYPE
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.assembly import RecordTable
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
@@ -31,7 +32,6 @@ from rpc_server.devices.planning.kinds import KindMemory, group_rows
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
 from rpc_server.graph.table import NB, SHAPE_WORDS, Ints
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from tests.fuzz import seeds
 from tests.fuzz.graphs import GraphInput, nowhere

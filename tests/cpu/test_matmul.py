@@ -10,6 +10,7 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import product_kernel
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
@@ -17,7 +18,6 @@ from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import (
     CONTEXT,
     GUARD_BYTE,

@@ -7,8 +7,8 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
-from tests.ops.harness import by_both, dense_strides, four, nmse, node, params, tensor
+from protocol.tensor import Tensor, contiguous_strides
+from tests.ops.harness import by_both, four, nmse, node, params, tensor
 
 F32 = GgmlType.F32
 NORMS = [Op.RMS_NORM, Op.NORM, Op.L2_NORM]
@@ -17,7 +17,7 @@ rng = np.random.default_rng(20261124)
 
 
 def rows(ne: tuple[int, ...], *, padding: int = 0) -> Tensor:
-    nb = dense_strides(F32, four((ne[0] + padding, *ne[1:])))
+    nb = contiguous_strides(F32, four((ne[0] + padding, *ne[1:])))
     return tensor(F32, ne, rng.normal(0.5, 2, ne[::-1]), nb=nb)
 
 

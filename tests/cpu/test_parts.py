@@ -7,12 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from client.tensors import contiguous_strides
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.tensor import Tensor
 from tests.ops import harness
 from tests.ops.harness import node, params, run, tensor, values
 
@@ -120,7 +119,7 @@ def bare(type_: GgmlType, *ne: int, nb: tuple[int, int, int, int] | None = None)
     ne0, ne1, ne2, ne3 = (*ne, *(1,) * (4 - len(ne)))
     whole = (ne0, ne1, ne2, ne3)
     strides = contiguous_strides(type_, whole) if nb is None else nb
-    return Tensor(1, "t", type_, Op.NONE, whole, strides, address=1 << 40)
+    return Tensor(1, type_, whole, strides, name="t", address=1 << 40)
 
 
 def bare_node(op: Op, t: Tensor, *sources: Tensor) -> Tensor:

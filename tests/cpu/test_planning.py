@@ -11,6 +11,7 @@ import pytest
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu import catalog, plan, planner
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.device import CpuDevice
@@ -20,7 +21,6 @@ from rpc_server.devices.cpu.kernels.interface.planning import MOST_KEPT
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError, NoMemoryNowError
 from tests.ops.harness import nmse, node, run, tensor, values
 

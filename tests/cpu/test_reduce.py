@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import (
     by_both,
-    dense_strides,
     four,
     nmse,
     node,
@@ -33,7 +32,7 @@ def numbers(ne: tuple[int, ...]) -> Tensor:
 
 
 def padded_rows(ne: tuple[int, ...], content: np.ndarray) -> Tensor:
-    return tensor(F32, ne, content, nb=dense_strides(F32, four((ne[0] + 5, *ne[1:]))))
+    return tensor(F32, ne, content, nb=contiguous_strides(F32, four((ne[0] + 5, *ne[1:]))))
 
 
 @pytest.mark.parametrize("op", [Op.SUM_ROWS, Op.MEAN])

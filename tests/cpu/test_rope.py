@@ -8,13 +8,12 @@ import pytest
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.rope import Mode
 from tests.ops.harness import (
     builder,
     by_both,
-    dense_strides,
     guards_intact,
     nmse,
     node,
@@ -47,7 +46,7 @@ def rope_params(
 
 
 def rows(type_: GgmlType, ne: tuple[int, int, int, int]) -> Tensor:
-    nb = dense_strides(type_, (ne[0] + 8, *ne[1:]))
+    nb = contiguous_strides(type_, (ne[0] + 8, *ne[1:]))
     return tensor(type_, ne, rng.normal(0, 1, ne[::-1]), nb=nb)
 
 

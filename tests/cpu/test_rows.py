@@ -7,8 +7,8 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import CACHE_TYPES, DECODABLE, TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import (
     CONTEXT,
     by_both,

@@ -7,8 +7,8 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
-from tests.ops.harness import by_both, dense_strides, nmse, node, params, tensor
+from protocol.tensor import Tensor, contiguous_strides
+from tests.ops.harness import by_both, nmse, node, params, tensor
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 
@@ -16,7 +16,7 @@ rng = np.random.default_rng(20261124)
 
 
 def scores(ne: tuple[int, int, int, int]) -> Tensor:
-    nb = dense_strides(F32, (ne[0] + 3, *ne[1:]))
+    nb = contiguous_strides(F32, (ne[0] + 3, *ne[1:]))
     return tensor(F32, ne, rng.normal(0, 3, ne[::-1]), nb=nb)
 
 

@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 import conformance.differential.families  # noqa: F401  (fills the table of families)
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (both fill their tables)
-from client.tensors import Tensor as ClientTensor
 from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES
+from protocol.tensor import Tensor, place_views
 from rpc_server.devices.cuda.planner import CudaPlanner, lower_to_launches
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 
 # (op, what of it has no kernel)
@@ -29,38 +28,11 @@ _APART = 1 << 40
 
 
 def nodes_of(case: GraphCase) -> list[Tensor]:
-    """The case's nodes as the server's tensors, each root at an address of its own."""
-    made: dict[ClientTensor, Tensor] = {}
-
-    def place(t: ClientTensor) -> tuple[Tensor | None, int]:
-        root = made[t.view_src] if t.view_src is not None else None
-        return root, (len(made) + 1) * _APART if root is None else root.address + t.view_offs
-
-    def add(t: ClientTensor) -> None:
-        if t in made:
-            return
-        if t.view_src is not None:
-            add(t.view_src)
-        root, address = place(t)
-        made[t] = Tensor(
-            id=len(made) + 1,
-            name=t.name,
-            type=t.type,
-            op=t.op,
-            ne=t.ne,
-            nb=t.nb,
-            op_params=t.op_params,
-            view_src=root,
-            address=address,
-        )
-
-    for t in case.graph.tensors:
-        add(t)
-    for t in case.graph.tensors:
-        # A copy into a view names itself as a source.
-        sources = [None if s is None else made[s] for s in t.src]
-        made[t].src = tuple((sources + [None] * 10)[:10])
-    return [made[t] for t in case.graph.nodes]
+    """The case's nodes, each root at an address of its own."""
+    for i, root in enumerate(case.graph.roots, 1):
+        root.place(1, i * _APART)
+    place_views(case.graph.tensors)
+    return list(case.graph.nodes)
 
 
 def lowered(nodes: list[Tensor]) -> Iterator[tuple[Tensor, bool]]:

@@ -11,6 +11,7 @@ import pytest
 
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD, RECORD_WORDS
 from rpc_server.devices.cuda.kernels import Unit
 from rpc_server.devices.cuda.planner import (
@@ -22,7 +23,6 @@ from rpc_server.devices.cuda.planner import (
 )
 from rpc_server.devices.planning.nodes import lower_node
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec, check
 from tests.cuda import emulation
 from tests.ops import harness

@@ -9,8 +9,8 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.planner import Launch
-from rpc_server.graph.tensor import Tensor
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights
 from tests.ops.harness import nmse, node, noise, params, permuted, tensor, values, view

@@ -12,10 +12,10 @@ import pytest
 
 from client.backend import Backend
 from client.connection import Connection, connect
-from client.tensors import Tensor
 from protocol.dialects import DIALECTS
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, decode_graph, encode_graph
+from protocol.tensor import Tensor
 from tests.cuda import emulation
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens

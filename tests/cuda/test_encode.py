@@ -10,8 +10,8 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.lower.copy import ENCODERS
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from rpc_server.types import ENCODABLE
 from tests.cuda import emulation

@@ -10,8 +10,8 @@ import pytest
 
 from protocol.ggml.ops import GluOp, Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.planner import Launch
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights

@@ -12,10 +12,10 @@ import pytest
 from client.backend import Backend
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.lower import matmul
 from rpc_server.devices.cuda.lower.matmul import TILES, at_once
 from rpc_server.devices.cuda.planner import Launch
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from tests.cuda import harness as cuda
 from tests.ops.harness import CONTEXT, nmse, node, noise, permuted, raw, tensor

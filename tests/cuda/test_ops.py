@@ -12,7 +12,7 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights

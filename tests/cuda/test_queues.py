@@ -12,9 +12,9 @@ import pytest
 
 from client.backend import Backend, PreparedGraph
 from client.errors import ConnectionLost
-from client.tensors import Tensor
 from protocol.ggml.types import GgmlType
 from protocol.negotiation import Negotiator
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.device import CudaDevice
 from rpc_server.devices.cuda.queue import CudaQueue

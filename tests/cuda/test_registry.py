@@ -15,8 +15,8 @@ import pytest
 from client.backend import Backend
 from client.connection import connect
 from client.errors import ConnectionLost
-from client.tensors import Tensor
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices import registry
 from rpc_server.devices.cuda.toolkit import CardError
 from rpc_server.devices.registry import DeviceOptions, UnknownDeviceError, open_devices

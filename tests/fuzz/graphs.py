@@ -17,6 +17,7 @@ from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
 from protocol.graph_payload import decode_graph, encode_graph
 from protocol.split import decode_program, encode_program
+from protocol.tensor import Tensor
 from rpc_server.devices.base import BufferLike, DeviceError, NotReadyError
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
@@ -26,7 +27,6 @@ from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
-from rpc_server.graph.tensor import Tensor
 from tests.fuzz.streams import SPOKEN, promised
 from tests.guard.mapping import PAGE, GuardedMemory
 

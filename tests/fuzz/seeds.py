@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from client.tensors import Tensor
 from conformance.differential.case import GraphCase
 from conformance.differential.values import ValueKind
 from protocol.codec import codec
@@ -17,6 +16,7 @@ from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
 from protocol.split import ProgramStep, encode_program
+from protocol.tensor import Tensor
 from tests.fuzz.graphs import CONTENTS, MAX_BUFFERS, GraphInput, handle, wire_base
 from tests.fuzz.streams import SPOKEN
 from tests.guard.cases import any_case, chains, draw_cases

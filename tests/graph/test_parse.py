@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.builder.graph import GraphBuilder
 from protocol.dialects import DIALECTS, Dialect
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.messages import RPC_TENSOR_DTYPE
+from protocol.tensor import Tensor, place_views
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
 from tests.server.process import sources, tensor
@@ -226,3 +228,30 @@ def test_what_is_not_aligned_is_refused(type_: GgmlType, place: str | int) -> No
 def test_strides_that_nobody_walks_are_not_looked_at() -> None:
     wire = {**leaf(1), "type": GgmlType.Q8_0, "ne": (32, 2, 1, 1), "nb": (34, 34, 33, 1)}
     assert parse([node(2, Op.CPY, 1, at=128)], [wire]).nodes
+
+
+def test_what_a_client_builds_is_what_the_server_reads() -> None:
+    """One class, and of each tensor the same fields; addresses are the host's."""
+    g = GraphBuilder()
+    x, scale = g.new_tensor_2d(GgmlType.F32, 8, 4, "x"), g.new_tensor_1d(GgmlType.F32, 4, "scale")
+    built = g.build(g.cast(g.mul(g.view_2d(x, 4, 4, x.nb[1], 16), scale), GgmlType.F16))
+    at = 0
+    for root in built.roots:
+        root.place(HANDLE, BASE + at)
+        at += -(-root.nbytes // 32) * 32
+    payload = built.payload(NEWEST)
+    read = parse_graph(payload, NEWEST, {HANDLE: FakeBuffer()}.get).nodes
+
+    def of(t: Tensor | None) -> Any:
+        if t is None:
+            return None
+        return (t.id, t.name, t.type, t.op, t.ne, t.nb, t.op_params, t.flags)
+
+    place_views(built.tensors)
+    assert [of(t) for t in read] == [of(t) for t in built.nodes]
+    for ours, theirs in zip(read, built.nodes, strict=True):
+        # A cast's second source is itself on the wire: no tensor on the server.
+        sources = [None if s is theirs else of(s) for s in theirs.src]
+        assert [of(s) for s in ours.src] == sources
+        assert of(ours.view_src) == of(theirs.view_src)
+        assert ours.address == theirs.address - BASE + HOST

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.builder.graph import GraphBuilder
-from client.tensors import Tensor
 from protocol.dialects import DIALECTS, Dialect, compatible_dialects, find_dialects
 from protocol.ggml.ops import (
     OPS_101,
@@ -23,6 +22,7 @@ from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.numbering import alike, canonical_params, reading, wire_params
 from protocol.numbering_memory import NumberingMemory
+from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import parse_graph
 from rpc_server.ops.table import ContractError, check

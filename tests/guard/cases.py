@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import conformance.differential.families  # noqa: F401  (fills the table)
-from client.tensors import Dims, Tensor
 from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES, Family, Sketch
 from conformance.differential.values import Fill, ValueKind
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Dims, Tensor
 
 # What later nodes may read instead of a leaf. Of other types values are indices, or blocks.
 _NUMBERS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)

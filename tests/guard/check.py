@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from client.tensors import Tensor
 from conformance.differential.case import GraphCase
 from conformance.differential.runner import Image
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import TYPE_INFO
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.graph.errors import GraphError
 from tests.guard.mapping import GuardedMemory, Side

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
 import conformance.differential.families  # noqa: F401  (fills the table)
-from client.tensors import Dims, Tensor
 from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES, Family, Sketch
 from conformance.differential.values import ValueKind, leaf_bytes
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Dims, Tensor
 from tests.guard.arena import Arena
 from tests.guard.cases import draw_cases
 

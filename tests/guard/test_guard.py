@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from client.builder.graph import GraphBuilder
-from client.tensors import Tensor
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
 from conformance.differential.values import Fill
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.plan import CpuPlan
 from tests.guard import __main__ as program
 from tests.guard.cases import chains, draw_cases
@@ -92,14 +92,14 @@ def test_nothing_is_found_in_a_sound_run() -> None:
 @pytest.mark.parametrize("kernels", [True, False])
 def test_writes_between_rows_are_found(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case, target = _case()
-    _run_then(lambda: ctypes.memset(target.data + target.nb[1] + 4, 1, 2), monkeypatch)
+    _run_then(lambda: ctypes.memset(target.address + target.nb[1] + 4, 1, 2), monkeypatch)
     _, wrong = findings(case, Layout.of(case), Side.END, kernels)
     assert "wrote 2 bytes between elements" in wrong[0]
 
 
 def test_writes_beside_a_tensor_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case, target = _case()
-    _run_then(lambda: ctypes.memset(target.data - 1, 1, 1), monkeypatch)
+    _run_then(lambda: ctypes.memset(target.address - 1, 1, 1), monkeypatch)
     _, wrong = findings(case, Layout.of(case), Side.END, True)
     assert "wrote outside its memory" in wrong[0]
 
@@ -107,7 +107,7 @@ def test_writes_beside_a_tensor_are_found(monkeypatch: pytest.MonkeyPatch) -> No
 def test_results_that_depend_on_other_memory_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case, target = _case()
     between = target.nb[1]
-    _run_then(lambda: ctypes.memmove(target.data, target.data + between, 4), monkeypatch)
+    _run_then(lambda: ctypes.memmove(target.address, target.address + between, 4), monkeypatch)
     _, wrong = findings(case, Layout.of(case), Side.END, True)
     assert "4 bytes depend on memory that is none of its sources" in wrong[0]
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from client.builder.graph import GraphBuilder
-from client.tensors import Tensor
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import Check
 from conformance.differential.values import Fill, ValueKind, leaf_bytes
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.planner import Planner
 from tests.guard import overlap_run
 from tests.guard.arena import Arena, GuardedScratch

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from client.tensors import encode_params
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor, contiguous_strides, padded_sources
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface.layout import activation_form
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import ContractError, check
 from rpc_server.types import from_f32, to_f32
@@ -32,14 +32,6 @@ GUARD = 64
 GUARD_BYTE = 0xA5
 
 _memory: dict[int, np.ndarray[Any, Any]] = {}
-
-
-def dense_strides(type_: GgmlType, ne: Sequence[int]) -> tuple[int, int, int, int]:
-    """ggml's strides of a contiguous tensor, bytes."""
-    nb = [TYPE_INFO[type_].type_size, row_size(type_, ne[0])]
-    nb.append(nb[1] * ne[1])
-    nb.append(nb[2] * ne[2])
-    return (nb[0], nb[1], nb[2], nb[3])
 
 
 def four(ne: Sequence[int]) -> tuple[int, int, int, int]:
@@ -67,7 +59,7 @@ def tensor(
         type=type_,
         op=Op.NONE,
         ne=dims,
-        nb=nb or dense_strides(type_, dims),
+        nb=nb or contiguous_strides(type_, dims),
     )
     memory = np.full(t.nbytes + 2 * GUARD + 64, GUARD_BYTE, np.uint8)
     t.address = -(-(int(memory.ctypes.data) + GUARD) // 64) * 64
@@ -97,17 +89,13 @@ def view(t: Tensor, ne: Sequence[int], nb: Sequence[int], offset: int = 0) -> Te
         view_src=t,
         address=t.address + offset,
     )
-    result.src = (t, *(None,) * 9)
+    result.src = padded_sources([t])
     return result
 
 
 def params(*words: int | float) -> tuple[int, ...]:
     """op_params from ints and floats (floats by their bits)."""
-    packed = [
-        struct.unpack("<i", struct.pack("<f", w))[0] if isinstance(w, float) else int(w)
-        for w in words
-    ]
-    return tuple(packed + [0] * (16 - len(packed)))
+    return encode_params(words)
 
 
 def node(
@@ -123,7 +111,7 @@ def node(
     """A node with memory of its own, or that of ``inplace``."""
     result = tensor(type_, ne, nb=nb if inplace is None else inplace.nb)
     result.op, result.op_params = op, op_params
-    result.src = (*sources, *(None,) * (10 - len(sources)))
+    result.src = padded_sources(sources)
     if inplace is not None:
         result.address, result.view_src = inplace.address, inplace
     return result

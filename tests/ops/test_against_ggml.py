@@ -15,7 +15,7 @@ import pytest
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from tests.ops import harness
 from tests.ops.harness import node, params, tensor
 from tools import upstream

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from rpc_server.types import ENCODABLE, from_f32, to_f32
 from tests.ops import harness

@@ -16,9 +16,9 @@ from client.backend import Backend
 from client.builder.graph import GraphBuilder
 from client.builder.partial import Triangle
 from client.builder.products import ROPE_IMROPE, ROPE_NEOX
-from client.tensors import Tensor
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.types import from_f32
 from tests.ops.harness import four, nmse
 from tests.server.process import running

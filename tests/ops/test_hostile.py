@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType, nbytes
+from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS, check
 from tests.ops import harness
 from tests.ops.harness import node, params, tensor
@@ -350,7 +350,7 @@ def damaged(t: Tensor, data: st.DataObject) -> Tensor:
     if ne[0] % TYPE_INFO[type_].block_size:
         ne[0] = TYPE_INFO[type_].block_size
     if what in ("dense", "type"):
-        nb = list(harness.dense_strides(type_, ne))
+        nb = list(contiguous_strides(type_, ne))
     return like_parsed(type_, ne, nb)
 
 

@@ -8,7 +8,7 @@ import pytest
 import rpc_server.ops.slices
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from tests.ops.harness import guards_intact, nmse, node, permuted, run, tensor, values
 

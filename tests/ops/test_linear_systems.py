@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from tests.ops.harness import guards_intact, nmse, node, permuted, run, tensor, values
 

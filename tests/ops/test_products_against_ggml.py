@@ -16,7 +16,7 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.rope import Mode
 from tests.ops import harness
 from tests.ops.harness import node, params, tensor

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
 from tests.ops import harness
 from tests.ops.harness import node, params, permuted, tensor, values

@@ -12,8 +12,8 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from tests.ops import harness
 from tests.ops.harness import node, params, tensor
 

@@ -7,7 +7,7 @@ import pytest
 from client.split.partition import Rows
 from protocol.ggml.ops import GluOp, Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.shards import Shard, Slice
 from rpc_server.ops.table import OPS, propagate
 from tests.ops.harness import node, params, tensor

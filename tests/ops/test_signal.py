@@ -10,7 +10,7 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops import slices
 from rpc_server.ops.signal import Pool, Scale
 from rpc_server.ops.table import check

@@ -10,7 +10,7 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.masks import alibi_slopes
 from rpc_server.ops.table import ContractError, check
 from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import slices
 from rpc_server.ops.table import ContractError, check
 from tests.ops.harness import (

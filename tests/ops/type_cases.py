@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.builder.nodes import NodeFactory
-from client.tensors import Array, Tensor
+from client.tensors import Array
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.tensor import Tensor
 from rpc_server.types import ENCODABLE, from_f32
 
 F32, F16, BF16, I8, I16, I32, I64, Q8_0, Q8_1, Q8_K = (

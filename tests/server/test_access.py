@@ -20,10 +20,10 @@ import trustme
 from client.backend import Backend
 from client.connection import Connection, connect, connect_any
 from client.errors import ConnectionLost
-from client.tensors import Tensor
 from client.tunnel import SecretError, client_context, read_token, server_context
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from protocol.token import encode_token, token_size
 from rpc_server.limits import ServerLimits
 from rpc_server.net.admission import Admission

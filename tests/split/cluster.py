@@ -11,10 +11,11 @@ import numpy as np
 
 from client.backend import Backend
 from client.connection import connect
-from client.tensors import Array, Tensor
+from client.tensors import Array
 from protocol.commands import Command
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from protocol.split import MAX_PARTS
+from protocol.tensor import Tensor
 from tests.server.process import ServerProcess
 
 HOST = "127.0.0.1"

@@ -17,11 +17,12 @@ from client.backend import Backend
 from client.connection import Connection
 from client.errors import ConnectionLost
 from client.split.steps import Step, encode_steps
-from client.tensors import Array, Tensor
+from client.tensors import Array
 from protocol.commands import Command
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
+from protocol.tensor import Tensor
 from rpc_server.devices.split.worker import UnfitError, Worker
 from tests.split.cluster import (
     HOST,

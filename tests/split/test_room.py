@@ -17,16 +17,15 @@ from client.connection import connect
 from client.errors import AllocationFailed
 from protocol.commands import Command
 from protocol.dialects import DIALECTS
-from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType, row_size
+from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.devices.split import room
 from rpc_server.devices.split.room import HomeMemory, Room, usable
 from rpc_server.devices.split.sharded import is_split
 from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import NoRoom, Worker, WorkerLost
-from rpc_server.graph.tensor import Tensor
 from tests.client.scripted import Peer, scripted
-from tests.ops.harness import dense_strides, four
+from tests.ops.harness import four
 from tests.split.cluster import (
     HOST,
     Coordinator,
@@ -126,7 +125,7 @@ def random_tensor(i: int, rng: random.Random, address: int) -> Tensor:
     name = f"blk.{i}.{rng.choice(_KINDS)}.weight"
     if rng.random() < 0.1:
         ne, name = four((ne[0],)), f"blk.{i}.attn_norm.weight"
-    return Tensor(i, name, type_, Op.NONE, ne, dense_strides(type_, ne), address=address)
+    return Tensor(i, type_, ne, contiguous_strides(type_, ne), name=name, address=address)
 
 
 async def test_a_model_that_is_told_to_fit_loads(seed: int) -> None:

@@ -18,15 +18,13 @@ import numpy as np
 import pytest
 
 from client.split.partition import partition
-from client.tensors import Tensor
 from protocol.ggml.hashing import fnv1a_64
-from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.split import slices
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import SliceNotes, chunks, pieces
 from rpc_server.folders import PrivateFolder
-from rpc_server.graph.tensor import Tensor as ServerTensor
 from tests.split.cluster import (
     NAME,
     Coordinator,
@@ -270,7 +268,7 @@ async def test_upstreams_workers_keep_their_slices_too(tmp_path: Path) -> None:
 def weight(shape: tuple[int, int, int], axis: int, shares: tuple[float, ...]) -> ShardedWeight:
     cols, rows, matrices = shape
     nb = (2, 2 * cols, 2 * cols * rows, 2 * cols * rows * matrices)
-    t = ServerTensor(1, NAME, F16, Op.NONE, (cols, rows, matrices, 1), nb, address=0)
+    t = Tensor(1, F16, (cols, rows, matrices, 1), nb, name=NAME)
     cuts = partition(shape[axis], shares)
     return ShardedWeight(t, 0, axis, cuts, [None] * len(shares), None, 0)
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from client.backend import Backend
 from client.connection import connect
 from client.errors import AllocationFailed, ConnectionLost
-from client.tensors import Tensor
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PARTS
+from protocol.tensor import Tensor
 from tests.split.cluster import (
     HOST,
     NAME,
@@ -165,7 +165,7 @@ async def test_a_few_bytes_under_another_name(b: Backend, offset: int) -> None:
     # Uploaded again, so split again; then a row by a tensor of its own.
     await b.connection.set_tensor(w, new.tobytes())
     row = b.graph.new_tensor(F32, (256,), "row")
-    row.place(w.buffer, w.data + offset)
+    row.place(w.buffer, w.address + offset)
     await b.connection.set_tensor(row, values(256, seed=13).tobytes())
     new.reshape(-1)[offset // 4 : offset // 4 + 256] = values(256, seed=13)
     assert (await b.connection.get_tensor(w)).tobytes() == new.tobytes()

@@ -10,6 +10,7 @@ import pytest
 from client.split.partition import Rows
 from protocol.ggml.ops import GluOp, Op, TensorFlag
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, padded_sources
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import (
     Partitioning,
@@ -17,7 +18,6 @@ from rpc_server.devices.split.subgraphs import (
     WeightIndex,
     find_subgraphs,
 )
-from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import node, params, tensor, view
 from tests.ops.test_shards import cut
 
@@ -195,7 +195,7 @@ def test_a_view_through_others_is_one_of_its_root() -> None:
     first = product(w, tensor(F32, (64, 2)))
     flat = view(first, (256, 1), (4, 1024, 1024, 1024))
     again = view(first, (32, 4, 2), (4, 128, 512, 1024))
-    again.src = (flat, *(None,) * 9)
+    again.src = padded_sources([flat])
     nodes = [first, flat, again, node(Op.SQR, F32, (32, 4, 2), [again])]
     found = subgraphs(nodes, [w], chain=True)
     assert names(found, nodes) == [[0, 3]]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from client.tensors import Array, Tensor
+from client.tensors import Array
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from tests.split.cluster import (
     Coordinator,
     WorkerProcess,

@@ -10,11 +10,10 @@ import numpy.typing as npt
 import pytest
 
 from client.split.partition import Rows, partition
-from client.tensors import contiguous_strides
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Dims, Tensor, contiguous_strides, padded_sources
 from rpc_server.devices.split.views import cut_view, part_period
-from rpc_server.graph.tensor import Dims, Tensor
 from rpc_server.ops.shards import Shard
 
 F32, F16, Q8_0, Q4_0 = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_0
@@ -30,13 +29,13 @@ def dims(values: Sequence[int]) -> Dims:
 def root_of(type_: GgmlType, ne: Sequence[int]) -> Tensor:
     shape = dims(ne)
     nb = contiguous_strides(type_, shape)
-    return Tensor(1, "root", type_, Op.NONE, shape, nb, address=BASE)
+    return Tensor(1, type_, shape, nb, name="root", address=BASE)
 
 
 def seen(of: Tensor, ne: Sequence[int], nb: Sequence[int], offset: int = 0) -> Tensor:
     """A view of a view is a view of what that one views."""
-    made = Tensor(2, "view", of.type, Op.VIEW, dims(ne), dims(nb), address=of.address + offset)
-    made.src = (of, *(None,) * 9)
+    made = Tensor(2, of.type, dims(ne), dims(nb), Op.VIEW, address=of.address + offset)
+    made.src = padded_sources([of])
     made.view_src = of if of.view_src is None else of.view_src
     return made
 
@@ -126,7 +125,7 @@ def test_a_view_beside_its_root_has_no_slices() -> None:
     assert cut_view(cache, halves, seen(cache, (128, 8), cache.nb, 256 * 9)) is None
     assert cut_view(cache, halves, seen(cache, (128, 2), (2, 256 * 16, 1, 1))) is None
     other = seen(cache, (64, 8), (4, 256, 1, 1))
-    other = Tensor(3, "", F32, Op.VIEW, other.ne, other.nb, address=BASE)
+    other = Tensor(3, F32, other.ne, other.nb, Op.VIEW, address=BASE)
     assert cut_view(cache, halves, other) is None
 
 

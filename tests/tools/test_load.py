@@ -12,7 +12,7 @@ import pytest
 
 from client.backend import Backend
 from client.connection import Connection, connect
-from client.tensors import Tensor
+from protocol.tensor import Tensor
 from tests.server.process import ServerProcess, running
 from tools.load import __main__ as program
 from tools.load import clients

@@ -16,25 +16,24 @@ import numpy as np
 
 import rpc_server.devices.cpu.lower  # noqa: F401  (fills the table of lowerings)
 from protocol.ggml.ops import Op
-from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import GgmlType, row_size
+from protocol.tensor import Tensor, contiguous_strides, padded_sources
 from rpc_server.devices.cpu.executor import Executor, RecordProgram
 from rpc_server.devices.cpu.instruction_sets import chosen_isa
 from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES
 from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.tensor import Tensor
 
 _ids = itertools.count(1)
 
 
 def make_tensor(type_: GgmlType, k: int, rows: int, memory: np.ndarray) -> Tensor:
     """Return a matrix over ``memory``."""
-    row = row_size(type_, k)
-    nb = (TYPE_INFO[type_].type_size, row, row * rows, row * rows)
-    address = int(memory.ctypes.data)
-    number = next(_ids)
-    return Tensor(number, f"t{number}", type_, Op.NONE, (k, rows, 1, 1), nb, address=address)
+    ne = (k, rows, 1, 1)
+    t = Tensor(next(_ids), type_, ne, contiguous_strides(type_, ne), name="matrix")
+    t.address = int(memory.ctypes.data)
+    return t
 
 
 def seconds(run: Callable[[], object], budget: float) -> float:
@@ -69,7 +68,7 @@ class Products:
         y = np.empty((n, rows), np.float32)
         w, b = make_tensor(type_, k, rows, memory), make_tensor(GgmlType.F32, k, n, x)
         t = make_tensor(GgmlType.F32, rows, n, y)
-        t.op, t.src = Op.MUL_MAT, (w, b, *(None,) * 8)
+        t.op, t.src = Op.MUL_MAT, padded_sources((w, b))
         planner = Planner(self._executor.n_threads, self._arena)
         planner.begin(t)
         if not LOWERINGS[Op.MUL_MAT](t, planner):

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from client.builder.graph import GraphBuilder
-from client.tensors import Tensor
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from tools.bench.results import Sample
 from tools.wire import Wire
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import struct
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 import rpc_server.devices.cpu.lower  # noqa: F401  (fills the table of lowerings)
+from client.tensors import dims, encode_params
 from protocol.ggml.ops import GluOp, Op, UnaryOp
-from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor, contiguous_strides, padded_sources
 from rpc_server.devices.cpu.executor import Executor, RecordProgram
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
-from rpc_server.graph.tensor import Tensor
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 
@@ -35,11 +35,8 @@ _memory: list[np.ndarray] = []
 
 def tensor(type_: GgmlType, *ne: int, values: np.ndarray | None = None) -> Tensor:
     """Return a dense tensor of small random numbers, or of ``values``."""
-    dims = (*ne, 1, 1, 1, 1)[:4]
-    nb = [TYPE_INFO[type_].type_size, row_size(type_, dims[0])]
-    nb += [nb[1] * dims[1], nb[1] * dims[1] * dims[2]]
-    strides = (nb[0], nb[1], nb[2], nb[3])
-    t = Tensor(next(_ids), "bench", type_, Op.NONE, (dims[0], dims[1], dims[2], dims[3]), strides)
+    shape = dims(ne)
+    t = Tensor(next(_ids), type_, shape, contiguous_strides(type_, shape), name="bench")
     memory = np.zeros(t.nbytes + 64, np.uint8)
     _memory.append(memory)
     t.address = -(-int(memory.ctypes.data) // 64) * 64
@@ -54,17 +51,13 @@ def tensor(type_: GgmlType, *ne: int, values: np.ndarray | None = None) -> Tenso
 
 def node(op: Op, t: Tensor, sources: Sequence[Tensor | None], *words: float) -> Tensor:
     """Make ``t`` the result of ``op``; floats among ``words`` go by their bits."""
-    packed = [
-        struct.unpack("<i", struct.pack("<f", w))[0] if isinstance(w, float) else w for w in words
-    ]
-    t.op, t.src = op, (*sources, *(None,) * (10 - len(sources)))
-    t.op_params = tuple(packed + [0] * (16 - len(packed)))
+    t.op, t.src, t.op_params = op, padded_sources(sources), encode_params(words)
     return t
 
 
 def heads_first(t: Tensor) -> Tensor:
     """Return (width, heads, rows) seen as (width, rows, heads)."""
-    view = Tensor(next(_ids), "view", t.type, Op.PERMUTE, t.ne, t.nb, address=t.address)
+    view = Tensor(next(_ids), t.type, t.ne, t.nb, Op.PERMUTE, name="view", address=t.address)
     view.ne = (t.ne[0], t.ne[2], t.ne[1], t.ne[3])
     view.nb = (t.nb[0], t.nb[2], t.nb[1], t.nb[3])
     return view

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from client.backend import Backend, PreparedGraph
-from client.tensors import Tensor, dims
+from client.tensors import dims
 from conformance.differential.blocks import random_blocks
 from protocol.ggml.ops import GluOp
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.types import to_f32
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
@@ -254,8 +255,9 @@ class SyntheticLlama:
 
 def _bytes_of(t: Tensor, at: int, size: int) -> Tensor:
     """Return ``size`` bytes of the memory of a tensor with a place, as a tensor of bytes."""
-    piece = Tensor(t.id, GgmlType.I8, dims([size]))
-    piece.place(t.buffer, t.data + at)
+    ne = dims([size])
+    piece = Tensor(t.id, GgmlType.I8, ne, contiguous_strides(GgmlType.I8, ne))
+    piece.place(t.buffer, t.address + at)
     return piece
 
 

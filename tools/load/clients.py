@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from client.backend import Backend
 from client.connection import Connection
-from client.tensors import Tensor
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 Floats = npt.NDArray[np.float32]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from client.builder.nodes import PREC_F32, PREC_UNDEFINED
-from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.families.matmul import QUANTIZED_TYPES
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
+from protocol.tensor import Tensor
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 Q8_0, Q4_0, Q4_1 = GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from client.builder.signals import Pair, Triple
-from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, F16, F32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 PRODUCT = Check(bound=PRODUCT_NMSE)
 

@@ -7,7 +7,6 @@ doesn't write those in between where it fuses itself.
 from __future__ import annotations
 
 from client.builder.products import ROPE_NEOX, ROPE_NORMAL
-from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.families.attention import cache, mask
 from conformance.differential.families.rope import positions
@@ -15,6 +14,7 @@ from conformance.differential.sketch import Sketch, family
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import GluOp
 from protocol.ggml.types import GgmlType, row_size
+from protocol.tensor import Tensor
 
 F32, F16, BF16, I32, I64 = (
     GgmlType.F32,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from client.builder.nodes import PREC_F32, PREC_UNDEFINED
 from client.builder.products import HINT_SRC0_IS_HADAMARD
-from client.tensors import Tensor
 from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 Q8_0, Q8_1, Q8_K = GgmlType.Q8_0, GgmlType.Q8_1, GgmlType.Q8_K

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from client.tensors import Dims, Tensor
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import (
@@ -21,6 +20,7 @@ from conformance.differential.type_sets import (
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Dims, Tensor
 
 _PLAIN = tuple(t for t in ALL if t not in QUANTIZED)
 # What CONCAT takes element by element, from any strides; and REPEAT, by rows.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from client.tensors import Tensor
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 F32 = GgmlType.F32
 

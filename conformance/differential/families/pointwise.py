@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from client.tensors import Tensor
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, DECODABLE, ENCODABLE, F16, F32, FLOATS
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 _NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL, ValueKind.UNIFORM, ValueKind.INTEGERS)
 

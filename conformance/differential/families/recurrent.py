@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from client.tensors import Tensor
 from conformance.differential.compare import Check
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, DECODABLE, F16, F32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 _NUMBERS = (ValueKind.NORMAL, ValueKind.NORMAL, ValueKind.SPECIAL)
 # Where there are many sources: one that isn't finite spoils most of the result.

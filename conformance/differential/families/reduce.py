@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from client.tensors import Dims, Tensor
 from conformance.differential.compare import EXACT, Check, Equality
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import BF16, F16, F32, I32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Dims, Tensor
 
 
 def _shape(s: Sketch) -> Dims:

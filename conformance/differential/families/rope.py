@@ -9,11 +9,11 @@ from client.builder.products import (
     ROPE_NORMAL,
     ROPE_VISION,
 )
-from client.tensors import Tensor
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 

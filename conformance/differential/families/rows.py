@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from client.builder.partial import Triangle
-from client.tensors import Tensor
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import (
@@ -21,6 +20,7 @@ from conformance.differential.type_sets import (
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 
 _NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 

@@ -13,13 +13,13 @@ from client.builder.signals import (
     SCALE_BILINEAR,
     SCALE_NEAREST,
 )
-from client.tensors import Tensor
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import F16, F32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 
 _NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 

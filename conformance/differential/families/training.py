@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from client.tensors import Dims, Tensor
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import F32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
+from protocol.tensor import Dims, Tensor
 
 # -- CROSS_ENTROPY_LOSS, CROSS_ENTROPY_LOSS_BACK ---------------------------------------------------
 

@@ -15,6 +15,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
+from protocol.tensor import Tensor
 from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
@@ -23,7 +24,6 @@ from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
 from rpc_server.devices.cpu.turns import DeviceShare, Turns
 from rpc_server.devices.planning.kinds import KindMemory
 from rpc_server.graph.parse import Resolve, parse_graph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.native.routine import CompileError
 
 if TYPE_CHECKING:

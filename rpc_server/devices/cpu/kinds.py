@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
 from rpc_server.devices.cpu.kernels.interface.planning import MOST_SOURCES
@@ -20,7 +21,6 @@ from rpc_server.devices.cpu.planner import Emitted, PlanItem, Planner
 from rpc_server.devices.planning.kinds import SLOTS, specimen
 from rpc_server.devices.planning.scratch import Arena
 from rpc_server.graph.table import Ints
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OpSpec, check, require
 
 _NOT_IMPLEMENTED = "this combination is not implemented"

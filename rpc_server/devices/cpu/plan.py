@@ -15,6 +15,7 @@ import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, label_of
 from rpc_server.devices.base import NotReadyError
 from rpc_server.devices.cpu.assembly import (
     NoScratchError,
@@ -43,7 +44,6 @@ from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.graph.table import NB, NE, TYPE, Ints, TensorTable, name_of, table_of
 from rpc_server.graph.table import OPS as OPS_BY_NUMBER
-from rpc_server.graph.tensor import Tensor, label_of
 from rpc_server.native.routine import NoMemoryNowError
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import OPS, ContractError

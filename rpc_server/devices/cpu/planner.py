@@ -14,12 +14,12 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.messages import MAX_PARAM_WORDS
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import CONVERTERS, Kernel
 from rpc_server.devices.cpu.kernels.interface.layout import RowForm, row_bytes
 from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, Span
 from rpc_server.devices.planning.records import record_words
 from rpc_server.devices.planning.scratch import Arena, Labelled, ScratchPlanner
-from rpc_server.graph.tensor import Tensor
 
 # Up to so many of them for each thread it isn't worth to count them.
 _UNCUT = 2

@@ -10,12 +10,12 @@ from typing import Any
 
 from protocol.ggml.types import GgmlType
 from protocol.split import split_status_fields
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.lower.matmul import products_of
 from rpc_server.devices.cuda.queue import CudaQueue
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage, PinnedPool
-from rpc_server.graph.tensor import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import OPS
 

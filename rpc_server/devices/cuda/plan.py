@@ -11,6 +11,7 @@ from typing import Any
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
+from protocol.tensor import Tensor
 from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card
@@ -28,7 +29,6 @@ from rpc_server.devices.planning.nodes import PlanSteps, lower_node
 from rpc_server.devices.planning.records import STATUS_TEXT
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec
 
 log = logging.getLogger(__name__)

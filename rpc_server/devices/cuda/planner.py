@@ -14,10 +14,10 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel
 from rpc_server.devices.planning.records import record_words
 from rpc_server.devices.planning.scratch import Labelled, ScratchPlanner
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import OPS, ContractError, check
 
 Lowering = Callable[[Tensor, "CudaPlanner"], bool]

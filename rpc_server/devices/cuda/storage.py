@@ -8,9 +8,9 @@ import sys
 import threading
 from typing import Any
 
+from protocol.tensor import Tensor
 from rpc_server.devices.base import DeviceError, Storage
 from rpc_server.devices.cuda.card import Card
-from rpc_server.graph.tensor import Tensor
 
 # Bytes of one piece of a transfer. Two of them take turns: one is filled while the other is copied.
 CHUNK = 4 << 20

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES
+from protocol.tensor import Tensor
 from rpc_server.graph.table import (
     HERE,
     NO_TYPE,
@@ -28,7 +29,6 @@ from rpc_server.graph.table import (
     TensorTable,
     shape_of,
 )
-from rpc_server.graph.tensor import Tensor
 
 # The node itself and its sources.
 SLOTS = 1 + MAX_SOURCES
@@ -134,7 +134,7 @@ def specimen(signature: bytes, addresses: Sequence[int]) -> Tensor:
             made.append(None)
             continue
         type_, ne, nb = shape_of(shape)
-        t = Tensor(slot, "", type_, OPS[0], ne, nb)  # type: ignore[arg-type]
+        t = Tensor(slot, type_, ne, nb)  # type: ignore[arg-type]
         t.address = addresses[words[_SAME + slot]] if shape[HERE] else 0
         made.append(t)
     node = made[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
+from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError, NodeError
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.table import ContractError, OpSpec, check
 
 R = TypeVar("R")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.abi import (
     EXTRA_WORD,
     N_EXTRA,
@@ -16,7 +17,6 @@ from rpc_server.devices.cpu.kernels.interface.abi import (
     SLOT_WORDS,
     Status,
 )
-from rpc_server.graph.tensor import Tensor
 
 # What a status says of the node whose kernel returned it.
 STATUS_TEXT: dict[int, str] = {Status.INDEX_OUT_OF_RANGE: "an index in its data is out of range"}

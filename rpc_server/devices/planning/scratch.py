@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.planning import MOST_KEPT
 from rpc_server.devices.cpu.kernels.interface.schedule import Span
-from rpc_server.graph.tensor import Tensor
 
 
 class Labelled(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rpc_server.graph.tensor import Tensor
+from protocol.tensor import Tensor
 
 
 def is_flat(t: Tensor) -> bool:

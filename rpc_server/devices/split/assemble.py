@@ -11,17 +11,15 @@ import numpy as np
 
 from client.builder.graph import GraphBuilder
 from client.split.steps import Frames, Step
-from client.tensors import Dims, ShapeError, contiguous_strides
-from client.tensors import Tensor as PartTensor
+from client.tensors import ShapeError
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
-from protocol.messages import MAX_SOURCES
+from protocol.tensor import Dims, Tensor, contiguous_strides, padded_sources, place_views
 from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
-from rpc_server.devices.split.parts import Built, LocalTensors, PartBuilder
+from rpc_server.devices.split.parts import Built, PartBuilder
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import Input, Partitioning, Subgraph
 from rpc_server.devices.split.worker import Program, UnfitError, Worker
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.shards import Shard
 from rpc_server.ops.table import ContractError, check
 
@@ -82,7 +80,6 @@ class Assembler:
         self._wire = wire
         self.memory = PlanMemory()
         self._local: dict[Subgraph, Built] = {}
-        self._local_tensors = LocalTensors()
         self._converted: dict[int, Tensor] = {}
 
     # -- the workers
@@ -116,11 +113,11 @@ class Assembler:
         """Build the part's subgraphs and give them memory there. Raises WorkerLost, UnfitError."""
         g = worker.backend.graph
 
-        def weight(split: ShardedWeight) -> PartTensor | None:
+        def weight(split: ShardedWeight) -> Tensor | None:
             part = split.parts[number]
             return None if part is None else part.tensor
 
-        def leaf(made: Input, ne: Dims) -> PartTensor:
+        def leaf(made: Input, ne: Dims) -> Tensor:
             return g.new_tensor(self._wire_type(made), ne, made.tensor.name)
 
         builder = PartBuilder(number, self._found, g, weight, leaf)
@@ -136,6 +133,7 @@ class Assembler:
             await worker.place_step(b.memory)
             graph = g.build([t for _, t in b.nodes])
             steps.append(Step(tuple(t for _, t in b.inputs), graph, tuple(t for _, t in b.outputs)))
+            place_views(graph.tensors)
             _check(graph.nodes, worker)
         return Prepared(worker, number, steps, built)
 
@@ -208,11 +206,10 @@ class Assembler:
             for made, t in local.nodes:
                 if made is not node:
                     continue
-                converted = self._local_tensors.convert(t)
-                yield converted
+                yield t
                 summed = True
                 if any(o is node for o, _ in local.outputs) and not _at_home(t, node):
-                    yield self._copy_home(node, converted)
+                    yield self._copy_home(node, t)
         for p in programs:
             if subgraph not in p.built or not any(o is node for o, _ in p.built[subgraph].outputs):
                 continue
@@ -235,12 +232,12 @@ class Assembler:
         total.view_src = so_far
         yield total
 
-    def _copy_home(self, node: Tensor, converted: Tensor) -> Tensor:
+    def _copy_home(self, node: Tensor, t: Tensor) -> Tensor:
         """A copy of this server's slice to where the graph has it."""
         assert self._own is not None
         shard = self._found.shards[id(node)]
         address = _slice_address(node, shard, self._own)
-        return _node(node, Op.CPY, address, converted, ne=converted.ne)
+        return _node(node, Op.CPY, address, t, ne=t.ne)
 
     # -- this server's own share
 
@@ -254,7 +251,7 @@ class Assembler:
             return
         g = GraphBuilder()
 
-        def weight(split: ShardedWeight) -> PartTensor | None:
+        def weight(split: ShardedWeight) -> Tensor | None:
             t = split.tensor
             if not len(split.cuts[own]):
                 return None
@@ -263,7 +260,7 @@ class Assembler:
             made.nb = contiguous_strides(t.type, t.ne)
             return _put(made, split.address + _dim_bytes(t, split.cuts[own].first, split.axis))
 
-        def leaf(made: Input, ne: Dims) -> PartTensor:
+        def leaf(made: Input, ne: Dims) -> Tensor:
             t = made.tensor
             view = g.new_tensor(t.type, ne, t.name)
             view.nb = t.nb
@@ -271,7 +268,7 @@ class Assembler:
             return _put(view, address)
 
         builder = PartBuilder(own, self._found, g, weight, leaf)
-        places: list[tuple[PartTensor, int]] = []
+        places: list[tuple[Tensor, int]] = []
         size = 0
         for subgraph in self._found.subgraphs:
             if not builder.takes_part(subgraph):
@@ -297,6 +294,7 @@ class Assembler:
         base = self.memory.take(size)
         for t, at in places:
             _put(t, base + at)
+        place_views(g.build([t for b in self._local.values() for _, t in b.nodes]).tensors)
 
 
 # Ops whose results may have any stride between rows.
@@ -313,42 +311,40 @@ def _node(
     nb: Dims | None = None,
 ) -> Tensor:
     """A tensor at ``address`` named as ``like``; of its type, shape and strides unless given."""
-    made = Tensor(
+    return Tensor(
         like.id,
-        like.name,
         like.type if type is None else type,
-        op,
         like.ne if ne is None else ne,
         like.nb if nb is None else nb,
+        op,
+        src=padded_sources(sources),
+        name=like.name,
         address=address,
     )
-    made.src = (*sources, *(None,) * (MAX_SOURCES - len(sources)))
-    return made
 
 
-def _check(nodes: Sequence[PartTensor], worker: Worker) -> None:
+def _check(nodes: Sequence[Tensor], worker: Worker) -> None:
     """Hold a worker's nodes against their contracts before they go there. Raises UnfitError.
 
     A worker that can't do a graph may hang up, on all clients of this server, or even end:
     upstream's relies on ggml's constructors, which have seen whole tensors only.
     """
-    tensors = LocalTensors()
     try:
         for t in nodes:
-            check(tensors.convert(t))
+            check(t)
     except ContractError as error:
         raise UnfitError(f"worker {worker.name}: {error}") from None
 
 
-def _put(t: PartTensor, address: int) -> PartTensor:
+def _put(t: Tensor, address: int) -> Tensor:
     # Any buffer will do: this server's own slices are never sent.
     t.place(1, address)
     return t
 
 
-def _at_home(t: PartTensor, node: Tensor) -> bool:
+def _at_home(t: Tensor, node: Tensor) -> bool:
     """Return whether a slice was computed where the graph has it."""
-    return t.nb == node.nb and node.address <= t.location[1] < node.address + node.nbytes
+    return t.nb == node.nb and node.address <= t.address < node.address + node.nbytes
 
 
 def _dim_bytes(t: Tensor, n: int, dim: int) -> int:

@@ -23,6 +23,7 @@ from protocol.dialects import Dialect
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
+from protocol.tensor import Tensor
 from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT, StreamPeer
@@ -58,7 +59,6 @@ from rpc_server.devices.split.worker import (
 )
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
-from rpc_server.graph.tensor import Tensor
 from rpc_server.models.library import Models
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.rows import checked_indices

@@ -18,9 +18,10 @@ from client.split.balance import (
     sample_product,
 )
 from client.split.model_speed import ACTIVATION_FILL, SampleJob, sample_graphs
-from client.tensors import ShapeError, Tensor
+from client.tensors import ShapeError
 from protocol.dialects import DIALECTS
 from protocol.errors import ProtocolError
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.cpu.plan import CpuPlan
 from rpc_server.devices.cpu.storage import HostStorage

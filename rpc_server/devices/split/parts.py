@@ -10,15 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client.builder.graph import GraphBuilder
-from client.tensors import Dims
-from client.tensors import Tensor as PartTensor
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from protocol.messages import MAX_SOURCES
+from protocol.tensor import Dims, Tensor
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import Input, Partitioning, Subgraph
 from rpc_server.devices.split.views import part_period
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.shards import Shard
 
 
@@ -30,12 +27,12 @@ class Built:
     ``outputs`` are those that come back.
     """
 
-    inputs: list[tuple[Input, PartTensor]] = field(default_factory=list)
-    nodes: list[tuple[Tensor | None, PartTensor]] = field(default_factory=list)
-    outputs: list[tuple[Tensor, PartTensor]] = field(default_factory=list)
+    inputs: list[tuple[Input, Tensor]] = field(default_factory=list)
+    nodes: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
+    outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
-    def memory(self) -> list[PartTensor]:
+    def memory(self) -> list[Tensor]:
         """Return what needs memory for this subgraph alone; outputs last."""
         inputs = [t for made, t in self.inputs if not made.kept]
         given = {id(t) for _, t in self.outputs}
@@ -55,15 +52,15 @@ class PartBuilder:
         number: int,
         found: Partitioning,
         g: GraphBuilder,
-        weight: Callable[[ShardedWeight], PartTensor | None],
-        leaf: Callable[[Input, Dims], PartTensor],
+        weight: Callable[[ShardedWeight], Tensor | None],
+        leaf: Callable[[Input, Dims], Tensor],
     ) -> None:
         self._number = number
         self._found = found
         self._g = g
         self._weight = weight
         self._leaf = leaf
-        self._kept: dict[int, PartTensor] = {}
+        self._kept: dict[int, Tensor] = {}
 
     def takes_part(self, subgraph: Subgraph) -> bool:
         """Return whether this part gives anything in a subgraph, or stores something in its
@@ -81,8 +78,8 @@ class PartBuilder:
         Raises ShapeError for what can't be cut into parts of this shape.
         """
         built = Built()
-        have: dict[int, PartTensor] = {}
-        sliced: dict[tuple[int, Shard | None], PartTensor] = {}
+        have: dict[int, Tensor] = {}
+        sliced: dict[tuple[int, Shard | None], Tensor] = {}
         for key, made in subgraph.inputs.items():
             known = self._kept.get(id(made))
             if known is None:
@@ -123,9 +120,9 @@ class PartBuilder:
         self,
         node: Tensor,
         shard: Shard,
-        have: dict[int, PartTensor],
-        sliced: dict[tuple[int, Shard | None], PartTensor],
-    ) -> PartTensor | None:
+        have: dict[int, Tensor],
+        sliced: dict[tuple[int, Shard | None], Tensor],
+    ) -> Tensor | None:
         split = self._found.weights.get(id(node))
         weight = self._weight(split) if split is not None else None
         if split is not None and weight is None:
@@ -146,10 +143,10 @@ class PartBuilder:
     def _sources(
         self,
         node: Tensor,
-        have: dict[int, PartTensor],
-        sliced: dict[tuple[int, Shard | None], PartTensor],
-    ) -> list[PartTensor | None]:
-        found: list[PartTensor | None] = []
+        have: dict[int, Tensor],
+        sliced: dict[tuple[int, Shard | None], Tensor],
+    ) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
         for s in node.src:
             if s is None:
                 found.append(None)
@@ -157,11 +154,9 @@ class PartBuilder:
             # Of an input that is there both whole and cut, the op's own cut is the one it needs.
             cut = next((t for (i, c), t in sliced.items() if i == id(s) and c is not None), None)
             found.append(cut if cut is not None else self._known(s, have))
-        while found and found[-1] is None:
-            found.pop()
         return found
 
-    def _known(self, t: Tensor, have: dict[int, PartTensor]) -> PartTensor | None:
+    def _known(self, t: Tensor, have: dict[int, Tensor]) -> Tensor | None:
         """Return what the part has of a tensor; views and caches are made where they are first
         read.
         """
@@ -182,7 +177,7 @@ class PartBuilder:
             have[id(t)] = made
         return made
 
-    def _seen(self, t: Tensor, root: PartTensor, source: PartTensor) -> PartTensor:
+    def _seen(self, t: Tensor, root: Tensor, source: Tensor) -> Tensor:
         """The part's slice of a view, in its slice of the root; ``source`` is the view's."""
         assert t.view_src is not None
         view = self._found.views[id(t)]
@@ -194,32 +189,3 @@ class PartBuilder:
         return self._g.view_of(
             root, Op.VIEW, (source,), (offset, offset >> 32), ne=ne, nb=nb, offset=offset
         )
-
-
-class LocalTensors:
-    """A part's tensors as tensors of this server; all of them have host addresses by now."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[PartTensor, Tensor]] = {}
-
-    def convert(self, t: PartTensor) -> Tensor:
-        """Return the same tensor, with its sources."""
-        known = self._made.get(id(t))
-        if known is not None:
-            return known[1]
-        made = Tensor(
-            id=t.id,
-            name=t.name,
-            type=t.type,
-            op=t.op,
-            ne=t.ne,
-            nb=t.nb,
-            op_params=t.op_params,
-            address=t.location[1],
-        )
-        # Kept with what it was made of: an id() is good while its object lives.
-        self._made[id(t)] = (t, made)
-        sources = [None if s is None else self.convert(s) for s in t.src]
-        made.src = (*sources, *(None,) * (MAX_SOURCES - len(sources)))
-        made.view_src = None if t.view_src is None else self.convert(t.view_src)
-        return made

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from client.backend import BackendBuffer
 from client.split.partition import ROW_MULTIPLE, Extent, Rows, column_extents, row_extents
-from client.tensors import Tensor as RemoteTensor
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.split.worker import Worker
-from rpc_server.graph.tensor import Tensor
 
 # What arrives in one go before it goes on to the workers.
 CHUNK = 4 << 20
@@ -63,7 +62,7 @@ class Part:
     """The slice of a split tensor on one worker."""
 
     worker: Worker
-    tensor: RemoteTensor
+    tensor: Tensor
     buffer: BackendBuffer
 
 

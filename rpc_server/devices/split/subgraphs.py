@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 from protocol.ggml.ops import VIEWS, Op, TensorFlag
 from protocol.ggml.types import TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.views import CutView, cut_view
 from rpc_server.devices.split.weights import SplitStorage
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.shards import (
     Propagated,
     Shard,

@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 from client.split.partition import Rows
-from rpc_server.graph.tensor import Dims, Tensor
+from protocol.tensor import Dims, Tensor
 from rpc_server.ops.shards import Shard
 
 

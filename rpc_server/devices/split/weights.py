@@ -23,6 +23,7 @@ from client.split.partition import (
 )
 from protocol.ggml.hashing import FNV_OFFSET
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.base import Storage
 from rpc_server.devices.cpu.hashing import compiled_hash
 from rpc_server.devices.cpu.storage import HostStorage
@@ -36,7 +37,6 @@ from rpc_server.devices.split.sharded import (
 )
 from rpc_server.devices.split.slices import Keeping, Slices
 from rpc_server.devices.split.worker import NoRoom, Worker
-from rpc_server.graph.tensor import Tensor
 from rpc_server.turns import AT_ONCE, in_pieces
 
 log = logging.getLogger(__name__)

@@ -32,13 +32,14 @@ from client.split.steps import (
     encode_steps,
     program_frames,
 )
-from client.tensors import ShapeError, Tensor
+from client.tensors import ShapeError
 from protocol.commands import Command
 from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.split import LEASES_SINCE, LOADS_SINCE, MAX_MEMBERS, MAX_PROGRAMS, split_part_fields
+from protocol.tensor import Tensor
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,

@@ -6,6 +6,7 @@ import dataclasses
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import attention_kernel, merge_attention
 from rpc_server.devices.cpu.kernels.interface.layout import (
     BLOCK,
@@ -16,7 +17,6 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     thread_floats,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 # Rows of a task: enough to make up for turning a block to float32, and few enough for the cache.
 _ROWS = 64

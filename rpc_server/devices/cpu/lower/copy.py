@@ -12,6 +12,7 @@ from protocol.ggml.types import (
     GgmlType,
     row_size,
 )
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import (
     convert_kernel,
     copy_same_type,
@@ -20,7 +21,6 @@ from rpc_server.devices.cpu.catalog import (
     repeat,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 _SCALARS = FLOATS | {GgmlType.I32}
 

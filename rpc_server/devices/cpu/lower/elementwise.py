@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import FLOATS, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import (
     Kernel,
     binary_kernel,
@@ -16,7 +17,6 @@ from rpc_server.devices.cpu.catalog import (
 from rpc_server.devices.cpu.kernels.interface.codes import BINARY_CODES, Function
 from rpc_server.devices.cpu.planner import Planner, lowers
 from rpc_server.devices.planning.shapes import gated_and_gate, rows_and_width
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops import gelu
 
 # What is looked up in a table; whether in that of the quick form.

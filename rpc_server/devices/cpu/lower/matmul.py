@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import product_kernel, route_columns
 from rpc_server.devices.cpu.instruction_sets import chosen_isa
 from rpc_server.devices.cpu.kernels.interface.layout import (
@@ -22,7 +23,6 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     row_bytes,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 
 def _supported(t: Tensor) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import group_norm, norm_kernel
 from rpc_server.devices.cpu.kernels.interface.codes import Norm
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 
 def f32_rows(*tensors: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import (
     argmax,
     argsort,
@@ -15,7 +16,6 @@ from rpc_server.devices.cpu.catalog import (
 from rpc_server.devices.cpu.kernels.interface.codes import TOP_K_INSERT
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 
 def _lower_row_sums(t: Tensor, planner: Planner) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import rope_kernel, rope_table
 from rpc_server.devices.cpu.kernels.interface.codes import (
     MODE_IMROPE,
@@ -17,7 +18,6 @@ from rpc_server.devices.cpu.kernels.interface.codes import (
     MODE_VISION,
 )
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 
 def float_word(value: float | np.float32) -> int:

@@ -9,6 +9,7 @@ from protocol.ggml.types import (
     FLOATS,
     GgmlType,
 )
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import (
     add_id,
     get_rows_kernel,
@@ -16,7 +17,6 @@ from rpc_server.devices.cpu.catalog import (
 )
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 
 @lowers(Op.GET_ROWS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import diagonal_mask, soft_max
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
-from rpc_server.graph.tensor import Tensor
 
 
 @lowers(Op.SOFT_MAX)

@@ -6,6 +6,7 @@ from collections import deque
 
 from protocol.dialects import Dialect
 from protocol.split import ProgramPayload
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 from rpc_server.devices.cpu.streaming.transfer import (
     Receive,
@@ -14,7 +15,6 @@ from rpc_server.devices.cpu.streaming.transfer import (
 )
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, check_order, parse_tensors, tensor_with_id
-from rpc_server.graph.tensor import Tensor
 
 # Outputs of a step that are larger in all go out one by one, while the next is computed.
 _TOGETHER_UP_TO = 64 << 10

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import stream_receive, stream_send
 from rpc_server.devices.cpu.kernels.interface.stream import STAGING_BYTES, STATUS_TEXT, StreamPeer
 from rpc_server.devices.cpu.planner import Planner
 from rpc_server.devices.planning.records import STATUS_TEXT as PLAN_STATUS_TEXT
-from rpc_server.graph.tensor import Tensor
 
 PLAN_STATUS_TEXT.update(STATUS_TEXT)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import CACHE_TYPES, FLOATS, GgmlType, activation_type
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
     CudaKernel,
@@ -16,7 +17,6 @@ from rpc_server.devices.cuda.kernels import (
 )
 from rpc_server.devices.cuda.lower.walk import as_floats, dense
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _THREADS = 128

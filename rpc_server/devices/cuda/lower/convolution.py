@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel
 from rpc_server.devices.cuda.lower.walk import elements, small
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _IM2COL = kernel("convolution", "im2col")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import CACHE_TYPES, FLOATS, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.walk import as_floats, as_row, decoded, dense, elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.arrays import NATIVE
 from rpc_server.ops.checks import source
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import FLOATS
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.copy import ENCODERS, encoded
 from rpc_server.devices.cuda.lower.walk import as_floats
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.devices.planning.shapes import gated_and_gate, rows_and_width
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _UNARY = kernel("elementwise", "unary")

@@ -11,6 +11,7 @@ from itertools import islice, product
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.lower.matmul import (
     ROUNDED_AS,
     column_form,
@@ -22,7 +23,6 @@ from rpc_server.devices.cuda.lower.matmul import (
 from rpc_server.devices.cuda.lower.norm import normalize
 from rpc_server.devices.cuda.lower.rope import turn
 from rpc_server.devices.cuda.planner import CudaPlanner, fuses, is_valid
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 from rpc_server.ops.table import OPS
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_floats, decoded, dense
 from rpc_server.devices.cuda.planner import CudaPlanner, Product
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _CONVERT = kernel("copy", "copy_rows")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType, activation_type
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.library import by_library
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _QUANTIZE = kernel("columns", "quantize_columns", 128)

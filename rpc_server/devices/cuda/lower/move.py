@@ -7,11 +7,11 @@ import struct
 import numpy as np
 
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.copy import lower_copy
 from rpc_server.devices.cuda.lower.walk import elements
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 # Ops that say all there is to say with their op_params.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
-from rpc_server.graph.tensor import Tensor
 
 _NORMALIZE = kernel("norm", "normalize", 512)
 _GROUP_NORM = kernel("norm", "group_norm", 512)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_row
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.devices.planning.shapes import is_flat
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import source
 
 _SUM_ROWS = kernel("reduce", "sum_rows")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.rope import Geometry, correction_range
 
 _ROPE = kernel("rope", "rope")

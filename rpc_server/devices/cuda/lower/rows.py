@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.devices.cuda.lower.walk import decode_grid
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 from rpc_server.ops.checks import I32_ONLY, source
 
 _GET = kernel("copy", "get_rows")

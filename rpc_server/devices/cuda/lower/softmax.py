@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from protocol.ggml.ops import Op
+from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.graph.tensor import Tensor
 
 _SOFT_MAX = kernel("softmax", "soft_max", 512)
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Dims, Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel_of_weights
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner
 from rpc_server.devices.planning.shapes import is_flat
-from rpc_server.graph.tensor import Dims, Tensor
 
 # Numbers of strides, paddings and dilations are of 32 bits; times such sizes they fit 64.
 _MOST_PLACES = 1 << 31
