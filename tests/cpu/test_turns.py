@@ -134,6 +134,21 @@ def test_what_was_not_used_is_not_saved_up(turns: Turns, clock: Clock) -> None:
         assert idle.order[0] == pytest.approx(10.0 - SLICE)
 
 
+def test_what_is_waited_for_aside_is_not_used(turns: Turns, clock: Clock) -> None:
+    """A plan that waits for a compiler has used what it took to make it."""
+    share = turns.share()
+    with share.turn():
+        with share.aside():
+            clock.now += 0.25
+            with share.away():
+                clock.now += 100.0
+            clock.now += 0.5
+        # Behind it a turn's own time counts again.
+        clock.now += 0.125
+    assert share.used == pytest.approx(0.875)
+    assert share.waited(clock.now) == pytest.approx(100.0)
+
+
 def test_clients_of_one_address_share_what_an_address_has(turns: Turns, clock: Clock) -> None:
     """Five that compute all the time have as much together as one of another address."""
     many, one = [turns.share("10.0.0.1") for _ in range(5)], turns.share("10.0.0.2")

@@ -214,6 +214,9 @@ class DeviceShare:
         self.waited_before = 0.0
         # Whether its turn is one that doesn't give way.
         self._keeps = False
+        # Whether it is aside, and for how many seconds of that it waited for something else.
+        self._computes_aside = False
+        self._waited_aside = 0.0
         self.waiting_since = 0.0
 
     @property
@@ -260,10 +263,18 @@ class DeviceShare:
     def away(self) -> Iterator[None]:
         """Leave the device to others within a turn, while something else is waited for.
 
-        That time counts as waited. Without a turn there is nothing to leave.
+        That time counts as waited, within :meth:`aside` too. Without a turn there is nothing to
+        leave.
         """
         if not self._turns.held_by(self):
-            yield
+            began = self._turns.now()
+            try:
+                yield
+            finally:
+                if self._computes_aside:
+                    seconds = self._turns.now() - began
+                    self.waited_before += seconds
+                    self._waited_aside += seconds
             return
         self._turns.give_back(self)
         self.waiting_since = self._turns.now()
@@ -283,10 +294,12 @@ class DeviceShare:
             return
         self._turns.give_back(self)
         started = self._turns.now()
+        self._computes_aside, self._waited_aside = True, 0.0
         try:
             yield
         finally:
-            self._turns.charge(self, self._turns.now() - started)
+            self._computes_aside = False
+            self._turns.charge(self, self._turns.now() - started - self._waited_aside)
             self._turns.take(self)
 
     # -- for Turns, which calls all of these but the last with its lock held

@@ -168,7 +168,8 @@ class SplitPlan:
         Raises GraphError or WorkerLost; the message names the worker if one is to blame.
         """
         if self._made_at != self._changes():
-            self._plan = self._make()
+            with self._share.aside():
+                self._plan = self._make()
             self._made_at = self._changes()
         if self._stopped:
             raise GraphError("was stopped")
@@ -199,16 +200,18 @@ class SplitQueue:
     ) -> SplitPlan:
         """Do what Queue says, but for ``stop``: looking for what is split is not interrupted."""
         storages: dict[int, SplitStorage] = {}
-        nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
-        return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))
+        with self._cpu.share.aside():
+            nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
+            return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
     ) -> SplitPlan:
         """Return a program of the split extension; its products go on to the workers."""
         storages: dict[int, SplitStorage] = {}
-        items = program_items(payload, dialect, _watching(resolve, storages), peer)
-        return self._device.plan(self._cpu, items, dialect, list(storages.values()))
+        with self._cpu.share.aside():
+            items = program_items(payload, dialect, _watching(resolve, storages), peer)
+            return self._device.plan(self._cpu, items, dialect, list(storages.values()))
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run ``job`` on the client's thread, once it is the client's turn."""
