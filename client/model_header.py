@@ -36,7 +36,8 @@ class ModelShape:
     """A model as far as its speed is concerned.
 
     ``weight_bytes`` go to the devices, ``token_bytes`` of them are read for each token: of a
-    mixture of experts those in use. ``cache_bytes`` are those of one position in the KV cache.
+    mixture of experts those in use; ``output_bytes`` among these only for the last token of a
+    prompt. ``cache_bytes`` are those of one position in the KV cache.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelShape:
     token_bytes: int
     cache_bytes: int
     products: tuple[WeightProduct, ...]
+    output_bytes: int = 0
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> ModelShape:
@@ -86,6 +88,7 @@ class ModelShape:
             products[t.type, t.ne[0], t.ne[1] * matrices] += 1
             if "ffn_up" in name:
                 ffn_width = max(ffn_width, t.ne[1] * matrices)
+        output = tensors.get(_EMBEDDING if tied else _OUTPUT)
         made = tuple(WeightProduct(*shape, count) for shape, count in products.items())
         return cls(
             name=Path(path).name,
@@ -99,6 +102,7 @@ class ModelShape:
             token_bytes=int(sum(p.nbytes * p.count for p in made)),
             cache_bytes=2 * layers * kv_heads * (head_width + value_width),
             products=made,
+            output_bytes=output.data.nbytes if output is not None else 0,
         )
 
 

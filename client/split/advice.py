@@ -24,7 +24,7 @@ Kind = Literal["alone", "layers", "row", "tensor"]
 
 # Of a box's time for a token, what is no product of a weight, where that was not measured.
 ALONE_PART = 0.05
-# What an exchange costs both ends beside the round trip, seconds.
+# What an exchange costs both ends beside the network's round trip, seconds.
 EXCHANGE_SECONDS = 30e-6
 # Tokens of a prompt that llama.cpp computes at once.
 BATCH = 512
@@ -39,12 +39,13 @@ class Box:
     """A server: bytes free, and what was measured.
 
     ``decode`` bytes of weights a second with one column, ``prompt`` the same times columns, with
-    many of them; ``round_trip`` seconds and ``link`` bytes a second from here. ``splits``: whether
-    it can coordinate, which this project's servers can. ``rest`` and ``rest_prompt`` are seconds of
-    a token that are no product of a weight, ``graph`` those of the least graph and its answer, the
-    round trip among them; None if not measured. ``beside`` says of others on the
-    same machine, by endpoint, how much longer this one takes while they compute: 1 is twice as
-    long.
+    many of them; ``round_trip`` seconds and ``link`` bytes a second from here, ``handling`` the
+    seconds of a request among many, which the programs at both ends take of a round trip.
+    ``splits``: whether it can coordinate, which this project's servers can. ``rest`` and
+    ``rest_prompt`` are seconds of a token that are no product of a weight, ``graph`` those of the
+    least graph and its answer, the round trip among them; None if not measured. ``beside`` says of
+    others on the same machine, by endpoint, how much longer this one takes while they compute: 1 is
+    twice as long.
     """
 
     endpoint: str
@@ -57,6 +58,7 @@ class Box:
     rest: float | None = None
     rest_prompt: float | None = None
     graph: float | None = None
+    handling: float = 0.0
     beside: Mapping[str, float] = field(default_factory=dict)
 
     def slowed(self, others: Iterable[Box]) -> float:
@@ -158,17 +160,19 @@ def predict(
     context: int,
     batch: int = BATCH,
     shares: Sequence[float] | None = None,
+    one_cable: bool = True,
 ) -> Prediction:
     """Return what one arrangement would do, ``shares`` given or the best.
 
-    ``batch`` is how many tokens of a prompt are computed at once.
+    ``batch`` is how many tokens of a prompt are computed at once; ``one_cable`` says that all
+    workers' bytes go through the coordinator's one, and not by ways of their own.
     """
     if arrangement.coordinator is None:
         return _whole_layers(shape, boxes, arrangement, context, batch)
     if shares is not None:
-        return _split(shape, boxes, arrangement, shares, context, batch)
+        return _split(shape, boxes, arrangement, shares, context, batch, one_cable)
     candidates = [
-        _split(shape, boxes, arrangement, shares, context, batch)
+        _split(shape, boxes, arrangement, shares, context, batch, one_cable)
         for shares in _shares(shape, boxes, arrangement)
     ]
     return min(candidates, key=lambda p: (max(p.missing, 0), p.seconds_per_token))
@@ -191,7 +195,8 @@ def _whole_layers(
     shares = [r / total if total else 1 / len(used) for r in room]
     needed = shape.weight_bytes + len(used) * _overhead(shape, 0) + context * shape.cache_bytes
     weights = sum(s * shape.token_bytes / b.decode for s, b in zip(shares, used, strict=True))
-    prompt = sum(s * shape.token_bytes / b.prompt for s, b in zip(shares, used, strict=True))
+    read = shape.token_bytes - shape.output_bytes
+    prompt = sum(s * read / b.prompt for s, b in zip(shares, used, strict=True))
     rest = sum(s * _rest(shape, b) for s, b in zip(shares, used, strict=True))
     prompt_rest = sum(s * _prompt_rest(shape, b) for s, b in zip(shares, used, strict=True))
     # A graph and what is read of it; of the last box that is a row of logits.
@@ -230,8 +235,11 @@ def _least(box: Box) -> float:
 
 
 def _distance(a: Box, b: Box) -> float:
-    """The round trip between two boxes, as far as can be told from here."""
-    return max(a.round_trip, b.round_trip)
+    """The network's round trip between two boxes, as far as can be told from here.
+
+    Exchanges don't pass through the programs that handle requests.
+    """
+    return max(max(box.round_trip - 2 * box.handling, 0.0) for box in (a, b))
 
 
 def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -> list[list[float]]:
@@ -290,6 +298,7 @@ def _split(
     shares: Sequence[float],
     context: int,
     batch: int,
+    one_cable: bool,
 ) -> Prediction:
     assert arrangement.coordinator is not None
     home, kind = boxes[arrangement.coordinator], arrangement.kind
@@ -303,20 +312,23 @@ def _split(
         for s, b, slow in zip(shares, used, slower, strict=True)
     )
     trips = n * max((_distance(home, b) + EXCHANGE_SECONDS for _, b in workers), default=0.0)
-    # All workers' bytes go through the coordinator's one cable.
-    wire = sum(_wire_bytes(shape, kind, shares, s) / b.link for s, b in workers)
+    together = sum if one_cable else max
+    wire = together([_wire_bytes(shape, kind, shares, s) / b.link for s, b in workers])
     terms = {
         "bandwidth": weights, "the coordinator alone": alone + _least(home),
         "round trips": trips, "network": wire + 4 * shape.vocabulary / home.link,
     }  # fmt: skip
+    # The output is computed for the last token of a prompt only.
+    read = shape.token_bytes - shape.output_bytes
     prompt = max(
-        s * shape.token_bytes / b.prompt * slow
-        for s, b, slow in zip(shares, used, slower, strict=True)
+        s * read / b.prompt * slow for s, b, slow in zip(shares, used, slower, strict=True)
     )
     # Logits are computed for the last token of a prompt only.
-    batch_wire = sum(
-        (_wire_bytes(shape, kind, shares, s) - 4 * s * shape.vocabulary) / b.link
-        for s, b in workers
+    batch_wire = together(
+        [
+            (_wire_bytes(shape, kind, shares, s) - 4 * s * shape.vocabulary) / b.link
+            for s, b in workers
+        ]
     )
     return Prediction(
         arrangement,

@@ -25,7 +25,7 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 
 # Columns that stand for a prompt.
-PROMPT_COLUMNS = 32
+PROMPT_COLUMNS = 128
 # Bytes of a model's weights that are timed at most.
 SAMPLE_BYTES = 96 << 20
 # Every byte of weights: blocks of all types become numbers other than 0.

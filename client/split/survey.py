@@ -26,7 +26,7 @@ from client.discovery import FoundServer
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
 from client.model_header import ModelShape
 from client.split.advice import Box
-from client.split.balance import Speed, measure
+from client.split.balance import Speed, least_seconds, measure
 from client.split.model_speed import (
     ModelSample,
     ModelSpeed,
@@ -54,6 +54,8 @@ _MOST_MEMORY = 1 << 50
 # Uploads that are timed: as large as one takes long enough to be told from a round trip.
 _FIRST_UPLOAD, _LAST_UPLOAD = 1 << 20, 16 << 20
 _UPLOAD_SECONDS = 0.1
+# How many requests are on their way at once when it is timed what one of them costs.
+_REQUESTS = 17
 # A server that has less than this free is not measured: it has better to do with it.
 _LEAST_FREE = 64 << 20
 _TLS = "tls://"
@@ -266,6 +268,16 @@ async def _round_trip(connection: Connection) -> float:
     return min(times)
 
 
+async def _handling(connection: Connection) -> float:
+    """Return the seconds that programs at both ends take of a request, in turn for several."""
+
+    async def some() -> None:
+        await asyncio.gather(*(connection.get_alignment() for _ in range(_REQUESTS)))
+
+    alone = await least_seconds(connection.get_alignment)
+    return max(await least_seconds(some) - alone, 0.0) / (_REQUESTS - 1)
+
+
 async def measure_upload(backend: Backend) -> float:
     """Return bytes a second of uploads to the server. Raises AllocationFailed, ConnectionLost."""
     connection, size = backend.connection, _FIRST_UPLOAD
@@ -343,6 +355,7 @@ class Candidate:
     sample: ModelSample
     link: float
     splits: bool = True
+    handling: float = 0.0
     round_trip: float = 0.0
     speed: ModelSpeed | None = None
     beside: dict[str, float] = field(default_factory=dict)
@@ -353,7 +366,8 @@ class Candidate:
         assert speed is not None
         return Box(
             self.endpoint, self.free, speed.decode, speed.prompt, self.round_trip, self.link,
-            self.splits, speed.rest, speed.rest_prompt, speed.graph, self.beside,
+            self.splits, speed.rest, speed.rest_prompt, speed.graph,
+            self.handling, self.beside,
         )  # fmt: skip
 
 
@@ -399,6 +413,7 @@ async def _candidate(
     stack.callback(connection.abort)
     async with asyncio.timeout(MEASURE_SECONDS):
         backend = await Backend.open(connection, 0)
+        handling = await _handling(connection)
         link = await measure_upload(backend)
         sample = await ServerSample.make(backend, shape)
     # A server that splits over others itself is no part of another's.
@@ -406,7 +421,7 @@ async def _candidate(
     host = report.target.host
     machine = "" if is_loopback(host) else host
     free = report.devices[0].free
-    return Candidate(report.target.endpoint, machine, free, sample, link, splits)
+    return Candidate(report.target.endpoint, machine, free, sample, link, splits, handling)
 
 
 async def _time(candidate: Candidate, shape: ModelShape, home: Candidate | None) -> str:

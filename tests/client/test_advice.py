@@ -78,6 +78,65 @@ def test_a_faster_box_gets_more() -> None:
     assert sum(found.shares) == pytest.approx(1)
 
 
+def test_programs_at_both_ends_are_no_part_of_an_exchange() -> None:
+    """They handle requests; an exchange passes them by."""
+    away = replace(BOX, endpoint="b", round_trip=0.5e-3, handling=0.1e-3)
+    near = replace(BOX, round_trip=0.2e-3, handling=0.1e-3)
+    slower = of("row", (0, 1), 0, [near, replace(away, handling=0.0)])
+    assert slower - of("row", (0, 1), 0, [near, away]) == pytest.approx(129 * 0.2e-3)
+
+
+def test_workers_share_the_coordinators_cable() -> None:
+    boxes = [replace(BOX, endpoint=name, link=1e6) for name in "abc"]
+    both, own = (
+        predict(MODEL, boxes, Arrangement("row", (0, 1, 2), 0), context=4096, one_cable=one)
+        for one in (True, False)
+    )
+    client = 4 * MODEL.vocabulary / 1e6
+    assert both.terms["network"] - client == pytest.approx(2 * (own.terms["network"] - client))
+
+
+def test_servers_that_share_a_core_bring_nothing_together() -> None:
+    a = replace(BOX, beside={"b": 1.0}, round_trip=0.0)
+    b = replace(BOX, endpoint="b", beside={"a": 1.0}, round_trip=0.0)
+    assert a.slowed([a, b]) == 2.0
+    shared = predict(MODEL, [a, b], Arrangement("row", (0, 1), 0), context=4096)
+    assert shared.terms["bandwidth"] == pytest.approx(0.4)
+    # What computes alone is as fast as it is.
+    assert of("alone", (0,), None, [a, b]) == pytest.approx(0.42, rel=0.01)
+    assert advise(MODEL, [a, b])[0].arrangement.kind == "alone"
+
+
+def test_a_third_beside_one_of_two_gets_no_share_worth_it() -> None:
+    """Shares are by what each is able to do while the others compute."""
+    boxes = [
+        replace(BOX, beside={"c": 1.0}),
+        replace(BOX, endpoint="b"),
+        replace(BOX, endpoint="c", beside={"a": 1.0}),
+    ]
+    shares = predict(MODEL, boxes, Arrangement("row", (0, 1, 2), 0), context=4096).shares
+    assert shares[1] == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_rest_of_a_token_is_what_was_measured() -> None:
+    measured = replace(BOX, rest=0.05, rest_prompt=0.004, graph=0.002)
+    found = predict(MODEL, [measured], Arrangement("alone", (0,)), context=4096)
+    assert found.terms["no products"] == 0.05
+    assert found.terms["round trips"] == 0.002
+    prompt = MODEL.token_bytes / measured.prompt + 0.004
+    assert found.seconds_per_prompt_token == pytest.approx(prompt, rel=1e-3)
+
+
+def test_the_output_is_for_the_last_token_of_a_prompt() -> None:
+    half = replace(MODEL, output_bytes=MODEL.token_bytes // 2)
+    whole, without = (
+        predict(m, [replace(BOX, rest_prompt=0.0)], Arrangement("alone", (0,)), context=4096)
+        for m in (MODEL, half)
+    )
+    assert without.seconds_per_prompt_token < 0.51 * whole.seconds_per_prompt_token
+    assert without.seconds_per_token == whole.seconds_per_token
+
+
 def test_upstreams_servers_do_not_coordinate() -> None:
     boxes = [replace(b, splits=False) for b in TWO]
     assert {p.arrangement.kind for p in advise(MODEL, boxes)} == {"alone", "layers"}
@@ -100,6 +159,7 @@ def test_the_header_of_a_model(tmp_path: Path, architecture: str) -> None:
     assert shape.layers == 2
     assert shape.width == 256
     assert 0 < shape.token_bytes <= shape.weight_bytes <= path.stat().st_size
+    assert 0 < shape.output_bytes < shape.token_bytes
     # Of a mixture of experts a token reads some.
     assert (shape.token_bytes < 0.9 * shape.weight_bytes) == (architecture == "llama-moe")
 
