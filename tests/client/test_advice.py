@@ -42,6 +42,53 @@ def test_the_example_of_the_document() -> None:
     assert set(best.arrangement.parts) == {0, 1}
 
 
+# Of docs/split.md, measured: round trips (us) and rates (bytes/s), and milliseconds a token of the
+# 1.1 GB model with `local` and one worker, in `row` and in `tensor`. One server alone took 85.
+MEASURED = {
+    "the relay alone": ((138, 152), 12.5e9, (72.1, 50.5)),
+    "0.1 ms, 1 Gbit/s": ((431, 420), 0.125e9, (98.4, 62.6)),
+    "0.25 ms, 1 Gbit/s": ((656, 674), 0.125e9, (119.1, 73.8)),
+    "1 ms, 1 Gbit/s": ((2178, 2181), 0.125e9, (233.6, 131.1)),
+    "0.1 ms, 10 Gbit/s": ((433, 429), 1.25e9, (87.0, 58.5)),
+    "0.25 ms, 10 Gbit/s": ((663, 688), 1.25e9, (107.3, 69.0)),
+    "1 ms, 10 Gbit/s": ((2181, 2168), 1.25e9, (220.4, 125.9)),
+}
+ALONE = 85.0
+
+
+def test_predictions_are_those_of_the_document() -> None:
+    """Most within 20% of what was measured, and the best arrangement of each network is named."""
+    size = 1164247040
+    model = replace(
+        MODEL, layers=18, width=2048, ffn_width=8192, kv_heads=8, head_width=64, vocabulary=512,
+        weight_bytes=size, token_bytes=size,
+    )  # fmt: skip
+    rest, graph = 1.0e-3, 0.25e-3
+    home = replace(
+        BOX, decode=size / (ALONE * 1e-3 - rest - graph), rest=rest, graph=graph,
+        round_trip=70e-6, handling=35e-6, link=2e9,
+    )  # fmt: skip
+    document = (Path(__file__).parents[2] / "docs/split.md").read_text()
+    close = 0
+    for network, (trips, link, measured) in MEASURED.items():
+        times = {"alone": ALONE}
+        found = {"alone": predict(model, [home], Arrangement("alone", (0,)), context=256)}
+        for kind, trip, ms in zip(("row", "tensor"), trips, measured, strict=True):
+            worker = replace(home, endpoint="b", round_trip=trip * 1e-6, link=link)
+            arrangement = Arrangement(kind, (0, 1), 0)  # type: ignore[arg-type]
+            found[kind] = predict(
+                model, [home, worker], arrangement, context=256, shares=(0.5, 0.5)
+            )
+            times[kind] = ms
+        predicted = {kind: 1e3 * p.seconds_per_token for kind, p in found.items()}
+        assert predicted["alone"] == pytest.approx(ALONE, rel=1e-3)
+        assert min(predicted, key=predicted.__getitem__) == min(times, key=times.__getitem__)
+        close += sum(abs(predicted[k] / times[k] - 1) <= 0.2 for k in ("row", "tensor"))
+        row = [f"{x:.1f}" for k in ("row", "tensor") for x in (times[k], predicted[k])]
+        assert f"| {network} | {' | '.join(row)} |" in document
+    assert close == 13
+
+
 def test_a_small_model_stays_on_one_box() -> None:
     small = replace(MODEL, weight_bytes=int(0.3 * GB), token_bytes=int(0.3 * GB))
     assert advise(small, TWO)[0].arrangement.kind == "alone"
