@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shlex
-import subprocess
+import os
 from pathlib import Path
 
 from client.connection import Connection, connect
 from client.errors import ConnectionLost
 from protocol.dialects import Dialect
 from tools.serving.ports import free_port
+from tools.serving.processes import HOST, NO_BACKTRACE, Process, filled
 
 
 class ServerUnavailable(RuntimeError):  # noqa: N818
@@ -40,7 +39,7 @@ class Endpoint:
         self._log = log
         self._version = version
         self._patience = patience
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self.starts = 0
 
     async def connect(self) -> Connection:
@@ -51,7 +50,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience
         while True:
-            if self._command and (self._process is None or self._process.poll() is not None):
+            if self._command and (self._process is None or not self._process.alive):
                 self._start()
             assert self._address is not None
             try:
@@ -64,22 +63,21 @@ class Endpoint:
     def _start(self) -> None:
         self.starts += 1
         port = free_port()
-        self._address = ("127.0.0.1", port)
-        with contextlib.ExitStack() as stack:
-            output = stack.enter_context(self._log.open("ab")) if self._log else subprocess.DEVNULL
-            self._process = subprocess.Popen(
-                shlex.split(self._command.replace("{port}", str(port))),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self._address = (HOST, port)
+        self._process = Process(
+            filled(self._command, port),
+            self._log or Path(os.devnull),
+            NO_BACKTRACE,
+            Path.cwd(),
+            appended=True,
+        )
 
     async def died(self, patience: float = 0.5) -> bool:
         """Return whether the process that we started has ended (a crash shows a moment later)."""
         if self._process is None:
             return False
         for _ in range(max(int(patience / 0.02), 1)):
-            if self._process.poll() is not None:
+            if not self._process.alive:
                 return True
             await asyncio.sleep(0.02)
         return False
@@ -88,7 +86,6 @@ class Endpoint:
         """End a server that was started here."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
             self._process = None
 
     def __str__(self) -> str:

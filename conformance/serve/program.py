@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
+
+from tools.serving.processes import NO_BACKTRACE, Process, end_of, filled
 
 _OUTPUT = 4000
 
@@ -43,24 +42,9 @@ class Ended:
 
 def run_client(command: str, port: int, timeout: float) -> Ended:
     """Run ``command`` ({port} put in) to its end, or kill it after ``timeout`` seconds."""
-    words = [word.replace("{port}", str(port)) for word in shlex.split(command)]
     started = time.monotonic()
-    # What an aborting ggml prints by way of a debugger takes seconds, in which it isn't gone.
-    env = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env
-        )
-        status: int | None
-        try:
-            status = child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        output.seek(0, 2)
-        output.seek(max(0, output.tell() - _OUTPUT))
-        text = output.read().decode(errors="replace")
-    return Ended(status, time.monotonic() - started, text)
+    with Process(filled(command, port), env=NO_BACKTRACE, folder=Path.cwd()) as client:
+        status = client.wait(timeout)
+        if status is None:
+            client.kill()
+        return Ended(status, time.monotonic() - started, end_of(client.log_path, _OUTPUT))

@@ -6,19 +6,18 @@ needs it started again, and the last lines that it wrote say what happened.
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import socket
-import subprocess
 import tempfile
 import time
+from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from tools.serving.ports import free_port
+from tools.serving.processes import HOST, NO_BACKTRACE, Process, end_of, filled, listens, tail
 
 _PAUSE = 0.02
+_MOST_OUTPUT = 16384
 
 
 class ServerGone(Exception):  # noqa: N818 - what happened
@@ -41,11 +40,12 @@ class Target:
     ) -> None:
         if address is None and not command:
             raise ValueError("a server is given by its address or by a command that starts it")
-        self.address = address or ("127.0.0.1", free_port())
+        self.address = address or (HOST, free_port())
         self._command = command
         self._patience = patience
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log: BinaryIO | None = None
+        self._process: Process | None = None
+        # Of all its starts; there from the first one on until close().
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.starts = 0
 
     def __enter__(self) -> Self:
@@ -66,18 +66,15 @@ class Target:
 
     def listens(self) -> bool:
         """Return whether somebody takes connections there."""
-        try:
-            socket.create_connection(self.address, 2.0).close()
-        except OSError:
-            return False
-        return True
+        host, port = self.address
+        return listens(port, host)
 
     def ensure(self, seconds: float) -> None:
         """Have a server that listens, within ``seconds``; a started one gets its own patience.
 
         Raises ServerGone.
         """
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.alive:
             return
         if self._process is None and self._wait_until_it_listens(
             seconds if not self._command else 0
@@ -92,7 +89,7 @@ class Target:
     def _wait_until_it_listens(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
         while not self.listens():
-            ended = self._process is not None and self._process.poll() is not None
+            ended = self._process is not None and not self._process.alive
             if ended or time.monotonic() > end:
                 return False
             time.sleep(_PAUSE)
@@ -100,27 +97,27 @@ class Target:
 
     def _start(self) -> None:
         self.starts += 1
-        if self._log is None:
-            # Open for as long as this object lives; close() closes it.
-            self._log = tempfile.TemporaryFile(prefix="conformance-")  # noqa: SIM115
-        # What an aborting ggml prints by way of a debugger takes seconds and says nothing more.
-        env = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
-        self._process = subprocess.Popen(
-            shlex.split(self._command.replace("{port}", str(self.address[1]))),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
+        self._process = Process(
+            filled(self._command, self.address[1]),
+            self._log,
+            NO_BACKTRACE,
+            Path.cwd(),
+            appended=True,
+            detached=True,
         )
+
+    @property
+    def _log(self) -> Path | None:
+        return None if self._folder is None else Path(self._folder.name) / "log"
 
     def ended(self, seconds: float = 0.0) -> str:
         """Return how the process ended, if it does within ``seconds``; empty while it runs."""
         if self._process is None:
             return ""
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        code = self._process.wait(seconds)
+        if code is None:
             return ""
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
@@ -128,30 +125,23 @@ class Target:
 
     def mark(self) -> int:
         """Return a position in what the server writes, for output()."""
-        if self._log is None:
-            return 0
-        return os.fstat(self._log.fileno()).st_size
+        return 0 if self._log is None else self._log.stat().st_size
 
     def output(self, since: int = 0, lines: int = 12) -> str:
         """Return the last lines that the server wrote after the mark ``since``."""
         if self._log is None:
             return ""
-        size = self.mark()
-        start = max(since, size - 16384)
-        text = os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return tail(end_of(self._log, _MOST_OUTPUT, since), lines)
 
     def stop(self) -> None:
         """End a server that was started here, at once."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
+        self._process.kill()
         self._process = None
 
     def close(self) -> None:
         self.stop()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,6 +26,8 @@ from tools import upstream
 
 PROJECT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
+# What an aborting ggml prints by way of a debugger takes seconds, in which it isn't gone.
+NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}
 
 
 class ProgramError(RuntimeError):
@@ -46,11 +49,23 @@ def upstream_command(
     return [str(program), "-H", HOST, "-p", str(port), *options]
 
 
+def filled(command: str, port: int) -> list[str]:
+    """Return a command as somebody wrote it as its words, with ``{port}`` put in."""
+    return [word.replace("{port}", str(port)) for word in shlex.split(command)]
+
+
 def listens(port: int, host: str = HOST) -> bool:
     """Return whether somebody accepts connections there."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
         return True
     return False
+
+
+def end_of(path: Path, size: int, since: int = 0) -> str:
+    """Return the last ``size`` bytes of a log as text, of those behind the first ``since``."""
+    with path.open("rb") as log:
+        log.seek(max(since, log.seek(0, os.SEEK_END) - size))
+        return log.read(size).decode(errors="replace")
 
 
 def tail(log: str, lines: int = 25) -> str:
@@ -62,7 +77,8 @@ class Process:
     """A running program; leaving its context stops it.
 
     Its stdout and stderr go to ``log_path``: by default to a file of its own, which the context
-    removes. ``env`` are variables beside those of this process; it runs in ``folder``.
+    removes; ``appended`` keeps what such a file has. ``env`` are variables beside those of this
+    process; it runs in ``folder``. One that is ``detached`` isn't ended by the terminal's Ctrl-C.
     """
 
     def __init__(
@@ -71,11 +87,14 @@ class Process:
         log_path: Path | None = None,
         env: Mapping[str, str] | None = None,
         folder: Path = PROJECT,
+        *,
+        appended: bool = False,
+        detached: bool = False,
     ) -> None:
         self.command = list(command)
         self._scratch = None if log_path else Path(tempfile.mkdtemp(prefix="serving-"))
         self.log_path = log_path or Path(str(self._scratch)) / "log"
-        with self.log_path.open("wb") as log:
+        with self.log_path.open("ab" if appended else "wb") as log:
             self.child = subprocess.Popen(
                 self.command,
                 cwd=folder,
@@ -83,6 +102,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                start_new_session=detached,
             )
 
     def __enter__(self) -> Self:
@@ -144,6 +164,13 @@ class Process:
         self.wait_until(appeared, seconds, repr(pattern))
         return found[0]
 
+    def wait(self, seconds: float) -> int | None:
+        """Return its exit status once it has ended; None where it hasn't within ``seconds``."""
+        try:
+            return self.child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
     def kill(self) -> None:
         """End the process at once, as a crash or a power cut would."""
         self.child.send_signal(signal.SIGKILL)
@@ -153,9 +180,7 @@ class Process:
         """Ask the process to end, and end it if it doesn't; return its exit status."""
         if self.alive:
             self.child.terminate()
-            try:
-                self.child.wait(seconds)
-            except subprocess.TimeoutExpired:
+            if self.wait(seconds) is None:
                 self.kill()
         return int(self.child.returncode)
 
