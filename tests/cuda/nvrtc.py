@@ -54,8 +54,9 @@ def _log(nvrtc: ctypes.CDLL, program: ctypes.c_void_p) -> str:
     return text.value.decode()
 
 
-def compile_for(source: str, name: str, arch: int, options: tuple[str, ...]) -> dict[str, Usage]:
-    """Compile to a card's own code; what each kernel uses. Raises CompileError."""
+@functools.lru_cache(maxsize=4)
+def _compile(source: str, name: str, arch: int, options: tuple[str, ...]) -> tuple[str, bytes]:
+    """Return the compiler's log and the card's own code. Raises CompileError."""
     nvrtc = library()
     assert nvrtc is not None
     program = ctypes.c_void_p()
@@ -69,9 +70,23 @@ def compile_for(source: str, name: str, arch: int, options: tuple[str, ...]) -> 
         log = _log(nvrtc, program)
         if failed:
             raise CompileError(log)
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return log, code.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return dict(_usages(log))
+
+
+def compile_for(source: str, name: str, arch: int, options: tuple[str, ...]) -> dict[str, Usage]:
+    """Compile to a card's own code; what each kernel uses. Raises CompileError."""
+    return dict(_usages(_compile(source, name, arch, options)[0]))
+
+
+def code_for(source: str, name: str, arch: int, options: tuple[str, ...]) -> bytes:
+    """Compile to a card's own code, as a file that it would load. Raises CompileError."""
+    return _compile(source, name, arch, options)[1]
 
 
 _KERNEL = re.compile(

@@ -13,10 +13,13 @@ from client.backend import Backend
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.devices.cpu.kernels.interface.abi import PARAM_WORD, RECORD_WORDS
+from rpc_server.devices.cuda.compile import SOURCES, joined
 from rpc_server.devices.cuda.lower import matmul
 from rpc_server.devices.cuda.lower.matmul import TILES, at_once
 from rpc_server.devices.cuda.planner import Launch
 from rpc_server.ops.table import ContractError
+from tests.cuda import emulation
 from tests.cuda import harness as cuda
 from tests.ops.harness import CONTEXT, nmse, node, noise, permuted, raw, tensor
 from tests.ops.harness import values as tensor_values
@@ -90,6 +93,71 @@ def test_decoded_weights_are_exact(type_: GgmlType) -> None:
         bound = 2.0**-10 if type_ in WITH_SUMS else 1e-5
         largest = float(np.abs(expected).max())
         np.testing.assert_allclose(actual, expected, rtol=bound, atol=largest * bound)
+
+
+def with_gaps(a: Tensor, gap: int) -> Tensor:
+    """The same weights, rows so many bytes further apart."""
+    row = a.nb[1]
+    plane = (row + gap) * a.ne[1]
+    t = tensor(a.type, a.ne, nb=(a.nb[0], row + gap, plane, plane))
+    memory = CONTEXT.memory(t.address, t.nbytes)
+    for i, content in enumerate(raw(a).reshape(a.ne[1], row)):
+        memory[i * (row + gap) : i * (row + gap) + row] = content
+    return t
+
+
+@pytest.mark.parametrize(
+    ("type_", "gap"),
+    [(GgmlType.Q4_K, 4), (GgmlType.Q4_0, 2), (GgmlType.Q8_0, 2), (GgmlType.Q6_K, 2)],
+    ids=["Q4_K", "Q4_0", "Q8_0", "Q6_K"],
+)
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_that_wide_loads_do_not_fit(type_: GgmlType, gap: int, n: int) -> None:
+    """They begin where 16 bytes, or two blocks, can't be read at once."""
+    check_product(with_gaps(weights(type_, 768, 6), gap), noise((768, n)))
+
+
+@pytest.mark.parametrize("k", [32, 96, 2016])
+def test_rows_of_an_odd_number_of_blocks(k: int) -> None:
+    """Two blocks are read at once, and here one would be left: also behind the last row."""
+    for type_ in (GgmlType.Q4_0, GgmlType.Q8_0):
+        check_product(weights(type_, k, 4), noise((k, 1)))
+
+
+# Ways to multiply bytes that only some cards take.
+_DOTS = """
+KERNEL(dots, 256) {
+    const i32 *a = reinterpret_cast<const i32 *>(r.slot[SRC0].data), *b = a + r.param[0];
+    i32 *to = reinterpret_cast<i32 *>(r.slot[DST].data);
+    for (int i = threadIdx.x; i < r.param[0]; i += blockDim.x) {
+        to[2 * i] = dot4_by_halves(a[i], b[i], 7);
+        to[2 * i + 1] = unsigned_dot4_by_halves(a[i], b[i], 7);
+    }
+}
+"""
+
+
+def test_products_of_bytes_by_halves_of_words() -> None:
+    """What P100 has in place of a dot product of bytes: every byte by every other."""
+    pairs = np.indices((256, 256)).reshape(2, -1).astype(np.uint8)
+    # Neighbours in a word differ, so that none can be taken for another.
+    words = np.stack([np.roll(pairs, 97 * i, axis=1) for i in range(4)], axis=-1).copy()
+    sources, result = words.view(np.int32).reshape(2, -1), np.zeros((words.shape[1], 2), np.int32)
+    memory = emulation.Memory()
+    memory.add(sources.ctypes.data, sources.nbytes, writable=False)
+    memory.add(result.ctypes.data, result.nbytes)
+    record = np.zeros(RECORD_WORDS, np.int64)
+    record[0], record[10], record[PARAM_WORD] = (
+        result.ctypes.data,
+        sources.ctypes.data,
+        words.shape[1],
+    )
+    text = joined(SOURCES / "columns.cuh") + _DOTS
+    emulation.build("dots", text).launch("dots", record, (1,), (256,), memory)
+    b = words[1].view(np.int8).astype(np.int32)
+    for column, a in enumerate((words[0].view(np.int8), words[0])):
+        expected = 7 + (a.astype(np.int32) * b).sum(-1)
+        np.testing.assert_array_equal(result[:, column], expected)
 
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16, GgmlType.Q4_0], ids=lambda t: t.name)

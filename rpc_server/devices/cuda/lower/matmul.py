@@ -136,14 +136,28 @@ def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tupl
     return address, stride
 
 
-def lanes_of_a_row(weights: Tensor) -> int:
-    """Return how many lanes share a row: fewer where it is too short for a warp."""
+def _power_of_lanes(weights: Tensor) -> int:
+    """Return how many lanes share a row, as a power of two: fewer where it is short."""
     steps = weights.ne[0] // 32 if weights.quantized else weights.ne[0] * weights.type_size // 16
-    return 8 if steps <= 8 else 16 if steps <= 16 else 32
+    return 3 if steps <= 8 else 4 if steps <= 16 else 5
 
 
-def _aligned_rows(weights: Tensor) -> bool:
-    return all(n % 16 == 0 for n in (weights.address, *weights.nb[1:]))
+def _alignment(weights: Tensor) -> int:
+    """Return the largest power of two, up to 16, that divides the addresses of all rows."""
+    addresses = weights.address | weights.nb[1] | weights.nb[2] | weights.nb[3] | 16
+    return addresses & -addresses
+
+
+def _reciprocal(n: int) -> int:
+    """Return what stands for a division of numbers below 2^16, see columns.cuh."""
+    return -(-(1 << 32) // n)
+
+
+def _divisors(t: Tensor) -> tuple[int, ...]:
+    """Return the reciprocals by which a block of a product finds its matrices."""
+    weights = source(t, 0)
+    by = (t.ne[2], t.ne[2] // weights.ne[2], t.ne[3] // weights.ne[3])
+    return tuple(map(_reciprocal, by))
 
 
 def _supported(t: Tensor) -> bool:
@@ -168,13 +182,20 @@ def _launch(
         t,
         grid,
         _THREADS,
-        extra=(address, stride, lanes_of_a_row(weights), _aligned_rows(weights), *routing),
+        extra=(
+            address,
+            stride,
+            _power_of_lanes(weights),
+            _alignment(weights),
+            *(routing or (0, 0)),
+            *(_divisors(t) if t.op is Op.MUL_MAT else ()),
+        ),
     )
 
 
 def _row_blocks(weights: Tensor, columns: int) -> int:
     """Blocks of threads for all rows of a matrix, ``columns`` columns at once."""
-    rows = _TILE_ROWS if columns in TILES else _THREADS // lanes_of_a_row(weights)
+    rows = _TILE_ROWS if columns in TILES else _THREADS >> _power_of_lanes(weights)
     return -(-weights.ne[1] // rows)
 
 
@@ -240,7 +261,7 @@ def multiply_one_column(
     slots: list[Tensor | None] = [products[0], weights[0], x, *rest]
     if glu is not None:
         slots += [None, None, glu]
-    aligned = all(_aligned_rows(w) for w in weights)
+    alignment = min(map(_alignment, weights))
     planner.launch(
         kernel_of_weights(
             "matvec",
@@ -251,7 +272,7 @@ def multiply_one_column(
         products[0],
         (sum(blocks) if glu is None else blocks[0],),
         _THREADS,
-        extra=(address, stride, lanes_of_a_row(weights[0]), aligned, *first_blocks),
+        extra=(address, stride, _power_of_lanes(weights[0]), alignment, *first_blocks),
         slots=slots,
         params=None if glu is None else glu.op_params,
     )

@@ -4,23 +4,63 @@
 #include "kernel.cuh"
 
 // A column of K elements is K signed bytes, then a float4 for each run of 32: its scale, and the sums
-// of its codes times the scale: of the first half, of the second, of both.
+// of its codes times the scale: of all, of the first half, of the second.
 __device__ inline const int4 *codes_of(const u8 *column) { return reinterpret_cast<const int4 *>(column); }
 __device__ inline const float4 *factors_of(const u8 *column, i64 k) {
     return reinterpret_cast<const float4 *>(column + k);
 }
 
-#if !defined(CUDA_EMULATION) && __CUDA_ARCH__ < 610
-// GP100 has no instruction for it.
-__device__ inline int dot4(int a, int b, int c) {
-    for (int i = 0; i < 32; i += 8) c += (int)(i8)(a >> i) * (int)(i8)(b >> i);
-    return c;
+// Products of four bytes and their sum. GP100 has no instruction for it, but one that multiplies either
+// half of a register: bytes 0 and 2, and 1 and 3, are made numbers of 16 bits.
+#if defined(CUDA_EMULATION)
+__device__ inline u32 permuted(u32 bytes, u32 selector) { return __byte_perm(bytes, 0, selector); }
+#else
+// Not __byte_perm, which knows no copies of a sign.
+__device__ inline u32 permuted(u32 bytes, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(bytes), "r"(selector));
+    return result;
 }
+#endif
+union Halves {
+    u32 word;
+    struct {
+        i16 low, high;
+    };
+};
+__device__ inline int dot2(u32 a, u32 b, int c) {
+    const Halves x = {a}, y = {b};
+    return x.low * y.low + x.high * y.high + c;
+}
+__device__ inline int dot4_by_halves(u32 a, u32 b, int c) {
+    c = dot2(permuted(a, 0xa280), permuted(b, 0xa280), c);
+    return dot2(permuted(a, 0xb391), permuted(b, 0xb391), c);
+}
+// The same for bytes of `a` without a sign.
+__device__ inline int unsigned_dot4_by_halves(u32 a, u32 b, int c) {
+    c = dot2(a & 0x00ff00ff, permuted(b, 0xa280), c);
+    return dot2(a >> 8 & 0x00ff00ff, permuted(b, 0xb391), c);
+}
+#if defined(CUDA_EMULATION)
+__device__ inline int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
+__device__ inline int unsigned_dot4(int a, int b, int c) { return unsigned_dot4_by_halves(a, b, c); }
+#elif __CUDA_ARCH__ < 610
+__device__ inline int dot4(int a, int b, int c) { return dot4_by_halves(a, b, c); }
+__device__ inline int unsigned_dot4(int a, int b, int c) { return unsigned_dot4_by_halves(a, b, c); }
 #else
 __device__ inline int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
+__device__ inline int unsigned_dot4(int a, int b, int c) {
+    int result;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
 #endif
 __device__ inline int dot16(int4 a, int4 b, int c) {
     return dot4(a.w, b.w, dot4(a.z, b.z, dot4(a.y, b.y, dot4(a.x, b.x, c))));
+}
+__device__ inline int unsigned_dot16(int4 a, int4 b, int c) {
+    c = unsigned_dot4(a.y, b.y, unsigned_dot4(a.x, b.x, c));
+    return unsigned_dot4(a.w, b.w, unsigned_dot4(a.z, b.z, c));
 }
 
 // Which weights and columns a block of threads multiplies.
@@ -57,15 +97,21 @@ struct Job {
 
 // slot 0: (M, N, ...), slot 1: weights (K, M, ...), slot 2: columns (K, N, ...).
 // Blocks along y are groups of so many columns, along z the matrices of the result.
+//
+// extra[6] to extra[8] divide numbers below 2^16: by ne[2] of the result, and by how many matrices of it
+// share one of weights along dimensions 2 and 3 (2^32 over those, rounded up).
+__device__ inline u32 divided(u32 n, i64 reciprocal) { return (u32)((u64)n * (u64)reciprocal >> 32); }
+
 __device__ inline Job plain_job(const Record &r, int columns) {
     const Slot &to = r.slot[DST], &w = r.slot[SRC0], &x = r.slot[SRC1];
-    const i64 i2 = blockIdx.z % to.ne[2], i3 = blockIdx.z / to.ne[2];
-    const i64 first = (i64)blockIdx.y * columns;
+    const u32 i3 = divided(blockIdx.z, r.extra[6]), i2 = blockIdx.z - i3 * (u32)to.ne[2];
+    const u32 first = blockIdx.y * columns;
     Job job(w);
-    job.weights = w.data + i2 / (to.ne[2] / w.ne[2]) * w.nb[2] + i3 / (to.ne[3] / w.ne[3]) * w.nb[3];
-    job.column = first + x.ne[1] * (i2 + x.ne[2] * i3);
+    job.weights = w.data + divided(i2, r.extra[7]) * w.nb[2] + divided(i3, r.extra[8]) * w.nb[3];
+    job.column = first + (u32)x.ne[1] * (i2 + (u32)x.ne[2] * i3);
     job.result = to.data + first * to.nb[1] + i2 * to.nb[2] + i3 * to.nb[3];
-    job.columns = (int)min((i64)columns, to.ne[1] - first);
+    // A grid has no more groups than there are columns.
+    job.columns = columns == 1 ? 1 : min(columns, (int)to.ne[1] - (int)first);
     job.valid = true;
     job.pairs = nullptr;
     return job;

@@ -4,28 +4,30 @@
 // Columns come from columns.cu.
 #include "columns.cuh"
 #include "gated.cuh"
-#include "weights.cuh"
+#include "spans.cuh"
 
-// Adds up what the lanes of a row have; a row has 8, 16 or 32 of them.
-__device__ inline float over_lanes(float value, int lanes) {
-    for (int n = lanes / 2; n > 0; n /= 2) value += __shfl_xor_sync(ALL_LANES, value, n);
+// Adds up what the lanes of a row have; a row has 8, 16 or 32 of them: 2 to the `power`.
+__device__ inline float over_lanes(float value, int power) {
+    for (int n = 1 << power >> 1; n > 0; n >>= 1) value += __shfl_xor_sync(ALL_LANES, value, n);
     return value;
 }
 
 // A row of weights times some columns, as one of the lanes that share the row has it.
-// extra: where the columns are, their stride, lanes of a row of weights.
+// extra: where the columns are, their stride, how many lanes share a row of weights: 2 to the power of
+// extra[2]; of what power of two, up to 16, all addresses of rows are multiples.
 template <int COLUMNS> struct Dots {
-    int lanes, lane;
+    int power, lane;
     i64 row;
     bool here;
     const u8 *weights;
     float total[COLUMNS];
 
     __device__ Dots(const Record &r, const Job &job) {
-        lanes = (int)r.extra[2];
-        lane = threadIdx.x % lanes;
-        row = (i64)(blockIdx.x - job.first_block) * (blockDim.x / lanes) + threadIdx.x / lanes;
-        here = job.valid && row < job.rows;
+        power = (int)r.extra[2];
+        lane = threadIdx.x & ((1 << power) - 1);
+        // Rows have 31 bits, see MAX_GRID.
+        row = (u32)(((blockIdx.x - job.first_block) * blockDim.x + threadIdx.x) >> power);
+        here = job.valid && (u32)row < (u32)job.rows;
         weights = job.weights + row * job.row_bytes;
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) total[c] = 0;
@@ -33,7 +35,7 @@ template <int COLUMNS> struct Dots {
 
     // Adds up what the lanes have for a column, and stores it; the sum.
     __device__ float store(const Record &r, const Job &job, int c) const {
-        const float sum = over_lanes(total[c], lanes);
+        const float sum = over_lanes(total[c], power);
         if (here && lane == 0 && c < job.columns)
             *reinterpret_cast<float *>(job.target(r, c) + row * r.slot[DST].nb[0]) = sum;
         return sum;
@@ -41,25 +43,35 @@ template <int COLUMNS> struct Dots {
 };
 
 // Columns are rows of codes.
-template <typename T, int COLUMNS>
-__device__ inline void add_codes(Dots<COLUMNS> &dots, const Record &r, const Job &job) {
-    const i64 k = r.slot[SRC0].ne[0];
-    for (int number = dots.lane; number < (int)(k / 32); number += dots.lanes) {
-        Run run;
-        decode_run<T>(run, dots.weights, number);
-        const int4 front = run.front(), back = run.back();
+template <typename S, int COLUMNS>
+__device__ inline void add_spans(Dots<COLUMNS> &dots, const Record &r, const Job &job) {
+    const u32 k = (u32)r.slot[SRC0].ne[0], spans = k / (32 * S::RUNS), step = 1u << dots.power;
+    const u8 *first = job.source(r, 0);
+#pragma unroll 1
+    for (u32 number = dots.lane; number < spans; number += step) {
+        S span;
+        span.load(dots.weights, number);
+        dots.total[0] += span.dot(codes_of(first), factors_of(first, k), number);
         // Columns' addresses are not kept: those of eight would double the registers.
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            if (c >= job.columns) break;
-            const u8 *column = job.source(r, c);
-            const int4 *codes = codes_of(column) + 2 * number;
-            const float4 factors = factors_of(column, k)[number];
-            const int first = dot16(front, codes[0], 0), second = dot16(back, codes[1], 0);
-            dots.total[c] += factors.x * (run.scale[0] * first + run.scale[1] * second) +
-                             (run.minimum[0] * factors.y + run.minimum[1] * factors.z);
+        for (int c = 1; c < COLUMNS; c++) {
+            if (c < job.columns) {
+                const u8 *column = job.source(r, c);
+                dots.total[c] += span.dot(codes_of(column), factors_of(column, k), number);
+            }
         }
     }
+}
+
+template <typename T, int COLUMNS>
+__device__ inline void add_codes(Dots<COLUMNS> &dots, const Record &r, const Job &job) {
+    typedef Span<T> Wide;
+    enum { SPAN = 32 * Wide::RUNS };
+    // All blocks begin on even addresses where their type has a number of two bytes.
+    const bool aligned = Wide::ALIGNMENT <= 2 || (int)r.extra[3] >= Wide::ALIGNMENT;
+    const bool whole = SPAN <= T::BLOCK || (u32)r.slot[SRC0].ne[0] % SPAN == 0;
+    if (__builtin_expect(aligned && whole, 1)) add_spans<Wide>(dots, r, job);
+    else add_spans<RunSpan<T>>(dots, r, job);
 }
 
 // -- weights of floats ----------------------------------------------------------------------------
@@ -91,13 +103,13 @@ template <int TYPE> struct Floats {
     }
 };
 
-// Columns are rows of F32. All rows of weights begin at multiples of 16 bytes if extra[3] is set;
+// Columns are rows of F32. All rows of weights begin at multiples of 16 bytes if extra[3] is 16;
 // columns always do.
 template <int TYPE, int COLUMNS>
 __device__ inline void add_floats(Dots<COLUMNS> &dots, const Record &r, const Job &job) {
     typedef Floats<TYPE> W;
-    const i64 k = r.slot[SRC0].ne[0], wide = r.extra[3] ? k / W::WIDE : 0;
-    for (i64 i = dots.lane; i < wide; i += dots.lanes) {
+    const i64 k = r.slot[SRC0].ne[0], wide = r.extra[3] >= 16 ? k / W::WIDE : 0;
+    for (i64 i = dots.lane; i < wide; i += (1 << dots.power)) {
         float values[W::WIDE];
         W::wide(dots.weights + 16 * i, values);
 #pragma unroll
@@ -112,7 +124,7 @@ __device__ inline void add_floats(Dots<COLUMNS> &dots, const Record &r, const Jo
             }
         }
     }
-    for (i64 i = wide * W::WIDE + dots.lane; i < k; i += dots.lanes) {
+    for (i64 i = wide * W::WIDE + dots.lane; i < k; i += (1 << dots.power)) {
         const float value = W::one(dots.weights + i * W::SIZE);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {

@@ -15,7 +15,7 @@ struct Target {
     // `sum` is what a lane's half of the run has for one.
     __device__ void write_factors(i64 run, float scale, float sum) const {
         const float second = __shfl_sync(ALL_LANES, sum, 16);
-        if (threadIdx.x % 32 == 0) factors[run] = make_float4(scale, sum, second, sum + second);
+        if (threadIdx.x % 32 == 0) factors[run] = make_float4(scale, sum + second, sum, second);
     }
 };
 

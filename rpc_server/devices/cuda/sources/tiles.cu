@@ -109,11 +109,11 @@ template <typename T, int COLUMNS> __device__ inline void multiply_tile(const Re
                     float &sum = total[i][c];
                     if (T::SCALES == 1) {
                         sum += x[c].x * (y.x * float_of_sum(dot16(b, back[c], dot16(a, front[c], SUM_ZERO))));
-                        if (T::MINIMA) sum += y.z * x[c].w;
+                        if (T::MINIMA) sum += y.z * x[c].y;
                     } else {
                         sum += x[c].x * (y.x * float_of_sum(dot16(a, front[c], SUM_ZERO)) +
                                          y.y * float_of_sum(dot16(b, back[c], SUM_ZERO)));
-                        if (T::MINIMA) sum += y.z * x[c].y + y.w * x[c].z;
+                        if (T::MINIMA) sum += y.z * x[c].z + y.w * x[c].w;
                     }
                 }
             }

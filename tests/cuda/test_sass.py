@@ -1,0 +1,71 @@
+"""How many instructions decoding takes: what a kernel costs is seen before a card has run it.
+
+A warp and 1024 weights are a loop of one run of 32 a lane; the loops of spans (spans.cuh) do two.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from protocol.ggml.types import GgmlType
+from rpc_server.devices.cuda.compile import OPTIONS
+from rpc_server.devices.cuda.kernels import kernel_of_weights
+from tests.cuda import nvrtc, sass
+
+pytestmark = [
+    pytest.mark.skipif(
+        nvrtc.library() is None, reason="NVRTC is not installed (pip install '.[nvrtc]')"
+    ),
+    pytest.mark.skipif(
+        not sass.programs(), reason="nvdisasm is not installed (pip install '.[nvrtc]')"
+    ),
+]
+
+# Runs of 32 weights that a lane multiplies in a turn of the loop.
+_RUNS = 2
+
+# Type, architecture, and of 1024 weights at most so many instructions and loads. Blocks of Q6_K and
+# Q8_0 begin at even addresses or multiples of four, so they are read by words.
+BUDGETS = [
+    (GgmlType.Q4_0, 60, 110, 8.0),
+    (GgmlType.Q4_0, 75, 45, 8.0),
+    (GgmlType.Q4_0, 86, 45, 8.0),
+    (GgmlType.Q4_0, 90, 45, 8.0),
+    (GgmlType.Q4_K, 60, 120, 5.0),
+    (GgmlType.Q4_K, 75, 60, 5.0),
+    (GgmlType.Q4_K, 86, 60, 5.0),
+    (GgmlType.Q4_K, 90, 60, 5.0),
+    (GgmlType.Q5_K, 86, 85, 6.0),
+    (GgmlType.Q6_K, 60, 180, 14.0),
+    (GgmlType.Q6_K, 75, 110, 14.0),
+    (GgmlType.Q6_K, 86, 110, 14.0),
+    (GgmlType.Q6_K, 90, 110, 14.0),
+    (GgmlType.Q8_0, 86, 45, 12.0),
+]
+# What each row costs before its first weight. Cards of 6.x multiply 32 bits by many instructions,
+# and those from 9.0 on load a record's words one by one.
+_BEFORE = {60: 170, 75: 60, 86: 60, 90: 75}
+
+
+@pytest.mark.parametrize(
+    ("type_", "arch", "instructions", "loads"),
+    BUDGETS,
+    ids=[f"{b[0].name}-{b[1]}" for b in BUDGETS],
+)
+def test_a_row_of_weights_by_one_column(
+    type_: GgmlType, arch: int, instructions: float, loads: float
+) -> None:
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    unit = kernel_of_weights("matvec", "", type_).unit
+    found = sass.loops(unit, "multiply_1", arch)
+    if found is None:
+        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    # The loop of spans has most products; of rows that don't fit one run is done at a time.
+    span = max(found, key=lambda loop: loop.products)
+    assert span.products
+    assert span.instructions / _RUNS <= instructions, found
+    assert span.loads / _RUNS <= loads, found
+    assert span.before <= _BEFORE[arch], found
+    usages = nvrtc.compile_for(unit.text, unit.label, arch, OPTIONS)
+    assert not {name for name, usage in usages.items() if usage.spills}
