@@ -56,6 +56,14 @@ def norm(x: Tensor, inplace: Tensor | None = None) -> Tensor:
     return f32(Op.RMS_NORM, x, inplace=inplace, op_params=params(1e-5))
 
 
+@pytest.mark.parametrize("op", [Op.RMS_NORM, Op.NORM, Op.L2_NORM])
+def test_norms_of_long_rows(op: Op) -> None:
+    """Partial sums are of few elements: what F32 loses of them is not seen."""
+    x = noise((40005, 2))
+    expected, actual = cuda.by_both(f32(op, x, op_params=params(1e-5)))
+    assert nmse(expected, actual) < 1e-13
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_norm_and_weights(rows: int) -> None:
     x, w = noise((70, rows)), noise((70,), seed=1)

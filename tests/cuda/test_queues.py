@@ -96,6 +96,40 @@ async def eventually(what: Callable[[], bool]) -> None:
     assert what()
 
 
+async def test_a_captured_graph_fetches_its_status_itself(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token is one launch and one wait: nothing is copied beside the graph."""
+    copied: list[int] = []
+    to_host = Card.to_host
+
+    def counted(card: Card, host: int, address: int, size: int, stream: Any) -> None:
+        if size == 4:
+            copied.append(address)
+        to_host(card, host, address, size, stream)
+
+    monkeypatch.setattr(Card, "to_host", counted)
+    async with serving.client() as client:
+        work = await Work.of(client)
+        seen = []
+        for value in (1.0, 2.0, 3.0, 4.0):
+            await work.run(value)
+            seen.append(len(copied))
+        # By itself, then while it is captured.
+        assert seen == [1, 2, 2, 2]
+        # What fails is told all the same, by a captured graph too.
+        table = await client.tensor(F32, (4, 3), np.zeros((3, 4), np.float32))
+        rows = await client.tensor(GgmlType.I32, (1,), np.array([2], np.int32))
+        plan = await client.prepare(client.graph.get_rows(table, rows))
+        for _ in range(4):
+            await plan.run()
+        assert await client.connection.device_count() == 1
+        await client.upload(rows, np.array([3], np.int32))
+        await plan.run()
+        with pytest.raises(ConnectionLost):
+            await client.connection.device_count()
+
+
 async def test_a_graph_waits_for_no_other_clients(serving: Serving) -> None:
     """While one client's stream stands still, another uploads, computes (captured, too), reads."""
     async with serving.client() as a, serving.client() as b:

@@ -56,7 +56,13 @@ class Scratch:
 
 
 class _CapturedGraph:
-    """Launches without anything between them: a captured graph from their second run on."""
+    """Launches without anything between them: a captured graph from their second run on.
+
+    Where they are a plan's last step their status is fetched with them.
+    """
+
+    # Whether they are; set by the plan.
+    fetches_status = False
 
     def __init__(self, resources: StreamResources, work: Sequence[Launch | Product]) -> None:
         self._resources = resources
@@ -73,7 +79,7 @@ class _CapturedGraph:
         self._graph: Any = None
         self._ran = False
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         if self._graph is None and self._ran and self._capturable:
             # The first run is by itself: a graph that comes only once isn't worth capturing.
             self._graph = self._card.capture(self._stream, self._enqueue)
@@ -89,6 +95,8 @@ class _CapturedGraph:
                 self._card.product(work, self._resources.library, self._stream)
             else:
                 self._card.launch(*work, self._stream)
+        if self.fetches_status:
+            self._resources.status.fetch()
 
 
 # What a plan keeps of a node, about: its launches' arguments, and its name.
@@ -116,6 +124,11 @@ class CudaPlan:
         # What its nodes read and write.
         self._storages = storages
         self._steps = steps
+        # One launch less a token: a captured graph ends with it.
+        last = steps[-1] if steps else None
+        self._fetches_status = isinstance(last, _CapturedGraph)
+        if isinstance(last, _CapturedGraph):
+            last.fetches_status = True
         self._labels = nodes
         # What captured launches point into.
         self._scratch = scratch
@@ -151,7 +164,9 @@ class CudaPlan:
             if self._stopped:
                 raise GraphError("was stopped")
             step()
-        return resources.status.read()
+        if not self._fetches_status:
+            resources.status.fetch()
+        return resources.status.wait()
 
     def stop(self) -> None:
         """Let a run end behind the step it is at; the card can't be interrupted within one."""
@@ -194,7 +209,7 @@ class CudaPlanBuilder:
         scratch = self._scratch_of(planner.scratch_peak)
         labels = self._finish(parts, scratch)
         resources = self._resources
-        steps = parts.steps(self._reference_step, lambda run: _CapturedGraph(resources, run).run)
+        steps = parts.steps(self._reference_step, lambda run: _CapturedGraph(resources, run))
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(graph.nodes),

@@ -21,9 +21,12 @@ class StatusWord:
         self._mirror: Pinned = card.pinned(4)
         card.fill(self.address, 4, 0, stream)
 
-    def read(self) -> int:
-        """Return the status of what has run on the stream since the last time; waits for it."""
+    def fetch(self) -> None:
+        """Enqueue a copy to the mirror; it may be captured with what comes before it."""
         self._card.to_host(self._mirror.address, self.address, 4, self._stream)
+
+    def wait(self) -> int:
+        """Return what the last :meth:`fetch` on the stream brings; waits for it."""
         self._stream.synchronize()
         status = int.from_bytes(self._mirror.view, "little")
         if status:

@@ -1,5 +1,27 @@
-// Normalisations: a block of threads for each row (or group of channels). F32 rows; sums in F64, as ggml.
+// Normalisations: a block of threads for each row (or group of channels). F32 rows. Sums are F64, as
+// ggml's, of partial sums of a few elements in F32: most cards have little arithmetic in F64.
 #include "rounding.cuh"
+
+// A thread's sum, of up to SUMMED elements at a time in F32.
+struct ThreadSum {
+    enum { SUMMED = 16 };
+    double total = 0;
+    float part = 0;
+    int count = 0;
+    __device__ void add(float x) {
+        part += x;
+        if (++count == SUMMED) close();
+    }
+    __device__ void close() {
+        total += part;
+        part = 0;
+        count = 0;
+    }
+    __device__ double value() {
+        close();
+        return total;
+    }
+};
 
 enum { RMS_NORM, NORM, L2_NORM };
 
@@ -34,16 +56,16 @@ KERNEL(normalize, 512) {
         }
         float mean = 0;
         if (which == NORM) {
-            double sum = 0;
-            for (i64 i = threadIdx.x; i < n; i += blockDim.x) sum += element(source, i, from);
-            mean = (float)(over_block(sum, Sum(), room) / n);
+            ThreadSum sum;
+            for (i64 i = threadIdx.x; i < n; i += blockDim.x) sum.add(element(source, i, from));
+            mean = (float)(over_block(sum.value(), Sum(), room) / n);
         }
-        double squares = 0;
+        ThreadSum mine;
         for (i64 i = threadIdx.x; i < n; i += blockDim.x) {
             const float x = element(source, i, from) - mean;
-            squares += (double)(x * x);
+            mine.add(x * x);
         }
-        squares = over_block(squares, Sum(), room);
+        const double squares = over_block(mine.value(), Sum(), room);
         const float scale = which == L2_NORM ? 1 / fmaxf(sqrtf((float)squares), eps)
                                              : 1 / sqrtf((float)(squares / n) + eps);
         u8 *factors = factor.data ? at.repeated_in(factor) : nullptr, *product = at.in(scaled);
@@ -80,15 +102,15 @@ KERNEL(group_norm, 512) {
     for (int pass = 0; pass < 3; pass++) {
         const float mean = pass ? (float)(sum / n) : 0;
         const float scale = pass == 2 ? 1 / sqrtf((float)(squares / n) + eps) : 0;
-        double total = 0;
+        ThreadSum mine;
         for (i64 e = threadIdx.x; e < n; e += blockDim.x) {
             const i64 i0 = e % width, i1 = e / width % from.ne[1], i2 = first + e / width / from.ne[1];
             const float x = *reinterpret_cast<const float *>(from.data + i0 * from.nb[0] + i1 * from.nb[1] + i2 * from.nb[2] + i3 * from.nb[3]) - mean;
-            if (pass == 0) total += x;
-            else if (pass == 1) total += (double)(x * x);
+            if (pass == 0) mine.add(x);
+            else if (pass == 1) mine.add(x * x);
             else *reinterpret_cast<float *>(to.data + i0 * to.nb[0] + i1 * to.nb[1] + i2 * to.nb[2] + i3 * to.nb[3]) = x * scale;
         }
-        if (pass == 0) sum = over_block(total, Sum(), room);
-        if (pass == 1) squares = over_block(total, Sum(), room);
+        if (pass == 0) sum = over_block(mine.value(), Sum(), room);
+        if (pass == 1) squares = over_block(mine.value(), Sum(), room);
     }
 }
