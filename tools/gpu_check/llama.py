@@ -231,7 +231,8 @@ class SyntheticLlama:
         )
         keys, values = self._caches[number]
         kept = g.set_rows(keys, g.reshape(k, shape.kv_heads * width, tokens), rows)
-        outputs += [q, k, v, kept, g.set_rows(values, v, rows)]
+        # Keys come last, as llama.cpp has it: so they are next to what puts them into the cache.
+        outputs += [q, v, k, kept, g.set_rows(values, v, rows)]
 
         def heads(cache: Tensor) -> Tensor:
             row = cache.nb[1]

@@ -48,8 +48,9 @@ _STICKY = frozenset({702, 710, 714, 715, 716, 717, 718, 719, 700, 214, 220, 709}
 _NO_MEMORY = 2
 
 # Memory that clients don't get: kernels' code and cuBLAS (100 to 150 MiB, and 8 or 32 for each
-# client's handle), scratch (46 MiB for 512 tokens of an 8B, 180 for 2048), captured graphs. A card
-# that weights fill to the last byte would fail at its first graph.
+# client's handle), scratch (46 MiB for 512 tokens of an 8B, 180 for 2048, and up to 128 of decoded
+# weights), captured graphs. A card that weights fill to the last byte would fail at its first
+# graph.
 _RESERVED = 512 << 20
 # Of a small card no more than this part.
 _RESERVED_PART = 8

@@ -15,8 +15,11 @@ _CONVERT = kernel("copy", "copy_rows")
 _LARGEST = kernel("columns", "largest_of_rows")
 _HALVE = kernel("columns", "halve_columns")
 
-# Bytes of weights that are decoded at a time: few launches, and little beside the weights.
-_TILE_BYTES = 32 << 20
+# Bytes of weights that are decoded at a time, by capability, each for what comes up to the next.
+# Where the second-level cache holds so many (A100, RTX 40 and newer) they stay in it until they are
+# multiplied; other cards read them from memory anyway, so that fewer launches are all that counts:
+# any matrix of an 8B but the last goes as one.
+_TILE_BYTES = {60: 128 << 20, 80: 32 << 20, 86: 128 << 20, 89: 32 << 20}
 
 
 def product_type(weights: GgmlType, capability: int) -> GgmlType:
@@ -68,7 +71,8 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
     as_they_are = weights.type is type_ and weights.nb[1] % size == 0
     rows = weights.ne[1]
     if not as_they_are:
-        rows = min(rows, max(_TILE_BYTES // (size * weights.ne[0]), 1))
+        at_once = _TILE_BYTES[max(c for c in _TILE_BYTES if c <= planner.capability)]
+        rows = min(rows, max(at_once // (size * weights.ne[0]), 1))
     tile = 0 if as_they_are else planner.scratch(size * weights.ne[0] * rows)
     repeat2, repeat3 = t.ne[2] // weights.ne[2], t.ne[3] // weights.ne[3]
     for w3 in range(weights.ne[3]):
