@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, Any, Self
 
 from tools.capture.errors import CaptureError, MissingToolError
@@ -56,12 +56,7 @@ class Listening:
             raise CaptureError(_why(self._interface, said))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         said = self._end()
         found = re.search(r"(\d+) packets? dropped by kernel", said)
         self.dropped = int(found[1]) if found else 0
