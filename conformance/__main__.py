@@ -32,7 +32,7 @@ from pathlib import Path
 from rich.console import Console
 
 from conformance import serve
-from conformance.arguments import endpoint
+from conformance.arguments import command_line, endpoint
 from conformance.properties.findings import run_replay
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
@@ -58,11 +58,7 @@ _EXIT_INTERRUPTED = 130
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conformance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("conformance", __doc__)
     add = parser.add_argument_group("the server").add_argument
     add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")

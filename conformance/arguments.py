@@ -1,10 +1,22 @@
-"""Values that several command lines of the suite take."""
+"""What the command lines of the suite have in common: how they are made, and some values."""
 
 from __future__ import annotations
 
 import argparse
 
 from protocol.endpoint import parse_endpoint
+
+
+def command_line(
+    program: str, description: str | None, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser for ``python -m program``, whose help keeps the lines of these texts."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def endpoint(text: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Values that several command lines take."""
+"""What command lines have in common: how they are made, and some values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rpc_server.options import port
 
 __all__ = [
     "DEFAULT_PORT",
+    "command_line",
     "endpoint",
     "listening",
     "numbers",
@@ -20,6 +21,18 @@ __all__ = [
 ]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def command_line(
+    program: str, description: str | None, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser for ``python -m program``, whose help keeps the lines of these texts."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def endpoint(text: str) -> tuple[str, int]:

@@ -13,7 +13,6 @@ to be read by a person.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import subprocess
@@ -30,6 +29,7 @@ from protocol.commands import Command
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
 from tools import models, upstream
+from tools.arguments import command_line
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     HOST,
@@ -259,8 +259,7 @@ def text_of(path: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.captures", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("tools.captures", __doc__)
     parser.add_argument("folder", type=Path, help=f"such as {PROJECT.name}/tests/data/captures")
     parser.add_argument("--only", action="append", choices=list(RECIPES))
     parser.add_argument("--text", action="store_true", help="record nothing: make the texts anew")

@@ -9,7 +9,6 @@ kilobytes. The cases of `python -m conformance` about what clients send are made
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import json
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import models, upstream
+from tools.arguments import command_line
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     HOST,
@@ -195,8 +195,7 @@ def record(use: Use, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.client_captures", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("tools.client_captures", __doc__)
     parser.add_argument("folder", type=Path, help="where the captures go")
     parser.add_argument("--only", action="append", choices=list(USES), help="these alone")
     options = parser.parse_args(arguments)

@@ -23,6 +23,7 @@ import tools.replay.__main__
 import tools.split_status
 import tools.wireshark.__main__
 import tools.workers.__main__
+from tools.arguments import command_line
 
 # What [project.scripts] of pyproject.toml installs, and the parser of each.
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -73,11 +74,7 @@ def script(command: str, shell: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.completion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.completion", __doc__)
     parser.add_argument("shell", choices=list(SHELLS), help="the shell")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="a folder (default: in ~/.local/share)"

@@ -16,7 +16,6 @@ Also here, for tests that need them: a random LoRA adapter for any model file.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ import numpy.typing as npt
 
 from client.gguf_file import GgufFile
 from tools import on_disk, smollm2
+from tools.arguments import command_line
 
 Array = npt.NDArray[np.float32]
 
@@ -381,8 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in on_disk.COMMANDS:
         return on_disk.main(given)
-    parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("tools.models", __doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="where to write; or the word smollm2, see above")
     add("--only", action="append", choices=list(ARCHITECTURES), help="this one; may be repeated")

@@ -10,7 +10,6 @@ The index is this user's, the one that servers use. Without PATH all of it is me
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from rpc_server.models.library import (
 )
 from rpc_server.models.record import FileRecord, Records, default_folder
 from rpc_server.observability.progress import shown
+from tools.arguments import command_line
 
 _MIB = 1 << 20
 
@@ -130,8 +130,7 @@ COMMANDS = {"list": _list, "index": _index, "verify": _verify}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.models", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("tools.models", __doc__)
     parser.add_argument("command", choices=list(COMMANDS), help="what to do")
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files and folders")
     options = parser.parse_args(arguments)

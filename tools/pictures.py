@@ -10,7 +10,6 @@ tests/data.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -31,6 +30,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from tools import smollm2, upstream
+from tools.arguments import command_line
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     HOST,
@@ -314,11 +314,7 @@ SCENES: dict[str, tuple[str, Callable[[], list[Text]]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.pictures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.pictures", __doc__)
     # argparse would check the default of no names against the choices.
     parser.add_argument("name", nargs="*", metavar="NAME", help=f"which: {', '.join(SCENES)}")
     parser.add_argument(

@@ -27,7 +27,7 @@ from protocol.commands import Command
 from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.text import printable
-from tools.arguments import endpoint, seconds
+from tools.arguments import command_line, endpoint, seconds
 
 _TIMEOUT = 10.0
 
@@ -205,11 +205,7 @@ async def show(host: str, port: int, device: int, watch: float | None, as_json: 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.split_status",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.split_status", __doc__)
     parser.add_argument("endpoint", type=endpoint, metavar="HOST:PORT", help="the coordinator")
     parser.add_argument(
         "--watch", type=seconds, metavar="N", help="every N seconds what was added, until Ctrl-C"

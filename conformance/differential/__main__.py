@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance.arguments import endpoint
+from conformance.arguments import command_line, endpoint
 from conformance.differential.campaign import (
     PROFILES,
     DifferentialCampaign,
@@ -36,11 +36,7 @@ from conformance.differential.sketch import FAMILIES
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m conformance.differential",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("conformance.differential", __doc__)
     add = parser.add_argument
     tested = parser.add_mutually_exclusive_group(required=True)
     tested.add_argument("--endpoint", type=endpoint, metavar="HOST:PORT", help="server under test")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from conformance.arguments import endpoint
+from conformance.arguments import command_line, endpoint
 from conformance.differential.endpoint import Endpoint
 from conformance.properties.findings import Finding, explore, run_replay, spoken
 from conformance.properties.graphs import Reference
@@ -36,11 +36,7 @@ PROFILES = ("quick", "nightly")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m conformance.properties",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("conformance.properties", __doc__)
     add = parser.add_argument
     add("--endpoint", type=endpoint, metavar="HOST:PORT", help="the server under test")
     add("--restart-command", metavar="COMMAND", default="", help="starts it, again if it dies")

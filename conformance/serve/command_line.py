@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from conformance.arguments import command_line
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
 from conformance.reports.junit import write_junit
@@ -48,11 +49,7 @@ Exit codes: 0 no failure, 1 something failed, 2 wrong options, 3 no client came.
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m conformance --serve",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("conformance --serve", DESCRIPTION)
     add = parser.add_argument
     add("--client-command", metavar="COMMAND", default="", help="starts the client; has {port}")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.fuzz import inputs
+from tools.arguments import command_line
 
 # Hangs and blow-ups count as findings.
 _TIMEOUT_SECONDS = 5
@@ -38,11 +39,7 @@ _PACKAGES = ["protocol", "rpc_server"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tests.fuzz", __doc__)
     add = parser.add_argument
     add("target", nargs="?", metavar="TARGET", help="what to fuzz (--list names them)")
     add("--list", action="store_true", help="print the targets")

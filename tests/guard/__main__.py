@@ -37,6 +37,7 @@ from tests.guard import overlap_run, overlaps
 from tests.guard.cases import chains, draw_cases
 from tests.guard.check import Layout, findings
 from tests.guard.mapping import Side
+from tools.arguments import command_line
 
 # Runs the items that it reads, as JSON.
 COMMAND = [sys.executable, "-m", "tests.guard", "--child"]
@@ -181,11 +182,7 @@ def _found(tally: Tally, item: Item, at: tuple[int, str, bool], what: object) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.guard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tests.guard", __doc__)
     add = parser.add_argument
     add("--only", default="", metavar="OP[,OP]", help="these families only ('chains': of several)")
     add("--share", type=float, default=1.0, help="of each family's cases (%(default)s)")

@@ -12,7 +12,6 @@ is per second on a processor.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import os
 import pstats
@@ -134,11 +133,7 @@ def _profile(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.dump",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.command_line("tools.bench.dump", __doc__)
     parser.add_argument("--size", type=arguments.size, default=1 << 30, help="of a capture (1G)")
     parser.add_argument("--folder", type=Path, help="where captures are made for the time of a run")
     parser.add_argument("--profile", action="store_true", help="profile the network capture")

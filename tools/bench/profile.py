@@ -24,6 +24,7 @@ from rpc_server.devices.cpu.assembly import RecordTable
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.plan import CpuPlanBuilder, TimeSlices
 from rpc_server.graph.table import Ints
+from tools.arguments import command_line
 from tools.bench import llama
 from tools.serving.ports import free_port
 from tools.serving.processes import (
@@ -150,11 +151,7 @@ def table(result: dict[str, object]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.bench.profile", __doc__)
     add = parser.add_argument
     add("--model", type=Path, help="GGUF file")
     add("-n", "--generate", type=int, default=64, help="tokens to generate (%(default)s)")

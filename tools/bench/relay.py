@@ -10,7 +10,6 @@ between two pauses.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import selectors
 import socket
@@ -20,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from tools.arguments import endpoint
+from tools.arguments import command_line, endpoint
 
 _CHUNK = 256 << 10
 # So long nothing comes in a pause.
@@ -98,11 +97,7 @@ def serve(listen: int, to: tuple[str, int], delay: float, rate: float) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.relay",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.bench.relay", __doc__)
     add = parser.add_argument
     add("--listen", type=int, required=True, metavar="PORT")
     add("--to", type=endpoint, required=True, metavar="HOST:PORT")

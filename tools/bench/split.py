@@ -30,6 +30,7 @@ from client.connection import connect
 from protocol.commands import Command
 from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
+from tools.arguments import command_line
 from tools.bench import llama
 from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
@@ -312,11 +313,7 @@ def link_table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.split",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.bench.split", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="GGUF file")
     add("-p", "--prompt", type=int, default=64, help="tokens of the prompt (%(default)s)")

@@ -55,12 +55,7 @@ def _number(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m tools.dump",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = arguments.command_line("tools.dump", _DESCRIPTION, _EXAMPLES)
     add = made.add_argument_group("what to read").add_argument
     add("capture", nargs="?", metavar="FILE", help="a pcap or pcapng file; - is standard input")
     add("--live", metavar="INTERFACE", help="listen on a network interface, such as lo, by tcpdump")

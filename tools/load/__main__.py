@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.connection import connect_any
-from tools.arguments import endpoint
+from tools.arguments import command_line, endpoint
 from tools.load.clients import (
     KINDS,
     Address,
@@ -235,11 +235,7 @@ def _subject(given: Address | None, options: Sequence[str]) -> Iterator[LoadedSe
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.load",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.load", __doc__)
     add = parser.add_argument
     add("--clients", type=int, default=50, metavar="N", help="at once (%(default)s)")
     add("--minutes", type=float, default=10.0, metavar="N", help="how long (%(default)s)")

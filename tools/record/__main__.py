@@ -84,12 +84,7 @@ async def _run(options: argparse.Namespace, recorder: Recorder) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.record",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.command_line("tools.record", __doc__, _EPILOG)
     add = parser.add_argument
     add(
         "--listen",

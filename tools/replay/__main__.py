@@ -56,12 +56,7 @@ def report(result: ReplayResult, tolerance: float) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.replay",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.command_line("tools.replay", __doc__, _EPILOG)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="the capture")
     add(

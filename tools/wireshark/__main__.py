@@ -43,11 +43,7 @@ def dissector(port: int = arguments.DEFAULT_PORT) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.wireshark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.command_line("tools.wireshark", __doc__)
     add = parser.add_argument
     add("-o", "--output", metavar="FILE", default="ggml_rpc.lua", help="- for stdout (%(default)s)")
     add(

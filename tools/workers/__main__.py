@@ -40,7 +40,7 @@ from client.split.survey import (
 )
 from client.tunnel import SecretError, client_context, read_token
 from rpc_server.options import SPLIT_TOKEN_VARIABLE
-from tools.arguments import positive, seconds
+from tools.arguments import command_line, positive, seconds
 from tools.workers.advice import advice_json, advice_table, commands, describe
 from tools.workers.report import console, servers_json, servers_table, size_text
 
@@ -143,11 +143,7 @@ def _target(text: str) -> ServerAddress:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.workers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.workers", __doc__)
     add = parser.add_argument
     add("servers", nargs="*", type=_target, metavar="HOST[:PORT]", help="or tls://HOST:PORT")
     add("--watch", type=seconds, metavar="N", help="every N seconds again, until Ctrl-C")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from tests.e2e.matrix.combinations import (
 )
 from tests.e2e.matrix.run import Outcome, run_all
 from tools import smollm2, upstream
+from tools.arguments import command_line
 
 WIDTH = 180
 
@@ -56,8 +56,7 @@ def _numbers(text: str) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line says; 0 where all went well, 1 where something failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.e2e.matrix", description=package.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_line("tests.e2e.matrix", package.__doc__)
     parser.add_argument("--list", action="store_true", help="print the combinations and the rules")
     parser.add_argument("--only", type=_numbers, metavar="N,N", help="run these alone")
     parser.add_argument("--few", action="store_true", help="run those of the ordinary tests")
