@@ -32,7 +32,7 @@ from pathlib import Path
 from rich.console import Console
 
 from conformance import serve
-from conformance.arguments import command_line, endpoint
+from conformance.arguments import add_reports, command_line, endpoint
 from conformance.properties.findings import run_replay
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
@@ -71,11 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--explain", metavar="CASE", help="print what a case sends and expects, and why")
     add("--seed", type=int, default=0, help="of generated cases (%(default)s)")
     add("--replay", type=Path, metavar="FILE", help="try a finding of conformance.properties again")
-    add = parser.add_argument_group("reports").add_argument
-    add("--verbose", action="store_true", help="list cases that passed or were skipped too")
-    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    add("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
-    add("--html", type=Path, metavar="FILE", help="write a page with the exchanges of findings")
+    reports = parser.add_argument_group("reports")
+    add_reports(reports, "cases that passed or were skipped", "the exchanges of findings")
     return parser
 
 

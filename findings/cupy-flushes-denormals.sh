@@ -11,14 +11,8 @@
 # half precision scales of quantized weights times small values get there.
 #
 # Seen with: cupy-cuda12x 14.2.0, nvidia-cuda-nvrtc-cu12 12.9.86; no GPU is needed
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check cupy-cuda12x==14.2.0 \
-    numpy==2.2.6 nvidia-cuda-nvrtc-cu12==12.9.86
+. "$(dirname "$0")/common.bash"
+install cupy-cuda12x==14.2.0 numpy==2.2.6 nvidia-cuda-nvrtc-cu12==12.9.86
 CUPY_CACHE_DIR=$folder/cache venv/bin/python - <<'PYTHON'
 import cupy
 from cupy.cuda import compiler, nvrtc

@@ -10,13 +10,8 @@
 # without a home. A program that tries "except ImportError" to do without a GPU ends.
 #
 # Seen with: cupy-cuda12x 14.2.0
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check cupy-cuda12x==14.2.0 numpy==2.2.6
+. "$(dirname "$0")/common.bash"
+install cupy-cuda12x==14.2.0 numpy==2.2.6
 touch home # a file, so that no folder can be made in it, whoever runs this
 result() {
     env "$@" venv/bin/python -c 'import cupy; print("imported", cupy.__version__)' 2>&1 | tail -1 || true

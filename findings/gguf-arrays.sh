@@ -11,13 +11,8 @@
 # bounds. Loaders that need the key say that it is missing in a file whose maker did write it.
 #
 # Seen with: gguf 0.19.0
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 numpy==2.2.6
+. "$(dirname "$0")/common.bash"
+install gguf==0.19.0 numpy==2.2.6
 
 venv/bin/python - <<'PYTHON'
 import struct

@@ -10,15 +10,9 @@
 # row.
 #
 # Seen with: gguf 0.19.0; ggml as in llama-cpp-python 0.3.36
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 numpy==2.2.6 scikit-build-core==0.11.6
-venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation \
-    --no-binary llama-cpp-python llama-cpp-python==0.3.36
+. "$(dirname "$0")/common.bash"
+install gguf==0.19.0 numpy==2.2.6 scikit-build-core==0.11.6
+pip download --no-deps --no-build-isolation --no-binary llama-cpp-python llama-cpp-python==0.3.36
 tar xzf llama_cpp_python-0.3.36.tar.gz --strip-components 4 --wildcards '*/ggml/src/ggml-common.h' \
     '*/ggml/include/*'
 cat > size.cpp <<'CPP'

@@ -10,13 +10,8 @@
 # today's models it takes seconds and some hundred MiB before the first key can be looked at.
 #
 # Seen with: gguf 0.19.0, numpy 2.2.6
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0 numpy==2.2.6
+. "$(dirname "$0")/common.bash"
+install gguf==0.19.0 numpy==2.2.6
 
 venv/bin/python - <<'PYTHON'
 import os

@@ -11,13 +11,8 @@
 # nvrtcGetSupportedArchs, and keep cu12 for cards below 7.5.
 #
 # Seen with: nvidia-cuda-nvrtc 13.5.37, nvidia-cuda-nvrtc-cu12 12.9.86, Linux x86-64
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-nvrtc-cu12==12.9.86
+. "$(dirname "$0")/common.bash"
+install nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-nvrtc-cu12==12.9.86
 
 venv/bin/python - <<'PYTHON'
 import ctypes

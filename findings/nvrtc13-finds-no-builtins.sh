@@ -12,15 +12,9 @@
 # builtins.so.13.0 with RTLD_GLOBAL first; it is found then.
 #
 # Seen with: nvidia-cuda-nvrtc 13.0.88 and 13.5.37, nvidia-cuda-nvrtc-cu12 12.9.86, Linux x86-64
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
+. "$(dirname "$0")/common.bash"
 for package in nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-nvrtc==13.5.37; do
-    venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-        --target "${package##*=}" "$package"
+    install --no-deps --target "${package##*=}" "$package"
 done
 
 cat > compile.py <<'PYTHON'

@@ -12,13 +12,8 @@
 # answers scrapes with errors from then on.
 #
 # Seen with: prometheus-client 0.26.0
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check prometheus-client==0.26.0
+. "$(dirname "$0")/common.bash"
+install prometheus-client==0.26.0
 venv/bin/python - <<'PYTHON'
 import os
 from importlib.metadata import version

@@ -12,20 +12,7 @@
 # the length of messages.
 #
 # Seen with: stable-diffusion-cpp-python 0.4.7 (protocol 3.6.1)
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    scikit-build-core==0.11.6
-sources() { # name, version: the folder of a source package, unpacked but for large files
-    venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
-        --no-build-isolation --no-binary "$1" "$1==$2"
-    tar xzf "${1//-/_}-$2.tar.gz" --exclude '*/models/*' --exclude '*/media/*' --exclude '*/docs/*'
-}
-
+. "$(dirname "$0")/common.bash"
 sources stable-diffusion-cpp-python 0.4.7
 vendor=stable_diffusion_cpp_python-0.4.7/vendor/stable-diffusion.cpp
 definition=$(grep -o 'DGGML_MAX_NAME=[0-9]*' "$vendor/CMakeLists.txt")

@@ -13,20 +13,7 @@
 #
 # Seen with: llama-cpp-python 0.3.9 and 0.3.16, stable-diffusion-cpp-python 0.3.1, llama-cpp-
 # python 0.3.36
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    scikit-build-core==0.11.6
-sources() { # name, version: the folder of a source package, unpacked but for large files
-    venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
-        --no-build-isolation --no-binary "$1" "$1==$2"
-    tar xzf "${1//-/_}-$2.tar.gz" --exclude '*/models/*' --exclude '*/media/*' --exclude '*/docs/*'
-}
-
+. "$(dirname "$0")/common.bash"
 cat > numbers.c <<'C'
 #include "ggml.h"
 #include <stdio.h>

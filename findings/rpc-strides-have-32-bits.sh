@@ -11,20 +11,7 @@
 # long KV caches to be the first to get there.
 #
 # Seen with: llama-cpp-python 0.3.36 (protocol 7.0.0)
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    scikit-build-core==0.11.6
-sources() { # name, version: the folder of a source package, unpacked but for large files
-    venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
-        --no-build-isolation --no-binary "$1" "$1==$2"
-    tar xzf "${1//-/_}-$2.tar.gz" --exclude '*/models/*' --exclude '*/media/*' --exclude '*/docs/*'
-}
-
+. "$(dirname "$0")/common.bash"
 sources llama-cpp-python 0.3.36
 ggml=llama_cpp_python-0.3.36/vendor/llama.cpp/ggml
 {

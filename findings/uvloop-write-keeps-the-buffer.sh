@@ -12,13 +12,8 @@
 # one. Send bytes(), or reuse a buffer only after drain() has waited for an empty queue.
 #
 # Seen with: uvloop 0.22.1, CPython 3.11.7 (asyncio's own loop of later versions was not run)
-set -euo pipefail
-
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder"
-python3 -m venv venv
-venv/bin/python -m pip install --quiet --disable-pip-version-check uvloop==0.22.1
+. "$(dirname "$0")/common.bash"
+install uvloop==0.22.1
 
 venv/bin/python - <<'PYTHON'
 import asyncio

@@ -17,7 +17,7 @@ from protocol.ggml.types import TYPE_INFO, GgmlType
 Bytes = npt.NDArray[np.uint8]
 
 # Where the F16 scales (and minima) of a block lie.
-_F16_SCALES: dict[GgmlType, tuple[int, ...]] = {
+F16_SCALES: dict[GgmlType, tuple[int, ...]] = {
     GgmlType.Q4_0: (0,),
     GgmlType.Q4_1: (0, 2),
     GgmlType.Q5_0: (0,),
@@ -50,7 +50,7 @@ def random_blocks(type: GgmlType, count: int, random: np.random.Generator) -> By
         return np.empty((0, TYPE_INFO[type].type_size), np.uint8)
     blocks = random.integers(0, 256, (count, TYPE_INFO[type].type_size), np.uint8)
     scales = (random.standard_normal((count, 2)) * 0.05).astype(np.float16)
-    for i, at in enumerate(_F16_SCALES.get(type, ())):
+    for i, at in enumerate(F16_SCALES.get(type, ())):
         blocks[:, at : at + 2] = _bytes_of(scales[:, i])
     if type is GgmlType.IQ1_M:
         # The scale's four nibbles are the high ones of the four words of block scales.

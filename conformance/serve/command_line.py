@@ -6,12 +6,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from conformance.arguments import command_line
+from conformance.arguments import add_reports, command_line
 from conformance.reports.html import write_html
 from conformance.reports.json_file import write_json
 from conformance.reports.junit import write_junit
@@ -61,10 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=60.0, help="seconds for one run (%(default)s)")
     add("--patience", type=float, default=PATIENCE,
         help="seconds to leave a connection that can't go on (%(default)s)")  # fmt: skip
-    add("--verbose", action="store_true", help="list what passed or wasn't seen too")
-    add("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    add("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
-    add("--html", type=Path, metavar="FILE", help="write a page with what was found")
+    add_reports(parser, "what passed or wasn't seen", "what was found")
     return parser
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conformance.differential.blocks import F16_SCALES
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
 from protocol.tensor import Tensor
@@ -39,35 +40,8 @@ from tests.ops.harness import (
 NMSE_LIMIT = 1e-6
 NMSE_LIMIT_FLOAT = 1e-10
 
-# Where the F16 scales lie in a block, and how they are chosen: sane ones, as any bits may be there.
-SCALES_AT: dict[GgmlType, Sequence[int]] = {
-    GgmlType.Q4_0: (0,),
-    GgmlType.Q4_1: (0, 2),
-    GgmlType.Q5_0: (0,),
-    GgmlType.Q5_1: (0, 2),
-    GgmlType.Q8_0: (0,),
-    GgmlType.IQ4_NL: (0,),
-    GgmlType.Q2_K: (80, 82),
-    GgmlType.Q3_K: (108,),
-    GgmlType.Q4_K: (0, 2),
-    GgmlType.Q5_K: (0, 2),
-    GgmlType.Q6_K: (208,),
-    GgmlType.IQ4_XS: (0,),
-    GgmlType.Q1_0: (0,),
-    GgmlType.Q2_0: (0,),
-    GgmlType.TQ1_0: (52,),
-    GgmlType.TQ2_0: (64,),
-    GgmlType.IQ1_S: (0,),
-    GgmlType.IQ2_XXS: (0,),
-    GgmlType.IQ2_XS: (0,),
-    GgmlType.IQ2_S: (0,),
-    GgmlType.IQ3_XXS: (0,),
-    GgmlType.IQ3_S: (0,),
-    # Scales of other formats.
-    GgmlType.IQ1_M: (),
-    GgmlType.MXFP4: (),
-    GgmlType.NVFP4: (),
-}
+# Types whose scales are no F16 in one piece.
+OTHER_SCALES = (GgmlType.IQ1_M, GgmlType.MXFP4, GgmlType.NVFP4)
 
 
 def weights(type_: GgmlType, ne: Sequence[int], seed: int = 0) -> Tensor:
@@ -79,7 +53,7 @@ def weights(type_: GgmlType, ne: Sequence[int], seed: int = 0) -> Tensor:
         return t
     blocks = CONTEXT.memory(t.address, t.nbytes).reshape(-1, t.type_size)
     blocks[...] = rng.integers(0, 256, blocks.shape, np.uint8)
-    for at in SCALES_AT[type_]:
+    for at in F16_SCALES.get(type_, ()):
         scales = rng.uniform(-0.1, 0.1, (len(blocks), 1)).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8)
     if type_ is GgmlType.MXFP4:
@@ -118,7 +92,7 @@ def check_product(a: Tensor, b: Tensor, n_threads: int = 2) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 33])
 def test_every_type(type_: GgmlType, n: int) -> None:
     block = max(TYPE_INFO[type_].block_size, 32)
-    assert type_ in SCALES_AT or type_ in FLOATS
+    assert type_ in F16_SCALES or type_ in OTHER_SCALES or type_ in FLOATS
     # Rows that are no multiple of a tile; an odd number of blocks; more than one chunk of k.
     for rows, k in ((37, block), (16, 9 * block), (5, 11 * 256)):
         for n_threads in (1, 2, 3):
@@ -157,7 +131,7 @@ def test_sums_of_bytes_do_not_saturate(
     for type_ in (GgmlType.Q8_0, GgmlType.Q6_K):
         a = weights(type_, (256, 16))
         blocks = CONTEXT.memory(a.address, a.nbytes).reshape(-1, a.type_size)
-        (at,) = SCALES_AT[type_]
+        (at,) = F16_SCALES[type_]
         scales = blocks[:, at : at + 2].copy()
         blocks[...] = code
         blocks[:, at : at + 2] = scales

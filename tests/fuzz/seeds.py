@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from tests.fuzz.streams import SPOKEN
 from tests.guard.cases import any_case, chains, draw_cases
 from tests.guard.mapping import PAGE
 
+# Of each buffer what is in it, as an index of CONTENTS, and its size.
+Buffers = tuple[tuple[int, int], ...]
 # A fifth of the cases are chains of several families.
 _CHAINS = 5
 _FRAME_SIZE = 8
@@ -41,7 +43,7 @@ def cases(count: int, seed: int) -> list[GraphCase]:
     return draw_cases(any_case(), count, seed) + draw_cases(chains(), count // _CHAINS, seed)
 
 
-def _placed(case: GraphCase) -> tuple[tuple[int, int], ...] | None:
+def _placed(case: GraphCase) -> Buffers | None:
     """Put each root into a buffer of its size; None if there are too many or too large ones."""
     roots = case.graph.roots
     if len(roots) > MAX_BUFFERS or any(root.nbytes >= 1 << 24 for root in roots):
@@ -57,14 +59,17 @@ def _placed(case: GraphCase) -> tuple[tuple[int, int], ...] | None:
     return tuple(buffers)
 
 
+def _placed_cases(count: int, seed: int) -> Iterator[tuple[GraphCase, Buffers]]:
+    for case in cases(count, seed):
+        if (buffers := _placed(case)) is not None:
+            yield case, buffers
+
+
 def graph_inputs(count: int, seed: int) -> list[bytes]:
     """Graphs of the newest dialect, and of older ones that have their ops."""
     chosen = random.Random(seed)
     made = []
-    for case in cases(count, seed):
-        buffers = _placed(case)
-        if buffers is None:
-            continue
+    for case, buffers in _placed_cases(count, seed):
         spoken = chosen.choice((0, 0, chosen.randrange(len(DIALECTS))))
         try:
             payload = case.graph.payload(SPOKEN[spoken])
@@ -78,10 +83,7 @@ def program_inputs(count: int, seed: int) -> list[bytes]:
     """Programs that take a graph's dense leaves, compute it in one or two steps, give its ends."""
     chosen = random.Random(seed)
     made = []
-    for case in cases(count, seed):
-        buffers = _placed(case)
-        if buffers is None:
-            continue
+    for case, buffers in _placed_cases(count, seed):
         leaves = [t.id for t in case.graph.leaves if t.nbytes]
         nodes = [t.id for t in case.graph.nodes]
         ends = [t.id for t, _ in case.outputs if t.nbytes and t.contiguous and _computed(t)]

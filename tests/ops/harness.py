@@ -147,6 +147,14 @@ def guards_intact(t: Tensor) -> bool:
     )
 
 
+def ran(t: Tensor) -> np.ndarray[Any, Any]:
+    """The values of a node after its reference has run; what lies around it is untouched."""
+    run(t, kernels=False)
+    if t.view_src is None:
+        assert guards_intact(t)
+    return values(t)
+
+
 def by_both(t: Tensor, n_threads: int = 2) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(reference, kernels): the node's values run each way from the same memory.
 

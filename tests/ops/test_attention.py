@@ -13,7 +13,7 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops import slices
 from rpc_server.ops.masks import alibi_slopes
-from rpc_server.ops.table import ContractError, check
+from rpc_server.ops.table import check
 from tests.ops.harness import (
     CONTEXT,
     guards_intact,
@@ -21,6 +21,7 @@ from tests.ops.harness import (
     node,
     params,
     permuted,
+    refused,
     rounded_source,
     run,
     tensor,
@@ -185,11 +186,6 @@ def test_a_token_that_sees_nothing_gets_zeros() -> None:
     assert (values(t)[:, 0] != 0).all()
     sinks = tensor(F32, (HEADS,), 0)
     check_values(attention(*heads(), mask, sinks))
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def test_without_keys_the_result_is_zeros() -> None:

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
-from protocol.tensor import Tensor
-from rpc_server.ops.table import ContractError, check
 from rpc_server.types import ENCODABLE, from_f32, to_f32
 from tests.ops import harness
-from tests.ops.harness import node, params, permuted, tensor, values, view
+from tests.ops.harness import node, params, permuted, ran, refused, tensor, values, view
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 FLOATS = (F32, F16, BF16)
@@ -31,18 +29,6 @@ def random(*ne: int) -> np.ndarray[Any, Any]:
     x = RNG.integers(1, 65, harness.four(ne)[::-1]) / 16
     signed: np.ndarray[Any, Any] = (x * RNG.choice([-1, 1], x.shape)).astype(np.float32)
     return signed
-
-
-def ran(t: Tensor) -> np.ndarray[Any, Any]:
-    harness.run(t, kernels=False)
-    if t.view_src is None:
-        assert harness.guards_intact(t)
-    return values(t)
-
-
-def refused(t: Tensor, text: str) -> None:
-    with pytest.raises(ContractError, match=text):
-        check(t)
 
 
 def close(actual: np.ndarray[Any, Any], expected: Any, type_: GgmlType) -> None:

@@ -11,8 +11,18 @@ import pytest
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import guards_intact, nmse, node, params, permuted, run, tensor, values
+from rpc_server.ops.table import check
+from tests.ops.harness import (
+    guards_intact,
+    nmse,
+    node,
+    params,
+    permuted,
+    refused,
+    run,
+    tensor,
+    values,
+)
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 LIMIT = 1e-11
@@ -27,11 +37,6 @@ def noise(ne: tuple[int, ...], seed: int = 0, type_: GgmlType = F32) -> Tensor:
 
 def doubles(t: Tensor) -> Array:
     return values(t).astype(np.float64)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def swapped(ne: tuple[int, ...], seed: int) -> Tensor:

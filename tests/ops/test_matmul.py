@@ -13,13 +13,14 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from rpc_server.ops import slices
-from rpc_server.ops.table import ContractError, check
+from rpc_server.ops.table import check
 from tests.ops.harness import (
     CONTEXT,
     guards_intact,
     nmse,
     node,
     permuted,
+    refused,
     rounded_source,
     run,
     tensor,
@@ -174,11 +175,6 @@ def test_activations_that_come_quantized(weights: GgmlType, type_: GgmlType) -> 
         [w[ids] @ x[i, j] for j, ids in enumerate(row)] for i, row in enumerate([[0, 1], [1, 1]])
     ]
     assert nmse(np.array(expected), values(t)[0]) < LIMIT
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def test_contract_of_mul_mat() -> None:

@@ -14,14 +14,14 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
-from rpc_server.ops.table import ContractError, check
+from rpc_server.ops.table import check
 from rpc_server.types import (
     ENCODABLE,
     from_f32,
     to_f32,
 )
 from tests.ops import harness
-from tests.ops.harness import node, params, permuted, tensor, values, view
+from tests.ops.harness import node, params, permuted, ran, refused, tensor, values, view
 
 F32, F16, BF16, I32, I64 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64,
@@ -34,19 +34,6 @@ RNG = np.random.default_rng(7)
 def random(*ne: int) -> np.ndarray[Any, Any]:
     """Float32 values for a tensor of dimensions ``ne``; exact in every float type."""
     return (RNG.integers(-64, 65, harness.four(ne)[::-1]) / 16).astype(np.float32)
-
-
-def ran(t: Tensor) -> np.ndarray[Any, Any]:
-    """The values of a node after its reference has run; what lies around it is untouched."""
-    harness.run(t, kernels=False)
-    if t.view_src is None:
-        assert harness.guards_intact(t)
-    return values(t)
-
-
-def refused(t: Tensor, text: str) -> None:
-    with pytest.raises(ContractError, match=text):
-        check(t)
 
 
 # -- views -----------------------------------------------------------------------------------------

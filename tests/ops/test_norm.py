@@ -12,8 +12,8 @@ import pytest
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values
+from rpc_server.ops.table import check
+from tests.ops.harness import guards_intact, node, params, permuted, refused, run, tensor, values
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 EPS = 1e-2
@@ -112,11 +112,6 @@ def test_gradient() -> None:
             changes.append((result * flow).sum(axis=3))
         expected[..., i] = (changes[0] - changes[1]) / (2 * step)
     check_values(node(Op.RMS_NORM_BACK, F32, NE, [gradient, x], params(EPS)), expected)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 @pytest.mark.parametrize("op", [*ROWS, Op.GROUP_NORM, Op.RMS_NORM_BACK])

@@ -13,7 +13,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
-from rpc_server.ops.table import ContractError, check
+from rpc_server.ops.table import check
 from tests.ops.harness import (
     CONTEXT,
     guards_intact,
@@ -21,6 +21,7 @@ from tests.ops.harness import (
     node,
     params,
     permuted,
+    refused,
     run,
     tensor,
     values,
@@ -50,11 +51,6 @@ def check_values(t: Tensor, expected: Array) -> None:
     run(t, kernels=False)
     assert nmse(expected.reshape(t.ne[::-1]), values(t)) < LIMIT
     assert guards_intact(t)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def convolution(x: Tensor, weights: Tensor, n_tokens: int = 4) -> Tensor:

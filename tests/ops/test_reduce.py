@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.ops.table import ContractError, check
 from tests.ops import harness
-from tests.ops.harness import node, params, permuted, tensor, values
+from tests.ops.harness import node, params, permuted, refused, tensor, values
 
 F32, F16, BF16, I32, I64 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64,
@@ -32,11 +31,6 @@ def ran(t: Tensor) -> np.ndarray[Any, Any]:
     harness.run(t, kernels=False)
     assert harness.guards_intact(t)
     return np.array(harness.CONTEXT.view(t))
-
-
-def refused(t: Tensor, text: str) -> None:
-    with pytest.raises(ContractError, match=text):
-        check(t)
 
 
 def integers(content: Any, *ne: int) -> Tensor:

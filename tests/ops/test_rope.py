@@ -12,8 +12,18 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.rope import Mode
-from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import CONTEXT, guards_intact, node, params, permuted, run, tensor, values
+from rpc_server.ops.table import check
+from tests.ops.harness import (
+    CONTEXT,
+    guards_intact,
+    node,
+    params,
+    permuted,
+    refused,
+    run,
+    tensor,
+    values,
+)
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 Array = np.ndarray[Any, Any]
@@ -199,11 +209,6 @@ def test_back_undoes() -> None:
     back = rope(there, at, words(12, Mode.NEOX), op=Op.ROPE_BACK)
     run([there, back], kernels=False)
     np.testing.assert_allclose(values(back), values(x), atol=1e-5)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 @pytest.mark.parametrize("op", [Op.ROPE, Op.ROPE_BACK])

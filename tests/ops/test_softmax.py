@@ -12,8 +12,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.masks import alibi_slopes
-from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import guards_intact, node, params, permuted, run, tensor, values
+from rpc_server.ops.table import check
+from tests.ops.harness import guards_intact, node, params, permuted, refused, run, tensor, values
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 NE = (9, 4, 6, 2)
@@ -142,11 +142,6 @@ def test_gradient() -> None:
         x64 = values(x).astype(np.float64)
         expected[..., i] = (total(x64 + change) - total(x64 - change)) / (2 * step)
     np.testing.assert_allclose(values(t), expected, atol=2e-6)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def test_contract() -> None:

@@ -24,6 +24,7 @@ from tests.ops.harness import (
     params,
     permuted,
     raw,
+    refused,
     run,
     tensor,
     values,
@@ -44,11 +45,6 @@ def noise(ne: tuple[int, ...], seed: int = 0, scale: float = 1, type_: GgmlType 
 
 def doubles(t: Tensor) -> Array:
     return values(t).astype(np.float64)
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def rows_apart(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.ops.table import ContractError, check
+from rpc_server.ops.table import check
 from tests.ops.harness import (
     CONTEXT,
     guards_intact,
@@ -20,6 +20,7 @@ from tests.ops.harness import (
     params,
     permuted,
     raw,
+    refused,
     run,
     tensor,
     values,
@@ -32,11 +33,6 @@ Array = np.ndarray[Any, Any]
 def noise(ne: tuple[int, ...], seed: int = 0, type_: GgmlType = F32) -> Tensor:
     rng = np.random.default_rng(seed)
     return tensor(type_, ne, rng.standard_normal(tensor(F32, ne).ne[::-1]))
-
-
-def refused(t: Tensor, message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        check(t)
 
 
 def windows_of(image: Tensor, width: int) -> Tensor:

@@ -202,6 +202,23 @@ async def test_a_cache_lives_on_the_parts(
 
 
 HEADS, KV_HEADS, HEAD = 16, 8, 32
+KV = KV_HEADS * HEAD
+
+
+async def attention_weights(b: Backend, shares: Sequence[float]) -> dict[str, Tensor]:
+    """The four matrices of a layer's attention, by their names in files."""
+    shapes = {
+        "attn_q": (WIDTH, HEADS * HEAD),
+        "attn_k": (WIDTH, KV),
+        "attn_v": (WIDTH, KV),
+        "attn_output": (HEADS * HEAD, WIDTH),
+    }
+    return {
+        name: await weight(
+            b, F32, shape, content(F32, shape, i), shares=shares, name=f"blk.0.{name}.weight"
+        )
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 async def attention(
@@ -209,20 +226,8 @@ async def attention(
 ) -> list[Array]:
     """Tokens that attend to a cache of ``cells`` places of which ``seen`` are looked at."""
     g = b.graph
-    kv = KV_HEADS * HEAD
-    shapes = {
-        "attn_q": (WIDTH, HEADS * HEAD),
-        "attn_k": (WIDTH, kv),
-        "attn_v": (WIDTH, kv),
-        "attn_output": (HEADS * HEAD, WIDTH),
-    }
-    w = {
-        name: await weight(
-            b, F32, shape, content(F32, shape, i), shares=shares, name=f"blk.0.{name}.weight"
-        )
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-    caches = [await weight(b, F16, (kv, cells), shares=shares, name=f"cache_{x}_l0") for x in "kv"]
+    w = await attention_weights(b, shares)
+    caches = [await weight(b, F16, (KV, cells), shares=shares, name=f"cache_{x}_l0") for x in "kv"]
     for cache in caches:
         await b.connection.buffer_clear(cache.buffer)
     results, done = [], 0
@@ -237,7 +242,7 @@ async def attention(
         k = g.rope(g.reshape(g.mul_mat(w["attn_k"], h), HEAD, KV_HEADS, tokens), positions, HEAD)
         v = g.mul_mat(w["attn_v"], h)
         stored = [
-            g.set_rows(caches[0], g.reshape(k, kv, tokens), at),
+            g.set_rows(caches[0], g.reshape(k, KV, tokens), at),
             g.set_rows(caches[1], v, at),
         ]
         row = caches[0].nb[1]
@@ -321,20 +326,8 @@ async def attention_of_sequences(
 ) -> list[Array]:
     """What each round gives, and the caches at the end."""
     g = b.graph
-    kv = KV_HEADS * HEAD
-    shapes = {
-        "attn_q": (WIDTH, HEADS * HEAD),
-        "attn_k": (WIDTH, kv),
-        "attn_v": (WIDTH, kv),
-        "attn_output": (HEADS * HEAD, WIDTH),
-    }
-    w = {
-        name: await weight(
-            b, F32, shape, content(F32, shape, i), shares=shares, name=f"blk.0.{name}.weight"
-        )
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-    shape = (kv, s.cells, s.streams)
+    w = await attention_weights(b, shares)
+    shape = (KV, s.cells, s.streams)
     caches = [
         await weight(b, s.cache_type, shape, shares=shares, name=f"cache_{x}_l0") for x in "kv"
     ]
@@ -346,9 +339,9 @@ async def attention_of_sequences(
 
     def store(cache: Tensor, rows: Tensor, at: Tensor) -> Tensor:
         if s.stored == "reshaped":
-            return g.set_rows(g.reshape(cache, kv, s.cells * s.streams), rows, at)
-        target = g.view_3d(cache, kv, s.cells, s.count, row, plane, plane * s.first)
-        return g.set_rows(target, g.reshape(rows, kv, s.tokens, s.count), at)
+            return g.set_rows(g.reshape(cache, KV, s.cells * s.streams), rows, at)
+        target = g.view_3d(cache, KV, s.cells, s.count, row, plane, plane * s.first)
+        return g.set_rows(target, g.reshape(rows, KV, s.tokens, s.count), at)
 
     def look(cache: Tensor) -> Tensor:
         offset = plane * s.first
@@ -377,7 +370,7 @@ async def attention_of_sequences(
         q = g.rope(g.reshape(g.mul_mat(w["attn_q"], h), HEAD, HEADS, n), positions, HEAD)
         k = g.rope(g.reshape(g.mul_mat(w["attn_k"], h), HEAD, KV_HEADS, n), positions, HEAD)
         outputs = [
-            store(caches[0], g.reshape(k, kv, n), at),
+            store(caches[0], g.reshape(k, KV, n), at),
             store(caches[1], g.mul_mat(w["attn_v"], h), at),
         ]
         q = g.view_4d(q, HEAD, HEADS, s.tokens, s.count, q.nb[1], q.nb[2], q.nb[2] * s.tokens, 0)
@@ -385,7 +378,7 @@ async def attention_of_sequences(
         y = g.flash_attn_ext(g.permute(q, 0, 2, 1, 3), k, v, mask, HEAD**-0.5)
         y = g.add(g.mul_mat(w["attn_output"], g.reshape(y, HEADS * HEAD, n)), x)
         if s.read_here:
-            first = g.view_2d(caches[0], kv, s.cells, row, plane * s.first)
+            first = g.view_2d(caches[0], KV, s.cells, row, plane * s.first)
             one = await b.tensor(GgmlType.I32, (2,), [0, s.cells - 1])
             outputs.append(g.get_rows(first, one))
         results.append((await b.compute(*outputs, y))[-1])

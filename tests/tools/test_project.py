@@ -55,7 +55,7 @@ def test_findings_are_listed_and_can_be_run() -> None:
         for part in ("Surprise", "Why a good guess is wrong", "Who it hurts", "Seen with"):
             assert f"\n# {part}: " in text, f"{name}: {part}"
         # Of packages only pinned versions, or it isn't the same tomorrow.
-        for command in re.findall(r"pip install (.*)", text.replace("\\\n", " ")):
+        for command in re.findall(r"^ *install (.*)", text.replace("\\\n", " "), re.MULTILINE):
             words = [word for word in command.split() if word[0] not in '-"$']
             assert all("==" in word for word in words), f"{name}: {command}"
 
