@@ -13,7 +13,6 @@ Exit codes: 0 if all that held, 1 if not, 2 for wrong options.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import random
@@ -31,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import smollm2, upstream
+from tools.arguments import command_line
 from tools.serving.llama_server import PATIENCE, LlamaServer
 from tools.serving.ports import free_port
 from tools.serving.processes import (
@@ -334,11 +334,7 @@ def say(text: str) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> SoakOptions:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("tools.soak", __doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=30.0, metavar="N", help="how long (default: %(default)s)")
     add("--every", type=float, default=60.0, metavar="SECONDS",

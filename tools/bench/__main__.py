@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rpc_server.observability.progress import begin, shown
 from rpc_server.options import NO_PREPARE_VARIABLE
-from tools.arguments import numbers
+from tools.arguments import command_line, numbers
 from tools.bench import llama, micro, picture, report, slots
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.results import (
@@ -162,11 +162,7 @@ _OUTPUTS = ("json", "picture", "markdown", "show")
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m tools.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_line("tools.bench", __doc__)
     add = made.add_argument_group("with a model").add_argument
     add(
         *("-m", "--model"),

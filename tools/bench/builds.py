@@ -35,7 +35,7 @@ from client.gguf_file import GgufFile
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.observability.progress import begin, shown
 from rpc_server.options import NO_PREPARE_VARIABLE
-from tools.arguments import numbers
+from tools.arguments import command_line, numbers
 from tools.bench import llama
 from tools.bench.report import number
 from tools.bench.results import OURS, UPSTREAM, Sample
@@ -250,11 +250,7 @@ def run(options: argparse.Namespace, model: Path) -> BuildTable:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    made = argparse.ArgumentParser(
-        prog="python -m tools.bench.builds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_line("tools.bench.builds", __doc__)
     add = made.add_argument
     add("--build", type=Build.parse, action="append", default=[], metavar="NAME=FOLDER[,VAR=VALUE]")
     add("--model", type=Path, action="append", default=[], metavar="FILE")

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import upstream
+from tools.arguments import command_line
 from tools.bench import llama
 from tools.bench.builds import processor_seconds
 from tools.serving.ports import free_port
@@ -263,11 +264,7 @@ def run(version: str, model: Path, options: argparse.Namespace) -> LoadTimes:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    made = argparse.ArgumentParser(
-        prog="python -m tools.bench.loading",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_line("tools.bench.loading", __doc__)
     add = made.add_argument
     add("--model", type=Path, metavar="FILE", help="a GGUF file")
     add("--large", type=int, default=1100, metavar="MiB", help="or a random model of this size")

@@ -35,7 +35,7 @@ from client.errors import GraphFailed
 from conformance.differential.campaign import PROFILES, select
 from conformance.differential.endpoint import ServerUnavailable
 from protocol.errors import ProtocolError
-from tools.arguments import positive
+from tools.arguments import command_line, positive
 from tools.bench.machine import describe_machine, describe_versions
 from tools.gpu_check import kernels, speed, summary
 from tools.gpu_check.llama import LLAMA_8B, SMALL, LlamaShape
@@ -179,11 +179,7 @@ def _driver() -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m tools.gpu_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_line("tools.gpu_check", __doc__)
     add = made.add_argument
     add("-d", "--device", default="CUDA0", metavar="DEV", help="the card (%(default)s)")
     add("--upstream", type=Path, metavar="FOLDER", help="a llama.cpp build with CUDA and RPC")
