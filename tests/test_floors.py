@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import docstrings
+from tests import docstrings, places
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "client", "rpc_server", "conformance", "tools")
@@ -62,34 +62,34 @@ CLIENT_FOR_CONFORMANCE = (
 )
 
 
-def _modules() -> dict[str, Path]:
+def _modules(*packages: str) -> dict[str, Path]:
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         for path in sorted((PROJECT / package).rglob("*.py")):
             parts = path.relative_to(PROJECT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-MODULES = _modules()
+MODULES = _modules(*PACKAGES)
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Our modules that a module imports, wherever in it."""
+def _imports(path: Path, modules: Collection[str]) -> Iterator[str]:
+    """Which of these modules a module imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in MODULES)
+            yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: a relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                if whole in MODULES:
+                if whole in modules:
                     yield whole
-                elif node.module in MODULES:
+                elif node.module in modules:
                     yield node.module
 
 
-IMPORTS = {name: set(_imports(path)) for name, path in MODULES.items()}
+IMPORTS = {name: set(_imports(path, MODULES)) for name, path in MODULES.items()}
 
 
 def _within(module: str, *names: str) -> bool:
@@ -210,6 +210,46 @@ def case():
 '''
     lines = [fault.split(":")[0] for fault in docstrings.faults(source)]
     assert lines == ["2 size", "4 has", "6 Thing", "15 _is_left"]
+
+
+def _reached(modules: dict[str, Path]) -> dict[Path, set[str]]:
+    """By file the modules that it imports, itself or through others, or that are run for it."""
+    direct = {name: set(_imports(path, modules)) for name, path in modules.items()}
+    for name, others in places.BY_NAME.items():
+        direct[name] |= {m for m in modules if _within(m, *others)}
+    reached = {}
+    for name, path in modules.items():
+        seen, left = set[str](), [name]
+        while left:
+            if (module := left.pop()) not in seen:
+                seen.add(module)
+                # Importing a module imports the packages that it lies in.
+                packages = module.rpartition(".")[0]
+                left += [*direct[module], *([packages] if packages in modules else [])]
+        reached[path] = seen
+    return reached
+
+
+def test_every_module_has_its_test_where_one_looks_for_it() -> None:
+    reached = _reached(_modules(*PACKAGES, "tests"))
+    without, wrong = [], []
+    for module, path in MODULES.items():
+        if path.name == "__init__.py":
+            continue
+        tests = places.tests_of(module)
+        if tests is None:
+            without.append(module)
+        elif module not in reached[tests]:
+            wrong.append(f"{module} has nothing to do with {tests.relative_to(PROJECT)}")
+    assert not without, "write a test of its name, or a row in tests/places.py"
+    assert not wrong
+
+
+def test_places_of_tests_are_of_modules_that_are_there() -> None:
+    for name in [*places.FOLDERS, *places.ELSEWHERE, *places.BY_NAME]:
+        assert any(_within(module, name) for module in [*MODULES, *_modules("tests")]), name
+    for file in places.ELSEWHERE.values():
+        assert (places.TESTS / file).is_file(), file
 
 
 # Where paths in documents begin.
