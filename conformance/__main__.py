@@ -34,9 +34,7 @@ from rich.console import Console
 from conformance import serve
 from conformance.arguments import add_reports, command_line, endpoint
 from conformance.properties.findings import run_replay
-from conformance.reports.html import write_html
-from conformance.reports.json_file import write_json
-from conformance.reports.junit import write_junit
+from conformance.reports.files import write_reports
 from conformance.reports.terminal import (
     TerminalReport,
     make_console,
@@ -139,13 +137,7 @@ def _run(
         with contextlib.suppress(KeyboardInterrupt):
             runner.run(cases, run, terminal.add)
     terminal.finish(run)
-    for path, write in (
-        (options.json, write_json),
-        (options.junit, write_junit),
-        (options.html, write_html),
-    ):
-        if path:
-            write(run, path)
+    write_reports(run, options)
     if len(run.results) < len(cases):
         return _EXIT_INTERRUPTED
     return _EXIT_FAILED if run.counts[Verdict.FAIL] or run.gone else 0

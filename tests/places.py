@@ -152,6 +152,7 @@ ELSEWHERE = {
     "tools.neighbour.catalogue.workers": "tools/test_neighbour.py",
     "tools.op_table": "docs/test_extending.py",
     "tools.serving": "server/test_command_line.py",
+    "tools.serving.llama_server": "tools/test_soak.py",
     "tools.serving.ports": "tools/test_bench_network.py",
     "tools.upstream": "e2e/test_old_clients.py",
     "tools.wire": "server/test_console.py",

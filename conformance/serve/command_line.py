@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from conformance.arguments import add_reports, command_line
-from conformance.reports.html import write_html
-from conformance.reports.json_file import write_json
-from conformance.reports.junit import write_junit
+from conformance.reports.files import write_reports
 from conformance.reports.terminal import TerminalReport, make_console
 from conformance.serve.campaign import (
     Client,
@@ -139,13 +137,7 @@ def _run(
     run.results.sort(key=lambda result: (result.case.group.number, result.case.number))
     run.seconds = time.monotonic() - started
     terminal.finish(run)
-    for path, write in (
-        (options.json, write_json),
-        (options.junit, write_junit),
-        (options.html, write_html),
-    ):
-        if path:
-            write(run, path)
+    write_reports(run, options)
     return 1 if run.counts[Verdict.FAIL] else 0
 
 
