@@ -332,7 +332,7 @@ class Connection:
         destination: memoryview | None = None,
         **fields: Any,
     ) -> Any:
-        """Send a command and wait for its answer: a Record, ``destination``, or None.
+        """Send a command and wait for its answer: a Message, ``destination``, or None.
 
         ``fields`` are those of the request's declaration in protocol.messages, ``data`` what
         follows them (SET_TENSOR, GRAPH_COMPUTE), ``destination`` takes the bytes of an answer with

@@ -116,14 +116,14 @@ class Codec:
             raise TypeError(f"codec of {self.size} bytes for {declaration.sizeof()} declared")
 
     def parse(self, data: Buffer, offset: int = 0) -> Any:
-        """Return the Record at ``offset``.
+        """Return the message at ``offset``.
 
         ``data`` must hold ``size`` bytes from there (struct.error).
         """
         return self._take(self._struct.unpack_from(data, offset), 0)[0]
 
     def build(self, value: Mapping[str, Any] | Message) -> bytes:
-        """Return the bytes of a message given as a mapping or Record.
+        """Return the bytes of a message given as a mapping or Message.
 
         Raises KeyError for a missing field.
         """

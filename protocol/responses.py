@@ -35,7 +35,7 @@ SIZE = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One answer: a Record, or for GET_TENSOR the filled destination."""
+    """One answer: a Message, or for GET_TENSOR the filled destination."""
 
     command: Command
     answer: Any

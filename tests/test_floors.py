@@ -85,7 +85,7 @@ def _imports(path: Path, modules: Collection[str]) -> Iterator[str]:
                 whole = f"{node.module}.{alias.name}"
                 if whole in modules:
                     yield whole
-                elif node.module in modules:
+                elif node.module and node.module in modules:
                     yield node.module
 
 

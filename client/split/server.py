@@ -18,12 +18,12 @@ from client.errors import (
     VersionMismatch,
 )
 from client.split.steps import (
-    Frames,
+    Envelope,
     Region,
     Step,
-    command_frames,
+    command_envelope,
     encode_steps,
-    program_frames,
+    program_envelopes,
 )
 from protocol.commands import Command
 from protocol.endpoint import format_endpoint
@@ -42,7 +42,7 @@ class Ready:
     """
 
     step: Step
-    frames: Frames
+    envelope: Envelope
     number: int | None
     region: BackendBuffer
 
@@ -133,11 +133,11 @@ class SplitServer:
         """Send the inputs to what ``find`` gives, and wait until the outputs are in ``targets``."""
         async with self.preparing:
             ready = await find()
-            frames = ready.frames
+            envelope = ready.envelope
             parts: list[bytes | memoryview] = []
-            for prefix, data in zip(frames.prefixes, inputs, strict=True):
+            for prefix, data in zip(envelope.prefixes, inputs, strict=True):
                 parts += (prefix, data)
-            parts.append(frames.suffix)
+            parts.append(envelope.suffix)
             command = Command.GET_TENSOR if ready.number is None else Command.SPLIT_RUN
             futures = await self.connection.exchange(
                 parts, [(command, t) for t in targets], framed=ready.number is None
@@ -167,11 +167,11 @@ class SplitServer:
         step = Step(tuple(inputs), self.backend.graph.build(outputs), tuple(outputs))
         region = self._region.buffer
         if not self.extended:
-            return Ready(step, command_frames(self.connection, step), None, region)
+            return Ready(step, command_envelope(self.connection, step), None, region)
         number = self._programmed % MAX_PROGRAMS
         self._programmed += 1
-        (frames,) = program_frames(self.connection, number, [step])
-        ready = Ready(step, frames, number, region)
+        (envelope,) = program_envelopes(self.connection, number, [step])
+        ready = Ready(step, envelope, number, region)
         await self._send_program(ready, number)
         return ready
 

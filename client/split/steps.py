@@ -35,7 +35,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Frames:
+class Envelope:
     """The bytes around the inputs of one step on their way: a prefix for each, and what follows."""
 
     prefixes: tuple[bytes, ...]
@@ -44,7 +44,7 @@ class Frames:
     head: int
 
 
-def command_frames(connection: Connection, step: Step) -> Frames:
+def command_envelope(connection: Connection, step: Step) -> Envelope:
     """Return a step by ordinary commands."""
     prefixes = tuple(
         connection.message(
@@ -62,15 +62,15 @@ def command_frames(connection: Connection, step: Step) -> Frames:
         suffix += connection.message(
             Command.GET_TENSOR, tensor=connection.wire_tensor(t), offset=0, size=t.nbytes
         )
-    return Frames(prefixes, suffix, 8)
+    return Envelope(prefixes, suffix, 8)
 
 
-def program_frames(connection: Connection, number: int, steps: Sequence[Step]) -> list[Frames]:
-    """Return the frames of each step of a program: what starts it goes out with the first input."""
+def program_envelopes(connection: Connection, number: int, steps: Sequence[Step]) -> list[Envelope]:
+    """Return the envelopes of a program's steps: what starts it goes out with the first input."""
     run = connection.message(Command.SPLIT_RUN, device=0, program=number)
-    frames = [Frames((b"",) * len(s.inputs), b"", 0) for s in steps]
-    frames[0] = Frames((run, *frames[0].prefixes[1:]), b"", 0)
-    return frames
+    envelopes = [Envelope((b"",) * len(s.inputs), b"", 0) for s in steps]
+    envelopes[0] = Envelope((run, *envelopes[0].prefixes[1:]), b"", 0)
+    return envelopes
 
 
 def encode_steps(connection: Connection, steps: Sequence[Step]) -> bytes:

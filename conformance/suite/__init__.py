@@ -47,7 +47,7 @@ What a case has (``Context``):
 
 A ``Peer``:
 
-* ``call(command, body=b"", **fields)``: request and answer (Record, bytes, None). Fields that are
+* ``call(command, body=b"", **fields)``: request and answer (Message, bytes, None). Fields that are
   left out of ``device``, ``offset``, ``value``, ``cache_flag``, ``srcs``, ``conn_caps`` are 0;
 * ``send(command, body=b"", **fields)``, ``answer(command)``, ``send_bytes(data)``,
   ``outcome(command)`` (closed, or what it answered; decides by a request behind it), ``ping()``,

@@ -219,7 +219,7 @@ class Peer:
         self.send_bytes(encode_frame(command, claimed) + bytes(payload), command=name)
 
     def answer(self, command: Command) -> Any:
-        """Return the answer to ``command``: a Record, bytes, or None where the dialect has none.
+        """Return the answer to ``command``: a Message, bytes, or None where the dialect has none.
 
         Raises Closed, NoAnswer, Malformed.
         """

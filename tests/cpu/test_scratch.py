@@ -6,9 +6,9 @@ import pytest
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.planning import MOST_KEPT
 from rpc_server.devices.planning.scratch import ScratchPlanner
-from rpc_server.graph.tensor import Tensor
 from tests.ops.harness import node, tensor
 
 F32 = GgmlType.F32

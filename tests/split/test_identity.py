@@ -23,8 +23,9 @@ class FakeWorker:
 
 
 def told(worker: FakeWorker, *others: FakeWorker) -> str:
-    made: Any = (worker, others)
-    return conflict(*made, OWN)
+    reached: Any = worker
+    parts: Any = others
+    return conflict(reached, parts, OWN)
 
 
 A = FakeWorker("a", 10, (10,))

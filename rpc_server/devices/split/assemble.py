@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from client.builder.graph import GraphBuilder
-from client.split.steps import Frames, Step
+from client.split.steps import Envelope, Step
 from client.tensors import ShapeError
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
@@ -30,13 +30,13 @@ _LEAST_CONVERTED = 64
 
 @dataclass(frozen=True, slots=True)
 class Programmed:
-    """The steps that part ``number`` was made ready for, and the frames of its subgraphs."""
+    """The steps that part ``number`` was made ready for, and the envelopes of its subgraphs."""
 
     worker: Worker
     number: int
     program: Program
     built: dict[Subgraph, Built]
-    frames: dict[Subgraph, Frames]
+    envelopes: dict[Subgraph, Envelope]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Assembler:
                 p.number,
                 program,
                 p.built,
-                dict(zip(p.built, program.frames, strict=True)),
+                dict(zip(p.built, program.envelopes, strict=True)),
             )
             for p, program in zip(wanted, programs, strict=True)
         ]
@@ -169,13 +169,13 @@ class Assembler:
             assert isinstance(item, Tensor)
             if starts.get(id(item)) is subgraph:
                 for p in programs:
-                    if subgraph in p.frames:
+                    if subgraph in p.envelopes:
                         made += self._sends(p, subgraph)
             made += self._results(item, subgraph, programs)
         return made
 
     def _sends(self, p: Programmed, subgraph: Subgraph) -> Iterator[Send | Tensor]:
-        frames, inputs = p.frames[subgraph], p.built[subgraph].inputs
+        envelope, inputs = p.envelopes[subgraph], p.built[subgraph].inputs
         for i, (made, t) in enumerate(inputs):
             source = made.tensor
             if t.type is not source.type:
@@ -186,7 +186,7 @@ class Assembler:
                 source = known
             last = i == len(inputs) - 1
             send = _send(p.worker, source, made.shard, p.number)
-            send.prefix, send.suffix = frames.prefixes[i], frames.suffix if last else b""
+            send.prefix, send.suffix = envelope.prefixes[i], envelope.suffix if last else b""
             send.completes = last
             yield send
 
@@ -213,7 +213,7 @@ class Assembler:
         for p in programs:
             if subgraph not in p.built or not any(o is node for o, _ in p.built[subgraph].outputs):
                 continue
-            head = p.frames[subgraph].head
+            head = p.envelopes[subgraph].head
             if not partial:
                 shard = self._found.shards[id(node)]
                 yield _receive(p.worker, node, shard, p.number, head)

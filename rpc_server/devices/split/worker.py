@@ -25,12 +25,12 @@ from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
 from client.split.partition import Extent
 from client.split.steps import (
-    Frames,
+    Envelope,
     Region,
     Step,
-    command_frames,
+    command_envelope,
     encode_steps,
-    program_frames,
+    program_envelopes,
 )
 from client.tensors import ShapeError
 from protocol.commands import Command
@@ -105,10 +105,10 @@ NO_TLS = Tls()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """Steps that a worker is ready for, the frames of each, and its number there if it has one."""
+    """Steps that a worker is ready for, their envelopes, and its number there if it has one."""
 
     steps: tuple[Step, ...]
-    frames: tuple[Frames, ...]
+    envelopes: tuple[Envelope, ...]
     number: int | None
 
 
@@ -526,12 +526,12 @@ class Worker:
         """
         connection = self.backend.connection
         if not self.extended:
-            made = [command_frames(connection, s) for s in steps]
+            made = [command_envelope(connection, s) for s in steps]
             return Program(tuple(steps), tuple(made), None)
         number = self._programmed % MAX_PROGRAMS
         self._programmed += 1
-        frames = program_frames(connection, number, steps)
-        program = Program(tuple(steps), tuple(frames), number)
+        envelopes = program_envelopes(connection, number, steps)
+        program = Program(tuple(steps), tuple(envelopes), number)
         async with self._asking(PREPARE_TIMEOUT):
             await self._make_ready(program)
         return program

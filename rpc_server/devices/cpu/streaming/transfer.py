@@ -35,7 +35,7 @@ class Send:
     suffix: bytes = b""
     # Whether the peer has all it needs for a step after it: one exchange.
     completes: bool = False
-    _frames: list[Any] = field(default_factory=list)
+    _around: list[Any] = field(default_factory=list)
 
     @classmethod
     def whole(cls, peer: StreamPeer, t: Tensor, prefix: bytes = b"", suffix: bytes = b"") -> Send:
@@ -60,12 +60,12 @@ class Send:
     def emit(self, planner: Planner) -> None:
         """Append the record."""
         words = [self.peer.stream.address]
-        frames = [np.frombuffer(data or b"\0", np.uint8) for data in (self.prefix, self.suffix)]
+        around = [np.frombuffer(data or b"\0", np.uint8) for data in (self.prefix, self.suffix)]
         # The record holds addresses of these.
-        self._frames = frames
-        words += [int(frames[0].ctypes.data), len(self.prefix)]
+        self._around = around
+        words += [int(around[0].ctypes.data), len(self.prefix)]
         words += [self.address, self.row_bytes, *self.ne, *self.nb]
-        words += [int(frames[1].ctypes.data), len(self.suffix)]
+        words += [int(around[1].ctypes.data), len(self.suffix)]
         words += [self.peer.staging_address, STAGING_BYTES, int(self.completes)]
         words.append(planner.pause_address)
         first = self.tensors[0]
