@@ -351,6 +351,9 @@ class Connection:
         """Send a command; returns when it is sent, with the future of its answer.
 
         Parameters and results as in :meth:`request`.
+
+        Raises ValueError for data where the command has none, for none where it has some, and for
+        fields out of range.
         """
         spec = self._spec(command)
         if (spec.body is Body.NONE) != (data is None):
@@ -608,7 +611,10 @@ class Connection:
     async def get_tensor(
         self, tensor: TensorLike, offset: int = 0, size: int | None = None
     ) -> npt.NDArray[np.uint8]:
-        """Return ``size`` bytes (default: to the end) of the tensor's memory from ``offset`` on."""
+        """Return ``size`` bytes (default: to the end) of the tensor's memory from ``offset`` on.
+
+        Raises ValueError for a tensor given by its fields without a size.
+        """
         if size is None:
             if not isinstance(tensor, Tensor):
                 raise ValueError("the size of a tensor given by its fields must be said")
@@ -626,7 +632,10 @@ class Connection:
     async def memset_tensor(
         self, tensor: TensorLike, value: int, offset: int = 0, size: int | None = None
     ) -> None:
-        """Fill ``size`` bytes of the tensor's memory with one byte value (default: to its end)."""
+        """Fill ``size`` bytes of the tensor's memory with one byte value (default: to its end).
+
+        Raises ValueError for a tensor given by its fields without a size.
+        """
         if size is None:
             if not isinstance(tensor, Tensor):
                 raise ValueError("the size of a tensor given by its fields must be said")

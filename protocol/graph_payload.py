@@ -83,7 +83,10 @@ def graph_name_sizes(payload: bytes | bytearray | memoryview, dialect: Dialect) 
 
 
 def encode_graph(graph: GraphPayload, dialect: Dialect) -> bytes:
-    """Return the payload's bytes; ``device`` must be 0 where the dialect has no room for it."""
+    """Return the payload's bytes; ``device`` must be 0 where the dialect has no room for it.
+
+    Raises ValueError where it is another.
+    """
     if graph.device and not dialect.graph_device:
         raise ValueError(f"protocol {dialect.name} has one device, not number {graph.device}")
     head = struct.pack("<I", graph.device) if dialect.graph_device else b""

@@ -74,7 +74,10 @@ def _numpy_field(field: Any) -> tuple[Any, tuple[int, ...]]:
 
 
 def numpy_dtype(struct: Any) -> np.dtype[Any]:
-    """Return the packed structured dtype with the layout of a construct Struct of fixed size."""
+    """Return the packed structured dtype with the layout of a construct Struct of fixed size.
+
+    Raises TypeError where that would have another size.
+    """
     fields = [(field.name, *_numpy_field(field.subcon)) for field in struct.subcons]
     dtype = np.dtype(fields)
     if dtype.itemsize != struct.sizeof():
