@@ -63,7 +63,7 @@ def _compile_ahead(library: Library) -> None:
         isa = chosen_isa()
         types = sorted(PRODUCT_TYPES)
         wanted = [catalog.kernels_of_weights(GgmlType.F16, isa)]
-        wanted += [[catalog.product_kernel(type_, isa)] for type_ in types]
+        wanted += [[catalog.product_of(type_, isa)] for type_ in types]
         library.request(itertools.chain(*wanted))
 
 

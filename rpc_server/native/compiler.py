@@ -32,7 +32,7 @@ from numba.core.registry import cpu_target
 from rpc_server.native import elf
 from rpc_server.native.image import ENTRY, pack
 from rpc_server.native.routine import BACKGROUND
-from rpc_server.native.source import FASTMATH, is_routine
+from rpc_server.native.source import FASTMATH, features_left_out, is_routine
 
 Function = Callable[..., int]
 
@@ -48,9 +48,17 @@ def find(module: str, name: str, constants: list[int | None]) -> Function:
     return function
 
 
-def _machine(relocation: str) -> binding.TargetMachine:
-    """For the processor that numba compiles for."""
+def features_but(features: str, left_out: tuple[str, ...]) -> str:
+    """Return LLVM's list of features, those switched off whose names begin so."""
+    listed = [item for item in features.split(",") if item]
+    return ",".join(f"-{f[1:]}" if f[1:].startswith(left_out) else f for f in listed)
+
+
+def _machine(relocation: str, left_out: tuple[str, ...]) -> binding.TargetMachine:
+    """For the processor that numba compiles for, without some of its features."""
     triple, processor, features = cpu_target.target_context.codegen().magic_tuple()[:3]
+    if left_out:
+        features = features_but(features, left_out)
     target = binding.Target.from_triple(triple)
     return target.create_target_machine(
         cpu=processor, features=features, opt=3, reloc=relocation, codemodel="small"
@@ -90,7 +98,7 @@ def object_code(function: Function) -> bytes:
             item.add_function_attribute("alwaysinline")
         if item.name != ENTRY and not item.is_declaration:
             item.linkage = "internal"
-    machine = _machine("pic")
+    machine = _machine("pic", features_left_out(function))
     # The loops are done: only what has become of no use is to go.
     options = binding.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False

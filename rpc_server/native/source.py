@@ -20,5 +20,17 @@ def routine(function: F) -> F:
     return function
 
 
+def without(function: F, features: tuple[str, ...]) -> F:
+    """Have a routine compiled without the processor's features whose names begin so."""
+    function.__without__ = features  # type: ignore[attr-defined]
+    return function
+
+
+def features_left_out(function: Any) -> tuple[str, ...]:
+    """Return what :func:`without` was told of a routine."""
+    found: tuple[str, ...] = getattr(function, "__without__", ())
+    return found
+
+
 def is_routine(function: Any) -> bool:
     return getattr(function, "__routine__", False) is True

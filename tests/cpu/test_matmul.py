@@ -12,13 +12,15 @@ from conformance.differential.blocks import F16_SCALES
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType
 from protocol.tensor import Tensor
-from rpc_server.devices.cpu.catalog import product_kernel
+from rpc_server.devices.cpu.catalog import product_of
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
+from rpc_server.devices.cpu.kernels import matmul
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
 from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
+from rpc_server.native.source import features_left_out
 from tests.ops.harness import (
     CONTEXT,
     GUARD_BYTE,
@@ -100,7 +102,14 @@ def test_every_type(type_: GgmlType, n: int) -> None:
 
 
 # Codes below and above 128, looked-up ones, groups of 16: what an instruction set does differently.
-ISA_TYPES = (GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.MXFP4, GgmlType.Q6_K, GgmlType.IQ2_XS)
+ISA_TYPES = (
+    GgmlType.Q4_1,
+    GgmlType.Q8_0,
+    GgmlType.IQ4_XS,
+    GgmlType.MXFP4,
+    GgmlType.Q6_K,
+    GgmlType.IQ2_XS,
+)
 
 
 @pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)
@@ -120,7 +129,19 @@ def test_every_instruction_set(type_: GgmlType, isa: Isa, monkeypatch: pytest.Mo
     assert nmse(results[1], results[3]) < 1e-11
 
 
-@pytest.mark.parametrize("code", [0, 255], ids=["lowest codes", "highest codes"])
+@pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)
+@pytest.mark.parametrize("k", [2, 31, 96, 1029])
+def test_bf16_on_every_instruction_set(isa: Isa, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some multiply pairs, and a row may end within one; activations may be of any float type."""
+    monkeypatch.setenv("GGML_RPC_ISA", isa.name)
+    for n in (1, 9):
+        check_product(weights(GgmlType.BF16, (k, 19)), activations((k, n)))
+        b = tensor(GgmlType.F16, (k, n), values(activations((k, n))))
+        check_product(weights(GgmlType.BF16, (k, 19)), b)
+
+
+# Of Q8_0 0x80 is -128, the largest of all codes: one more than what has its sign changed has.
+@pytest.mark.parametrize("code", [0, 0x7F, 0x80, 0xFF], ids=hex)
 @pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)
 @pytest.mark.parametrize("n", [1, 8])
 def test_sums_of_bytes_do_not_saturate(
@@ -139,6 +160,13 @@ def test_sums_of_bytes_do_not_saturate(
         expected, t = product(a, b), node(Op.MUL_MAT, GgmlType.F32, (16, n), [a, b])
         run(t, kernels=True)
         np.testing.assert_allclose(values(t), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", Isa, ids=lambda i: i.name)
+def test_what_a_kernel_for_older_processors_is_compiled_without(isa: Isa) -> None:
+    """It is the code that they run, wherever it is compiled."""
+    without = features_left_out(matmul.product_kernel(GgmlType.Q4_0, isa))
+    assert ("avx512" in without) == (isa in (Isa.AVX2, Isa.AVX_VNNI))
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +344,7 @@ def test_products_share_quantized_rows_until_they_are_overwritten() -> None:
         planner.finish(t)
         names.append([r.kernel.label for r in planner.records])
         planner.records = []
-    product_ = product_kernel(GgmlType.Q8_0, chosen_isa()).label
+    product_ = product_of(GgmlType.Q8_0, chosen_isa()).label
     quantize = "activations.quantize_rows"
     assert names == [[quantize, product_], [product_], [quantize, product_], [quantize, product_]]
     run([first, second, onto_b, third], kernels=True)

@@ -309,6 +309,12 @@ def test_a_fingerprint_is_of_all_that_code_depends_on(
     assert len(seen) == 6
 
 
+def test_features_of_the_processor_can_be_left_out() -> None:
+    features = compiler.features_but("+avx2,+avx512f,-amx-tile,+avx512vl", ("avx512",))
+    assert features == "+avx2,-avx512f,-amx-tile,-avx512vl"
+    assert compiler.features_but("", ("avx512",)) == ""
+
+
 def test_a_fingerprint_is_of_the_tables_of_gguf(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

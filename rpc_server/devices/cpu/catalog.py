@@ -19,7 +19,8 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     CODED,
     PRODUCT_TYPES,
     RowForm,
-    activation_form,
+    in_pairs,
+    product_form,
 )
 from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.native.folder import Folder, cache_base, fingerprint
@@ -102,8 +103,15 @@ stream_receive = _one("stream.stream_receive")
 
 # -- products --------------------------------------------------------------------------------------
 
-# Of a weight type, and an Isa.
 product_kernel = _family("matmul.product_kernel")
+
+
+def product_of(type_: GgmlType, isa: Isa) -> Kernel:
+    """Return the product of a weight type on an instruction set."""
+    # Of what sets differ in by BF16 alone, other types have one kernel.
+    return product_kernel(type_, isa if in_pairs(type_, isa) else min(isa, Isa.AVX512_VNNI))
+
+
 route_columns = _one("matmul.route_columns")
 _quantize_rows, _round_rows = _one("activations.quantize_rows"), _one("activations.round_rows")
 CONVERTERS: dict[RowForm, Kernel] = {
@@ -233,7 +241,7 @@ def _kernels_of(type_: GgmlType, isa: Isa) -> list[Kernel]:
     """Return what reads weights of one type."""
     own: list[Kernel] = []
     if type_ in PRODUCT_TYPES:
-        own += [product_kernel(type_, isa), CONVERTERS[activation_form(type_)]]
+        own += [product_of(type_, isa), CONVERTERS[product_form(type_, isa)]]
     if type_ in DECODABLE:
         own.append(get_rows_kernel(type_))
     return own
@@ -241,4 +249,4 @@ def _kernels_of(type_: GgmlType, isa: Isa) -> list[Kernel]:
 
 def kernels_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
     """Return kernels that a graph with weights of ``type_`` is likely to need, its own first."""
-    return [*_kernels_of(type_, isa), *_USUAL, product_kernel(GgmlType.F16, isa), *_ATTENTION]
+    return [*_kernels_of(type_, isa), *_USUAL, product_of(GgmlType.F16, isa), *_ATTENTION]

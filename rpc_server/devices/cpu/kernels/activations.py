@@ -30,7 +30,16 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     round_bf16,
     round_f16,
     row_address,
+    store_bf16,
     store_f32,
+)
+from rpc_server.devices.cpu.kernels.lanes import (
+    LANES,
+    bf16_bits,
+    from_bits,
+    load_f32s,
+    store_bf16s,
+    store_f32s,
 )
 from rpc_server.devices.cpu.kernels.typed import load_scalar, size_of
 from rpc_server.devices.cpu.kernels.vector import F32, I8, I32, I64, Emit, vector
@@ -74,7 +83,7 @@ def _quantize_run(typingctx: Any, source: Any, inverse: Any, codes: Any) -> Any:
     return types.int64(types.int64, types.float32, types.int64), codegen
 
 
-_F32, _F16, _BF16, _Q8_0, _Q8_1, _Q8_K, _Q8_0_FLOATS = (int(form) for form in RowForm)
+_F32, _F16, _BF16, _Q8_0, _Q8_1, _Q8_K, _Q8_0_FLOATS, _BF16_PAIRS = (int(form) for form in RowForm)
 
 
 @inline_helper
@@ -141,6 +150,34 @@ def _round_run(source, target):  # type: ignore[no-untyped-def]
         store_f32(target + i, np.rint(load_f32(source + i) * inverse) * d)
 
 
+@inline_helper
+def _round_bf16_row(source, target, n):  # type: ignore[no-untyped-def]
+    """A row of ``n`` F32 to values that BF16 has."""
+    i = 0
+    while i + LANES <= n:
+        bits = bf16_bits(load_f32s(source + i * 4))
+        store_f32s(target + i * 4, from_bits(bits << np.int32(16)))
+        i += LANES
+    while i < n:
+        store_f32(target + i * 4, round_bf16(load_f32(source + i * 4)))
+        i += 1
+
+
+@inline_helper
+def _store_pairs(type_, source, target, n):  # type: ignore[no-untyped-def]
+    """A row of ``n`` floats as BF16, a zero behind an odd number of them."""
+    i = 0
+    while type_ == _F32 and i + LANES <= n:
+        store_bf16s(target + i * 2, load_f32s(source + i * 4))
+        i += LANES
+    step = size_of(type_)
+    while i < n:
+        store_bf16(target + i * 2, load_scalar(type_, source + i * step))
+        i += 1
+    if n % 2 != 0:
+        store_bf16(target + n * 2, np.float32(0.0))
+
+
 @kernel
 def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
     """Write rows of SRC0 (floats) in a float form (extra 2) to extra 0, extra 1 bytes apart.
@@ -157,6 +194,12 @@ def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
             # The usual case, in a loop that becomes vector code.
             for i in range(n):
                 store_f32(target + i * 4, round_f16(load_f32(source + i * 4)))
+            continue
+        if type_ == _F32 and form == _BF16:
+            _round_bf16_row(source, target, n)
+            continue
+        if form == _BF16_PAIRS:
+            _store_pairs(type_, source, target, n)
             continue
         if form == _Q8_0_FLOATS:
             for i in range(0, n - 31, 32):

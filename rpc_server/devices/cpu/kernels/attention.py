@@ -20,9 +20,15 @@ import math
 import numpy as np
 
 from protocol.ggml.types import GgmlType
+from rpc_server.devices.cpu.kernels.attention_blocks import (
+    PANELS,
+    add_values,
+    panel_of_rows,
+    score_rows,
+)
 from rpc_server.devices.cpu.kernels.dequantize import dequantize_row
 from rpc_server.devices.cpu.kernels.functions import exp, tanh
-from rpc_server.devices.cpu.kernels.interface.layout import BLOCK
+from rpc_server.devices.cpu.kernels.interface.layout import BLOCK, ROWS_AT_ONCE
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
@@ -121,50 +127,6 @@ def _first_lane(value):  # type: ignore[no-untyped-def]
 
 
 @inline_helper
-def _add_values(weights, count, v, sums, dv):  # type: ignore[no-untyped-def]
-    """sums += weights[p] * v[p] over ``count`` positions; ``dv`` is the stride of v."""
-    zero = splat(np.float32(0.0))
-    d = 0
-    while d + 4 * LANES <= dv:
-        at = sums + d * 4
-        a, b = load_f32s(at), load_f32s(at + LANES * 4)
-        c, e = load_f32s(at + 2 * LANES * 4), load_f32s(at + 3 * LANES * 4)
-        # Two positions at a time into sums of their own: one waits less for the other.
-        a1, b1, c1, e1 = zero, zero, zero, zero
-        row = v + d * 4
-        p = 0
-        while p < count:
-            w = splat(load_f32(weights + p * 4))
-            a = fma(load_f32s(row), w, a)
-            b = fma(load_f32s(row + LANES * 4), w, b)
-            c = fma(load_f32s(row + 2 * LANES * 4), w, c)
-            e = fma(load_f32s(row + 3 * LANES * 4), w, e)
-            row += dv * 4
-            p += 1
-            if p < count:
-                w = splat(load_f32(weights + p * 4))
-                a1 = fma(load_f32s(row), w, a1)
-                b1 = fma(load_f32s(row + LANES * 4), w, b1)
-                c1 = fma(load_f32s(row + 2 * LANES * 4), w, c1)
-                e1 = fma(load_f32s(row + 3 * LANES * 4), w, e1)
-                row += dv * 4
-                p += 1
-        store_f32s(at, a + a1)
-        store_f32s(at + LANES * 4, b + b1)
-        store_f32s(at + 2 * LANES * 4, c + c1)
-        store_f32s(at + 3 * LANES * 4, e + e1)
-        d += 4 * LANES
-    while d < dv:
-        a = load_f32s(sums + d * 4)
-        row = v + d * 4
-        for p in range(count):
-            a = fma(load_f32s(row), splat(load_f32(weights + p * 4)), a)
-            row += dv * 4
-        store_f32s(sums + d * 4, a)
-        d += LANES
-
-
-@inline_helper
 def _scale_row(row, n, factor):  # type: ignore[no-untyped-def]
     for i in range(0, n, LANES):
         store_f32s(row + i * 4, load_f32s(row + i * 4) * factor)
@@ -222,6 +184,43 @@ def _finish_row(rec, token, head, batch, top, total, sums, dv):  # type: ignore[
         store_f32s_part(to + i * 4, load_f32s(sums + i * 4) * factor, dv - i)
 
 
+@inline_helper
+def _weigh_row(dots, weights, count, softcap, top_at, total_at, sums, dv):  # type: ignore[no-untyped-def]
+    """Turn a row's products with a block's keys to weights of its values.
+
+    ``weights`` holds the mask before. Returns whether any position counts; if none does, the
+    weights are zeros. Sums and totals so far are scaled to the largest score.
+    """
+    lowest = np.float32(-np.inf)
+    top = load_f32(top_at)
+    largest = splat(top)
+    for p in range(0, count, LANES):
+        s = load_f32s(dots + p * 4)
+        if softcap != np.float32(0.0):
+            s = tanh(s) * softcap
+        # A masked position doesn't count whatever its key.
+        m = load_f32s(weights + p * 4)
+        s = select(m > lowest, s + m, m)
+        store_f32s(weights + p * 4, s)
+        largest = maximum(largest, s)
+    new_top = max_lanes(largest)
+    if new_top == lowest:
+        memory_set(weights, 0, BLOCK * 4)
+        return False
+    if new_top > top:
+        factor = _first_lane(exp(splat(top - new_top)))
+        _scale_row(sums, dv, factor)
+        store_f32(total_at, load_f32(total_at) * factor)
+        store_f32(top_at, new_top)
+    total = splat(np.float32(0.0))
+    for p in range(0, count, LANES):
+        s = exp(load_f32s(weights + p * 4) - new_top)
+        store_f32s(weights + p * 4, s)
+        total = total + s
+    store_f32(total_at, load_f32(total_at) + sum_lanes(total))
+    return True
+
+
 @functools.cache
 def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
     """Return the kernel of FLASH_ATTN_EXT over keys and values of these types; queries are F32."""
@@ -250,10 +249,15 @@ def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
         used = scores + max_rows * BLOCK * 4
         mask_tops = used + BLOCK * 4
         own_sums = mask_tops + max_rows * 4
+        dots = own_sums + max_rows * (dvp + 2) * 4
+        stage = dots + ROWS_AT_ONCE * BLOCK * 4
+        # Turning keys to panels is worth it where several rows use them.
+        in_panels = max_rows >= ROWS_AT_ONCE
         if dk != dkp:
             # What lies beyond a row of keys must not count; queries are zero there, but anything
             # may have been left here, NaNs too.
             memory_set(keys, 0, BLOCK * dkp * 4)
+            memory_set(stage, 0, LANES * dkp * 4)
 
         unit, unit_end = ith * blocks, n_tasks * blocks
         if split:
@@ -304,44 +308,55 @@ def attention_kernel(type_k: GgmlType, type_v: GgmlType) -> KernelFunction:
                     continue
                 for p in range(count):
                     key, value = keys + p * dkp * 4, values + p * dvp * 4
+                    if in_panels:
+                        key = stage + p % LANES * dkp * 4
                     if load_f32(used + p * 4) == lowest:
                         # What no row attends to may be anything, NaN included.
                         memory_set(value, 0, dvp * 4)
+                    else:
+                        k = k0 + (first + p) * nb(rec, _K, 1)
+                        dequantize_row(number_k, k, key, dk)
+                        v = v0 + (first + p) * nb(rec, _V, 1)
+                        dequantize_row(number_v, v, value, dv)
+                    if in_panels and (p % LANES == LANES - 1 or p == count - 1):
+                        panel = keys + p // LANES * LANES * dkp * 4
+                        panel_of_rows(stage, dkp * 4, dkp, panel)
+                r = 0
+                while r < rows:
+                    query, weights = queries + r * dkp * 4, scores + r * BLOCK * 4
+                    n = ROWS_AT_ONCE if in_panels and r + ROWS_AT_ONCE <= rows else 1
+                    top = lowest
+                    for i in range(r, r + n):
+                        top = max(top, load_f32(mask_tops + i * 4))
+                    if top == lowest:
+                        r += n
                         continue
-                    k = k0 + (first + p) * nb(rec, _K, 1)
-                    dequantize_row(number_k, k, key, dk)
-                    v = v0 + (first + p) * nb(rec, _V, 1)
-                    dequantize_row(number_v, v, value, dv)
-                for r in range(rows):
-                    if load_f32(mask_tops + r * 4) == lowest:
-                        continue
-                    row_scores = scores + r * BLOCK * 4
-                    top = load_f32(tops + r * 4)
-                    largest = splat(top)
-                    for p in range(0, count, LANES):
-                        s = _dot16(queries + r * dkp * 4, keys + p * dkp * 4, dkp * 4, dkp)
-                        if softcap != np.float32(0.0):
-                            s = tanh(s) * softcap
-                        # A masked position doesn't count whatever its key.
-                        m = load_f32s(row_scores + p * 4)
-                        s = select(m > np.float32(-np.inf), s + m, m)
-                        store_f32s(row_scores + p * 4, s)
-                        largest = maximum(largest, s)
-                    new_top = max_lanes(largest)
-                    if new_top == lowest:
-                        continue
-                    if new_top > top:
-                        factor = _first_lane(exp(splat(top - new_top)))
-                        _scale_row(sums + r * dvp * 4, dvp, factor)
-                        store_f32(totals + r * 4, load_f32(totals + r * 4) * factor)
-                        store_f32(tops + r * 4, new_top)
-                    total = splat(np.float32(0.0))
-                    for p in range(0, count, LANES):
-                        s = exp(load_f32s(row_scores + p * 4) - new_top)
-                        store_f32s(row_scores + p * 4, s)
-                        total = total + s
-                    store_f32(totals + r * 4, load_f32(totals + r * 4) + sum_lanes(total))
-                    _add_values(row_scores, count, values, sums + r * dvp * 4, dvp)
+                    for p in range(0, count, LANES * PANELS if in_panels else LANES):
+                        k, at = keys + p * dkp * 4, dots + p * 4
+                        if n > 1:
+                            score_rows(ROWS_AT_ONCE, PANELS, query, dkp * 4, k, dkp, at, BLOCK * 4)
+                        elif in_panels:
+                            score_rows(1, PANELS, query, dkp * 4, k, dkp, at, BLOCK * 4)
+                        else:
+                            store_f32s(at, _dot16(query, k, dkp * 4, dkp))
+                    counts = False
+                    for i in range(n):
+                        counts |= _weigh_row(
+                            dots + i * BLOCK * 4,
+                            weights + i * BLOCK * 4,
+                            count,
+                            softcap,
+                            tops + (r + i) * 4,
+                            totals + (r + i) * 4,
+                            sums + (r + i) * dvp * 4,
+                            dvp,
+                        )
+                    if counts and n > 1:
+                        to = sums + r * dvp * 4
+                        add_values(ROWS_AT_ONCE, weights, BLOCK * 4, count, values, to, dvp)
+                    elif counts:
+                        add_values(1, weights, BLOCK * 4, count, values, sums + r * dvp * 4, dvp)
+                    r += n
             if not split:
                 for r in range(rows):
                     head, token = kv_head * group + r % group, token0 + r // group

@@ -7,11 +7,12 @@ several columns at a time; sums then need no shuffling, and a format's decoding 
 
 A tile of a quantized format is a record for each run of 32 elements: 8 vectors of codes, then for
 each group of the run a vector of scales and one of minima (F32, a lane for each row). A tile of
-floats is a vector of F32 for each element.
+floats is a vector of F32 for each element, or one of pairs of BF16 for every other one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -32,12 +33,14 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     UNIT,
     UNIT_BYTES,
     columns_at_once,
+    in_pairs,
     run_bytes,
 )
 from rpc_server.devices.cpu.kernels.vector import (
     F32,
     FETCHES_AHEAD,
     I8,
+    I16,
     I32,
     I64,
     LANES,
@@ -46,6 +49,7 @@ from rpc_server.devices.cpu.kernels.vector import (
 )
 
 _VECTOR_BYTES = 64
+_I8_MOST = 127
 
 
 def rows_at_once(type_: GgmlType) -> int:
@@ -111,7 +115,9 @@ def row_dots(
         weights, stride, row, last, k, ahead, activations, target = args[2:]
         numbers = [e.call_vector("smin", e.at(row, i), last) for i in range(rows_at_once(kind))]
         rows = [e.b.add(weights, e.b.mul(n, stride)) for n in numbers]
-        if isinstance(format_, Plain):
+        if in_pairs(kind, e.isa):
+            sums = _paired_dots(e, rows, k, activations)
+        elif isinstance(format_, Plain):
             sums = _plain_dots(e, format_, rows, k, ahead, activations)
         else:
             sums = _quantized_dots(e, format_, rows, k, ahead, activations)
@@ -151,6 +157,33 @@ def _plain_dots(
 
     sums = e.loop(e.i64(0), whole, LANES, zeros, body)
     return [e.sum(s) for s in e.loop(whole, k, LANES, sums, rest)]
+
+
+def _paired_dots(e: Emit, rows: list[Any], k: Any, activations: Any) -> list[Any]:
+    """Rows of BF16 times a column of BF16, a pair in each lane."""
+    pairs, halves = vector(I32, LANES), vector(I16, 2 * LANES)
+    whole = e.b.and_(k, e.i64(-2 * LANES))
+
+    def body(i: Any, sums: list[Any]) -> list[Any]:
+        offset = e.shift_left(i, 1)
+        x = e.load(e.b.add(activations, offset), pairs)
+        return [
+            e.dot_bf16(s, e.load(e.b.add(r, offset), pairs), x)
+            for r, s in zip(rows, sums, strict=True)
+        ]
+
+    def rest(i: Any, sums: list[Any]) -> list[Any]:
+        n, offset = e.b.sub(k, i), e.shift_left(i, 1)
+
+        def part(at: Any) -> Any:
+            return e.b.bitcast(e.load_part(e.b.add(at, offset), halves, n), pairs)
+
+        x = part(activations)
+        return [e.dot_bf16(s, part(r), x) for r, s in zip(rows, sums, strict=True)]
+
+    zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
+    sums = e.loop(e.i64(0), whole, 2 * LANES, zeros, body)
+    return [e.sum(s) for s in e.loop(whole, k, 2 * LANES, sums, rest)]
 
 
 # Of a row: products in two vectors, so that additions needn't wait for each other, and minima.
@@ -279,7 +312,7 @@ def unpack_tile(
     signature = types.void(type_, isa, *[types.int64] * 7)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        e, format_, _ = _emitter(builder, sig)
+        e, format_, kind = _emitter(builder, sig)
         weights, stride, row, last, begin, end, tile = args[2:]
 
         def row_start(i: Any) -> Any:
@@ -287,7 +320,9 @@ def unpack_tile(
             return e.b.add(weights, e.b.mul(number, stride))
 
         first, ahead = e.at(tile, STAGE_BYTES), e.b.mul(stride, e.i64(LANES))
-        if isinstance(format_, Plain):
+        if in_pairs(kind, e.isa):
+            _unpack_pairs(e, row_start, begin, end, first)
+        elif isinstance(format_, Plain):
             _unpack_plain(e, format_, row_start, begin, end, first)
         else:
             _unpack_quantized(e, format_, row_start, ahead, begin, end, tile, first)
@@ -318,6 +353,32 @@ def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any,
     whole = e.b.and_(end, e.i64(-8))
     e.loop(begin, whole, 8, [], body)
     e.loop(whole, end, 8, [], rest)
+
+
+def _unpack_pairs(e: Emit, row_start: Any, begin: Any, end: Any, tile: Any) -> None:
+    """A vector of the tile holds a pair of BF16 of each row."""
+    rows = [row_start(e.i64(i)) for i in range(LANES)]
+    pairs, halves = vector(I32, 8), vector(I16, 16)
+
+    def turn(i: Any, loaded: list[Any]) -> None:
+        out = e.b.add(tile, e.shift_left(e.b.sub(i, begin), 5))
+        for lane, value in enumerate(e.transpose(loaded)):
+            e.store(value, out, lane * _VECTOR_BYTES)
+
+    def body(i: Any, _: list[Any]) -> list[Any]:
+        offset = e.shift_left(i, 1)
+        turn(i, [e.load(e.b.add(r, offset), pairs) for r in rows])
+        return []
+
+    def rest(i: Any, _: list[Any]) -> list[Any]:
+        offset, n = e.shift_left(i, 1), e.b.sub(end, i)
+        parts = [e.load_part(e.b.add(r, offset), halves, n) for r in rows]
+        turn(i, [e.b.bitcast(part, pairs) for part in parts])
+        return []
+
+    whole = e.b.and_(end, e.i64(-16))
+    e.loop(begin, whole, 16, [], body)
+    e.loop(whole, end, 16, [], rest)
 
 
 def _unpack_quantized(
@@ -410,13 +471,15 @@ def tile_product(
     signature = types.void(type_, isa, *[types.int64] * 6)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        e, format_, _ = _emitter(builder, sig)
+        e, format_, kind = _emitter(builder, sig)
         tile, row, rows, begin, end, columns = args[2:]
         n = columns_at_once(e.isa)
         sources = [e.load(columns, I64, 16 * i) for i in range(n)]
         targets = [e.load(columns, I64, 16 * i + 8) for i in range(n)]
         first = e.at(tile, STAGE_BYTES)
-        if isinstance(format_, Plain):
+        if in_pairs(kind, e.isa):
+            sums = _paired_product(e, first, begin, end, sources)
+        elif isinstance(format_, Plain):
             sums = _plain_product(e, first, begin, end, sources)
         else:
             sums = _quantized_product(e, format_, first, begin, end, sources)
@@ -453,6 +516,84 @@ def _plain_product(e: Emit, tile: Any, begin: Any, end: Any, sources: list[Any])
     return e.loop(begin, end, 1, [e.constant(F32, 0.0, LANES) for _ in sources], body)
 
 
+def _paired_product(e: Emit, tile: Any, begin: Any, end: Any, sources: list[Any]) -> list[Any]:
+    pairs = vector(I32, LANES)
+
+    def body(i: Any, sums: list[Any]) -> list[Any]:
+        weights = e.load(e.b.add(tile, e.shift_left(e.b.sub(i, begin), 5)), pairs)
+        offset = e.shift_left(i, 1)
+        return [
+            e.dot_bf16(total, weights, e.splat(e.load(e.b.add(s, offset), I32), LANES))
+            for s, total in zip(sources, sums, strict=True)
+        ]
+
+    return e.loop(begin, end, 2, [e.constant(F32, 0.0, LANES) for _ in sources], body)
+
+
+def _sums_of_words(
+    e: Emit, largest: int, tile: Any, columns: list[Any], first: int, count: int
+) -> list[Any]:
+    """Products of words ``first`` to ``first + count`` of a tile's run with those of columns.
+
+    ``tile`` and ``columns`` are where the run's codes lie. Returns an I32[16] for each column. A
+    format with codes above 127 is centred at 128: on AVX2, sums are those of codes less 128.
+    """
+    bytes_ = vector(I8, 4 * LANES)
+
+    def codes(word: Any) -> Any:
+        return e.load(e.b.add(tile, e.shift_left(word, 6)), bytes_)
+
+    def spread(column: Any, word: Any) -> Any:
+        """A word of a column for all rows."""
+        value = e.load(e.b.add(column, e.shift_left(word, 2)), I32)
+        return e.b.bitcast(e.splat(value, LANES), bytes_)
+
+    def add_words(word: Any, sums: list[Any]) -> list[Any]:
+        code = codes(word)
+        return [
+            e.dot4(total, code, spread(c, word), largest)
+            for c, total in zip(columns, sums, strict=True)
+        ]
+
+    def add_signed(word: Any, sums: list[Any]) -> list[Any]:
+        # What has a sign is multiplied by what has none: the sign changes sides.
+        signed = e.b.xor(codes(word), e.constant(I8, -128, 4 * LANES))
+        sizes = e.absolute(signed)
+        pairs = [e.pairs(sizes, e.sign(spread(c, word), signed)) for c in columns]
+        return [e.add_pairs(s, p) for s, p in zip(sums, pairs, strict=True)]
+
+    def add_short(word: Any, sums: list[Any]) -> list[Any]:
+        code = codes(word)
+        pairs = [e.pairs(code, spread(c, word)) for c in columns]
+        return [e.b.add(s, p) for s, p in zip(sums, pairs, strict=True)]
+
+    def over(begin: int, end: int, sums: list[Any], add: Callable[..., list[Any]]) -> list[Any]:
+        if e.isa < Isa.AVX512:
+            return e.loop(e.i64(begin), e.unknown(e.i64(end)), 1, sums, add)
+        for word in range(begin, end):
+            sums = add(e.i64(word), sums)
+        return sums
+
+    zeros = [e.constant(I32, 0, LANES) for _ in columns]
+    if _is_centred(e, largest):
+        return over(first, first + count, zeros, add_signed)
+    most = e.pairs_that_add_up(largest)
+    if most < 2:
+        return over(first, first + count, zeros, add_words)
+    sums = zeros
+    for begin in range(first, first + count, most):
+        end = min(begin + most, first + count)
+        short = [e.constant(I16, 0, 2 * LANES) for _ in columns]
+        pairs = over(begin, end, short, add_short)
+        sums = [e.add_pairs(s, p) for s, p in zip(sums, pairs, strict=True)]
+    return sums
+
+
+def _is_centred(e: Emit, largest: int) -> bool:
+    """Return whether sums are of codes less 128, so that there are no minima any more."""
+    return e.isa == Isa.AVX2 and largest > _I8_MOST
+
+
 def _quantized_product(
     e: Emit, format_: Quantized, tile: Any, begin: Any, end: Any, sources: list[Any]
 ) -> list[Any]:
@@ -460,6 +601,7 @@ def _quantized_product(
     words = 8 // groups
     sums_at = SUMS_AT if groups == 1 else HALF_SUMS_AT
     lanes = vector(F32, LANES)
+    centred = _is_centred(e, format_.largest)
 
     def run_body(run: Any, unit: Any, at: Any, totals: list[Any]) -> list[Any]:
         """Run ``run`` of the unit at offset ``unit`` of the columns; its record is ``at``."""
@@ -469,13 +611,14 @@ def _quantized_product(
         partial: list[Any] = [None] * len(sources)
         totals = list(totals)
         for group in range(groups):
-            ints = [e.constant(I32, 0, LANES) for _ in sources]
-            for word in range(words * group, words * (group + 1)):
-                codes = e.load(at, vector(I8, 4 * LANES), word * _VECTOR_BYTES)
-                for c, source in enumerate(sources):
-                    value = e.load(e.b.add(source, codes_at), I32, 4 * word)
-                    spread = e.b.bitcast(e.splat(value, LANES), vector(I8, 4 * LANES))
-                    ints[c] = e.dot4(ints[c], codes, spread, format_.largest)
+            ints = _sums_of_words(
+                e,
+                format_.largest,
+                at,
+                [e.b.add(source, codes_at) for source in sources],
+                words * group,
+                words,
+            )
             scales = e.load(at, lanes, (8 + 2 * group) * _VECTOR_BYTES)
             minima = e.load(at, lanes, (9 + 2 * group) * _VECTOR_BYTES)
             for c, source in enumerate(sources):
@@ -484,6 +627,8 @@ def _quantized_product(
                 partial[c] = (
                     e.b.fmul(value, scales) if known is None else e.fma(value, scales, known)
                 )
+                if centred:
+                    continue
                 total = e.load(e.b.add(source, sum_at), F32, sums_at + 4 * group)
                 totals[c] = e.fma(minima, e.splat(total, LANES), totals[c])
         for c, source in enumerate(sources):

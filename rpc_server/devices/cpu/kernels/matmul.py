@@ -42,6 +42,8 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     ne,
     store_i64,
 )
+from rpc_server.devices.cpu.kernels.vector import left_out
+from rpc_server.native.source import without
 
 INDEX_OUT_OF_RANGE = 1
 
@@ -213,4 +215,4 @@ def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
                             )
         return 0
 
-    return product
+    return without(product, left_out(isa))

@@ -21,8 +21,25 @@ from rpc_server.native.source import routine
 
 __all__ = ["LANES"]
 
+_I16_MOST = (1 << 15) - 1
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+class _BFloatType(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite doesn't name; values get it by a bitcast."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(_BFloatType)
+
+
+BF16 = _BFloatType()
 
 _NEEDS: dict[Isa, tuple[str, ...]] = {
     Isa.GENERIC: (),
@@ -30,7 +47,23 @@ _NEEDS: dict[Isa, tuple[str, ...]] = {
     Isa.AVX_VNNI: ("avx2", "fma", "avxvnni"),
     Isa.AVX512: ("avx2", "fma", "avx512f", "avx512bw", "avx512vl"),
     Isa.AVX512_VNNI: ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni"),
+    Isa.AVX512_BF16: (
+        *("avx2", "fma", "avx512f", "avx512bw", "avx512vl"),
+        *("avx512vnni", "avx512bf16"),
+    ),
 }
+
+# What a kernel for processors without AVX-512 is compiled without, wherever that is done: it shall
+# be the code that such a processor runs. Of LLVM's features, how their names begin.
+_WITHOUT: dict[Isa, tuple[str, ...]] = {
+    Isa.AVX2: ("avx512", "avx10", "amx", "avxvnni"),
+    Isa.AVX_VNNI: ("avx512", "avx10", "amx"),
+}
+
+
+def left_out(isa: Isa) -> tuple[str, ...]:
+    """Return how features begin that code for an instruction set may not use."""
+    return _WITHOUT.get(isa, ())
 
 
 def _compilable() -> list[Isa]:
@@ -145,6 +178,13 @@ class Emit:
 
         self.loop(self.i64(0), n, 1, [], body)
 
+    def unknown(self, value: Any) -> Any:
+        """Return ``value`` (i64) without LLVM knowing that: it unrolls no loop that ends there.
+
+        Of an unrolled one it loads everything ahead, and spills what there are no registers for.
+        """
+        return self.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], False)
+
     def prefetch(self, address: Any, size: int) -> None:
         """Ask for the cache lines of ``size`` bytes, which need not be there."""
         # To read, into all levels of the cache.
@@ -168,6 +208,11 @@ class Emit:
     def call_vector(self, name: str, *args: Any) -> Any:
         """Return an LLVM intrinsic of one overloaded type."""
         return self._call(f"llvm.{name}.{_suffix(args[0].type)}", args[0].type, args)
+
+    def absolute(self, value: Any) -> Any:
+        """Return magnitudes of integers; that of the lowest is right as an unsigned number."""
+        name = f"llvm.abs.{_suffix(value.type)}"
+        return self._call(name, value.type, [value, ir.Constant(I1, 0)])
 
     def to_int(self, value: Any) -> Any:
         """Convert floats to I32, towards zero; NaN becomes 0 and what is too large the nearest."""
@@ -235,40 +280,75 @@ class Emit:
         """
         n = total.type.count
         ints, words = vector(I32, n), vector(I16, 2 * n)
-        vnni = self.isa in (Isa.AVX512_VNNI, Isa.AVX_VNNI)
-        if n == 16 and self.isa in (Isa.AVX2, Isa.AVX_VNNI):
-            halves = [
-                self.dot4(
-                    self.shuffle(total, range(at, at + 8)),
-                    self.shuffle(codes, range(4 * at, 4 * at + 32)),
-                    self.shuffle(values, range(4 * at, 4 * at + 32)),
-                    largest,
-                )
-                for at in (0, 8)
-            ]
+        if n == 16 and self.isa == Isa.AVX_VNNI:
+            halves = []
+            for at in (0, 1):
+                total_, codes_, values_ = (self._half(v, at) for v in (total, codes, values))
+                halves.append(self.dot4(total_, codes_, values_, largest))
             return self.concat(*halves)
-        if vnni:
+        if self.isa == Isa.AVX_VNNI or self.isa >= Isa.AVX512_VNNI:
             name = f"llvm.x86.avx512.vpdpbusd.{32 * n}"
             args = [self.b.bitcast(codes, ints), self.b.bitcast(values, ints)]
             return self._call(name, ints, [total, *args])
         if self.isa == Isa.GENERIC:
             return self._dot4_generic(total, codes, values)
-        by_bytes, by_words = (
-            ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")
-            if n == 16
-            else ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
-        )
-        # Pairs of products are summed in 16 bits and saturate there: 2 * 127 * 127 just fits.
         if largest <= 127:
-            pairs = self._call(by_bytes, words, [codes, values])
-            sums = self._call(by_words, ints, [pairs, self.constant(I16, 1, 2 * n)])
-            return self.b.add(total, sums)
+            return self.add_pairs(total, self.pairs(codes, values))
         c, v = self.b.bitcast(codes, words), self.b.bitcast(values, words)
         eight = self.constant(I16, 8, 2 * n)
         even = [self.and_(c, 255), self.b.ashr(self.b.shl(v, eight), eight)]
         odd = [self.b.lshr(c, eight), self.b.ashr(v, eight)]
-        total = self.b.add(total, self._call(by_words, ints, even))
-        return self.b.add(total, self._call(by_words, ints, odd))
+        total = self.b.add(total, self._by_words(*even))
+        return self.b.add(total, self._by_words(*odd))
+
+    def pairs_that_add_up(self, largest: int) -> int:
+        """Return how many results of :meth:`pairs` can be added in 16 bits; 0 without such."""
+        # On AVX2, and on AVX-512 before it had an instruction for all of it.
+        return _I16_MOST // (2 * 127 * largest) if self.isa in (Isa.AVX2, Isa.AVX512) else 0
+
+    def pairs(self, codes: Any, values: Any) -> Any:
+        """Multiply bytes and sum pairs of products, as I16.
+
+        ``codes`` are at most 127 (or 128: 2 * 128 * 127 still fits), ``values`` above -128.
+        """
+        narrow, wide = "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx512.pmaddubs.w.512"
+        return self._by_halves(narrow, wide, I16, codes, values)
+
+    def add_pairs(self, total: Any, pairs: Any) -> Any:
+        """Add sums of two neighbours of ``pairs`` (I16) to ``total`` (I32)."""
+        return self.b.add(total, self._by_words(pairs, self.like(pairs, 1)))
+
+    def sign(self, values: Any, signs: Any) -> Any:
+        """Multiply ``values`` (I8, above -128) by the sign of ``signs``: -1, 0 or 1. On AVX2."""
+        return self._by_halves("llvm.x86.avx2.psign.b", None, I8, values, signs)
+
+    def _by_words(self, a: Any, b: Any) -> Any:
+        narrow, wide = "llvm.x86.avx2.pmadd.wd", "llvm.x86.avx512.pmaddw.d.512"
+        return self._by_halves(narrow, wide, I32, a, b)
+
+    def _half(self, value: Any, which: int) -> Any:
+        n = value.type.count // 2
+        return self.shuffle(value, range(n * which, n * (which + 1)))
+
+    def _by_halves(self, narrow: str, wide: str | None, element: ir.Type, a: Any, b: Any) -> Any:
+        """An instruction of 32 bytes, for 64 as two where the set has no ``wide`` one."""
+        size = a.type.count * a.type.element.width // 8
+        if size == 64 and (wide is None or self.isa < Isa.AVX512):
+            halves = [
+                self._by_halves(narrow, wide, element, self._half(a, at), self._half(b, at))
+                for at in (0, 1)
+            ]
+            return self.concat(*halves)
+        name = wide if size == 64 else narrow
+        return self._call(str(name), vector(element, size * 8 // element.width), [a, b])
+
+    def dot_bf16(self, total: Any, a: Any, b: Any) -> Any:
+        """Add products of BF16, summed in pairs, to ``total`` (F32[16]). On AVX512_BF16.
+
+        A pair is an I32: ``a`` and ``b`` are I32[16].
+        """
+        pairs = [self.b.bitcast(value, vector(BF16, 32)) for value in (a, b)]
+        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total, *pairs])
 
     def _dot4_generic(self, total: Any, codes: Any, values: Any) -> Any:
         n = total.type.count

@@ -9,15 +9,15 @@ from dataclasses import replace
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, GgmlType
 from protocol.tensor import Tensor
-from rpc_server.devices.cpu.catalog import product_kernel, route_columns
+from rpc_server.devices.cpu.catalog import product_of, route_columns
 from rpc_server.devices.cpu.instruction_sets import chosen_isa
 from rpc_server.devices.cpu.kernels.interface.layout import (
     LANES,
     PRODUCT_TYPES,
     SCALE_GROUPS,
     RowForm,
-    activation_form,
     panel_columns,
+    product_form,
     product_scratch,
     routing_bytes,
     row_bytes,
@@ -48,7 +48,7 @@ def _activations(
 
     These are 4 extra words.
     """
-    form = activation_form(weights.type)
+    form = product_form(weights.type, chosen_isa())
     if activations.type is GgmlType.F32 and form is RowForm.F32:
         return activations.address, *activations.nb[1:]
     nb1 = row_bytes(form, activations.ne[0])
@@ -67,7 +67,7 @@ def _emit_product(
     panel = panel_columns(isa, columns[1])
     extra = (*columns, routed, scratch, stride, panel)
     products = weights.ne[0] * t.ne[0] * t.ne[1] * t.ne[2] * t.ne[3]
-    planner.emit(product_kernel(weights.type, isa), t, extra=extra, products=products)
+    planner.emit(product_of(weights.type, isa), t, extra=extra, products=products)
 
 
 def _most_columns(weights: Tensor, planner: Planner) -> int:

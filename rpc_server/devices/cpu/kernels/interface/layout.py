@@ -16,8 +16,8 @@ offset  content
 320     16 F32: the same for runs of 16
 ======  ==========================================================================================
 
-The other forms are dense F32: values that F16, BF16 or blocks of Q8_0 (``Q8_0_FLOATS``) hold
-exactly, or (``F32``) any.
+The other forms are dense: F32 values that F16, BF16 or blocks of Q8_0 (``Q8_0_FLOATS``) hold
+exactly, or (``F32``) any; or BF16 itself (``BF16_PAIRS``), up to an even number of them.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class RowForm(enum.IntEnum):
     Q8_1 = GgmlType.Q8_1
     Q8_K = GgmlType.Q8_K
     Q8_0_FLOATS = 1000 + GgmlType.Q8_0
+    BF16_PAIRS = 1000 + GgmlType.BF16
 
 
 CODED = (RowForm.Q8_0, RowForm.Q8_1, RowForm.Q8_K)
@@ -65,7 +66,12 @@ def row_bytes(form: RowForm, n: int) -> int:
     """Return the bytes of a row of ``n`` elements."""
     if form in CODED:
         return -(-n // UNIT) * UNIT_BYTES
-    return -(-n * 4 // 64) * 64
+    return -(-n * (2 if form is RowForm.BF16_PAIRS else 4) // 64) * 64
+
+
+def product_form(weights: GgmlType, isa: Isa) -> RowForm:
+    """Return the form that the product kernel of a weight type reads on an instruction set."""
+    return RowForm.BF16_PAIRS if in_pairs(weights, isa) else activation_form(weights)
 
 
 # -- products --------------------------------------------------------------------------------------
@@ -108,6 +114,11 @@ STAGE_BYTES = STAGE_MINIMA + LANES * _VECTOR_BYTES
 
 # Bytes of activations that are multiplied with a tile before the next tile is unpacked.
 _PANEL_BYTES = 768 << 10
+
+
+def in_pairs(type_: GgmlType, isa: Isa) -> bool:
+    """Return whether a product multiplies pairs of BF16."""
+    return type_ is GgmlType.BF16 and isa >= Isa.AVX512_BF16
 
 
 def columns_at_once(isa: Isa) -> int:
@@ -155,6 +166,8 @@ def routing_bytes(n_experts: int, n_columns: int) -> int:
 
 # Positions of a block: keys and values of one stay in the first-level cache while rows use them.
 BLOCK = 64
+# Rows of queries that are multiplied with a block at once.
+ROWS_AT_ONCE = 4
 
 
 def _padded(n: int) -> int:
@@ -165,10 +178,12 @@ def _padded(n: int) -> int:
 def thread_floats(rows: int, dk: int, dv: int) -> int:
     """Return the floats of scratch that a thread needs.
 
-    These are a block of keys and values, and of each row queries, scores, sums and the rest.
+    These are a block of keys and values, of each row queries, scores, sums and the rest, products
+    of some rows with the block, and 16 keys on their way to a panel.
     """
     dk, dv = _padded(dk), _padded(dv)
-    return BLOCK * (dk + dv + 1) + rows * (dk + dv + BLOCK + 3)
+    several = ROWS_AT_ONCE * BLOCK + LANES * dk
+    return BLOCK * (dk + dv + 1) + rows * (dk + dv + BLOCK + 3) + several
 
 
 def partial_floats(rows: int, dv: int) -> int:
