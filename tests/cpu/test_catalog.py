@@ -82,5 +82,6 @@ def test_all_that_kernels_are_compiled_from_is_in_their_fingerprint() -> None:
             seen.add(path)
             due += _imported(path)
     outside = {p for p in seen if not any(p.is_relative_to(f) for f in catalog.COMPILED)}
-    # What opens the folder of compiled code decides where it is kept, not what it is.
-    assert {p.name for p in outside} == {"folders.py"}
+    # What opens the folder of compiled code decides where it is kept, not what it is; nor does what
+    # shows how far compilers are.
+    assert {p.name for p in outside} == {"folders.py", "progress.py", "text.py"}
