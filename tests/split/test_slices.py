@@ -1,8 +1,8 @@
 """--cache with --split: a model that was split once loads from the disks of its parts.
 
 Bytes on their way to a worker are counted by a relay before it. A tensor counts as there only if
-every part has its slice, cut as it is cut now; whatever is missing or damaged, the client sends it
-and the result is right.
+every part has its slice, cut as it is cut now; whatever is missing or damaged, the client sends it,
+who lacks something is sent it, and the result is right.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.errors import ConnectionLost
 from client.split.partition import partition
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
@@ -161,7 +162,7 @@ async def test_another_cut_is_another_tensor(site: Site) -> None:
 
 
 async def test_one_part_that_has_lost_its_slice(site: Site) -> None:
-    """The other has loaded its own by then: the upload goes over it."""
+    """The other has loaded its own by then, and is not sent it again."""
     data = content(F16, SHAPE)
     with site.coordinator("--tensor-split", "1,1") as c:
         assert not await load(c, data)
@@ -173,11 +174,38 @@ async def test_one_part_that_has_lost_its_slice(site: Site) -> None:
             w = b.graph.new_tensor(F16, SHAPE, NAME)
             await b.allocate([w])
             await b.connection.set_tensor(w, other)
+            # An upload has no answer: all of it is there when this has come.
+            assert (await b.connection.get_tensor(w)).tobytes() == other
+            before = [r.sent for r in site.relays]
             assert not await b.connection.set_tensor_hash(w, fnv1a_64(data))
             await b.connection.set_tensor(w, data, cache_flag=1)
             assert (await b.connection.get_tensor(w)).tobytes() == data
+            sent = [r.sent - n for r, n in zip(site.relays, before, strict=True)]
+            assert sent[0] < LITTLE
+            assert sent[1] > NBYTES // 2
     with site.coordinator("--tensor-split", "1,1") as c:
         assert await load(c, data)
+
+
+async def test_another_content_than_was_offered_is_not_beside_what_was_loaded(site: Site) -> None:
+    data, other = content(F16, SHAPE), content(F16, SHAPE, seed=1)
+    with site.coordinator("--tensor-split", "1,1") as c:
+        assert not await load(c, data)
+        for path in (site.folder / "worker-1").glob("[0-9a-f]*"):
+            path.unlink()
+        notes = site.notes
+        async with backend(c, 60.0) as b:
+            w = b.graph.new_tensor(F16, SHAPE, NAME)
+            await b.allocate([w])
+            assert not await b.connection.set_tensor_hash(w, fnv1a_64(data))
+            await b.connection.set_tensor(w, other, cache_flag=1)
+            with pytest.raises(ConnectionLost):
+                await b.connection.get_tensor(w)
+        assert "was offered as" in c.log
+        assert site.notes == notes
+        # Without an offer it is a weight as any other.
+        assert not await load(c, other)
+        assert await load(c, other)
 
 
 async def test_a_slice_that_is_damaged_on_disk(site: Site) -> None:
@@ -214,11 +242,17 @@ async def test_a_worker_without_a_cache(tmp_path: Path) -> None:
         data = content(F16, SHAPE)
         with site.coordinator("--tensor-split", "1,1") as c:
             assert "(and of 1 of 2 workers)" in c.log
+            sent = []
             for _ in range(2):
+                before = [r.sent for r in site.relays]
                 assert not await load(c, data)
+                sent.append([r.sent - n for r, n in zip(site.relays, before, strict=True)])
+            # The second time the one that keeps its slice has it.
+            assert min(*sent[0], sent[1][1]) > NBYTES // 2
+            assert sent[1][0] < LITTLE
             said = rf"worker {site.relays[1].address} was started without --cache: weights"
             assert len(re.findall(said, c.log)) == 1
-            assert site.notes == []
+            assert len(site.notes) == 1
         # One that has no share needs none.
         with site.coordinator("--tensor-split", "1,0") as c:
             assert not await load(c, data)

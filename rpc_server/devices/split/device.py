@@ -719,7 +719,7 @@ class SplitDevice:
             reason = await worker.find_keeping()
             if reason and self._keeps_not.get(worker.name) != reason:
                 log.warning(
-                    "worker %s %s: weights that it has a slice of are uploaded each time",
+                    "worker %s %s: weights are sent to it each time",
                     worker.name,
                     reason,
                 )

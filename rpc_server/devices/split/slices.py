@@ -4,8 +4,9 @@ A client offers a large tensor by the hash of all of it, and no part has all of 
 tensor arrives with the wish to be kept, it goes to each part in pieces that the part is asked to
 keep in a cache of its own (its ``--cache``), and the hashes of these pieces are noted here, under
 the hash of the whole and the way it was cut. When the tensor is offered again, and cut the same
-way, each part is offered its pieces by their hashes. Only if all parts have all of theirs does the
-tensor count as loaded; otherwise the client sends it, over whatever was loaded by then.
+way, each part is offered its pieces by their hashes. If all parts have all of theirs the tensor
+counts as loaded; otherwise the client sends it, and only the parts that lack something are sent
+theirs. Parts that keep nothing are among these.
 
 A note is a small file beside the cached tensors, in a folder that only this user can write to. Each
 ends with the SHA-256 of itself; one that is damaged, or for another cut, is not used.
@@ -201,17 +202,23 @@ class Slices:
         return cls(cache, SliceNotes(cache.files, read_only=cache.read_only))
 
     def keeping(self, weight: ShardedWeight) -> Keeping | None:
-        """Return what watches an upload of all of ``weight``; None if some part keeps nothing."""
+        """Return what watches an upload of all of ``weight``; None if no part keeps its slice."""
         if self.cache.read_only or weight.gathered:
             return None
-        if not all(p is None or p.worker.keeps for p in weight.parts):
+        here = weight.local is not None and len(weight.cuts[weight.local]) > 0
+        if not here and not any(p is not None and p.worker.keeps for p in weight.parts):
             return None
         return Keeping(self, weight)
 
     async def load(
-        self, digest: int, weight: ShardedWeight, hashes: Sequence[int], view: Callable[[], Bytes]
-    ) -> bool:
-        """Fill a weight from the disks of all parts; return whether all had all of it.
+        self,
+        digest: int,
+        weight: ShardedWeight,
+        hashes: Sequence[int],
+        view: Callable[[], Bytes],
+        loaded: frozenset[int],
+    ) -> frozenset[int]:
+        """Fill a weight from the disks of the parts that aren't ``loaded``; return all that are.
 
         ``view`` is the weight's memory here, for this server's share. Raises WorkerLost.
         """
@@ -220,13 +227,13 @@ class Slices:
         for chunk in chunks(weight):
             for piece in pieces(weight, chunk):
                 by_part.setdefault(piece.part, []).append((chunk, piece, next(following)))
-        missed = asyncio.Event()
+        found_all = {i for i in range(len(weight.cuts)) if i in loaded or i not in by_part}
 
         async def load_part(i: int, wanted: list[tuple[Chunk, Piece, int]]) -> None:
             part = weight.parts[i]
+            if part is not None and not part.worker.keeps:
+                return
             for chunk, piece, hash in wanted:
-                if missed.is_set():
-                    return
                 if part is not None:
                     found = await part.worker.recall(part.tensor, piece.at, piece.size, hash)
                 else:
@@ -235,10 +242,12 @@ class Slices:
                     )
                 if not found:
                     log.debug("part %d does not have a piece of %016x", i, digest)
-                    missed.set()
+                    return
+            found_all.add(i)
 
-        await asyncio.gather(*(load_part(i, wanted) for i, wanted in by_part.items()))
-        return not missed.is_set()
+        missing = (i for i in by_part if i not in found_all)
+        await asyncio.gather(*(load_part(i, by_part[i]) for i in missing))
+        return frozenset(found_all)
 
     def _load_here(
         self,
@@ -263,11 +272,15 @@ class Slices:
 
 @dataclass(slots=True)
 class Keeping:
-    """One upload of a whole tensor that is to be kept: its hash so far, and those of its pieces."""
+    """One upload of a whole tensor that is to be kept: its hash so far, and those of its pieces.
+
+    Parts that are ``loaded`` have their slices, and are not sent them.
+    """
 
     slices: Slices
     weight: ShardedWeight
-    _digest: int = FNV_OFFSET
+    loaded: frozenset[int] = frozenset()
+    digest: int = FNV_OFFSET
     _hashes: list[int] = field(default_factory=list)
 
     def step(self, offset: int) -> int:
@@ -278,8 +291,8 @@ class Keeping:
         """Send a chunk to the parts, to be kept. Raises WorkerLost."""
         chunk = Chunk(offset, len(data))
         sent = [self._send(p, self._content(p, chunk, data)) for p in pieces(self.weight, chunk)]
-        whole = asyncio.to_thread(self.slices.cache.hash, data.data, self._digest)
-        self._digest, *hashes = await asyncio.gather(whole, *sent)
+        whole = asyncio.to_thread(self.slices.cache.hash, data.data, self.digest)
+        self.digest, *hashes = await asyncio.gather(whole, *sent)
         self._hashes += hashes
 
     def _content(self, piece: Piece, chunk: Chunk, data: Bytes) -> Bytes:
@@ -289,13 +302,16 @@ class Keeping:
     async def _send(self, piece: Piece, content: Bytes) -> int:
         """Send a piece to its part, or keep it here; return its hash. Raises WorkerLost."""
         part: Part | None = self.weight.parts[piece.part]
-        if part is None:
-            await asyncio.to_thread(self.slices.cache.store, content.data)
-        else:
-            await part.worker.write_kept(part.tensor, content.data, piece.at)
+        if piece.part not in self.loaded:
+            if part is None:
+                await asyncio.to_thread(self.slices.cache.store, content.data)
+            elif part.worker.keeps:
+                await part.worker.write_kept(part.tensor, content.data, piece.at)
+            else:
+                await part.worker.write(part.tensor, content.data, piece.at)
         digest: int = await asyncio.to_thread(self.slices.cache.hash, content.data)
         return digest
 
     async def finish(self) -> None:
         """Note what was sent: all of it."""
-        await asyncio.to_thread(self.slices.notes.keep, self._digest, self.weight, self._hashes)
+        await asyncio.to_thread(self.slices.notes.keep, self.digest, self.weight, self._hashes)

@@ -65,7 +65,7 @@ class SplitUpload:
 
     @property
     def kept(self) -> bool:
-        """True if the parts keep their slices, now that all of it went through."""
+        """True if parts keep their slices, now that all of it went through."""
         return self.keeping is not None and not self.left
 
     def room(self) -> memoryview:
@@ -86,7 +86,7 @@ class SplitUpload:
         """
         data, weight = np.frombuffer(self._chunk, np.uint8), self.weight
         loaded = frozenset[int]() if self.offered is None else self.offered.parts
-        if self.offered is not None:
+        if self.offered is not None and self.keeping is None:
             hash_ = self.storage.hash
             self._digest = await asyncio.to_thread(hash_, data.data, self._digest)
         writes = []
@@ -105,14 +105,17 @@ class SplitUpload:
         self.left -= len(data)
         if self.keeping is None:
             await asyncio.gather(*writes)
-            if self.offered is not None and not self.left and self._digest != self.offered.digest:
-                raise DeceivedError(
-                    f"'{weight.tensor.name}' was offered as {self.offered.digest:016x}, and sent "
-                    f"as {self._digest:016x}"
-                )
+        else:
+            await self.keeping.forward(data, begun)
+        if self.left:
             return
-        await self.keeping.forward(data, begun)
-        if not self.left:
+        digest = self._digest if self.keeping is None else self.keeping.digest
+        if self.offered is not None and digest != self.offered.digest:
+            raise DeceivedError(
+                f"'{weight.tensor.name}' was offered as {self.offered.digest:016x}, and sent as "
+                f"{digest:016x}"
+            )
+        if self.keeping is not None:
             await self.keeping.finish()
 
 
@@ -263,10 +266,9 @@ class SplitStorage(HostStorage):
                 return True
         same = (weight.axis, weight.cuts) == (tentative.axis, tentative.cuts)
         if slices is not None and hashes is not None and same:
-            if await slices.load(digest, weight, hashes, view):
+            loaded = await slices.load(digest, weight, hashes, view, loaded)
+            if len(loaded) == len(weight.cuts):
                 return True
-            # What it had of them may lie over what was loaded.
-            loaded = frozenset()
         if loaded:
             self._offered[start] = OfferedWeight(digest, loaded)
         return False
@@ -282,9 +284,8 @@ class SplitStorage(HostStorage):
         upload = await self._upload(t, start, offset, size)
         if keep and upload is not None and self.slices is not None and size == t.nbytes:
             upload.keeping = self.slices.keeping(upload.weight)
-            if upload.keeping is not None:
-                # What is kept is sent to all.
-                upload.offered = None
+            if upload.keeping is not None and upload.offered is not None:
+                upload.keeping.loaded = upload.offered.parts
         return upload
 
     async def _upload(self, t: Tensor, start: int, offset: int, size: int) -> SplitUpload | None:
