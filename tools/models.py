@@ -156,15 +156,19 @@ def write_large_model(
 ) -> Path:
     """Write a llama of about ``nbytes`` with layers of a ``shape``.
 
-    For measuring what moves weights: all its layers are the same, so it is made in seconds. It
-    appears under its name in one rename, complete.
+    For measuring what moves weights: its layers have the same rows, each layer's begin with
+    another one, so it is made in seconds and no two matrices have one content. It appears under its
+    name in one rename, complete.
     """
     tensors = _encoded("llama-large", shape, weight_type)
     layer = {name: entry for name, entry in tensors.items() if name.startswith("blk.0.")}
     layers = max(1, round(nbytes / sum(values.nbytes for values, _ in layer.values())))
-    for number in range(1, layers):
-        for name, entry in layer.items():
-            tensors[name.replace("blk.0.", f"blk.{number}.")] = entry
+    for name, (values, kind) in layer.items():
+        # A layer is a view of these.
+        rows = np.concatenate([values, values[: layers - 1]]) if values.ndim > 1 else values
+        for number in range(1, layers):
+            part = rows[number : number + len(values)] if values.ndim > 1 else values
+            tensors[name.replace("blk.0.", f"blk.{number}.")] = part, kind
     scratch = path.with_suffix(".part")
     _write(scratch, path.stem, replace(shape, layers=layers), tensors)
     return scratch.replace(path)

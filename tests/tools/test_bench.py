@@ -198,6 +198,9 @@ def test_a_large_model_has_all_its_layers_and_about_its_size(tmp_path: Path) -> 
     assert file.fields["llama.block_count"].contents() == 2
     assert {"blk.0.ffn_up.weight", "blk.1.ffn_up.weight", "output.weight"} <= file.tensors.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["large.gguf"]
+    # A server that keeps what it has by its content has all of them.
+    matrices = [t.data.tobytes() for t in file.tensors.values() if len(t.ne) > 1]
+    assert len(set(matrices)) == len(matrices)
 
 
 def test_tensors_to_upload_are_as_many_as_are_needed() -> None:

@@ -147,7 +147,7 @@ def read_once(model: Path) -> None:
 def large_model(megabytes: int) -> Path:
     """Return a random model of this size in Q8_0, made unless the cache has it."""
     folder = upstream.cache_root() / "models"
-    path = folder / f"random-llama-large-{megabytes}.gguf"
+    path = folder / f"random-llama-layers-{megabytes}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         models.write_large_model(path, megabytes << 20)
