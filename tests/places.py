@@ -141,6 +141,8 @@ ELSEWHERE = {
     "tools.captures": "protocol/test_captures.py",
     "tools.client_captures": "conformance/test_client_captures.py",
     "tools.documents": "tools/test_protocol_tables.py",
+    "tools.bench.compare": "tools/test_bench_compare.py",
+    "tools.bench.cores": "tools/test_bench_compare.py",
     "tools.bench.matmul": "tools/test_bench_kernels.py",
     "tools.bench.ops": "tools/test_bench_kernels.py",
     "tools.bench.profile": "tools/test_bench_kernels.py",

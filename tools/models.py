@@ -16,9 +16,11 @@ Also here, for tests that need them: a random LoRA adapter for any model file.
 
 from __future__ import annotations
 
+import itertools
+import string
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ WEIGHT_TYPES: dict[str, gguf.GGMLQuantizationType] = {
     "F16": gguf.GGMLQuantizationType.F16,
     "F32": gguf.GGMLQuantizationType.F32,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "Q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
 
 
@@ -144,11 +147,17 @@ def write_tiny_model(path: Path, ffn_width: int = 96) -> Path:
     return path
 
 
-# Layers as those of real models: one of a billion parameters, and one of seven.
+# Layers as those of real models: one of a billion parameters, one of seven, and TinyLlama, whose
+# vocabulary is a twentieth of what a token reads.
 LARGE = Architecture("llama", 1, 2048, heads=32, kv_heads=8, ffn_width=8192)
 WIDE = Architecture(
     "llama", 1, 4096, heads=32, kv_heads=32, head_width=128, ffn_width=11008, query_gain=1.0
 )
+TINYLLAMA = Architecture(
+    "llama", 1, 2048, heads=32, kv_heads=4, ffn_width=5632, vocabulary=32000, query_gain=1.0
+)
+# Its 22 layers in Q4_0.
+TINYLLAMA_BYTES = 520 << 20
 
 
 def write_large_model(
@@ -291,11 +300,16 @@ def _pieces(size: int) -> list[tuple[str, gguf.TokenType]]:
     characters = ["▁", *(chr(code) for code in range(33, 127))]
     pieces += [(text, gguf.TokenType.NORMAL) for text in characters]
     pieces += [(text, gguf.TokenType.NORMAL) for text in _FRAGMENTS.split()]
-    # Two capitals are spelled by no fragment above, so these are new words, all different.
-    spare = (a + b for a in "ABCDEFGHIJKLMNOP" for b in "QRSTUVWXYZABCDEF")
-    while len(pieces) < size:
-        pieces.append((next(spare), gguf.TokenType.NORMAL))
+    spare = _capitals()
+    pieces += [(next(spare), gguf.TokenType.NORMAL) for _ in range(size - len(pieces))]
     return pieces
+
+
+def _capitals() -> Iterator[str]:
+    """Yield words that no fragment spells, all different, shorter ones first."""
+    yield from (a + b for a in "ABCDEFGHIJKLMNOP" for b in "QRSTUVWXYZABCDEF")
+    for length in itertools.count(3):
+        yield from map("".join, itertools.product(string.ascii_uppercase, repeat=length))
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:

@@ -12,7 +12,7 @@ from conformance.differential.report import Report
 from tests.cuda import emulation
 from tools.upstream import find_program
 
-pytestmark = [pytest.mark.upstream, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.upstream, pytest.mark.slow, pytest.mark.timeout(900)]
 
 _JOBS = 2
 COMMANDS = {

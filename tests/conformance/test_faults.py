@@ -15,6 +15,7 @@ from conformance.suite.results import CaseResult, SuiteRun, Verdict
 from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import Target
 from tests.conformance.faulty.planted import FAULTS, Fault
+from tests.parameters import mostly_slow
 from tests.server.process import running
 
 # Seconds for one answer: faults that make a server silent are found by waiting so long.
@@ -72,7 +73,9 @@ def test_without_a_fault_the_same_cases_pass(options: tuple[str, ...], worker: s
     assert {r.case.name: r.came for r in found if r.verdict is not Verdict.PASS} == {}
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault", mostly_slow(FAULTS.values(), quick=8), ids=lambda fault: fault.name
+)
 def test_fault_is_found(fault: Fault, worker: str) -> None:
     options = ["--worker", worker]
     if fault.probe:

@@ -13,6 +13,8 @@ from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import Target
 from protocol.dialects import find_dialects
 from protocol.ggml.ops import Op
+from tests.addresses import coming_from
+from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess, running
 
 
@@ -42,11 +44,16 @@ def server() -> Iterator[ServerProcess]:
         assert "internal error" not in started.log
 
 
-@pytest.mark.parametrize("protocol", ["7.0", "5.1", "3.6", "1.0"])
+VERSIONS = ("7.0", "5.1", "3.6", "1.0")
+
+
+@pytest.mark.parametrize("protocol", mostly_slow(VERSIONS))
 def test_graphs_and_runs_again_in_versions_of_every_kind(
     server: ServerProcess, protocol: str
 ) -> None:
-    run = results(server.port, "graphs,recompute", protocol)
+    # A client of another version at the same address would have to wait.
+    with coming_from(2 + VERSIONS.index(protocol)):
+        run = results(server.port, "graphs,recompute", protocol)
     assert wrong(run) == {}
     expected = {"6.12"} if run.facts.devices == 1 else set()
     if run.facts.dialect.version < (3, 5, 0):
@@ -58,13 +65,14 @@ def test_graphs_and_runs_again_in_versions_of_every_kind(
     assert skipped(run) == expected
 
 
+@pytest.mark.slow
 def test_split_extension_of_a_worker(server: ServerProcess) -> None:
     run = results(server.port, "split,properties")
     assert wrong(run) == {}
     assert skipped(run) == set()
 
 
-@pytest.mark.parametrize("mode", ["row", "tensor"])
+@pytest.mark.parametrize("mode", mostly_slow(["row", "tensor"]))
 def test_split_extension_of_a_coordinator(server: ServerProcess, mode: str) -> None:
     parts = f"127.0.0.1:{server.port},local"
     with running("--threads", "1", "--split", parts, "--split-mode", mode) as coordinator:
@@ -76,5 +84,6 @@ def test_split_extension_of_a_coordinator(server: ServerProcess, mode: str) -> N
 
 
 def test_split_cases_where_the_version_has_no_extension(server: ServerProcess) -> None:
-    run = results(server.port, "split", "3.6")
+    with coming_from(2 + VERSIONS.index("3.6")):
+        run = results(server.port, "split", "3.6")
     assert {r.verdict for r in run.results} == {Verdict.SKIPPED}

@@ -21,6 +21,7 @@ from conformance.suite.results import SuiteRun, Verdict
 from conformance.suite.runner import SuiteRunner
 from conformance.suite.target import Target
 from protocol.dialects import DIALECTS, Dialect
+from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess, running
 from tools import upstream
 
@@ -107,7 +108,7 @@ def test_our_server_passes(server: ServerProcess, tmp_path: Path) -> None:
     assert "get-base-of-freed" in (tmp_path / "html").read_text()
 
 
-@pytest.mark.parametrize("dialect", _OLDER, ids=lambda d: d.name)
+@pytest.mark.parametrize("dialect", mostly_slow(_OLDER), ids=lambda d: d.name)
 def test_our_server_passes_in_every_dialect(dialect: Dialect, tmp_path: Path) -> None:
     """A server that offers the newest version first, and clients that want an older one."""
     groups = "1.1,1.2,1.16,2.80,2.83,2.84,2.86,2.88,2.90,buffers"

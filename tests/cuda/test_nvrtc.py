@@ -16,6 +16,7 @@ from rpc_server.devices.cuda.kernels import (
 from rpc_server.devices.cuda.lower.attention import BLOCKS
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from tests.cuda import nvrtc
+from tests.parameters import mostly_slow
 
 pytestmark = pytest.mark.skipif(
     nvrtc.library() is None, reason="NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)"
@@ -55,11 +56,12 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("source", "arch"), PAIRS)
+@pytest.mark.parametrize(("source", "arch"), mostly_slow(PAIRS, quick=3))
 def test_sources(source: str, arch: int) -> None:
     compiled(Unit(source), arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_products_of_the_commonest_types(arch: int) -> None:
     """What decoding runs: no registers are spilled, and four blocks fit a multiprocessor."""
@@ -69,6 +71,7 @@ def test_products_of_the_commonest_types(arch: int) -> None:
         assert usage.registers * 128 * 4 <= 65536
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tiles_of_the_commonest_types(arch: int) -> None:
     """What reading a prompt runs: nothing is spilled, and several blocks fit a multiprocessor."""
@@ -80,6 +83,7 @@ def test_tiles_of_the_commonest_types(arch: int) -> None:
             assert usage.shared * blocks <= 96 << 10, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", QUANTIZED, ids=lambda t: t.name)
 def test_every_type_of_weights(type_: GgmlType) -> None:
     """For the oldest card, which has no dot product of bytes, and for one that has."""
@@ -99,6 +103,7 @@ ENCODERS_FOR = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("type_", "arch"), ENCODERS_FOR)
 def test_encoders(type_: GgmlType, arch: int) -> None:
     """None keeps the floats that it searches with in memory."""
@@ -112,6 +117,7 @@ def test_encoders(type_: GgmlType, arch: int) -> None:
 SIZES = [(n, arch) for n in ATTENTION_SIZES for arch in (ARCHITECTURES if n == 4 else (61, 86))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "arch"), SIZES)
 def test_attention(size: int, arch: int) -> None:
     """Nothing is spilled, and several blocks fit a multiprocessor."""
@@ -128,18 +134,21 @@ def check_few_rows(type_: GgmlType, units: int, rows: int, arch: int) -> None:
     assert usage.registers * 128 * BLOCKS[units * rows] <= 65536
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_of_few_rows(arch: int) -> None:
     """What decoding runs, the same; four heads share keys and values in most models."""
     check_few_rows(GgmlType.F16, 1, 4, arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", [*sorted(CACHE_TYPES), *_FLOATS], ids=lambda t: t.name)
 def test_attention_of_few_rows_of_every_type(type_: GgmlType) -> None:
     check_few_rows(type_, 1, 1, 86)
     check_few_rows(type_, 1, 4, 86)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("units", "rows"), [(1, 2), (1, 8), (2, 1), (2, 2), (2, 4)])
 def test_attention_of_other_rows(units: int, rows: int) -> None:
     for arch in (61, 86):

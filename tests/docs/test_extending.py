@@ -113,6 +113,7 @@ def test_what_is_added_is_as_the_rest(copy: Path) -> None:
     ("family", "variant"),
     [("CUBE", ""), ("MUL_MAT", "q4_x->f32"), ("GET_ROWS", "q4_x"), ("CPY", "f32->q4_x")],
 )
+@pytest.mark.slow
 def test_kernels_of_what_was_added_agree_with_references(
     copy: Path, family: str, variant: str
 ) -> None:

@@ -33,6 +33,14 @@ NEEDED = (
 )
 
 
+# Whole models take minutes together. These are in a quick run, where there is a llama.cpp.
+QUICK = (
+    "test_generation.py::test_greedy_text_is_the_local_text[Q4_1-plain]",
+    "test_split.py::test_two_coordinators_over_the_same_workers",
+    "test_wire_tools.py::test_statistics_equal_the_servers_metrics",
+)
+
+
 def _what_is_missing() -> str | None:
     folder = upstream.bin_dir()
     for name in NEEDED:
@@ -47,6 +55,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.upstream)
+            if not item.nodeid.endswith(QUICK):
+                item.add_marker(pytest.mark.slow)
             module = item.getparent(pytest.Module)
             if missing and getattr(module and module.obj, "NEEDS_PROGRAMS", True):
                 item.add_marker(pytest.mark.skip(reason=missing))

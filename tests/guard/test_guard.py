@@ -22,6 +22,7 @@ from tests.guard import __main__ as program
 from tests.guard.cases import chains, draw_cases
 from tests.guard.check import Layout, findings
 from tests.guard.mapping import PAGE, GuardedMemory, Side
+from tests.parameters import mostly_slow
 
 F32 = GgmlType.F32
 
@@ -162,8 +163,9 @@ def test_disturbed_bytes_are_those_that_no_node_reads() -> None:
     np.testing.assert_array_equal(changed, rows)
 
 
-def test_a_slice_of_all_graphs_is_clean() -> None:
-    chosen = program.items([], 0.0, 7)[::15]
+@pytest.mark.parametrize("every", mostly_slow([150, 15]))
+def test_a_slice_of_all_graphs_is_clean(every: int) -> None:
+    chosen = program.items([], 0.0, 7)[::every]
     tally = program.run(chosen)
     assert not tally.found, tally.found[0]
     assert tally.runs >= 4 * len(chosen)

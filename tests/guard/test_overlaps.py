@@ -168,6 +168,7 @@ def test_scratch_is_what_was_asked_for_and_nothing_behind_it() -> None:
 # -- runs
 
 
+@pytest.mark.slow
 def test_a_planted_second_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kernel that checks all indices first, and loads each again where it uses it."""
     chosen = overlap_run.items(4000, ["rows by indices"], 3)
@@ -224,6 +225,7 @@ def test_cases_are_the_same_each_time_and_fit_the_arena() -> None:
             arena.take(size_of(places), side)
 
 
+@pytest.mark.slow
 def test_a_slice_of_all_families_is_clean() -> None:
     chosen = overlap_run.items(1, [], 7)
     indexed = [item for item in chosen if families()[item.family].often > 1]

@@ -24,6 +24,7 @@ from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.split.disks import pieces_of
 from tests.client.test_gguf_file import write
+from tests.parameters import mostly_slow
 from tests.split.cluster import (
     HOST,
     NAME,
@@ -119,6 +120,7 @@ async def test_each_worker_loads_its_slice(site: Site) -> None:
     assert max(site.sent) < LITTLE
 
 
+@pytest.mark.slow
 async def test_one_has_the_file_and_one_has_not(site: Site) -> None:
     site.worker(*site.has)
     site.worker()
@@ -142,7 +144,8 @@ async def test_the_coordinator_has_the_file(site: Site) -> None:
     assert second < LITTLE
 
 
-@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize("mapped", mostly_slow([True, False]))
 async def test_products_of_slices_that_are_files(mapped: bool, site: Site) -> None:
     """The same numbers whether workers compute with their files or with what they were sent."""
     site.worker(*site.has * mapped)
@@ -167,6 +170,7 @@ async def test_products_of_slices_that_are_files(mapped: bool, site: Site) -> No
         assert nmse(found.reshape(4, SHAPE[1]), x @ weights.T) < 5e-4
 
 
+@pytest.mark.slow
 async def test_columns_and_experts(tmp_path: Path) -> None:
     for name, shape, mode in ((DOWN, SHAPE, "tensor"), (NAME, EXPERTS, "row")):
         folder = tmp_path / mode
@@ -182,6 +186,7 @@ async def test_columns_and_experts(tmp_path: Path) -> None:
             site.close()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_was_lost_and_comes_back(site: Site, tmp_path: Path) -> None:
     site.worker(*site.has)
     site.worker(*site.has)
@@ -200,6 +205,7 @@ async def test_a_worker_that_was_lost_and_comes_back(site: Site, tmp_path: Path)
     assert sum(site.sent) - before < LITTLE
 
 
+@pytest.mark.slow
 async def test_another_content_than_was_offered_ends_the_client(site: Site) -> None:
     """A part has the slice that was offered: what was sent instead must not be beside it."""
     site.worker(*site.has)
@@ -216,6 +222,7 @@ async def test_another_content_than_was_offered_ends_the_client(site: Site) -> N
     assert not await site.load(c), "others go on"
 
 
+@pytest.mark.slow
 async def test_what_a_worker_keeps_in_its_cache_is_loaded_too(site: Site, tmp_path: Path) -> None:
     """A worker that was used alone with --cache has the whole tensor."""
     cache = ("--cache-dir", str(tmp_path / "cache"))
@@ -233,6 +240,7 @@ async def test_what_a_worker_keeps_in_its_cache_is_loaded_too(site: Site, tmp_pa
 # -- what a worker takes
 
 
+@pytest.mark.slow
 async def test_slices_that_are_not_sound_end_the_connection(site: Site) -> None:
     site.worker(*site.has)
     sound: dict[str, Any] = {

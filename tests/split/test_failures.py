@@ -29,6 +29,7 @@ from rpc_server.devices.split import worker as links
 from rpc_server.devices.split.worker import Worker, WorkerLost
 from rpc_server.options import parse_options
 from tests.client.scripted import Peer, scripted
+from tests.parameters import mostly_slow
 from tests.split.cluster import (
     HOST,
     Coordinator,
@@ -207,7 +208,7 @@ async def running(coordinator: WorkerProcess, job: Job) -> AsyncIterator[asyncio
         yield task
 
 
-@pytest.mark.parametrize("stage", JOBS)
+@pytest.mark.parametrize("stage", mostly_slow(JOBS))
 async def test_a_worker_is_killed(stage: str, cluster: Cluster) -> None:
     async with running(cluster.coordinator, JOBS[stage]) as task:
         cluster.bad.kill()
@@ -219,6 +220,7 @@ async def test_a_worker_is_killed(stage: str, cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
 
 
+@pytest.mark.slow
 async def test_a_worker_is_killed_while_nobody_needs_it(cluster: Cluster) -> None:
     async with backend(cluster.coordinator) as b:
         w = await weight(b, F32, SHAPE, content(F32, SHAPE))
@@ -275,6 +277,7 @@ async def test_an_upstream_worker_is_killed(stage: str, tmp_path: Path) -> None:
         await check_works(coordinator)
 
 
+@pytest.mark.slow
 async def test_all_clients_of_a_lost_worker(cluster: Cluster) -> None:
     async with (
         running(cluster.coordinator, generating) as first,
@@ -287,7 +290,8 @@ async def test_all_clients_of_a_lost_worker(cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
 
 
-@pytest.mark.parametrize("stage", ["upload", "decode"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", mostly_slow(["upload", "decode"]))
 async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
     """Its machine still takes bytes, as one that swaps or was suspended does."""
     async with running(cluster.coordinator, JOBS[stage]) as task:
@@ -332,6 +336,7 @@ def held_at_a_program(*, hangs: bool) -> Iterator[tuple[Coordinator, Relay]]:
         )
 
 
+@pytest.mark.slow
 async def test_a_worker_that_hangs_at_a_program() -> None:
     """It isn't waited for as long as one that compiles, and answers others meanwhile."""
     with held_at_a_program(hangs=True) as (coordinator, relay):
@@ -342,6 +347,7 @@ async def test_a_worker_that_hangs_at_a_program() -> None:
         assert relay.holding.is_set()
 
 
+@pytest.mark.slow
 async def test_others_compute_while_a_worker_does_not_get_ready() -> None:
     """Graphs that don't need it; and that the worker takes long is no reason to leave it."""
     with held_at_a_program(hangs=False) as (coordinator, relay):
@@ -359,6 +365,7 @@ async def test_others_compute_while_a_worker_does_not_get_ready() -> None:
             await asyncio.wait([waiting])
 
 
+@pytest.mark.slow
 async def test_the_coordinator_is_killed(cluster: Cluster) -> None:
     async with running(cluster.coordinator, generating) as task:
         cluster.coordinator.kill()
@@ -373,6 +380,7 @@ async def test_the_coordinator_is_killed(cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
 
 
+@pytest.mark.slow
 async def test_a_client_is_killed_within_an_upload(cluster: Cluster) -> None:
     async with running(cluster.coordinator, uploading) as task:
         task.cancel()
@@ -384,6 +392,7 @@ async def test_a_client_is_killed_within_an_upload(cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
 
 
+@pytest.mark.slow
 async def test_the_coordinator_stops_within_a_graph(cluster: Cluster) -> None:
     """It doesn't wait for a worker that says nothing."""
     async with running(cluster.coordinator, generating) as task:
@@ -415,6 +424,7 @@ async def test_a_graph_that_fails_between_exchanges(cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
 
 
+@pytest.mark.slow
 async def test_a_worker_without_room() -> None:
     """What it can't take stays on the coordinator, which has no room for all things either."""
     with (
@@ -505,6 +515,7 @@ async def test_what_is_no_worker(
     assert f"worker {HOST}:{port}" in str(caught.value)
 
 
+@pytest.mark.slow
 async def test_answers_that_are_none(cluster: Cluster) -> None:
     """A worker that sends what nobody asked for is let go, by name."""
 

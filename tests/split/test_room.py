@@ -26,6 +26,7 @@ from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import NoRoom, Worker, WorkerLost
 from tests.client.scripted import Peer, scripted
 from tests.ops.harness import four
+from tests.parameters import mostly_slow
 from tests.split.cluster import (
     HOST,
     Coordinator,
@@ -128,6 +129,7 @@ def random_tensor(i: int, rng: random.Random, address: int) -> Tensor:
     return Tensor(i, type_, ne, contiguous_strides(type_, ne), name=name, address=address)
 
 
+@pytest.mark.slow
 async def test_a_model_that_is_told_to_fit_loads(seed: int) -> None:
     """However rows are rounded, and however little a part has.
 
@@ -209,14 +211,17 @@ def test_the_system_is_not_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("memory", "options", "told"),
-    [
-        ((100, 100), (), 2 * 84),
-        ((100, 300), ("--tensor-split", "1,1"), 2 * 84),
-        ((100, 400), ("--tensor-split", "1,3"), 4 * 84),
-        ((100, 10), ("--tensor-split", "1,1"), 0),
-        ((100, 10), (), 84),
-        ((100, 300), ("--mem", "50"), 50),
-    ],
+    mostly_slow(
+        [
+            ((100, 400), ("--tensor-split", "1,3"), 4 * 84),
+            ((100, 10), (), 84),
+            ((100, 100), (), 2 * 84),
+            ((100, 300), ("--tensor-split", "1,1"), 2 * 84),
+            ((100, 10), ("--tensor-split", "1,1"), 0),
+            ((100, 300), ("--mem", "50"), 50),
+        ],
+        quick=2,
+    ),
     ids=str,
 )
 async def test_what_a_coordinator_tells(
@@ -268,6 +273,7 @@ async def test_a_slice_without_room_stays_here(whole: WorkerProcess) -> None:
     assert nmse(got, expected) < 1e-10
 
 
+@pytest.mark.slow
 async def test_a_worker_without_room_for_activations(whole: WorkerProcess) -> None:
     """Its weights come back, and this server does their products itself."""
     shape, tokens = (1024, 1024), 2000
@@ -328,6 +334,7 @@ async def test_numbers_that_no_worker_has(figures: dict[str, int], message: str)
     assert f"worker {HOST}:{port}" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--tensor-split", "auto")], ids=str)
 async def test_a_coordinator_says_in_a_line_what_is_wrong(options: Sequence[str]) -> None:
     async with scripted(DIALECTS[0], lambda peer: tells(peer, {"alignment": 0})) as port:

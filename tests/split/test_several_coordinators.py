@@ -101,6 +101,7 @@ def pair() -> Iterator[list[WorkerProcess]]:
         yield [first, second]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["row", "tensor"])
 async def test_two_over_the_same_workers_in_opposite_orders(
     mode: str, pair: list[WorkerProcess]
@@ -134,6 +135,7 @@ async def test_three_that_share_a_worker_with_each_of_the_others() -> None:
         check(*coordinators, *w)
 
 
+@pytest.mark.slow
 async def test_one_is_not_kept_off_by_another_that_never_pauses(pair: list[WorkerProcess]) -> None:
     """Graph after graph of one coordinator, and the other still gets its turn each time."""
     with Coordinator(pair, *TIMEOUT) as busy, Coordinator(pair[::-1], *TIMEOUT) as other:
@@ -164,6 +166,7 @@ async def test_coordinators_of_coordinators(pair: list[WorkerProcess]) -> None:
         check(*servers, a, b)
 
 
+@pytest.mark.slow
 async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[WorkerProcess]) -> None:
     with Coordinator(pair, *TIMEOUT) as doomed, Coordinator(pair[::-1], *TIMEOUT) as other:
         task = asyncio.ensure_future(computing(doomed, 1, 1_000_000))
@@ -175,6 +178,7 @@ async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[WorkerP
         check(other)
 
 
+@pytest.mark.slow
 async def test_a_coordinator_that_stalls_is_waited_for_up_to_a_limit() -> None:
     """It is not the worker that is blamed, and the one who waits is served in the end."""
     with contextlib.ExitStack() as stack:
@@ -307,6 +311,7 @@ async def old_client(server: WorkerProcess) -> AsyncIterator[Backend]:
         yield await Backend.open(connection)
 
 
+@pytest.mark.slow
 async def test_a_holder_that_does_nothing_is_let_go() -> None:
     with WorkerProcess("--peer-timeout", "1") as worker:
         async with backend(worker) as a, backend(worker) as b:
@@ -371,6 +376,7 @@ def test_its_own_address() -> None:
         assert f"worker localhost:{port} is this server itself" in line
 
 
+@pytest.mark.slow
 def test_a_part_that_is_behind_another_part(pair: list[WorkerProcess]) -> None:
     first, second = pair
     with Coordinator(pair) as over_both, Coordinator([first, "local"]) as over_first:
@@ -382,6 +388,7 @@ def test_a_part_that_is_behind_another_part(pair: list[WorkerProcess]) -> None:
             check(sound)
 
 
+@pytest.mark.slow
 def test_no_circle_comes_about_later() -> None:
     """A worker ends, and in its place would come a coordinator over the one who looks for it."""
     with WorkerProcess() as worker, Coordinator([worker]) as coordinator:
@@ -410,6 +417,7 @@ def test_an_upstream_worker_twice_or_taken(tmp_path: object) -> None:
         assert "serves one at a time" in line
 
 
+@pytest.mark.slow
 def test_a_worker_that_nobody_answers_for_is_not_taken_for_its_neighbour() -> None:
     with WorkerProcess() as worker, socket.socket() as silent:
         silent.bind((HOST, 0))

@@ -26,6 +26,7 @@ from rpc_server.devices.split import slices
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import SliceNotes, chunks, pieces
 from rpc_server.folders import PrivateFolder
+from tests.parameters import mostly_slow
 from tests.split.cluster import (
     NAME,
     Coordinator,
@@ -116,8 +117,8 @@ async def load(
         return had
 
 
-@pytest.mark.parametrize("mode", ["row", "tensor"])
-@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("mode", mostly_slow(["row", "tensor"]))
+@pytest.mark.parametrize("local", mostly_slow([False, True]))
 async def test_it_loads_from_the_workers_disks(mode: str, local: bool, site: Site) -> None:
     options = ("--split-mode", mode, "--tensor-split", "3,2,2" if local else "3,2")
     data = content(F16, SHAPE)
@@ -149,6 +150,7 @@ async def test_types_with_blocks_experts_and_sizes_that_are_no_multiples(site: S
                 assert await load(c, data, type_, shape, name) == had, (type_, had)
 
 
+@pytest.mark.slow
 async def test_another_cut_is_another_tensor(site: Site) -> None:
     data = content(F16, SHAPE)
     cuts = (("1,1",), ("2,1",), ("1,1", "--split-mode", "tensor"))
@@ -161,6 +163,7 @@ async def test_another_cut_is_another_tensor(site: Site) -> None:
         assert not await load(c, data, name=DOWN)
 
 
+@pytest.mark.slow
 async def test_one_part_that_has_lost_its_slice(site: Site) -> None:
     """The other has loaded its own by then, and is not sent it again."""
     data = content(F16, SHAPE)
@@ -208,6 +211,7 @@ async def test_another_content_than_was_offered_is_not_beside_what_was_loaded(si
         assert await load(c, other)
 
 
+@pytest.mark.slow
 async def test_a_slice_that_is_damaged_on_disk(site: Site) -> None:
     data = content(F16, SHAPE)
     with site.coordinator("--tensor-split", "1,1") as c:
@@ -222,7 +226,7 @@ async def test_a_slice_that_is_damaged_on_disk(site: Site) -> None:
         assert await load(c, data)
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense\n" * 9, None])
+@pytest.mark.parametrize("damage", mostly_slow([b"", b"nonsense\n" * 9, None]))
 async def test_a_note_that_is_damaged(damage: bytes | None, site: Site) -> None:
     data = content(F16, SHAPE)
     with site.coordinator("--tensor-split", "1,1") as c:
@@ -236,6 +240,7 @@ async def test_a_note_that_is_damaged(damage: bytes | None, site: Site) -> None:
         assert await load(c, data)
 
 
+@pytest.mark.slow
 async def test_a_worker_without_a_cache(tmp_path: Path) -> None:
     site = Site(tmp_path, second=False)
     try:
@@ -261,6 +266,7 @@ async def test_a_worker_without_a_cache(tmp_path: Path) -> None:
         site.close()
 
 
+@pytest.mark.slow
 async def test_without_the_wish_nothing_is_kept(site: Site) -> None:
     with site.coordinator("--tensor-split", "1,1") as c:
         async with backend(c, 60.0) as b:

@@ -27,6 +27,7 @@ def server() -> Iterator[ServerProcess]:
         yield started
 
 
+@pytest.mark.slow
 def test_five_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     status = program.main(
         ["--clients", "20", "--minutes", "0.085", "--warm-up", "1", "--server-options", "-t 1"]

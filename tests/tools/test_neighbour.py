@@ -59,6 +59,7 @@ def test_one_name_is_one_attack() -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_short_run() -> None:
     """Nothing is changed, nothing is kept, and others are answered; how fast isn't looked at."""
     results = list(harness.run([CATALOGUE[name] for name in SHORT], 0.3))

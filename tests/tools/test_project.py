@@ -35,6 +35,17 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert test in read("CONTRIBUTING.md")
 
 
+def test_what_judges_a_change_leaves_out_nothing_but_the_nightly_tests() -> None:
+    commands = [
+        (".ci/run", r"^.*bash .*-c \"\$test_command\"$"),
+        (".github/workflows/ci.yml", r"^.*python -m pytest.*$"),
+        (".github/workflows/nightly.yml", r"^.*python -m pytest.*$"),
+    ]
+    for name, pattern in commands:
+        [command] = re.findall(pattern, read(name), re.MULTILINE)
+        assert "-m 'not nightly'" in command, name
+
+
 def test_extras_that_are_named_exist() -> None:
     extras = set(tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"])
     files = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), PROJECT / ".ci/run"]

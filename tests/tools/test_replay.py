@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protocol import negotiation
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.messages import RPC_TENSOR_DTYPE, RpcTensor
@@ -344,7 +345,12 @@ def test_the_command_line_tells_what_differs(capsys: pytest.CaptureFixture[str])
     assert "the largest NMSE of F32 data is" in capsys.readouterr().out
 
 
-def test_a_server_of_another_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_of_another_version_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As long as it waits for the server to come round.
+    monkeypatch.setattr(negotiation, "WORKING", 0.1)
+
     def change(answer: ObservedMessage, data: bytearray) -> bytearray:
         if answer.command is Command.HELLO:
             data[8:11] = bytes([3, 0, 0])

@@ -116,6 +116,7 @@ def boxes() -> Iterator[list[Box]]:
         yield machines
 
 
+@pytest.mark.slow
 def test_three_servers_find_one_another(boxes: list[Box]) -> None:
     """One leaves and comes back; each is seen from everywhere while it is there."""
     everybody = {f"{box.address}:{box.port}" for box in boxes}

@@ -34,9 +34,10 @@ from client.split.survey import ServerAddress, measure_boxes, survey_all
 from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
 from tools.bench import llama
+from tools.bench.cores import on_core
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.servers import answers
-from tools.bench.split import NetworkLink, on_core, relay_command
+from tools.bench.split import NetworkLink, relay_command
 from tools.serving.ports import free_port
 from tools.serving.processes import HOST, Process, ProgramError, own_command
 

@@ -37,11 +37,14 @@ class BenchOptions:
 
 
 def _run(name: str, endpoints: str, *arguments: str) -> tuple[str, str]:
-    """Runs a program with all layers on servers; stdout and stderr. Raises ProgramError."""
+    """Runs a program with all layers on servers, or without any; stdout and stderr.
+
+    Raises ProgramError.
+    """
     program = upstream.find_program(name)
     if program is None:
         raise ProgramError(f"no {name}: run python -m tools.upstream")
-    words = [str(program), *arguments, "--rpc", endpoints, "-ngl", "99"]
+    words = [str(program), *arguments, *(("--rpc", endpoints) if endpoints else ()), "-ngl", "99"]
     done = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
@@ -56,6 +59,11 @@ def _run(name: str, endpoints: str, *arguments: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+def text(*arguments: str) -> str:
+    """Return what llama-completion prints without a server. Raises ProgramError."""
+    return _run("llama-completion", "", *arguments)[0]
+
+
 def bench(port: int, model: Path, options: BenchOptions) -> list[Sample]:
     """Return tokens per second of each test that llama-bench makes of the options."""
     return bench_at(f"{HOST}:{port}", model, options)
@@ -64,7 +72,7 @@ def bench(port: int, model: Path, options: BenchOptions) -> list[Sample]:
 def bench_at(
     endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str] = ()
 ) -> list[Sample]:
-    """Return the same on servers as --rpc takes them, with more arguments."""
+    """Return the same on servers as --rpc takes them (none if empty), with more arguments."""
     return bench_samples(_tests(endpoints, model, options, arguments))
 
 

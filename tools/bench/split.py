@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
 from tools.arguments import command_line
 from tools.bench import llama
+from tools.bench.cores import on_core
 from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.servers import answers
@@ -109,18 +109,6 @@ class NetworkLink:
         return f"{self.delay * 1e3:g} ms, {self.rate * 8 / 1e9:g} Gbit/s"
 
 
-@contextlib.contextmanager
-def on_core(core: int) -> Iterator[None]:
-    """Children started meanwhile run on one core."""
-    before = os.sched_getaffinity(0)
-    cores = sorted(before)
-    os.sched_setaffinity(0, {cores[core % len(cores)]})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def relay_command(listen: int, to: int, link: NetworkLink) -> list[str]:
     """Return what starts a relay between two ports that behaves like a network."""
     words = ["--listen", str(listen), "--to", f"{_HOST}:{to}"]
@@ -170,7 +158,10 @@ def running(
         yield [port], _start(stack, 0, command, port), relay
 
 
-def _tokens(ports: Sequence[int], options: argparse.Namespace, setup: Setup) -> dict[str, float]:
+def tokens_per_second(
+    ports: Sequence[int], options: argparse.Namespace, setup: Setup
+) -> dict[str, float]:
+    """Return llama-bench's figures on servers: of the prompt, ``pp``, and of generation, ``tg``."""
     bench = llama.BenchOptions(options.prompt, options.generate, (0,), options.repetitions, 1, True)
     endpoints = ",".join(f"{_HOST}:{p}" for p in ports)
     arguments = (*setup.arguments, "-ub", str(options.ubatch))
@@ -186,7 +177,7 @@ def measure(options: argparse.Namespace) -> dict[str, Measured]:
         for number, setup in steps:
             task.step(f"round {number + 1} of {options.rounds}: {setup.name}")
             with running(setup) as (ports, coordinator, _):
-                rates = _tokens(ports, options, setup)
+                rates = tokens_per_second(ports, options, setup)
                 values = measured[setup.name]
                 values.generate.append(rates["tg"])
                 values.prompt.append(rates["pp"])
@@ -239,7 +230,7 @@ def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
     """Measure two machines, one of them the coordinator, over each network; and one alone."""
     rows: list[Row] = []
     with running(SETUPS[0]) as (ports, _, _):
-        alone = 1 / _tokens(ports, _decode_only(options), SETUPS[0])["tg"]
+        alone = 1 / tokens_per_second(ports, _decode_only(options), SETUPS[0])["tg"]
     setups = [s for s in SETUPS if s.split and s.split[0] == "local"]
     with begin("measuring links", len(setups) * (1 + len(options.link))) as task:
         for setup in setups:
@@ -257,7 +248,7 @@ def _measure_setup(options: argparse.Namespace, setup: Setup, task: Task) -> lis
             # The coordinator holds the relay's one connection to the worker, not the relay.
             round_trip = asyncio.run(_round_trip(relay))
             before = asyncio.run(_status(ports[0]))
-            rates = _tokens(ports, _decode_only(options), setup)
+            rates = tokens_per_second(ports, _decode_only(options), setup)
             after = asyncio.run(_status(ports[0]))
         part = next(i for i in range(after.n_parts) if after.parts[i].exchanges)
         tokens = after.tokens - before.tokens

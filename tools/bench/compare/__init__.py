@@ -1,0 +1,1 @@
+"""This server, upstream's and distributed-llama beside each other, on one model in one run."""
