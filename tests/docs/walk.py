@@ -177,6 +177,7 @@ _KNOWN: tuple[tuple[str, Callable[[Walk, Sequence[str]], None]], ...] = (
     (r"\S*python3 -m venv \S+", Walk.make_environment),
     (r"\S*pip install .+", Walk.pip_install),
     (r"(uvx|uv tool install|pipx run|pipx install) .+", Walk.launch),
+    (r"\S*python -m rpc_server --prepare", Walk.look),
     (r"\S*python -m rpc_server( .+)?", Walk.serve),
     (r"\S*llama-completion .+", Walk.complete),
     (r"\S*llama-server .+", Walk.chat),
