@@ -20,6 +20,7 @@ from protocol.dialects import DIALECTS, Dialect, Version, find_dialects
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.negotiation import retry_pause
+from tests.parameters import mostly_slow
 from tests.server.process import running
 from tests.upstream_server import Endpoint
 
@@ -51,7 +52,7 @@ async def backend(server: Endpoint, version: str | Dialect) -> AsyncIterator[Bac
     pytest.fail(f"the server never offered protocol {version}")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", mostly_slow(VERSIONS, quick=3))
 async def test_the_same_on_every_version(ours: Endpoint, version: str) -> None:
     x = np.linspace(-3, 3, 96, dtype=np.float32).reshape(3, 32)
     async with backend(ours, version) as b:
@@ -82,7 +83,7 @@ async def test_the_same_on_every_version(ours: Endpoint, version: str) -> None:
         await plan.free()
 
 
-@pytest.mark.parametrize("version", ["7.0.0", "5.1", "3.6", "2.0"])
+@pytest.mark.parametrize("version", mostly_slow(["7.0.0", "5.1", "3.6", "2.0"]))
 async def test_a_client_with_long_names(ours: Endpoint, version: str) -> None:
     """As one whose ggml is compiled with GGML_MAX_NAME = 128."""
     x = np.linspace(-3, 3, 96, dtype=np.float32).reshape(3, 32)

@@ -15,6 +15,7 @@ from conformance.differential.sketch import FAMILIES, Family, label
 from conformance.differential.uncovered import UNCOVERED
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import OPS_101, VIEWS, Op
+from tests.parameters import mostly_slow
 
 COVERED = {f.op for f in FAMILIES.values() if f.op is not None}
 
@@ -69,7 +70,7 @@ def draw(family: Family, variant: Any) -> list[GraphCase]:
     return drawn
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, quick=30))
 def test_every_variant_draws_valid_cases(name: str) -> None:
     family = FAMILIES[name]
     assert len({label(v) for v in family.variants}) == len(family.variants)

@@ -11,6 +11,7 @@ from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.compile import OPTIONS
 from rpc_server.devices.cuda.kernels import kernel_of_weights
 from tests.cuda import nvrtc, sass
+from tests.parameters import mostly_slow
 
 pytestmark = [
     pytest.mark.skipif(
@@ -49,7 +50,7 @@ _BEFORE = {60: 170, 75: 60, 86: 60, 90: 75}
 
 @pytest.mark.parametrize(
     ("type_", "arch", "instructions", "loads"),
-    BUDGETS,
+    mostly_slow(BUDGETS, quick=2),
     ids=[f"{b[0].name}-{b[1]}" for b in BUDGETS],
 )
 def test_a_row_of_weights_by_one_column(

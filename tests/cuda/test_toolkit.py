@@ -81,6 +81,7 @@ class TestCard:
             card.free(card.allocate(64))
             assert standin.contexts == {1}
 
+    @pytest.mark.slow
     def test_keeps_something_back_for_itself(self) -> None:
         """Clients can fill a card, and its kernels still find room."""
         with standin.installed():

@@ -23,6 +23,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.ops.table import OPS, check
 from tests.ops import harness
 from tests.ops.harness import node, params, tensor
+from tests.parameters import mostly_slow
 
 F32, F16, I32, I64, Q8_0 = (
     GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64, GgmlType.Q8_0,
@@ -437,7 +438,7 @@ def is_refused(t: Tensor, *, kernels: bool) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+@pytest.mark.parametrize("kernels", mostly_slow([True, False]), ids=["kernels", "reference"])
 @pytest.mark.parametrize("name", NODES)
 @settings(
     max_examples=EXAMPLES,

@@ -10,12 +10,13 @@ import pytest
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
+from tests.parameters import mostly_slow
 from tests.server.process import ClosedError, ServerProcess, Wire, running, sources, tensor
 
 MAJORS = [d for d in DIALECTS if d.version in {(7, 0, 0), (5, 1, 0), (3, 0, 0), (1, 0, 0)}]
 
 
-@pytest.fixture(params=DIALECTS, ids=lambda d: d.name)
+@pytest.fixture(params=mostly_slow(DIALECTS, quick=3), ids=lambda d: d.name)
 def dialect(request: pytest.FixtureRequest) -> Dialect:
     made: Dialect = request.param
     return made

@@ -13,6 +13,7 @@ from client.connection import connect
 from client.errors import ConnectionLost, VersionMismatch
 from protocol.dialects import DIALECTS, Dialect, compatible_dialects, find_dialects
 from protocol.ggml.types import GgmlType
+from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess
 
 HOST = "127.0.0.1"
@@ -67,7 +68,7 @@ async def test_a_product_is_a_product_or_is_refused(server: ServerProcess, name:
         assert await product(b) == list(X * X)
 
 
-@pytest.mark.parametrize("dialect", SEVERAL, ids=lambda d: d.name)
+@pytest.mark.parametrize("dialect", mostly_slow(SEVERAL, quick=3), ids=lambda d: d.name)
 async def test_pinned_to_a_numbering_nothing_is_open(dialect: Dialect) -> None:
     with ServerProcess("--threads", "1", "-d", "CPU", "--protocol", dialect.name) as server:
         async with client(server, dialect) as b:

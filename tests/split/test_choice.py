@@ -217,6 +217,7 @@ async def test_nobody_answers_and_this_machine_serves_alone(model: Path) -> None
         await multiplies(c.port)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -321,6 +322,7 @@ async def test_one_of_a_pair_goes_away(
         assert list(found.unusable) == [mortal.address]
 
 
+@pytest.mark.slow
 async def test_a_server_that_goes_away_before_it_is_used(
     workers: list[WorkerProcess], model: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -374,6 +376,7 @@ async def test_this_server_is_no_candidate(model: Path, caplog: pytest.LogCaptur
     assert "left out" not in caplog.text
 
 
+@pytest.mark.slow
 def test_announced_servers_are_found(model: Path) -> None:
     """Multicast is lost now and then, so it may take several starts."""
     pytest.importorskip("zeroconf", reason="needs zeroconf: pip install '.[announce]'")

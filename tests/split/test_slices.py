@@ -135,6 +135,7 @@ async def test_it_loads_from_the_workers_disks(mode: str, local: bool, site: Sit
     assert site.sent - before < LITTLE
 
 
+@pytest.mark.slow
 async def test_types_with_blocks_experts_and_sizes_that_are_no_multiples(site: Site) -> None:
     for i, (type_, shape, name) in enumerate(
         (
@@ -190,6 +191,7 @@ async def test_one_part_that_has_lost_its_slice(site: Site) -> None:
         assert await load(c, data)
 
 
+@pytest.mark.slow
 async def test_another_content_than_was_offered_is_not_beside_what_was_loaded(site: Site) -> None:
     data, other = content(F16, SHAPE), content(F16, SHAPE, seed=1)
     with site.coordinator("--tensor-split", "1,1") as c:
