@@ -21,7 +21,7 @@ def command_line(
 
 
 def endpoint(text: str) -> tuple[str, int]:
-    """Return host and port of the server to be tested, ``host[:port]``; argparse's error if not."""
+    """Parse ``HOST[:PORT]``, IPv6 addresses in brackets."""
     try:
         return parse_endpoint(text)
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
+from conformance.arguments import command_line, endpoint
 from protocol.endpoint import DEFAULT_PORT, parse_endpoint
 from rpc_server.options import port
 
@@ -21,26 +22,6 @@ __all__ = [
 ]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def command_line(
-    program: str, description: str | None, epilog: str | None = None
-) -> argparse.ArgumentParser:
-    """Return a parser for ``python -m program``, whose help keeps the lines of these texts."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {program}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def endpoint(text: str) -> tuple[str, int]:
-    """Parse ``HOST[:PORT]``, IPv6 addresses in brackets."""
-    try:
-        return parse_endpoint(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def listening(text: str) -> tuple[str, int]:

@@ -142,6 +142,8 @@ def test_what_is_waited_for_aside_is_not_used(turns: Turns, clock: Clock) -> Non
             clock.now += 0.25
             with share.away():
                 clock.now += 100.0
+                # Whoever looks at its time meanwhile knows.
+                assert share.waited(clock.now) == pytest.approx(100.0)
             clock.now += 0.5
         # Behind it a turn's own time counts again.
         clock.now += 0.125

@@ -214,9 +214,6 @@ class DeviceShare:
         self.waited_before = 0.0
         # Whether its turn is one that doesn't give way.
         self._keeps = False
-        # Whether it is aside, and for how many seconds of that it waited for something else.
-        self._computes_aside = False
-        self._waited_aside = 0.0
         self.waiting_since = 0.0
 
     @property
@@ -267,14 +264,12 @@ class DeviceShare:
         leave.
         """
         if not self._turns.held_by(self):
-            began = self._turns.now()
+            began = self.waiting_since = self._turns.now()
             try:
                 yield
             finally:
-                if self._computes_aside:
-                    seconds = self._turns.now() - began
-                    self.waited_before += seconds
-                    self._waited_aside += seconds
+                self.waited_before += self._turns.now() - began
+                self.waiting_since = 0.0
             return
         self._turns.give_back(self)
         self.waiting_since = self._turns.now()
@@ -293,13 +288,12 @@ class DeviceShare:
             yield
             return
         self._turns.give_back(self)
-        started = self._turns.now()
-        self._computes_aside, self._waited_aside = True, 0.0
+        started, waited = self._turns.now(), self.waited_before
         try:
             yield
         finally:
-            self._computes_aside = False
-            self._turns.charge(self, self._turns.now() - started - self._waited_aside)
+            elapsed = self._turns.now() - started
+            self._turns.charge(self, elapsed - (self.waited_before - waited))
             self._turns.take(self)
 
     # -- for Turns, which calls all of these but the last with its lock held
