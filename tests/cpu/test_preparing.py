@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -106,14 +107,22 @@ async def test_nothing_is_compiled_while_a_client_computes(
         loop.call_soon_threadsafe(interrupted.set)
 
     monkeypatch.setattr(library, "interrupt", noted)
+    begun: list[Kernel] = []
+    prepare = library.prepare
+
+    def prepared(kernels: Iterable[Kernel], *, background: bool) -> list[Future[None]]:
+        begun.extend(kernels)
+        return prepare(kernels, background=background)
+
+    monkeypatch.setattr(library, "prepare", prepared)
     task = asyncio.create_task(prepare_when_idle(stats))
     await asyncio.wait_for(looked.wait(), 60)
     assert not library.file(ADD).exists()
     doing[0] = "idle"
     while not library.file(ADD).exists():
         await asyncio.sleep(0.05)
-    # What is under way when a client begins to compute ends.
-    while not library._background._processes:
+    # What is under way when a client begins to compute ends. (Before it has begun, it waits.)
+    while ENDLESS not in begun:
         await asyncio.sleep(0.05)
     doing[0] = "graph"
     await asyncio.wait_for(interrupted.wait(), 60)
