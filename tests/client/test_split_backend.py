@@ -480,6 +480,7 @@ async def test_a_server_that_dies_is_named_and_the_others_go_on(ours: Ports) -> 
             assert nmse(await s.mul_mat(alone, x), x @ weight.T) < 1e-9
 
 
+@pytest.mark.slow
 async def test_a_server_that_stalls_is_given_up(ours: Ports) -> None:
     with running("-t", "1") as slow:
         async with SplitBackend.connect(

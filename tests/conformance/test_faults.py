@@ -74,7 +74,7 @@ def test_without_a_fault_the_same_cases_pass(options: tuple[str, ...], worker: s
 
 
 @pytest.mark.parametrize(
-    "fault", mostly_slow(FAULTS.values(), quick=8), ids=lambda fault: fault.name
+    "fault", mostly_slow(FAULTS.values(), quick=6), ids=lambda fault: fault.name
 )
 def test_fault_is_found(fault: Fault, worker: str) -> None:
     options = ["--worker", worker]

@@ -121,6 +121,7 @@ def test_our_server_passes(server: ServerProcess, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dialect", mostly_slow(_OLDER), ids=lambda d: d.name)
+@pytest.mark.slow
 def test_our_server_passes_in_every_dialect(dialect: Dialect, tmp_path: Path) -> None:
     """A server that offers the newest version first, and clients that want an older one."""
     groups = "1.1,1.2,1.16,2.80,2.83,2.84,2.86,2.88,2.90,buffers"
@@ -270,6 +271,7 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("build", [11434, 10531])
+@pytest.mark.slow
 def test_upstreams_server_is_tested_to_the_end(build: int, tmp_path: Path) -> None:
     program = upstream.find_program("ggml-rpc-server", build)
     if program is None:

@@ -292,6 +292,7 @@ def test_many_nearly_alike_nodes_are_planned_as_each_by_itself(seed: int) -> Non
     assert _hold_sketches(seed, 2000) > 1000
 
 
+@pytest.mark.slow
 def test_graphs_of_all_ops_are_planned_as_node_by_node(seed: int) -> None:
     arena = ScratchArena()
     remembered, planned = _Builder(arena), 0

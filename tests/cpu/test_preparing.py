@@ -84,6 +84,7 @@ async def test_an_idle_server_prepares(library: Library, monkeypatch: pytest.Mon
     assert library.missing([ADD, TABLE, ABSENT]) == [ABSENT]
 
 
+@pytest.mark.slow
 async def test_nothing_is_compiled_while_a_client_computes(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,10 @@ class _OfThread(threading.local):
     """What each thread has for itself: its current card, and a current stream for each card."""
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget which cards and streams were used."""
         self.card = 0
         self.outer: list[int] = []
         self.streams: dict[int, list[Stream]] = {}
@@ -687,6 +691,7 @@ def _plug_in(cards: int, peering: bool) -> None:
     _queues.clear()
     _handles.clear()
     _captures.clear()
+    _mine.begin()
     contexts.clear()
     _peering = peering
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from protocol.ggml.ops import VIEWS, Op
 from rpc_server.devices.cuda.planner import LOWERINGS
 from tests.cuda.coverage import survey
@@ -14,6 +16,7 @@ def test_every_op_has_a_kernel() -> None:
     assert set(Op) - set(LOWERINGS) == NOWHERE | VIEWS
 
 
+@pytest.mark.slow
 def test_what_has_no_kernel() -> None:
     """Nothing, in a case of each variant."""
     assert not survey(examples=1)

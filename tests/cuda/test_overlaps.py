@@ -30,6 +30,7 @@ def test_rows_by_indices_stay_inside() -> None:
     assert not _found(300, ["rows by indices", "rows of computed indices", "GET_ROWS"])
 
 
+@pytest.mark.slow
 def test_a_planted_second_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(of: Unit) -> emulation.Module:
         assert _ONCE in of.text

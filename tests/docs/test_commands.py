@@ -18,6 +18,7 @@ import pytest
 
 from tests.docs.commands import Shown, pattern, shown, steps, substituted
 from tests.docs.walk import UnknownCommandError, Walk, handler
+from tests.parameters import mostly_slow
 from tools import smollm2, upstream
 from tools.serving.ports import free_port
 from tools.serving.processes import PROJECT, ProgramError
@@ -25,7 +26,7 @@ from tools.serving.processes import PROJECT, ProgramError
 README, HOMELAB = "README.md", "docs/homelab.md"
 PROGRAMS = Path(sys.executable).parent
 
-documents = pytest.mark.parametrize("document", [README, HOMELAB])
+documents = pytest.mark.parametrize("document", mostly_slow([README, HOMELAB]))
 needs_llama = pytest.mark.skipif(
     upstream.find_program("llama-server") is None or smollm2.find() is None,
     reason=f"no llama.cpp programs or no model: python -m tools.upstream, {smollm2.COMMAND}",

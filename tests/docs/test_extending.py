@@ -128,6 +128,7 @@ def test_kernels_of_what_was_added_agree_with_references(
     assert re.search(rf"^ *{family}\b", done.stdout, re.M), done.stdout
 
 
+@pytest.mark.slow
 def test_what_was_added_runs_as_kernels(copy: Path) -> None:
     script = """
 import json

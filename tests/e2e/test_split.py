@@ -215,6 +215,7 @@ def test_what_fits_by_what_is_told_loads(
         assert word not in coordinator.log
 
 
+@pytest.mark.slow
 def test_two_coordinators_over_the_same_workers(log_folder: Path, expected_text: str) -> None:
     """They name the workers in opposite orders, and neither waits for a timeout."""
     model = llama.smollm2(llama.SMOLLM2_TYPE)

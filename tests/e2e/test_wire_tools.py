@@ -113,6 +113,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, log_folder: Path) -> Run:
     return captured(folder, log_folder, model, "onceupon")
 
 
+@pytest.mark.slow
 def test_statistics_equal_the_servers_metrics(run: Run) -> None:
     """Every command, and every byte in both directions."""
     capture, counted, (received, sent) = run

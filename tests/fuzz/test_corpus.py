@@ -32,6 +32,7 @@ def test_kept_inputs(target: Target) -> None:
         target.run(data)
 
 
+@pytest.mark.slow
 def test_kept_graphs_run() -> None:
     # In a process of its own: what this looks for ends the process.
     command = [sys.executable, "-m", "tests.fuzz", "run", "--replay", str(TARGETS["run"].corpus)]

@@ -113,6 +113,7 @@ def test_results_that_depend_on_other_memory_are_found(monkeypatch: pytest.Monke
     assert "4 bytes depend on memory that is none of its sources" in wrong[0]
 
 
+@pytest.mark.slow
 def test_a_case_that_ends_its_process_is_named_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

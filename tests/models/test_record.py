@@ -33,6 +33,7 @@ def test_a_record_is_read_as_it_was_kept(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / "models").stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 def test_a_record_cut_or_damaged_anywhere_is_none(tmp_path: Path) -> None:
     records = Records(tmp_path)
     records.keep(RECORD)

@@ -177,6 +177,7 @@ def test_one_that_can_not_be_compiled_does_not_hurt_others(
         library.address(bad[3])
 
 
+@pytest.mark.slow
 def test_a_compiler_that_hangs_is_ended(open_library: Open) -> None:
     library = open_library(timeout=3)
     with pytest.raises(CompileError, match="the compiler ended"):
@@ -207,6 +208,7 @@ def test_what_is_waited_for_comes_first(open_library: Open) -> None:
     assert library.ready(ahead)
 
 
+@pytest.mark.slow
 def test_two_servers_compile_the_same_at_once(open_library: Open, tmp_path: Path) -> None:
     libraries = [open_library(2), open_library(2)]
     wanted = [routine("add"), routine("copied"), routine("scaled_table", 2)]
@@ -222,6 +224,7 @@ def test_two_servers_compile_the_same_at_once(open_library: Open, tmp_path: Path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="compiles in both")
+@pytest.mark.slow
 def test_what_two_servers_need_at_once_is_compiled_once(
     open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +443,7 @@ def test_preparing_tells_what_can_not_be_compiled(open_library: Open) -> None:
     assert not isinstance(error.value, InterruptedCompileError)
 
 
+@pytest.mark.slow
 def test_who_waits_does_not_wait_for_the_background(open_library: Open) -> None:
     library = open_library()
     wanted = [routine("takes_long", 600), routine("scaled_table", 4)]

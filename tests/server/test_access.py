@@ -247,6 +247,7 @@ def test_a_token_that_does_not_come(secrets: Secrets) -> None:
         server.process.wait_for("refused, no TLS handshake and token in time")
 
 
+@pytest.mark.slow
 async def test_without_a_token_any_tls_client_will_do(secrets: Secrets) -> None:
     with secured(secrets) as server:
         assert server.asks == "no token"
@@ -281,6 +282,7 @@ async def test_what_a_client_in_a_tunnel_had_is_freed(
     await asyncio.to_thread(guarded.process.wait_for, r"disconnected; freed 1 buffers")
 
 
+@pytest.mark.slow
 async def test_limits_hold_in_a_tunnel(secrets: Secrets) -> None:
     """One that takes no answers, and one that stops in the middle of a message."""
     with secured(secrets, "--stall-timeout", "0.4") as server:
@@ -324,6 +326,7 @@ async def test_a_coordinator_and_its_workers(
         assert TOKEN.decode() not in coordinator.log
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_refused(guarded: SecureServer, secrets: Secrets) -> None:
     from tests.server.test_command_line import start
 

@@ -680,6 +680,7 @@ print(seen)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.slow
 def test_killed_at_any_instant(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, str(tmp_path), "80"],

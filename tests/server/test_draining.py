@@ -92,6 +92,7 @@ def test_the_end_of_patience(how: str) -> None:
         assert "internal error" not in server.log
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_no_answers_is_not_waited_for_longer() -> None:
     with running("--threads", "1", "--drain-seconds", "0.5") as server, Wire(server.port) as wire:
         size = 32 << 20

@@ -379,6 +379,7 @@ def test_sigterm_while_a_graph_runs() -> None:
 
 
 @linux
+@pytest.mark.slow
 def test_sigterm_and_a_graph_that_does_not_end() -> None:
     """It is stopped behind the node that it is at."""
     with running("--threads", "1", "--drain-seconds", "0.2") as server, Wire(server.port) as wire:

@@ -221,6 +221,7 @@ def test_memory_beside_small_buffers(site: Site) -> None:
     site.server.wait_for(r"ERROR [^\n]*bytes beside its client's buffers[^\n]*; closing")
 
 
+@pytest.mark.slow
 def test_scratch_is_given_back_by_a_graph_that_fails() -> None:
     """As by one that ends well: the index that is out of range comes behind the product."""
     width, rows = 6 << 20, 18

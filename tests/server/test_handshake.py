@@ -48,6 +48,7 @@ def starts(server: ServerProcess, dialect: Dialect) -> int:
 
 
 @pytest.mark.parametrize(("version", "tries"), [("7.0", 1), ("4.0", 4), ("3.6", 1), ("3.0", 3)])
+@pytest.mark.slow
 def test_one_neighbour_hangs_up_a_thousand_times(version: str, tries: int) -> None:
     dialect = find_dialects(version)[0]
     with running("--threads", "1", "-d", "CPU", "--log-level", "debug") as server:

@@ -43,6 +43,7 @@ def cold(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_the_server_never_loads_a_compiler(cold: dict[str, str]) -> None:
     # Once with kernels to be compiled, once with all on disk.
     for _ in range(2):
@@ -54,6 +55,7 @@ def test_the_server_never_loads_a_compiler(cold: dict[str, str]) -> None:
             assert server.rss() < 80 * MIB
 
 
+@pytest.mark.slow
 def test_others_are_served_while_kernels_are_compiled(cold: dict[str, str]) -> None:
     with (
         running("--threads", "2", env=cold) as server,
@@ -85,6 +87,7 @@ def test_others_are_served_while_kernels_are_compiled(cold: dict[str, str]) -> N
         assert slow.answer(Command.GET_TENSOR) == bytes(64)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_graphs_run_by_references(cold: dict[str, str]) -> None:
     with running(env={**cold, "NUMBA_DISABLE_JIT": "1"}) as server, Wire(server.port) as wire:
         assert Doubling(wire).run(2.5)

@@ -282,6 +282,7 @@ def test_answers_that_are_not_taken(ask: Callable[[Wire], None]) -> None:
         assert server.peak_rss() - before < 48 * MIB
 
 
+@pytest.mark.slow
 def test_a_client_that_asks_nothing() -> None:
     with running("--threads", "1", "--idle-timeout", "0.5") as server, Wire(server.port) as wire:
         for _ in range(12):

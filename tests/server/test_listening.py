@@ -158,6 +158,7 @@ def test_a_port_that_a_connection_has_is_waited_for() -> None:
             server.forget()
 
 
+@pytest.mark.slow
 def test_a_connection_that_lasts_is_not_waited_for_for_ever() -> None:
     port = free_port()
     said: list[str] = []

@@ -51,6 +51,7 @@ class _Full:
         raise OutOfMemoryError("full")
 
 
+@pytest.mark.slow
 def test_thousands_of_buffers_come_back(server: ServerProcess) -> None:
     for _ in range(3):
         with Bystander(server) as bystander, Wire(server.port) as wire:

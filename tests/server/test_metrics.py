@@ -170,6 +170,7 @@ def test_it_is_not_ready_while_it_drains() -> None:
         assert server.child.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_coordinator_counts_its_workers() -> None:
     with WorkerProcess() as worker, Coordinator([worker], "--metrics-port", "0") as coordinator:
         values = Scraper(coordinator).values()

@@ -74,6 +74,7 @@ def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[ServerProces
         assert started.alive
 
 
+@pytest.mark.slow
 def test_a_model_on_disk_is_not_sent(server: ServerProcess, tmp_path: Path) -> None:
     path = tmp_path / "models" / "m.gguf"
     data = write_model(tmp_path / "same.gguf")
@@ -103,6 +104,7 @@ def test_a_model_on_disk_is_not_sent(server: ServerProcess, tmp_path: Path) -> N
         offer(wire, new, 0)
 
 
+@pytest.mark.slow
 def test_uploads_under_the_same_hash_replace_nothing(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -183,6 +185,7 @@ def mapping(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[Serve
         assert server.alive
 
 
+@pytest.mark.slow
 def test_clients_compute_with_the_same_pages(mapping: tuple[ServerProcess, Path]) -> None:
     server, path = mapping
     data = numbers(path.with_name("same.gguf"))
@@ -204,6 +207,7 @@ def test_clients_compute_with_the_same_pages(mapping: tuple[ServerProcess, Path]
     assert path.read_bytes() == path.with_name("same.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_short_hurts_no_client(mapping: tuple[ServerProcess, Path]) -> None:
     server, path = mapping
     data = numbers(path.with_name("same.gguf"))
@@ -221,6 +225,7 @@ def test_a_file_that_is_cut_short_hurts_no_client(mapping: tuple[ServerProcess, 
         offer(wire, data, 0)
 
 
+@pytest.mark.slow
 def test_what_lies_over_the_edge_of_a_weight_is_right(mapping: tuple[ServerProcess, Path]) -> None:
     server, path = mapping
     data = numbers(path.with_name("same.gguf"))

@@ -238,6 +238,7 @@ async def test_a_server_that_only_says_it_computes_is_left_out(
             await multiplies(c.port)
 
 
+@pytest.mark.slow
 async def test_a_server_that_computes_something_else_is_left_out(
     workers: list[WorkerProcess], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +287,7 @@ async def measured(workers: list[WorkerProcess], model: Path) -> Measured:
     return Measured([box.endpoint for box in made._boxes], said)
 
 
+@pytest.mark.slow
 async def test_a_server_that_goes_away_while_it_is_measured(
     workers: list[WorkerProcess], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +361,7 @@ def _prefers(endpoint: str) -> Any:
     return preferring
 
 
+@pytest.mark.slow
 async def test_coordinators_are_left_out(workers: list[WorkerProcess], model: Path) -> None:
     with Coordinator(workers[:1]) as over:
         found = await measured([over, workers[1]], model)

@@ -112,6 +112,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made.close()
 
 
+@pytest.mark.slow
 async def test_each_worker_loads_its_slice(site: Site) -> None:
     site.worker(*site.has)
     site.worker(*site.has)
@@ -133,6 +134,7 @@ async def test_one_has_the_file_and_one_has_not(site: Site) -> None:
     assert site.sent[0] < LITTLE
 
 
+@pytest.mark.slow
 async def test_the_coordinator_has_the_file(site: Site) -> None:
     """It sends the others theirs; the client sends nothing."""
     site.worker()

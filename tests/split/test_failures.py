@@ -249,6 +249,7 @@ async def test_a_worker_is_killed_while_nobody_needs_it(cluster: Cluster) -> Non
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("stage", JOBS)
+@pytest.mark.slow
 async def test_an_upstream_worker_is_killed(stage: str, tmp_path: Path) -> None:
     """One without the extension: its exchanges are ordinary commands."""
     with WorkerProcess("--mem", "512") as good, contextlib.ExitStack() as stack:
@@ -407,6 +408,7 @@ async def test_the_coordinator_stops_within_a_graph(cluster: Cluster) -> None:
     await check_works(cluster.coordinator)
 
 
+@pytest.mark.slow
 async def test_a_graph_that_fails_between_exchanges(cluster: Cluster) -> None:
     """The workers' streams are out of step then: they are left, and begun anew."""
     before = cluster.connections()

@@ -371,6 +371,7 @@ async def test_a_coordinator_of_a_coordinator(whole: WorkerProcess, split: Coord
         assert "internal error" not in outer.log
 
 
+@pytest.mark.slow
 async def test_more_programs_than_a_worker_keeps(split: WorkerProcess) -> None:
     """Graphs of many shapes: an old one is sent again when it is used again."""
     data = content(F32, (COLUMNS, 64), seed=40)
@@ -389,6 +390,7 @@ async def test_more_programs_than_a_worker_keeps(split: WorkerProcess) -> None:
             assert nmse(got, expected[:n]) < 1e-9
 
 
+@pytest.mark.slow
 async def test_a_prompt_of_thousands_over_three(
     workers: list[WorkerProcess], whole: WorkerProcess
 ) -> None:

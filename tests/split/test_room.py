@@ -245,6 +245,7 @@ async def test_what_a_coordinator_tells(
             assert not (await c.get_device_memory())[0]
 
 
+@pytest.mark.slow
 async def test_a_slice_without_room_stays_here(whole: WorkerProcess) -> None:
     """Rows are rounded to what a part has no room for: the model loads and computes anyway."""
     shape = (1024, 1024)

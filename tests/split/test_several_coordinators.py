@@ -122,6 +122,7 @@ async def test_two_over_the_same_workers_in_opposite_orders(
         check(one, two, *pair)
 
 
+@pytest.mark.slow
 async def test_three_that_share_a_worker_with_each_of_the_others() -> None:
     """Philosophers at a table."""
     with contextlib.ExitStack() as stack:
@@ -149,6 +150,7 @@ async def test_one_is_not_kept_off_by_another_that_never_pauses(pair: list[Worke
         assert other.alive
 
 
+@pytest.mark.slow
 async def test_coordinators_of_coordinators(pair: list[WorkerProcess]) -> None:
     """A coordinator is leased with all that it runs on, or the two at the top could get stuck."""
     a, b = pair
@@ -358,6 +360,7 @@ def test_the_same_address_twice() -> None:
     assert "127.0.0.1:1234 twice" in refused(["127.0.0.1:1234", "127.0.0.1:1234"])
 
 
+@pytest.mark.slow
 def test_the_same_worker_under_two_names(pair: list[WorkerProcess]) -> None:
     first, second = pair
     names = [first.address, f"localhost:{first.port}", second.address]
@@ -367,6 +370,7 @@ def test_the_same_worker_under_two_names(pair: list[WorkerProcess]) -> None:
     check(first, second)
 
 
+@pytest.mark.slow
 def test_its_own_address() -> None:
     port = free_port()
     line = refused([f"{HOST}:{port}", "local"], port=port)
@@ -401,6 +405,7 @@ def test_no_circle_comes_about_later() -> None:
 
 
 @pytest.mark.upstream
+@pytest.mark.slow
 def test_an_upstream_worker_twice_or_taken(tmp_path: object) -> None:
     """It serves one client at a time, and the next gets no answer until that leaves."""
     port = free_port()

@@ -22,6 +22,7 @@ def share(coordinator: ServerProcess, name: str) -> float:
     return float(found[2])
 
 
+@pytest.mark.slow
 async def test_each_part_is_measured_and_gets_rows_by_its_speed() -> None:
     weight = np.random.default_rng(1).standard_normal((4096, 32)).astype(np.float32)
     with running("-t", "1") as worker:

@@ -119,6 +119,7 @@ async def load(
 
 @pytest.mark.parametrize("mode", mostly_slow(["row", "tensor"]))
 @pytest.mark.parametrize("local", mostly_slow([False, True]))
+@pytest.mark.slow
 async def test_it_loads_from_the_workers_disks(mode: str, local: bool, site: Site) -> None:
     options = ("--split-mode", mode, "--tensor-split", "3,2,2" if local else "3,2")
     data = content(F16, SHAPE)
@@ -229,6 +230,7 @@ async def test_a_slice_that_is_damaged_on_disk(site: Site) -> None:
 
 
 @pytest.mark.parametrize("damage", mostly_slow([b"", b"nonsense\n" * 9, None]))
+@pytest.mark.slow
 async def test_a_note_that_is_damaged(damage: bytes | None, site: Site) -> None:
     data = content(F16, SHAPE)
     with site.coordinator("--tensor-split", "1,1") as c:
@@ -281,6 +283,7 @@ async def test_without_the_wish_nothing_is_kept(site: Site) -> None:
 
 
 @pytest.mark.upstream
+@pytest.mark.slow
 async def test_upstreams_workers_keep_their_slices_too(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         ports = [free_port() for _ in range(2)]

@@ -385,6 +385,7 @@ async def attention_of_sequences(
     return [*results, *[await b.download(cache) for cache in caches]]
 
 
+@pytest.mark.slow
 async def test_any_number_of_sequences(
     whole: WorkerProcess, tensor_mode: Coordinator, seed: int
 ) -> None:

@@ -190,6 +190,7 @@ def test_depths_have_commas_between() -> None:
 # -- what is uploaded
 
 
+@pytest.mark.slow
 def test_a_large_model_has_all_its_layers_and_about_its_size(tmp_path: Path) -> None:
     size = 130 << 20
     path = models.write_large_model(tmp_path / "large.gguf", size)
@@ -242,6 +243,7 @@ def test_a_model_that_is_missing_is_said_in_one_line(capsys: pytest.CaptureFixtu
     not all(map(upstream.find_program, ("ggml-rpc-server", "llama-bench", "llama-completion"))),
     reason="llama.cpp's programs are not built: run python -m tools.upstream",
 )
+@pytest.mark.slow
 def test_a_run_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = models.write_model(tmp_path, "llama-gqa", "F16")
     kept, drawn = tmp_path / "result.json", tmp_path / "result.svg"

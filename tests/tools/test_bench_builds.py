@@ -53,6 +53,7 @@ def test_a_figure_that_is_nothing_has_no_ratio() -> None:
     assert result.rows()[1][-1] == "-"
 
 
+@pytest.mark.slow
 def test_a_token_reads_all_matrices_but_the_table_of_tokens(tmp_path: Path) -> None:
     path = models.write_large_model(tmp_path / "m.gguf", 80 << 20)
     size = weight_bytes(path)
@@ -72,6 +73,7 @@ def test_processor_time_is_that_of_the_process() -> None:
     upstream.find_program("llama-bench") is None,
     reason="no llama-bench: run python -m tools.upstream",
 )
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = models.write_model(tmp_path, "llama-gqa", "Q8_0")
     arguments = ["--build", f"own={PROJECT},GGML_RPC_LARGE_PAGES=off", "--build", "upstream"]

@@ -34,6 +34,7 @@ def test_what_was_not_measured_has_no_ratio() -> None:
 @pytest.mark.skipif(
     upstream.find_program("llama-completion") is None, reason="run python -m tools.upstream"
 )
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = models.write_large_model(tmp_path / "m.gguf", 120 << 20)
     assert loading.main(["--model", str(path), "--rounds", "1", "--rate", "10"]) == 0

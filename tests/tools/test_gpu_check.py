@@ -41,6 +41,7 @@ def check(folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_all_parts_of_a_card_that_is_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ sys.exit(main())
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_kernel_that_is_wrong_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_kernel_that_is_wrong_is_found(
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_card_that_is_lost_ends_a_part_and_not_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +115,7 @@ def test_a_card_that_is_lost_ends_a_part_and_not_the_check(
     upstream.find_program("ggml-rpc-server") is None,
     reason="llama.cpp is not built: python -m tools.upstream",
 )
+@pytest.mark.slow
 def test_upstream_is_the_reference_and_measured_beside(tmp_path: Path) -> None:
     folder = str(upstream.bin_dir())
     options = ["--only", "DIAG", "--parts", "ops,speed", "--upstream", folder]

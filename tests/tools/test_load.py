@@ -40,6 +40,7 @@ def test_five_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert "after:  4096.0 MiB free" in text
 
 
+@pytest.mark.slow
 def test_a_server_that_runs_already(
     server: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ async def test_bad_clients_reach_the_server(
     assert tally.left
 
 
+@pytest.mark.slow
 async def test_memory_that_is_not_freed_is_noticed(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert Where.decode(where.encode()) == where
 
 
+@pytest.mark.slow
 def test_an_attack_that_fails_is_reported() -> None:
     """One that isn't in the catalogue ends its process with an error."""
     made = Attack("not-there", "a kind", "Is not there", lambda a: None, "worker", False)

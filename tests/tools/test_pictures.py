@@ -30,6 +30,7 @@ def drawn(path: Path) -> list[str]:
     return [line.replace("\xa0", " ").rstrip() for _, line in sorted(lines.items())]
 
 
+@pytest.mark.slow
 def test_a_dump_is_drawn_as_it_is_printed(tmp_path: Path) -> None:
     assert pictures.main(["dump", "-o", str(tmp_path)]) == 0
     command, *lines, dots = drawn(tmp_path / "terminal-dump.svg")

@@ -11,6 +11,7 @@ from tools import smollm2, soak, upstream
 
 
 @pytest.mark.upstream
+@pytest.mark.slow
 def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if upstream.find_program("llama-server") is None:
         pytest.skip("no llama-server: run python -m tools.upstream")

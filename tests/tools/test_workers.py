@@ -63,7 +63,10 @@ class Box:
 
 
 def wait_to_see(box: Box, wanted: Callable[[set[str]], bool]) -> set[str]:
-    """What a box sees once that is as ``wanted``: multicast is lost now and then, and is slow."""
+    """What a box sees once that is as ``wanted``: multicast is lost now and then, and is slow.
+
+    On a machine's loopback it may see servers of others besides.
+    """
     end = time.monotonic() + 120
     while not wanted(seen := box.sees()):
         assert time.monotonic() < end, seen
@@ -123,14 +126,15 @@ def test_three_servers_find_one_another(boxes: list[Box]) -> None:
     for box in boxes:
         box.start()
     for box in boxes:
-        wait_to_see(box, everybody.__eq__)
+        wait_to_see(box, everybody.__le__)
     boxes[1].stop()
     left = everybody - {f"{boxes[1].address}:{boxes[1].port}"}
-    wait_to_see(boxes[0], left.__eq__)
+    wait_to_see(boxes[0], lambda seen: seen & everybody == left)
     boxes[1].start()
-    wait_to_see(boxes[2], everybody.__eq__)
+    wait_to_see(boxes[2], everybody.__le__)
 
 
+@pytest.mark.slow
 def test_a_server_is_not_announced_unless_asked() -> None:
     with running("-t", "1") as server, running("-t", "1", "--announce") as announced:
         announced.wait_for("announced as")
@@ -139,6 +143,7 @@ def test_a_server_is_not_announced_unless_asked() -> None:
     assert f"127.0.0.1:{server.port}" not in seen
 
 
+@pytest.mark.slow
 def test_an_announced_server_lets_in_whom_it_allows() -> None:
     """Whoever finds it is let in or not as anybody else."""
     with running("-t", "1", "--announce", "--allow", "10.1.2.3") as server:
@@ -178,6 +183,7 @@ def test_what_it_is_told_wrong(wrong: Sequence[str]) -> None:
         main(wrong)
 
 
+@pytest.mark.slow
 def test_advice_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path, "llama-gqa", "Q8_0")
     with running("-t", "1", "--mem", "1024") as a, running("-t", "1", "--mem", "1024") as b:
