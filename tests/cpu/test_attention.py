@@ -23,6 +23,7 @@ from tests.ops.harness import (
     tensor,
     values,
 )
+from tests.parameters import mostly_slow
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 
@@ -106,23 +107,26 @@ def test_head_widths(dk: int, dv: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "types",
-    [
-        (GgmlType.Q8_0, GgmlType.Q8_0),
-        (GgmlType.Q4_0, GgmlType.Q4_0),
-        (GgmlType.Q8_0, GgmlType.Q5_1),
-        (GgmlType.BF16, F16),
-        (GgmlType.IQ4_NL, F32),
-    ],
+    ("keys", "values"),
+    mostly_slow(
+        [
+            (GgmlType.Q8_0, GgmlType.Q5_1),
+            (GgmlType.BF16, F16),
+            (GgmlType.Q8_0, GgmlType.Q8_0),
+            (GgmlType.Q4_0, GgmlType.Q4_0),
+            (GgmlType.IQ4_NL, F32),
+        ],
+        quick=2,
+    ),
 )
-def test_types_of_keys_and_values(types: tuple[GgmlType, GgmlType]) -> None:
+def test_types_of_keys_and_values(keys: GgmlType, values: GgmlType) -> None:
     for tokens in (1, 20):
         t = attention(
             tokens=tokens,
             heads=6,
             kv_heads=2,
             n_kv=150,
-            types=types,
+            types=(keys, values),
             mask=causal_mask(150, tokens),
         )
         assert_close(t)
@@ -171,7 +175,9 @@ def test_large_scores() -> None:
     assert_close(t)
 
 
-@pytest.mark.parametrize("keys", [F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0])
+@pytest.mark.parametrize(
+    "keys", mostly_slow([F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0], quick=2)
+)
 def test_queries_are_rounded_as_ggml_rounds_them(keys: GgmlType) -> None:
     """As for a product with the keys: the result is that of the rounded ones."""
     t = attention(tokens=3, heads=4, kv_heads=2, n_kv=70, types=(keys, F16), exact_queries=False)

@@ -35,6 +35,7 @@ from tests.ops.harness import (
     values,
     view,
 )
+from tests.parameters import mostly_slow
 
 # Against activations rounded as ggml rounds them (it allows itself 5e-4 where they aren't). Codes
 # differ by a step here and there: ggml's reference encoder rounds halves away from zero, its x86
@@ -90,7 +91,9 @@ def check_product(a: Tensor, b: Tensor, n_threads: int = 2) -> None:
     assert guards_intact(t)
 
 
-@pytest.mark.parametrize("type_", sorted(PRODUCT_TYPES), ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "type_", mostly_slow(sorted(PRODUCT_TYPES), quick=14), ids=lambda t: t.name
+)
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 33])
 def test_every_type(type_: GgmlType, n: int) -> None:
     block = max(TYPE_INFO[type_].block_size, 32)
