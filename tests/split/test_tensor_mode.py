@@ -124,6 +124,44 @@ async def test_columns_are_memory_too(
         assert (await b.connection.get_tensor(w)).tobytes() == now
 
 
+@pytest.mark.parametrize("cut", [(2, 1, 1), (0, 3, 1), (0, 1, 9)], ids=str)
+async def test_a_graph_goes_on_after_another_needs_its_weight_whole(
+    cut: Sequence[float], tensor_mode: Coordinator
+) -> None:
+    """This server's columns lie apart from the others' until all of them are here."""
+    # More than is moved in one piece, and no multiple of it.
+    wide, rows = 8256, 320
+    data = values(rows, wide, seed=10)
+    async with backend(tensor_mode) as b:
+        down = await weight(
+            b, F32, (wide, rows), data.tobytes(), shares=cut, name="blk.0.ffn_down.weight"
+        )
+        g = b.graph
+        up = await weight(
+            b, F32, (WIDTH, wide), content(F32, (WIDTH, wide), 11), shares=cut,
+            name="blk.0.ffn_up.weight",
+        )  # fmt: skip
+        x = await b.tensor(F32, (WIDTH, 2), values(2, WIDTH, seed=12))
+        y = g.mul_mat(down, g.silu(g.mul_mat(up, x)))
+        plan = await b.prepare(y)
+        await plan.run()
+        expected = await b.download(y)
+        numbers = np.array([0, 1, 77, rows - 1], np.int32)
+        taken = await b.compute(g.get_rows(down, await b.tensor(GgmlType.I32, (4,), numbers)))
+        assert np.array_equal(np.asarray(taken).reshape(4, wide), data[numbers])
+        await plan.run()
+        assert nmse(await b.download(y), expected) < 1e-10
+        assert (await b.connection.get_tensor(down)).tobytes() == data.tobytes()
+        # What is written now is where both look.
+        await b.connection.set_tensor(down, data[:9].tobytes(), 0)
+        await b.connection.set_tensor(down, bytes(wide * 4 * (rows - 9)), wide * 4 * 9)
+        await plan.run()
+        got = np.asarray(await b.download(y)).reshape(2, rows)
+        whole = np.asarray(expected).reshape(2, rows)
+        assert nmse(got[:, :9], whole[:, :9]) < 1e-10
+        assert not got[:, 9:].any()
+
+
 async def test_experts_in_blocks(
     shares: Sequence[float], whole: WorkerProcess, tensor_mode: Coordinator
 ) -> None:

@@ -256,6 +256,8 @@ class Assembler:
             if not len(split.cuts[own]):
                 return None
             made = g.new_tensor(t.type, split.shape(own), t.name)
+            if split.packed:
+                return _put(made, split.address)
             # Its rows lie as far apart as those of the whole.
             made.nb = contiguous_strides(t.type, t.ne)
             return _put(made, split.address + _dim_bytes(t, split.cuts[own].first, split.axis))

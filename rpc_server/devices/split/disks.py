@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from client.split.partition import Extent
 from rpc_server.devices.base import DeviceError
-from rpc_server.devices.split.sharded import Part, ShardedWeight
+from rpc_server.devices.split.sharded import Bytes, ShardedWeight
 from rpc_server.models.library import Content, Models, Stripes
 
-Bytes = npt.NDArray[np.uint8]
 View = Callable[[], Bytes]
 
 # What is read in one go on its way to a worker.
@@ -87,16 +85,17 @@ class Disks:
                 data = await asyncio.to_thread(_read, content, extent)
                 if data is None:
                     return
-                await _put(weight.parts[number], extent, data, view)
+                await _put(weight, number, extent, data, view)
             loaded.add(number)
 
         await asyncio.gather(*(hand_out(n, wanted) for n, wanted in missing.items()))
 
 
-async def _put(part: Part | None, extent: Extent, data: Bytes, view: View) -> None:
-    """Put bytes where a part has them. Raises WorkerLost."""
+async def _put(weight: ShardedWeight, number: int, extent: Extent, data: Bytes, view: View) -> None:
+    """Put bytes of a whole weight where a part has them. Raises WorkerLost."""
+    part = weight.parts[number]
     if part is None:
-        extent.of(view())[...] = data.reshape(extent.count, extent.size)
+        weight.here(extent, view(), 0)[...] = data.reshape(extent.count, extent.size)
     else:
         await part.worker.write(part.tensor, data.data, extent.at)
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from client.backend import BackendBuffer
 from client.split.partition import ROW_MULTIPLE, Extent, Rows, column_extents, row_extents
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
 from rpc_server.devices.split.worker import Worker
+
+Bytes = npt.NDArray[np.uint8]
 
 # What arrives in one go before it goes on to the workers.
 CHUNK = 4 << 20
@@ -72,7 +77,8 @@ class ShardedWeight:
 
     ``start`` is its offset in the buffer, ``address`` the host's, ``parts`` where the slices are
     (None: empty, or this server's). ``gathered`` once all of it is here too. ``is_cache`` tells a
-    tensor that graphs write.
+    tensor that graphs write. While ``packed``, this server's slice lies dense from the tensor's
+    first byte on, as on a worker; else its bytes are where the whole tensor has them.
     """
 
     tensor: Tensor
@@ -83,6 +89,7 @@ class ShardedWeight:
     local: int | None
     address: int
     is_cache: bool = False
+    packed: bool = False
     gathered: bool = False
     # Whether graphs use it here, gathered, because a part has no memory to work with it.
     used_here: bool = False
@@ -122,6 +129,15 @@ class ShardedWeight:
             Rows(*(t.type_size * n // t.block_size for n in (c.first, c.last))) for c in self.cuts
         ]
         return column_extents(edges, t.row_size, offset, size)
+
+    def here(self, run: Extent, memory: Bytes, offset: int) -> Bytes:
+        """Return where this server has a run of :meth:`runs` from ``offset`` on.
+
+        It is a view (count, size). ``memory`` is the tensor's place here, all of it.
+        """
+        if self.packed:
+            return memory[run.at : run.at + run.count * run.size].reshape(run.count, run.size)
+        return run.of(memory[offset:])
 
     def step(self, offset: int, left: int) -> int:
         """Return how many of ``left`` bytes from ``offset`` on are taken at once.

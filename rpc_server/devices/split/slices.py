@@ -25,16 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from protocol.ggml.hashing import FNV_OFFSET
 from rpc_server.cache.store import TensorCache
-from rpc_server.devices.split.sharded import Part, ShardedWeight
+from rpc_server.devices.split.sharded import Bytes, Part, ShardedWeight
 from rpc_server.folders import PrivateFolder
 
 log = logging.getLogger(__name__)
 
-Bytes = npt.NDArray[np.uint8]
 
 # What a part is sent, and asked to keep, at once: a file there. More for fewer files, less for
 # the memory that this server needs while a model is uploaded.
@@ -260,12 +258,14 @@ class Slices:
         content = np.empty(piece.size, np.uint8)
         if not self.cache.load(hash, content.data):
             return False
-        target = view()[chunk.offset : chunk.offset + chunk.size]
+        memory = view()
         at = 0
         for run in weight.runs(chunk.offset, chunk.size):
             if run.part == piece.part:
                 n = run.count * run.size
-                run.of(target)[...] = content[at : at + n].reshape(run.count, run.size)
+                weight.here(run, memory, chunk.offset)[...] = content[at : at + n].reshape(
+                    run.count, run.size
+                )
                 at += n
         return True
 
