@@ -9,21 +9,14 @@ import numpy as np
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    require_whole_copies,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.masks import alibi_slopes, require_mask, require_sinks
 from rpc_server.ops.rounding import rounded_activations
 from rpc_server.ops.shards import Propagated, Shard, Shards, Slice
 from rpc_server.ops.slices import rows_of, tiles
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 
 def _flash_attention_shard(node: Tensor, shards: Shards) -> Propagated | None:
@@ -56,18 +49,18 @@ def _attention_contract(t: Tensor) -> None:
     src3: mask, F16. src4: sinks. op_params: scale, max_bias, softcap of the scores (0: none),
     precision (float32 is used whatever it says). The result is (DV, heads, tokens, batches).
     """
-    q = require_source(t, 0, F32_ONLY)
-    k, v = require_source(t, 1, DECODABLE), require_source(t, 2, DECODABLE)
-    require_result(t, F32_ONLY)
+    q = checks.source(t, 0, F32_ONLY)
+    k, v = checks.source(t, 1, DECODABLE), checks.source(t, 2, DECODABLE)
+    checks.result(t, F32_ONLY)
     n_kv = k.ne[1]
     require(t.empty or k.ne[0] > 0, "keys have no elements")
-    require_shape(k, (q.ne[0], *k.ne[1:]), "source 1")
-    require_shape(v, (v.ne[0], n_kv, *v.ne[2:]), "source 2")
-    require_shape(t, (v.ne[0], q.ne[2], q.ne[1], q.ne[3]), "the result")
+    checks.shape(k, (q.ne[0], *k.ne[1:]), "source 1")
+    checks.shape(v, (v.ne[0], n_kv, *v.ne[2:]), "source 2")
+    checks.shape(t, (v.ne[0], q.ne[2], q.ne[1], q.ne[3]), "the result")
     for i, s in ((1, k), (2, v)):
-        require_distinct(s, f"source {i}")
+        checks.distinct(s, f"source {i}")
         for dim in (2, 3):
-            require_whole_copies(q.ne[dim], s.ne[dim], f"dimension {dim} over source {i}")
+            checks.whole_copies(q.ne[dim], s.ne[dim], f"dimension {dim} over source {i}")
     require_mask(t, 3, {GgmlType.F16}, (n_kv, *q.ne[1:]))
     require_sinks(t, 4, q.ne[2])
 

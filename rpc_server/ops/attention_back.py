@@ -14,19 +14,11 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_contiguous,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    require_whole_copies,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.slices import rows_of, tiles
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 # In the result gradients start at multiples of this many elements (of ggml's 16 bytes).
 _ALIGNMENT = 4
@@ -47,24 +39,24 @@ def _attention_back_contract(t: Tensor) -> None:
     op_params[0]: causal; the N tokens are the last of the M positions. The result is the gradients
     of q, k and v one after the other, each padded to 16 bytes.
     """
-    q, k, v = (require_source(t, i, F32_ONLY) for i in range(3))
-    gradient = require_source(t, 3, F32_ONLY, dense=False)
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
+    q, k, v = (checks.source(t, i, F32_ONLY) for i in range(3))
+    gradient = checks.source(t, 3, F32_ONLY, dense=False)
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
     size, n_tokens, n_heads, n_batches = q.ne
     n_kv, kv_heads = k.ne[1:3]
     require(not q.empty and not k.empty, "there are no queries or no keys")
     require(t.param_i32(0) in (0, 1), f"op_params[0] is {t.param_i32(0)}")
     require(n_tokens <= n_kv, f"{n_tokens} tokens among {n_kv} positions")
-    require_shape(k, (size, n_kv, kv_heads, n_batches), "source 1")
-    require_shape(v, (n_kv, size, kv_heads, n_batches), "source 2")
-    require_shape(gradient, q.ne, "source 3")
-    require_whole_copies(n_heads, kv_heads, "heads")
+    checks.shape(k, (size, n_kv, kv_heads, n_batches), "source 1")
+    checks.shape(v, (n_kv, size, kv_heads, n_batches), "source 2")
+    checks.shape(gradient, q.ne, "source 3")
+    checks.whole_copies(n_heads, kv_heads, "heads")
     # ggml places the gradients of later batches by the number of heads, outside of the result.
     require(n_heads == kv_heads or n_batches == 1, "no layout for batches of shared keys")
     for i in range(4):
-        require_distinct(source(t, i), f"source {i}")
-    require_shape(t, (_starts(t)[-1], 1, 1, 1), "the result")
+        checks.distinct(source(t, i), f"source {i}")
+    checks.shape(t, (_starts(t)[-1], 1, 1, 1), "the result")
 
 
 @reference(Op.FLASH_ATTN_BACK)

@@ -14,18 +14,11 @@ from typing import Any
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_contiguous,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.sliding import Axis, Tap, boxes, each_tap, gather, scatter
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 _HALVES = frozenset({GgmlType.F32, GgmlType.F16})
 
@@ -82,14 +75,14 @@ def _im2col_contract(t: Tensor) -> None:
 
     The result is a row for each place of the kernel: its elements of all channels.
     """
-    kernel, x, n = source(t, 0), require_source(t, 1, _HALVES), _line_or_picture(t)
-    require_result(t, {x.type, GgmlType.F16})
-    require_contiguous(t, "the result")
-    require_shape(x, (*x.ne[: n + 2], 1)[:4], "source 1")
+    kernel, x, n = source(t, 0), checks.source(t, 1, _HALVES), _line_or_picture(t)
+    checks.result(t, {x.type, GgmlType.F16})
+    checks.contiguous(t, "the result")
+    checks.shape(x, (*x.ne[: n + 2], 1)[:4], "source 1")
     require(kernel.ne[n] == x.ne[n], f"{x.ne[n]} channels for a kernel of {kernel.ne[n]}")
     axes = _axes(t, kernel, x, n, 2)
     row = x.ne[n] * math.prod(_taps(axes))
-    require_shape(t, (row, *_places(axes)[::-1], x.ne[n + 1], 1)[:4], "the result")
+    checks.shape(t, (row, *_places(axes)[::-1], x.ne[n + 1], 1)[:4], "the result")
 
 
 @reference(Op.IM2COL)
@@ -114,14 +107,14 @@ def _im2col_3d_contract(t: Tensor) -> None:
 
     Channels that don't make up a volume are left out.
     """
-    kernel, x = source(t, 0), require_source(t, 1, F32_ONLY)
-    require_result(t, _HALVES)
-    require_contiguous(t, "the result")
+    kernel, x = source(t, 0), checks.source(t, 1, F32_ONLY)
+    checks.result(t, _HALVES)
+    checks.contiguous(t, "the result")
     n, channels = _volumes(t)
     axes = _axes(t, kernel, x, 3)
     depth, height, width = _places(axes)
     row = channels * math.prod(_taps(axes))
-    require_shape(t, (row, width, height, depth * n), "the result")
+    checks.shape(t, (row, width, height, depth * n), "the result")
 
 
 @reference(Op.IM2COL_3D)
@@ -147,13 +140,13 @@ def _axes_back(t: Tensor) -> list[Axis]:
 @contract(Op.IM2COL_BACK)
 def _im2col_back_contract(t: Tensor) -> None:
     """src0 are gradients of IM2COL's result; src1, the kernel, only lends its sizes."""
-    gradients, _ = require_source(t, 0, F32_ONLY), require_source(t, 1, _HALVES, dense=False)
-    require_contiguous(gradients, "source 0")
-    require_result(t, F32_ONLY)
+    gradients, _ = checks.source(t, 0, F32_ONLY), checks.source(t, 1, _HALVES, dense=False)
+    checks.contiguous(gradients, "source 0")
+    checks.result(t, F32_ONLY)
     n, axes = _line_or_picture(t), _axes_back(t)
-    require_shape(t, (*t.ne[: n + 2], 1)[:4], "the result")
+    checks.shape(t, (*t.ne[: n + 2], 1)[:4], "the result")
     row = t.ne[n] * math.prod(_taps(axes))
-    require_shape(gradients, (row, *_places(axes)[::-1], t.ne[n + 1], 1)[:4], "source 0")
+    checks.shape(gradients, (row, *_places(axes)[::-1], t.ne[n + 1], 1)[:4], "source 0")
 
 
 @reference(Op.IM2COL_BACK)
@@ -179,13 +172,13 @@ def _axis_of_col2im(t: Tensor) -> Axis:
 @contract(Op.COL2IM_1D)
 def _col2im_contract(t: Tensor) -> None:
     """src0 (taps * channels, places) adds up to (samples, channels), less padding at both ends."""
-    columns = require_source(t, 0, FLOATS)
-    require_distinct(columns, "source 0")
-    require_result(t, {columns.type})
+    columns = checks.source(t, 0, FLOATS)
+    checks.distinct(columns, "source 0")
+    checks.result(t, {columns.type})
     axis = _axis_of_col2im(t)
-    require_shape(columns, (*columns.ne[:2], 1, 1), "source 0")
+    checks.shape(columns, (*columns.ne[:2], 1, 1), "source 0")
     samples = (axis.places - 1) * axis.stride + axis.taps - 2 * axis.padding
-    require_shape(t, (samples, t.param_i32(1), 1, 1), "the result")
+    checks.shape(t, (samples, t.param_i32(1), 1, 1), "the result")
 
 
 @reference(Op.COL2IM_1D)
@@ -202,11 +195,11 @@ def _col2im(ctx: ArrayContext, t: Tensor) -> None:
 
 def _require_convolution(t: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel and input of a node that computes with both: each element in memory of its own."""
-    kernel = require_source(t, 0, _HALVES, dense=False)
-    x = require_source(t, 1, F32_ONLY, dense=False)
+    kernel = checks.source(t, 0, _HALVES, dense=False)
+    x = checks.source(t, 1, F32_ONLY, dense=False)
     for i, s in enumerate((kernel, x)):
-        require_distinct(s, f"source {i}")
-    require_result(t, F32_ONLY, dense=False)
+        checks.distinct(s, f"source {i}")
+    checks.result(t, F32_ONLY, dense=False)
     return kernel, x
 
 
@@ -248,7 +241,7 @@ def _conv_2d_contract(t: Tensor) -> None:
     kernel, x = _require_convolution(t)
     require(kernel.ne[2] == x.ne[2], f"{x.ne[2]} channels for a kernel of {kernel.ne[2]}")
     height, width = _places(_axes(t, kernel, x, 2))
-    require_shape(t, (width, height, kernel.ne[3], x.ne[3]), "the result")
+    checks.shape(t, (width, height, kernel.ne[3], x.ne[3]), "the result")
 
 
 @reference(Op.CONV_2D)
@@ -270,10 +263,10 @@ def _conv_3d_contract(t: Tensor) -> None:
     kernel, x = _require_convolution(t)
     channels, n, outputs = sizes = _volumes_of_conv_3d(t)
     require(min(sizes) >= 0, f"channels, volumes, results {sizes}")
-    require_shape(kernel, (*kernel.ne[:3], channels * outputs), "source 0")
-    require_shape(x, (*x.ne[:3], channels * n), "source 1")
+    checks.shape(kernel, (*kernel.ne[:3], channels * outputs), "source 0")
+    checks.shape(x, (*x.ne[:3], channels * n), "source 1")
     depth, height, width = _places(_axes(t, kernel, x, 3))
-    require_shape(t, (width, height, depth, outputs * n), "the result")
+    checks.shape(t, (width, height, depth, outputs * n), "the result")
 
 
 @reference(Op.CONV_3D)
@@ -301,9 +294,9 @@ def _conv_2d_dw_contract(t: Tensor) -> None:
     In memory channels may be the innermost dimension, of the result too: strides tell.
     """
     kernel, x = _require_convolution(t)
-    require_shape(kernel, (*kernel.ne[:2], 1, x.ne[2]), "source 0")
+    checks.shape(kernel, (*kernel.ne[:2], 1, x.ne[2]), "source 0")
     height, width = _places(_axes(t, kernel, x, 2))
-    require_shape(t, (width, height, *x.ne[2:]), "the result")
+    checks.shape(t, (width, height, *x.ne[2:]), "the result")
 
 
 @reference(Op.CONV_2D_DW)
@@ -339,10 +332,10 @@ def _transposed_contract(t: Tensor) -> None:
     n = 1 if t.op is Op.CONV_TRANSPOSE_1D else 2
     if n == 1:
         require(t.op_params[1:3] == (0, 1), f"padding, dilation {t.op_params[1:3]}")
-        require_shape(x, (*x.ne[:2], 1, 1), "source 1")
-    require_shape(kernel, (*kernel.ne[: n + 1], x.ne[n], 1)[:4], "source 0")
+        checks.shape(x, (*x.ne[:2], 1, 1), "source 1")
+    checks.shape(kernel, (*kernel.ne[: n + 1], x.ne[n], 1)[:4], "source 0")
     samples = [axis.samples for axis in _axes_transposed(t, n)]
-    require_shape(t, (*samples[::-1], kernel.ne[n], x.ne[n + 1], 1)[:4], "the result")
+    checks.shape(t, (*samples[::-1], kernel.ne[n], x.ne[n + 1], 1)[:4], "the result")
 
 
 def _transposed(ctx: ArrayContext, t: Tensor) -> None:

@@ -15,17 +15,10 @@ import numpy as np
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import DECODABLE, FLOATS, GgmlType
 from protocol.tensor import Tensor
-from rpc_server.ops import gelu
+from rpc_server.ops import checks, gelu
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    require_dense_rows,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
 from rpc_server.ops.shards import Propagated, Shards, elementwise_shard
-from rpc_server.ops.table import contract, reference, refuse, require
+from rpc_server.ops.table import contract, reference, refuse, require, source
 from rpc_server.types import ENCODABLE
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
@@ -59,15 +52,15 @@ def _require_binary_types(
 
 def _binary_contract(t: Tensor) -> None:
     """Source 1 is repeated over source 0; only ADD takes a quantized source 0, unrepeated."""
-    a = require_source(t, 0, DECODABLE)
-    b = require_source(t, 1, FLOATS, dense=False)
+    a = checks.source(t, 0, DECODABLE)
+    b = checks.source(t, 1, FLOATS, dense=False)
     _require_binary_types(t, a, b, _ENCODED if t.op is Op.ADD else ())
-    require_result(t, _ENCODED)
-    require_shape(a, t.ne, "source 0")
+    checks.result(t, _ENCODED)
+    checks.shape(a, t.ne, "source 0")
     require(b.can_repeat_to(t), "source 1 can't be repeated over source 0")
     if a.quantized:
-        require_shape(b, t.ne, "source 1")
-        require_dense_rows(b, "source 1")
+        checks.shape(b, t.ne, "source 1")
+        checks.dense_rows(b, "source 1")
 
 
 def _repeated(xp: ModuleType, values: Any, ne: tuple[int, ...]) -> Any:
@@ -97,12 +90,12 @@ for _op, _apply in (
 
 @contract(Op.ADD1)
 def _add1_contract(t: Tensor) -> None:
-    a = require_source(t, 0, DECODABLE)
-    b = require_source(t, 1, FLOATS)
+    a = checks.source(t, 0, DECODABLE)
+    b = checks.source(t, 1, FLOATS)
     _require_binary_types(t, a, b, {a.type})
-    require_result(t, {a.type} & ENCODABLE)
-    require_shape(a, t.ne, "source 0")
-    require_shape(b, (1, 1, 1, 1), "source 1")
+    checks.result(t, {a.type} & ENCODABLE)
+    checks.shape(a, t.ne, "source 0")
+    checks.shape(b, (1, 1, 1, 1), "source 1")
 
 
 reference(Op.ADD1)(_binary(lambda a, b: a + b))
@@ -184,9 +177,9 @@ _FUNCTIONS: dict[Op, Function] = {
 
 def _function_contract(t: Tensor) -> None:
     """Same shape; the result has the source's type or F32."""
-    s = require_source(t, 0, FLOATS)
-    require_result(t, {s.type, F32})
-    require_shape(s, t.ne, "source 0")
+    s = checks.source(t, 0, FLOATS)
+    checks.result(t, {s.type, F32})
+    checks.shape(s, t.ne, "source 0")
 
 
 def _function(function: Function) -> Callable[[ArrayContext, Tensor], None]:
@@ -226,8 +219,8 @@ def _xielu(xp: ModuleType, x: Any, t: Tensor) -> Any:
 
 
 def _same_type_contract(t: Tensor) -> None:
-    require_result(t, FLOATS)
-    require_shape(require_source(t, 0, {t.type}), t.ne, "source 0")
+    checks.result(t, FLOATS)
+    checks.shape(checks.source(t, 0, {t.type}), t.ne, "source 0")
 
 
 for _op in (Op.SCALE, Op.CLAMP, Op.LEAKY_RELU):
@@ -260,9 +253,9 @@ def _leaky_relu(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.SILU_BACK)
 def _silu_back_contract(t: Tensor) -> None:
-    require_result(t, FLOATS)
+    checks.result(t, FLOATS)
     for i in (0, 1):
-        require_shape(require_source(t, i, {t.type}), t.ne, f"source {i}")
+        checks.shape(checks.source(t, i, {t.type}), t.ne, f"source {i}")
 
 
 @reference(Op.SILU_BACK)
@@ -325,17 +318,17 @@ def _glu_shard(node: Tensor, shards: Shards) -> Propagated | None:
 def _glu_contract(t: Tensor) -> None:
     """Gated and gate are sources 0 and 1, or the halves of source 0's rows."""
     require(t.param_i32(0) in set(GluOp), f"no gated unit {t.param_i32(0)}")
-    require_result(t, FLOATS)
-    a = require_source(t, 0, {t.type})
+    checks.result(t, FLOATS)
+    a = checks.source(t, 0, {t.type})
     ne0 = a.ne[0]
     if t.src[1] is None:
         # The last column of an odd number takes no part.
         ne0 //= 2
     else:
-        b = require_source(t, 1, {t.type})
-        require_shape(b, a.ne, "source 1")
+        b = checks.source(t, 1, {t.type})
+        checks.shape(b, a.ne, "source 1")
         require(b.contiguous_above(1), "rows of source 1 must follow one another")
-    require_shape(t, (ne0, *a.ne[1:]), "the result")
+    checks.shape(t, (ne0, *a.ne[1:]), "the result")
     require(a.contiguous_above(1), "rows of source 0 must follow one another")
     require(t.contiguous_above(1), "rows of the result must follow one another")
 

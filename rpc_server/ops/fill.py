@@ -9,22 +9,16 @@ import numpy as np
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_contiguous,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.sliding import Axis
-from rpc_server.ops.table import contract, reference, refuse, require
+from rpc_server.ops.table import contract, reference, refuse, require, source
 
 
 def _f32_of_same_shape(t: Tensor) -> None:
-    require_result(t, F32_ONLY)
-    require_shape(require_source(t, 0, F32_ONLY), t.ne, "source 0")
+    checks.result(t, F32_ONLY)
+    checks.shape(checks.source(t, 0, F32_ONLY), t.ne, "source 0")
 
 
 # -- PAD, ROLL -------------------------------------------------------------------------------------
@@ -32,11 +26,11 @@ def _f32_of_same_shape(t: Tensor) -> None:
 
 @contract(Op.PAD)
 def _pad_contract(t: Tensor) -> None:
-    s = require_source(t, 0, F32_ONLY, dense=False)
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
+    s = checks.source(t, 0, F32_ONLY, dense=False)
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
     pads = t.op_params[:8]
-    require_shape(
+    checks.shape(
         t,
         [n + left + right for n, left, right in zip(s.ne, pads[::2], pads[1::2], strict=True)],
         "the result",
@@ -87,8 +81,8 @@ def _roll(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.FILL)
 def _fill_contract(t: Tensor) -> None:
-    require_result(t, {GgmlType.F32, GgmlType.F16})
-    require_shape(require_source(t, 0, {t.type}), t.ne, "source 0")
+    checks.result(t, {GgmlType.F32, GgmlType.F16})
+    checks.shape(checks.source(t, 0, {t.type}), t.ne, "source 0")
 
 
 @reference(Op.FILL)
@@ -98,8 +92,8 @@ def _fill(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.ARANGE)
 def _arange_contract(t: Tensor) -> None:
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
     start, stop, step = (np.float32(t.param_f32(i)) for i in range(3))
     with np.errstate(all="ignore"):
         steps = float(np.ceil((stop - start) / step))
@@ -119,10 +113,10 @@ def _arange(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.DIAG)
 def _diag_contract(t: Tensor) -> None:
-    s = require_source(t, 0, F32_ONLY)
-    require_result(t, F32_ONLY)
-    require_shape(s, (s.ne[0], 1, *s.ne[2:]), "source 0")
-    require_shape(t, (s.ne[0], s.ne[0], *s.ne[2:]), "the result")
+    s = checks.source(t, 0, F32_ONLY)
+    checks.result(t, F32_ONLY)
+    checks.shape(s, (s.ne[0], 1, *s.ne[2:]), "source 0")
+    checks.shape(t, (s.ne[0], s.ne[0], *s.ne[2:]), "the result")
 
 
 @reference(Op.DIAG)

@@ -12,16 +12,10 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.checks import F32_ONLY
+from rpc_server.ops.table import contract, reference, require, source
 
 # COMB is made for this many streams. Its source has weights for PRE and for POST, one a stream
 # each, before those of the matrix.
@@ -33,9 +27,9 @@ _MAX_ROUNDS = 1 << 16
 
 
 def _any_strides(t: Tensor, i: int) -> Tensor:
-    s = require_source(t, i, F32_ONLY, dense=False)
+    s = checks.source(t, i, F32_ONLY, dense=False)
     # The sizes of sources that are summed over must be bounded by memory, too.
-    require_distinct(s, f"source {i}")
+    checks.distinct(s, f"source {i}")
     return s
 
 
@@ -46,12 +40,12 @@ def _comb_contract(t: Tensor) -> None:
     op_params: eps, rounds.
     """
     mixes, scale, base = (_any_strides(t, i) for i in range(3))
-    require_result(t, F32_ONLY, dense=False)
-    require_shape(mixes, (_MIXES, mixes.ne[1], 1, 1), "source 0")
+    checks.result(t, F32_ONLY, dense=False)
+    checks.shape(mixes, (_MIXES, mixes.ne[1], 1, 1), "source 0")
     require(scale.ne[0] >= 3, f"{scale.ne[0]} scales")
-    require_shape(scale, (scale.ne[0], 1, 1, 1), "source 1")
-    require_shape(base, (_MIXES, 1, 1, 1), "source 2")
-    require_shape(t, (_STREAMS, _STREAMS, mixes.ne[1], 1), "the result")
+    checks.shape(scale, (scale.ne[0], 1, 1, 1), "source 1")
+    checks.shape(base, (_MIXES, 1, 1, 1), "source 2")
+    checks.shape(t, (_STREAMS, _STREAMS, mixes.ne[1], 1), "the result")
     require(0 < t.param_i32(1) <= _MAX_ROUNDS, f"{t.param_i32(1)} rounds")
 
 
@@ -84,13 +78,13 @@ def _pre_contract(t: Tensor) -> None:
     of one weight a stream.
     """
     x, weights = _any_strides(t, 0), _any_strides(t, 1)
-    require_result(t, F32_ONLY, dense=False)
+    checks.result(t, F32_ONLY, dense=False)
     size, n_streams, n_tokens, _ = x.ne
     require(t.empty or n_streams > 0, "there are no streams")
-    require_shape(x, (size, n_streams, n_tokens, 1), "source 0")
+    checks.shape(x, (size, n_streams, n_tokens, 1), "source 0")
     ungated = (n_streams, n_tokens, 1, 1)
-    require_shape(weights, x.ne if t.param_i32(1) else ungated, "source 1")
-    require_shape(t, (size, n_tokens, 1, 1), "the result")
+    checks.shape(weights, x.ne if t.param_i32(1) else ungated, "source 1")
+    checks.shape(t, (size, n_tokens, 1, 1), "the result")
 
 
 @reference(Op.DSV4_HC_PRE)
@@ -111,14 +105,14 @@ def _post_contract(t: Tensor) -> None:
     src3: (destinations, sources, tokens); where it's missing each stream keeps its residual.
     """
     x, residual, post = (_any_strides(t, i) for i in range(3))
-    require_result(t, F32_ONLY, dense=False)
+    checks.result(t, F32_ONLY, dense=False)
     size, n_streams, n_tokens, _ = t.ne
-    require_shape(t, (size, n_streams, n_tokens, 1), "the result")
-    require_shape(x, (size, n_tokens, 1, 1), "source 0")
-    require_shape(residual, t.ne, "source 1")
-    require_shape(post, (n_streams, n_tokens, 1, 1), "source 2")
+    checks.shape(t, (size, n_streams, n_tokens, 1), "the result")
+    checks.shape(x, (size, n_tokens, 1, 1), "source 0")
+    checks.shape(residual, t.ne, "source 1")
+    checks.shape(post, (n_streams, n_tokens, 1, 1), "source 2")
     if t.src[3] is not None:
-        require_shape(_any_strides(t, 3), (n_streams, n_streams, n_tokens, 1), "source 3")
+        checks.shape(_any_strides(t, 3), (n_streams, n_streams, n_tokens, 1), "source 3")
 
 
 @reference(Op.DSV4_HC_POST)

@@ -7,17 +7,11 @@ import dataclasses
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_result,
-    require_shape,
-    require_source,
-    require_whole_copies,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.slices import rows_of, tiles
-from rpc_server.ops.table import contract, reference
+from rpc_server.ops.table import contract, reference, source
 
 
 @contract(Op.LIGHTNING_INDEXER)
@@ -27,16 +21,16 @@ def _indexer_contract(t: Tensor) -> None:
     src2: weights of the heads, (heads, tokens, 1, streams). src3: mask, F16 (positions, tokens, 1,
     streams or a divisor of them, taking turns). The result is (positions, tokens, 1, streams).
     """
-    q, k = require_source(t, 0, F32_ONLY), require_source(t, 1, DECODABLE)
-    weights, mask = require_source(t, 2, F32_ONLY), require_source(t, 3, {GgmlType.F16})
-    require_result(t, F32_ONLY)
+    q, k = checks.source(t, 0, F32_ONLY), checks.source(t, 1, DECODABLE)
+    weights, mask = checks.source(t, 2, F32_ONLY), checks.source(t, 3, {GgmlType.F16})
+    checks.result(t, F32_ONLY)
     size, n_heads, n_tokens, n_streams = q.ne
     n_kv = k.ne[2]
-    require_shape(k, (size, 1, n_kv, n_streams), "source 1")
-    require_shape(weights, (n_heads, n_tokens, 1, n_streams), "source 2")
-    require_shape(mask, (n_kv, n_tokens, 1, mask.ne[3]), "source 3")
-    require_whole_copies(n_streams, mask.ne[3], "streams over source 3")
-    require_shape(t, (n_kv, n_tokens, 1, n_streams), "the result")
+    checks.shape(k, (size, 1, n_kv, n_streams), "source 1")
+    checks.shape(weights, (n_heads, n_tokens, 1, n_streams), "source 2")
+    checks.shape(mask, (n_kv, n_tokens, 1, mask.ne[3]), "source 3")
+    checks.whole_copies(n_streams, mask.ne[3], "streams over source 3")
+    checks.shape(t, (n_kv, n_tokens, 1, n_streams), "the result")
 
 
 @reference(Op.LIGHTNING_INDEXER)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
-from rpc_server.ops.table import contract, reference
+from rpc_server.ops.checks import F32_ONLY
+from rpc_server.ops.table import contract, reference, source
 
 
 @contract(Op.SOLVE_TRI)
@@ -22,12 +16,12 @@ def _solve_tri_contract(t: Tensor) -> None:
 
     ggml has names for other variants, and no node of them.
     """
-    require_result(t, F32_ONLY)
+    checks.result(t, F32_ONLY)
     _, n, *batches = t.ne
-    a = require_source(t, 0, F32_ONLY)
-    require_shape(a, (n, n, *batches), "source 0")
-    require_distinct(a, "source 0")
-    require_shape(require_source(t, 1, F32_ONLY), t.ne, "source 1")
+    a = checks.source(t, 0, F32_ONLY)
+    checks.shape(a, (n, n, *batches), "source 0")
+    checks.distinct(a, "source 0")
+    checks.shape(checks.source(t, 1, F32_ONLY), t.ne, "source 1")
 
 
 @reference(Op.SOLVE_TRI)

@@ -8,12 +8,8 @@ import numpy as np
 
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_shape,
-    require_source,
-    require_whole_copies,
-)
+from rpc_server.ops import checks
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.table import require
 
 
@@ -28,17 +24,17 @@ def require_mask(
     if t.src[i] is None:
         require(not t.param_f32(1) > 0, "max_bias without a mask")
         return
-    mask = require_source(t, i, types)
+    mask = checks.source(t, i, types)
     require(mask.ne[0] == scores[0], f"mask of {mask.ne[0]} positions, not {scores[0]}")
     require(mask.ne[1] >= scores[1], f"mask of {mask.ne[1]} tokens for {scores[1]}")
     for dim in (2, 3):
-        require_whole_copies(scores[dim], mask.ne[dim], f"dimension {dim} of the scores")
+        checks.whole_copies(scores[dim], mask.ne[dim], f"dimension {dim} of the scores")
 
 
 def require_sinks(t: Tensor, i: int, n_heads: int) -> None:
     """Require that source ``i``, if there, is one score for each head."""
     if t.src[i] is not None:
-        require_shape(require_source(t, i, F32_ONLY), (n_heads, 1, 1, 1), f"source {i}")
+        checks.shape(checks.source(t, i, F32_ONLY), (n_heads, 1, 1, 1), f"source {i}")
 
 
 def alibi_slopes(n_heads: int, max_bias: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

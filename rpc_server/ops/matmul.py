@@ -10,21 +10,13 @@ from typing import Any
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, FLOATS, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    I32_ONLY,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    require_whole_copies,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY, I32_ONLY
 from rpc_server.ops.rounding import rounded_activations
 from rpc_server.ops.rows import checked_indices
 from rpc_server.ops.slices import rows_of, tiles
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 from rpc_server.types import to_f32
 
 # What clients may have rounded activations to themselves, for products with quantized weights.
@@ -37,10 +29,10 @@ def _require_factors(t: Tensor) -> tuple[Tensor, Tensor]:
     Activations of 16-bit types go with weights of unquantized types only, 8-bit ones with those of
     quantized types.
     """
-    weights = require_source(t, 0, DECODABLE)
+    weights = checks.source(t, 0, DECODABLE)
     quantized = F32_ONLY | _QUANTIZED_ACTIVATIONS
-    activations = require_source(t, 1, quantized if weights.quantized else FLOATS)
-    require_result(t, F32_ONLY)
+    activations = checks.source(t, 1, quantized if weights.quantized else FLOATS)
+    checks.result(t, F32_ONLY)
     k = weights.ne[0]
     # A product over nothing would be zeros; it is refused so that no kernel has to write them.
     require(k > 0 or t.empty, "rows of the sources are empty")
@@ -52,9 +44,9 @@ def _require_factors(t: Tensor) -> tuple[Tensor, Tensor]:
 def _mul_mat_contract(t: Tensor) -> None:
     """src0 (K, M, ...) and src1 (K, N, ...) to (M, N, ...): src0 repeats over dimensions 2, 3."""
     weights, activations = _require_factors(t)
-    require_shape(t, (weights.ne[1], *activations.ne[1:]), "the result")
+    checks.shape(t, (weights.ne[1], *activations.ne[1:]), "the result")
     for dim in (2, 3):
-        require_whole_copies(activations.ne[dim], weights.ne[dim], f"dimension {dim} of source 1")
+        checks.whole_copies(activations.ne[dim], weights.ne[dim], f"dimension {dim} of source 1")
 
 
 @reference(Op.MUL_MAT)
@@ -87,13 +79,13 @@ def _matrices(t: Tensor) -> list[tuple[int, int]]:
 def _mul_mat_id_contract(t: Tensor) -> None:
     """src0 (K, M, experts), src1 (K, used or a divisor of it, tokens), src2 ids (used, tokens)."""
     weights, activations = _require_factors(t)
-    ids = require_source(t, 2, I32_ONLY, dense=False)
+    ids = checks.source(t, 2, I32_ONLY, dense=False)
     n_used, n_tokens = ids.ne[:2]
-    require_shape(weights, (*weights.ne[:3], 1), "source 0")
-    require_shape(activations, (*activations.ne[:2], n_tokens, 1), "source 1")
-    require_shape(ids, (n_used, n_tokens, 1, 1), "source 2")
-    require_shape(t, (weights.ne[1], n_used, n_tokens, 1), "the result")
-    require_whole_copies(n_used, activations.ne[1], "experts of a token")
+    checks.shape(weights, (*weights.ne[:3], 1), "source 0")
+    checks.shape(activations, (*activations.ne[:2], n_tokens, 1), "source 1")
+    checks.shape(ids, (n_used, n_tokens, 1, 1), "source 2")
+    checks.shape(t, (weights.ne[1], n_used, n_tokens, 1), "the result")
+    checks.whole_copies(n_used, activations.ne[1], "experts of a token")
 
 
 @reference(Op.MUL_MAT_ID)
@@ -120,15 +112,15 @@ def _mul_mat_id(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.OUT_PROD)
 def _out_prod_contract(t: Tensor) -> None:
     """src0 (M, K, ...) and src1 (N, K, ...) to (M, N, ...): src0 repeats over dimensions 2, 3."""
-    a = require_source(t, 0, DECODABLE)
-    b = require_source(t, 1, F32_ONLY, dense=False)
-    require_result(t, F32_ONLY)
-    require_shape(t, (a.ne[0], b.ne[0], *b.ne[2:]), "the result")
+    a = checks.source(t, 0, DECODABLE)
+    b = checks.source(t, 1, F32_ONLY, dense=False)
+    checks.result(t, F32_ONLY)
+    checks.shape(t, (a.ne[0], b.ne[0], *b.ne[2:]), "the result")
     require(a.ne[1] == b.ne[1], f"{a.ne[1]} rows and {b.ne[1]}")
-    require_distinct(a, "source 0")
-    require_distinct(b, "source 1")
+    checks.distinct(a, "source 0")
+    checks.distinct(b, "source 1")
     for dim in (2, 3):
-        require_whole_copies(b.ne[dim], a.ne[dim], f"dimension {dim} of source 1")
+        checks.whole_copies(b.ne[dim], a.ne[dim], f"dimension {dim} of source 1")
 
 
 @reference(Op.OUT_PROD)

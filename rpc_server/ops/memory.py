@@ -10,20 +10,11 @@ from typing import Any
 from protocol.ggml.ops import VIEWS, Op
 from protocol.ggml.types import DECODABLE, FLOATS, TYPE_INFO, GgmlType, nbytes
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import NATIVE, ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    I32_ONLY,
-    require_blocks,
-    require_contiguous,
-    require_distinct,
-    require_shape,
-    require_source,
-    require_type,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY, I32_ONLY
 from rpc_server.ops.shards import Propagated, Shards, in_whole_blocks
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 from rpc_server.types import ENCODABLE
 
 _ALL = frozenset(GgmlType)
@@ -55,8 +46,8 @@ def _copy_contract(t: Tensor) -> None:
     s = source(t, 0)
     require(_convertible(s.type, t.type), f"no conversion from {s.type.name} to {t.type.name}")
     require(s.nelements == t.nelements, f"source 0 has {s.nelements} elements")
-    require_blocks(s, "source 0")
-    require_distinct(t, "the result")
+    checks.blocks(s, "source 0")
+    checks.distinct(t, "the result")
 
 
 def _copy(ctx: ArrayContext, t: Tensor) -> None:
@@ -103,12 +94,12 @@ def _part(t: Tensor) -> Tensor:
 
 
 def _set_contract(t: Tensor) -> None:
-    require_type(t, {GgmlType.F32, GgmlType.I32} if t.op is Op.SET else F32_ONLY, "the result")
-    require_contiguous(t, "the result")
-    whole = require_source(t, 0, {t.type})
-    require_contiguous(whole, "source 0")
-    require_shape(whole, t.ne, "source 0")
-    s = require_source(t, 1, {t.type})
+    checks.of_type(t, {GgmlType.F32, GgmlType.I32} if t.op is Op.SET else F32_ONLY, "the result")
+    checks.contiguous(t, "the result")
+    whole = checks.source(t, 0, {t.type})
+    checks.contiguous(whole, "source 0")
+    checks.shape(whole, t.ne, "source 0")
+    s = checks.source(t, 1, {t.type})
     strides = t.op_params[:4]
     require(
         all(word >= 0 and word % t.type_size == 0 for word in strides),
@@ -117,7 +108,7 @@ def _set_contract(t: Tensor) -> None:
     end = strides[3] + nbytes(t.type, s.ne, (t.type_size, *strides[:3]))
     require(end <= t.nbytes, f"source 1 would end at byte {end} of {t.nbytes}")
     part = _part(t)
-    require_distinct(part, "the part to write")
+    checks.distinct(part, "the part to write")
 
 
 def _with_source_0(ctx: ArrayContext, t: Tensor) -> Any:
@@ -151,14 +142,14 @@ def _acc(ctx: ArrayContext, t: Tensor) -> None:
 def _concat_contract(t: Tensor) -> None:
     dim = t.param_i32(0)
     require(0 <= dim < 4, f"no dimension {dim}")
-    a = require_source(t, 0, {t.type}, dense=False)
-    b = require_source(t, 1, {t.type}, dense=False)
+    a = checks.source(t, 0, {t.type}, dense=False)
+    b = checks.source(t, 1, {t.type}, dense=False)
     ne = list(a.ne)
     ne[dim] = b.ne[dim]
-    require_shape(b, ne, "source 1")
+    checks.shape(b, ne, "source 1")
     ne[dim] += a.ne[dim]
-    require_shape(t, ne, "the result")
-    require_distinct(t, "the result")
+    checks.shape(t, ne, "the result")
+    checks.distinct(t, "the result")
 
 
 @reference(Op.CONCAT)
@@ -169,10 +160,10 @@ def _concat(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.REPEAT)
 def _repeat_contract(t: Tensor) -> None:
-    require_type(t, _PLAIN, "the result")
-    s = require_source(t, 0, {t.type}, dense=False)
+    checks.of_type(t, _PLAIN, "the result")
+    s = checks.source(t, 0, {t.type}, dense=False)
     require(s.can_repeat_to(t), "the result is not whole copies of source 0")
-    require_distinct(t, "the result")
+    checks.distinct(t, "the result")
 
 
 @reference(Op.REPEAT)
@@ -184,11 +175,11 @@ def _repeat(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.REPEAT_BACK)
 def _repeat_back_contract(t: Tensor) -> None:
-    require_type(t, F32_ONLY, "the result")
-    s = require_source(t, 0, F32_ONLY, dense=False)
+    checks.of_type(t, F32_ONLY, "the result")
+    s = checks.source(t, 0, F32_ONLY, dense=False)
     require(t.can_repeat_to(s), "source 0 is not whole copies of the result")
-    require_distinct(s, "source 0")
-    require_distinct(t, "the result")
+    checks.distinct(s, "source 0")
+    checks.distinct(t, "the result")
 
 
 @reference(Op.REPEAT_BACK)

@@ -9,22 +9,17 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.shards import shard_by_rows
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 
 def _require_same_shape(t: Tensor, sources: int, *, dense: bool) -> None:
-    require_result(t, F32_ONLY, dense=dense)
+    checks.result(t, F32_ONLY, dense=dense)
     for i in range(sources):
-        require_shape(require_source(t, i, F32_ONLY, dense=dense), t.ne, f"source {i}")
+        checks.shape(checks.source(t, i, F32_ONLY, dense=dense), t.ne, f"source {i}")
 
 
 def _require_eps(t: Tensor, word: int) -> None:

@@ -14,19 +14,11 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    I32_ONLY,
-    require_contiguous,
-    require_result,
-    require_shape,
-    require_source,
-    require_whole_copies,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY, I32_ONLY
 from rpc_server.ops.rows import checked_indices
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 
 class _States:
@@ -63,13 +55,13 @@ class _States:
 @contract(Op.SSM_CONV)
 def _ssm_conv_contract(t: Tensor) -> None:
     """src0 (window - 1 + tokens, channels, sequences), src1 (window, channels)."""
-    x, weights = require_source(t, 0, F32_ONLY), require_source(t, 1, F32_ONLY)
-    require_result(t, F32_ONLY)
+    x, weights = checks.source(t, 0, F32_ONLY), checks.source(t, 1, F32_ONLY)
+    checks.result(t, F32_ONLY)
     window, channels = weights.ne[:2]
     require(window > 0, "the window is empty")
-    require_shape(weights, (window, channels, 1, 1), "source 1")
-    require_shape(t, (channels, t.ne[1], x.ne[2], 1), "the result")
-    require_shape(x, (window - 1 + t.ne[1], channels, x.ne[2], 1), "source 0")
+    checks.shape(weights, (window, channels, 1, 1), "source 1")
+    checks.shape(t, (channels, t.ne[1], x.ne[2], 1), "the result")
+    checks.shape(x, (window - 1 + t.ne[1], channels, x.ne[2], 1), "source 0")
 
 
 @reference(Op.SSM_CONV)
@@ -95,26 +87,26 @@ def _ssm_scan_contract(t: Tensor) -> None:
     tokens, sequences) with groups of heads, ids (sequences). The result is x's shape and then
     (S, D, N, sequences, snapshots), in one dimension.
     """
-    states, x, dt, decays, b, c = (require_source(t, i, F32_ONLY) for i in range(6))
-    ids = require_source(t, 6, I32_ONLY)
+    states, x, dt, decays, b, c = (checks.source(t, i, F32_ONLY) for i in range(6))
+    ids = checks.source(t, 6, I32_ONLY)
     n_state, (dim, n_heads, n_tokens, n_sequences) = states.ne[0], x.ne
-    require_shape(states, (n_state, dim, n_heads, states.ne[3]), "source 0")
-    require_shape(dt, (n_heads, n_tokens, n_sequences, 1), "source 2")
+    checks.shape(states, (n_state, dim, n_heads, states.ne[3]), "source 0")
+    checks.shape(dt, (n_heads, n_tokens, n_sequences, 1), "source 2")
     require(decays.ne[0] in (1, n_state), f"{decays.ne[0]} decays for {n_state} elements of state")
-    require_shape(decays, (decays.ne[0], n_heads, 1, 1), "source 3")
+    checks.shape(decays, (decays.ne[0], n_heads, 1, 1), "source 3")
     for i, s in ((4, b), (5, c)):
-        require_shape(s, (n_state, b.ne[1], n_tokens, n_sequences), f"source {i}")
-    require_whole_copies(n_heads, b.ne[1], "heads")
-    require_shape(ids, (n_sequences, 1, 1, 1), "source 6")
+        checks.shape(s, (n_state, b.ne[1], n_tokens, n_sequences), f"source {i}")
+    checks.whole_copies(n_heads, b.ne[1], "heads")
+    checks.shape(ids, (n_sequences, 1, 1, 1), "source 6")
     for i in (0, 2, 3):
-        require_contiguous(source(t, i), f"source {i}")
+        checks.contiguous(source(t, i), f"source {i}")
     kept = _snapshots(t)
     require(kept >= 1 and (kept == 1 or decays.ne[0] == 1), f"{kept} snapshots of states")
     require(t.empty or n_tokens > 0, "there are no tokens")
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
     size = x.nelements + kept * n_state * dim * n_heads * n_sequences
-    require_shape(t, (size, 1, 1, 1), "the result")
+    checks.shape(t, (size, 1, 1, 1), "the result")
 
 
 def _softplus(xp: ModuleType, x: Any) -> Any:
@@ -194,24 +186,24 @@ def _linear_contract(t: Tensor) -> None:
     Sequences have equally many tokens. The result is (S * heads, tokens + S * sequences).
     """
     _, n_rows, shared = _STEPS[t.op]
-    size, n_heads, n_tokens = require_source(t, 0, F32_ONLY).ne[:3]
+    size, n_heads, n_tokens = checks.source(t, 0, F32_ONLY).ne[:3]
     for i in range(n_rows):
-        rows = require_source(t, i, F32_ONLY)
-        require_contiguous(rows, f"source {i}")
+        rows = checks.source(t, i, F32_ONLY)
+        checks.contiguous(rows, f"source {i}")
         if i == shared:
             require(rows.nelements == size * n_heads, f"source {i} has {rows.nelements} elements")
         else:
-            require_shape(rows, (size, n_heads, n_tokens, 1), f"source {i}")
-    states = require_source(t, n_rows, F32_ONLY)
-    require_contiguous(states, f"source {n_rows}")
+            checks.shape(rows, (size, n_heads, n_tokens, 1), f"source {i}")
+    states = checks.source(t, n_rows, F32_ONLY)
+    checks.contiguous(states, f"source {n_rows}")
     n_sequences = states.ne[1]
     expected = size * size * n_heads * n_sequences
     require(states.nelements == expected, f"states of {states.nelements} elements, not {expected}")
-    require_whole_copies(n_tokens, n_sequences, "tokens")
+    checks.whole_copies(n_tokens, n_sequences, "tokens")
     require(t.empty or n_tokens > 0, "there are no tokens")
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
-    require_shape(t, (size * n_heads, n_tokens + size * n_sequences, 1, 1), "the result")
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
+    checks.shape(t, (size * n_heads, n_tokens + size * n_sequences, 1, 1), "the result")
 
 
 def _linear(ctx: ArrayContext, t: Tensor) -> None:
@@ -251,26 +243,26 @@ def _delta_net_contract(t: Tensor) -> None:
     its S elements. The result is (S * heads, tokens * sequences + S * sequences * snapshots): the
     outputs, and behind them the states after the last tokens, the latest first.
     """
-    v = require_source(t, 2, F32_ONLY)
+    v = checks.source(t, 2, F32_ONLY)
     size, n_heads, n_tokens, n_sequences = v.ne
     for i in (0, 1):
-        s = require_source(t, i, F32_ONLY)
-        require_shape(s, (size, s.ne[1], n_tokens, s.ne[3]), f"source {i}")
+        s = checks.source(t, i, F32_ONLY)
+        checks.shape(s, (size, s.ne[1], n_tokens, s.ne[3]), f"source {i}")
         require(t.empty or s.ne[1] > 0, f"source {i} has no heads")
-        require_whole_copies(n_sequences, s.ne[3], f"sequences over source {i}")
-    gates, rates, states = (require_source(t, i, F32_ONLY) for i in (3, 4, 5))
+        checks.whole_copies(n_sequences, s.ne[3], f"sequences over source {i}")
+    gates, rates, states = (checks.source(t, i, F32_ONLY) for i in (3, 4, 5))
     require(gates.ne[0] in (1, size), f"{gates.ne[0]} gates for {size} elements")
-    require_shape(gates, (gates.ne[0], *v.ne[1:]), "source 3")
-    require_shape(rates, (1, *v.ne[1:]), "source 4")
+    checks.shape(gates, (gates.ne[0], *v.ne[1:]), "source 3")
+    checks.shape(rates, (1, *v.ne[1:]), "source 4")
     expected = size * size * n_heads * n_sequences
     require(states.nelements == expected, f"states of {states.nelements} elements, not {expected}")
-    require_contiguous(states, "source 5")
+    checks.contiguous(states, "source 5")
     kept = _snapshots(t)
     require(kept >= 1, f"{kept} snapshots of states")
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
     n_rows = n_tokens * n_sequences + kept * size * n_sequences
-    require_shape(t, (size * n_heads, n_rows, 1, 1), "the result")
+    checks.shape(t, (size * n_heads, n_rows, 1, 1), "the result")
 
 
 @reference(Op.GATED_DELTA_NET)

@@ -7,17 +7,10 @@ from typing import Any
 from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    I32_ONLY,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.checks import F32_ONLY, I32_ONLY
+from rpc_server.ops.table import contract, reference, require, source
 
 _MAX_INDEX = (1 << 31) - 1
 
@@ -26,8 +19,8 @@ def _rows_to_reduce(
     t: Tensor, types: frozenset[GgmlType] = F32_ONLY, *, dense: bool = True
 ) -> Tensor:
     """Source 0; its elements must not overlap, as no large result bounds their number."""
-    s = require_source(t, 0, types, dense=dense)
-    require_distinct(s, "source 0")
+    s = checks.source(t, 0, types, dense=dense)
+    checks.distinct(s, "source 0")
     return s
 
 
@@ -37,8 +30,8 @@ def _rows_to_reduce(
 @contract(Op.SUM)
 def _sum_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t, FLOATS)
-    require_result(t, {s.type})
-    require_shape(t, (1, 1, 1, 1), "the result")
+    checks.result(t, {s.type})
+    checks.shape(t, (1, 1, 1, 1), "the result")
 
 
 @reference(Op.SUM)
@@ -48,8 +41,8 @@ def _sum(ctx: ArrayContext, t: Tensor) -> None:
 
 def _row_sums_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t)
-    require_result(t, F32_ONLY)
-    require_shape(t, (1, *s.ne[1:]), "the result")
+    checks.result(t, F32_ONLY)
+    checks.shape(t, (1, *s.ne[1:]), "the result")
 
 
 for _op in (Op.SUM_ROWS, Op.MEAN):
@@ -74,8 +67,8 @@ def _mean(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.CUMSUM)
 def _cumsum_contract(t: Tensor) -> None:
-    require_result(t, F32_ONLY)
-    require_shape(require_source(t, 0, F32_ONLY), t.ne, "source 0")
+    checks.result(t, F32_ONLY)
+    checks.shape(checks.source(t, 0, F32_ONLY), t.ne, "source 0")
 
 
 @reference(Op.CUMSUM)
@@ -86,9 +79,9 @@ def _cumsum(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.COUNT_EQUAL)
 def _count_equal_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t, I32_ONLY, dense=False)
-    require_shape(require_source(t, 1, I32_ONLY, dense=False), s.ne, "source 1")
-    require_result(t, {GgmlType.I64})
-    require_shape(t, (1, 1, 1, 1), "the result")
+    checks.shape(checks.source(t, 1, I32_ONLY, dense=False), s.ne, "source 1")
+    checks.result(t, {GgmlType.I64})
+    checks.shape(t, (1, 1, 1, 1), "the result")
 
 
 @reference(Op.COUNT_EQUAL)
@@ -103,9 +96,9 @@ def _count_equal(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.ARGMAX)
 def _argmax_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t)
-    require_result(t, I32_ONLY)
-    require_shape(s, (*s.ne[:2], 1, 1), "source 0")
-    require_shape(t, (s.ne[1], 1, 1, 1), "the result")
+    checks.result(t, I32_ONLY)
+    checks.shape(s, (*s.ne[:2], 1, 1), "source 0")
+    checks.shape(t, (s.ne[1], 1, 1, 1), "the result")
     require(s.ne[0] <= _MAX_INDEX, "rows are too long for 32-bit indices")
 
 
@@ -129,8 +122,8 @@ def _argmax(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.ARGSORT)
 def _argsort_contract(t: Tensor) -> None:
     require(t.param_i32(0) in (0, 1), f"no sort order {t.param_i32(0)}")
-    require_result(t, I32_ONLY)
-    require_shape(require_source(t, 0, F32_ONLY), t.ne, "source 0")
+    checks.result(t, I32_ONLY)
+    checks.shape(checks.source(t, 0, F32_ONLY), t.ne, "source 0")
     require(t.ne[0] <= _MAX_INDEX, "rows are too long for 32-bit indices")
 
 
@@ -149,9 +142,9 @@ def _argsort(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.TOP_K)
 def _top_k_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t)
-    require_result(t, I32_ONLY)
+    checks.result(t, I32_ONLY)
     require(t.ne[0] <= s.ne[0] <= _MAX_INDEX, f"no {t.ne[0]} largest of {s.ne[0]}")
-    require_shape(t, (t.ne[0], *s.ne[1:]), "the result")
+    checks.shape(t, (t.ne[0], *s.ne[1:]), "the result")
 
 
 @reference(Op.TOP_K)

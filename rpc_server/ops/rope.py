@@ -15,17 +15,11 @@ import numpy as np
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    I32_ONLY,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY, I32_ONLY
 from rpc_server.ops.shards import Propagated, Shards, shard_by_rows
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 
 class Mode(enum.IntEnum):
@@ -65,8 +59,8 @@ class Geometry:
 def _rope_contract(t: Tensor) -> None:
     """src1: positions, of all tokens (dimension 2); src2: a divisor for each pair's angle."""
     n_dims, mode, first, width = t.param_i32(1), t.param_i32(2), t.param_i32(15), t.ne[0]
-    require_result(t, {GgmlType.F32, GgmlType.F16})
-    require_shape(require_source(t, 0, {t.type}), t.ne, "source 0")
+    checks.result(t, {GgmlType.F32, GgmlType.F16})
+    checks.shape(checks.source(t, 0, {t.type}), t.ne, "source 0")
     require(mode in _MODES, f"no mode {mode}")
     require(n_dims >= 2 and n_dims % 2 == 0, f"can't turn {n_dims} elements")
     require(first >= 0 and first % 2 == 0, f"can't turn from element {first} on")
@@ -78,10 +72,10 @@ def _rope_contract(t: Tensor) -> None:
         require(min(sections) >= 0 and max(sections[:3]) > 0, f"sections {sections}")
         require(sum(sections) <= width, f"sections {sections} of {width} elements")
     n_positions = t.ne[2] * (4 if mode in _MULTIPLE else 1)
-    require_shape(require_source(t, 1, I32_ONLY), (n_positions, 1, 1, 1), "source 1")
+    checks.shape(checks.source(t, 1, I32_ONLY), (n_positions, 1, 1, 1), "source 1")
     if t.src[2] is not None:
-        factors = require_source(t, 2, F32_ONLY)
-        require_shape(factors, (factors.ne[0], 1, 1, 1), "source 2")
+        factors = checks.source(t, 2, F32_ONLY)
+        checks.shape(factors, (factors.ne[0], 1, 1, 1), "source 2")
         pairs = Geometry.of(t).pairs
         require(factors.ne[0] >= pairs, f"{factors.ne[0]} factors for {pairs} pairs")
     _require_scaling(t)

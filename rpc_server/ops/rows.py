@@ -11,18 +11,10 @@ from typing import Any
 from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    I32_ONLY,
-    require_contiguous,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
-from rpc_server.ops.table import contract, reference, refuse, require
+from rpc_server.ops.checks import F32_ONLY, I32_ONLY
+from rpc_server.ops.table import contract, reference, refuse, require, source
 from rpc_server.types import (
     ENCODABLE,
     from_f32,
@@ -49,11 +41,11 @@ def checked_indices(ctx: ArrayContext, t: Tensor, limit: int) -> Any:
 
 @contract(Op.GET_ROWS)
 def _get_rows_contract(t: Tensor) -> None:
-    table = require_source(t, 0, DECODABLE | I32_ONLY)
-    ids = require_source(t, 1, I32_ONLY, dense=False)
-    require_result(t, I32_ONLY if table.type is GgmlType.I32 else F32_ONLY)
-    require_shape(ids, (ids.ne[0], table.ne[2], table.ne[3], 1), "source 1")
-    require_shape(t, (table.ne[0], *ids.ne[:3]), "the result")
+    table = checks.source(t, 0, DECODABLE | I32_ONLY)
+    ids = checks.source(t, 1, I32_ONLY, dense=False)
+    checks.result(t, I32_ONLY if table.type is GgmlType.I32 else F32_ONLY)
+    checks.shape(ids, (ids.ne[0], table.ne[2], table.ne[3], 1), "source 1")
+    checks.shape(t, (table.ne[0], *ids.ne[:3]), "the result")
 
 
 @reference(Op.GET_ROWS)
@@ -70,13 +62,13 @@ def _get_rows(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.GET_ROWS_BACK)
 def _get_rows_back_contract(t: Tensor) -> None:
-    gradients = require_source(t, 0, {GgmlType.F32, GgmlType.F16})
-    ids = require_source(t, 1, I32_ONLY)
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
-    require_shape(ids, (gradients.ne[1], 1, 1, 1), "source 1")
-    require_shape(gradients, (t.ne[0], gradients.ne[1], 1, 1), "source 0")
-    require_shape(t, (*t.ne[:2], 1, 1), "the result")
+    gradients = checks.source(t, 0, {GgmlType.F32, GgmlType.F16})
+    ids = checks.source(t, 1, I32_ONLY)
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
+    checks.shape(ids, (gradients.ne[1], 1, 1, 1), "source 1")
+    checks.shape(gradients, (t.ne[0], gradients.ne[1], 1, 1), "source 0")
+    checks.shape(t, (*t.ne[:2], 1, 1), "the result")
 
 
 @reference(Op.GET_ROWS_BACK)
@@ -93,12 +85,12 @@ def _get_rows_back(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.SET_ROWS)
 def _set_rows_contract(t: Tensor) -> None:
     # Source 2, where a client sends it, is the tensor that the node is a view of.
-    values = require_source(t, 0, {GgmlType.F32, GgmlType.F16})
-    ids = require_source(t, 1, _INDICES, dense=False)
-    require_result(t, ENCODABLE | I32_ONLY)
-    require_distinct(values, "source 0")
-    require_shape(values, (t.ne[0], values.ne[1], *t.ne[2:]), "source 0")
-    require_shape(ids, (values.ne[1], *ids.ne[1:3], 1), "source 1")
+    values = checks.source(t, 0, {GgmlType.F32, GgmlType.F16})
+    ids = checks.source(t, 1, _INDICES, dense=False)
+    checks.result(t, ENCODABLE | I32_ONLY)
+    checks.distinct(values, "source 0")
+    checks.shape(values, (t.ne[0], values.ne[1], *t.ne[2:]), "source 0")
+    checks.shape(ids, (values.ne[1], *ids.ne[1:3], 1), "source 1")
     for dim in (1, 2):
         # Indices repeat over the dimensions of planes, which must be whole copies of them.
         n, m = values.ne[dim + 1], ids.ne[dim]
@@ -127,13 +119,13 @@ def _set_rows(ctx: ArrayContext, t: Tensor) -> None:
 
 @contract(Op.ADD_ID)
 def _add_id_contract(t: Tensor) -> None:
-    a = require_source(t, 0, F32_ONLY)
-    b = require_source(t, 1, F32_ONLY)
-    ids = require_source(t, 2, I32_ONLY, dense=False)
-    require_result(t, F32_ONLY)
-    require_shape(a, t.ne, "source 0")
-    require_shape(b, (a.ne[0], b.ne[1], 1, 1), "source 1")
-    require_shape(ids, (*a.ne[1:3], 1, 1), "source 2")
+    a = checks.source(t, 0, F32_ONLY)
+    b = checks.source(t, 1, F32_ONLY)
+    ids = checks.source(t, 2, I32_ONLY, dense=False)
+    checks.result(t, F32_ONLY)
+    checks.shape(a, t.ne, "source 0")
+    checks.shape(b, (a.ne[0], b.ne[1], 1, 1), "source 1")
+    checks.shape(ids, (*a.ne[1:3], 1, 1), "source 2")
 
 
 @reference(Op.ADD_ID)

@@ -15,18 +15,12 @@ import numpy as np
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.slices import tiles
 from rpc_server.ops.sliding import Axis, each_tap
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 _HALVES = frozenset({GgmlType.F32, GgmlType.F16})
 
@@ -77,12 +71,12 @@ def _windows(t: Tensor, x: Tensor, places: Tensor) -> list[Axis]:
 
 
 def _pool_contract(t: Tensor) -> None:
-    s = require_source(t, 0, _HALVES)
-    require_distinct(s, "source 0")
-    require_result(t, F32_ONLY)
+    s = checks.source(t, 0, _HALVES)
+    checks.distinct(s, "source 0")
+    checks.result(t, F32_ONLY)
     require(t.param_i32(0) in set(Pool), f"no pooling {t.param_i32(0)}")
     n = len(_windows(t, s, t))
-    require_shape(t, (*t.ne[:n], *s.ne[n:]), "the result")
+    checks.shape(t, (*t.ne[:n], *s.ne[n:]), "the result")
 
 
 for _op in (Op.POOL_1D, Op.POOL_2D):
@@ -187,14 +181,14 @@ def _pool_2d(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.POOL_2D_BACK)
 def _pool_back_contract(t: Tensor) -> None:
     """src0 are gradients of POOL_2D's result, src1 what it pooled."""
-    gradients, x = require_source(t, 0, F32_ONLY), require_source(t, 1, {t.type})
+    gradients, x = checks.source(t, 0, F32_ONLY), checks.source(t, 1, {t.type})
     for i, s in enumerate((gradients, x)):
-        require_distinct(s, f"source {i}")
-    require_result(t, _HALVES)
+        checks.distinct(s, f"source {i}")
+    checks.result(t, _HALVES)
     require(t.param_i32(0) in set(Pool), f"no pooling {t.param_i32(0)}")
     _windows(t, t, gradients)
-    require_shape(x, t.ne, "source 1")
-    require_shape(gradients, (*gradients.ne[:2], *t.ne[2:]), "source 0")
+    checks.shape(x, t.ne, "source 1")
+    checks.shape(gradients, (*gradients.ne[:2], *t.ne[2:]), "source 0")
 
 
 def _spread_rows(xp: ModuleType, gradients: Any, axis: Axis) -> Any:
@@ -289,9 +283,9 @@ _ANTIALIAS = 1 << 9
 @contract(Op.UPSCALE)
 def _upscale_contract(t: Tensor) -> None:
     """Any size to any size; dimensions 2 and 3 take the nearest, whatever the mode."""
-    s = require_source(t, 0, F32_ONLY, dense=False)
-    require_distinct(s, "source 0")
-    require_result(t, F32_ONLY)
+    s = checks.source(t, 0, F32_ONLY, dense=False)
+    checks.distinct(s, "source 0")
+    checks.result(t, F32_ONLY)
     require(t.empty or not s.empty, "source 0 is empty")
     mode, flags = t.param_i32(0) & 0xFF, t.param_i32(0) & ~0xFF
     require(mode in set(Scale), f"no mode {mode}")
@@ -402,10 +396,10 @@ def _upscale(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.PAD_REFLECT_1D)
 def _reflect_contract(t: Tensor) -> None:
     """op_params: elements before and behind each row, mirrored at its ends."""
-    s, pads = require_source(t, 0, F32_ONLY), t.op_params[:2]
-    require_result(t, F32_ONLY)
+    s, pads = checks.source(t, 0, F32_ONLY), t.op_params[:2]
+    checks.result(t, F32_ONLY)
     require(min(pads) >= 0 and max(pads) < s.ne[0], f"pads of {pads} for rows of {s.ne[0]}")
-    require_shape(t, (s.ne[0] + sum(pads), *s.ne[1:]), "the result")
+    checks.shape(t, (s.ne[0] + sum(pads), *s.ne[1:]), "the result")
 
 
 @reference(Op.PAD_REFLECT_1D)
@@ -422,14 +416,14 @@ def _reflect(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.TIMESTEP_EMBEDDING)
 def _timestep_contract(t: Tensor) -> None:
     """op_params: elements of an embedding, longest period. Odd numbers may be rounded up."""
-    steps = require_source(t, 0, F32_ONLY)
-    require_result(t, F32_ONLY)
+    steps = checks.source(t, 0, F32_ONLY)
+    checks.result(t, F32_ONLY)
     dim, period = t.op_params[:2]
     require(dim >= 0 and t.ne[0] in (dim, dim + dim % 2), f"{t.ne[0]} elements for {dim}")
     require(period > 0, f"periods up to {period}")
     # As in ggml, what follows the first row is left out.
     require(t.empty or not steps.empty, "source 0 is empty")
-    require_shape(t, (t.ne[0], steps.ne[0], 1, 1), "the result")
+    checks.shape(t, (t.ne[0], steps.ne[0], 1, 1), "the result")
 
 
 @reference(Op.TIMESTEP_EMBEDDING)

@@ -10,17 +10,11 @@ import numpy as np
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_contiguous,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
+from rpc_server.ops.checks import F32_ONLY
 from rpc_server.ops.masks import alibi_slopes, require_mask, require_sinks
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.table import contract, reference, require, source
 
 _MASKS = frozenset({GgmlType.F32, GgmlType.F16})
 
@@ -28,8 +22,8 @@ _MASKS = frozenset({GgmlType.F32, GgmlType.F16})
 @contract(Op.SOFT_MAX)
 def _soft_max_contract(t: Tensor) -> None:
     """op_params: scale, max_bias. src1: mask. src2: sinks."""
-    require_result(t, F32_ONLY)
-    require_shape(require_source(t, 0, F32_ONLY), t.ne, "source 0")
+    checks.result(t, F32_ONLY)
+    checks.shape(checks.source(t, 0, F32_ONLY), t.ne, "source 0")
     require_mask(t, 1, _MASKS, t.ne)
     require_sinks(t, 2, t.ne[2])
 
@@ -65,12 +59,12 @@ def _over_heads(xp: Any, values: Any, t: Tensor) -> Any:
 @contract(Op.SOFT_MAX_BACK)
 def _soft_max_back_contract(t: Tensor) -> None:
     """op_params: scale, max_bias, which has no gradient and must be 0."""
-    require_result(t, F32_ONLY)
-    require_contiguous(t, "the result")
+    checks.result(t, F32_ONLY)
+    checks.contiguous(t, "the result")
     for i in (0, 1):
-        s = require_source(t, i, F32_ONLY)
-        require_shape(s, t.ne, f"source {i}")
-        require_contiguous(s, f"source {i}")
+        s = checks.source(t, i, F32_ONLY)
+        checks.shape(s, t.ne, f"source {i}")
+        checks.contiguous(s, f"source {i}")
     require(t.param_f32(1) == 0, "no gradient with max_bias")
 
 

@@ -37,6 +37,14 @@ def require(condition: bool, message: str) -> None:
         raise ContractError(message)
 
 
+def source(t: Tensor, i: int) -> Tensor:
+    """Return source ``i`` of a node that must have it."""
+    s = t.src[i]
+    if s is None:
+        refuse(f"source {i} is missing")
+    return s
+
+
 @dataclass(slots=True)
 class OpSpec:
     """The row of one op, whatever the device; how many sources it has, the op itself says."""

@@ -9,17 +9,10 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_contiguous,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.checks import F32_ONLY
+from rpc_server.ops.table import contract, reference, require, source
 
 _SCALAR = (1, 1, 1, 1)
 
@@ -29,10 +22,10 @@ _SCALAR = (1, 1, 1, 1)
 
 def _require_predictions(t: Tensor, first: int) -> tuple[int, ...]:
     """Logits (source ``first``) and labels behind them: their shape."""
-    logits, labels = (require_source(t, first + i, F32_ONLY) for i in (0, 1))
-    require_shape(labels, logits.ne, f"source {first + 1}")
+    logits, labels = (checks.source(t, first + i, F32_ONLY) for i in (0, 1))
+    checks.shape(labels, logits.ne, f"source {first + 1}")
     for i, s in ((first, logits), (first + 1, labels)):
-        require_distinct(s, f"source {i}")
+        checks.distinct(s, f"source {i}")
     return logits.ne
 
 
@@ -40,8 +33,8 @@ def _require_predictions(t: Tensor, first: int) -> tuple[int, ...]:
 def _loss_contract(t: Tensor) -> None:
     """Rows of logits and of labels, which are probabilities, to one number."""
     _require_predictions(t, 0)
-    require_result(t, F32_ONLY)
-    require_shape(t, _SCALAR, "the result")
+    checks.result(t, F32_ONLY)
+    checks.shape(t, _SCALAR, "the result")
 
 
 def _shifted(logits: Any) -> Any:
@@ -65,10 +58,10 @@ def _loss(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.CROSS_ENTROPY_LOSS_BACK)
 def _loss_back_contract(t: Tensor) -> None:
     """Gradient of the logits, given the loss's (src0, one number), the logits and the labels."""
-    gradient = require_source(t, 0, F32_ONLY)
-    require_shape(gradient, _SCALAR, "source 0")
-    require_result(t, F32_ONLY)
-    require_shape(t, _require_predictions(t, 1), "the result")
+    gradient = checks.source(t, 0, F32_ONLY)
+    checks.shape(gradient, _SCALAR, "source 0")
+    checks.result(t, F32_ONLY)
+    checks.shape(t, _require_predictions(t, 1), "the result")
 
 
 @reference(Op.CROSS_ENTROPY_LOSS_BACK)
@@ -91,19 +84,19 @@ def _step_contract(t: Tensor, n_states: int, n_params: int) -> None:
 
     The node is a view of the weights, which are changed in place as the states are.
     """
-    weights = require_source(t, 0, F32_ONLY)
-    require_result(t, F32_ONLY)
+    weights = checks.source(t, 0, F32_ONLY)
+    checks.result(t, F32_ONLY)
     here = (t.address, t.ne, t.nb) == (weights.address, weights.ne, weights.nb)
     require(here, "the result must be source 0")
-    require_shape(require_source(t, 1, F32_ONLY), t.ne, "source 1")
+    checks.shape(checks.source(t, 1, F32_ONLY), t.ne, "source 1")
     for i in range(2, 2 + n_states):
-        state = require_source(t, i, F32_ONLY)
-        require_shape(state, t.ne, f"source {i}")
-        require_distinct(state, f"source {i}")
+        state = checks.source(t, i, F32_ONLY)
+        checks.shape(state, t.ne, f"source {i}")
+        checks.distinct(state, f"source {i}")
     last = 2 + n_states
-    settings = require_source(t, last, F32_ONLY)
+    settings = checks.source(t, last, F32_ONLY)
     require(settings.nelements == n_params, f"{settings.nelements} parameters, not {n_params}")
-    require_contiguous(settings, f"source {last}")
+    checks.contiguous(settings, f"source {last}")
 
 
 def _settings(ctx: ArrayContext, s: Tensor) -> list[np.float32]:

@@ -7,17 +7,10 @@ import math
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
+from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
-from rpc_server.ops.checks import (
-    F32_ONLY,
-    require_contiguous,
-    require_distinct,
-    require_result,
-    require_shape,
-    require_source,
-    source,
-)
-from rpc_server.ops.table import contract, reference, require
+from rpc_server.ops.checks import F32_ONLY
+from rpc_server.ops.table import contract, reference, require, source
 
 _HALVES = frozenset({GgmlType.F16, GgmlType.BF16})
 
@@ -34,13 +27,13 @@ def _windows_over(n: int, width: int) -> int:
 def _win_part_contract(t: Tensor) -> None:
     """src0 (C, W, H) to (C, w, w, windows); op_params: windows across, windows down, w."""
     across, down, width = t.op_params[:3]
-    image = require_source(t, 0, F32_ONLY)
-    require_result(t, F32_ONLY)
+    image = checks.source(t, 0, F32_ONLY)
+    checks.result(t, F32_ONLY)
     require(width > 0, f"windows of width {width}")
-    require_shape(image, (*image.ne[:3], 1), "source 0")
+    checks.shape(image, (*image.ne[:3], 1), "source 0")
     w, h = _windows_over(image.ne[1], width), _windows_over(image.ne[2], width)
     require((across, down) == (w, h), f"{across}x{down} windows, it takes {w}x{h}")
-    require_shape(t, (image.ne[0], width, width, across * down), "the result")
+    checks.shape(t, (image.ne[0], width, width, across * down), "the result")
 
 
 @reference(Op.WIN_PART)
@@ -58,12 +51,12 @@ def _win_part(ctx: ArrayContext, t: Tensor) -> None:
 def _win_unpart_contract(t: Tensor) -> None:
     """src0 (C, w, w, windows) to (C, W, H): what WIN_PART undoes; op_params: w."""
     width = t.param_i32(0)
-    windows = require_source(t, 0, F32_ONLY)
-    require_result(t, F32_ONLY)
+    windows = checks.source(t, 0, F32_ONLY)
+    checks.result(t, F32_ONLY)
     require(width > 0, f"windows of width {width}")
-    require_distinct(windows, "source 0")
-    require_shape(windows, (t.ne[0], width, width, windows.ne[3]), "source 0")
-    require_shape(t, (*t.ne[:3], 1), "the result")
+    checks.distinct(windows, "source 0")
+    checks.shape(windows, (t.ne[0], width, width, windows.ne[3]), "source 0")
+    checks.shape(t, (*t.ne[:3], 1), "the result")
     needed = _windows_over(t.ne[1], width) * _windows_over(t.ne[2], width)
     require(windows.ne[3] >= needed, f"{windows.ne[3]} windows, it takes {needed}")
 
@@ -84,12 +77,12 @@ def _win_unpart(ctx: ArrayContext, t: Tensor) -> None:
 @contract(Op.GET_REL_POS)
 def _get_rel_pos_contract(t: Tensor) -> None:
     """src0 (C, 2n - 1) to (C, n, n). ggml's node is F16 whatever 16-bit type the source has."""
-    table = require_source(t, 0, _HALVES)
-    require_result(t, _HALVES)
+    table = checks.source(t, 0, _HALVES)
+    checks.result(t, _HALVES)
     n = t.ne[1]
-    require_shape(t, (table.ne[0], n, n, 1), "the result")
+    checks.shape(t, (table.ne[0], n, n, 1), "the result")
     # Of more than one table the first counts.
-    require_shape(table, (table.ne[0], 2 * n - 1, *table.ne[2:]), "source 0")
+    checks.shape(table, (table.ne[0], 2 * n - 1, *table.ne[2:]), "source 0")
     require(t.empty or not table.empty, "source 0 has no table")
 
 
@@ -109,15 +102,15 @@ def _add_rel_pos_contract(t: Tensor) -> None:
     The sources of positions are (n, a, b, batches) with a * b rows. op_params[0]: the result
     already holds source 0.
     """
-    scores = require_source(t, 0, F32_ONLY)
-    width, height = require_source(t, 1, F32_ONLY), require_source(t, 2, F32_ONLY)
-    require_result(t, F32_ONLY)
-    require_shape(scores, t.ne, "source 0")
-    require_shape(height, width.ne, "source 2")
+    scores = checks.source(t, 0, F32_ONLY)
+    width, height = checks.source(t, 1, F32_ONLY), checks.source(t, 2, F32_ONLY)
+    checks.result(t, F32_ONLY)
+    checks.shape(scores, t.ne, "source 0")
+    checks.shape(height, width.ne, "source 2")
     n, a, b, batches = width.ne
-    require_shape(scores, (n * n, a * b, batches, scores.ne[3]), "source 0")
+    checks.shape(scores, (n * n, a * b, batches, scores.ne[3]), "source 0")
     for s, what in ((t, "the result"), *((source(t, i), f"source {i}") for i in range(3))):
-        require_contiguous(s, what)
+        checks.contiguous(s, what)
 
 
 @reference(Op.ADD_REL_POS)

@@ -17,7 +17,7 @@ from rpc_server.devices.cuda.kernels import (
 )
 from rpc_server.devices.cuda.lower.walk import as_floats, dense
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _THREADS = 128
 # What a block of every card has without asking for more, less what kernels declare themselves.

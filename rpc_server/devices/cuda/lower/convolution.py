@@ -11,7 +11,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel
 from rpc_server.devices.cuda.lower.walk import elements, small
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _IM2COL = kernel("convolution", "im2col")
 _IM2COL_BACK = kernel("convolution", "im2col_back")

@@ -11,7 +11,7 @@ from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weight
 from rpc_server.devices.cuda.lower.walk import as_floats, as_row, decoded, dense, elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.ops.arrays import NATIVE
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _SAME = kernel("copy", "copy_same")
 _DENSE = kernel("copy", "copy_dense")

@@ -10,7 +10,7 @@ from rpc_server.devices.cuda.lower.copy import ENCODERS, encoded
 from rpc_server.devices.cuda.lower.walk import as_floats
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.devices.planning.shapes import gated_and_gate, rows_and_width
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _UNARY = kernel("elementwise", "unary")
 _BINARY = kernel("elementwise", "binary")

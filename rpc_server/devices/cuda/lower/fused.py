@@ -23,8 +23,7 @@ from rpc_server.devices.cuda.lower.matmul import (
 from rpc_server.devices.cuda.lower.norm import normalize
 from rpc_server.devices.cuda.lower.rope import turn
 from rpc_server.devices.cuda.planner import CudaPlanner, fuses, is_valid
-from rpc_server.ops.checks import source
-from rpc_server.ops.table import OPS
+from rpc_server.ops.table import OPS, source
 
 
 def _apart(a: Tensor, b: Tensor) -> bool:

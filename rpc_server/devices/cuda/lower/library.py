@@ -9,7 +9,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_floats, decoded, dense
 from rpc_server.devices.cuda.planner import CudaPlanner, Product
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _CONVERT = kernel("copy", "copy_rows")
 _LARGEST = kernel("columns", "largest_of_rows")

@@ -14,7 +14,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.library import by_library
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _QUANTIZE = kernel("columns", "quantize_columns", 128)
 _TAKE = kernel("columns", "take_columns", 128)

@@ -12,7 +12,7 @@ from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.copy import lower_copy
 from rpc_server.devices.cuda.lower.walk import elements
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 # Ops that say all there is to say with their op_params.
 _SIMPLE = {

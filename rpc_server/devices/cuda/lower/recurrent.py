@@ -7,7 +7,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel
 from rpc_server.devices.cuda.lower.walk import elements
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _THREADS = 128
 _CONV = kernel("recurrent", "ssm_conv")

@@ -8,7 +8,7 @@ from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_row
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers, threads_for
 from rpc_server.devices.planning.shapes import is_flat
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _SUM_ROWS = kernel("reduce", "sum_rows")
 _ARGMAX = kernel("reduce", "argmax")

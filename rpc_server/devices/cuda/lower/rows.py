@@ -9,7 +9,8 @@ from rpc_server.devices.cuda.kernels import kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from rpc_server.devices.cuda.lower.walk import decode_grid
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.ops.checks import I32_ONLY, source
+from rpc_server.ops.checks import I32_ONLY
+from rpc_server.ops.table import source
 
 _GET = kernel("copy", "get_rows")
 _SET = kernel("copy", "set_rows")

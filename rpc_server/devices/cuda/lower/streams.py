@@ -7,7 +7,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_floats, elements
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
-from rpc_server.ops.checks import source
+from rpc_server.ops.table import source
 
 _INDEXER = kernel("streams", "lightning_indexer", 128)
 _COMBINE = kernel("streams", "combine", 128)
