@@ -34,15 +34,7 @@ from client.errors import (
 from client.tunnel import keep_alive, open_tunnel
 from protocol.codec import codec
 from protocol.commands import Command
-from protocol.dialects import (
-    DIALECTS,
-    Answer,
-    Body,
-    CommandSpec,
-    Dialect,
-    Version,
-    find_dialects,
-)
+from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, Version, find_dialects
 from protocol.errors import ProtocolError
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import CONN_CAPS_SIZE, MAX_SOURCES, RPC_TENSOR_SIZE, RpcTensor

@@ -35,12 +35,7 @@ from conformance import serve
 from conformance.arguments import add_reports, command_line, endpoint
 from conformance.properties.findings import run_replay
 from conformance.reports.files import write_reports
-from conformance.reports.terminal import (
-    TerminalReport,
-    make_console,
-    print_explanation,
-    print_list,
-)
+from conformance.reports.terminal import TerminalReport, make_console, print_explanation, print_list
 from conformance.suite.errors import Failed
 from conformance.suite.probe import NotUnderstood, probe
 from conformance.suite.registry import Case, load, select

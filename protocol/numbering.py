@@ -19,12 +19,7 @@ import numpy.typing as npt
 
 from protocol.dialects import Dialect
 from protocol.errors import NotInRelease
-from protocol.ggml.ops import (
-    NUMBERING_101,
-    OPS_101,
-    Numbering,
-    Op,
-)
+from protocol.ggml.ops import NUMBERING_101, OPS_101, Numbering, Op
 
 _NEVER = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
 _FUNCTIONS = (Op.UNARY, Op.GLU)

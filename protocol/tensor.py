@@ -15,13 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import (
-    TYPE_INFO,
-    GgmlType,
-    has_contiguous_rows,
-    is_contiguous,
-    row_size,
-)
+from protocol.ggml.types import TYPE_INFO, GgmlType, has_contiguous_rows, is_contiguous, row_size
 from protocol.ggml.types import nbytes as tensor_nbytes
 from protocol.messages import MAX_NAME, MAX_PARAM_WORDS, MAX_SOURCES
 

@@ -42,13 +42,7 @@ from rpc_server.models.mapping import Mappings
 from rpc_server.models.record import Records, default_folder
 from rpc_server.net.admission import is_allowed
 from rpc_server.net.listener import Server
-from rpc_server.net.listening import (
-    PortInUseError,
-    is_here,
-    is_loopback,
-    is_name,
-    listen,
-)
+from rpc_server.net.listening import PortInUseError, is_here, is_loopback, is_name, listen
 from rpc_server.observability.console import report
 from rpc_server.observability.logs import set_up
 from rpc_server.observability.metrics import ServerStats

@@ -31,14 +31,7 @@ from protocol.ggml.types import GgmlType
 from tools import models, upstream
 from tools.arguments import command_line
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    HOST,
-    PROJECT,
-    Process,
-    listens,
-    own_command,
-    upstream_command,
-)
+from tools.serving.processes import HOST, PROJECT, Process, listens, own_command, upstream_command
 
 # What a server of a capture has; a client may ask for it, and it is in the answers.
 SERVER_OPTIONS = ("--threads", "1", "--mem", "64")

@@ -25,13 +25,7 @@ from typing import Any
 from tools import models, upstream
 from tools.arguments import command_line
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    HOST,
-    Process,
-    ProgramError,
-    listens,
-    upstream_command,
-)
+from tools.serving.processes import HOST, Process, ProgramError, listens, upstream_command
 
 _SECONDS = 60.0
 _TEXT = "the sky is"

@@ -32,12 +32,7 @@ from rich.text import Text
 from tools import smollm2, upstream
 from tools.arguments import command_line
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    HOST,
-    PROJECT,
-    ProgramError,
-    own_command,
-)
+from tools.serving.processes import HOST, PROJECT, ProgramError, own_command
 
 COLUMNS = 100
 # Of a terminal high enough that nothing scrolls out of it.

@@ -18,12 +18,7 @@ from construct import Array, Bytes, FormatField, Struct
 from protocol import messages, split
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, distinct_numberings
-from protocol.ggml.ops import (
-    GluOp,
-    Numbering,
-    Op,
-    UnaryOp,
-)
+from protocol.ggml.ops import GluOp, Numbering, Op, UnaryOp
 from tools.documents import keep
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "protocol.md"

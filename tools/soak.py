@@ -33,14 +33,7 @@ from tools import smollm2, upstream
 from tools.arguments import command_line
 from tools.serving.llama_server import PATIENCE, LlamaServer
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    HOST,
-    Process,
-    ProgramError,
-    listens,
-    own_command,
-    tail,
-)
+from tools.serving.processes import HOST, Process, ProgramError, listens, own_command, tail
 
 QUESTIONS = (
     "The harbour wakes before the town does, and boats come in with lamps still burning.\n" * 3

@@ -37,12 +37,7 @@ from client.backend import BackendBuffer, Values
 from client.builder.graph import GraphBuilder
 from client.errors import ServerLost
 from client.split.balance import WORK, measure_all, shares_by_time
-from client.split.partition import (
-    Extent,
-    Rows,
-    partition,
-    row_extents,
-)
+from client.split.partition import Extent, Rows, partition, row_extents
 from client.split.server import Ready, SplitServer
 from client.tensors import Array, from_bytes, require, to_bytes
 from protocol.commands import Command

@@ -10,13 +10,7 @@ from typing import TypeVar
 
 from client.backend import Backend, BackendBuffer
 from client.connection import Connection, connect_any
-from client.errors import (
-    AllocationFailed,
-    ConnectionLost,
-    GraphFailed,
-    ServerLost,
-    VersionMismatch,
-)
+from client.errors import AllocationFailed, ConnectionLost, GraphFailed, ServerLost, VersionMismatch
 from client.split.steps import (
     Envelope,
     Region,

@@ -11,12 +11,7 @@ from conformance.suite.refusals import Refusal, Send, declare
 from conformance.suite.tensors import sources_of
 from protocol.commands import Command
 from protocol.ggml.ops import Op
-from protocol.ggml.types import (
-    TYPE_INFO,
-    GgmlType,
-    nbytes,
-    row_size,
-)
+from protocol.ggml.types import TYPE_INFO, GgmlType, nbytes, row_size
 
 _SERVER = "ggml-rpc.cpp rpc_server::"
 _NO_HANDLE = 0xDEAD_BEEF_0000

@@ -8,15 +8,7 @@ import numpy as np
 
 from conformance.cases.groups import GRAPHS
 from conformance.suite import Context
-from conformance.suite.arrays import (
-    PLAIN_TYPES,
-    PRODUCT_BOUND,
-    Bench,
-    close,
-    same,
-    values,
-    weights,
-)
+from conformance.suite.arrays import PLAIN_TYPES, PRODUCT_BOUND, Bench, close, same, values, weights
 from protocol.ggml.types import GgmlType
 
 F32, F16 = GgmlType.F32, GgmlType.F16

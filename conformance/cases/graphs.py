@@ -10,12 +10,7 @@ import numpy as np
 from client.builder.graph import Graph
 from conformance.cases.groups import GRAPHS
 from conformance.suite import Context
-from conformance.suite.arrays import (
-    Bench,
-    close,
-    same,
-    values,
-)
+from conformance.suite.arrays import Bench, close, same, values
 from protocol.ggml.ops import TensorFlag
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph

@@ -7,13 +7,7 @@ from __future__ import annotations
 
 from conformance.cases.groups import PROPERTIES
 from conformance.properties.findings import explore
-from conformance.properties.properties import (
-    DAMAGE,
-    GRAPHS,
-    SESSIONS,
-    Property,
-    PropertyTarget,
-)
+from conformance.properties.properties import DAMAGE, GRAPHS, SESSIONS, Property, PropertyTarget
 from conformance.suite import Context
 
 _EXAMPLES = {SESSIONS.name: 100, GRAPHS.name: 20, DAMAGE.name: 40}

@@ -15,11 +15,7 @@ from conformance.suite import Closed, Context, Peer
 from conformance.suite.arrays import PRODUCT_BOUND, Array, Bench, close, same, values
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
-from protocol.split import (
-    MAX_PROGRAMS,
-    ProgramStep,
-    encode_program,
-)
+from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
 from protocol.tensor import Tensor
 
 F32 = GgmlType.F32

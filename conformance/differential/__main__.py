@@ -22,12 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance.arguments import command_line, endpoint
-from conformance.differential.campaign import (
-    PROFILES,
-    DifferentialCampaign,
-    Servers,
-    select,
-)
+from conformance.differential.campaign import PROFILES, DifferentialCampaign, Servers, select
 from conformance.differential.case import GraphCase
 from conformance.differential.endpoint import ServerUnavailable
 from conformance.differential.explore import Judge, Mismatch

@@ -14,12 +14,7 @@ from pathlib import Path
 import conformance.differential.families  # noqa: F401  (fills the table)
 from conformance.differential.case import GraphCase
 from conformance.differential.endpoint import Endpoint
-from conformance.differential.explore import (
-    Difference,
-    FamilyTally,
-    Judge,
-    Mismatch,
-)
+from conformance.differential.explore import Difference, FamilyTally, Judge, Mismatch
 from conformance.differential.sketch import FAMILIES, label
 
 # Share of a family's examples that a profile draws.

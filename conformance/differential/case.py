@@ -12,12 +12,7 @@ from client.builder.graph import Graph, GraphBuilder
 from client.tensors import dims, encode_params
 from conformance.differential.compare import Check, Equality
 from conformance.differential.values import Fill, ValueKind
-from protocol.ggml.ops import (
-    VIEWS,
-    GluOp,
-    Op,
-    UnaryOp,
-)
+from protocol.ggml.ops import VIEWS, GluOp, Op, UnaryOp
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, padded_sources
 

@@ -27,14 +27,7 @@ from protocol.codec import Message
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError
-from protocol.requests import (
-    Hello,
-    Limits,
-    RequestReader,
-    UploadChunk,
-    UploadEnd,
-    UploadStart,
-)
+from protocol.requests import Hello, Limits, RequestReader, UploadChunk, UploadEnd, UploadStart
 from protocol.requests import Request as RequestEvent
 from protocol.responses import ResponseReader
 

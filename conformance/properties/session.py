@@ -14,13 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conformance.properties.memory import ModelBuffer, ModelGraph, Range, content
-from conformance.properties.steps import (
-    MAX_BUFFERS,
-    MAX_BYTES,
-    Action,
-    ActionKind,
-    ActionSequence,
-)
+from conformance.properties.steps import MAX_BUFFERS, MAX_BYTES, Action, ActionKind, ActionSequence
 from conformance.suite.context import Context
 from conformance.suite.errors import CaseEnded
 from conformance.suite.peer import Peer

@@ -11,14 +11,7 @@ from conformance.serve.judge import judge
 from conformance.serve.memory import HashStore
 from conformance.serve.program import Ended, run_client
 from conformance.serve.rules import RULES, Notes
-from conformance.serve.scenarios import (
-    Conduct,
-    Scenario,
-    Topic,
-    foreign,
-    plain,
-    scenarios,
-)
+from conformance.serve.scenarios import Conduct, Scenario, Topic, foreign, plain, scenarios
 from conformance.serve.server import PATIENCE, Offered, Script, ScriptedServer, Visit
 from conformance.suite.registry import Case, Group
 from conformance.suite.results import CaseResult, Verdict

@@ -13,13 +13,7 @@ from rich.markup import escape
 from conformance.arguments import add_reports, command_line
 from conformance.reports.files import write_reports
 from conformance.reports.terminal import TerminalReport, make_console
-from conformance.serve.campaign import (
-    Client,
-    ClientCampaign,
-    ClientVersion,
-    NoClient,
-    planned,
-)
+from conformance.serve.campaign import Client, ClientCampaign, ClientVersion, NoClient, planned
 from conformance.serve.scenarios import Scenario, scenarios, select
 from conformance.serve.server import PATIENCE
 from conformance.suite.context import Facts

@@ -25,14 +25,7 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect, Version
 from protocol.errors import ProtocolError
 from protocol.messages import CONN_CAPS_SIZE
-from protocol.requests import (
-    FRAME,
-    Hello,
-    Request,
-    RequestReader,
-    UploadEnd,
-    UploadStart,
-)
+from protocol.requests import FRAME, Hello, Request, RequestReader, UploadEnd, UploadStart
 from protocol.responses import encode_size
 
 Bytes = bytes | bytearray | memoryview

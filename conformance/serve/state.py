@@ -12,12 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conformance.serve.graphs import GraphState, check_graph
-from conformance.serve.memory import (
-    Addresses,
-    Block,
-    HashStore,
-    ServedMemory,
-)
+from conformance.serve.memory import Addresses, Block, HashStore, ServedMemory
 from conformance.serve.rules import Notes
 from conformance.serve.tensors import TensorView, describe, view_of
 from protocol.codec import codec

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.ggml.types import (
-    TYPE_INFO,
-    GgmlType,
-    TypeInfo,
-    nbytes,
-)
+from protocol.ggml.types import TYPE_INFO, GgmlType, TypeInfo, nbytes
 
 _TYPES = {int(type): type for type in GgmlType}
 

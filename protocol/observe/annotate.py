@@ -18,12 +18,7 @@ from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Body, Dialect
 from protocol.errors import ProtocolError
-from protocol.ggml.ops import (
-    GluOp,
-    Op,
-    TensorFlag,
-    UnaryOp,
-)
+from protocol.ggml.ops import GluOp, Op, TensorFlag, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.ggml.types import nbytes as tensor_nbytes
 from protocol.graph_payload import GraphPayload, decode_graph

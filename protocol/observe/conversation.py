@@ -51,12 +51,7 @@ from protocol.observe.events import (
     SkippedBytes,
 )
 from protocol.observe.resync import FrameFinder, finder, guess_dialect
-from protocol.requests import (
-    FRAME,
-    Limits,
-    check_frame,
-    first_frame,
-)
+from protocol.requests import FRAME, Limits, check_frame, first_frame
 from protocol.responses import SIZE
 from protocol.split import caps_version, decode_program, step_sizes, with_split
 

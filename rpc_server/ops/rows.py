@@ -15,11 +15,7 @@ from rpc_server.ops import checks
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.checks import F32_ONLY, I32_ONLY
 from rpc_server.ops.table import contract, reference, refuse, require, source
-from rpc_server.types import (
-    ENCODABLE,
-    from_f32,
-    to_f32,
-)
+from rpc_server.types import ENCODABLE, from_f32, to_f32
 
 _INDICES = frozenset({GgmlType.I32, GgmlType.I64})
 

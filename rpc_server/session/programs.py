@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
 from protocol.split import MAX_PROGRAMS, ProgramPayload
-from rpc_server.devices.base import (
-    BufferLike,
-    Plan,
-    Queue,
-)
+from rpc_server.devices.base import BufferLike, Plan, Queue
 from rpc_server.session.buffers import Buffers
 from rpc_server.session.graph_memory import Share
 from rpc_server.session.mapped import redirect

@@ -20,10 +20,7 @@ from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
 from protocol.errors import ProtocolError, TooLargeError
 from protocol.messages import MAX_NAME
-from protocol.requests import (
-    Hello,
-    RequestReader,
-)
+from protocol.requests import Hello, RequestReader
 from protocol.responses import encode_answer, encode_size
 from rpc_server.devices.base import Device, DeviceError, Plan, Queue, Upload
 from rpc_server.devices.cpu.kernels.interface.stream import (

@@ -28,13 +28,7 @@ from rpc_server.options import NO_PREPARE_VARIABLE
 from tools.arguments import command_line, numbers
 from tools.bench import llama, micro, picture, report, slots
 from tools.bench.machine import describe_machine, describe_versions
-from tools.bench.results import (
-    OURS,
-    SERVERS,
-    BenchResult,
-    ResultTable,
-    Sample,
-)
+from tools.bench.results import OURS, SERVERS, BenchResult, ResultTable, Sample
 from tools.bench.servers import serving
 from tools.serving.processes import ProgramError
 

@@ -12,12 +12,7 @@ from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
 from tools.bench.report import number
-from tools.bench.results import (
-    OURS,
-    UPSTREAM,
-    BenchResult,
-    Figure,
-)
+from tools.bench.results import OURS, UPSTREAM, BenchResult, Figure
 
 _LABEL, _PLOT, _VALUE = 250, 380, 90
 _WIDTH = _LABEL + _PLOT + _VALUE

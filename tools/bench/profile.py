@@ -27,12 +27,7 @@ from rpc_server.graph.table import Ints
 from tools.arguments import command_line
 from tools.bench import llama
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    HOST,
-    Process,
-    ProgramError,
-    listens,
-)
+from tools.serving.processes import HOST, Process, ProgramError, listens
 
 # Microseconds a token below which the clocks tell nothing.
 _TELLING = 20.0

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from tools.bench.results import (
-    OURS,
-    UPSTREAM,
-    BenchResult,
-    Figure,
-    ResultTable,
-)
+from tools.bench.results import OURS, UPSTREAM, BenchResult, Figure, ResultTable
 
 _HEADER = ("figure", OURS, UPSTREAM, "ratio", "min..max", "better")
 

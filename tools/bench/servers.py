@@ -11,12 +11,7 @@ from protocol.commands import Command
 from rpc_server.options import NO_PREPARE_VARIABLE
 from tools.bench.results import OURS, Sample
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    Process,
-    ProgramError,
-    own_command,
-    upstream_command,
-)
+from tools.serving.processes import Process, ProgramError, own_command, upstream_command
 from tools.wire import ClosedError, Wire
 
 _START_SECONDS = 60.0

@@ -36,12 +36,7 @@ from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.servers import answers
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    Process,
-    ProgramError,
-    own_command,
-    upstream_command,
-)
+from tools.serving.processes import Process, ProgramError, own_command, upstream_command
 
 _START_SECONDS = 60.0
 _HOST = "127.0.0.1"

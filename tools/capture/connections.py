@@ -13,12 +13,7 @@ from typing import Protocol
 
 from protocol.dialects import Dialect
 from protocol.errors import ProtocolError
-from protocol.observe.conversation import (
-    Conversation,
-    Event,
-    ObservedMessage,
-    Side,
-)
+from protocol.observe.conversation import Conversation, Event, ObservedMessage, Side
 from protocol.observe.resync import guess_dialect
 from protocol.requests import FRAME, first_frame
 from tools.capture.files import Frame

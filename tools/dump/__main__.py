@@ -14,12 +14,7 @@ from tools.capture.errors import CaptureError, MissingToolError
 from tools.dump.options import filters_of, parse
 
 try:
-    from tools.capture.connections import (
-        CapturedConnection,
-        Connections,
-        Listener,
-        ReadOptions,
-    )
+    from tools.capture.connections import CapturedConnection, Connections, Listener, ReadOptions
     from tools.capture.files import Capture, Frame, open_file
     from tools.dump.extract import Extractor
     from tools.dump.graphs import GraphFinder

@@ -9,12 +9,7 @@ from collections.abc import Iterator
 from protocol.dialects import Dialect
 from protocol.ggml.ops import VIEWS
 from protocol.graph_payload import GraphPayload
-from protocol.observe.annotate import (
-    GraphTensor,
-    graph_lines,
-    graph_tensors,
-    shape_text,
-)
+from protocol.observe.annotate import GraphTensor, graph_lines, graph_tensors, shape_text
 from protocol.observe.conversation import Event, ObservedMessage
 from protocol.split import ProgramPayload
 from tools.capture.connections import CapturedConnection

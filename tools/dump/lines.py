@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from protocol.graph_payload import GraphPayload
-from protocol.observe.annotate import (
-    annotate,
-    describe,
-    graph_lines,
-    tree,
-)
+from protocol.observe.annotate import annotate, describe, graph_lines, tree
 from protocol.observe.conversation import (
     Event,
     Failure,

@@ -8,18 +8,8 @@ from typing import Any
 from protocol.codec import Message
 from protocol.dialects import Dialect
 from protocol.graph_payload import GraphPayload
-from protocol.observe.annotate import (
-    graph_tensors,
-    op_text,
-    text_of,
-    type_text,
-)
-from protocol.observe.conversation import (
-    Event,
-    Failure,
-    MessageKind,
-    ObservedMessage,
-)
+from protocol.observe.annotate import graph_tensors, op_text, text_of, type_text
+from protocol.observe.conversation import Event, Failure, MessageKind, ObservedMessage
 from protocol.split import ProgramPayload
 from tools.capture.connections import CapturedConnection
 from tools.dump.filters import Filters

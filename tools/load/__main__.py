@@ -33,18 +33,8 @@ from pathlib import Path
 
 from client.connection import connect_any
 from tools.arguments import command_line, endpoint
-from tools.load.clients import (
-    KINDS,
-    Address,
-    LoadTally,
-    kinds,
-)
-from tools.serving.processes import (
-    HOST,
-    Process,
-    ProgramError,
-    own_command,
-)
+from tools.load.clients import KINDS, Address, LoadTally, kinds
+from tools.serving.processes import HOST, Process, ProgramError, own_command
 
 # Clients' memory, by which what is used is known exactly.
 _LIMIT_MIB = 4096

@@ -8,13 +8,7 @@ from dataclasses import dataclass, field
 
 from protocol.commands import Command
 from protocol.observe.conversation import Conversation
-from protocol.observe.events import (
-    Event,
-    Failure,
-    MessageKind,
-    ObservedMessage,
-    Side,
-)
+from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, Side
 from tools.record.frames import Address
 
 # The logits: each row of them is what one token is chosen by.

@@ -14,13 +14,7 @@ from protocol.dialects import Answer, Version
 from protocol.negotiation import retry_pause
 from protocol.observe.annotate import describe
 from protocol.observe.conversation import dialect_of_version
-from protocol.observe.events import (
-    Event,
-    Failure,
-    MessageKind,
-    ObservedMessage,
-    SkippedBytes,
-)
+from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, SkippedBytes
 from protocol.split import ProgramPayload, caps_version
 from tools.capture.connections import CapturedConnection, Connections, ReadOptions
 from tools.capture.files import read_capture

@@ -13,12 +13,7 @@ from construct import Array, Bytes, FormatField, Int8ul, Int64ul, Padded, Struct
 from protocol import messages, split
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, compatible_dialects
-from protocol.ggml.ops import (
-    GluOp,
-    Numbering,
-    Op,
-    UnaryOp,
-)
+from protocol.ggml.ops import GluOp, Numbering, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO
 from protocol.messages import MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
 from protocol.numbering import fits

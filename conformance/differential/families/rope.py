@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from client.builder.products import (
-    ROPE_IMROPE,
-    ROPE_MROPE,
-    ROPE_NEOX,
-    ROPE_NORMAL,
-    ROPE_VISION,
-)
+from client.builder.products import ROPE_IMROPE, ROPE_MROPE, ROPE_NEOX, ROPE_NORMAL, ROPE_VISION
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op

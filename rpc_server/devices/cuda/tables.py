@@ -10,12 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from protocol.ggml.tables import (
-    E8M0_VALUES,
-    FP4_VALUES,
-    IQ4_VALUES,
-    UE4M3_VALUES,
-)
+from protocol.ggml.tables import E8M0_VALUES, FP4_VALUES, IQ4_VALUES, UE4M3_VALUES
 
 _GRIDS = {
     "IQ2XXS_GRID": "IQ2_XXS",

@@ -10,13 +10,7 @@ from dataclasses import dataclass
 from client.builder.graph import GraphBuilder
 from client.errors import AllocationFailed, ConnectionLost
 from client.model_header import ModelShape
-from client.split.balance import (
-    FILL,
-    Speed,
-    least_seconds,
-    measure,
-    sample_product,
-)
+from client.split.balance import FILL, Speed, least_seconds, measure, sample_product
 from client.split.model_speed import ACTIVATION_FILL, SampleJob, sample_graphs
 from client.tensors import ShapeError
 from protocol.dialects import DIALECTS

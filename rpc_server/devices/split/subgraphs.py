@@ -25,11 +25,7 @@ from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.views import CutView, cut_view
 from rpc_server.devices.split.weights import SplitStorage
-from rpc_server.ops.shards import (
-    Propagated,
-    Shard,
-    Slice,
-)
+from rpc_server.ops.shards import Propagated, Shard, Slice
 from rpc_server.ops.table import OPS, propagate
 
 _PRODUCTS = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})

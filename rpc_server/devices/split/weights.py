@@ -16,11 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from client.split.partition import (
-    Extent,
-    Rows,
-    partition,
-)
+from client.split.partition import Extent, Rows, partition
 from protocol.ggml.hashing import FNV_OFFSET
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from rpc_server.session.handlers import (
-    buffers,
-    graphs,
-    split,
-    tensors,
-)
+from rpc_server.session.handlers import buffers, graphs, split, tensors
 from rpc_server.session.handlers.base import Handler
 
 HANDLERS: dict[int, Handler] = {

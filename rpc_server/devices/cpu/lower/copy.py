@@ -5,21 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import (
-    CACHE_TYPES,
-    DECODABLE,
-    FLOATS,
-    GgmlType,
-    row_size,
-)
+from protocol.ggml.types import CACHE_TYPES, DECODABLE, FLOATS, GgmlType, row_size
 from protocol.tensor import Tensor
-from rpc_server.devices.cpu.catalog import (
-    convert_kernel,
-    copy_same_type,
-    copy_strided,
-    pad,
-    repeat,
-)
+from rpc_server.devices.cpu.catalog import convert_kernel, copy_same_type, copy_strided, pad, repeat
 from rpc_server.devices.cpu.planner import Planner, lowers
 
 _SCALARS = FLOATS | {GgmlType.I32}

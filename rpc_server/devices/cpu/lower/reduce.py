@@ -5,14 +5,7 @@ from __future__ import annotations
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.devices.cpu.catalog import (
-    argmax,
-    argsort,
-    cumulative_sum,
-    sum_all,
-    sum_rows,
-    top_k,
-)
+from rpc_server.devices.cpu.catalog import argmax, argsort, cumulative_sum, sum_all, sum_rows, top_k
 from rpc_server.devices.cpu.kernels.interface.codes import TOP_K_INSERT
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers

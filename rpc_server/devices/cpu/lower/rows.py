@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 from protocol.ggml.ops import Op
-from protocol.ggml.types import (
-    CACHE_TYPES,
-    DECODABLE,
-    FLOATS,
-    GgmlType,
-)
+from protocol.ggml.types import CACHE_TYPES, DECODABLE, FLOATS, GgmlType
 from protocol.tensor import Tensor
-from rpc_server.devices.cpu.catalog import (
-    add_id,
-    get_rows_kernel,
-    set_rows_kernel,
-)
+from rpc_server.devices.cpu.catalog import add_id, get_rows_kernel, set_rows_kernel
 from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
 

@@ -8,11 +8,7 @@ from protocol.dialects import Dialect
 from protocol.split import ProgramPayload
 from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
-from rpc_server.devices.cpu.streaming.transfer import (
-    Receive,
-    Send,
-    Transfer,
-)
+from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, check_order, parse_tensors, tensor_with_id
 
