@@ -323,6 +323,7 @@ def _axes_transposed(t: Tensor, n: int) -> list[Axis]:
     ]
 
 
+@contract(Op.CONV_TRANSPOSE_1D, Op.CONV_TRANSPOSE_2D)
 def _transposed_contract(t: Tensor) -> None:
     """src0 (width, [height,] results, channels), src1 (width, [height,] channels, pictures).
 
@@ -338,6 +339,7 @@ def _transposed_contract(t: Tensor) -> None:
     checks.shape(t, (*samples[::-1], kernel.ne[n], x.ne[n + 1], 1)[:4], "the result")
 
 
+@reference(Op.CONV_TRANSPOSE_1D, Op.CONV_TRANSPOSE_2D)
 def _transposed(ctx: ArrayContext, t: Tensor) -> None:
     n = 1 if t.op is Op.CONV_TRANSPOSE_1D else 2
     kernel, x = ctx.f32(source(t, 0)), _inputs(ctx, source(t, 0), source(t, 1))
@@ -352,8 +354,3 @@ def _transposed(ctx: ArrayContext, t: Tensor) -> None:
         return (weights[tap] @ inputs).reshape(x.shape[0], kernel.shape[1], *x.shape[2:])
 
     scatter(columns, _axes_transposed(t, n), target)
-
-
-for _op in (Op.CONV_TRANSPOSE_1D, Op.CONV_TRANSPOSE_2D):
-    contract(_op)(_transposed_contract)
-    reference(_op)(_transposed)

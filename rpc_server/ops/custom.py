@@ -7,9 +7,6 @@ from protocol.tensor import Tensor
 from rpc_server.ops.table import contract, refuse
 
 
+@contract(Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM)
 def _no_function_here(t: Tensor) -> None:
     refuse("its op_params are a function pointer of the client's process, which can't run here")
-
-
-for _op in (Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM):
-    contract(_op)(_no_function_here)

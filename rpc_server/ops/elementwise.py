@@ -218,13 +218,10 @@ def _xielu(xp: ModuleType, x: Any, t: Tensor) -> Any:
 # -- functions with parameters ---------------------------------------------------------------------
 
 
+@contract(Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, shard_rule=elementwise_shard)
 def _same_type_contract(t: Tensor) -> None:
     checks.result(t, FLOATS)
     checks.shape(checks.source(t, 0, {t.type}), t.ne, "source 0")
-
-
-for _op in (Op.SCALE, Op.CLAMP, Op.LEAKY_RELU):
-    contract(_op, shard_rule=elementwise_shard)(_same_type_contract)
 
 
 @reference(Op.SCALE)

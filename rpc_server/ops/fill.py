@@ -148,6 +148,7 @@ def _tri(ctx: ArrayContext, t: Tensor) -> None:
     ctx.view(t)[...] = ctx.xp.where(stays, ctx.f32(source(t, 0)), 0)
 
 
+@contract(Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO)
 def _mask_contract(t: Tensor) -> None:
     _f32_of_same_shape(t)
     require(t.param_i32(0) >= 0, f"n_past is {t.param_i32(0)}")
@@ -159,10 +160,6 @@ def _mask(ctx: ArrayContext, t: Tensor, value: float) -> None:
     distance = xp.arange(t.ne[0]) - xp.arange(t.ne[1])[:, None]
     masked = xp.where(distance > t.param_i32(0), xp.float32(value), ctx.f32(source(t, 0)))
     ctx.view(t)[...] = masked
-
-
-for _op in (Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO):
-    contract(_op)(_mask_contract)
 
 
 @reference(Op.DIAG_MASK_INF)

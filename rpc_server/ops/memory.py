@@ -21,12 +21,9 @@ _ALL = frozenset(GgmlType)
 _PLAIN = frozenset(NATIVE)
 
 
+@contract(*VIEWS, is_view=True)
 def _describes_memory(t: Tensor) -> None:
     """Extents are the parser's to check; what is read through a view, its reader's."""
-
-
-for _op in VIEWS:
-    contract(_op, is_view=True)(_describes_memory)
 
 
 # -- DUP, CONT, CPY --------------------------------------------------------------------------------
@@ -42,24 +39,6 @@ def _convertible(source_type: GgmlType, result_type: GgmlType) -> bool:
     return False
 
 
-def _copy_contract(t: Tensor) -> None:
-    s = source(t, 0)
-    require(_convertible(s.type, t.type), f"no conversion from {s.type.name} to {t.type.name}")
-    require(s.nelements == t.nelements, f"source 0 has {s.nelements} elements")
-    checks.blocks(s, "source 0")
-    checks.distinct(t, "the result")
-
-
-def _copy(ctx: ArrayContext, t: Tensor) -> None:
-    """Elements in memory order of indices: shapes may differ, counts don't."""
-    s = source(t, 0)
-    if s.type is t.type:
-        target = ctx.view(t)
-        target[...] = ctx.view(s).reshape(target.shape)
-    else:
-        ctx.store(t, ctx.f32(s).reshape(t.ne[::-1]))
-
-
 def _copy_shard(node: Tensor, shards: Shards) -> Propagated | None:
     # A copy into another tensor writes memory that is whole here; ggml_cast and ggml_cont don't.
     if node.src[1] is not None or node.view_src is not None:
@@ -71,9 +50,24 @@ def _copy_shard(node: Tensor, shards: Shards) -> Propagated | None:
 
 
 # CPY names its destination as a second source; the node itself is a view of it.
-for _op in (Op.DUP, Op.CONT, Op.CPY):
-    contract(_op, shard_rule=_copy_shard)(_copy_contract)
-    reference(_op)(_copy)
+@contract(Op.DUP, Op.CONT, Op.CPY, shard_rule=_copy_shard)
+def _copy_contract(t: Tensor) -> None:
+    s = source(t, 0)
+    require(_convertible(s.type, t.type), f"no conversion from {s.type.name} to {t.type.name}")
+    require(s.nelements == t.nelements, f"source 0 has {s.nelements} elements")
+    checks.blocks(s, "source 0")
+    checks.distinct(t, "the result")
+
+
+@reference(Op.DUP, Op.CONT, Op.CPY)
+def _copy(ctx: ArrayContext, t: Tensor) -> None:
+    """Elements in memory order of indices: shapes may differ, counts don't."""
+    s = source(t, 0)
+    if s.type is t.type:
+        target = ctx.view(t)
+        target[...] = ctx.view(s).reshape(target.shape)
+    else:
+        ctx.store(t, ctx.f32(s).reshape(t.ne[::-1]))
 
 
 # -- SET, ACC: source 1 goes into a part of the result ---------------------------------------------

@@ -27,13 +27,10 @@ def _require_eps(t: Tensor, word: int) -> None:
     require(t.param_f32(word) >= 0, f"eps is {t.param_f32(word)}")
 
 
+@contract(Op.NORM, Op.RMS_NORM, Op.L2_NORM, shard_rule=shard_by_rows)
 def _norm_contract(t: Tensor) -> None:
     _require_same_shape(t, 1, dense=t.op is Op.RMS_NORM)
     _require_eps(t, 0)
-
-
-for _op in (Op.NORM, Op.RMS_NORM, Op.L2_NORM):
-    contract(_op, shard_rule=shard_by_rows)(_norm_contract)
 
 
 def _mean(xp: ModuleType, x: Any, axes: int | tuple[int, ...]) -> Any:

@@ -180,6 +180,7 @@ _STEPS: dict[Op, tuple[Step, int, int | None]] = {
 }
 
 
+@contract(*_STEPS)
 def _linear_contract(t: Tensor) -> None:
     """Rows of (S, heads, tokens) each; last, states of S * S * heads for each sequence.
 
@@ -206,6 +207,7 @@ def _linear_contract(t: Tensor) -> None:
     checks.shape(t, (size * n_heads, n_tokens + size * n_sequences, 1, 1), "the result")
 
 
+@reference(*_STEPS)
 def _linear(ctx: ArrayContext, t: Tensor) -> None:
     step, n_rows, shared = _STEPS[t.op]
     size, n_heads, n_tokens, _ = source(t, 0).ne
@@ -224,11 +226,6 @@ def _linear(ctx: ArrayContext, t: Tensor) -> None:
         now = [r[:, 0 if i == shared else token] for i, r in enumerate(rows)]
         outputs[:, token] = step(t, state, now)
     result[n_tokens:].reshape(state.values.shape)[...] = state.values
-
-
-for _op in _STEPS:
-    contract(_op)(_linear_contract)
-    reference(_op)(_linear)
 
 
 # -- GATED_DELTA_NET -------------------------------------------------------------------------------

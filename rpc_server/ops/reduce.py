@@ -39,14 +39,11 @@ def _sum(ctx: ArrayContext, t: Tensor) -> None:
     ctx.store(t, ctx.f32(source(t, 0)).sum(dtype=ctx.xp.float64).astype(ctx.xp.float32))
 
 
+@contract(Op.SUM_ROWS, Op.MEAN)
 def _row_sums_contract(t: Tensor) -> None:
     s = _rows_to_reduce(t)
     checks.result(t, F32_ONLY)
     checks.shape(t, (1, *s.ne[1:]), "the result")
-
-
-for _op in (Op.SUM_ROWS, Op.MEAN):
-    contract(_op)(_row_sums_contract)
 
 
 def _row_sums(ctx: ArrayContext, t: Tensor) -> Any:

@@ -56,6 +56,12 @@ class Geometry:
         return cls(t.param_i32(15), pairs, 2 if neighbours else 1, 1 if neighbours else pairs)
 
 
+def _rope_shard(node: Tensor, shards: Shards) -> Propagated | None:
+    # Dimension 2 counts positions.
+    return shard_by_rows(node, shards) if shards[0] is not None and shards[0].dim == 1 else None
+
+
+@contract(Op.ROPE, Op.ROPE_BACK, shard_rule=_rope_shard)
 def _rope_contract(t: Tensor) -> None:
     """src1: positions, of all tokens (dimension 2); src2: a divisor for each pair's angle."""
     n_dims, mode, first, width = t.param_i32(1), t.param_i32(2), t.param_i32(15), t.ne[0]
@@ -159,6 +165,7 @@ def _scaled(xp: ModuleType, t: Tensor, angles: Any) -> tuple[Any, np.float32]:
     return (interpolated + angles * mix).astype(xp.float32), magnitude
 
 
+@reference(Op.ROPE, Op.ROPE_BACK)
 def _rope(ctx: ArrayContext, t: Tensor) -> None:
     xp, g = ctx.xp, Geometry.of(t)
     angles = _angles(ctx, t, g.pairs)
@@ -178,13 +185,3 @@ def _rope(ctx: ArrayContext, t: Tensor) -> None:
     a, b = x[..., one], x[..., other]
     y[..., one], y[..., other] = a * cosines - b * sines, a * sines + b * cosines
     ctx.store(t, y)
-
-
-def _rope_shard(node: Tensor, shards: Shards) -> Propagated | None:
-    # Dimension 2 counts positions.
-    return shard_by_rows(node, shards) if shards[0] is not None and shards[0].dim == 1 else None
-
-
-for _op in (Op.ROPE, Op.ROPE_BACK):
-    contract(_op, shard_rule=_rope_shard)(_rope_contract)
-    reference(_op)(_rope)

@@ -70,6 +70,7 @@ def _windows(t: Tensor, x: Tensor, places: Tensor) -> list[Axis]:
     return axes
 
 
+@contract(Op.POOL_1D, Op.POOL_2D)
 def _pool_contract(t: Tensor) -> None:
     s = checks.source(t, 0, _HALVES)
     checks.distinct(s, "source 0")
@@ -77,10 +78,6 @@ def _pool_contract(t: Tensor) -> None:
     require(t.param_i32(0) in set(Pool), f"no pooling {t.param_i32(0)}")
     n = len(_windows(t, s, t))
     checks.shape(t, (*t.ne[:n], *s.ne[n:]), "the result")
-
-
-for _op in (Op.POOL_1D, Op.POOL_2D):
-    contract(_op)(_pool_contract)
 
 
 def _few_places(axis: Axis) -> bool:

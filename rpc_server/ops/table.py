@@ -68,31 +68,31 @@ OPS: dict[Op, OpSpec] = {}
 
 
 def contract(
-    op: Op,
-    *,
+    *ops: Op,
     is_view: bool = False,
     writes: tuple[int, ...] = (),
     shard_rule: ShardRule | None = None,
 ) -> Callable[[Contract], Contract]:
-    """Register the contract of ``op``, with what else its row says (see :class:`OpSpec`)."""
+    """Register the contract of ``ops``, with what else their rows say (see :class:`OpSpec`)."""
 
     def register(function: Contract) -> Contract:
-        if op in OPS:
-            raise RuntimeError(f"two contracts for {op}")
-        OPS[op] = OpSpec(op, function, None, is_view, writes, shard_rule)
+        for op in ops:
+            if op in OPS:
+                raise RuntimeError(f"two contracts for {op}")
+            OPS[op] = OpSpec(op, function, None, is_view, writes, shard_rule)
         return function
 
     return register
 
 
-def reference(op: Op) -> Callable[[Reference], Reference]:
-    """Register the array implementation of ``op`` (after its contract)."""
+def reference(*ops: Op) -> Callable[[Reference], Reference]:
+    """Register the array implementation of ``ops`` (after their contract)."""
 
     def register(function: Reference) -> Reference:
-        spec = OPS[op]
-        if spec.reference is not None:
-            raise RuntimeError(f"two references for {op}")
-        spec.reference = function
+        for op in ops:
+            if OPS[op].reference is not None:
+                raise RuntimeError(f"two references for {op}")
+            OPS[op].reference = function
         return function
 
     return register

@@ -167,19 +167,8 @@ class _Recorder(Planner):
         self._filling = [(address, address + aligned)]
         return address, True
 
-    def emit(
-        self,
-        kernel: Kernel,
-        t: Tensor,
-        *,
-        extra: Sequence[int] = (),
-        slots: Sequence[Tensor | None] | None = None,
-        work: int | None = None,
-        products: int = 0,
-        parts: int | None = None,
-    ) -> None:
-        """As of Planner."""
-        super().emit(kernel, t, extra=extra, slots=slots, work=work, products=products, parts=parts)
+    def _add(self, record: Emitted) -> None:
+        super()._add(record)
         self.filling.append(self._fills)
         self._fills = -1
 

@@ -18,6 +18,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import CONVERTERS, Kernel
 from rpc_server.devices.cpu.kernels.interface.layout import RowForm, row_bytes
 from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, Span
+from rpc_server.devices.planning.nodes import registers
 from rpc_server.devices.planning.records import record_words
 from rpc_server.devices.planning.scratch import Arena, Labelled, ScratchPlanner
 
@@ -28,16 +29,9 @@ Lowering = Callable[[Tensor, "Planner"], bool]
 LOWERINGS: dict[Op, Lowering] = {}
 
 
-def lowers(op: Op) -> Callable[[Lowering], Lowering]:
-    """Register the lowering of ``op``: returns False where it has no kernel for a node."""
-
-    def register(function: Lowering) -> Lowering:
-        if op in LOWERINGS:
-            raise RuntimeError(f"two lowerings for {op}")
-        LOWERINGS[op] = function
-        return function
-
-    return register
+def lowers(*ops: Op) -> Callable[[Lowering], Lowering]:
+    """Register the lowering of ``ops``: returns False where it has no kernel for a node."""
+    return registers(LOWERINGS, ops)
 
 
 class PlanItem(Labelled, Protocol):
@@ -150,12 +144,13 @@ class Planner(ScratchPlanner):
         if parts:
             work = max(work, SERIAL_BELOW)
         writes += [*self._filling, *self._local]
-        self.records.append(
-            Emitted(kernel, words, self._node, reads, writes, work, self._private, parts)
-        )
+        self._add(Emitted(kernel, words, self._node, reads, writes, work, self._private, parts))
         # Whatever the node does next reads what this record has filled.
         self._reading = self._reading + self._filling
         self._filling = []
+
+    def _add(self, record: Emitted) -> None:
+        self.records.append(record)
 
     def parts(self, work: int, products: int) -> int:
         """Return how many parts to cut so much work into; 0 if it is not much."""

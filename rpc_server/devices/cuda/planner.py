@@ -16,6 +16,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel
+from rpc_server.devices.planning.nodes import registers
 from rpc_server.devices.planning.records import record_words
 from rpc_server.devices.planning.scratch import Labelled, ScratchPlanner
 from rpc_server.ops.table import OPS, ContractError, check
@@ -35,20 +36,9 @@ SCRATCH_LIMIT = 1 << 40
 Grid = tuple[int, int, int]
 
 
-def _into(table: dict[Op, Lowering], ops: Sequence[Op]) -> Callable[[Lowering], Lowering]:
-    def register(function: Lowering) -> Lowering:
-        for op in ops:
-            if op in table:
-                raise RuntimeError(f"two lowerings for {op}")
-            table[op] = function
-        return function
-
-    return register
-
-
 def lowers(*ops: Op) -> Callable[[Lowering], Lowering]:
     """Register the lowering of ``ops``: returns False where it has no kernel for a node."""
-    return _into(LOWERINGS, ops)
+    return registers(LOWERINGS, ops)
 
 
 def fuses(*ops: Op) -> Callable[[Lowering], Lowering]:
@@ -57,7 +47,7 @@ def fuses(*ops: Op) -> Callable[[Lowering], Lowering]:
     It returns False, without a launch, where what follows isn't what it is made for, and tells the
     planner with :meth:`CudaPlanner.absorb` which nodes it has done besides.
     """
-    return _into(FUSIONS, ops)
+    return registers(FUSIONS, ops)
 
 
 def lower_to_launches(node: Tensor, planner: CudaPlanner) -> bool:

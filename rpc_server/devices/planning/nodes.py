@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.ops.table import ContractError, OpSpec, check
 
 R = TypeVar("R")
+Lowering = TypeVar("Lowering", bound=Callable[..., bool])
 
 PlanAction = Callable[[], None]
+
+
+def registers(table: dict[Op, Lowering], ops: Sequence[Op]) -> Callable[[Lowering], Lowering]:
+    """Return what enters a function in ``table`` as the only lowering of ``ops``."""
+
+    def register(function: Lowering) -> Lowering:
+        for op in ops:
+            if op in table:
+                raise RuntimeError(f"two lowerings for {op}")
+            table[op] = function
+        return function
+
+    return register
 
 
 class NodePlanner(Protocol):

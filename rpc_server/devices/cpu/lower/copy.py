@@ -45,14 +45,11 @@ def copy_elements(t: Tensor, source: Tensor, planner: Planner) -> bool:
     return True
 
 
+@lowers(Op.CPY, Op.CONT, Op.DUP)
 def _lower_copy(t: Tensor, planner: Planner) -> bool:
     source = t.src[0]
     assert source is not None
     return copy_elements(t, source, planner)
-
-
-for _op in (Op.CPY, Op.CONT, Op.DUP):
-    lowers(_op)(_lower_copy)
 
 
 @lowers(Op.CONCAT)

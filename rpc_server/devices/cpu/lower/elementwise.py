@@ -79,6 +79,7 @@ for _function in Function:
     lowers(Op[_function.name])(_lower_trigonometric if _trigonometric else _lower_own_function)
 
 
+@lowers(*BINARY_CODES)
 def _lower_binary(t: Tensor, planner: Planner) -> bool:
     x, y = t.src[0], t.src[1]
     assert x is not None
@@ -97,10 +98,6 @@ def _lower_binary(t: Tensor, planner: Planner) -> bool:
         rows, width = rows_and_width(t, x, *(() if y.nelements == 1 else (y,)))
     planner.emit(binary_kernel(BINARY_CODES[t.op], all_f32(t, x, y)), t, extra=(rows, width, form))
     return True
-
-
-for _op in BINARY_CODES:
-    lowers(_op)(_lower_binary)
 
 
 @lowers(Op.GLU)

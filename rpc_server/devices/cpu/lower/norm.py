@@ -15,15 +15,12 @@ def f32_rows(*tensors: Tensor | None) -> bool:
     return all(t is not None and t.type is GgmlType.F32 and t.contiguous_rows for t in tensors)
 
 
+@lowers(Op.RMS_NORM, Op.NORM, Op.L2_NORM)
 def _lower_norm(t: Tensor, planner: Planner) -> bool:
     if not f32_rows(t, t.src[0]):
         return False
     planner.emit(norm_kernel(int(Norm[t.op.name])), t)
     return True
-
-
-for _op in (Op.RMS_NORM, Op.NORM, Op.L2_NORM):
-    lowers(_op)(_lower_norm)
 
 
 @lowers(Op.GROUP_NORM)

@@ -11,15 +11,12 @@ from rpc_server.devices.cpu.lower.norm import f32_rows
 from rpc_server.devices.cpu.planner import Planner, lowers
 
 
+@lowers(Op.SUM_ROWS, Op.MEAN)
 def _lower_row_sums(t: Tensor, planner: Planner) -> bool:
     if not f32_rows(t, t.src[0]):
         return False
     planner.emit(sum_rows, t, extra=(int(t.op is Op.MEAN),))
     return True
-
-
-for _op in (Op.SUM_ROWS, Op.MEAN):
-    lowers(_op)(_lower_row_sums)
 
 
 @lowers(Op.SUM)

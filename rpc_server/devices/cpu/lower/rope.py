@@ -74,6 +74,7 @@ def _table(t: Tensor, planner: Planner, pairs: int) -> int:
     return address
 
 
+@lowers(Op.ROPE, Op.ROPE_BACK)
 def _lower_rope(t: Tensor, planner: Planner) -> bool:
     source, mode, n_dims, first = t.src[0], t.param_i32(2), t.param_i32(1), t.param_i32(15)
     assert source is not None
@@ -89,7 +90,3 @@ def _lower_rope(t: Tensor, planner: Planner) -> bool:
     table = _table(t, planner, pairs)
     planner.emit(rope_kernel(mode == MODE_NORMAL), t, extra=(table, pairs, first, distance))
     return True
-
-
-for _op in (Op.ROPE, Op.ROPE_BACK):
-    lowers(_op)(_lower_rope)

@@ -25,12 +25,9 @@ def lower_soft_max(t: Tensor, planner: Planner) -> bool:
     return True
 
 
+@lowers(Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO)
 def _lower_diagonal_mask(t: Tensor, planner: Planner) -> bool:
     if not f32_rows(t, t.src[0]):
         return False
     planner.emit(diagonal_mask, t, extra=(int(t.op is Op.DIAG_MASK_INF),))
     return True
-
-
-for _op in (Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO):
-    lowers(_op)(_lower_diagonal_mask)
