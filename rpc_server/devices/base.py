@@ -219,11 +219,7 @@ class Queue(Protocol):
     """
 
     def prepare(
-        self,
-        payload: GraphPayload,
-        dialect: Dialect,
-        resolve: Resolve,
-        stop: StopWord | None = None,
+        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve, stop: StopWord | None
     ) -> Plan:
         """Parse, validate and plan a graph of ``dialect``.
 

@@ -143,7 +143,7 @@ def test_planning_keeps_nobody_from_the_device(
     known = planned(short, total())
     monkeypatch.setattr("rpc_server.devices.cpu.device.parse_graph", slow)
     payload = GraphPayload(0, np.zeros(0, np.uint64), np.zeros(0))  # type: ignore[arg-type]
-    planning = long.submit(lambda: long.prepare(payload, DIALECTS[0], lambda _: None))
+    planning = long.submit(lambda: long.prepare(payload, DIALECTS[0], lambda _: None, None))
     assert began.wait(_PATIENCE)
     short.submit(known.run).result(_PATIENCE)
     planned(short, total())

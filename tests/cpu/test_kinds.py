@@ -7,7 +7,7 @@ fresh one, and node by node, each lowered at its own addresses. All words have t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from rpc_server.devices.cpu.assembly import RecordTable
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kinds import CpuKind, KindMaker
-from rpc_server.devices.cpu.plan import CpuPlanBuilder, TimeSlices, is_long
+from rpc_server.devices.cpu.plan import CpuPlanBuilder, StepContext, is_long
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.planning import kinds
@@ -69,16 +69,9 @@ class _Builder(CpuPlanBuilder):
     def _addresses(self, users: Iterable[Kernel], wait: bool) -> dict[Kernel, int]:
         return dict.fromkeys(users, 0)
 
-    def _program_step(
-        self,
-        records: RecordTable,
-        addresses: Mapping[Kernel, int],
-        slices: TimeSlices,
-        label: Callable[[int], str],
-        stop: Ints,
-    ) -> Callable[[], None]:
+    def _program_step(self, records: RecordTable, common: StepContext) -> Callable[[], None]:
         self.runs.append(records)
-        return super()._program_step(records, addresses, slices, label, stop)
+        return super()._program_step(records, common)
 
     def planned(self, graph: LinkedGraph) -> tuple[list[RecordTable], int]:
         """The runs of records, and bytes of scratch."""

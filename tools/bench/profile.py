@@ -14,16 +14,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rpc_server import __main__ as server
 from rpc_server.devices.cpu.assembly import RecordTable
-from rpc_server.devices.cpu.catalog import Kernel
-from rpc_server.devices.cpu.plan import CpuPlanBuilder, TimeSlices
-from rpc_server.graph.table import Ints
+from rpc_server.devices.cpu.plan import CpuPlanBuilder, StepContext
 from tools.arguments import command_line
 from tools.bench import llama
 from tools.serving.ports import free_port
@@ -54,19 +52,12 @@ class Profiler:
         self.n_records = 0
 
     def program_step(
-        self,
-        builder: CpuPlanBuilder,
-        records: RecordTable,
-        addresses: Mapping[Kernel, int],
-        slices: TimeSlices,
-        label: Callable[[int], str],
-        stop: Ints,
+        self, builder: CpuPlanBuilder, records: RecordTable, common: StepContext
     ) -> Callable[[], None]:
         """Return a step that runs its records in one call, and every other time one by one."""
-        given = (addresses, slices, label, stop)
-        whole = _ORIGINAL(builder, records, *given)
+        whole = _ORIGINAL(builder, records, common)
         parts = [records.part(i, i + 1) for i in range(len(records))]
-        single = [_ORIGINAL(builder, part, *given) for part in parts]
+        single = [_ORIGINAL(builder, part, common) for part in parts]
         runs = 0
 
         def run() -> None:

@@ -158,11 +158,7 @@ class CpuQueue:
         return self._share
 
     def prepare(
-        self,
-        payload: GraphPayload,
-        dialect: Dialect,
-        resolve: Resolve,
-        stop: StopWord | None = None,
+        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve, stop: StopWord | None
     ) -> CpuPlan:
         """Do what Queue says."""
         return self.plan_here(payload, dialect, resolve, wait=False, stop=stop)

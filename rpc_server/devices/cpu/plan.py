@@ -138,6 +138,16 @@ class PlanNeeds:
     interpreted: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """The things that a plan's programs have in common; ``label`` names what is at a position."""
+
+    addresses: Mapping[Kernel, int]
+    slices: TimeSlices
+    label: Callable[[int], str]
+    stop: Ints
+
+
 class CpuPlan:
     """Steps that run a graph from end to end, in ``slices``.
 
@@ -457,6 +467,7 @@ class CpuPlanBuilder:
         (references,) = np.nonzero(by_reference)
         cuts = np.searchsorted(records.positions, references).tolist()
         slices = TimeSlices(self._share)
+        common = StepContext(addresses, slices, positions.label, stop)
         context = ArrayContext(slices.look)
         steps: list[Callable[[], None]] = []
         needs = PlanNeeds(
@@ -467,8 +478,7 @@ class CpuPlanBuilder:
 
         def program(start: int, end: int) -> None:
             if end > start:
-                run = records.part(start, end)
-                steps.append(self._program_step(run, addresses, slices, positions.label, stop))
+                steps.append(self._program_step(records.part(start, end), common))
 
         start = 0
         for position, cut in zip(references.tolist(), cuts, strict=True):
@@ -485,24 +495,17 @@ class CpuPlanBuilder:
         needs.scratch = max(needs.touches, copies)
         return CpuPlan(dialect, steps, self._scratch, slices, needs)
 
-    def _program_step(
-        self,
-        records: RecordTable,
-        addresses: Mapping[Kernel, int],
-        slices: TimeSlices,
-        label: Callable[[int], str],
-        stop: Ints,
-    ) -> Callable[[], None]:
-        """``label`` names what is at a position."""
+    def _program_step(self, records: RecordTable, common: StepContext) -> Callable[[], None]:
         executor = self._executor
         assert executor is not None
-        steps = schedule(_alone(records), records.first, records.spans, stop)
+        steps = schedule(_alone(records), records.first, records.spans, common.stop)
         # Any thread may have done a part: they have to meet.
         steps[records.parts > 0] |= int(StepFlag.BARRIER_AFTER)
-        kernels = np.array([addresses[k] for k in records.kernels], np.int64)[records.numbers]
+        addresses = [common.addresses[k] for k in records.kernels]
+        kernels = np.array(addresses, np.int64)[records.numbers]
         program = RecordProgram(kernels, records.words, steps, records.parts)
         # Not the spans: a plan is kept, and they are only for the schedule.
-        numbers = records.positions
+        numbers, slices, label = records.positions, common.slices, common.label
 
         def run() -> None:
             position = Position()

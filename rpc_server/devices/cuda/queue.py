@@ -41,11 +41,7 @@ class CudaQueue:
         return self._resources.stream
 
     def prepare(
-        self,
-        payload: GraphPayload,
-        dialect: Dialect,
-        resolve: Resolve,
-        stop: StopWord | None = None,
+        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve, stop: StopWord | None
     ) -> CudaPlan:
         """Do what Queue says."""
         storages: dict[int, CudaStorage] = {}

@@ -192,11 +192,7 @@ class SplitQueue:
         self._cpu = cpu
 
     def prepare(
-        self,
-        payload: GraphPayload,
-        dialect: Dialect,
-        resolve: Resolve,
-        stop: StopWord | None = None,
+        self, payload: GraphPayload, dialect: Dialect, resolve: Resolve, stop: StopWord | None
     ) -> SplitPlan:
         """Do what Queue says, but for ``stop``: looking for what is split is not interrupted."""
         storages: dict[int, SplitStorage] = {}
