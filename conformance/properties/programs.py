@@ -15,6 +15,7 @@ same bits is written over, since it can't be read back: of anything else a copy 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -163,25 +164,17 @@ def _op(makes: Makes) -> Makes:
     return makes
 
 
-@_op
-def _add(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.rows(p.small(a))
-    b = p.repeatable(a, w)
-    p.add(p.g.add(a, b), p.peak(a) + p.peak(b))
+def _binary(name: str, bound: Callable[[float, float], float]) -> None:
+    @_op
+    def makes(p: GraphProgram, a: Tensor, w: Word) -> None:
+        a = p.rows(p.small(a))
+        b = p.repeatable(a, w)
+        p.add(getattr(p.g, name)(a, b), bound(p.peak(a), p.peak(b)))
 
 
-@_op
-def _mul(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.rows(p.small(a))
-    b = p.repeatable(a, w)
-    p.add(p.g.mul(a, b), p.peak(a) * p.peak(b))
-
-
-@_op
-def _sub(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.rows(p.small(a))
-    b = p.repeatable(a, w)
-    p.add(p.g.sub(a, b), p.peak(a) + p.peak(b))
+_binary("add", operator.add)
+_binary("mul", operator.mul)
+_binary("sub", operator.add)
 
 
 @_op

@@ -172,6 +172,11 @@ class Attacker:
         wire = AttackWire(port or self.where.port, hello=hello, timeout=max(1.0, self.seconds))
         return self._held.enter_context(wire)
 
+    def buffer(self, size: int) -> tuple[AttackWire, int, int]:
+        """Connect and allocate; the connection, and the buffer's handle and address."""
+        wire = self.connect()
+        return (wire, *wire.alloc(size))
+
     def coordinate(self) -> AttackWire:
         """Connect, speaking the split extension."""
         wire = AttackWire(self.where.port, SPLIT, hello=False, timeout=max(1.0, self.seconds))

@@ -11,18 +11,11 @@ from conformance.differential.compare import PRODUCT_NMSE, Check
 from conformance.differential.families.attention import cache, mask
 from conformance.differential.families.rope import positions
 from conformance.differential.sketch import Sketch, family
+from conformance.differential.type_sets import BF16, F16, F32, I32, I64
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import GluOp
 from protocol.ggml.types import GgmlType, row_size
 from protocol.tensor import Tensor
-
-F32, F16, BF16, I32, I64 = (
-    GgmlType.F32,
-    GgmlType.F16,
-    GgmlType.BF16,
-    GgmlType.I32,
-    GgmlType.I64,
-)
 
 PRODUCT = Check(bound=PRODUCT_NMSE)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from conformance.differential.compare import EXACT, Check, Equality
-from conformance.differential.sketch import Sketch, family
+from conformance.differential.sketch import Draws, Sketch, family
 from conformance.differential.type_sets import BF16, F16, F32, I32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
@@ -37,19 +37,15 @@ def _sum(s: Sketch, type: GgmlType) -> None:
     s.output(s.g.sum(_addends(s, type, _shape(s))))
 
 
-@family(Op.SUM_ROWS, examples=300)
-def _sum_rows(s: Sketch, _: str) -> None:
-    s.output(s.g.sum_rows(_addends(s, F32, _shape(s))))
+def _along_rows(op: Op) -> Draws:
+    def draws(s: Sketch, _: str) -> None:
+        s.output(getattr(s.g, op.name.lower())(_addends(s, F32, _shape(s))))
+
+    return draws
 
 
-@family(Op.MEAN, examples=300)
-def _mean(s: Sketch, _: str) -> None:
-    s.output(s.g.mean(_addends(s, F32, _shape(s))))
-
-
-@family(Op.CUMSUM, examples=300)
-def _cumsum(s: Sketch, _: str) -> None:
-    s.output(s.g.cumsum(_addends(s, F32, _shape(s))))
+for _op in (Op.SUM_ROWS, Op.MEAN, Op.CUMSUM):
+    family(_op, examples=300)(_along_rows(_op))
 
 
 @family(Op.COUNT_EQUAL, examples=300)

@@ -21,8 +21,7 @@ WAITING = "programs and leases that are held and not used"
 @attack(PLANNING)
 def graph_of_many_ops(a: Attacker) -> None:
     """A graph of 30,000 nodes of six ops, new each time"""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     leaf = tensor(1, (64, 4), handle, base)
     ops = ("ADD", "MUL", "SUB", "DIV", "ADD", "MUL")
     nodes = []
@@ -34,8 +33,7 @@ def graph_of_many_ops(a: Attacker) -> None:
 @attack(PLANNING)
 def views_of_views(a: Attacker) -> None:
     """A chain of 10,000 views, each of the one before, and a node at its end"""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     nodes = [tensor(1, (64,), handle, base)]
     for i in range(2, 10_002):
         view = wire.op_of(i, "VIEW", (64,), (handle, base), i - 1)
@@ -47,8 +45,7 @@ def views_of_views(a: Attacker) -> None:
 @attack(PLANNING)
 def always_a_new_graph(a: Attacker) -> None:
     """The same 2,000 nodes, with one number changed each time so that no plan fits"""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     leaf = tensor(1, (64,), handle, base)
     node = wire.op_of(2, "SCALE", (64,), (handle, base + 4096), 1, params=floats(1.0, 0.0))
     nodes = many(node, 2000, 2)
@@ -62,8 +59,7 @@ def always_a_new_graph(a: Attacker) -> None:
 @attack(PLANNING)
 def nodes_without_kernels(a: Attacker) -> None:
     """5,000 nodes of ops that run as array code"""
-    wire = a.connect()
-    handle, base = wire.alloc(MIB)
+    wire, handle, base = a.buffer(MIB)
     leaf = tensor(1, (16, 16), handle, base)
     node = wire.op_of(2, "TRI", (16, 16), (handle, base + 4096), 1)
     wire.run(many(node, 5000, 2), [leaf])

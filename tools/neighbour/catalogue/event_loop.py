@@ -22,8 +22,7 @@ TALKING = "connections that are begun and not gone on with"
 @attack(FILLS)
 def memsets_that_overlap(a: Attacker) -> None:
     """64 MEMSET_TENSORs of 64 MiB each, one byte further each, in one go"""
-    wire = a.connect()
-    handle, base = wire.alloc(65 * MIB)
+    wire, handle, base = a.buffer(65 * MIB)
     whole = tensor(1, (16 * MIB,), handle, base)
     fields = [{"tensor": whole, "offset": 0, "size": 64 * MIB - n, "value": n} for n in range(64)]
     wire.pipeline(Command.MEMSET_TENSOR, fields)
@@ -33,8 +32,7 @@ def memsets_that_overlap(a: Attacker) -> None:
 @attack(FILLS)
 def copies_of_overlapping_halves(a: Attacker) -> None:
     """48 COPY_TENSORs of 96 MiB within one buffer, forwards and backwards"""
-    wire = a.connect()
-    handle, base = wire.alloc(128 * MIB)
+    wire, handle, base = a.buffer(128 * MIB)
     low, high = (tensor(i, (24 * MIB,), handle, base + i * MIB) for i in (0, 16))
     pairs = [(low, high), (high, low)] * 24
     wire.pipeline(Command.COPY_TENSOR, [{"src": src, "dst": dst} for src, dst in pairs])
@@ -55,8 +53,7 @@ def clears_of_many_buffers(a: Attacker) -> None:
 @attack(FILLS)
 def answers_that_are_large(a: Attacker) -> None:
     """GET_TENSORs of 32 MiB, many asked for at once and taken slowly"""
-    wire = a.connect()
-    handle, base = wire.alloc(32 * MIB)
+    wire, handle, base = a.buffer(32 * MIB)
     whole = tensor(1, (8 * MIB,), handle, base)
     wire.pipeline(Command.GET_TENSOR, [{"tensor": whole, "offset": 0, "size": 32 * MIB}] * 20)
     while not a.over:
@@ -78,8 +75,7 @@ def small_requests_by_the_thousand(a: Attacker) -> None:
 @attack(DECODING)
 def graph_of_nothing_but_leaves(a: Attacker) -> None:
     """A graph of 100,000 tensors and no node"""
-    wire = a.connect()
-    handle, base = wire.alloc(4096)
+    wire, handle, base = a.buffer(4096)
     wire.run([], many(tensor(1, (8,), handle, base), 100_000, 1))
 
 
@@ -110,8 +106,7 @@ def graphs_that_are_sent_slowly(a: Attacker) -> None:
 @attack(DECODING)
 def tensors_in_reverse_order(a: Attacker) -> None:
     """A graph of 20,000 nodes in a chain, with the last tensor first"""
-    wire = a.connect()
-    handle, base = wire.alloc(4096)
+    wire, handle, base = a.buffer(4096)
     leaf = tensor(1, (8,), handle, base)
     chain = [wire.op_of(2 + i, "ADD", (8,), (handle, base + 64), 1 + i, 1) for i in range(20_000)]
     backwards = wire.graph(chain[::-1], [leaf])
@@ -140,8 +135,7 @@ def buffers_freed_one_by_one(a: Attacker) -> None:
 @attack(FREEING)
 def taken_and_given_back(a: Attacker) -> None:
     """512 MiB allocated, cleared with ones and freed, without a pause"""
-    wire = a.connect()
-    handle, _ = wire.alloc(512 * MIB)
+    wire, handle, _ = a.buffer(512 * MIB)
     wire.call(Command.BUFFER_CLEAR, {"remote_ptr": handle, "value": 1})
     wire.call(Command.FREE_BUFFER, {"remote_ptr": handle})
 
@@ -149,8 +143,7 @@ def taken_and_given_back(a: Attacker) -> None:
 @attack(FREEING)
 def leaves_within_a_fill(a: Attacker) -> None:
     """A client that hangs up while 1 GiB of its memory is being filled"""
-    wire = a.connect()
-    handle, _ = wire.alloc(1024 * MIB)
+    wire, handle, _ = a.buffer(1024 * MIB)
     wire.post(Command.BUFFER_CLEAR, {"remote_ptr": handle, "value": 3})
     time.sleep(0.05)
 

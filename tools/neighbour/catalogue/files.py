@@ -24,8 +24,7 @@ SAME_HASH = "contents that another client gets"
 
 def _offer(a: Attacker, content: bytes) -> bytes | None:
     """Return what a client gets that offers the hash of this content."""
-    wire = a.connect()
-    handle, base = wire.alloc(len(content))
+    wire, handle, base = a.buffer(len(content))
     leaf = tensor(1, (len(content),), handle, base, GgmlType.I8)
     offer = {"tensor": leaf, "offset": 0, "hash": fnv1a_64(content)}
     if not wire.call(Command.SET_TENSOR_HASH, offer).result:
@@ -34,8 +33,7 @@ def _offer(a: Attacker, content: bytes) -> bytes | None:
 
 
 def _keep(a: Attacker, content: bytes) -> None:
-    wire = a.connect()
-    handle, base = wire.alloc(len(content))
+    wire, handle, base = a.buffer(len(content))
     leaf = tensor(1, (len(content),), handle, base, GgmlType.I8)
     wire.call(Command.SET_TENSOR, {"tensor": leaf, "offset": 0, "cache_flag": 1}, content)
 

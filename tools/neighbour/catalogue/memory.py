@@ -16,8 +16,7 @@ ODD_PLACES = "addresses and strides that are odd"
 @attack(READ_TWICE)
 def rows_under_their_index(a: Attacker) -> None:
     """GET_ROWS of zeros whose result lies on its own index, of zeros"""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     rows = tensor(1, (64, 16), handle, base)
     index = tensor(2, (16,), handle, base + 8192, GgmlType.I32)
     wire.run([wire.op_of(3, "GET_ROWS", (64, 16), (handle, base + 8192), 1, 2)], [rows, index])
@@ -26,8 +25,7 @@ def rows_under_their_index(a: Attacker) -> None:
 @attack(READ_TWICE)
 def an_index_that_a_graph_makes(a: Attacker) -> None:
     """Two nodes: the first writes the index that the second reads, in and out of range in turn"""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     rows = tensor(1, (64, 16), handle, base)
     numbers = tensor(2, (4,), handle, base + 8192)
     for last in (15.0, 16.0):
@@ -41,8 +39,7 @@ def an_index_that_a_graph_makes(a: Attacker) -> None:
 @attack(READ_TWICE)
 def experts_under_a_product(a: Attacker) -> None:
     """MUL_MAT_ID of zeros whose result lies on the experts' numbers, zeros too"""
-    wire = a.connect()
-    handle, base = wire.alloc(MIB)
+    wire, handle, base = a.buffer(MIB)
     weights = tensor(1, (64, 32, 4), handle, base)
     x = tensor(2, (64, 1, 8), handle, base + 65536)
     ids = tensor(3, (2, 8), handle, base + 131072, GgmlType.I32)
@@ -53,8 +50,7 @@ def experts_under_a_product(a: Attacker) -> None:
 @attack(READ_TWICE)
 def positions_under_a_rotation(a: Attacker) -> None:
     """ROPE of zeros whose result lies on its positions"""
-    wire = a.connect()
-    handle, base = wire.alloc(MIB)
+    wire, handle, base = a.buffer(MIB)
     x = tensor(1, (64, 4, 16), handle, base)
     positions = tensor(2, (16,), handle, base + 65536, GgmlType.I32)
     params = (0, 64, 0, 0, 0, *floats(10000.0, 1.0, 0.0, 1.0, 32.0, 1.0))
@@ -64,8 +60,7 @@ def positions_under_a_rotation(a: Attacker) -> None:
 
 def _refused(a: Attacker, **changed: object) -> None:
     """A sum one of whose sources lies oddly, within its buffer."""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     x = tensor(1, (64, 4), handle, base + 1024)
     for name, value in changed.items():
         x[name] = value if name != "data" else base + 1024 + int(str(value))
@@ -88,8 +83,7 @@ def strides_that_are_no_multiple(a: Attacker) -> None:
 @attack(ODD_PLACES)
 def blocks_that_begin_within_blocks(a: Attacker) -> None:
     """A product with weights of Q4_0 that begin one byte into a block"""
-    wire = a.connect()
-    handle, base = wire.alloc(65536)
+    wire, handle, base = a.buffer(65536)
     weights = tensor(1, (64, 8), handle, base + 1, GgmlType.Q4_0, nb=[18, 36, 288, 288])
     x = tensor(2, (64, 2), handle, base + 8192)
     wire.run([wire.op_of(3, "MUL_MAT", (8, 2), (handle, base + 16384), 1, 2)], [weights, x])
@@ -98,8 +92,7 @@ def blocks_that_begin_within_blocks(a: Attacker) -> None:
 @attack(ODD_PLACES)
 def the_last_byte_of_a_buffer(a: Attacker) -> None:
     """Uploads, fills and answers that end with the buffer, and one byte behind it"""
-    wire = a.connect()
-    handle, base = wire.alloc(4096)
+    wire, handle, base = a.buffer(4096)
     whole = tensor(1, (1024,), handle, base)
     for size in (1, 0, 2):
         fields = {"tensor": whole, "offset": 4095, "size": size, "value": 7}

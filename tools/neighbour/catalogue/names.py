@@ -33,8 +33,7 @@ def _check_log(a: Attacker, forged: str) -> None:
 
 
 def _fail_with(a: Attacker, name: bytes) -> None:
-    wire = a.connect()
-    handle, base = wire.alloc(4096)
+    wire, handle, base = a.buffer(4096)
     leaf = tensor(1, (8,), handle, base)
     node = wire.op_of(2, "ADD", (9,), (handle, base + 64), 1, 1)
     node["name"] = name
@@ -67,8 +66,7 @@ def names_that_turn_around(a: Attacker) -> None:
 @attack(LOGS)
 def names_of_weights_that_do_not_fit(a: Attacker) -> None:
     """Uploads behind a buffer's end, whose tensors are named with line breaks"""
-    wire = a.connect()
-    handle, base = wire.alloc(64)
+    wire, handle, base = a.buffer(64)
     leaf = tensor(1, (64,), handle, base, name=b"w\nforged\x1b[1m")
     wire.post(Command.SET_TENSOR, {"tensor": leaf, "offset": 0, "cache_flag": 0}, bytes(256))
     while wire.socket.recv(4096):

@@ -120,8 +120,7 @@ def all_there_is(a: Attacker) -> None:
 
 
 def _keep(a: Attacker, size: int, count: int) -> None:
-    wire = a.connect()
-    handle, base = wire.alloc(MIB)
+    wire, handle, base = a.buffer(MIB)
     leaf = tensor(1, (size,), handle, base, GgmlType.I8)
     for _ in range(count):
         wire.call(
@@ -161,8 +160,7 @@ def kept_by_many(a: Attacker) -> None:
 @attack(SMALL_FILES)
 def hashes_of_nothing(a: Attacker) -> None:
     """SET_TENSOR_HASH of contents that nobody has, for large tensors"""
-    wire = a.connect()
-    handle, base = wire.alloc(64 * MIB)
+    wire, handle, base = a.buffer(64 * MIB)
     leaf = tensor(1, (16 * MIB,), handle, base)
     for number in range(100):
         offer = {"tensor": leaf, "offset": 0, "hash": number}
@@ -173,8 +171,7 @@ def hashes_of_nothing(a: Attacker) -> None:
 @attack(SMALL_FILES, server="read-only")
 def uploads_where_nothing_is_kept(a: Attacker) -> None:
     """Uploads to be kept, then offered by their hash, on a server with --cache-read-only"""
-    wire = a.connect()
-    handle, base = wire.alloc(MIB)
+    wire, handle, base = a.buffer(MIB)
     for size in (1, 4096, 65536):
         leaf = tensor(1, (size,), handle, base, GgmlType.I8)
         content = os.urandom(size)

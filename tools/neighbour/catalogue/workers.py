@@ -29,16 +29,14 @@ _BIG = 64 * MIB
 @attack(OWN_MEMORY, server="coordinator")
 def ones_written_on_a_coordinator(a: Attacker) -> None:
     """BUFFER_CLEAR with ones of all the memory that a coordinator offers"""
-    wire = a.connect()
-    handle, _ = wire.alloc(_BIG)
+    wire, handle, _ = a.buffer(_BIG)
     wire.call(Command.BUFFER_CLEAR, {"remote_ptr": handle, "value": 1})
 
 
 @attack(OWN_MEMORY, server="coordinator")
 def copies_on_a_coordinator(a: Attacker) -> None:
     """COPY_TENSORs all over a coordinator's buffer"""
-    wire = a.connect()
-    handle, base = wire.alloc(_BIG)
+    wire, handle, base = a.buffer(_BIG)
     low, high = (tensor(i, (4 * MIB,), handle, base + 16 * i * MIB) for i in (0, 1))
     for src, dst in ((low, high), (high, low)) * 4:
         wire.call(Command.COPY_TENSOR, {"src": src, "dst": dst})
@@ -47,8 +45,7 @@ def copies_on_a_coordinator(a: Attacker) -> None:
 @attack(OWN_MEMORY, server="coordinator")
 def results_on_a_coordinator(a: Attacker) -> None:
     """A graph that writes 32 MiB of a coordinator's buffer"""
-    wire = a.connect()
-    handle, base = wire.alloc(_BIG)
+    wire, handle, base = a.buffer(_BIG)
     leaf = tensor(1, (4 * MIB,), handle, base)
     node = wire.op_of(2, "SCALE", (4 * MIB,), (handle, base + 32 * MIB), 1)
     wire.run([node], [leaf])
@@ -58,8 +55,7 @@ def results_on_a_coordinator(a: Attacker) -> None:
 def weights_announced_and_not_sent(a: Attacker) -> None:
     """Uploads of weights of 16 MiB that stop after their first bytes"""
     for _ in range(4):
-        wire = a.connect()
-        handle, base = wire.alloc(_BIG)
+        wire, handle, base = a.buffer(_BIG)
         weight = tensor(1, (4096, 1024), handle, base, name=b"blk.0.ffn_up.weight")
         head = codec(DIALECT.commands[Command.SET_TENSOR].request).build(
             {"tensor": weight, "offset": 0, "cache_flag": 0}
@@ -72,8 +68,7 @@ def weights_announced_and_not_sent(a: Attacker) -> None:
 @attack(OWN_MEMORY, server="coordinator")
 def weights_of_any_shape(a: Attacker) -> None:
     """Weights that overlap one another and what was there, uploaded and read back"""
-    wire = a.connect()
-    handle, base = wire.alloc(_BIG)
+    wire, handle, base = a.buffer(_BIG)
     for n in range(1, 6):
         ne = (256 * n, 64 * n)
         size = row_size(GgmlType.F32, ne[0]) * ne[1]
