@@ -16,7 +16,7 @@ from protocol.tensor import Tensor
 from tests.server.process import ServerProcess, running
 from tools.load import __main__ as program
 from tools.load import clients
-from tools.load.clients import LoadTally, kinds
+from tools.load.clients import LoadClient, LoadTally, kinds
 
 HOST = "127.0.0.1"
 
@@ -57,7 +57,7 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
 async def _crowd(server: ServerProcess, behaviour: clients.Behaviour, seconds: float) -> LoadTally:
     tally, stop = LoadTally("one", "steady"), asyncio.Event()
     asyncio.get_running_loop().call_later(seconds, stop.set)
-    await behaviour((HOST, server.port), tally, random.Random(1), stop)
+    await behaviour(LoadClient((HOST, server.port), tally, random.Random(1), stop))
     return tally
 
 
@@ -101,11 +101,9 @@ async def test_memory_that_is_not_freed_is_noticed(
     monkeypatch.setattr(program, "_SETTLE_SECONDS", 0.5)
     kept: list[Connection] = []
 
-    async def hoard(
-        address: clients.Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
-    ) -> None:
-        await stop.wait()
-        connection = await connect(*address)
+    async def hoard(client: LoadClient) -> None:
+        await client.stop.wait()
+        connection = await connect(*client.address)
         await connection.alloc_buffer(1 << 20)
         kept.append(connection)
 

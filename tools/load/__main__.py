@@ -33,7 +33,7 @@ from pathlib import Path
 
 from client.connection import connect_any
 from tools.arguments import command_line, endpoint
-from tools.load.clients import KINDS, Address, LoadTally, kinds
+from tools.load.clients import KINDS, Address, LoadClient, LoadTally, kinds
 from tools.serving.processes import HOST, Process, ProgramError, own_command
 
 # Clients' memory, by which what is used is known exactly.
@@ -137,10 +137,10 @@ async def _crowd(address: Address, clients: int, seconds: float, seed: int) -> l
     """All clients at once for ``seconds``, and until each has left."""
     stop = asyncio.Event()
     tallies = [LoadTally(f"{kind} {i}", kind) for i, kind in enumerate(kinds(clients))]
-    tasks = [
-        asyncio.create_task(KINDS[t.kind](address, t, random.Random(f"{seed} {t.name}"), stop))
-        for t in tallies
-    ]
+    tasks = []
+    for tally in tallies:
+        client = LoadClient(address, tally, random.Random(f"{seed} {tally.name}"), stop)
+        tasks.append(asyncio.create_task(KINDS[tally.kind](client)))
     asyncio.get_running_loop().call_later(seconds, stop.set)
     await asyncio.gather(*tasks)
     return tallies

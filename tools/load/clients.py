@@ -12,7 +12,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,26 @@ class LoadTally:
 
 
 Address = tuple[str, int]
-Behaviour = Callable[[Address, LoadTally, random.Random, asyncio.Event], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadClient:
+    """One client: the server's address, what it gets done, its choices, and what ends it."""
+
+    address: Address
+    tally: LoadTally
+    chosen: random.Random
+    stop: asyncio.Event
+
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[Backend]:
+        """Connect once more."""
+        async with Backend.connect(*self.address, version=None, timeout=PATIENCE) as backend:
+            self.tally.connections += 1
+            yield backend
+
+
+Behaviour = Callable[[LoadClient], Coroutine[Any, Any, None]]
 
 
 class _Work:
@@ -158,76 +177,64 @@ _WAYS = {
 # -- behaviours
 
 
-async def _session(
-    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event, pause: float
-) -> None:
+async def _session(c: LoadClient, pause: float) -> None:
     """One connection: some rounds of work, then gone in one of many ways."""
-    async with Backend.connect(*address, version=None, timeout=PATIENCE) as backend:
-        tally.connections += 1
-        work = _Work(backend, chosen)
+    async with c.connected() as backend:
+        work = _Work(backend, c.chosen)
         async with asyncio.timeout(PATIENCE):
             await work.prepare()
-        for _ in range(chosen.randint(1, _ROUNDS)):
+        for _ in range(c.chosen.randint(1, _ROUNDS)):
             started = time.monotonic()
             async with asyncio.timeout(PATIENCE):
                 await work.round()
-            tally.rounds += 1
-            tally.times.append(time.monotonic() - started)
-            if stop.is_set():
+            c.tally.rounds += 1
+            c.tally.times.append(time.monotonic() - started)
+            if c.stop.is_set():
                 break
             if pause:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), chosen.uniform(0, 2 * pause))
-        way = chosen.choice(list(_WAYS))
-        tally.left[way] += 1
-        await _WAYS[way](backend.connection, work, chosen)
+                    await asyncio.wait_for(c.stop.wait(), c.chosen.uniform(0, 2 * pause))
+        way = c.chosen.choice(list(_WAYS))
+        c.tally.left[way] += 1
+        await _WAYS[way](backend.connection, work, c.chosen)
 
 
-async def _forever(
-    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event, pause: float
-) -> None:
-    while not stop.is_set():
+async def _forever(c: LoadClient, pause: float) -> None:
+    while not c.stop.is_set():
         try:
-            await _session(address, tally, chosen, stop, pause)
+            await _session(c, pause)
         except WrongResult as error:
-            tally.problems.append(f"wrong result: {error}")
+            c.tally.problems.append(f"wrong result: {error}")
         except TimeoutError:
-            tally.problems.append(f"no answer for {PATIENCE:.0f} s")
+            c.tally.problems.append(f"no answer for {PATIENCE:.0f} s")
         except OSError as error:
-            tally.problems.append(f"{type(error).__name__}: {error}")
+            c.tally.problems.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(0.5)
 
 
-async def steady(
-    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
-) -> None:
+async def steady(c: LoadClient) -> None:
     """Work without a pause, and come back after each time it left."""
-    await _forever(address, tally, chosen, stop, 0.0)
+    await _forever(c, 0.0)
 
 
-async def slow(
-    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
-) -> None:
+async def slow(c: LoadClient) -> None:
     """Do the same with pauses."""
-    await _forever(address, tally, chosen, stop, 0.2)
+    await _forever(c, 0.2)
 
 
-async def deaf(
-    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
-) -> None:
+async def deaf(c: LoadClient) -> None:
     """Ask for megabytes and never read them; hang up after a while, and come back."""
-    while not stop.is_set():
+    while not c.stop.is_set():
         with contextlib.suppress(OSError, TimeoutError):
-            async with Backend.connect(*address, version=None, timeout=PATIENCE) as backend:
-                tally.connections += 1
+            async with c.connected() as backend:
                 connection = backend.connection
                 t = await backend.tensor(GgmlType.I8, (_UNREAD_BYTES,))
                 # From here on nobody reads: the socket is used as if it were another's.
                 number = await connection.lend()
                 await _ask(number, _requests(connection, t))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), chosen.uniform(0.5, 5.0))
-                tally.left["never read"] += 1
+                    await asyncio.wait_for(c.stop.wait(), c.chosen.uniform(0.5, 5.0))
+                c.tally.left["never read"] += 1
                 connection.abort()
 
 
@@ -244,26 +251,23 @@ async def _ask(number: int, requests: bytes) -> None:
         await asyncio.wait_for(asyncio.get_running_loop().sock_sendall(lent, requests), PATIENCE)
 
 
-async def trickling(
-    address: Address, tally: LoadTally, chosen: random.Random, stop: asyncio.Event
-) -> None:
+async def trickling(c: LoadClient) -> None:
     """Send an upload a few bytes at a time, and hang up before its end."""
-    while not stop.is_set():
+    while not c.stop.is_set():
         with contextlib.suppress(OSError, TimeoutError):
-            async with Backend.connect(*address, version=None, timeout=PATIENCE) as backend:
-                tally.connections += 1
-                work = _Work(backend, chosen)
+            async with c.connected() as backend:
+                work = _Work(backend, c.chosen)
                 await work.prepare()
                 connection = backend.connection
                 fields = {"tensor": connection.wire_tensor(work.x), "offset": 0, "cache_flag": 0}
                 head = connection.message(Command.SET_TENSOR, body_size=work.x.nbytes, **fields)
                 data = head + bytes(work.x.nbytes)
-                for at in range(0, chosen.randrange(len(data)), 64):
+                for at in range(0, c.chosen.randrange(len(data)), 64):
                     await connection.send_raw(data[at : at + 64])
                     await asyncio.sleep(0.01)
-                    if stop.is_set():
+                    if c.stop.is_set():
                         break
-                tally.left["within a slow upload"] += 1
+                c.tally.left["within a slow upload"] += 1
                 connection.abort()
 
 
