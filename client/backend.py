@@ -244,22 +244,15 @@ class Backend:
         return arrays[0] if len(outputs) == 1 else arrays
 
 
+@dataclass(eq=False, repr=False)
 class PreparedGraph:
     """A graph with memory on the server, to be run any number of times."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        graph: Graph,
-        payload: bytes,
-        placed: list[Tensor],
-        buffers: list[BackendBuffer],
-    ) -> None:
-        self.graph = graph
-        self._backend = backend
-        self._payload = payload
-        self._placed = placed
-        self._buffers = buffers
+    _backend: Backend
+    graph: Graph
+    _payload: bytes
+    _placed: list[Tensor]
+    _buffers: list[BackendBuffer]
 
     async def run(self) -> None:
         """Compute; returns when the request is sent. A repeated run sends a few bytes only."""

@@ -229,25 +229,18 @@ class _ClientGone(Exception):  # noqa: N818
     """The client has ended the connection."""
 
 
+@dataclass(eq=False, repr=False)
 class _Connection:
     """One connection from its first byte to its last."""
 
-    def __init__(
-        self,
-        server: ScriptedServer,
-        sock: socket.socket,
-        record: ConnectionRecord,
-        notes: Notes,
-        stop: threading.Event,
-    ) -> None:
-        self._server = server
-        self._sock = sock
-        self._record = record
-        self._notes = notes
-        self._stop = stop
-        self._started = time.monotonic()
-        self._reader = RequestReader()
-        self._session: ServedSession | None = None
+    _server: ScriptedServer
+    _sock: socket.socket
+    _record: ConnectionRecord
+    _notes: Notes
+    _stop: threading.Event
+    _started: float = field(default_factory=time.monotonic)
+    _reader: RequestReader = field(default_factory=RequestReader)
+    _session: ServedSession | None = None
 
     def run(self) -> None:
         record, notes = self._record, self._notes

@@ -40,27 +40,20 @@ class Built:
         return [*inputs, *made, *(t for _, t in self.outputs)]
 
 
+@dataclass(eq=False, repr=False)
 class PartBuilder:
     """Builds one part's subgraphs, one after the other.
 
-    ``weight`` gives the part's slice of a split tensor, ``leaf`` makes the part's tensor for an
+    ``_weight`` gives the part's slice of a split tensor, ``_leaf`` makes the part's tensor for an
     input of a type and shape.
     """
 
-    def __init__(
-        self,
-        number: int,
-        found: Partitioning,
-        g: GraphBuilder,
-        weight: Callable[[ShardedWeight], Tensor | None],
-        leaf: Callable[[Input, Dims], Tensor],
-    ) -> None:
-        self._number = number
-        self._found = found
-        self._g = g
-        self._weight = weight
-        self._leaf = leaf
-        self._kept: dict[int, Tensor] = {}
+    _number: int
+    _found: Partitioning
+    _g: GraphBuilder
+    _weight: Callable[[ShardedWeight], Tensor | None]
+    _leaf: Callable[[Input, Dims], Tensor]
+    _kept: dict[int, Tensor] = field(default_factory=dict)
 
     def takes_part(self, subgraph: Subgraph) -> bool:
         """Return whether this part gives anything in a subgraph, or stores something in its
