@@ -11,6 +11,7 @@ from rpc_server.options import port
 
 __all__ = [
     "DEFAULT_PORT",
+    "add_server",
     "command_line",
     "endpoint",
     "listening",
@@ -22,6 +23,17 @@ __all__ = [
 ]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Add ``--to``, the server to talk to."""
+    parser.add_argument(
+        "--to",
+        type=endpoint,
+        required=True,
+        metavar="HOST[:PORT]",
+        help=f"the server (port: {DEFAULT_PORT})",
+    )
 
 
 def listening(text: str) -> tuple[str, int]:

@@ -21,6 +21,16 @@ def is_vector(a: Tensor) -> bool:
     return a.ne[1:] == (1, 1, 1)
 
 
+def require_mask_and_sinks(
+    op: str, scores: Tensor, mask: Tensor | None, max_bias: float, sinks: Tensor | None
+) -> None:
+    """Require a mask for ALiBi, and of sinks one F32 for each of dimension 2 of ``scores``."""
+    require(max_bias <= 0 or mask is not None, f"{op}: max_bias needs a mask")
+    if sinks is not None:
+        fits = sinks.type == GgmlType.F32 and sinks.ne[0] == scores.ne[2]
+        require(fits, f"{op}: sinks {sinks!r} don't fit {scores!r}")
+
+
 def _sources(src: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return sources as a tensor has them. Raises ShapeError for more than ten."""
     given = tuple(src)

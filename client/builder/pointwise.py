@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from client.builder.nodes import NodeFactory
+from client.builder.nodes import NodeFactory, require_mask_and_sinks
 from client.tensors import dims, require
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
@@ -261,10 +261,7 @@ class PointwiseOps(NodeFactory):
                 and _divides(mask.ne[3], a.ne[3])
             )
             require(fits, f"soft_max: mask {mask!r} doesn't fit {a!r}")
-        require(max_bias <= 0 or mask is not None, "soft_max: max_bias needs a mask")
-        if sinks is not None:
-            fits = sinks.type == GgmlType.F32 and sinks.ne[0] == a.ne[2]
-            require(fits, f"soft_max: sinks {sinks!r} don't fit {a!r}")
+        require_mask_and_sinks("soft_max", a, mask, max_bias, sinks)
         return self.like(
             Op.SOFT_MAX, a, (a, mask, sinks), (float(scale), float(max_bias)), inplace=inplace
         )

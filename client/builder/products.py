@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from client.builder.nodes import PREC_UNDEFINED, NodeFactory, is_vector
+from client.builder.nodes import PREC_UNDEFINED, NodeFactory, is_vector, require_mask_and_sinks
 from client.tensors import dims, require
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
@@ -219,10 +219,7 @@ class ProductOps(NodeFactory):
                 and q.ne[3] % mask.ne[3] == 0
             )
             require(fits, f"flash_attn_ext: mask {mask!r} doesn't fit {q!r}")
-        require(max_bias <= 0 or mask is not None, "flash_attn_ext: max_bias needs a mask")
-        if sinks is not None:
-            fits = sinks.type == GgmlType.F32 and sinks.ne[0] == q.ne[2]
-            require(fits, f"flash_attn_ext: sinks {sinks!r} don't fit {q!r}")
+        require_mask_and_sinks("flash_attn_ext", q, mask, max_bias, sinks)
         return self.op(
             Op.FLASH_ATTN_EXT,
             GgmlType.F32,

@@ -163,22 +163,14 @@ class Collector:
             "graph_seconds", "Time that graphs ran.", total.graph_times, total.graph_seconds
         )
         yield _counter("programs_run", "Runs of split programs.", [((), total.programs_run)])
-        yield _counter(
-            "plans",
-            "Graphs whose plan was there already (hit), or was made (miss).",
-            [(("hit",), total.plan_hits), (("miss",), total.plan_misses)],
-            "result",
-        )
+        text = "Graphs whose plan was there already (hit), or was made (miss)."
+        yield _lookups("plans", text, total.plan_hits, total.plan_misses)
         yield _counter("plan_seconds", "Time that making plans took.", [((), total.plan_seconds)])
         yield _counter("tokens", "Rows of logits that were read.", [((), total.tokens)])
         yield _counter("uploads", "Tensors that were uploaded.", [((), total.uploads)])
         yield _counter("uploaded_bytes", "Bytes of them.", [((), total.upload_bytes)])
-        yield _counter(
-            "cache_lookups",
-            "Tensors offered by hash.",
-            [(("hit",), total.cache_hits), (("miss",), total.cache_misses)],
-            "result",
-        )
+        text = "Tensors offered by hash."
+        yield _lookups("cache_lookups", text, total.cache_hits, total.cache_misses)
         yield _counter(
             "cache_served_bytes",
             "Bytes of those that were found, in the cache or in --models.",
@@ -265,6 +257,10 @@ def _counter(name: str, help_: str, values: Values, *labels: str) -> Any:
     from prometheus_client.core import CounterMetricFamily
 
     return _filled(CounterMetricFamily(f"ggml_rpc_{name}", help_, labels=labels), values)
+
+
+def _lookups(name: str, help_: str, hits: int, misses: int) -> Any:
+    return _counter(name, help_, [(("hit",), hits), (("miss",), misses)], "result")
 
 
 def _gauge(name: str, help_: str, values: Values, *labels: str) -> Any:

@@ -93,13 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="[HOST:]PORT",
         help="where clients are to connect to (host: 127.0.0.1; port 0: any, printed)",
     )
-    add(
-        "--to",
-        type=arguments.endpoint,
-        required=True,
-        metavar="HOST[:PORT]",
-        help=f"the server (port: {arguments.DEFAULT_PORT})",
-    )
+    arguments.add_server(parser)
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the capture, pcapng")
     add("--overwrite", action="store_true", help="replace the file if there is one")
     add(

@@ -59,13 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = arguments.command_line("tools.replay", __doc__, _EPILOG)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="the capture")
-    add(
-        "--to",
-        type=arguments.endpoint,
-        required=True,
-        metavar="HOST[:PORT]",
-        help=f"the server (port: {arguments.DEFAULT_PORT})",
-    )
+    arguments.add_server(parser)
     add(
         "--tolerance",
         type=float,
