@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from client.builder.nodes import is_vector
-from client.builder.products import ROPE_NORMAL, ProductOps
+from client.builder.products import ProductOps
 from client.tensors import require
 from protocol.ggml.ops import Op, TensorFlag
 from protocol.ggml.types import GgmlType
@@ -68,18 +68,9 @@ class TrainingOps(ProductOps):
         params = (float(scale), float(max_bias))
         return self.like(Op.SOFT_MAX_BACK, a, (a, b), params, inplace=inplace)
 
-    def rope_ext_back(
-        self,
-        a: Tensor,
-        positions: Tensor,
-        freq_factors: Tensor | None,
-        n_dims: int,
-        mode: int = ROPE_NORMAL,
-        *args: Any,
-        **options: Any,
-    ) -> Tensor:
+    def rope_ext_back(self, a: Tensor, positions: Tensor, *args: Any, **options: Any) -> Tensor:
         """Turn back what rope_ext with the same arguments turns (and ggml_rope_multi_back)."""
-        result = self.rope_ext(a, positions, freq_factors, n_dims, mode, *args, **options)
+        result = self.rope_ext(a, positions, *args, **options)
         result.op = Op.ROPE_BACK
         return result
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from conformance.serve.graphs import GraphState, check_graph
 from conformance.serve.memory import Addresses, Block, HashStore, ServedMemory
@@ -23,6 +23,8 @@ from protocol.ggml.hashing import fnv1a_64
 from protocol.graph_payload import decode_graph
 from protocol.messages import MAX_SOURCES
 from protocol.requests import Request, UploadStart
+
+T = TypeVar("T")
 
 HASH_THRESHOLD = 10 << 20
 # llama.cpp asks for the room of quantized tensors whose rows aren't multiples of this.
@@ -144,6 +146,11 @@ class ServedSession:
         if not self.notes.check(rule, kept, otherwise):
             raise RequestRefused(otherwise)
 
+    def _found(self, rule: str, what: T | None, otherwise: str) -> T:
+        self._require(rule, what is not None, otherwise)
+        assert what is not None
+        return what
+
     def _device_count(self, request: Request) -> Mapping[str, Any]:
         return {"device_count": self.properties.devices}
 
@@ -187,13 +194,8 @@ class ServedSession:
         return {"remote_ptr": block.handle, "remote_size": block.size}
 
     def _block(self, what: str, handle: int) -> Block:
-        block = self.memory.find(handle)
-        self._require(
-            "buffer/handle",
-            block is not None,
-            f"{what}: {handle:#x} is no buffer of this connection",
-        )
-        assert block is not None
+        otherwise = f"{what}: {handle:#x} is no buffer of this connection"
+        block = self._found("buffer/handle", self.memory.find(handle), otherwise)
         self._require(
             "buffer/freed", not block.freed, f"{what}: buffer {handle:#x} was freed before"
         )
@@ -397,14 +399,8 @@ class ServedSession:
 
     def _graph_recompute(self, request: Request) -> None:
         device = self._device(request)
-        state = self._graphs.get(device)
-        self._require(
-            "graph/recompute",
-            state is not None,
-            f"GRAPH_RECOMPUTE, but device {device} has no graph that is still valid",
-        )
-        assert state is not None
-        state.clear_results()
+        otherwise = f"GRAPH_RECOMPUTE, but device {device} has no graph that is still valid"
+        self._found("graph/recompute", self._graphs.get(device), otherwise).clear_results()
 
     def asked(self, device: int, tensor: TensorView) -> int:
         """Return the bytes that the client was told to reserve for a tensor.

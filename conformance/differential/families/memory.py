@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from conformance.differential import type_sets
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.type_sets import (
-    ALL,
-    BF16,
-    DECODABLE,
-    ENCODABLE,
-    F16,
-    F32,
-    FLOATS,
-    I32,
-    QUANTIZED,
-)
+from conformance.differential.type_sets import BF16, F16, F32, FLOATS, I32
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.tensor import Dims, Tensor
 
-_PLAIN = tuple(t for t in ALL if t not in QUANTIZED)
+_PLAIN = tuple(t for t in type_sets.ALL if t not in type_sets.QUANTIZED)
 # What CONCAT takes element by element, from any strides; and REPEAT, by rows.
 _ELEMENTS = (F32, I32, F16, BF16, GgmlType.I16, GgmlType.I8)
 _REPEATED = (F32, I32, F16, BF16, GgmlType.I16)
@@ -43,10 +34,10 @@ def _leaf(s: Sketch, type: GgmlType, ne: Sequence[int], layout: str) -> Tensor:
 
 def _compare(s: Sketch, t: Tensor) -> None:
     """Quantized results by their values where these decode."""
-    if t.type in DECODABLE:
+    if t.type in type_sets.DECODABLE:
         s.output(s.g.cast(t, F32))
     else:
-        s.output(t, EXACT if t.type in QUANTIZED else None)
+        s.output(t, EXACT if t.type in type_sets.QUANTIZED else None)
 
 
 def _other_shape(s: Sketch, ne: Dims, block: int) -> Dims:
@@ -70,14 +61,14 @@ def _other_shape(s: Sketch, ne: Dims, block: int) -> Dims:
 
 # -- CPY -------------------------------------------------------------------------------------------
 
-_SAME: tuple[Pair, ...] = tuple((t, t) for t in ALL)
+_SAME: tuple[Pair, ...] = tuple((t, t) for t in type_sets.ALL)
 _PLAIN_PAIRS: tuple[Pair, ...] = (
     *((a, b) for a in FLOATS for b in FLOATS if a is not b),
     (F32, I32),
     (I32, F32),
 )
-_TO_BLOCKS: tuple[Pair, ...] = tuple((a, b) for b in ENCODABLE for a in FLOATS)
-_FROM_BLOCKS: tuple[Pair, ...] = tuple((t, F32) for t in DECODABLE)
+_TO_BLOCKS: tuple[Pair, ...] = tuple((a, b) for b in type_sets.ENCODABLE for a in FLOATS)
+_FROM_BLOCKS: tuple[Pair, ...] = tuple((t, F32) for t in type_sets.DECODABLE)
 
 
 def _target(s: Sketch, type: GgmlType, ne: Sequence[int], layout: str) -> Tensor:
@@ -138,13 +129,13 @@ def _encode(s: Sketch, source: GgmlType, result: GgmlType) -> None:
 # -- DUP, CONT -------------------------------------------------------------------------------------
 
 
-@family(Op.DUP, variants=ALL, examples=10)
+@family(Op.DUP, variants=type_sets.ALL, examples=10)
 def _dup(s: Sketch, type: GgmlType) -> None:
     a = _leaf(s, type, s.shape(4096, block=_block(type)), "any")
     _compare(s, s.g.dup(a, inplace=s.flag()))
 
 
-@family(Op.CONT, variants=ALL, examples=10)
+@family(Op.CONT, variants=type_sets.ALL, examples=10)
 def _cont(s: Sketch, type: GgmlType) -> None:
     block = _block(type)
     ne = s.shape(s.pick((1024, 12000)), block=block)
@@ -159,7 +150,7 @@ def _cont(s: Sketch, type: GgmlType) -> None:
 # -- CONCAT, REPEAT, REPEAT_BACK -------------------------------------------------------------------
 
 
-@family(Op.CONCAT, variants=ALL, examples=12)
+@family(Op.CONCAT, variants=type_sets.ALL, examples=12)
 def _concat(s: Sketch, type: GgmlType) -> None:
     block, layout = _block(type), "any" if type in _ELEMENTS else "rows"
     ne = list(s.shape(2048, block=block))

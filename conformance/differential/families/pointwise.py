@@ -35,12 +35,7 @@ def _same_or(s: Sketch, op: Op, a: Tensor, sources: tuple[Tensor, ...], type: Gg
 
 _TRIPLES: tuple[Triple, ...] = (
     (F32, F32, F32),
-    (F16, F16, F16),
-    (F16, F32, F16),
-    (F16, F32, F32),
-    (BF16, BF16, BF16),
-    (BF16, F32, BF16),
-    (BF16, F32, F32),
+    *((t, b, made) for t in (F16, BF16) for b, made in ((t, t), (F32, t), (F32, F32))),
 )
 
 

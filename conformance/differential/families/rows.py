@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from client.builder.partial import Triangle
+from conformance.differential import type_sets
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
-from conformance.differential.type_sets import (
-    BF16,
-    DECODABLE,
-    ENCODABLE,
-    F16,
-    F32,
-    FLOATS,
-    I32,
-    I64,
-)
+from conformance.differential.type_sets import BF16, F16, F32, FLOATS, I32, I64
 from conformance.differential.values import ValueKind
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
@@ -28,7 +20,7 @@ _NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 # -- GET_ROWS, GET_ROWS_BACK -----------------------------------------------------------------------
 
 
-@family(Op.GET_ROWS, variants=(F32, F16, BF16, I32, *DECODABLE), examples=20)
+@family(Op.GET_ROWS, variants=(F32, F16, BF16, I32, *type_sets.DECODABLE), examples=20)
 def _get_rows(s: Sketch, type: GgmlType) -> None:
     ne = list(s.shape(8192, block=TYPE_INFO[type].block_size))
     if not ne[1]:
@@ -58,7 +50,7 @@ def _get_rows_back(s: Sketch, type: GgmlType) -> None:
     Op.SET_ROWS,
     variants=[
         (source, target, index)
-        for target in (*FLOATS, I32, *ENCODABLE)
+        for target in (*FLOATS, I32, *type_sets.ENCODABLE)
         for source in (F32, F16)
         for index in (I64, I32)
     ],
@@ -77,7 +69,7 @@ def _set_rows(s: Sketch, variant: tuple[GgmlType, GgmlType, GgmlType]) -> None:
         kinds = (*kinds, ValueKind.SPECIAL)
     rows = s.leaf(source, (ne[0], count, ne[2], ne[3]), kinds, 0.5, 3.0, layout="rows")
     t = s.g.set_rows(to, rows, ids)
-    if t.type in DECODABLE:
+    if t.type in type_sets.DECODABLE:
         s.output(s.g.cast(t, F32))
     else:
         s.output(t, EXACT if t.quantized else None)

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from client.builder.signals import (
-    POOL_AVG,
-    POOL_MAX,
-    SCALE_ALIGN_CORNERS,
-    SCALE_ANTIALIAS,
-    SCALE_BICUBIC,
-    SCALE_BILINEAR,
-    SCALE_NEAREST,
-)
+from client.builder import signals
 from conformance.differential.compare import EXACT
 from conformance.differential.sketch import Sketch, family
 from conformance.differential.type_sets import F16, F32
@@ -25,7 +17,7 @@ _NUMBERS = (ValueKind.NORMAL, ValueKind.SPECIAL)
 
 # -- POOL_1D, POOL_2D, POOL_2D_BACK ----------------------------------------------------------------
 
-_POOLS = {"max": POOL_MAX, "avg": POOL_AVG}
+_POOLS = {"max": signals.POOL_MAX, "avg": signals.POOL_AVG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +94,16 @@ def _pool_2d_back(s: Sketch, variant: tuple[str, GgmlType]) -> None:
 
 # -- UPSCALE ---------------------------------------------------------------------------------------
 
-_CORNERS = SCALE_ALIGN_CORNERS
+_CORNERS = signals.SCALE_ALIGN_CORNERS
 _MODES = {
-    "nearest": SCALE_NEAREST,
-    "bilinear": SCALE_BILINEAR,
-    "bicubic": SCALE_BICUBIC,
-    "nearest corners": SCALE_NEAREST | _CORNERS,
-    "bilinear corners": SCALE_BILINEAR | _CORNERS,
-    "bicubic corners": SCALE_BICUBIC | _CORNERS,
-    "antialias": SCALE_BILINEAR | SCALE_ANTIALIAS,
-    "antialias corners": SCALE_BILINEAR | SCALE_ANTIALIAS | _CORNERS,
+    "nearest": signals.SCALE_NEAREST,
+    "bilinear": signals.SCALE_BILINEAR,
+    "bicubic": signals.SCALE_BICUBIC,
+    "nearest corners": signals.SCALE_NEAREST | _CORNERS,
+    "bilinear corners": signals.SCALE_BILINEAR | _CORNERS,
+    "bicubic corners": signals.SCALE_BICUBIC | _CORNERS,
+    "antialias": signals.SCALE_BILINEAR | signals.SCALE_ANTIALIAS,
+    "antialias corners": signals.SCALE_BILINEAR | signals.SCALE_ANTIALIAS | _CORNERS,
 }
 
 

@@ -19,19 +19,11 @@ def _lower_row_sums(t: Tensor, planner: Planner) -> bool:
     return True
 
 
-@lowers(Op.SUM)
+@lowers(Op.SUM, Op.CUMSUM)
 def lower_sum(t: Tensor, planner: Planner) -> bool:
     if not f32_rows(t, t.src[0]):
         return False
-    planner.emit(sum_all, t)
-    return True
-
-
-@lowers(Op.CUMSUM)
-def lower_cumsum(t: Tensor, planner: Planner) -> bool:
-    if not f32_rows(t, t.src[0]):
-        return False
-    planner.emit(cumulative_sum, t)
+    planner.emit(sum_all if t.op is Op.SUM else cumulative_sum, t)
     return True
 
 
