@@ -176,6 +176,15 @@ local function count_sources(tvb, at)
   return n
 end
 
+-- Where the tensors behind n ids are, into g; nil if their count doesn't fill what goes on to stop.
+local function read_tensors(tvb, at, n, stop, g)
+  if at + 8 * n + 4 > stop then return nil end
+  at = at + 8 * n
+  g.n_tensors, g.tensors = u32(tvb, at), at + 4
+  if g.tensors + TENSOR_SIZE * g.n_tensors ~= stop then return nil end
+  return g
+end
+
 -- Where the parts of a graph are; nil if its counts don't fill it.
 local function read_graph(tvb, at, size, with_device)
   local g = {at = at}
@@ -185,12 +194,8 @@ local function read_graph(tvb, at, size, with_device)
     g.device, at = at, at + 4
   end
   if at + 4 > stop then return nil end
-  g.n_nodes, g.nodes, at = u32(tvb, at), at + 4, at + 4
-  if at + 8 * g.n_nodes + 4 > stop then return nil end
-  at = at + 8 * g.n_nodes
-  g.n_tensors, g.tensors = u32(tvb, at), at + 4
-  if g.tensors + TENSOR_SIZE * g.n_tensors ~= stop then return nil end
-  return g
+  g.n_nodes, g.nodes = u32(tvb, at), at + 4
+  return read_tensors(tvb, g.nodes, g.n_nodes, stop, g)
 end
 
 local function read_program(tvb, at, size)
@@ -212,11 +217,7 @@ local function read_program(tvb, at, size)
     at = at + step_size
   end
   g.ids = at
-  if at + 8 * g.n_ids + 4 > stop then return nil end
-  at = at + 8 * g.n_ids
-  g.n_tensors, g.tensors = u32(tvb, at), at + 4
-  if g.tensors + TENSOR_SIZE * g.n_tensors ~= stop then return nil end
-  return g
+  return read_tensors(tvb, at, g.n_ids, stop, g)
 end
 
 local function fits(stream_dialect, graph, tvb)

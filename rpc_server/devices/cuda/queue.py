@@ -13,8 +13,9 @@ from rpc_server.devices.base import StopWord
 from rpc_server.devices.cuda.plan import CudaPlan, CudaPlanBuilder
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage
+from rpc_server.devices.planning.nodes import watching
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
+from rpc_server.graph.parse import Resolve, parse_graph
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
@@ -45,17 +46,8 @@ class CudaQueue:
     ) -> CudaPlan:
         """Do what Queue says."""
         storages: dict[int, CudaStorage] = {}
-
-        def watched(handle: int) -> BufferLike | None:
-            buffer = resolve(handle)
-            storage = getattr(buffer, "storage", None)
-            if storage is not None:
-                storages[handle] = storage
-            return buffer
-
-        return self._builder.build(
-            parse_graph(payload, dialect, watched), list(storages.values()), stop
-        )
+        graph = parse_graph(payload, dialect, watching(resolve, CudaStorage, storages))
+        return self._builder.build(graph, list(storages.values()), stop)
 
     def program(
         self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer

@@ -8,9 +8,11 @@ from typing import Protocol, TypeVar
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError, NodeError
+from rpc_server.graph.parse import BufferLike, Resolve
 from rpc_server.ops.table import ContractError, OpSpec, check
 
 R = TypeVar("R")
+S = TypeVar("S")
 Lowering = TypeVar("Lowering", bound=Callable[..., bool])
 
 PlanAction = Callable[[], None]
@@ -27,6 +29,19 @@ def registers(table: dict[Op, Lowering], ops: Sequence[Op]) -> Callable[[Lowerin
         return function
 
     return register
+
+
+def watching(resolve: Resolve, kind: type[S], storages: dict[int, S]) -> Resolve:
+    """Return ``resolve`` that notes by handles the storages of ``kind`` that it finds."""
+
+    def watched(handle: int) -> BufferLike | None:
+        buffer = resolve(handle)
+        storage = getattr(buffer, "storage", None)
+        if isinstance(storage, kind):
+            storages[handle] = storage
+        return buffer
+
+    return watched
 
 
 class NodePlanner(Protocol):

@@ -30,6 +30,7 @@ from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT, StreamPe
 from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.devices.cpu.streaming.transfer import Transfer
 from rpc_server.devices.cpu.turns import DeviceShare
+from rpc_server.devices.planning.nodes import watching
 from rpc_server.devices.split.assemble import Assembler, Programmed
 from rpc_server.devices.split.disks import Disks
 from rpc_server.devices.split.holding import Holding
@@ -58,7 +59,7 @@ from rpc_server.devices.split.worker import (
     open_workers,
 )
 from rpc_server.graph.errors import GraphError
-from rpc_server.graph.parse import BufferLike, Resolve, parse_graph
+from rpc_server.graph.parse import Resolve, parse_graph
 from rpc_server.models.library import Models
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.rows import checked_indices
@@ -197,7 +198,7 @@ class SplitQueue:
         """Do what Queue says, but for ``stop``: looking for what is split is not interrupted."""
         storages: dict[int, SplitStorage] = {}
         with self._cpu.share.aside():
-            nodes = parse_graph(payload, dialect, _watching(resolve, storages)).nodes
+            nodes = parse_graph(payload, dialect, watching(resolve, SplitStorage, storages)).nodes
             return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))
 
     def program(
@@ -206,7 +207,7 @@ class SplitQueue:
         """Return a program of the split extension; its products go on to the workers."""
         storages: dict[int, SplitStorage] = {}
         with self._cpu.share.aside():
-            items = program_items(payload, dialect, _watching(resolve, storages), peer)
+            items = program_items(payload, dialect, watching(resolve, SplitStorage, storages), peer)
             return self._device.plan(self._cpu, items, dialect, list(storages.values()))
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
@@ -761,16 +762,3 @@ def _result(future: concurrent.futures.Future[None], stopped: Callable[[], bool]
                 return future.result()
             if stopped():
                 raise GraphError("was stopped") from None
-
-
-def _watching(resolve: Resolve, storages: dict[int, SplitStorage]) -> Resolve:
-    """``resolve`` that notes the split storages it finds."""
-
-    def watched(handle: int) -> BufferLike | None:
-        buffer = resolve(handle)
-        storage = getattr(buffer, "storage", None)
-        if isinstance(storage, SplitStorage):
-            storages[handle] = storage
-        return buffer
-
-    return watched
