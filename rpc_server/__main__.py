@@ -359,6 +359,8 @@ async def _serve(options: Namespace) -> Ending:
     metrics = await _metrics(options, context)
     if not is_loopback(sockets) and not options.allow:
         print(_EXPOSED.format(host=options.host), file=sys.stderr, flush=True)
+    # Whoever has read where it listens may end it.
+    stopped = _signals()
     progress = None
     if not options.quiet:
         _banner(endpoint, tls, context, options.protocol)
@@ -369,7 +371,6 @@ async def _serve(options: Namespace) -> Ending:
     # Cards have kernels and a compiler of their own.
     if not options.no_prepare and any(b.device.runs_programs for b in context.budgets):
         preparing = asyncio.create_task(prepare_when_idle(context.stats))
-    stopped = _signals()
     # A service manager starts it anew when it ends so, and with it the devices.
     devices_lost = await _signal_or_loss(stopped, context)
     for task in filter(None, (progress, preparing)):

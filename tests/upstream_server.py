@@ -29,7 +29,7 @@ class Endpoint:
 
 @contextlib.contextmanager
 def running_upstream(
-    log: Path, *options: str, build: int = DEFAULT_BUILD, patience: float = 20.0
+    log: Path, *options: str, build: int = DEFAULT_BUILD, patience: float = 60.0
 ) -> Iterator[Endpoint]:
     """A running server on a free port; skips the test where the program hasn't been built.
 

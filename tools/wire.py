@@ -33,10 +33,13 @@ class ClosedError(Exception):
 
 
 class Wire:
-    """A connection; with ``hello`` (the default) ``version`` is what the server answered."""
+    """A connection; with ``hello`` (the default) ``version`` is what the server answered.
+
+    ``timeout`` is in seconds: on a busy machine the kernels of a first graph are long in coming.
+    """
 
     def __init__(
-        self, port: int, dialect: Dialect = NEWEST, *, hello: bool = True, timeout: float = 30
+        self, port: int, dialect: Dialect = NEWEST, *, hello: bool = True, timeout: float = 120
     ) -> None:
         self.dialect = dialect
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=timeout)

@@ -118,8 +118,8 @@ class Compilers:
         self._waiting = 0
         self._threads = 0
         self._processes: set[_Process] = set()
-        # Those that are ended because something else comes first.
-        self._interrupted: set[_Process] = set()
+        # How often what was asked for was given up because something else comes first.
+        self._interruptions = 0
         self._closed = False
 
     def submit(self, routine: Routine, file: str, done: Done, *, urgent: bool = True) -> None:
@@ -152,8 +152,8 @@ class Compilers:
             dropped = [*self._urgent.values(), *self._ahead.values()]
             self._urgent.clear()
             self._ahead.clear()
+            self._interruptions += 1
             processes = list(self._processes)
-            self._interrupted |= self._processes
         for process in processes:
             process.kill()
         for _, done in dropped:
@@ -166,27 +166,31 @@ class Compilers:
         if process is not None:
             self._end(process)
 
-    def _take(self) -> tuple[dict[str, Any], Done] | None:
-        """The next to compile; None ends the thread."""
+    def _take(self) -> tuple[dict[str, Any], Done, int] | None:
+        """The next to compile, and how many interruptions came before; None ends the thread."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: self._urgent or self._ahead, _IDLE)
             self._waiting -= 1
             for pending in (self._urgent, self._ahead):
                 if pending:
-                    return pending.pop(next(iter(pending)))
+                    return *pending.pop(next(iter(pending))), self._interruptions
             # Whoever submits from here on starts another thread.
             self._threads -= 1
             return None
 
     def _compile(
-        self, process: _Process | None, request: dict[str, Any], done: Done
+        self, process: _Process | None, request: dict[str, Any], done: Done, interruptions: int
     ) -> _Process | None:
-        """Compile with ``process`` or a new one; the process that is left."""
+        """Compile with ``process`` or a new one; the process that is left.
+
+        It is given up when there are more than so many ``interruptions``. (A process may also have
+        been ended by one that came before, while it had nothing to do.)
+        """
         result: CompileError | None = None
         for _ in range(_ATTEMPTS):
             try:
-                process = process or self._start()
+                process = process or self._start(interruptions)
                 process.compile(request)
                 result = None
                 break
@@ -196,19 +200,21 @@ class Compilers:
             except OSError as error:
                 result = CompileError(str(error))
                 if process is not None:
-                    interrupted = process in self._interrupted
                     self._end(process)
                     process = None
-                    if interrupted:
-                        result = InterruptedCompileError("interrupted")
-                        break
+                if self._interruptions > interruptions:
+                    result = InterruptedCompileError("interrupted")
+                    break
         done(result)
         return process
 
-    def _start(self) -> _Process:
+    def _start(self, interruptions: int) -> _Process:
+        """Raises OSError when the server is stopping, InterruptedCompileError."""
         with self._changed:
             if self._closed:
                 raise OSError("the server is stopping")
+            if self._interruptions > interruptions:
+                raise InterruptedCompileError("interrupted")
             process = _Process(self._command, self._timeout)
             self._processes.add(process)
             return process
@@ -216,7 +222,6 @@ class Compilers:
     def _end(self, process: _Process) -> None:
         with self._changed:
             self._processes.discard(process)
-            self._interrupted.discard(process)
         process.close()
 
     def close(self) -> None:

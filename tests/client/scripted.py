@@ -72,7 +72,7 @@ async def scripted(dialect: Dialect, script: Script) -> AsyncIterator[int]:
     server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 22)
     async with server:
         yield server.sockets[0].getsockname()[1]
-        await asyncio.wait_for(done, 10)
+        await asyncio.wait_for(done, 60)
 
 
 @contextlib.asynccontextmanager

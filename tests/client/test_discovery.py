@@ -51,7 +51,7 @@ def service(label: str, port: int = 50052, **fields: Any) -> Any:
     return zeroconf.ServiceInfo(SERVICE_TYPE, name, port=port, server=host, **given)
 
 
-async def found(browser: Browser, *names: str, seconds: float = 20.0) -> list[Any]:
+async def found(browser: Browser, *names: str, seconds: float = 60.0) -> list[Any]:
     """The servers of these names, once all are there. Others of this machine may be there too."""
     async with asyncio.timeout(seconds):
         while not set(names) <= (servers := {s.name: s for s in browser.servers}).keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import threading
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from rpc_server.devices.cpu.pages import MappingPages, large_page
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.storage import HostStorage
 
+_MADVISE = pages._madvise
 SMALL = mmap.PAGESIZE
 LARGE = large_page()
 
@@ -49,6 +51,9 @@ class System:
         self.errors: dict[int, int] = {}
 
     def __call__(self, begin: int, end: int, advice: int) -> int:
+        if threading.current_thread() is pages._keeper._thread:
+            # It looks after what tests of other modules have left.
+            return _MADVISE(begin, end, advice)
         self.told.append((begin, end, advice))
         return self.errors.get(advice, 0)
 

@@ -80,7 +80,7 @@ async def test_an_idle_server_prepares(library: Library, monkeypatch: pytest.Mon
     stats = ServerStats()
     # One that is there and asks nothing.
     stats.connected(ClientStats(number=1, activity=lambda: "idle"))
-    await asyncio.wait_for(prepare_when_idle(stats), 120)
+    await asyncio.wait_for(prepare_when_idle(stats), 240)
     assert library.missing([ADD, TABLE, ABSENT]) == [ABSENT]
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ from tests.native import sources
 
 # A compiler that must not be started.
 NONE = (sys.executable, "-c", "import sys; sys.exit('started a compiler')")
+
+# What is compiled in the background waits for everybody, on a busy machine.
+_PATIENCE = 240.0
 
 Open = Callable[..., Library]
 
@@ -430,16 +434,16 @@ def test_what_is_prepared_is_on_disk_and_not_loaded(open_library: Open) -> None:
     wanted = [routine("add"), routine("scaled_table", 3)]
     assert library.missing(wanted) == wanted
     for future in library.prepare(wanted, background=True):
-        assert future.result(60) is None
+        assert future.result(_PATIENCE) is None
     assert library.missing(wanted) == []
     assert call(open_library(command=NONE).address(routine("add")), 1, 2) == 3
 
 
 def test_preparing_tells_what_can_not_be_compiled(open_library: Open) -> None:
     good, bad = open_library().prepare([routine("add"), routine("absent")], background=False)
-    assert good.result(60) is None
+    assert good.result(_PATIENCE) is None
     with pytest.raises(CompileError, match="no routine 'absent'") as error:
-        bad.result(60)
+        bad.result(_PATIENCE)
     assert not isinstance(error.value, InterruptedCompileError)
 
 
@@ -451,10 +455,38 @@ def test_who_waits_does_not_wait_for_the_background(open_library: Open) -> None:
     assert call(library.address(routine("add")), 1, 2) == 3
     for future in futures:
         with pytest.raises(InterruptedCompileError):
-            future.result(20)
+            future.result(_PATIENCE)
     # It goes on when it is asked to, with a compiler of its own.
     (again,) = library.prepare([routine("scaled_table", 4)], background=True)
-    assert again.result(60) is None
+    assert again.result(_PATIENCE) is None
+
+
+def test_an_interruption_reaches_what_has_just_been_taken(
+    open_library: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its compiler is about to be started, so there is no process to end."""
+    library = open_library(command=NONE)
+    take = library._background._take
+
+    def taken() -> Any:
+        item = take()
+        library.interrupt()
+        return item
+
+    monkeypatch.setattr(library._background, "_take", taken)
+    (future,) = library.prepare([routine("add")], background=True)
+    with pytest.raises(InterruptedCompileError):
+        future.result(_PATIENCE)
+
+
+@pytest.mark.slow
+def test_what_is_asked_for_after_an_interruption_is_compiled(open_library: Open) -> None:
+    """Though the compiler that was there, with nothing to do, is ended by it."""
+    library = open_library()
+    for number in range(2):
+        (future,) = library.prepare([routine("scaled_table", number)], background=True)
+        assert future.result(_PATIENCE) is None
+        library.interrupt()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -462,5 +494,5 @@ def test_the_background_leaves_the_processors_to_others(open_library: Open) -> N
     library = open_library()
     future = library.prepare([routine("own_priority")], background=True)[0]
     with pytest.raises(CompileError, match=r"nice 19, policy (\d)") as told:
-        future.result(60)
+        future.result(_PATIENCE)
     assert str(told.value).endswith(str(os.SCHED_IDLE))

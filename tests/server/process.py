@@ -23,7 +23,8 @@ class ServerProcess(Process):
     def __init__(self, *options: str, env: Mapping[str, str] | None = None) -> None:
         super().__init__(own_command(0, *options), env=env)
         try:
-            self.port = int(self.wait_for(r"endpoint +: \S+:(\d+)")[1])
+            # The end of a line is written by itself.
+            self.port = int(self.wait_for(r"endpoint +: \S+:(\d+)\n")[1])
         except ProgramError:
             self.stop()
             raise

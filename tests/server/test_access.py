@@ -219,7 +219,7 @@ def speak_garbage(sock: socket.socket) -> None:
 @pytest.mark.parametrize("talk", [say_nothing, speak_plainly, speak_garbage])
 def test_what_is_no_tls(secrets: Secrets, talk: Callable[[socket.socket], None]) -> None:
     with (
-        secured(secrets, "--handshake-timeout", "0.5", "--max-clients", "2") as server,
+        secured(secrets, "--handshake-timeout", "1", "--max-clients", "2") as server,
         Wire(server.process.port) as other,
     ):
         # More than --max-clients, one after the other: each gives its place back.
@@ -234,7 +234,8 @@ def test_what_is_no_tls(secrets: Secrets, talk: Callable[[socket.socket], None])
 
 
 def test_a_token_that_does_not_come(secrets: Secrets) -> None:
-    options = ("--handshake-timeout", "0.5", "--token-file", str(secrets.token))
+    # In which the handshake of TLS has to be over.
+    options = ("--handshake-timeout", "2", "--token-file", str(secrets.token))
     with secured(secrets, *options) as server:
         context = client_context(secrets.ca)
         with (
@@ -285,13 +286,13 @@ async def test_what_a_client_in_a_tunnel_had_is_freed(
 @pytest.mark.slow
 async def test_limits_hold_in_a_tunnel(secrets: Secrets) -> None:
     """One that takes no answers, and one that stops in the middle of a message."""
-    with secured(secrets, "--stall-timeout", "0.4") as server:
+    with secured(secrets, "--stall-timeout", "1") as server:
         tls = client_context(secrets.ca)
         async with await connect(HOST, server.port, tls=tls) as connection:
             await connection.send_raw(struct.pack("<BQ", Command.GRAPH_COMPUTE, 1000))
             await asyncio.wait_for(connection.wait_closed(), 20)
         await asyncio.to_thread(
-            server.process.wait_for, r"a message does not go on for 0.4 s \(--stall-timeout\)"
+            server.process.wait_for, r"a message does not go on for 1 s \(--stall-timeout\)"
         )
 
 

@@ -92,7 +92,7 @@ class Terminal:
         except OSError:
             pass
 
-    def wait_for(self, text: str, seconds: float = 20) -> None:
+    def wait_for(self, text: str, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while text not in self.text:
             assert time.monotonic() < end, f"no {text!r} in:\n{self.text}"

@@ -40,7 +40,7 @@ def test_a_graph_and_its_result_are_finished() -> None:
         got = np.frombuffer(wire.answer(Command.GET_TENSOR), np.float32).reshape(n, n)
         assert (got == np.eye(n, dtype=np.float32) * 2 ** (steps + 1)).all()
         assert wire.closed_by_server()
-        assert server.child.wait(10) == 0
+        assert server.child.wait(60) == 0
         assert "WARNING" not in server.log, server.log
 
 
@@ -59,7 +59,7 @@ def test_an_upload_is_finished() -> None:
             socket.create_connection(("127.0.0.1", server.port), 5)
         wire.socket.sendall(bytes(size // 2))
         assert wire.closed_by_server()
-        assert server.child.wait(10) == 0
+        assert server.child.wait(60) == 0
         assert "hung up within" not in server.log
 
 

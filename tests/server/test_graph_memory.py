@@ -59,7 +59,7 @@ class Site:
         return int(self._scraper.values()["graph_memory_bytes"])
 
     def wait_for_rest(self) -> None:
-        self.server.wait_until(lambda: self.used() == self.at_rest, 10, "all of it given back")
+        self.server.wait_until(lambda: self.used() == self.at_rest, 60, "all of it given back")
 
 
 @pytest.fixture(scope="module")
@@ -240,4 +240,4 @@ def test_scratch_is_given_back_by_a_graph_that_fails() -> None:
         assert wire.closed_by_server()
         server.wait_for(r"an index in its data is out of range")
         # The buffer is given back too; what there was of it before is little.
-        server.wait_until(lambda: server.rss() - before < 100 * MIB, 10, "memory given back")
+        server.wait_until(lambda: server.rss() - before < 100 * MIB, 60, "memory given back")

@@ -23,7 +23,7 @@ def accepts(dialect: Dialect, version: tuple[int, int, int] | None) -> bool:
 def _wait_for_hang_up(server: ServerProcess, before: int) -> None:
     server.wait_until(
         lambda: server.log.count("hung up right after HELLO") > before,
-        10,
+        60,
         "a hang-up that is logged",
     )
 

@@ -160,14 +160,14 @@ def test_it_is_not_ready_while_it_drains() -> None:
         scraper = Scraper(server)
         wire.send(Command.GRAPH_COMPUTE, endless(wire))
         server.wait_until(
-            lambda: scraper.values().get("commands_total{command=GRAPH_COMPUTE}") == 1, 10, "graph"
+            lambda: scraper.values().get("commands_total{command=GRAPH_COMPUTE}") == 1, 60, "graph"
         )
         server.child.send_signal(signal.SIGTERM)
         server.wait_for("stopping")
         assert scraper.get("/healthz") == (503, "draining\n")
         assert scraper.values()["draining"] == 1
         server.child.send_signal(signal.SIGTERM)
-        assert server.child.wait(10) == 0
+        assert server.child.wait(60) == 0
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_a_load_of_weights_names_its_client(caplog: pytest.LogCaptureFixture) ->
         meter.upload(1 << 20, cached=True)
         meter.other()
     (record,) = caplog.records
-    text = r"2 tensors, 4\.0 MiB in 0\.0 s \(\d+ MiB/s\), 1\.0 MiB of it from the cache"
+    text = r"2 tensors, 4\.0 MiB in \d+\.\d s \(\d+ MiB/s\), 1\.0 MiB of it from the cache"
     assert re.fullmatch(re.escape(f"{name}: ") + text, record.getMessage())
     line = json.loads(JsonFormatter().format(record))
     assert line["client"] == name

@@ -147,7 +147,7 @@ class Process:
                 raise ProgramError(f"no {what} within {seconds} s:\n{tail(self.log)}")
             time.sleep(pause)
 
-    def wait_for(self, pattern: str, seconds: float = 20.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
         """Wait for ``pattern`` in the log as wait_until does; return its first match."""
         found: list[re.Match[str]] = []
 
