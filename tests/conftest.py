@@ -21,6 +21,7 @@ from rpc_server.native.folder import cache_base
 from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError
 from rpc_server.options import NO_PREPARE_VARIABLE
+from tests.examples import without_our_numbers
 from tools import smollm2
 
 # Where a seed is given all that is made up is the same in every run: a change is judged by itself.
@@ -46,11 +47,15 @@ REQUIRE_UPSTREAM = bool(os.environ.get("REQUIRE_UPSTREAM"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the kernels compiled that most tests need, by one process a core, while tests begin.
+    """Have examples be those of the seed alone, and the kernels compiled that most tests need.
 
-    Each server that has to compile starts processes of its own, which takes longer. Only for a run
-    of all tests: a single one needs few kernels.
+    By one process a core, while tests begin: each server that has to compile starts processes of
+    its own, which takes longer. Only for a run of all tests: a single one needs few kernels.
     """
+    if SEED is not None:
+        same = contextlib.ExitStack()
+        same.enter_context(without_our_numbers())
+        config.add_cleanup(same.close)
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if everything and not hasattr(config, "workerinput") and not config.option.collectonly:
         library = catalog.library()

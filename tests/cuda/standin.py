@@ -115,10 +115,14 @@ class _Card:
 
 
 _cards: list[_Card] = []
+# Which stand-in this is of those that were plugged in one after the other.
+_installation = 0
 # Whether cards can reach each other's memory.
 _peering = True
 # One thread at a time gives to streams, or runs what they were given.
 _lock = threading.RLock()
+# Compiling takes seconds, in which others go on.
+_compiling = threading.Lock()
 
 
 class _OfThread(threading.local):
@@ -166,15 +170,17 @@ def _spoil(captures: Sequence[_Capture], what: str) -> None:
 def _unsafe(what: str) -> None:
     """What a thread must not do in its own capture, and no thread in a global one."""
     own = threading.get_ident()
+    # Of a copy: others begin and end captures meanwhile.
+    captures = _captures.copy()
     _spoil(
-        [c for c in _captures if c.mode == GLOBAL or (c.mode, c.thread) == (OF_THREAD, own)], what
+        [c for c in captures if c.mode == GLOBAL or (c.mode, c.thread) == (OF_THREAD, own)], what
     )
 
 
 def _waits_for(card: int, what: str) -> None:
     """What waits for all that a card has been given."""
     _unsafe(what)
-    _spoil([c for c in _captures if c.card == card], what)
+    _spoil([c for c in _captures.copy() if c.card == card], what)
     _cards[card].alive()
     for queue in list(_queues.values()):
         if queue.card == card:
@@ -190,7 +196,9 @@ class _Queue:
     def __init__(self, card: int) -> None:
         self.card = card
         self.jobs: deque[Callable[[], Any]] = deque()
+        # Of those that ran each has come to its end.
         self.given = self.ran = 0
+        self._running = False
         self.capture: _Capture | None = None
         self._open = threading.Event()
         self._open.set()
@@ -211,10 +219,20 @@ class _Queue:
                 self.reached.set()
                 self._open.wait()
             with _lock:
+                if self._running:
+                    # This thread is within a job, and a finalizer frees something.
+                    return
                 if self.ran < mark:
-                    job = self.jobs.popleft()
-                    self.ran += 1
-                    job()
+                    self._run_next()
+
+    def _run_next(self) -> None:
+        job = self.jobs.popleft()
+        self._running = True
+        try:
+            job()
+        finally:
+            self._running = False
+            self.ran += 1
 
     @contextlib.contextmanager
     def held(self) -> Iterator[threading.Event]:
@@ -363,7 +381,7 @@ class RawKernel:
     def _module(self) -> emulation.Module:
         if _mine.card not in self._loaded:
             _unsafe("loading a module")
-            with _lock:
+            with _compiling:
                 module = emulation.build("standin", self._code, checked=CHECKED)
             assert self._name in module
             self._loaded[_mine.card] = module
@@ -410,9 +428,10 @@ class RawModule:
 class Device:
     def __init__(self, device: int) -> None:
         self.id = device
+        self._use = _while_installed(_set_device)
 
     def use(self) -> None:
-        _set_device(self.id)
+        self._use(self.id)
 
     def __enter__(self) -> Self:
         _mine.outer.append(_mine.card)
@@ -649,7 +668,7 @@ def _modules() -> dict[str, types.ModuleType]:
         deviceEnablePeerAccess=_enable_peer_access,
         memGetInfo=_memory_info,
         malloc=_allocate,
-        free=_free,
+        free=_while_installed(_free),
         memcpyAsync=_copy_async,
         memcpyPeerAsync=_copy_peer_async,
         memsetAsync=_fill_async,
@@ -665,7 +684,7 @@ def _modules() -> dict[str, types.ModuleType]:
     )
     cublas = types.SimpleNamespace(
         create=_create,
-        destroy=_destroy,
+        destroy=_while_installed(_destroy),
         gemmStridedBatchedEx=_gemm,
         setPointerMode=_set_pointer_mode,
         CUBLASError=CUBLASError,
@@ -685,8 +704,24 @@ def _modules() -> dict[str, types.ModuleType]:
     return modules
 
 
+def _while_installed(call: Callable[[int], None]) -> Callable[[int], None]:
+    """``call`` for those whose cards these are.
+
+    What is left of a stand-in before goes whenever garbage is collected, also in the middle of a
+    capture, and what it frees may be where others have their memory by now.
+    """
+    mine = _installation
+
+    def checked(number: int) -> None:
+        if mine == _installation:
+            call(number)
+
+    return checked
+
+
 def _plug_in(cards: int, peering: bool) -> None:
-    global _peering
+    global _peering, _installation
+    _installation += 1
     _cards[:] = [_Card() for _ in range(cards)]
     _queues.clear()
     _handles.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -88,11 +89,15 @@ class Work:
         np.testing.assert_array_equal(result, np.full_like(result, 64 * value * value))
 
 
+# Longer than anything takes, on a busy machine too.
+PATIENCE = 60
+
+
 async def eventually(what: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if what():
-            return
-        await asyncio.sleep(0.01)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            while not what():
+                await asyncio.sleep(0.01)
     assert what()
 
 
@@ -137,8 +142,7 @@ async def test_a_graph_waits_for_no_other_clients(serving: Serving) -> None:
         await held.run(1.0)
         with serving.queue(0).stream.queue.held() as reached:
             waiting = asyncio.create_task(held.run(3.0))
-            await asyncio.to_thread(reached.wait, 10)
-            assert reached.is_set()
+            assert await asyncio.to_thread(reached.wait, PATIENCE)
             for value in (1.0, 2.0, 4.0, 5.0):
                 await free.run(value)
             assert not waiting.done()
@@ -194,7 +198,7 @@ async def test_a_client_that_goes_in_the_middle_of_a_graph(serving: Serving) -> 
         await work.run(1.0)
         with serving.queue(0).stream.queue.held() as reached:
             waiting = asyncio.create_task(work.run(3.0))
-            await asyncio.to_thread(reached.wait, 10)
+            assert await asyncio.to_thread(reached.wait, PATIENCE)
             a.connection.abort()
             await asyncio.sleep(0.05)
             assert standin.used() > before
@@ -211,7 +215,7 @@ async def test_memory_is_given_while_another_captures(serving: Serving) -> None:
 
     def enqueue() -> None:
         loop.call_soon_threadsafe(inside.set)
-        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(go.wait(), loop).result(PATIENCE)
 
     capture = asyncio.create_task(asyncio.to_thread(card.capture, queue.stream, enqueue))
     await inside.wait()
@@ -250,7 +254,9 @@ async def test_a_card_that_fails_ends_its_clients(
         await a.connection.wait_closed()
     await eventually(lambda: not context.stats.clients)
     assert context.budgets[0].used == 0
-    lost, line = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    # asyncio may complain of what others have left, when that is collected.
+    ours = [r for r in caplog.records if r.name.startswith("rpc_server.")]
+    lost, line = [r.getMessage() for r in ours if r.levelname == "ERROR"]
     assert "CUDA0 is lost" in lost
     assert "CUDA0 failed" in line
     assert "cudaErrorIllegalAddress" in line

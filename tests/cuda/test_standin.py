@@ -172,6 +172,63 @@ def test_captures_have_no_cublas(cupy: Any) -> None:
     way.end_capture()
 
 
+def test_who_waits_for_what_another_thread_runs_waits_for_its_end(cupy: Any) -> None:
+    way, mark = stream(cupy, 0), event(cupy, 0)
+    begun, go, waited = threading.Event(), threading.Event(), threading.Event()
+
+    def job() -> None:
+        begun.set()
+        go.wait(60)
+
+    way.queue.give(job)
+    mark.record(way)
+
+    def wait() -> None:
+        mark.synchronize()
+        waited.set()
+
+    threads = [threading.Thread(target=what) for what in (way.synchronize, wait)]
+    threads[0].start()
+    try:
+        assert begun.wait(60)
+        assert not mark.done
+        threads[1].start()
+        assert not waited.wait(0.05)
+    finally:
+        go.set()
+    for thread in threads:
+        thread.join()
+    assert waited.is_set()
+    assert mark.done
+
+
+def test_what_is_left_of_a_stand_in_before_changes_nothing() -> None:
+    """It is freed when garbage is collected, whoever may have the card by then."""
+    with standin.installed():
+        before: Any = sys.modules["cupy"]
+        place, device = memory(before, 0), before.cuda.Device(0)
+        from cupy_backends.cuda.libs import cublas
+
+        handle = cublas.create()
+    with standin.installed():
+        cupy: Any = sys.modules["cupy"]
+        now, way, mark = cupy.cuda.runtime.malloc(4), stream(cupy, 0), event(cupy, 0)
+        standin.contexts.clear()
+        cupy.cuda.runtime.memsetAsync(now, 1, 4, way.ptr)
+        mark.record(way)
+        way.begin_capture(cupy.cuda.runtime.streamCaptureModeThreadLocal)
+        device.use()
+        # The same address, as malloc gives them again.
+        for address in (place, now):
+            before.cuda.runtime.free(address)
+        cublas.destroy(handle)
+        way.end_capture()
+        assert not mark.done
+        assert standin.used() == 4
+        assert not standin.contexts
+        mark.synchronize()
+
+
 def test_what_is_waited_for_is_what_was_recorded_then(cupy: Any) -> None:
     """An event that is recorded again later means the old place to who waits for it already."""
     first, second, mark = stream(cupy, 0), stream(cupy, 0), event(cupy, 0)

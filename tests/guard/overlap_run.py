@@ -232,6 +232,14 @@ class Note:
 
 def child(chosen: Sequence[Item], note: Note, say: Callable[[str], None]) -> None:
     """Run items; ``say`` is told what is wrong."""
+    try:
+        _run_items(chosen, note, say)
+    finally:
+        # Set, it would end the process in the middle of something else.
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _run_items(chosen: Sequence[Item], note: Note, say: Callable[[str], None]) -> None:
     arena = Arena(MOST_BYTES * 2)
     how: list[Any] = []
     for number, item in enumerate(chosen):

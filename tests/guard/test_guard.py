@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from client.builder.graph import GraphBuilder
 from conformance.differential.case import GraphCase
@@ -149,6 +153,26 @@ def test_chains_read_what_they_computed() -> None:
         for case in cases
     ]
     assert sum(joined) > len(cases) / 2
+
+
+def test_cases_do_not_depend_on_what_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is told a seed and a number draws the same case, though it runs elsewhere."""
+
+    def drawn() -> list[Any]:
+        numbers: Any = st.integers(0, 1 << 60)
+        return draw_cases(numbers, 300, 1)
+
+    before = drawn()
+    code = "\n".join(f"N{i} = {(1 << 50) + i}" for i in range(100))
+    (tmp_path / "some_numbers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("some_numbers")
+    try:
+        assert drawn() == before
+    finally:
+        del sys.modules[module.__name__]
 
 
 def _root(t: Tensor) -> Tensor:

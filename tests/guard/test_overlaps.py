@@ -181,18 +181,18 @@ def test_a_planted_second_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert "SET_ROWS(" in found[-1]
 
 
-def _child_that(does: str) -> list[str]:
-    """The command of a child that is not itself."""
+def _child_that(does: str, seconds: int = overlap_run._SECONDS) -> list[str]:
+    """The command of a child that is not itself; it stands still after so many seconds."""
     lines = (
         "import ctypes, sys, time; from tests.guard import overlap_run as o, __main__ as m;"
-        f"o._SECONDS = 2; ran = o._run_once; o._run_once = lambda *a: {does};"
+        f"o._SECONDS = {seconds}; ran = o._run_once; o._run_once = lambda *a: {does};"
         "m.main(['--overlap-child', sys.argv[1]])"
     )
     return [sys.executable, "-c", lines]
 
 
 def test_what_stands_still_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap_run, "COMMAND", _child_that("time.sleep(600)"))
+    monkeypatch.setattr(overlap_run, "COMMAND", _child_that("time.sleep(600)", 2))
     (found,) = overlap_run.run(overlap_run.items(1, ["SQR"], 1)[:1]).found
     assert "SQR" in found
     assert "exit status 1" in found

@@ -140,10 +140,13 @@ class Memory:
 
     def contains(self, address: int, size: int) -> bool:
         """Whether all bytes lie in one of the arrays."""
-        return any(a <= address and address + size <= a + n for a, (n, _) in self._arrays.items())
+        # Of a copy, as below: other threads allocate and free meanwhile, and so do finalizers.
+        arrays = self._arrays.copy()
+        return any(a <= address and address + size <= a + n for a, (n, _) in arrays.items())
 
     def bounds(self) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-        rows = [(a, a + size, writable) for a, (size, writable) in self._arrays.items() if size]
+        arrays = self._arrays.copy()
+        rows = [(a, a + size, writable) for a, (size, writable) in arrays.items() if size]
         return np.array(rows, np.uint64).reshape(-1, 3)
 
 
