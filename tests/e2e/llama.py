@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tools import models, upstream
 from tools import smollm2 as distributed
@@ -129,6 +129,36 @@ def run(
     return output, log
 
 
+_Found = TypeVar("_Found")
+
+
+def told(
+    find: Callable[[str, str], _Found | None],
+    name: str,
+    *arguments: object,
+    build: int = upstream.DEFAULT_BUILD,
+    timeout: float = 200,
+) -> _Found:
+    """What ``find`` makes of a program's output and log, once it finds something.
+
+    Both go through one queue, which the program doesn't always empty before it ends: then it runs
+    again. Raises ProgramError where it fails, and where it never says it.
+    """
+    for _attempt in range(5):
+        output, log = run(name, *arguments, build=build, timeout=timeout)
+        if (found := find(output, log)) is not None:
+            return found
+    raise ProgramError(f"{name}'s output is incomplete:\n{tail(log)}")
+
+
+def whole_text(output: str, log: str) -> str | None:
+    """What llama-completion printed, None if its end may be missing.
+
+    The timings come after the text: where they are, all of the text is.
+    """
+    return output.rstrip("\n") if "total time" in log else None
+
+
 def completion(
     model: Path,
     prompt: str,
@@ -144,13 +174,7 @@ def completion(
     ``devices``: options in place of those of ``device_options(rpc)``.
     """
     arguments = completion_arguments(model, prompt, count, rpc=rpc, devices=devices)
-    for _attempt in range(5):
-        output, log = run("llama-completion", *arguments, *options, build=build, timeout=timeout)
-        # Output and log go through one queue, which the program doesn't always empty before it
-        # ends. The timings come after the text: where they are, all of the text is.
-        if "total time" in log:
-            return output.rstrip("\n")
-    raise ProgramError(f"llama-completion's output is incomplete:\n{tail(log)}")
+    return told(whole_text, "llama-completion", *arguments, *options, build=build, timeout=timeout)
 
 
 def completion_arguments(
@@ -172,15 +196,18 @@ def completion_arguments(
 
 def perplexity(model: Path, text: Path, *, rpc: str | None = None) -> float:
     """llama-perplexity's estimate over a text, in windows of 256 tokens."""
-    output, log = run(
+    found = told(
+        estimate,
         "llama-perplexity",
         *("-m", model, "-f", text, "-c", "256", "-b", "256", "-t", THREADS, "--no-warmup"),
         *device_options(rpc),
     )
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)", output + log)
-    if not found:
-        raise ProgramError(f"llama-perplexity printed no estimate:\n{tail(log)}")
     return float(found[1])
+
+
+def estimate(output: str, log: str) -> re.Match[str] | None:
+    """Where llama-perplexity says what it found."""
+    return re.search(r"Final estimate: PPL = ([0-9.]+)", output + log)
 
 
 # --- processes that stay ----------------------------------------------------------------------

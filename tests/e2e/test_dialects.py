@@ -44,7 +44,7 @@ def generate(build: int, server: llama.RpcServer) -> str | None:
         assert server.alive, server.log
         return None
     with contextlib.suppress(ProgramError):
-        server.wait_until(lambda: computations(server) > before, 2, "graphs of the client")
+        server.wait_until(lambda: computations(server) > before, 5, "graphs of the client")
         return text
     return None
 

@@ -82,8 +82,11 @@ def test_the_page_is_what_the_metrics_are(tmp_path: Path, llama_server: StartLla
             first.post("/completion", llama.greedy("And then", 4), timeout=60)
         first.stop()
         coordinator.wait_for(r"trying to reach it again")
-        shown = check(scraper)
-        assert shown.values["connected_clients"] == 0
+        # That it has gone is noticed after it has.
+        coordinator.wait_until(
+            lambda: scraper.values()["connected_clients"] == 0, 20, "end of the client's connection"
+        )
+        assert check(scraper).values["connected_clients"] == 0
 
         worker = start_worker(port)
         coordinator.wait_for(rf"(?s)trying to reach it again.*worker {HOST}:{port}: protocol")

@@ -24,12 +24,12 @@ _OLD = [build for version, build in upstream.DIALECT_BUILDS.items() if version <
 
 def complete(endpoints: str, *options: object) -> str:
     """What llama-completion prints with these options and all others as they are."""
-    output, _log = llama.run(
+    return llama.told(
+        llama.whole_text,
         "llama-completion",
         *("-m", llama.smollm2(MODEL_TYPE), "-p", PROMPT, "-n", 8, "--temp", 0),
         *("-no-cnv", "-t", llama.THREADS, "--rpc", endpoints, *options),
     )
-    return output
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from tests.e2e.conftest import needs_own_server
 from tests.tools.test_wireshark import script, tshark
 from tools.models import write_tiny_model
 from tools.serving.ports import free_port
-from tools.serving.processes import PROJECT
+from tools.serving.processes import HOST, PROJECT
 
 __all__ = ["script"]
 
@@ -55,6 +57,27 @@ def dump(capture: Path, *options: str) -> str:
     return done.stdout
 
 
+def wait_for_packets(capture: Path, port: int) -> None:
+    """Wait until all packets so far are in a capture.
+
+    The system hands them over in blocks, most of a second later and more on a busy machine. Behind
+    them is a connection on which nothing is said, known by its ports.
+    """
+    with socket.create_connection((HOST, port)) as last:
+        mark = struct.pack(">HH", last.getsockname()[1], port)
+    end = time.monotonic() + 60
+    while mark not in last_bytes(capture):
+        assert time.monotonic() < end, "tcpdump doesn't get on"
+        time.sleep(0.1)
+
+
+def last_bytes(path: Path) -> bytes:
+    """The end of a file that grows."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return file.read()
+
+
 Run = tuple[Path, dict[str, int], tuple[int, int]]
 
 
@@ -67,7 +90,9 @@ def captured(folder: Path, log_folder: Path, model: Path, prompt: str) -> Run:
     server = llama.RpcServer(log_folder, "--metrics-port", str(metrics))
     capture = folder / "run.pcap"
     port = server.address.rpartition(":")[2]
-    filter_ = ("-i", "lo", "-B", "65536", "-U", "-w", str(capture), "tcp", "port", port)
+    # Its buffer, in KiB, has room for the whole run: while it gets no processor nothing is lost.
+    buffer = ("-B", str(256 << 10), "-U")
+    filter_ = ("-i", "lo", *buffer, "-w", str(capture), "tcp", "port", port)
     listening = subprocess.Popen([tcpdump, *filter_], stderr=subprocess.PIPE, text=True)
     try:
         assert listening.stderr is not None
@@ -80,8 +105,7 @@ def captured(folder: Path, log_folder: Path, model: Path, prompt: str) -> Run:
             value_by_metrics(metrics, f"{x}_bytes_total") for x in ("received", "sent")
         )
         llama.completion(model, prompt, 6, rpc=server.address)
-        # The last packets are on their way to the file.
-        time.sleep(1)
+        wait_for_packets(capture, int(port))
         counted = Counter(commands_by_metrics(metrics))
         counted.subtract(before)
         received = value_by_metrics(metrics, "received_bytes_total") - received

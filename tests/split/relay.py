@@ -6,20 +6,57 @@ import asyncio
 import contextlib
 import threading
 
+from protocol.commands import Command
+from protocol.requests import FRAME
 from tools.serving.processes import HOST
 
 _START_SECONDS = 20.0
 
 
+class _Messages:
+    """Tells where messages begin in what goes to a server.
+
+    A piece that was read may begin anywhere in one, such as between two numbers of a weight.
+    """
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._left = 0
+
+    def find(self, data: bytes, command: Command) -> int | None:
+        """Go on over ``data``; return where the first message with this command begins in it."""
+        at = 0
+        while at < len(data):
+            if self._left:
+                skipped = min(self._left, len(data) - at)
+                self._left -= skipped
+                at += skipped
+                continue
+            if not self._head and data[at] == command:
+                return at
+            rest = data[at : at + FRAME.size - len(self._head)]
+            self._head += rest
+            at += len(rest)
+            if len(self._head) == FRAME.size:
+                _, self._left = FRAME.unpack(self._head)
+                self._head = b""
+        return None
+
+
 class Relay:
     """Passes connections on to ``port`` and counts the bytes on their way there.
 
-    What goes there is ``delay`` seconds late. From the first message that begins with ``holds``
-    on, nothing comes back on that connection, and if it ``hangs``, on none.
+    What goes there is ``delay`` seconds late. From the first message that ``holds`` names on,
+    nothing comes back on that connection, and if it ``hangs``, on none.
     """
 
     def __init__(
-        self, port: int, delay: float = 0.0, *, holds: bytes = b"", hangs: bool = False
+        self,
+        port: int,
+        delay: float = 0.0,
+        *,
+        holds: Command | None = None,
+        hangs: bool = False,
     ) -> None:
         self.sent = 0
         self.holding = threading.Event()
@@ -46,17 +83,20 @@ class Relay:
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(HOST, self._target)
 
-        held = False
+        held, messages = False, _Messages()
 
         async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter, count: bool) -> None:
             nonlocal held
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(1 << 18):
-                    if self._holds and count and data.startswith(self._holds):
-                        held = True
-                        self.holding.set()
                     if held or (self._hangs and self.holding.is_set()):
                         continue
+                    if self._holds is not None and count:
+                        begun = messages.find(data, self._holds)
+                        if begun is not None:
+                            held = True
+                            self.holding.set()
+                            data = data[:begun]
                     self.sent += len(data) * count
                     if count and self._delay:
                         await asyncio.sleep(self._delay)

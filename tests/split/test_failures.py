@@ -36,6 +36,7 @@ from tests.split.cluster import (
     WorkerProcess,
     backend,
     content,
+    emptied,
     nmse,
     status,
     values,
@@ -97,9 +98,14 @@ class Cluster:
             server.forget()
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    made = Cluster("--split-timeout", "2", "--drain-seconds", "0.3")
+# Longer than any exchange here takes on a busy machine, and shorter than PATIENCE.
+EXCHANGE = 15.0
+
+
+@contextlib.contextmanager
+def sound_cluster(exchange: float) -> Iterator[Cluster]:
+    """A cluster whose workers have so long for an exchange; whom nobody killed is sound after."""
+    made = Cluster("--split-timeout", str(exchange), "--drain-seconds", "0.3")
     try:
         yield made
         assert made.coordinator.alive, made.log
@@ -110,6 +116,19 @@ def cluster() -> Iterator[Cluster]:
             assert "never retrieved" not in log, log
     finally:
         made.stop()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with sound_cluster(EXCHANGE) as made:
+        yield made
+
+
+@pytest.fixture
+def impatient() -> Iterator[Cluster]:
+    """One whose coordinator waits for 2 s."""
+    with sound_cluster(2) as made:
+        yield made
 
 
 # Sets the event once it is at what it is for.
@@ -136,13 +155,11 @@ async def prompting(b: Backend, begun: asyncio.Event) -> None:
     for _ in range(60):
         y = b.graph.mul_mat(w, y)
     plan = await b.prepare(y)
-    # The first run compiles and plans, which takes as long as the machine likes.
-    await plan.run()
-    await b.download(y)
-    begun.set()
-    await plan.run()
-    await b.download(y)
-    raise AssertionError("too fast to be killed within it")
+    while True:
+        # The first run compiles and plans, which takes as long as the machine likes.
+        await plan.run()
+        await b.download(y)
+        begun.set()
 
 
 async def generating(b: Backend, begun: asyncio.Event) -> None:
@@ -172,6 +189,7 @@ async def check_works(coordinator: WorkerProcess) -> None:
     """A new client gets right numbers, and nothing is left of those before it."""
     data, x = values(256, 512, seed=50), values(7, 512, seed=51)
     async with backend(coordinator) as b:
+        await emptied(b)
         w = await weight(b, F32, (512, 256), data.tobytes())
         for part in (await status(b)).parts:
             assert part.bytes == w.nbytes // 2
@@ -293,10 +311,10 @@ async def test_all_clients_of_a_lost_worker(cluster: Cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", mostly_slow(["upload", "decode"]))
-async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
+async def test_a_worker_that_falls_silent(stage: str, impatient: Cluster) -> None:
     """Its machine still takes bytes, as one that swaps or was suspended does."""
-    async with running(cluster.coordinator, JOBS[stage]) as task:
-        cluster.bad.child.send_signal(signal.SIGSTOP)
+    async with running(impatient.coordinator, JOBS[stage]) as task:
+        impatient.bad.child.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         await lost(task, 2 + PATIENCE)
         assert time.monotonic() - started > 1
@@ -306,15 +324,15 @@ async def test_a_worker_that_falls_silent(stage: str, cluster: Cluster) -> None:
         "decode": "(did not answer in time|no answer within 2 s)",
     }[stage]
     assert re.search(
-        rf"ERROR +client [^\n]*worker {cluster.bad.address}[^\n]*{pattern}[^\n]*; closing",
-        cluster.log,
+        rf"ERROR +client [^\n]*worker {impatient.bad.address}[^\n]*{pattern}[^\n]*; closing",
+        impatient.log,
     )
-    before = cluster.connections()
-    cluster.bad.child.send_signal(signal.SIGCONT)
-    await asyncio.to_thread(cluster.wait_for_reconnection, before)
-    await check_works(cluster.coordinator)
+    before = impatient.connections()
+    impatient.bad.child.send_signal(signal.SIGCONT)
+    await asyncio.to_thread(impatient.wait_for_reconnection, before)
+    await check_works(impatient.coordinator)
     # It has noticed, and given back what was there.
-    await freed(cluster.bad)
+    await freed(impatient.bad)
 
 
 async def a_product(b: Backend) -> None:
@@ -329,10 +347,10 @@ async def a_product(b: Backend) -> None:
 def held_at_a_program(*, hangs: bool) -> Iterator[tuple[Coordinator, Relay]]:
     """A coordinator of a worker that doesn't answer its program; one that ``hangs``, nobody."""
     with WorkerProcess() as worker, contextlib.ExitStack() as stack:
-        relay = Relay(worker.port, holds=bytes([Command.SPLIT_PROGRAM]), hangs=hangs)
+        relay = Relay(worker.port, holds=Command.SPLIT_PROGRAM, hangs=hangs)
         stack.callback(relay.close)
         yield (
-            stack.enter_context(Coordinator([relay.address], "--split-timeout", "1")),
+            stack.enter_context(Coordinator([relay.address], "--split-timeout", "2")),
             relay,
         )
 
@@ -344,7 +362,7 @@ async def test_a_worker_that_hangs_at_a_program() -> None:
         async with backend(coordinator) as b:
             with pytest.raises(ConnectionLost):
                 await asyncio.wait_for(a_product(b), PATIENCE)
-        coordinator.wait_for("no answer within 1 s, nor to a greeting")
+        coordinator.wait_for("no answer within 2 s, nor to a greeting")
         assert relay.holding.is_set()
 
 
@@ -360,7 +378,7 @@ async def test_others_compute_while_a_worker_does_not_get_ready() -> None:
                 got = await asyncio.wait_for(other.compute(other.graph.scale(x, 3.0)), PATIENCE)
                 assert np.array_equal(got.reshape(64), values(64) * np.float32(3))
                 # Longer than an exchange may take, in all.
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1.0)
             assert not waiting.done()
             waiting.cancel()
             await asyncio.wait([waiting])
@@ -389,7 +407,6 @@ async def test_a_client_is_killed_within_an_upload(cluster: Cluster) -> None:
             await task
     await asyncio.to_thread(cluster.coordinator.wait_for, r"hung up within SET_TENSOR")
     await asyncio.to_thread(cluster.coordinator.wait_for, r"disconnected; freed [1-9]")
-    await asyncio.sleep(0.2)
     await check_works(cluster.coordinator)
 
 
@@ -401,7 +418,7 @@ async def test_the_coordinator_stops_within_a_graph(cluster: Cluster) -> None:
         await asyncio.sleep(0.1)
         started = time.monotonic()
         assert await asyncio.to_thread(cluster.coordinator.stop, PATIENCE) == 0
-        assert time.monotonic() - started < 1.5, "that was the --split-timeout"
+        assert time.monotonic() - started < EXCHANGE / 2, "that was the --split-timeout"
         await lost(task)
     cluster.bad.child.send_signal(signal.SIGCONT)
     cluster.coordinator = Coordinator([cluster.good, cluster.bad])
@@ -510,8 +527,15 @@ async def hangs_up_after_hello(peer: Peer) -> None:
 async def test_what_is_no_worker(
     script: Callable[[Peer], Awaitable[None]], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "CONNECT_TIMEOUT", 0.3)
-    async with scripted(DIALECTS[0], script) as port:
+    silent = "does not answer" in message
+    monkeypatch.setattr(links, "CONNECT_TIMEOUT", 0.3 if silent else PATIENCE)
+
+    async def play(peer: Peer) -> None:
+        # On a busy machine one that is silent later may be left before it is.
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await script(peer)
+
+    async with scripted(DIALECTS[0], play) as port:
         with pytest.raises(WorkerLost, match=message) as caught:
             await Worker.open(HOST, port, 30.0)
     assert f"worker {HOST}:{port}" in str(caught.value)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import shlex
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from tests.e2e.matrix.combinations import Combination
 from tests.e2e.test_architectures import BOUND, SLACK
 from tests.e2e.test_generation import PLAIN_PROMPTS
 from tools import models
-from tools.serving.processes import ProgramError, tail
+from tools.serving.processes import ProgramError
 
 # Tokens that a text is made of, and that a window of perplexity has.
 COUNT, WINDOW = 24, 256
@@ -79,7 +78,7 @@ class Programs:
             waiting = [pool.submit(program, self, combination, where) for _ in range(clients)]
             words = [one.result() for one in waiting]
         own = [process for process in servers.processes if isinstance(process, llama.RpcServer)]
-        own[-1].wait_until(lambda: servers.graphs() > before, 10, "graphs of the client")
+        own[-1].wait_until(lambda: servers.graphs() > before, 20, "graphs of the client")
         return "; ".join(dict.fromkeys(words))
 
     def local(self, key: tuple[object, ...], compute: Callable[[], Any]) -> Any:
@@ -350,22 +349,6 @@ def _demand_kept(answer: Any) -> None:
         raise MismatchError("llama-server computed the prompt anew")
 
 
-_Found = TypeVar("_Found")
-
-
-def _told(find: Callable[[str], _Found | None], name: str, *arguments: object) -> _Found:
-    """What ``find`` makes of all that a program prints.
-
-    Programs may end before all they have to say is printed, as tests.e2e.llama has it: then they
-    run again. Raises ProgramError where they never say it.
-    """
-    for _attempt in range(5):
-        said = "".join(llama.run(name, *arguments, timeout=SECONDS))
-        if found := find(said):
-            return found
-    raise ProgramError(f"{name} doesn't say what it found:\n{tail(said)}")
-
-
 # --- numbers ------------------------------------------------------------------------------------
 
 
@@ -379,14 +362,15 @@ def _windows(combination: Combination) -> list[str]:
 
 def _perplexity(programs: Programs, combination: Combination, where: Sequence[str]) -> str:
     def measure(where: Sequence[str] = where) -> float:
-        found = _told(
-            lambda said: re.search(r"Final estimate: PPL = ([0-9.]+)", said),
+        found = llama.told(
+            llama.estimate,
             "llama-perplexity",
             *("-m", programs.model(combination), "-f", programs.text_file()),
             *("--no-warmup", *_windows(combination)),
             *programs.answering(combination),
             *_unified(combination),
             *where,
+            timeout=SECONDS,
         )
         return float(found[1])
 
@@ -504,7 +488,7 @@ def _batched_bench(programs: Programs, combination: Combination, where: Sequence
     sequences = sorted({1, combination.n_slots})
 
     def measure(where: Sequence[str] = where) -> list[tuple[int, ...]]:
-        return _told(
+        return llama.told(
             rows,
             "llama-batched-bench",
             *("-m", programs.model(combination), "-c", 512, "-t", llama.THREADS),
@@ -514,13 +498,15 @@ def _batched_bench(programs: Programs, combination: Combination, where: Sequence
             *programs.answering(combination),
             *_unified(combination),
             *where,
+            timeout=SECONDS,
         )
 
-    def rows(said: str) -> list[tuple[int, ...]]:
-        """All rows of its table, or none."""
-        found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    def rows(output: str, log: str) -> list[tuple[int, ...]] | None:
+        """All rows of its table."""
+        said = (output + log).splitlines()
+        found = [json.loads(line) for line in said if line.startswith("{")]
         if len(found) < len(sequences):
-            return []
+            return None
         return [(row["pp"], row["tg"], row["pl"], row["n_kv"]) for row in found[: len(sequences)]]
 
     key = programs.key(combination, combination.slots)
