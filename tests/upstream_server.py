@@ -12,6 +12,7 @@ import pytest
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     HOST,
+    PATIENCE,
     Process,
     listens,
     upstream_command,
@@ -29,7 +30,7 @@ class Endpoint:
 
 @contextlib.contextmanager
 def running_upstream(
-    log: Path, *options: str, build: int = DEFAULT_BUILD, patience: float = 60.0
+    log: Path, *options: str, build: int = DEFAULT_BUILD, patience: float = PATIENCE
 ) -> Iterator[Endpoint]:
     """A running server on a free port; skips the test where the program hasn't been built.
 

@@ -31,9 +31,17 @@ from pathlib import Path
 
 from tools import smollm2, upstream
 from tools.arguments import command_line
-from tools.serving.llama_server import PATIENCE, LlamaServer
+from tools.serving.llama_server import LlamaServer
 from tools.serving.ports import free_port
-from tools.serving.processes import HOST, Process, ProgramError, listens, own_command, tail
+from tools.serving.processes import (
+    HOST,
+    PATIENCE,
+    Process,
+    ProgramError,
+    listens,
+    own_command,
+    tail,
+)
 
 QUESTIONS = (
     "The harbour wakes before the town does, and boats come in with lamps still burning.\n" * 3
@@ -183,8 +191,13 @@ class Soak:
         told = time.monotonic()
         failed_at: float | None = None
         for number in itertools.cycle(range(len(QUESTIONS))):
-            if time.monotonic() > end or not self.servers.coordinator.alive:
+            if not self.servers.coordinator.alive:
                 break
+            if time.monotonic() > end:
+                # A run without a right answer says nothing: one is waited for, in peace.
+                disturber.finish()
+                if tally.correct or tally.wrong or time.monotonic() > end + PATIENCE:
+                    break
             time.sleep(options.pause)
             try:
                 answer = self._answer(number)

@@ -14,7 +14,7 @@ _EXAMPLES = {SESSIONS.name: 100, GRAPHS.name: 20, DAMAGE.name: 40}
 
 
 def _search(c: Context, property_: Property) -> None:
-    target = PropertyTarget(c.address, c.facts, patience=10.0)
+    target = PropertyTarget(c.address, c.facts, patience=c.patience)
     if not property_.fits(target):
         c.skip("which ops a graph of this version has shows by its patch number only")
     _, finding = explore(target, property_, _EXAMPLES[property_.name], c.seed)

@@ -19,6 +19,7 @@ from conformance.differential.compare import CaseMemory, difference
 from conformance.differential.endpoint import Endpoint
 from conformance.differential.runner import CaseRunner, Image, ServerRefused
 from conformance.differential.sketch import Family, label
+from tools.serving.processes import PATIENCE
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ class Judge:
     node: what its planner makes of neighbours must not show.
     """
 
-    def __init__(self, tested: Endpoint, reference: Endpoint, *, timeout: float = 60.0) -> None:
+    def __init__(self, tested: Endpoint, reference: Endpoint, *, timeout: float = PATIENCE) -> None:
         self._loop = asyncio.new_event_loop()
         self._tested = CaseRunner(tested, timeout=timeout)
         self._reference = CaseRunner(reference, timeout=timeout)

@@ -24,6 +24,7 @@ from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import encode_graph
 from protocol.tensor import Tensor, contiguous_strides
+from tools.serving.processes import PATIENCE
 
 GUARD_BYTE = 0xA5
 # What nodes find in their memory: not-a-number in every float type.
@@ -75,7 +76,7 @@ class Image:
 class CaseRunner:
     """One server's side; keeps a connection and a buffer for case after case."""
 
-    def __init__(self, endpoint: Endpoint, *, timeout: float = 60.0) -> None:
+    def __init__(self, endpoint: Endpoint, *, timeout: float = PATIENCE) -> None:
         self.endpoint = endpoint
         self._timeout = timeout
         self._connection: Connection | None = None

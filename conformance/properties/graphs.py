@@ -33,6 +33,7 @@ from protocol.ggml.ops import VIEWS, Op, TensorFlag
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
 from protocol.tensor import Tensor
+from tools.serving.processes import PATIENCE
 
 Array = npt.NDArray[Any]
 
@@ -192,7 +193,7 @@ def run(context: Context, case: GraphCase, image: Image, *, stepwise: bool = Fal
 class Reference:
     """Another server to hold results against."""
 
-    def __init__(self, endpoint: Endpoint, *, timeout: float = 60.0) -> None:
+    def __init__(self, endpoint: Endpoint, *, timeout: float = PATIENCE) -> None:
         self._loop = asyncio.new_event_loop()
         self._runner = CaseRunner(endpoint, timeout=timeout)
 

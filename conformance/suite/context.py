@@ -51,7 +51,7 @@ class Context:
         self.seed = seed
         self.transcript = Transcript()
         self.deadline = time.monotonic() + seconds
-        self._patience = patience
+        self.patience = patience
         self._peers: list[Peer] = []
 
     # -- connections ---------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Context:
                 name=name or ("client" if number == 1 else f"client {number}"),
                 transcript=self.transcript,
                 deadline=self.deadline,
-                patience=self._patience,
+                patience=self.patience,
             )
         except OSError as error:
             raise Closed(f"the server takes no connection: {error}") from None

@@ -17,8 +17,9 @@ from protocol.split import VERSION
 
 # Up to protocol 6 a server keeps what is larger than this; from 7 on the client says.
 CACHED_FROM = 10 << 20
-# A second client that got no answer in this time waits for the first one to leave.
-_CONCURRENCY_PATIENCE = 2.0
+# A second client that got no answer in this time, and none in as long after the first one got
+# another, waits for that to leave.
+_CONCURRENCY_PATIENCE = 1.0
 
 
 class NotUnderstood(Exception):  # noqa: N818 - what happened
@@ -105,22 +106,29 @@ def _is_concurrent(address: tuple[str, int], first: Peer, patience: float) -> bo
 
     This closes the first.
     """
-    second = Peer(address, first.dialect, patience=_CONCURRENCY_PATIENCE)
+    second = Peer(address, first.dialect, patience=patience)
     try:
         second.send(Command.HELLO)
-        if not second.silent(_CONCURRENCY_PATIENCE):
-            second.answer(Command.HELLO)
-            second.ping()
-            return True
-        # Hanging up on a server that is about to answer can be the end of it: its turn comes now.
-        first.close()
-        second.patience = patience
+        waits = _is_kept_waiting(second, first)
+        if waits:
+            # Hanging up on a server that is about to answer can be the end of it: its turn comes
+            # now.
+            first.close()
         second.answer(Command.HELLO)
         second.ping()
-        return False
+        return not waits
     finally:
         first.close()
         second.close()
+
+
+def _is_kept_waiting(second: Peer, first: Peer) -> bool:
+    """Return whether the ``second`` client isn't answered while the ``first`` is."""
+    if not second.silent(_CONCURRENCY_PATIENCE):
+        return False
+    # A server that others keep off the processors lets the first one wait as well.
+    first.ping()
+    return second.silent(_CONCURRENCY_PATIENCE)
 
 
 def cacheable(dialect: Dialect, tail: bytes) -> tuple[bytes, int]:

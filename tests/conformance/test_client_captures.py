@@ -19,6 +19,7 @@ from tests.protocol.captures import Collected, collect
 from tests.server.process import ServerProcess, running
 from tools.client_captures import USES
 from tools.replay.player import Player
+from tools.serving.processes import PATIENCE
 
 FOLDER = Path(__file__).parents[1] / "data" / "captures" / "clients"
 # Between two processors, as of the golden captures.
@@ -142,5 +143,6 @@ def server() -> Iterator[ServerProcess]:
 
 @every_use
 def test_is_answered_by_this_server_as_by_upstreams(name: str, server: ServerProcess) -> None:
-    result = asyncio.run(Player("127.0.0.1", server.port, tolerance=BOUND).play(path_of(name)))
+    player = Player("127.0.0.1", server.port, tolerance=BOUND, timeout=PATIENCE)
+    result = asyncio.run(player.play(path_of(name)))
     assert result.differences == []

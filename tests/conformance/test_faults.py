@@ -17,11 +17,11 @@ from conformance.suite.target import Target
 from tests.conformance.faulty.planted import FAULTS, Fault
 from tests.parameters import mostly_slow
 from tests.server.process import running
+from tools.serving.processes import PATIENCE
 
-# Seconds for one answer: faults that make a server silent are found by waiting so long.
-PATIENCE = 1.0
-# A server without faults may have kernels to compile.
-PATIENCE_WITHOUT_FAULTS = 60.0
+# Seconds for one answer: faults that make a server silent are found by waiting so long. A server
+# without faults may have kernels to compile.
+FAULTY_PATIENCE = 1.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,14 +41,15 @@ def worker() -> Iterator[str]:
 
 
 def results(
-    fault: str, options: Sequence[str], cases: Sequence[Case], patience: float = PATIENCE
+    fault: str, options: Sequence[str], cases: Sequence[Case], patience: float = FAULTY_PATIENCE
 ) -> list[CaseResult]:
     """What becomes of the cases on a server with this fault."""
     words = [sys.executable, "-m", "tests.conformance.faulty", "--fault", fault, *options]
     target = Target(command=shlex.join([*words, "-t", "1", "--log-level", "error"]) + " -p {port}")
     try:
         target.ensure(0)
-        facts = probe(target.address, None, patience)
+        # What a server does while it is looked at is asked of a right one, too.
+        facts = probe(target.address, None, PATIENCE)
         run = SuiteRun(fault, facts)
         SuiteRunner(target, facts, patience=patience).run(cases, run, lambda result: None)
         return run.results
@@ -69,7 +70,7 @@ for _fault in FAULTS.values():
 def test_without_a_fault_the_same_cases_pass(options: tuple[str, ...], worker: str) -> None:
     names = {case for fault in BY_OPTIONS[options] for case in fault.cases}
     placed = [word.replace("{worker}", worker) for word in options]
-    found = results("none", placed, named(*sorted(names)), PATIENCE_WITHOUT_FAULTS)
+    found = results("none", placed, named(*sorted(names)), PATIENCE)
     assert {r.case.name: r.came for r in found if r.verdict is not Verdict.PASS} == {}
 
 

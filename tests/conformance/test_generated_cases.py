@@ -16,13 +16,14 @@ from protocol.ggml.ops import Op
 from tests.addresses import coming_from
 from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess, running
+from tools.serving.processes import PATIENCE
 
 
 def results(port: int, wanted: str, protocol: str = "7") -> SuiteRun:
     target = Target(("127.0.0.1", port))
-    facts = probe(target.address, find_dialects(protocol)[0], 20.0)
+    facts = probe(target.address, find_dialects(protocol)[0], PATIENCE)
     run = SuiteRun("server", facts)
-    runner = SuiteRunner(target, facts, patience=20.0, hostile=True)
+    runner = SuiteRunner(target, facts, patience=PATIENCE, hostile=True)
     runner.run(select(load(), wanted), run, lambda result: None)
     return run
 

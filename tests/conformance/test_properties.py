@@ -47,6 +47,7 @@ from protocol.split import with_split
 from tests.addresses import coming_from
 from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess, running
+from tools.serving.processes import PATIENCE
 
 OWN = codecs.OwnCodec()
 ALL = [*DIALECTS, with_split(DIALECTS[0])]
@@ -246,7 +247,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def targets(server: ServerProcess, wanted: Sequence[Dialect]) -> list[PropertyTarget]:
-    return list(spoken(Server(("127.0.0.1", server.port)), wanted, 20.0))
+    return list(spoken(Server(("127.0.0.1", server.port)), wanted, PATIENCE))
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +299,7 @@ def test_a_fault_is_found_shrunk_kept_and_repeated(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (target,) = spoken(faulty, find_dialects("7"), 20.0)
+    (target,) = spoken(faulty, find_dialects("7"), PATIENCE)
     done, finding = explore(target, SESSIONS, 300, seed=0)
     assert finding is not None
     assert done.examples < 300

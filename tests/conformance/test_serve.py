@@ -49,10 +49,14 @@ from protocol.errors import ProtocolError
 from protocol.graph_payload import GraphPayload
 from tests.conformance.clients.__main__ import work
 from tests.conformance.clients.breakers import BREAKERS, Breaker, not_hello
+from tools.serving.processes import PATIENCE
 
 NEWEST = DIALECTS[0]
 LIMITED = Properties(max_size=1 << 40, pad=4096, caches=True)
-GOOD = f"{shlex.quote(sys.executable)} -m tests.conformance.clients --port {{port}}"
+GOOD = (
+    f"{shlex.quote(sys.executable)} -m tests.conformance.clients --port {{port}} "
+    f"--timeout {PATIENCE}"
+)
 
 
 def script(dialect: Dialect = NEWEST, **properties: Any) -> Script:
@@ -71,10 +75,10 @@ def served(
     error = ""
     with ScriptedServer(made, store=store) as server:
         try:
-            asyncio.run(work(server.port, dialect, 10.0))
+            asyncio.run(work(server.port, dialect, PATIENCE))
         except (ConnectionLost, ProtocolError, VersionMismatch) as raised:
             error = type(raised).__name__
-        assert server.settle(10)
+        assert server.settle(PATIENCE)
     return server.visit, error
 
 
@@ -101,7 +105,7 @@ def test_a_broken_rule_is_seen(rule: str) -> None:
         breaker = Breaker(server.port)
         BREAKERS[rule](breaker)
         breaker.wire.socket.close()
-        assert server.settle(10)
+        assert server.settle(PATIENCE)
     notes = server.visit.notes
     assert notes.verdict(rule)[0] is RULES[rule].broken
     # The buffer that every one of them leaves is all else that may be found.
@@ -143,7 +147,7 @@ def test_every_rule_has_somebody_who_breaks_it() -> None:
     assert set(BREAKERS) | {"hello/first", "tensor/inside", "graph/op"} == set(RULES)
     with ScriptedServer(script()) as server:
         not_hello(server.port)
-        assert server.settle(10)
+        assert server.settle(PATIENCE)
     assert server.visit.notes.verdict("hello/first")[0] is Verdict.FAIL
 
 
@@ -216,7 +220,7 @@ def test_a_client_that_stays_on_a_dead_connection_fails() -> None:
         breaker = Breaker(server.port)
         breaker.wire.send(Command.GET_ALIGNMENT, bytes(4))
         breaker.wire.read(17)
-        assert server.settle(10)
+        assert server.settle(PATIENCE)
         breaker.wire.socket.close()
     verdict, came = judge(chosen, server.visit, None)
     assert verdict is Verdict.FAIL
@@ -268,7 +272,7 @@ def test_a_plain_server_must_be_used() -> None:
 def test_programs_are_watched_and_ended() -> None:
     code = "import os,sys; print(sys.argv[1]); os.kill(os.getpid(), int(sys.argv[2]))"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {{port}} 6"
-    ended = run_client(command, 7777, 20)
+    ended = run_client(command, 7777, PATIENCE)
     assert (ended.signal, ended.output) == ("SIGABRT", "7777\n")
     sleeps = f"{shlex.quote(sys.executable)} -c 'import time; time.sleep(60)'"
     assert run_client(sleeps, 1, 0.5).status is None
@@ -279,11 +283,11 @@ def test_programs_are_watched_and_ended() -> None:
 
 def test_the_clients_version_is_found() -> None:
     old = f"{GOOD} --protocol 6.0"
-    found = ClientCampaign(Client(old, 30)).find_version()
+    found = ClientCampaign(Client(old, PATIENCE)).find_version()
     assert found.version == (6, 0, 0)
     assert found.dialect.version == (6, 0, 0)
     with pytest.raises(NoClient, match="no HELLO"):
-        ClientCampaign(Client(f"{shlex.quote(sys.executable)} -c 'pass'", 30)).find_version()
+        ClientCampaign(Client(f"{shlex.quote(sys.executable)} -c 'pass'", PATIENCE)).find_version()
 
 
 def test_clients_that_come_by_themselves_are_waited_for() -> None:
@@ -292,7 +296,7 @@ def test_clients_that_come_by_themselves_are_waited_for() -> None:
     def announce(text: str, port: int) -> None:
         def come() -> None:
             with pytest.raises(VersionMismatch):
-                asyncio.run(work(port, NEWEST, 10.0))
+                asyncio.run(work(port, NEWEST, PATIENCE))
 
         if port:
             threads.append(threading.Thread(target=come))
@@ -319,7 +323,7 @@ def test_command_line_with_a_program(tmp_path: Path, capsys: pytest.CaptureFixtu
     report, junit, page = tmp_path / "r.json", tmp_path / "r.xml", tmp_path / "r.html"
     status = main(
         [
-            *("--serve", "--client-command", GOOD, "--protocol", "7.0", "--timeout", "30"),
+            *("--serve", "--client-command", GOOD, "--protocol", "7.0", "--timeout", f"{PATIENCE}"),
             *("--scenario", "newer-major,no-memory", "--verbose"),
             *("--json", str(report), "--junit", str(junit), "--html", str(page)),
         ]

@@ -24,13 +24,14 @@ from protocol.dialects import DIALECTS, Dialect
 from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess, running
 from tools import upstream
+from tools.serving.processes import PATIENCE
 
 # Groups 5, 6, 10 and 11 have tests of their own.
 _OLDER = [
     d for d in DIALECTS if d.version in {(6, 0, 0), (5, 1, 0), (4, 0, 0), (3, 5, 0), (1, 0, 0)}
 ]
 # A graph may be the first that needs a kernel, and somebody else may want the processor meanwhile.
-PATIENT = ("--timeout", "100")
+PATIENT = ("--timeout", f"{PATIENCE}")
 _GROUPS = "handshake,framing,buffers,tensors,devices,clients,hostile"
 
 
@@ -133,6 +134,7 @@ def test_our_server_passes_in_every_dialect(dialect: Dialect, tmp_path: Path) ->
         groups,
         "--json",
         str(tmp_path / "json"),
+        *PATIENT,
     ]
     with running("--threads", "1", "-d", "CPU") as server:
         assert main(["--endpoint", f"127.0.0.1:{server.port}", *options]) == 0
@@ -201,10 +203,10 @@ def test_a_server_that_is_gone(tmp_path: Path) -> None:
     with Target(command=_mortal("die")) as started:
         started.ensure(0)
         target = Target(started.address)
-        facts = probe(target.address, None, 5.0)
+        facts = probe(target.address, None, PATIENCE)
         run = SuiteRun("gone", facts)
         cases = select(load(), "1.4,1.5,1.6,1.7")
-        runner = SuiteRunner(target, facts, patience=5.0, reconnect=0.2, hostile=True)
+        runner = SuiteRunner(target, facts, patience=PATIENCE, reconnect=0.2, hostile=True)
         runner.run(cases, run, lambda result: None)
     verdicts = [result.verdict for result in run.results]
     assert verdicts == [Verdict.PASS, Verdict.FAIL, Verdict.NOT_RUN, Verdict.NOT_RUN]
@@ -213,7 +215,7 @@ def test_a_server_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_server_that_hangs(tmp_path: Path) -> None:
-    options = ["--only", "1.5,1.6", "--timeout", "0.5", "--json", str(tmp_path / "json")]
+    options = ["--only", "1.5,1.6", "--timeout", "3", "--json", str(tmp_path / "json")]
     assert main(["--restart-command", _mortal("hang"), *options]) == 1
     results = _results(tmp_path / "json")
     assert results["1.5"]["verdict"] == "fail"

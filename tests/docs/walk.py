@@ -170,7 +170,7 @@ class Walk:
         return len(re.findall(r"[1-9]\d* graphs in", self.said()))
 
     def _demand_graphs(self, before: int) -> None:
-        self.servers[-1].wait_until(lambda: self._graphs() > before, 10, "graphs of the client")
+        self.servers[-1].wait_until(lambda: self._graphs() > before, 60, "graphs of the client")
 
 
 _KNOWN: tuple[tuple[str, Callable[[Walk, Sequence[str]], None]], ...] = (

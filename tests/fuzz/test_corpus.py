@@ -36,7 +36,7 @@ def test_kept_inputs(target: Target) -> None:
 def test_kept_graphs_run() -> None:
     # In a process of its own: what this looks for ends the process.
     command = [sys.executable, "-m", "tests.fuzz", "run", "--replay", str(TARGETS["run"].corpus)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == len(inputs.read(TARGETS["run"].corpus))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 import threading
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from tools.bench import relay
 from tools.bench.link_picture import Bar, svg
 from tools.bench.split import Measured, NetworkLink, Row, link_table, predicted, table
+from tools.serving import ports
 from tools.serving.ports import free_port
 
 
@@ -41,6 +44,22 @@ async def test_the_relay_passes_all_bytes_and_their_end_both_ways() -> None:
     assert got == sent
     writer.close()
     server.close()
+
+
+def test_a_free_port_is_given_once_and_is_none_of_the_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = tmp_path / "range"
+    system.write_text("30000\t60999\n")
+    monkeypatch.setattr(ports, "_OF_THE_SYSTEM", system)
+    given = [free_port() for _ in range(300)]
+    assert len(set(given)) == len(given)
+    assert max(given) < 30000
+    # One that leaves none: then it is the system's choice.
+    for told in ("1024\t65535\n", None):
+        system.unlink() if told is None else system.write_text(told)
+        with socket.create_server(("127.0.0.1", free_port())):
+            pass
 
 
 def test_networks_are_given_by_delay_and_rate() -> None:

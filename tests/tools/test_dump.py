@@ -422,7 +422,7 @@ def test_from_a_pipe_as_it_comes(capture: Path) -> None:
     process.stdin.write(content[3000:])
     process.stdin.close()
     assert b"GRAPH_COMPUTE" in process.stdout.read()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_reader_that_leaves_early(capture: Path) -> None:
@@ -524,7 +524,7 @@ def test_an_interrupt_ends_listening(fake_tcpdump: Path, capture: Path) -> None:
     with process.stdout, process.stderr:
         assert "closed; protocol 7.0.0" in process.stdout.read()
         assert "1 packets came too fast" in process.stderr.read()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from tools.record.screen import (
 from tools.record.stats import RecordStats
 from tools.record.watching import Backlog
 from tools.serving.ports import free_port
-from tools.serving.processes import Process
+from tools.serving.processes import PATIENCE, Process
 
 HOST = "127.0.0.1"
 CLIENT, SERVER = Address("10.0.0.1", 40000), Address("10.0.0.2", 50052)
@@ -305,7 +305,7 @@ async def test_a_connection_broken_off_is_broken_off_on_the_other_side(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         breaking[1].transport.abort()
         with pytest.raises(ConnectionResetError):
-            await asyncio.wait_for(other[0].read(), 5)
+            await asyncio.wait_for(other[0].read(), PATIENCE)
     *_, (_, last) = packets(path)
     assert last.data.data.flags & dpkt.tcp.TH_RST
     assert (last.data.data.dport == port) == (side is Side.CLIENT)
@@ -321,7 +321,7 @@ async def test_without_a_server_the_client_is_told_and_the_proxy_stays(tmp_path:
     for _ in range(2):
         reader, writer = await asyncio.open_connection(HOST, port)
         with pytest.raises(ConnectionResetError):
-            await asyncio.wait_for(reader.read(), 5)
+            await asyncio.wait_for(reader.read(), PATIENCE)
         writer.close()
     await proxy.close()
     recorder.close()
@@ -436,7 +436,7 @@ def echo() -> Iterator[str]:
 
 
 def exchange(port: int, data: bytes) -> bytes:
-    with socket.create_connection((HOST, port), timeout=10) as connection:
+    with socket.create_connection((HOST, port), timeout=PATIENCE) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         answer = b""
@@ -453,7 +453,7 @@ def test_a_session_from_start_to_end(tmp_path: Path) -> None:
         hello = messages[0].data
         assert exchange(port, hello) == hello
         recorder.child.send_signal(signal.SIGINT)
-        assert recorder.child.wait(10) == 0
+        assert recorder.child.wait(PATIENCE) == 0
         assert "1 connections" in recorder.log
         assert "recorded: " in recorder.log
     (message, *_) = [m for _, m in collect(path).messages]

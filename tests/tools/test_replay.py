@@ -26,6 +26,7 @@ from tools.replay.__main__ import main
 from tools.replay.compare import compare, nmse
 from tools.replay.player import Player, ReplayResult
 from tools.replay.rewrite import Rewriter
+from tools.serving.processes import PATIENCE
 
 HOST = "127.0.0.1"
 HANDLES, ADDRESSES = 0x5000_0000, 0x7700_0000_0000
@@ -54,8 +55,13 @@ class Actor:
         server = await asyncio.start_server(self._serve, HOST, 0)
         async with server:
             yield server.sockets[0].getsockname()[1]
+            # What comes last has no answer: it is read once its client has hung up.
+            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), PATIENCE)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         number = len(self.received) + 1
         requests = self.received.setdefault(number, [])
         conversation = Conversation(keep=1 << 62)
@@ -103,7 +109,7 @@ def play(name: str, change: Change | None = None) -> tuple[ReplayResult, Actor]:
     async def run() -> tuple[ReplayResult, Actor]:
         actor = Actor(name, change)
         async with actor.serving() as port:
-            return await Player(HOST, port, timeout=5).play(path_of(name)), actor
+            return await Player(HOST, port, timeout=PATIENCE).play(path_of(name)), actor
 
     return asyncio.run(run())
 
@@ -280,7 +286,7 @@ def test_the_beginning_of_a_recording_is_played_as_far_as_it_goes(tmp_path: Path
 
     async def run() -> ReplayResult:
         async with Actor("own-3.6.1").serving() as port:
-            return await Player(HOST, port, timeout=5).play(path)
+            return await Player(HOST, port, timeout=PATIENCE).play(path)
 
     result = asyncio.run(run())
     assert result.differences == []
@@ -300,7 +306,7 @@ def test_holes_in_a_recording_are_told(tmp_path: Path, capsys: pytest.CaptureFix
 
     async def run() -> int:
         async with Actor("own-3.6.1").serving() as port:
-            words = [str(path), "--to", f"{HOST}:{port}", "--timeout", "5"]
+            words = [str(path), "--to", f"{HOST}:{port}", "--timeout", f"{PATIENCE:g}"]
             return await asyncio.to_thread(main, words)
 
     assert asyncio.run(run()) == 2
@@ -371,7 +377,7 @@ def test_a_server_of_another_version_is_told(
 def test_llama_cpps_server_answers_as_ours_did(version: str, tmp_path: Path) -> None:
     build = upstream.DIALECT_BUILDS[version]
     with running_upstream(tmp_path / "log", "-t", "1", build=build) as server:
-        player = Player(server.host, server.port, tolerance=1e-4, timeout=20)
+        player = Player(server.host, server.port, tolerance=1e-4, timeout=PATIENCE)
         result = asyncio.run(player.play(path_of(f"llama-{version}")))
     assert result.differences == []
     # Computed, not echoed.
@@ -381,6 +387,6 @@ def test_llama_cpps_server_answers_as_ours_did(version: str, tmp_path: Path) -> 
 @pytest.mark.upstream
 def test_llama_cpps_server_answers_as_it_did(tmp_path: Path) -> None:
     with running_upstream(tmp_path / "log", "-t", "1") as server:
-        player = Player(server.host, server.port, tolerance=1e-4, timeout=20)
+        player = Player(server.host, server.port, tolerance=1e-4, timeout=PATIENCE)
         result = asyncio.run(player.play(path_of("upstream-7.0.0")))
     assert result.differences == []

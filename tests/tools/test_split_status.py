@@ -131,7 +131,7 @@ def test_again_and_again(coordinator: ServerProcess) -> None:
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert len(lines[0]["parts"]) == 2
     # Nothing has run in between.
     assert [line["graphs"] for line in lines[1:]] == [0, 0]

@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,22 @@ def _apart(pid: int) -> Iterator[None]:
         return
     first = {min(cores)}
     threads = {0: first, **dict.fromkeys(_threads(pid), cores - first)}
-    before = {thread: os.sched_getaffinity(thread) for thread in threads}
+    before = {}
     try:
         for thread, where in threads.items():
-            os.sched_setaffinity(thread, where)
+            with _unless_it_has_ended():
+                before[thread] = os.sched_getaffinity(thread)
+                os.sched_setaffinity(thread, where)
         yield
     finally:
         for thread, where in before.items():
-            os.sched_setaffinity(thread, where)
+            with _unless_it_has_ended():
+                os.sched_setaffinity(thread, where)
+
+
+def _unless_it_has_ended() -> AbstractContextManager[None]:
+    """Return a context for what is done to one of the server's threads."""
+    return suppress(ProcessLookupError)
 
 
 def _threads(pid: int) -> list[int]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.bench.results import Sample
-from tools.serving.llama_server import PATIENCE, LlamaServer
-from tools.serving.processes import HOST, ProgramError
+from tools.serving.llama_server import LlamaServer
+from tools.serving.processes import HOST, PATIENCE, ProgramError
 
 # Tokens that a slot has room for: the longest prompt and answer, and some more.
 _CONTEXT = 512

@@ -24,7 +24,7 @@ MOST_HELLO = 0.100
 MOST_GRAPH = SLICE + 0.100
 # Kernels afterwards, against before.
 LEAST_SPEED = 0.7
-_SETTLE_SECONDS = 10.0
+_SETTLE_SECONDS = 30.0
 _SPEED_TRIES = 6
 # How long an attack may go on when its time is over.
 _GRACE_SECONDS = 45.0

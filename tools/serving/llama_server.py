@@ -11,10 +11,7 @@ from typing import Any
 
 from tools import upstream
 from tools.serving.ports import free_port
-from tools.serving.processes import HOST, Process, ProgramError
-
-# Nothing takes longer than this, however busy the machine is; more is a hang.
-PATIENCE = 120.0
+from tools.serving.processes import HOST, PATIENCE, Process, ProgramError
 
 
 class LlamaServer(Process):

@@ -25,6 +25,8 @@ from tools import upstream
 
 PROJECT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
+# Nothing takes longer than this, however busy the machine is; more is a hang.
+PATIENCE = 120.0
 # What an aborting ggml prints by way of a debugger takes seconds, in which it isn't gone.
 NO_BACKTRACE = {"GGML_NO_BACKTRACE": "1"}
 
@@ -147,7 +149,7 @@ class Process:
                 raise ProgramError(f"no {what} within {seconds} s:\n{tail(self.log)}")
             time.sleep(pause)
 
-    def wait_for(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Wait for ``pattern`` in the log as wait_until does; return its first match."""
         found: list[re.Match[str]] = []
 

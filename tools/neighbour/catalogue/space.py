@@ -21,6 +21,8 @@ MAPPINGS = "buffers without number"
 SMALL_FILES = "small uploads that are to be kept"
 HALF_OPEN = "half-open TLS connections"
 METRICS = "connections to the port of metrics"
+# How long one waits for a page at most.
+_PAGE_SECONDS = 20.0
 
 
 @attack(KEPT_GRAPHS)
@@ -216,6 +218,8 @@ def plain_words_to_tls(a: Attacker) -> None:
 def _ask(a: Attacker) -> None:
     """Ask for a page, and report it if there is none."""
     with contextlib.suppress(OSError), a.socket(a.where.metrics_port) as made:
+        # Not how fast is asked, but whether at all.
+        made.settimeout(_PAGE_SECONDS)
         made.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         if made.recv(64).startswith(b"HTTP/1.1 200"):
             return
