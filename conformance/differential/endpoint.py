@@ -10,7 +10,10 @@ from client.connection import Connection, connect
 from client.errors import ConnectionLost
 from protocol.dialects import Dialect
 from tools.serving.ports import free_port
-from tools.serving.processes import HOST, NO_BACKTRACE, Process, filled
+from tools.serving.processes import HOST, NO_BACKTRACE, PATIENCE, Process, filled
+
+# For a server that others start.
+_ELSEWHERE_SECONDS = 30.0
 
 
 class ServerUnavailable(RuntimeError):  # noqa: N818
@@ -30,7 +33,6 @@ class Endpoint:
         command: str = "",
         log: Path | None = None,
         version: str | Dialect = "7",
-        patience: float = 30.0,
     ) -> None:
         if (address is None) == (not command):
             raise ValueError("an endpoint is an address or a command that starts a server")
@@ -38,7 +40,6 @@ class Endpoint:
         self._command = command
         self._log = log
         self._version = version
-        self._patience = patience
         self._process: Process | None = None
         self.starts = 0
 
@@ -48,10 +49,15 @@ class Endpoint:
         Raises ServerUnavailable.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._patience
+        # One that is started has a lot to do, and a card perhaps a kernel to compile.
+        deadline = loop.time() + (PATIENCE if self._command else _ELSEWHERE_SECONDS)
+        started = False
         while True:
             if self._command and (self._process is None or not self._process.alive):
+                if started:
+                    raise ServerUnavailable(f"{self}: it ended before it answered")
                 self._start()
+                started = True
             assert self._address is not None
             try:
                 return await connect(*self._address, version=self._version)

@@ -1,8 +1,10 @@
-"""The parts of the differential tester that need no server: cases, values, blocks, comparison."""
+"""The parts of the differential tester, without a server: cases, values, blocks, comparison."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,6 +26,7 @@ from conformance.differential.compare import (
     difference,
     nmse,
 )
+from conformance.differential.endpoint import Endpoint, ServerUnavailable
 from conformance.differential.explore import Judge, Mismatch
 from conformance.differential.runner import Image
 from conformance.differential.sketch import FAMILIES, Sketch
@@ -365,3 +368,14 @@ def test_leaves_are_laid_out_as_asked(layout: str, type: GgmlType) -> None:
         assert t.view_offs + t.nbytes <= root.nbytes
 
     check()
+
+
+# -- servers ---------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_ends_at_once_is_not_started_again() -> None:
+    endpoint = Endpoint(command=shlex.join([sys.executable, "-c", "raise SystemExit(3)"]))
+    with pytest.raises(ServerUnavailable, match="ended before it answered"):
+        await endpoint.connect()
+    assert endpoint.starts == 1
+    endpoint.close()

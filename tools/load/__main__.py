@@ -44,8 +44,8 @@ _SETTLE_SECONDS = 20.0
 _NOISE = 256 << 10
 # The steady client with the least done, of their mean.
 _LEAST_SHARE = 0.5
-# Too few rounds to compare shares of.
-_FEW_ROUNDS = 20
+# Fewer rounds say more of how long connections are, of up to 40 rounds, than of shares.
+_FEW_ROUNDS = 60
 _FAULTS = re.compile(r"internal error|Traceback|never retrieved")
 
 
