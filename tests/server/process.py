@@ -16,6 +16,9 @@ __all__ = [
     "NEWEST", "REPOSITORY", "ClosedError", "ServerProcess", "Wire", "running", "sources", "tensor",
 ]  # fmt: skip
 
+# One that measures its parts compiles first what it measures them with.
+START_SECONDS = 180.0
+
 
 class ServerProcess(Process):
     """A running server, on a port that the system chose."""
@@ -24,7 +27,8 @@ class ServerProcess(Process):
         super().__init__(own_command(0, *options), env=env)
         try:
             # The end of a line is written by itself.
-            self.port = int(self.wait_for(r"endpoint +: \S+:(\d+)\n")[1])
+            found = self.wait_for(r"endpoint +: \S+:(\d+)\n", START_SECONDS)
+            self.port = int(found[1])
         except ProgramError:
             self.stop()
             raise
