@@ -43,6 +43,11 @@ def is_split(t: Tensor) -> bool:
     )
 
 
+def packed(run: Extent, memory: Bytes) -> Bytes:
+    """Return where a run lies in a part's ``memory``: a view (count, size)."""
+    return memory[run.at : run.at + run.count * run.size].reshape(run.count, run.size)
+
+
 def is_cut_by_columns(name: str) -> bool:
     """Return whether a weight multiplies what other products make, so that parts can go on with
     theirs.
@@ -135,9 +140,7 @@ class ShardedWeight:
 
         It is a view (count, size). ``memory`` is the tensor's place here, all of it.
         """
-        if self.packed:
-            return memory[run.at : run.at + run.count * run.size].reshape(run.count, run.size)
-        return run.of(memory[offset:])
+        return packed(run, memory) if self.packed else run.of(memory[offset:])
 
     def step(self, offset: int, left: int) -> int:
         """Return how many of ``left`` bytes from ``offset`` on are taken at once.

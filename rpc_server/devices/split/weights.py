@@ -31,6 +31,7 @@ from rpc_server.devices.split.sharded import (
     cut_multiple,
     is_cut_by_columns,
     is_split,
+    packed,
 )
 from rpc_server.devices.split.slices import Keeping, Slices
 from rpc_server.devices.split.worker import NoRoom, Worker
@@ -493,8 +494,7 @@ class SplitStorage(HostStorage):
             # The last first: each goes further from the beginning, where others still are.
             for run in reversed(weight.runs(at, n)):
                 if run.part == here:
-                    packed = memory[run.at : run.at + run.count * run.size]
-                    run.of(memory[at:])[...] = packed.reshape(run.count, run.size)
+                    run.of(memory[at:])[...] = packed(run, memory)
 
         # Plans made before read it where it was.
         weight.packed = False
