@@ -284,7 +284,7 @@ async def _context(options: Namespace) -> ServerContext:
     return ServerContext(
         stats=stats,
         models=models,
-        mappings=Mappings() if options.models else None,
+        mappings=Mappings() if options.models and not options.no_mmap else None,
         budgets=[Budget(device, options.mem) for device in devices],
         negotiator=Negotiator(options.protocol),
         cache=cache,

@@ -357,6 +357,12 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         metavar="PATH[,PATH]",
         help="GGUF files, or folders of them, on this machine: their weights need not be sent",
     )
+    add(
+        "--no-mmap",
+        action="store_true",
+        help="copy weights of --models to memory of each client's own, in large pages, instead of "
+        "mapping the file: faster to compute with, and takes the memory",
+    )
     add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
     add("--cache-dir", type=Path, metavar="DIR", help="the folder of --cache, which it implies")
     add(
@@ -497,6 +503,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     secure = auto or any(part and part[2] for part in options.split or ())
     if not secure and (options.split_ca or options.split_cert or options.split_token_file):
         parser.error("--split-ca, --split-cert, --split-token-file are for tls:// in --split")
+    if options.no_mmap and not options.models:
+        parser.error("--no-mmap is for --models")
     if options.cache_read_only and options.cache_size:
         parser.error("--cache-read-only keeps nothing, so it has no --cache-size")
     if options.split and options.device:

@@ -26,6 +26,8 @@ Kind = Literal["alone", "layers", "row", "tensor"]
 ALONE_PART = 0.05
 # What an exchange costs both ends beside the network's round trip, seconds.
 EXCHANGE_SECONDS = 30e-6
+# Requests of llama.cpp with a graph's inputs: embeddings, positions, places in the cache, a mask.
+_INPUTS = 7
 # Tokens of a prompt that llama.cpp computes at once.
 BATCH = 512
 # The most servers that one coordinator is advised to use.
@@ -43,9 +45,10 @@ class Box:
     seconds of a request among many, which the programs at both ends take of a round trip.
     ``splits``: whether it can coordinate, which this project's servers can. ``rest`` and
     ``rest_prompt`` are seconds of a token that are no product of a weight, ``graph`` those of the
-    least graph and its answer, the round trip among them; None if not measured. ``beside`` says of
-    others on the same machine, by endpoint, how much longer this one takes while they compute: 1 is
-    twice as long.
+    least graph and its answer after a pause, the round trip among them; None if not measured.
+    ``beside`` says of others on the same machine, by endpoint, how much longer this one takes for
+    one column while they compute: 1 is twice as long; ``beside_prompt`` the same for many columns,
+    which share cores but hardly the memory's bandwidth.
     """
 
     endpoint: str
@@ -60,10 +63,12 @@ class Box:
     graph: float | None = None
     handling: float = 0.0
     beside: Mapping[str, float] = field(default_factory=dict)
+    beside_prompt: Mapping[str, float] = field(default_factory=dict)
 
-    def slowed(self, others: Iterable[Box]) -> float:
+    def slowed(self, others: Iterable[Box], *, prompt: bool = False) -> float:
         """Return how many times as long it takes while others compute."""
-        return 1 + sum(self.beside.get(other.endpoint, 0.0) for other in others)
+        beside = self.beside_prompt if prompt else self.beside
+        return 1 + sum(beside.get(other.endpoint, 0.0) for other in others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +235,9 @@ def _prompt_rest(shape: ModelShape, box: Box) -> float:
 
 
 def _least(box: Box) -> float:
-    """Seconds of the least graph and its answer."""
-    return box.round_trip if box.graph is None else box.graph
+    """Seconds of the least graph with llama.cpp's inputs, and of its answer."""
+    graph = box.round_trip if box.graph is None else box.graph
+    return graph + _INPUTS * box.handling
 
 
 def _distance(a: Box, b: Box) -> float:
@@ -306,10 +312,8 @@ def _split(
     workers = [(s, b) for s, b in zip(shares, used, strict=True) if b is not home and s > 0]
     n = exchanges(shape, kind, shares)
     alone = _rest(shape, home)
-    slower = [b.slowed(used) for b in used]
     weights = max(
-        s * shape.token_bytes / b.decode * slow
-        for s, b, slow in zip(shares, used, slower, strict=True)
+        s * shape.token_bytes / b.decode * b.slowed(used) for s, b in zip(shares, used, strict=True)
     )
     trips = n * max((_distance(home, b) + EXCHANGE_SECONDS for _, b in workers), default=0.0)
     together = sum if one_cable else max
@@ -321,7 +325,7 @@ def _split(
     # The output is computed for the last token of a prompt only.
     read = shape.token_bytes - shape.output_bytes
     prompt = max(
-        s * read / b.prompt * slow for s, b, slow in zip(shares, used, slower, strict=True)
+        s * read / b.prompt * b.slowed(used, prompt=True) for s, b in zip(shares, used, strict=True)
     )
     # Logits are computed for the last token of a prompt only.
     batch_wire = together(

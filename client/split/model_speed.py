@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
+import statistics
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,9 +44,13 @@ _SAME = 0.02
 # Positions that attention looks at, and layers that are timed of what is no product of a weight.
 _POSITIONS = 256
 _REST_LAYERS = 4
-# How long two servers are timed at the same time, and how often at least.
-_TOGETHER_SECONDS = 0.3
-_TOGETHER_RUNS = 3
+# How often the least graph comes after a pause, and how long that is.
+_PAUSES = 15
+_PAUSE_SECONDS = 0.004
+# How often two servers are timed at the same time, how long, and so many runs at least.
+_TOGETHER_TIMES = 3
+_TOGETHER_SECONDS = 0.15
+_TOGETHER_RUNS = 2
 # A slowdown below this is no more than chance.
 _LEAST_SLOWDOWN = 0.15
 _EPSILON = 1e-5
@@ -88,9 +93,9 @@ class ModelSpeed:
 
     ``decode`` bytes of weights a second with one column, ``prompt`` the same times columns, with
     many of them. ``rest`` and ``rest_prompt`` are seconds of a token that are no product of a
-    weight, None where the server can't be asked; ``graph`` those of the least graph and its answer,
-    the round trip among them. ``answer`` is one number that was computed, and ``computes`` whether
-    it changed as it has to when the input did.
+    weight, None where the server can't be asked; ``graph`` those of the least graph and its answer
+    after a pause, the round trip among them. ``answer`` is one number that was computed, and
+    ``computes`` whether it changed as it has to when the input did.
     """
 
     decode: float
@@ -298,32 +303,49 @@ async def time_sample(sample: ModelSample, shape: ModelShape) -> ModelSpeed:
         prompt=size * PROMPT_COLUMNS / beside(SampleJob.PROMPT),
         rest=rest(SampleJob.REST),
         rest_prompt=rest(SampleJob.REST_PROMPT),
-        graph=taken[SampleJob.LEAST],
+        graph=await _after_pauses(lambda: sample.run(SampleJob.LEAST)),
         answer=answer,
         computes=answer != 0 and math.isclose(other / answer, _RATIO, rel_tol=_SAME),
     )
 
 
-async def time_together(samples: Sequence[ModelSample]) -> list[float]:
-    """Return of each how much longer it takes while the others compute: 1 is twice as long.
+async def _after_pauses(job: Callable[[], Awaitable[float]]) -> float:
+    """Return the median seconds of a job that the server has to wake up for.
 
-    Each is timed alone first, right before. Those that share everything take as many times as long
-    as there are of them; more than that is somebody else's doing.
+    A token comes to a server that has waited for the client, or for other servers. Until a core
+    runs again, and finds what it needs in its caches, it takes a few tenths of a millisecond.
+    """
+    seen = []
+    for _ in range(_PAUSES):
+        await asyncio.sleep(_PAUSE_SECONDS)
+        started = time.perf_counter()
+        await job()
+        seen.append(time.perf_counter() - started)
+    return statistics.median(seen)
+
+
+async def time_together(
+    samples: Sequence[ModelSample], job: SampleJob = SampleJob.DECODE
+) -> list[float]:
+    """Return of each how much longer a job takes while the others compute: 1 is twice as long.
+
+    The median of a few times; each is timed alone first, right before. Those that share everything
+    take as many times as long as there are of them; more than that is somebody else's doing.
     """
     trips = [await sample.round_trip() for sample in samples]
-    alone = [await _mean_seconds(sample) for sample in samples]
-    together = await asyncio.gather(*map(_mean_seconds, samples))
-    found = []
-    for trip, one, all_ in zip(trips, alone, together, strict=True):
-        trip = min(trip, one / 2)
-        more = min((all_ - trip) / (one - trip), len(samples)) - 1
-        found.append(more if more >= _LEAST_SLOWDOWN else 0.0)
-    return found
+    seen: list[list[float]] = [[] for _ in samples]
+    for _ in range(_TOGETHER_TIMES):
+        alone = [await _mean_seconds(sample, job) for sample in samples]
+        together = await asyncio.gather(*(_mean_seconds(sample, job) for sample in samples))
+        for found, trip, one, all_ in zip(seen, trips, alone, together, strict=True):
+            least = min(trip, one / 2)
+            found.append(min((all_ - least) / (one - least), len(samples)) - 1)
+    return [more if (more := statistics.median(f)) >= _LEAST_SLOWDOWN else 0.0 for f in seen]
 
 
-async def _mean_seconds(sample: ModelSample) -> float:
+async def _mean_seconds(sample: ModelSample, job: SampleJob) -> float:
     started, runs = time.perf_counter(), 0
     while (now := time.perf_counter() - started) < _TOGETHER_SECONDS or runs < _TOGETHER_RUNS:
-        await sample.run(SampleJob.DECODE)
+        await sample.run(job)
         runs += 1
     return now / runs

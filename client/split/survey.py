@@ -30,6 +30,7 @@ from client.split.balance import Speed, least_seconds, measure
 from client.split.model_speed import (
     ModelSample,
     ModelSpeed,
+    SampleJob,
     ServerSample,
     time_sample,
     time_together,
@@ -359,6 +360,7 @@ class Candidate:
     round_trip: float = 0.0
     speed: ModelSpeed | None = None
     beside: dict[str, float] = field(default_factory=dict)
+    beside_prompt: dict[str, float] = field(default_factory=dict)
 
     def box(self) -> Box:
         """Return what was measured."""
@@ -367,7 +369,7 @@ class Candidate:
         return Box(
             self.endpoint, self.free, speed.decode, speed.prompt, self.round_trip, self.link,
             self.splits, speed.rest, speed.rest_prompt, speed.graph,
-            self.handling, self.beside,
+            self.handling, self.beside, self.beside_prompt,
         )  # fmt: skip
 
 
@@ -448,15 +450,16 @@ async def _time_neighbours(measured: list[Candidate], unusable: dict[str, str]) 
         try:
             async with asyncio.timeout(MEASURE_SECONDS):
                 slower = await time_together([a.sample, b.sample])
+                prompt = await time_together([a.sample, b.sample], SampleJob.PROMPT)
         except FAILURES as error:
             for c in (a, b):
                 if not await _answers(c):
                     measured.remove(c)
                     unusable[c.endpoint] = failure(error)
             continue
-        for one, other, more in ((a, b, slower[0]), (b, a, slower[1])):
-            if more:
-                one.beside[other.endpoint] = more
+        for i, one, other in ((0, a, b), (1, b, a)):
+            one.beside[other.endpoint] = slower[i]
+            one.beside_prompt[other.endpoint] = prompt[i]
 
 
 async def _answers(candidate: Candidate) -> bool:

@@ -63,10 +63,11 @@ def test_predictions_are_those_of_the_document() -> None:
         MODEL, layers=18, width=2048, ffn_width=8192, kv_heads=8, head_width=64, vocabulary=512,
         weight_bytes=size, token_bytes=size,
     )  # fmt: skip
-    rest, graph = 1.0e-3, 0.25e-3
+    # The least graph, and seven requests with inputs before it.
+    rest, graph, handling = 1.0e-3, 0.25e-3, 35e-6
     home = replace(
-        BOX, decode=size / (ALONE * 1e-3 - rest - graph), rest=rest, graph=graph,
-        round_trip=70e-6, handling=35e-6, link=2e9,
+        BOX, decode=size / (ALONE * 1e-3 - rest - graph - 7 * handling), rest=rest, graph=graph,
+        round_trip=70e-6, handling=handling, link=2e9,
     )  # fmt: skip
     document = (Path(__file__).parents[2] / "docs/split.md").read_text()
     close = 0
@@ -152,6 +153,24 @@ def test_servers_that_share_a_core_bring_nothing_together() -> None:
     # What computes alone is as fast as it is.
     assert of("alone", (0,), None, [a, b]) == pytest.approx(0.42, rel=0.01)
     assert advise(MODEL, [a, b])[0].arrangement.kind == "alone"
+
+
+def test_what_slows_one_column_need_not_slow_many() -> None:
+    """Two cores share the memory's bandwidth, which a prompt doesn't wait for."""
+    slowed = [
+        replace(box, beside={other.endpoint: 1.0}, round_trip=0.0)
+        for box, other in zip(TWO, reversed(TWO), strict=True)
+    ]
+    free = [replace(b, beside={}) for b in slowed]
+    both = [replace(b, beside_prompt=b.beside) for b in slowed]
+    decode, alike, prompts = (
+        predict(MODEL, boxes, Arrangement("row", (0, 1), 0), context=4096)
+        for boxes in (slowed, free, both)
+    )
+    assert decode.terms["bandwidth"] == pytest.approx(2 * alike.terms["bandwidth"])
+    assert decode.seconds_per_prompt_token == alike.seconds_per_prompt_token
+    more = prompts.seconds_per_prompt_token - alike.seconds_per_prompt_token
+    assert more == pytest.approx(0.5 * (MODEL.token_bytes - MODEL.output_bytes) / BOX.prompt)
 
 
 def test_a_third_beside_one_of_two_gets_no_share_worth_it() -> None:

@@ -88,6 +88,7 @@ def test_cache_folder_that_can_not_be_made(tmp_path: Path) -> None:
         (["--port", "70000"], "'70000' is not a port"),
         (["--threads", "0"], "'0' is not a number above 0"),
         (["--mem", "lots"], "'lots' is not a size"),
+        (["--no-mmap"], "--no-mmap is for --models"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

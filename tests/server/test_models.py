@@ -208,6 +208,24 @@ def test_clients_compute_with_the_same_pages(mapping: tuple[ServerProcess, Path]
 
 
 @pytest.mark.slow
+def test_a_copy_of_a_weight_is_a_clients_own(tmp_path: Path, environment: dict[str, str]) -> None:
+    """With --no-mmap nothing of the file is mapped, and clients notice no difference."""
+    path = tmp_path / "m.gguf"
+    data = numbers(path)
+    options = ("--models", str(path), "--no-mmap", "--threads", "1")
+    with running(*options, env=environment) as server:
+        indexed(server, path)
+        with Wire(server.port) as wire:
+            client = Doubler(wire, data)
+            assert client.doubled() == (2 * np.frombuffer(data, "<f4")).tobytes()
+            assert not shared_pages(server, path)
+            # Whoever changes the file has nobody to wait for.
+            os.truncate(path, 100)
+            assert wire.get_tensor(client.weight, SIZE) == data
+        assert "is about to be written to" not in server.log
+
+
+@pytest.mark.slow
 def test_a_file_that_is_cut_short_hurts_no_client(mapping: tuple[ServerProcess, Path]) -> None:
     server, path = mapping
     data = numbers(path.with_name("same.gguf"))

@@ -95,11 +95,13 @@ def test_servers_are_alike_and_networks_are_not() -> None:
     near = [replace(BOXES[0], decode=n * GB, round_trip=n * 1e-4) for n in (1, 2, 3)]
     near = [replace(b, rest=n, beside={"1": n}) for n, b in enumerate(near)]
     far = replace(near[0], decode=9 * GB, round_trip=1e-6, rest=5.0, beside={"1": 3.0, "2": 1.0})
+    far = replace(far, beside_prompt={"1": 2.0})
     (found,) = typical_boxes([[asdict(b)] for b in near], [[asdict(far)]])
     assert found.decode == 2.5 * GB
     assert found.round_trip == 1e-4
     assert found.rest == 1.5
     assert found.beside == {"1": 1.5, "2": 0.0}
+    assert found.beside_prompt == {"1": 0.0}
 
 
 def test_it_goes_on_where_it_was_ended(

@@ -44,9 +44,12 @@ from tools.serving.processes import HOST, Process, ProgramError, own_command
 _START_SECONDS = 120.0
 _SERVERS = 3
 # Of llama-bench: tokens of the prompt, tokens to generate, and how often.
-_PROMPT, _GENERATE, _REPETITIONS = 64, 12, 4
+_PROMPT, _GENERATE, _REPETITIONS = 64, 16, 4
+# What was just loaded is at rest when its pages are large: so long llama-bench waits before it
+# measures, seconds, and for each byte. Measured while that goes on it is up to a third slower.
+_REST_SECONDS, _REST_RATE = 2.0, 400e6
 # The servers are measured again before every so many arrangements.
-_LOOK_EVERY = 3
+_LOOK_EVERY = 4
 _CONTEXT = 256
 # Measurements that differ by less are equal.
 _SAME = 0.03
@@ -111,6 +114,11 @@ def _reached(core: int, port: int, link: NetworkLink) -> Iterator[int]:
         yield relay
 
 
+def _loads(model: Path) -> tuple[str, ...]:
+    """Return options that spare the networks the weights, and have them in large pages."""
+    return ("--models", str(model), "--no-mmap")
+
+
 @contextlib.contextmanager
 def serving(case: AdviceCase) -> Iterator[list[int]]:
     """Give the ports of all servers, each on its core and behind its network."""
@@ -118,8 +126,8 @@ def serving(case: AdviceCase) -> Iterator[list[int]]:
         ports = []
         for number in range(_SERVERS):
             port = free_port()
-            options = ("-t", "1", "--models", str(case.model))
-            stack.enter_context(_process(number, own_command(port, *options), port))
+            command = own_command(port, "-t", "1", *_loads(case.model))
+            stack.enter_context(_process(number, command, port))
             ports.append(stack.enter_context(_reached(number, port, case.link)))
         yield ports
 
@@ -136,6 +144,7 @@ async def _boxes(ports: Sequence[int], shape: ModelShape) -> list[Box]:
             box,
             endpoint=names[box.endpoint],
             beside={names[other]: more for other, more in box.beside.items()},
+            beside_prompt={names[other]: more for other, more in box.beside_prompt.items()},
         )
         for box in measured.boxes
     ]
@@ -154,7 +163,7 @@ def arranged(
     port = free_port()
     command = own_command(
         port,
-        *("-t", "1", "--models", str(case.model), "--split", parts),
+        *("-t", "1", *_loads(case.model), "--split", parts),
         *("--tensor-split", ",".join(f"{share:.4f}" for share in shares)),
         *("--split-mode", arrangement.kind),
     )
@@ -171,7 +180,8 @@ def measure(
     expected = predict(shape, boxes, arrangement, context=_CONTEXT, batch=_PROMPT, one_cable=False)
     options = llama.BenchOptions(_PROMPT, _GENERATE, (0,), _REPETITIONS, 1, True)
     with arranged(case, ports, arrangement, expected.shares) as endpoints:
-        rates = llama.best_at(endpoints, case.model, options)
+        rest = _REST_SECONDS + case.model.stat().st_size / _REST_RATE
+        rates = llama.best_at(endpoints, case.model, options, ("--delay", f"{rest:.0f}"))
     return {**rates, "shares": list(expected.shares)}
 
 
@@ -206,20 +216,25 @@ def run(cases: Sequence[AdviceCase], rounds: int, store: Store, task: Task) -> N
         for case in cases:
             entry = store.entry(number, case)
             left = [a for a in ARRANGEMENTS if words(a) not in entry["rates"]]
-            if not left:
+            if entry["boxes"] and not left:
                 continue
             shape = ModelShape.read(case.model)
             llama.read_once(case.model)
             with serving(case) as ports:
+                look(ports, shape, entry)
                 for at, arrangement in enumerate(left):
                     task.step(f"round {number + 1}: {case.name}: {words(arrangement)}")
-                    if at % _LOOK_EVERY == 0:
-                        entry["boxes"].append([
-                            asdict(b) for b in asyncio.run(_boxes(ports, shape))
-                        ])  # fmt: skip
+                    if at and at % _LOOK_EVERY == 0:
+                        look(ports, shape, entry)
                     boxes = typical_boxes(entry["boxes"])
                     entry["rates"][words(arrangement)] = measure(case, ports, arrangement, boxes)
                     store.save()
+                store.save()
+
+
+def look(ports: Sequence[int], shape: ModelShape, entry: dict[str, Any]) -> None:
+    """Measure the servers once more."""
+    entry["boxes"].append([asdict(box) for box in asyncio.run(_boxes(ports, shape))])
 
 
 Look = Sequence[Mapping[str, Any]]
@@ -242,8 +257,13 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
     made = []
     for number, server in enumerate(looks[0]):
         same = [look[number] for look in (*looks, *elsewhere)]
-        others = {name for s in same for name in s["beside"]}
-        slower = {n: statistics.median(s["beside"].get(n, 0.0) for s in same) for n in others}
+        slower: dict[str, dict[str, float]] = {
+            kind: {
+                name: statistics.median(s[kind].get(name, 0.0) for s in same)
+                for name in {name for s in same for name in s[kind]}
+            }
+            for kind in ("beside", "beside_prompt")
+        }
         made.append(
             replace(
                 Box(**server),
@@ -255,7 +275,8 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
                 graph=min(s["graph"] for s in near),
                 link=max(s["link"] for s in near),
                 handling=typical("handling", near),
-                beside=slower,
+                beside=slower["beside"],
+                beside_prompt=slower["beside_prompt"],
             )
         )
     return made
