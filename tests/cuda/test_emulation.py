@@ -41,6 +41,27 @@ def launch(
     return result
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_modules_share_the_stacks_of_threads(module: emulation.Module) -> None:
+    """A process may have 65530 mappings, and one of all tests has some hundred modules."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    launch(module, "block_sum", 1024, block=1024)
+    before = mappings()
+    text = joined(Path(__file__).parent / "faults.cu") + "// once more\n"
+    launch(emulation.build("faults", text), "block_sum", 1024, block=1024)
+    assert mappings() - before < 50
+
+
+def test_modules_are_kept_for_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled with -march=native, and folders of caches travel."""
+    here = emulation.place("faults", "")
+    monkeypatch.setattr(emulation, "_target", lambda: "another")
+    assert emulation.place("faults", "") != here
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_sound_kernel_runs(module: emulation.Module, seed: int) -> None:
     """Shared memory, barriers, exchanges and atomics, in any order of threads."""

@@ -27,6 +27,12 @@ _HERE = Path(__file__).parent
 _COMPILE = ("-std=c++20", "-g1", "-fPIC", "-march=native", "-w")
 # Loads and stores stay as they are written: merged ones would be checked as one, wider than it is.
 _CHECKED = ("-O1", "-fno-store-merging", "-fsanitize=thread,alignment")
+# What modules know the runtime as: one that has been loaded by another path is it, too.
+_RUNTIME = "libemulation.so"
+# What sources ask for a card's architecture by, as __CUDA_ARCH__; and what is emulated where nobody
+# says what the card can do, as 61 for 6.1.
+_ARCHITECTURE = "EMULATED_ARCHITECTURE"
+CAPABILITY = 61
 
 
 class EmulationError(RuntimeError):
@@ -79,20 +85,59 @@ def _digest(paths: Iterable[Path], *options: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _runtime() -> Path:
-    sources = [_HERE / "runtime.cpp", _HERE / "cuda_emulation.h"]
-    output = _folder() / f"runtime-{_digest(sources)}.o"
+@functools.cache
+def _target() -> str:
+    """What -march=native comes to here: code for one processor may not run on another."""
+    program = compiler()
+    assert program is not None
+    command = [program, "-march=native", "-Q", "--help=target"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class _Launch(ctypes.Structure):
+    """As in runtime.cpp."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("argument", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_size_t),
+        ("how", ctypes.c_uint),
+        ("seed", ctypes.c_uint64),
+        ("regions", ctypes.c_void_p),
+        ("n_regions", ctypes.c_size_t),
+        ("constants", ctypes.c_void_p),
+        ("n_constants", ctypes.c_size_t),
+        ("error", ctypes.c_char * 600),
+        ("error_code", ctypes.c_void_p),
+    )
+
+
+def _runtime_file() -> Path:
+    source = _HERE / "runtime.cpp"
+    words = ("-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
+    how = (*words, f"-Wl,-soname,{_RUNTIME}")
+    output = _folder() / f"runtime-{_digest([source, _HERE / 'cuda_emulation.h'], *how)}.so"
     with _to_be_made(output) as absent:
         if absent:
-            options = ("-std=c++20", "-O2", "-g", "-fPIC")
-            _make(output, *options, "-c", str(sources[0]))
+            _make(output, *how, str(source))
     return output
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    """What runs the kernels of all modules of the process, loaded before any of them.
+
+    Stacks for a block of 1024 threads are 2048 mappings, of which a process may have 65530.
+    """
+    return ctypes.CDLL(str(_runtime_file()))
 
 
 def _header(how: Sequence[str]) -> Path:
     """What every source includes, parsed once for each way to compile: a third of the work."""
     source = _HERE / "cuda_emulation.h"
-    folder = _folder() / f"header-{_digest([source], *how)}"
+    folder = _folder() / f"header-{_digest([source], _target(), *how)}"
     header = folder / source.name
     parsed = header.with_suffix(".h.gch")
     with _to_be_made(parsed) as absent:
@@ -103,16 +148,27 @@ def _header(how: Sequence[str]) -> Path:
     return header
 
 
+def _way(checked: bool) -> tuple[str, ...]:
+    return (*_COMPILE, *(_CHECKED if checked else ("-O2",)))
+
+
+def place(name: str, text: str, *, checked: bool = True) -> Path:
+    """Return where :func:`build` keeps what it makes of a source."""
+    digest = _digest([_HERE / "cuda_emulation.h"], _target(), *_way(checked), text)
+    return _folder() / f"{name}-{digest}.so"
+
+
 @functools.cache
-def build(name: str, text: str, *, checked: bool = True) -> Module:
+def build(name: str, text: str, *, checked: bool = True, capability: int = CAPABILITY) -> Module:
     """Compile a CUDA source, all in one text, and load it; known ones come from the cache.
 
-    Without ``checked`` no access is checked, and it runs several times as fast. Raises
-    CompileError.
+    Without ``checked`` no access is checked, and it runs several times as fast. Sources that ask
+    for it are compiled for a card of this ``capability``, as 61 for 6.1. Raises CompileError.
     """
-    how = (*_COMPILE, *(_CHECKED if checked else ("-O2",)))
-    digest = _digest([_HERE / "runtime.cpp", _HERE / "cuda_emulation.h"], *how, text)
-    output = _folder() / f"{name}-{digest}.so"
+    if _ARCHITECTURE in text:
+        text = f"#define {_ARCHITECTURE} {10 * capability}\n{text}"
+    how = _way(checked)
+    output = place(name, text, checked=checked)
     with _to_be_made(output) as absent:
         if absent:
             with tempfile.TemporaryDirectory() as folder:
@@ -120,9 +176,9 @@ def build(name: str, text: str, *, checked: bool = True) -> Module:
                 source.write_text(text)
                 words = ("-include", str(_header(how)), "-x", "c++", "-c", str(source))
                 _make(kernels, *how, *words)
-                # Its own symbols first: each module in the process has a runtime of its own.
-                flags = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs")
-                _make(output, *flags, str(kernels), str(_runtime()))
+                # Its own symbols first, and all of the runtime's at once: a fiber's stack is small.
+                flags = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs,-z,now")
+                _make(output, *flags, str(kernels), str(_runtime_file()))
     return Module(output)
 
 
@@ -155,22 +211,9 @@ class Module:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _runtime()
         self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
-        self._library.emulation_error.restype = ctypes.c_char_p
-        self._library.emulation_error_code.restype = ctypes.c_void_p
-        self._library.emulation_launch.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_size_t,
-            ctypes.c_int,
-            ctypes.c_uint64,
-        ]
-        constants = np.array(self._read_only(), np.uint64).reshape(-1, 2)
-        self._library.emulation_constants(
-            ctypes.c_void_p(constants.ctypes.data), ctypes.c_uint(len(constants))
-        )
+        self._constants = np.array(self._read_only(), np.uint64).reshape(-1, 2)
 
     def _mappings(self) -> list[tuple[int, int, str, int]]:
         """(start, end, permissions, offset in the file) of what the module is in memory."""
@@ -207,21 +250,24 @@ class Module:
         takes time; ``seed`` decides the order in which threads run. ``interleaved`` threads take
         turns also where they don't meet: at accesses of global memory. Raises EmulationError.
         """
-        function = ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p)
         bounds = memory.bounds()
-        self._library.emulation_regions(ctypes.c_void_p(bounds.ctypes.data), len(bounds))
-        sizes = [np.array([*size, 1, 1, 1][:3], np.uint32) for size in (grid, block)]
-        how = int(races) + 2 * int(interleaved)
-        wrong = self._library.emulation_launch(
-            function, argument.ctypes.data, *(s.ctypes.data for s in sizes), shared, how, seed
+        what = _Launch(
+            ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p),
+            argument.ctypes.data,
+            *((ctypes.c_uint * 3)(*[*size, 1, 1, 1][:3]) for size in (grid, block)),
+            shared,
+            int(races) + 2 * int(interleaved),
+            seed,
+            bounds.ctypes.data,
+            len(bounds),
+            self._constants.ctypes.data,
+            len(self._constants),
         )
-        if wrong:
-            raise EmulationError(f"{kernel}: {self._error()}")
-
-    def _error(self) -> str:
-        text = str(self._library.emulation_error().decode())
-        code = self._library.emulation_error_code()
-        return text if not code else f"{text} at {self._source_of(code)}"
+        # One call: another thread may launch something meanwhile, and so may a finalizer in this.
+        if _runtime().emulation_launch(ctypes.byref(what)):
+            text = what.error.decode()
+            where = f" at {self._source_of(what.error_code)}" if what.error_code else ""
+            raise EmulationError(f"{kernel}: {text}{where}")
 
     def _source_of(self, code: int) -> str:
         """File and line of an address in the module's code, as far as they can be found out."""

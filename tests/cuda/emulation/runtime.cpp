@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -80,7 +81,7 @@ struct GlobalTouch {
 };
 
 std::vector<Region> regions;         // sorted; global memory
-std::vector<Region> constants;       // the module's own read-only data
+std::vector<Region> constants;       // the module's own read-only data, of the kernel that runs
 std::vector<Fiber> fibers(MAX_THREADS);
 alignas(256) unsigned char shared_memory[MAX_SHARED];
 std::vector<Shadow> shared_shadow(MAX_SHARED);
@@ -561,47 +562,58 @@ void *dynamic_shared() { return shared_memory; }
 
 using namespace emulation;
 
-extern "C" {
+// As in __init__.py.
+struct Launch {
+    const void *function, *argument;
+    unsigned grid[3], block[3];
+    std::size_t shared;
+    unsigned how;  // 1: global memory is watched for races, 2: threads take turns at any access of it
+    std::uint64_t seed;
+    // Memory: start, end, whether it may be written; what of the module may be read: start, end.
+    const std::uint64_t *regions;
+    std::size_t n_regions;
+    const std::uint64_t *constants;
+    std::size_t n_constants;
+    // What went wrong, and where in the module's code; null where the message names the place.
+    char error[600];
+    const void *error_code;
+};
 
-void emulation_regions(const std::uint64_t *bounds, unsigned n) {
-    regions.clear();
-    for (unsigned i = 0; i < n; i++)
-        regions.push_back({(std::uintptr_t)bounds[3 * i], (std::uintptr_t)bounds[3 * i + 1], bounds[3 * i + 2] != 0});
-    std::sort(regions.begin(), regions.end(), [](const Region &a, const Region &b) { return a.start < b.start; });
-}
-
-void emulation_constants(const std::uint64_t *bounds, unsigned n) {
-    constants.clear();
-    for (unsigned i = 0; i < n; i++)
-        constants.push_back({(std::uintptr_t)bounds[2 * i], (std::uintptr_t)bounds[2 * i + 1], false});
-}
-
-// Runs a kernel over its grid; 0, or 1 where emulation_error() tells what went wrong.
-int emulation_launch(const void *function, const void *argument, const unsigned *grid,
-                     const unsigned *block, std::size_t shared_bytes, int races, std::uint64_t seed) {
+static bool run(const Launch &launch) {
+    const unsigned *grid = launch.grid, *block = launch.block;
+    const std::size_t shared_bytes = launch.shared;
     failed = false;
     error.clear();
     error_code = nullptr;
     self = nullptr;
-    check_races = races & 1;
-    interleave = races & 2;
-    random_state = seed | 1;
+    regions.clear();
+    for (std::size_t i = 0; i < launch.n_regions; i++) {
+        const std::uint64_t *region = launch.regions + 3 * i;
+        regions.push_back({(std::uintptr_t)region[0], (std::uintptr_t)region[1], region[2] != 0});
+    }
+    std::sort(regions.begin(), regions.end(), [](const Region &a, const Region &b) { return a.start < b.start; });
+    constants.clear();
+    for (std::size_t i = 0; i < launch.n_constants; i++)
+        constants.push_back({(std::uintptr_t)launch.constants[2 * i], (std::uintptr_t)launch.constants[2 * i + 1], false});
+    check_races = launch.how & 1;
+    interleave = launch.how & 2;
+    random_state = launch.seed | 1;
     global_shadow.clear();
     launch_first_serial = block_serial + 1;
-    kernel_function = function;
-    kernel_argument = argument;
+    kernel_function = launch.function;
+    kernel_argument = launch.argument;
     block_threads = block[0] * block[1] * block[2];
     if (block_threads == 0 || block_threads > MAX_THREADS || block[2] > 64) {
         report({"the launch", nullptr}, "launch: a block of %u threads", block_threads);
-        return 1;
+        return false;
     }
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535) {
         report({"the launch", nullptr}, "launch: a grid of %u x %u x %u blocks", grid[0], grid[1], grid[2]);
-        return 1;
+        return false;
     }
     if (shared_bytes > MAX_SHARED) {
         report({"the launch", nullptr}, "launch: %zu bytes of shared memory", shared_bytes);
-        return 1;
+        return false;
     }
     dynamic_size = shared_bytes;
     for (unsigned z = 0; z < grid[2]; z++)
@@ -626,13 +638,22 @@ int emulation_launch(const void *function, const void *argument, const unsigned 
                 }
                 run_block(block_threads);
                 self = nullptr;
-                if (failed) return 1;
+                if (failed) return false;
             }
-    return 0;
+    return true;
 }
 
-const char *emulation_error() { return error.c_str(); }
-const void *emulation_error_code() { return error_code; }
+// Runs a kernel over its grid, one at a time; 0, or 1 where `error` tells what went wrong.
+extern "C" int emulation_launch(Launch *launch) {
+    static std::mutex one;
+    const std::lock_guard<std::mutex> lock(one);
+    if (run(*launch)) return 0;
+    snprintf(launch->error, sizeof launch->error, "%s", error.c_str());
+    launch->error_code = error_code;
+    return 1;
+}
+
+extern "C" {
 
 // -- what -fsanitize=thread calls at every load and store ----------------------------------------
 
