@@ -16,8 +16,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from client.errors import AllocationFailed, MissingPackageError
-from client.model_header import ModelShape
-from client.split.survey import Credentials
 from client.tunnel import SecretError, client_context, read_token, server_context
 from protocol.announcement import Announcement
 from protocol.endpoint import format_endpoint
@@ -36,7 +34,7 @@ from rpc_server.devices.registry import (
     open_devices,
     warn_of_idle_cards,
 )
-from rpc_server.devices.split.choice import AutoSplit
+from rpc_server.devices.split.candidates import AutoSplit
 from rpc_server.models.library import Models
 from rpc_server.models.mapping import Mappings
 from rpc_server.models.record import Records, default_folder
@@ -58,6 +56,7 @@ from rpc_server.session.buffers import Budget
 from rpc_server.session.context import ServerContext, new_identity
 
 if TYPE_CHECKING:
+    from client.model_header import ModelShape
     from rpc_server.devices.split.device import SplitOptions
     from rpc_server.devices.split.worker import Tls
     from rpc_server.net.announcer import Announcer
@@ -202,6 +201,7 @@ def _split_options(
 
 async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) -> Sequence[Device]:
     """Open the best of what there is. Raises StartError, DeviceError, SecretError."""
+    from client.split.survey import Credentials
     from rpc_server.devices.split.choice import Chooser, candidates
     from rpc_server.devices.split.device import SplitDevice
     from rpc_server.devices.split.worker import PartsMissing
@@ -247,6 +247,8 @@ async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) ->
 
 def _split_shape(options: Namespace) -> ModelShape | None:
     """Return the model that --split auto is for, if one is named. Raises OSError, ValueError."""
+    from client.model_header import ModelShape
+
     if options.split_model is not None:
         return ModelShape.read(options.split_model)
     if len(options.models) == 1 and options.models[0].is_file():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -169,6 +168,8 @@ class PrivateFolder:
 
     def disk(self) -> tuple[int, int]:
         """Return the total and the free bytes of the disk it is on."""
+        import shutil
+
         # A descriptor is as good as a path to what it asks.
         usage = shutil.disk_usage(self._where)
         return usage.total, usage.free

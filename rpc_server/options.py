@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from client.split.survey import ServerAddress
+from client.split.address import ServerAddress
 from protocol.dialects import DIALECTS, find_dialects
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import SOFTWARE
-from rpc_server.devices.split.choice import AutoSplit
+from rpc_server.devices.split.candidates import AutoSplit
 from rpc_server.limits import ServerLimits
 from rpc_server.net.admission import Network
 

@@ -51,6 +51,7 @@ ELSEWHERE = {
     "client.errors": "client/test_connection.py",
     "client.model_header": "client/test_advice.py",
     "client.split": "client/test_split_backend.py",
+    "client.split.address": "client/test_survey.py",
     "client.tensors": "client/test_graph.py",
     "client.tunnel": "server/test_access.py",
     # The program, and what each session has, through its socket.
@@ -104,6 +105,7 @@ ELSEWHERE = {
     "rpc_server.devices.cuda.queue": "cuda/test_queues.py",
     "rpc_server.devices.cuda.storage": "cuda/test_queues.py",
     "rpc_server.devices.split": "split/test_products.py",
+    "rpc_server.devices.split.candidates": "split/test_choice.py",
     "rpc_server.devices.split.holding": "split/test_several_coordinators.py",
     "rpc_server.devices.split.measure": "split/test_shares_by_speed.py",
     "rpc_server.devices.split.sharded": "split/test_subgraphs.py",

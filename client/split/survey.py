@@ -25,6 +25,7 @@ from client.connection import Connection, connect_any
 from client.discovery import FoundServer
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
 from client.model_header import ModelShape
+from client.split.address import ServerAddress
 from client.split.advice import Box
 from client.split.balance import Speed, least_seconds, measure
 from client.split.model_speed import (
@@ -38,7 +39,6 @@ from client.split.model_speed import (
 from client.tensors import ShapeError
 from protocol.commands import Command
 from protocol.dialects import version_name
-from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 from protocol.errors import ProtocolError
 from protocol.ggml.types import GgmlType
 from protocol.split import DESCRIBES_SINCE, LEASES_SINCE, MAX_MEMBERS, MAX_PARTS
@@ -59,32 +59,6 @@ _UPLOAD_SECONDS = 0.1
 _REQUESTS = 17
 # A server that has less than this free is not measured: it has better to do with it.
 _LEAST_FREE = 64 << 20
-_TLS = "tls://"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
-    """A place where a server listens, perhaps inside of TLS.
-
-    ``name`` is what it is announced as.
-    """
-
-    host: str
-    port: int = DEFAULT_PORT
-    tls: bool = False
-    name: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> ServerAddress:
-        """Return what ``host[:port]`` or ``tls://host[:port]`` names. Raises ValueError."""
-        address = text.strip()
-        host, port = parse_endpoint(address.removeprefix(_TLS))
-        return cls(host, port, address.startswith(_TLS))
-
-    @property
-    def endpoint(self) -> str:
-        """Return the address as it is written for --split."""
-        return (_TLS if self.tls else "") + format_endpoint(self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,15 @@ import importlib.util
 import logging
 import os
 import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rpc_server.folders import check_private, make_folders, open_regular
+
+if TYPE_CHECKING:
+    import tempfile
 
 if sys.platform != "win32":
     import fcntl
@@ -114,6 +115,8 @@ class Folder:
         self.unkept = ""
         try:
             if _is_open_to_others(base) | _is_open_to_others(self.path):
+                import shutil
+
                 log.warning("%s could be written to by others: its code is not used", self.path)
                 shutil.rmtree(self.path)
             make_folders(base)
@@ -121,6 +124,8 @@ class Folder:
                 _make_private(path)
             self._lock = _lock_in_use(self.path)
         except OSError as error:
+            import tempfile
+
             log.warning("compiled kernels will not be kept: %s", error)
             self.unkept = str(error)
             self._temporary = tempfile.TemporaryDirectory(prefix="ggml-rpc-server-")
@@ -210,6 +215,8 @@ def _open_lock(path: Path) -> IO[bytes]:
 
 def _delete_unused(path: Path) -> bool:
     """Delete a folder unless a process uses it; whether it was."""
+    import shutil
+
     try:
         with _open_lock(path / _LOCK) as file:
             if sys.platform != "win32":

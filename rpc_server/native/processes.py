@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +36,9 @@ class _Process:
     """One compiler."""
 
     def __init__(self, command: Sequence[str], timeout: float) -> None:
+        # Where there is nothing to compile it isn't needed.
+        import tempfile
+
         self._timeout = timeout
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
         # It has to find the modules that are found here.

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from client.discovery import MOST_ADDRESSES, MOST_SERVERS, Browser
-from client.split.survey import ServerAddress, survey
+from client.split.address import ServerAddress
+from client.split.survey import survey
 from protocol.announcement import SERVICE_TYPE, Announcement
 
 zeroconf = pytest.importorskip("zeroconf", reason="needs zeroconf: pip install '.[announce]'")

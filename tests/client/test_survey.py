@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from client.connection import Connection
-from client.split.survey import ServerAddress, ServerReport, survey, survey_all
+from client.split.address import ServerAddress
+from client.split.survey import ServerReport, survey, survey_all
 from rpc_server import SOFTWARE
 from tests.server.process import ServerProcess, running
 

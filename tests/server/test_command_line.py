@@ -30,6 +30,23 @@ def start(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_plain_server_loads_nothing_that_it_has_no_use_for() -> None:
+    """Each of these takes memory for as long as the server runs, some of them megabytes."""
+    others = {
+        "client.backend", "client.connection", "client.gguf_file", "client.split.survey", "cupy",
+        "gguf", "llvmlite", "numba", "prometheus_client", "rich", "rpc_server.devices.cuda.device",
+        "rpc_server.devices.split.choice", "rpc_server.devices.split.device", "shutil", "tempfile",
+        "yaml", "zeroconf",
+    }  # fmt: skip
+    code = (
+        "import sys, rpc_server.__main__, rpc_server.devices.cpu.plan\n"
+        f"print(*sorted({others!r} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
 def test_banner() -> None:
     with running() as server:
         server.wait_for(r"CPU: .+ \(\d+ MiB, \d+ MiB free\)")

@@ -19,15 +19,17 @@ from client.backend import Backend
 from client.discovery import FoundServer
 from client.model_header import ModelShape
 from client.split import survey as survey_module
+from client.split.address import ServerAddress
 from client.split.advice import Box, advise
 from client.split.model_speed import ModelSample, ModelSpeed, time_sample, time_together
-from client.split.survey import ServerAddress, measure_boxes, survey_all
+from client.split.survey import measure_boxes, survey_all
 from protocol.announcement import Announcement
 from protocol.ggml.types import GgmlType
 from rpc_server.__main__ import _chosen_devices
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.split import choice as choice_module
-from rpc_server.devices.split.choice import TYPICAL, AutoSplit, Chooser, Mode, candidates
+from rpc_server.devices.split.candidates import AutoSplit
+from rpc_server.devices.split.choice import TYPICAL, Chooser, Mode, candidates
 from rpc_server.options import parse_options
 from tests.server.process import REPOSITORY, ServerProcess
 from tests.split.cluster import NAME, Coordinator, WorkerProcess, backend, status, values

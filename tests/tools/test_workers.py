@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from client.split.survey import DeviceReport, ServerAddress, ServerReport
+from client.split.address import ServerAddress
+from client.split.survey import DeviceReport, ServerReport
 from tests.server.process import REPOSITORY, running
 from tools.models import write_model
 from tools.serving.ports import free_port

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from client.model_header import ModelShape
+from client.split.address import ServerAddress
 from client.split.advice import Arrangement, Box, Prediction, predict
-from client.split.survey import ServerAddress, measure_boxes, survey_all
+from client.split.survey import measure_boxes, survey_all
 from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
 from tools.bench import llama

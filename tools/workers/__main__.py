@@ -29,10 +29,10 @@ from pathlib import Path
 from client.discovery import Browser
 from client.errors import ConnectionLost, MissingPackageError
 from client.model_header import ModelShape
+from client.split.address import ServerAddress
 from client.split.advice import advise
 from client.split.survey import (
     Credentials,
-    ServerAddress,
     ServerReport,
     measure_boxes,
     survey_all,

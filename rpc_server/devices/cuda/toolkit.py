@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +37,8 @@ class Libraries:
 
 def _writable_cache() -> str:
     """Return a folder for compiled kernels; CuPy can't even be imported without one."""
+    import tempfile
+
     folder = cache_base() / "cupy"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -15,12 +15,12 @@ from typing import Literal
 
 from client.discovery import find_servers
 from client.model_header import ModelShape, WeightProduct
+from client.split.address import ServerAddress
 from client.split.advice import Arrangement, Box, Prediction, advise
 from client.split.balance import usable
 from client.split.survey import (
     Candidate,
     Credentials,
-    ServerAddress,
     measure_boxes,
     survey_all,
     targets_of,
@@ -28,6 +28,7 @@ from client.split.survey import (
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.device import CpuDevice
+from rpc_server.devices.split.candidates import AutoSplit
 from rpc_server.devices.split.measure import HomeSample
 
 log = logging.getLogger(__name__)
@@ -55,18 +56,6 @@ TYPICAL = ModelShape(
 )  # fmt: skip
 # Of the memory of all together, how much an unknown model may take.
 _FILLED = 0.75
-
-
-@dataclass(frozen=True, slots=True)
-class AutoSplit:
-    """The candidates: servers by address, those that announce themselves, this one.
-
-    ``local`` allows this machine a share, and to do all by itself.
-    """
-
-    named: tuple[ServerAddress, ...] = ()
-    announced: bool = True
-    local: bool = True
 
 
 @dataclass(frozen=True, slots=True)
