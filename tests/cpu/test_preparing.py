@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from rpc_server.devices.cpu.preparing import prepare_now, prepare_when_idle
 from rpc_server.native import compiler
 from rpc_server.native.folder import Folder
 from rpc_server.native.library import Library
+from rpc_server.native.routine import InterruptedCompileError
 from rpc_server.observability.metrics import ClientStats, ServerStats
 
 ADD = Kernel("tests.native.sources", "add")
@@ -130,3 +133,32 @@ async def test_nothing_is_compiled_while_a_client_computes(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_server_that_stops_meanwhile_says_nothing_of_it(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not compiled is told to whoever waits for it, and nobody does any more."""
+    made: list[Future[None]] = []
+    begun = asyncio.Event()
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+
+    def prepared(kernels: Iterable[Kernel], *, background: bool) -> list[Future[None]]:
+        begun.set()
+        made.extend(Future() for _ in kernels)
+        return list(made)
+
+    monkeypatch.setattr(library, "prepare", prepared)
+    task = asyncio.create_task(prepare_when_idle(ServerStats()))
+    await asyncio.wait_for(begun.wait(), 60)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    while made:
+        made.pop().set_exception(InterruptedCompileError("interrupted"))
+    del task
+    for _ in range(3):
+        await asyncio.sleep(0)
+        gc.collect()
+    assert not told

@@ -83,6 +83,11 @@ class _Clients:
         return self._seen != before or any(c.activity() not in _AT_REST for c in clients)
 
 
+def _retrieve(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
 async def _prepare(kernels: list[Kernel], clients: _Clients) -> None:
     compiled = await asyncio.to_thread(library)
     failed: set[Kernel] = set()
@@ -91,6 +96,9 @@ async def _prepare(kernels: list[Kernel], clients: _Clients) -> None:
             pass
         made = compiled.prepare(missing, background=True)
         futures = [asyncio.wrap_future(future) for future in made]
+        for future in futures:
+            # When the server stops in between, nobody asks any more what came of them.
+            future.add_done_callback(_retrieve)
         pending: set[asyncio.Future[None]] = set(futures)
         while pending:
             if await clients.look():
