@@ -33,7 +33,9 @@ needs_compiler = pytest.mark.skipif(emulation.compiler() is None, reason=emulati
 STATUS_WORD, NODE_WORD = EXTRA_WORD - 2, EXTRA_WORD - 1
 
 
-def plan(nodes: Sequence[Tensor], capability: int = 61) -> tuple[list[Launch | Product], int]:
+def plan(
+    nodes: Sequence[Tensor], capability: int = emulation.CAPABILITY
+) -> tuple[list[Launch | Product], int]:
     """Launches and bytes of scratch of nodes; fails if one has no kernel."""
     planner = CudaPlanner(nodes, multiprocessors=4, capability=capability)
     for node in nodes:
@@ -61,14 +63,17 @@ def plan_graph(nodes: Sequence[Tensor]) -> tuple[list[Launch | Product], int]:
     return planner.launches, planner.scratch_peak
 
 
-def run(nodes: Tensor | Sequence[Tensor], *, seed: int = 1) -> None:
+def run(
+    nodes: Tensor | Sequence[Tensor], *, seed: int = 1, capability: int = emulation.CAPABILITY
+) -> None:
     """Plan and run nodes with every access checked: sources may be read, results written.
 
     Raises ContractError for an index out of range, EmulationError for what kernels must not do.
     """
     listed = [nodes] if isinstance(nodes, Tensor) else list(nodes)
-    launches, scratch_size = plan(listed)
-    run_launches(launches, scratch_size, _extents(listed), seed=seed)
+    launches, scratch_size = plan(listed, capability)
+    extents = _extents(listed)
+    run_launches(launches, scratch_size, extents, seed=seed, capability=capability)
 
 
 def run_launches(
@@ -78,6 +83,7 @@ def run_launches(
     *,
     seed: int = 1,
     overlapping: bool = False,
+    capability: int = emulation.CAPABILITY,
 ) -> None:
     """Run launches on ``extents``: start and end of memory, and whether it may be written.
 
@@ -100,7 +106,7 @@ def run_launches(
         words = launch.words
         words[STATUS_WORD], words[NODE_WORD] = int(status.ctypes.data), number
         assert len(words) == RECORD_WORDS
-        unit(launch.kernel.unit).launch(
+        unit(launch.kernel.unit, capability).launch(
             launch.kernel.name,
             words,
             launch.grid,
@@ -117,8 +123,8 @@ def run_launches(
         raise ContractError(f"{failed.node.label}: an index")
 
 
-def unit(of: Unit) -> emulation.Module:
-    return emulation.build(of.label, of.text)
+def unit(of: Unit, capability: int) -> emulation.Module:
+    return emulation.build(of.label, of.text, capability=capability)
 
 
 def _extents(nodes: Sequence[Tensor]) -> list[tuple[int, int, bool]]:
@@ -137,7 +143,9 @@ def _extents(nodes: Sequence[Tensor]) -> list[tuple[int, int, bool]]:
     return joined
 
 
-def by_both(t: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def by_both(
+    t: Tensor, capability: int = emulation.CAPABILITY
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(reference, kernels): the node's values run each way from the same memory."""
     touched = {t.address: t, **{s.address: s for s in t.src if s is not None}}
     before = [(s, harness.raw(s)) for s in touched.values()]
@@ -145,7 +153,7 @@ def by_both(t: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     expected = harness.values(t)
     for s, content in before:
         harness.CONTEXT.memory(s.address, s.nbytes)[...] = content
-    run(t)
+    run(t, capability=capability)
     if t.view_src is None:
         assert harness.guards_intact(t), f"{t.label}: wrote outside its memory"
     return expected, harness.values(t)

@@ -382,7 +382,10 @@ class RawKernel:
         if _mine.card not in self._loaded:
             _unsafe("loading a module")
             with _compiling:
-                module = emulation.build("standin", self._code, checked=CHECKED)
+                capability = 10 * _PROPERTIES["major"] + _PROPERTIES["minor"]
+                module = emulation.build(
+                    "standin", self._code, checked=CHECKED, capability=capability
+                )
             assert self._name in module
             self._loaded[_mine.card] = module
         return self._loaded[_mine.card]

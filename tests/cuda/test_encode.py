@@ -67,7 +67,7 @@ def test_bytes_are_the_references(
     """
     if not checked:
         monkeypatch.setattr(
-            cuda, "unit", lambda of: emulation.build(of.label, of.text, checked=False)
+            cuda, "unit", lambda of, _: emulation.build(of.label, of.text, checked=False)
         )
     n = 32 * max(TYPE_INFO[type_].block_size, 32)
     rows = np.array([*samples(n).values()], np.float32)

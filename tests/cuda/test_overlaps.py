@@ -32,7 +32,7 @@ def test_rows_by_indices_stay_inside() -> None:
 
 @pytest.mark.slow
 def test_a_planted_second_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def planted(of: Unit) -> emulation.Module:
+    def planted(of: Unit, capability: int) -> emulation.Module:
         assert _ONCE in of.text
         return emulation.build(f"{of.label}-planted", of.text.replace(_ONCE, _TWICE))
 

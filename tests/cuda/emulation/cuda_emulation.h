@@ -52,13 +52,22 @@ struct Thread {
 };
 extern Thread *self;
 
-enum Collective { SHUFFLE, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR, BALLOT, ANY, ALL, SYNC_WARP, MATCH_ANY };
+enum Collective { SHUFFLE, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR, BALLOT, ANY, ALL, SYNC_WARP, MATCH_ANY, MATRICES };
 
 // `site` tells barriers apart: threads that meet must do so in one place of the source.
 void barrier(const char *site);
 int barrier_reduce(const char *site, int predicate, int kind);
 std::uint64_t collective(
     const char *site, Collective kind, unsigned mask, std::uint64_t value, int argument, int width);
+// mma.sync: M by 8 with K in between, as one lane has it. A and B are signed bytes, and sums whole
+// numbers, or half precision, and sums floats; the products are added to the sums.
+struct Matrices {
+    bool halves;
+    int m, k;
+    const int *a, *b;
+    void *sums;
+};
+void multiply_matrices(const char *site, const Matrices &lane);
 void atomic_access(const char *site, void *address, unsigned size);
 void *shared_array(const char *site, std::size_t size, std::size_t alignment);
 void *dynamic_shared();

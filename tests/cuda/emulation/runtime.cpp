@@ -5,7 +5,7 @@
 // shared memory of the block, a misaligned one, a read of shared memory that nobody wrote in this
 // block, two threads at the same bytes without a barrier between them (in shared memory, and in
 // global memory also between blocks), threads of a block that wait at different barriers, a lane
-// missing in an exchange.
+// missing in an exchange or a product of matrices.
 
 #include "cuda_emulation.h"
 
@@ -44,6 +44,7 @@ struct Fiber : Thread {
     std::uint64_t value = 0;
     int argument = 0, width = 32;
     std::uint64_t result = 0;
+    Matrices matrices;
     char *stack = nullptr;
 #if defined(__x86_64__)
     void *stack_pointer = nullptr;
@@ -369,7 +370,53 @@ void access(Place place, std::uintptr_t address, unsigned size, bool write, bool
 
 // -- exchanges of warps ----------------------------------------------------------------------
 
+struct Bytes {
+    enum { IN_WORD = 4 };
+    typedef int Number;
+    typedef unsigned Total;  // what doesn't fit wraps around
+    static int of(const int *words, int i) { return (signed char)(words[i / 4] >> (8 * (i % 4))); }
+};
+struct Halves {
+    enum { IN_WORD = 2 };
+    typedef float Number;
+    typedef float Total;
+    static float of(const int *words, int i) {
+        return emulated_half_to_float((unsigned short)(words[i / 2] >> (16 * (i % 2))));
+    }
+};
+
+// Which lane has what is said in the PTX ISA, "Matrix Fragments for mma.m8n8k16" and the like: of a
+// lane, element `i` of a matrix is at (row, column). Bytes and halves differ in how many a word has.
+template <typename E> void multiply_fragments(Fiber *warp) {
+    const int m = warp->matrices.m, k = warp->matrices.k, in_word = E::IN_WORD;
+    typename E::Number a[16][32], b[32][8];
+    for (int lane = 0; lane < WARP; lane++) {
+        const Matrices &mine = warp[lane].matrices;
+        const int group = lane >> 2, in_group = lane % 4;
+        for (int i = 0; i < m * k / WARP; i++) {
+            // Of 16 rows each second word is of the lower ones; what is left is further along K.
+            const int word = i / in_word, row = m == 16 && word % 2 ? group + 8 : group;
+            const int column = in_group * in_word + i % in_word + word / (m / 8) * 4 * in_word;
+            a[row][column] = E::of(mine.a, i);
+        }
+        for (int i = 0; i < k * 8 / WARP; i++)
+            b[in_group * in_word + i % in_word + i / in_word * 4 * in_word][group] = E::of(mine.b, i);
+    }
+    for (int lane = 0; lane < WARP; lane++) {
+        const int group = lane >> 2, in_group = lane % 4;
+        auto *sums = static_cast<typename E::Total *>(warp[lane].matrices.sums);
+        for (int i = 0; i < m * 8 / WARP; i++) {
+            const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+            for (int j = 0; j < k; j++) sums[i] += a[row][j] * b[j][column];
+        }
+    }
+}
+
 void complete(Fiber *warp, unsigned mask) {
+    if (warp->kind == MATRICES) {
+        if (warp->matrices.halves) multiply_fragments<Halves>(warp);
+        else multiply_fragments<Bytes>(warp);
+    }
     for (int lane = 0; lane < WARP; lane++) {
         if (!(mask >> lane & 1)) continue;
         Fiber &fiber = warp[lane];
@@ -401,7 +448,7 @@ void complete(Fiber *warp, unsigned mask) {
             result = same;
             break;
         }
-        case SYNC_WARP: break;
+        case SYNC_WARP: case MATRICES: break;
         }
         if (fiber.kind <= SHUFFLE_XOR) {
             if (!(mask >> from & 1)) {
@@ -514,12 +561,24 @@ std::uint64_t collective(const char *site, Collective kind, unsigned mask, std::
         meetings.erase(meetings.begin() + at);
         complete(warp, expected);
         if (failed) give_up();
-        // Every exchange orders what its lanes did before against what they do after.
-        warp_epochs[fiber->number / WARP]++;
+        // Every exchange orders what its lanes did before against what they do after. A product of
+        // matrices promises nothing of that.
+        if (kind != MATRICES) warp_epochs[fiber->number / WARP]++;
     } else {
         wait_for_others();
     }
     return current()->result;
+}
+
+void multiply_matrices(const char *site, const Matrices &lane) {
+    Fiber *fiber = current();
+    const unsigned here = block_threads - fiber->number / WARP * WARP;
+    if (here < WARP) {
+        report({site, nullptr}, "a product of matrices in a warp of %u lanes", here);
+        give_up();
+    }
+    fiber->matrices = lane;
+    collective(site, MATRICES, 0xffffffffu, 0, 0, WARP);
 }
 
 unsigned active_lanes() {
