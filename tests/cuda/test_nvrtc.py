@@ -83,15 +83,40 @@ def test_tiles_of_the_commonest_types(arch: int) -> None:
             assert usage.shared * blocks <= 96 << 10, name
 
 
+# What has tensor cores that multiply bytes. Every type is compiled for two of them, by night for
+# all.
+TENSOR_CORES = (75, 80, 86, 89, 90)
+TILES_FOR = [
+    pytest.param(
+        type_,
+        arch,
+        marks=pytest.mark.slow if arch in (75, 86) else pytest.mark.nightly,
+        id=f"{type_.name}-{arch}",
+    )
+    for type_ in QUANTIZED
+    for arch in TENSOR_CORES
+]
+
+
+@pytest.mark.parametrize(("type_", "arch"), TILES_FOR)
+def test_tiles_by_tensor_cores(type_: GgmlType, arch: int) -> None:
+    """Nothing is spilled, and as many blocks have registers as have room in shared memory."""
+    for name, usage in compiled(kernel_of_weights("tiles", "", type_).unit, arch).items():
+        blocks = {"16": 5, "32": 4, "64": 3}[name[-2:]]
+        assert not usage.spills, name
+        assert usage.registers * 128 * blocks <= 65536, name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("type_", QUANTIZED, ids=lambda t: t.name)
 def test_every_type_of_weights(type_: GgmlType) -> None:
-    """For the oldest card, which has no dot product of bytes, and for one that has."""
+    """For the oldest card, which has no dot product of bytes, and for ones that have."""
     for arch in (60, 86):
         for source in OF_WEIGHTS:
-            # Tiles take the compiler long there.
-            if (source, arch) != ("tiles", 60):
+            if source != "tiles":
                 compiled(kernel_of_weights(source, "", type_).unit, arch)
+    # These take the compiler long for the oldest; by tensor cores they have tests of their own.
+    compiled(kernel_of_weights("tiles", "", type_).unit, 61)
 
 
 # Every encoder for the oldest card, the largest for all.

@@ -1,6 +1,7 @@
-"""How many instructions decoding takes: what a kernel costs is seen before a card has run it.
+"""How many instructions products take: what a kernel costs is seen before a card has run it.
 
-A warp and 1024 weights are a loop of one run of 32 a lane; the loops of spans (spans.cuh) do two.
+In decoding a warp and 1024 weights are a loop of one run of 32 a lane; the loops of spans
+(spans.cuh) do two.
 """
 
 from __future__ import annotations
@@ -70,3 +71,35 @@ def test_a_row_of_weights_by_one_column(
     assert span.before <= _BEFORE[arch], found
     usages = nvrtc.compile_for(unit.text, unit.label, arch, OPTIONS)
     assert not {name for name, usage in usages.items() if usage.spills}
+
+
+# Type, architecture, and of 16 rows by 8 columns by 32 of K at most so many instructions of a warp:
+# 3 (with minima 4) for each of a lane's four elements, what loads codes and factors, and the
+# product itself, which is four on cards of 7.5, and two where halves have scales of their own.
+TILES = [
+    (GgmlType.Q8_0, 75, 23),
+    (GgmlType.Q8_0, 86, 20),
+    (GgmlType.Q4_K, 75, 27),
+    (GgmlType.Q4_K, 86, 24),
+    (GgmlType.Q4_K, 90, 26),
+    (GgmlType.Q6_K, 75, 31),
+    (GgmlType.Q6_K, 86, 29),
+    (GgmlType.Q2_K, 86, 41),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("type_", "arch", "instructions"), TILES, ids=[f"{t[0].name}-{t[1]}" for t in TILES]
+)
+def test_a_tile_by_tensor_cores(type_: GgmlType, arch: int, instructions: float) -> None:
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    found = sass.loops(kernel_of_weights("tiles", "", type_).unit, "tiles_64", arch)
+    if found is None:
+        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    # The innermost that multiplies: a run of 32 by 32 rows and columns of a warp.
+    run = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
+    halves = type_ in (GgmlType.Q6_K, GgmlType.Q2_K)
+    assert run.products == 8 * (4 if arch == 75 else 2 if halves else 1)
+    assert run.instructions / 8 <= instructions, found

@@ -74,6 +74,28 @@ class TestCard:
             with pytest.raises(CardError, match="DevicesUnavailable"):
                 Card(1)
 
+    @pytest.mark.parametrize(
+        ("name", "without"),
+        [
+            ("NVIDIA GeForce GTX 1660 SUPER", True),
+            ("NVIDIA T1000 8GB", True),
+            ("NVIDIA GeForce GTX 1080 Ti", False),
+            ("NVIDIA GeForce RTX 2080", False),
+            ("Tesla T4", False),
+        ],
+    )
+    def test_without_tensor_cores_although_its_capability_has_them(
+        self, name: str, without: bool
+    ) -> None:
+        with (
+            standin.installed(),
+            mock.patch.dict(standin._PROPERTIES, name=name.encode()),
+            mock.patch.object(standin.RawModule, "__init__", return_value=None) as made,
+            mock.patch.object(standin.RawModule, "get_function"),
+        ):
+            Card(0)
+        assert made.call_args.kwargs["code"].startswith("#define WITHOUT_TENSOR_CORES") == without
+
     def test_leaves_other_cards_alone(self) -> None:
         """A context on a card takes hundreds of megabytes of it."""
         with standin.installed(2):

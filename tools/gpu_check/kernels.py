@@ -29,7 +29,7 @@ from tools.gpu_check.servers import EMULATED_FAST, ServersToCheck, started
 LARGEST_ERROR = 5e-4
 
 # Layers of each of these are compared, with so many tokens at once: one column, a few, tiles, and
-# as many as a prompt has (cuBLAS on cards with tensor cores).
+# as many as a prompt has (cuBLAS on some cards).
 LAYER_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q4_0", "Q8_0", "IQ4_XS")
 LAYER_TOKENS = (1, 5, 48, 512)
 

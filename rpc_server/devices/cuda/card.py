@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,6 +55,10 @@ _NO_MEMORY = 2
 _RESERVED = 512 << 20
 # Of a small card no more than this part.
 _RESERVED_PART = 8
+
+
+# Of capability 7.5, and without tensor cores: what asks for them runs there, many times slower.
+_NO_TENSOR_CORES = re.compile(r"\b(GTX 16\d\d|MX[45]50|T(400|500|550|600|1000|1200|2000))\b")
 
 
 def by_value(record: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -112,6 +117,10 @@ class Card:
         self.multiprocessors = int(properties["multiProcessorCount"])
         # As 61 for 6.1.
         self.capability = 10 * int(properties["major"]) + int(properties["minor"])
+        # What all units begin with.
+        self._macros = ""
+        if _NO_TENSOR_CORES.search(self.name):
+            self._macros = "#define WITHOUT_TENSOR_CORES\n"
         libraries = toolkit.libraries()
         toolkit.check_capability(self.name, self.capability, libraries.nvrtc.getSupportedArchs())
         self._cublas = libraries.cublas
@@ -287,9 +296,8 @@ class Card:
         with compiling, self.current():
             module = self._modules.get(kernel.unit)
             if module is None:
-                module = self.cupy.RawModule(
-                    code=kernel.unit.text, options=OPTIONS, backend="nvrtc"
-                )
+                code = self._macros + kernel.unit.text
+                module = self.cupy.RawModule(code=code, options=OPTIONS, backend="nvrtc")
             # The compiler is called by the first of these; a unit that failed is tried again.
             found = module.get_function(kernel.name)
             log.debug("kernel %s is ready", kernel.label)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
@@ -10,6 +12,8 @@ from rpc_server.devices.cuda.kernels import kernel
 from rpc_server.devices.cuda.lower.walk import as_floats, decoded, dense
 from rpc_server.devices.cuda.planner import CudaPlanner, Product
 from rpc_server.ops.table import source
+
+_T = TypeVar("_T")
 
 _CONVERT = kernel("copy", "copy_rows")
 _LARGEST = kernel("columns", "largest_of_rows")
@@ -20,6 +24,11 @@ _HALVE = kernel("columns", "halve_columns")
 # multiplied; other cards read them from memory anyway, so that fewer launches are all that counts:
 # any matrix of an 8B but the last goes as one.
 _TILE_BYTES = {60: 128 << 20, 80: 32 << 20, 86: 128 << 20, 89: 32 << 20}
+
+
+def of_capability(table: Mapping[int, _T], capability: int) -> _T:
+    """Return what a table has for a card (61 for 6.1): an entry is for all up to the next one."""
+    return table[max(c for c in table if c <= capability)]
 
 
 def product_type(weights: GgmlType, capability: int) -> GgmlType:
@@ -71,7 +80,7 @@ def by_library(t: Tensor, planner: CudaPlanner) -> bool:
     as_they_are = weights.type is type_ and weights.nb[1] % size == 0
     rows = weights.ne[1]
     if not as_they_are:
-        at_once = _TILE_BYTES[max(c for c in _TILE_BYTES if c <= planner.capability)]
+        at_once = of_capability(_TILE_BYTES, planner.capability)
         rows = min(rows, max(at_once // (size * weights.ne[0]), 1))
     tile = 0 if as_they_are else planner.scratch(size * weights.ne[0] * rows)
     repeat2, repeat3 = t.ne[2] // weights.ne[2], t.ne[3] // weights.ne[3]

@@ -1,7 +1,8 @@
 """Lowerings of matrix products.
 
-A few columns: each weight is read once (matvec.cu). More: tiles of the result, in whole numbers too
-(tiles.cu). Where a card multiplies floats faster than that, and weights of floats: cuBLAS.
+A few columns: each weight is read once (matvec.cu). More: tiles of the result, in whole numbers
+too, by tensor cores where there are any (tiles.cu). Where a card multiplies floats faster than
+that, and weights of floats: cuBLAS.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType, activation_type
 from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
-from rpc_server.devices.cuda.lower.library import by_library
+from rpc_server.devices.cuda.lower.library import by_library, of_capability
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
 from rpc_server.ops.table import source
 
@@ -30,8 +31,9 @@ _GROUPS = (1, 2, 4, 8)
 TILES = (16, 32, 64)
 # Rows of a tile.
 _TILE_ROWS = 64
-# Decoding the weights of a tile takes about as long as this many columns of it.
-_COLUMNS_OF_DECODING = 8
+# Decoding the weights of a tile takes about as long as this many columns of it, by capability:
+# tensor cores, which are there from 7.5 on, are done with a column in a quarter of the time.
+_COLUMNS_OF_DECODING = {60: 8, 75: 32}
 
 # From so many columns on cuBLAS is faster, by capability, each for what comes up to the next. These
 # are figures on paper, see docs/gpu.md, "On paper: reading a prompt".
@@ -39,13 +41,12 @@ _LIBRARY_FROM = {
     60: 24,
     61: None,
     70: 160,
-    75: 256,
-    80: 96,
-    86: 256,
-    89: 512,
-    90: 64,
-    100: 32,
-    120: 512,
+    75: None,
+    80: 320,
+    86: None,
+    90: 128,
+    100: 64,
+    120: None,
 }
 # The same for weights of floats, which have no codes.
 _LIBRARY_FROM_OF_FLOATS = 24
@@ -66,10 +67,10 @@ def library_from(weights: Tensor, capability: int) -> int | None:
     """Return from how many columns on a product is best left to cuBLAS; None: never."""
     if not weights.quantized:
         return _LIBRARY_FROM_OF_FLOATS
-    return _LIBRARY_FROM[max(c for c in _LIBRARY_FROM if c <= capability)]
+    return of_capability(_LIBRARY_FROM, capability)
 
 
-def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int) -> int:
+def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int, capability: int) -> int:
     """Return how many of ``n`` columns a block of threads should multiply (_GROUPS or TILES).
 
     ``matrices`` is how many have so many columns. Wide tiles decode weights less often, narrow ones
@@ -78,9 +79,11 @@ def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int) -> int
     if n <= _GROUPS[-1] or not weights.quantized:
         return next((group for group in _GROUPS if n <= group), _GROUPS[-1])
 
+    decoding = of_capability(_COLUMNS_OF_DECODING, capability)
+
     def time(tile: int) -> int:
         blocks = -(-n // tile) * -(-weights.ne[1] // _TILE_ROWS) * matrices
-        return -(-blocks // multiprocessors) * (tile + _COLUMNS_OF_DECODING)
+        return -(-blocks // multiprocessors) * (tile + decoding)
 
     return min(TILES, key=lambda tile: (time(tile), -tile))
 
@@ -205,8 +208,9 @@ def _fits(grid: Sequence[int]) -> bool:
 
 def _by_kernel(t: Tensor, planner: CudaPlanner) -> bool:
     weights = source(t, 0)
-    columns = at_once(t.ne[1], weights, t.ne[2] * t.ne[3], planner.multiprocessors)
-    grid = (_row_blocks(weights, columns), -(-t.ne[1] // columns), t.ne[2] * t.ne[3])
+    matrices = t.ne[2] * t.ne[3]
+    columns = at_once(t.ne[1], weights, matrices, planner.multiprocessors, planner.capability)
+    grid = (_row_blocks(weights, columns), -(-t.ne[1] // columns), matrices)
     if not _fits(grid):
         return False
     unit, name = ("tiles", "tiles") if columns in TILES else ("matvec", "multiply")
@@ -292,7 +296,8 @@ def lower_mul_mat_id(t: Tensor, planner: CudaPlanner) -> bool:
         _launch(t, planner, "matvec", "multiply_routed", grid)
         return True
     # As if all experts were asked equally often.
-    columns = at_once(-(-pairs // experts), weights, experts, planner.multiprocessors)
+    each = -(-pairs // experts)
+    columns = at_once(each, weights, experts, planner.multiprocessors, planner.capability)
     columns = max(columns, _GROUPS[-1])
     groups = pairs // columns + experts
     grid = (_row_blocks(weights, columns), groups, 1)

@@ -1,34 +1,136 @@
 // Products of a matrix of blocks with many columns, as reading a prompt makes them: weights are decoded
-// once for all columns of a tile, and multiplied as the codes they are, four at a time.
+// once for all columns of a tile, and multiplied as the codes they are: by tensor cores where a card has
+// them (mma.cuh), four at a time where it has none.
 //
 // Columns come from columns.cu, rounded as for matvec.cu: tokens that are read together give what they
 // give one by one, but for roundings of sums.
 #include "columns.cuh"
+#include "mma.cuh"
 #include "weights.cuh"
 
 // A block of threads makes ROWS times COLUMNS elements of the result, RUNS runs of 32 of K at a time.
 // In shared memory rows and columns look the same: codes, then a float4 for each run. That they are 13
-// times 16 bytes apart, an odd number, has eight neighbours lie in different banks.
+// times 16 bytes apart, an odd number, has eight neighbours lie in different banks, and so the words
+// that the lanes of a warp load of eight neighbours.
 enum { THREADS = 128, ROWS = 64, RUNS = 4, PITCH = 3 * RUNS + 1 };
-
-// A thread has four columns, and so many rows that the block has ROWS.
-template <int COLUMNS> struct Lanes {
-    enum { EACH = 4, ACROSS = COLUMNS / EACH, DOWN = THREADS / ACROSS, ROWS_EACH = ROWS / DOWN };
-    int row, column;  // the thread's first; the next ones are DOWN and ACROSS further
-    __device__ Lanes() {
-        // A warp is 8 by 4. Lanes that differ in bit 1 share rows, in bit 0 or 2 columns: loads of 16
-        // bytes are served by quarters of a warp, which may be joined where neighbours want the same.
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps_across = ACROSS / 4;
-        row = (lane & 1) + (lane >> 1 & 6) + 8 * (warp / warps_across);
-        column = (lane >> 1 & 1) + (lane >> 3 & 2) + 4 * (warp % warps_across);
-    }
-};
 
 // What a sum of products of codes begins with: read as a float, it is 1.5 * 2^23 plus the sum, exactly,
 // as long as that is below 2^22; 32 products of signed bytes are 2^19 at most. To subtract it takes a
 // quarter of the time of a conversion.
 #define SUM_ZERO 0x4b400000
 __device__ inline float float_of_sum(int sum) { return __int_as_float(sum) - 12582912.0f; }
+
+// What a run adds to an element of the result: `x` and `y` are the column's and the row's factors. Of
+// types with one scale for a run `first` is the sum of all its products, of others that of a half.
+template <typename T>
+__device__ inline void add_sums(float &total, const float4 &x, const float4 &y, int first, int second) {
+    if (T::SCALES == 1) {
+        total += x.x * (y.x * float_of_sum(first));
+        if (T::MINIMA) total += y.z * x.y;
+    } else {
+        total += x.x * (y.x * float_of_sum(first) + y.y * float_of_sum(second));
+        if (T::MINIMA) total += y.z * x.z + y.w * x.w;
+    }
+}
+
+// A row's, or a column's, codes and factors of one run.
+__device__ inline float4 factors_in(const int4 *shared, int which, int number) {
+    return reinterpret_cast<const float4 *>(shared + which * PITCH)[2 * RUNS + number];
+}
+
+// Which elements of the result a thread has: ROWS_EACH times EACH. `add` adds what run `number` of those
+// that are in shared memory comes to.
+#ifdef TENSOR_CORES
+
+// A warp has as many neighbours as products of 16 rows with 8 columns fill, as near to a square as may be.
+template <int COLUMNS> struct Lanes {
+    enum {
+        ACROSS = COLUMNS > 16 ? 2 : 1, DOWN = THREADS / 32 / ACROSS,
+        ROWS_EACH = ROWS / DOWN / 8, EACH = COLUMNS / ACROSS / 4
+    };
+    int first_row, first_column;  // of the warp
+    __device__ Lanes() {
+        const int warp = threadIdx.x / 32;
+        first_row = warp / ACROSS * (ROWS / DOWN);
+        first_column = warp % ACROSS * (COLUMNS / ACROSS);
+    }
+    __device__ int row(int i) const { return first_row + i / 2 * 16 + row_of_sum(i % 2 * 2); }
+    __device__ int column(int c) const { return first_column + c / 2 * 8 + column_of_sum(c % 2); }
+
+    template <typename T>
+    __device__ void add(float (&total)[ROWS_EACH][EACH], const int4 *rows, const int4 *columns, int number) const {
+        RowWords a[ROWS_EACH / 2];
+        float4 y[ROWS_EACH];
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH / 2; i++)
+            a[i] = rows_of_lane(rows + (first_row + 16 * i) * PITCH + 2 * number, PITCH);
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH; i++) y[i] = factors_in(rows, row(i), number);
+#pragma unroll
+        for (int c = 0; c < EACH; c += 2) {
+            const int4 *eight = columns + (first_column + 4 * c) * PITCH + 2 * number;
+            const ColumnWords b = columns_of_lane(eight, PITCH);
+            const float4 x[2] = {factors_in(columns, column(c), number), factors_in(columns, column(c + 1), number)};
+#pragma unroll
+            for (int i = 0; i < ROWS_EACH; i += 2) {
+                Sums first = {{SUM_ZERO, SUM_ZERO, SUM_ZERO, SUM_ZERO}}, second = first;
+                if (T::SCALES == 1) {
+                    add_whole(first, a[i / 2], b);
+                } else {
+                    add_half<0>(first, a[i / 2], b);
+                    add_half<1>(second, a[i / 2], b);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    add_sums<T>(total[i + j / 2][c + j % 2], x[j % 2], y[i + j / 2], first.of[j], second.of[j]);
+            }
+        }
+    }
+};
+
+#else
+
+// A thread has four columns, and so many rows that the block has ROWS.
+template <int COLUMNS> struct Lanes {
+    enum { EACH = 4, ACROSS = COLUMNS / EACH, DOWN = THREADS / ACROSS, ROWS_EACH = ROWS / DOWN };
+    int first_row, first_column;  // the thread's; the next ones are DOWN and ACROSS further
+    __device__ Lanes() {
+        // A warp is 8 by 4. Lanes that differ in bit 1 share rows, in bit 0 or 2 columns: loads of 16
+        // bytes are served by quarters of a warp, which may be joined where neighbours want the same.
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps_across = ACROSS / 4;
+        first_row = (lane & 1) + (lane >> 1 & 6) + 8 * (warp / warps_across);
+        first_column = (lane >> 1 & 1) + (lane >> 3 & 2) + 4 * (warp % warps_across);
+    }
+    __device__ int row(int i) const { return first_row + i * DOWN; }
+    __device__ int column(int c) const { return first_column + c * ACROSS; }
+
+    template <typename T>
+    __device__ void add(float (&total)[ROWS_EACH][EACH], const int4 *rows, const int4 *columns, int number) const {
+        int4 front[EACH], back[EACH];
+        float4 x[EACH];
+#pragma unroll
+        for (int c = 0; c < EACH; c++) {
+            const int4 *codes = columns + column(c) * PITCH + 2 * number;
+            front[c] = codes[0];
+            back[c] = codes[1];
+            x[c] = factors_in(columns, column(c), number);
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS_EACH; i++) {
+            const int4 *codes = rows + row(i) * PITCH + 2 * number;
+            const int4 a = codes[0], b = codes[1];
+            const float4 y = factors_in(rows, row(i), number);
+#pragma unroll
+            for (int c = 0; c < EACH; c++) {
+                const int first = dot16(a, front[c], SUM_ZERO);
+                if (T::SCALES == 1) add_sums<T>(total[i][c], x[c], y, dot16(b, back[c], first), 0);
+                else add_sums<T>(total[i][c], x[c], y, first, dot16(b, back[c], SUM_ZERO));
+            }
+        }
+    }
+};
+
+#endif
 
 // Rows' runs: codes, and (scales, minima).
 template <typename T>
@@ -89,44 +191,16 @@ template <typename T, int COLUMNS> __device__ inline void multiply_tile(const Re
         load_columns<COLUMNS>(columns, source, w.ne[0], first, count);
         __syncthreads();
 #pragma unroll 1
-        for (int number = 0; number < count; number++) {
-            int4 front[L::EACH], back[L::EACH];
-            float4 x[L::EACH];
-#pragma unroll
-            for (int c = 0; c < L::EACH; c++) {
-                const int4 *column = columns + (mine.column + c * L::ACROSS) * PITCH;
-                front[c] = column[2 * number];
-                back[c] = column[2 * number + 1];
-                x[c] = reinterpret_cast<const float4 *>(column)[2 * RUNS + number];
-            }
-#pragma unroll
-            for (int i = 0; i < L::ROWS_EACH; i++) {
-                const int4 *row = rows + (mine.row + i * L::DOWN) * PITCH;
-                const int4 a = row[2 * number], b = row[2 * number + 1];
-                const float4 y = reinterpret_cast<const float4 *>(row)[2 * RUNS + number];
-#pragma unroll
-                for (int c = 0; c < L::EACH; c++) {
-                    float &sum = total[i][c];
-                    if (T::SCALES == 1) {
-                        sum += x[c].x * (y.x * float_of_sum(dot16(b, back[c], dot16(a, front[c], SUM_ZERO))));
-                        if (T::MINIMA) sum += y.z * x[c].y;
-                    } else {
-                        sum += x[c].x * (y.x * float_of_sum(dot16(a, front[c], SUM_ZERO)) +
-                                         y.y * float_of_sum(dot16(b, back[c], SUM_ZERO)));
-                        if (T::MINIMA) sum += y.z * x[c].z + y.w * x[c].w;
-                    }
-                }
-            }
-        }
+        for (int number = 0; number < count; number++) mine.template add<T>(total, rows, columns, number);
     }
 #pragma unroll
     for (int c = 0; c < L::EACH; c++) {
-        const int column = mine.column + c * L::ACROSS;
+        const int column = mine.column(c);
         if (column >= job.columns) continue;
         u8 *target = job.target(r, column);
 #pragma unroll
         for (int i = 0; i < L::ROWS_EACH; i++) {
-            const i64 row = (i64)blockIdx.x * ROWS + mine.row + i * L::DOWN;
+            const i64 row = (i64)blockIdx.x * ROWS + mine.row(i);
             if (row < w.ne[1]) *reinterpret_cast<float *>(target + row * to.nb[0]) = total[i][c];
         }
     }
@@ -134,7 +208,7 @@ template <typename T, int COLUMNS> __device__ inline void multiply_tile(const Re
 
 // How many blocks shared memory has room for on a multiprocessor with 96 KiB, so many are to have
 // registers. Where dot4 is many instructions they need twice as many.
-#if !defined(CUDA_EMULATION) && __CUDA_ARCH__ < 610
+#if ARCHITECTURE < 610
 #define BLOCKS(n) 2
 #else
 #define BLOCKS(n) n
