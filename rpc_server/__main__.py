@@ -63,6 +63,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rpc_server")
 
+# How long a thread that plans a graph, or does other work in Python, keeps the event loop waiting
+# for its turn, seconds. Python's own 5 ms are longer than the whole of most requests.
+_SWITCH_SECONDS = 0.001
+
 # How often it is looked whether the clients of the other devices are gone once one is lost.
 _LOOK_SECONDS = 0.5
 
@@ -452,6 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_up(options.log_level, options.log_format)
     if options.prepare:
         return _prepare()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:

@@ -26,16 +26,18 @@ from protocol.dialects import Dialect
 from protocol.ggml.ops import Op, TensorFlag
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
-from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES
+from protocol.messages import MAX_DIMS, MAX_PARAM_WORDS
 from protocol.numbering import canonical_params, padding_behind
-from protocol.tensor import Tensor
+from protocol.tensor import Tensor, padded_sources
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.table import (
     OP_NUMBERS,
     Ints,
     TensorTable,
+    group_rows,
     name_of,
     shape_rows,
+    sources_used,
     table_of,
     with_none,
 )
@@ -51,6 +53,11 @@ _REPEATED_FROM = 64 << 20
 _MOST_BYTES = 1 << 60
 
 _CPY = OP_NUMBERS[Op.CPY]
+
+# What a tensor says of itself, as words of 32 bits: type, ne, nb, op, op_params.
+_NE, _NB, _OP = 1, 1 + MAX_DIMS, 1 + 2 * MAX_DIMS
+_PARAMS = _OP + 1
+_SAID_WORDS = _PARAMS + MAX_PARAM_WORDS
 
 
 class BufferLike(Protocol):
@@ -106,13 +113,14 @@ def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Li
     Raises GraphError.
     """
     ids = _Ids(payload.tensors["id"])
-    table = _read_table(payload.tensors, ids, dialect, resolve)
+    table, in_order = _read_table(payload.tensors, ids, dialect, resolve)
     nodes = ids.rows(payload.nodes)
     if (missing := nodes == ids.none).any():
         raise GraphError(
             f"node {int(payload.nodes[missing.argmax()]):#x} is not among the graph's tensors"
         )
-    _check_order(table, nodes)
+    if not (in_order and (nodes[1:] > nodes[:-1]).all()):
+        _check_order(table, nodes)
     flags = payload.tensors["flags"][nodes] & TensorFlag.COMPUTE != 0
     # The flag came in 2026-01; clients of protocol 3.6 exist with and without it.
     if flags.any() or dialect.always_flags:
@@ -122,7 +130,7 @@ def parse_graph(payload: GraphPayload, dialect: Dialect, resolve: Resolve) -> Li
 
 def parse_tensors(wire: Any, dialect: Dialect, resolve: Resolve) -> dict[int, Tensor]:
     """Link and check an array of the wire's tensors; they by id. Raises GraphError."""
-    table = _read_table(wire, _Ids(wire["id"]), dialect, resolve)
+    table, _ = _read_table(wire, _Ids(wire["id"]), dialect, resolve)
     return {id_: table.make(row) for row, id_ in enumerate(wire["id"].tolist())}
 
 
@@ -139,18 +147,19 @@ class _Ids:
 
     def __init__(self, ids: npt.NDArray[np.uint64]) -> None:
         self.none = len(ids)
-        self._order = np.argsort(ids, kind="stable")
-        self._sorted = ids[self._order]
-        if (self._sorted[1:] == self._sorted[:-1]).any():
+        order = np.argsort(ids, kind="stable")
+        ordered = ids[order]
+        if (ordered[1:] == ordered[:-1]).any():
             raise GraphError("a tensor id occurs twice in the graph")
-        if self.none and not self._sorted[0]:
+        if self.none and not ordered[0]:
             raise GraphError("a tensor has id 0")
+        # One more behind them: where ids are looked for that are larger than all, and that is none.
+        self._order = with_none(order, self.none)
+        self._sorted = np.append(ordered, np.iinfo(np.uint64).max)
 
     def rows(self, ids: npt.NDArray[np.uint64]) -> Ints:
         """Return where tensors with these ids are; ``none`` for one that is not there."""
-        if not self.none:
-            return np.zeros(len(ids), np.int64)
-        at = np.minimum(np.searchsorted(self._sorted, ids), self.none - 1)
+        at = np.searchsorted(self._sorted, ids)
         return np.where(self._sorted[at] == ids, self._order[at], self.none)
 
 
@@ -184,62 +193,96 @@ def _numbers_of_ops(dialect: Dialect) -> Ints:
     return np.array([OP_NUMBERS[op] for op in dialect.numbering.ops], np.int64)
 
 
-def _read_table(wire: Any, ids: _Ids, dialect: Dialect, resolve: Resolve) -> TensorTable:
-    """The tensors as columns, each of them checked and linked. Raises GraphError."""
-    columns = _type_columns()
-    types, op_numbers = columns.numbers(wire["type"]), _numbers_of_ops(dialect)
-    ne, nb = wire["ne"].astype(np.uint64), wire["nb"].astype(np.uint64)
+def _read_table(
+    wire: Any, ids: _Ids, dialect: Dialect, resolve: Resolve
+) -> tuple[TensorTable, bool]:
+    """The tensors as columns, each of them checked and linked; whether all refer to earlier ones.
+
+    Most of it is asked of descriptions, which are few. Raises GraphError.
+    """
+    columns, op_numbers = _type_columns(), _numbers_of_ops(dialect)
+    words = _said(wire, ids, dialect)
+    first, which = group_rows(words.view(np.int64))
+    said = words[first]
+    types = columns.numbers(said[:, 0])
+    ne, nb = said[:, _NE:_NB].astype(np.uint64), said[:, _NB:_OP].astype(np.uint64)
     block, size = columns.block[types], columns.size[types]
 
-    _refuse_first(~columns.known[types], lambda i: _unknown_type(wire, i))
-    _refuse_first(
-        wire["op"] >= len(op_numbers),
+    def refuse(bad: npt.NDArray[np.bool_], message: Callable[[int], str]) -> None:
+        if bad.any():
+            raise GraphError(message(int(first[bad.argmax()])))
+
+    refuse(~columns.known[types], lambda i: _unknown_type(wire, i))
+    refuse(
+        said[:, _OP] >= len(op_numbers),
         lambda i: (
             f"tensor '{_label(wire, i)}': unknown op {wire['op'][i]}, {dialect.name} has "
             f"{len(op_numbers)}"
         ),
     )
-    _refuse_first(
+    refuse(
         ne[:, 0] % block.astype(np.uint64) != 0,
         lambda i: (
-            f"tensor '{_label(wire, i)}': rows of {ne[i, 0]} {GgmlType(int(types[i])).name} are "
-            "not whole blocks"
+            f"tensor '{_label(wire, i)}': rows of {wire['ne'][i][0]} "
+            f"{GgmlType(int(wire['type'][i])).name} are not whole blocks"
         ),
     )
-    ops = op_numbers[wire["op"]]
+    ops = op_numbers[said[:, _OP]]
     # Sizes are exact below the bound, and at least that above it.
     steps = np.minimum((ne - np.uint64(1)) * nb, np.uint64(_MOST_BYTES)).astype(np.int64)
     along = np.minimum(ne[:, 0] * nb[:, 0], np.uint64(_MOST_BYTES)).astype(np.int64)
-    first = np.where(block == 1, size + steps[:, 0], along // block)
+    begin = np.where(block == 1, size + steps[:, 0], along // block)
     empty = (ne == 0).any(axis=1)
-    nbytes = np.where(empty, 0, first + steps[:, 1:].sum(axis=1))
+    nbytes = np.where(empty, 0, begin + steps[:, 1:].sum(axis=1))
 
     # Where a GPU loads words of 4 bytes an odd address ends all work of the card, of all clients.
     alignment = columns.alignment[types].astype(np.uint64)
-    odd = wire["data"] % alignment != 0
-    odd |= ((nb % alignment[:, None] != 0) & (ne > 1)).any(axis=1)
-    address = _addresses(wire, odd, nbytes, resolve)
+    odd = ((nb % alignment[:, None] != 0) & (ne > 1)).any(axis=1)[which]
+    odd |= wire["data"] % alignment[which] != 0
+    address = _addresses(wire, odd, nbytes[which], resolve)
     # Only told from what is allowed by a factor: floats do.
     dense = (ne[:, 0] / block) * size * ne[:, 1] * ne[:, 2] * ne[:, 3]
-    _refuse_first(
-        (address != 0) & (dense > _REPEATED_FROM) & (dense > _MOST_REPEATED * nbytes.astype(float)),
-        lambda i: _repeated(_bare(wire, i)),
-    )
-    src, view_src = _link(wire, ids, ops)
-    params = _params(wire, ops, ne, src, dialect)
-    made = _Maker(wire, types, ops, params, address, src, view_src)
-    return TensorTable(
-        shapes=shape_rows(types, address, ne, nb),
-        address=with_none(address),
-        nbytes=with_none(nbytes),
+    repeated = (dense > _REPEATED_FROM) & (dense > _MOST_REPEATED * nbytes.astype(float))
+    if repeated.any():
+        _refuse_first((address != 0) & repeated[which], lambda i: _repeated(_bare(wire, i)))
+    src, view_src, in_order = _link(wire, ids, (ops == _CPY)[which])
+    described = with_none(which, len(first))
+    params = _params(said[:, _PARAMS:].view(np.int32), ops, dialect)
+    made = _Maker(wire, described, ops, params, address, src, view_src)
+    table = TensorTable(
+        described=described,
+        shapes=shape_rows(types, ne, nb),
         ops=ops,
         params=params,
+        address=with_none(address),
         src=src,
         view_src=view_src,
         names=wire["name"],
         make=made.linked,
         node=made.alone,
     )
+    return table, in_order
+
+
+def _said(wire: Any, ids: _Ids, dialect: Dialect) -> npt.NDArray[np.uint32]:
+    """Return what tensors say of themselves (n, 26), with what older clients leave out.
+
+    Functions are those of the dialect.
+    """
+    words = np.empty((len(wire), _SAID_WORDS), np.uint32)
+    words[:, 0] = wire["type"]
+    words[:, _NE:_NB], words[:, _NB:_OP] = wire["ne"], wire["nb"]
+    words[:, _OP] = wire["op"]
+    words[:, _PARAMS:].view(np.int32)[:] = wire["op_params"]
+    numbering = dialect.numbering
+    if numbering.pads_behind:
+        (rows,) = np.nonzero(wire["op"] == numbering.numbers[Op.PAD])
+        sources = ids.rows(wire["src"][rows, 0])
+        for row, at in zip(rows.tolist(), sources.tolist(), strict=True):
+            if at != ids.none:
+                shape, source_shape = wire["ne"][row].tolist(), wire["ne"][at].tolist()
+                words[row, _PARAMS:] = padding_behind(shape, source_shape, MAX_PARAM_WORDS)
+    return words
 
 
 def _addresses(wire: Any, odd: Any, nbytes: Ints, resolve: Resolve) -> Ints:
@@ -250,7 +293,9 @@ def _addresses(wire: Any, odd: Any, nbytes: Ints, resolve: Resolve) -> Ints:
     Up to protocol 6 clients name buffers that they have on other servers, for sources that nothing
     here reads; a node that does read them is refused by its contract.
     """
-    handles, which = np.unique(wire["buffer"], return_inverse=True)
+    named = wire["buffer"]
+    handles = np.unique(named)
+    which = np.searchsorted(handles, named)
     buffers = [resolve(handle) if handle else None for handle in handles.tolist()]
     base, size, start = (
         np.array([0 if b is None else of(b) for b in buffers], np.uint64)[which]
@@ -302,12 +347,17 @@ def _repeated(t: Tensor) -> str:
     return f"tensor '{t.name}': {t.row_size * t.nrows} bytes of elements lie in {t.nbytes} bytes"
 
 
-def _link(wire: Any, ids: _Ids, ops: Ints) -> tuple[Ints, Ints]:
-    """Rows of sources (n, 10) and of what is viewed (n). Raises GraphError."""
+def _link(wire: Any, ids: _Ids, copies: npt.NDArray[np.bool_]) -> tuple[Ints, Ints, bool]:
+    """Rows of sources (n, k) and of what is viewed (n); whether all of them are earlier ones.
+
+    ``copies`` are the tensors whose op is CPY. Raises GraphError.
+    """
     n = len(wire)
-    named = np.empty((n, MAX_SOURCES + 1), np.uint64)
-    named[:, :MAX_SOURCES] = wire["src"]
-    named[:, MAX_SOURCES] = wire["view_src"]
+    sources = wire["src"]
+    used = sources_used(sources != 0)
+    named = np.empty((n, used + 1), np.uint64)
+    named[:, :used] = sources[:, :used]
+    named[:, used] = wire["view_src"]
     there = named != 0
     rows = np.full(named.shape, n, np.int64)
     rows[there] = ids.rows(named[there])
@@ -318,29 +368,25 @@ def _link(wire: Any, ids: _Ids, ops: Ints) -> tuple[Ints, Ints]:
             f"tensor '{_label(wire, i)}': source {int(named[i, k]):#x} is not in the graph"
         )
     own = np.arange(n)
-    # ggml_cast: a copy whose destination is its own result.
-    rows[(rows[:, 1] == own) & (ops == _CPY), 1] = n
+    if used > 1 and copies.any():
+        # ggml_cast: a copy whose destination is its own result.
+        rows[(rows[:, 1] == own) & copies, 1] = n
     # Clients write tensors after what they refer to, which rules cycles out; only another order
     # needs the search.
-    if ((rows >= own[:, None]) & (rows != n)).any():
+    in_order = not ((rows >= own[:, None]) & (rows != n)).any()
+    if not in_order:
         _refuse_cycles(wire, rows)
-    return rows[:, :MAX_SOURCES], rows[:, MAX_SOURCES]
+    return rows[:, :used], rows[:, used], in_order
 
 
-def _params(wire: Any, ops: Ints, ne: Any, src: Ints, dialect: Dialect) -> Ints:
-    """op_params (n, 16) as the newest ggml has them, whatever the client numbers."""
+def _params(said: npt.NDArray[np.int32], ops: Ints, dialect: Dialect) -> Ints:
+    """op_params of descriptions (m, 16) as the newest ggml has them, whoever sent them."""
     numbering = dialect.numbering
-    params: Ints = wire["op_params"].astype(np.int64)
+    params: Ints = said.astype(np.int64)
     for op in numbering.functions:
         (rows,) = np.nonzero(ops == OP_NUMBERS[op])
-        words, inverse = np.unique(params[rows, 0], return_inverse=True)
-        known = [canonical_params(numbering, op, (int(word),))[0] for word in words]
-        params[rows, 0] = np.array(known, np.int64)[inverse]
-    if numbering.pads_behind:
-        (rows,) = np.nonzero((ops == OP_NUMBERS[Op.PAD]) & (src[:, 0] != len(ops)))
         for row in rows.tolist():
-            shape, source_shape = ne[row].tolist(), ne[src[row, 0]].tolist()
-            params[row] = padding_behind(shape, source_shape, MAX_PARAM_WORDS)
+            params[row, 0] = canonical_params(numbering, op, (int(params[row, 0]),))[0]
     return params
 
 
@@ -348,18 +394,21 @@ class _Maker:
     """Makes tensors of the wire."""
 
     def __init__(
-        self, wire: Any, types: Ints, ops: Ints, params: Ints, address: Ints, *links: Ints
+        self, wire: Any, described: Ints, ops: Ints, params: Ints, address: Ints, *links: Ints
     ) -> None:
         self._wire = wire
-        self._types, self._ops, self._params, self._address = types, ops, params, address
+        self._described, self._ops, self._params = described, ops, params
+        self._address = address
         self._src, self._view_src = links
         self._made: dict[int, Tensor] = {}
 
     def alone(self, row: int) -> Tensor:
         """A tensor and its sources, with nothing behind these."""
         t = self._bare(row)
-        none = len(self._ops)
-        t.src = tuple(None if i == none else self._bare(i) for i in self._src[row].tolist())
+        none = len(self._wire)
+        t.src = padded_sources(
+            None if i == none else self._bare(i) for i in self._src[row].tolist()
+        )
         return t
 
     def linked(self, row: int) -> Tensor:
@@ -376,19 +425,20 @@ class _Maker:
         for at in wanted:
             t = self._made[at]
             *sources, view = (self._made.get(i) for i in self._ends(at))
-            t.src, t.view_src = tuple(sources), view
+            t.src, t.view_src = padded_sources(sources), view
         return self._made[row]
 
     def _ends(self, row: int) -> list[int]:
         return [*self._src[row].tolist(), int(self._view_src[row])]
 
     def _links(self, row: int) -> list[int]:
-        return [i for i in self._ends(row) if i != len(self._ops)]
+        return [i for i in self._ends(row) if i != len(self._wire)]
 
     def _bare(self, row: int) -> Tensor:
         t = _bare(self._wire, row)
-        t.op = _OPS[int(self._ops[row])]
-        t.op_params = tuple(self._params[row].tolist())
+        description = int(self._described[row])
+        t.op = _OPS[int(self._ops[description])]
+        t.op_params = tuple(self._params[description].tolist())
         t.flags = int(self._wire["flags"][row])
         t.use_count = int(self._wire["use_count"][row])
         t.address = int(self._address[row])

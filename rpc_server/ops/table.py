@@ -107,16 +107,18 @@ def check(t: Tensor) -> OpSpec:
     try:
         if spec is None:
             refuse("this server does not implement the op")
-        for i, source in enumerate(t.src):
-            if i < t.op.min_sources:
-                require(source is not None, f"source {i} is missing")
-            elif i >= t.op.max_sources:
-                require(source is None, f"has a source {i}, the op takes {t.op.max_sources}")
+        for i in range(t.op.min_sources):
+            if t.src[i] is None:
+                refuse(f"source {i} is missing")
+        most = t.op.max_sources
+        for i in range(most, len(t.src)):
+            if t.src[i] is not None:
+                refuse(f"has a source {i}, the op takes {most}")
         if not spec.is_view:
             # Reading absent data is what a view may leave undone and nothing else may.
             for i, source in enumerate(t.src):
-                if source is not None and not source.empty:
-                    require(source.address != 0, f"data of source {i} '{source.name}' not here")
+                if source is not None and source.address == 0 and not source.empty:
+                    refuse(f"data of source {i} '{source.name}' not here")
             require(t.address != 0 or t.empty, "has no memory on this server")
         spec.contract(t)
     except ContractError as error:

@@ -23,15 +23,18 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cpu.assembly import RecordTable
 from rpc_server.devices.cpu.catalog import Kernel
 from rpc_server.devices.cpu.executor import Executor
-from rpc_server.devices.cpu.kinds import CpuKind, KindMaker
+from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
+from rpc_server.devices.cpu.kernels.interface.planning import NOTHING, PLACE_WORDS, KindWord
+from rpc_server.devices.cpu.kinds import CpuKind, KindMaker, MadeUp
 from rpc_server.devices.cpu.plan import CpuPlanBuilder, StepContext, is_long
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.planning import kinds
-from rpc_server.devices.planning.kinds import KindMemory, group_rows
+from rpc_server.devices.planning.kinds import KindMemory
+from rpc_server.graph import parse, table
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
-from rpc_server.graph.table import NB, SHAPE_WORDS, Ints
+from rpc_server.graph.table import NB, SHAPE_WORDS, Ints, group_rows
 from rpc_server.ops.table import ContractError, check
 from tests.fuzz import seeds
 from tests.fuzz.graphs import GraphInput, nowhere
@@ -303,6 +306,8 @@ def test_graphs_of_all_ops_are_planned_as_node_by_node(seed: int) -> None:
 def test_a_signature_that_leaves_out_a_stride_is_found(
     column: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A stride of sources; that of the node itself is in its description."""
+
     def blind(rows: Ints) -> tuple[Ints, Ints]:
         if rows.shape[1] != SHAPE_WORDS:
             return group_rows(rows)
@@ -311,8 +316,28 @@ def test_a_signature_that_leaves_out_a_stride_is_found(
         return group_rows(rows)
 
     monkeypatch.setattr(kinds, "group_rows", blind)
-    if column == NB:
-        # The types and lengths of the sketches tell it.
+    _hold_blind(column == NB)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_a_description_that_leaves_out_a_stride_is_found(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def blind(rows: Ints) -> tuple[Ints, Ints]:
+        said = rows.copy()
+        said.view(np.uint32)[:, 5 + dim] = 0
+        return group_rows(said)
+
+    monkeypatch.setattr(parse, "group_rows", blind)
+    _hold_blind(dim == 0)
+
+
+def _hold_blind(told_by_others: bool) -> None:
+    """Expect what is planned without looking at a stride to be found.
+
+    The first stride is told by the types and lengths of the sketches.
+    """
+    if told_by_others:
         _hold_sketches(1, 10)
         return
     with pytest.raises(AssertionError):
@@ -321,9 +346,24 @@ def test_a_signature_that_leaves_out_a_stride_is_found(
 
 def test_rows_whose_sums_are_equal_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.array([[1, 2], [3, 0], [1, 2], [0, 3]], np.int64)
-    monkeypatch.setattr(kinds, "_FACTORS", np.ones(2, np.uint64))
+    monkeypatch.setattr(table, "_FACTORS", np.ones(2, np.uint64))
     first, which = group_rows(rows)
     assert (first.tolist(), which.tolist()) == ([0, 1, 3], [0, 1, 0, 2])
+
+
+def test_groups_are_in_the_order_of_their_first_rows() -> None:
+    rows = np.array([[5, 1], [2, 2], [5, 1], [9, 0], [2, 2], [2, 3]], np.int64)
+    first, which = group_rows(rows)
+    assert (first.tolist(), which.tolist()) == ([0, 1, 3, 5], [0, 1, 0, 2, 1, 3])
+    assert [len(x) for x in group_rows(rows[:0])] == [0, 0]
+
+
+def test_a_plan_of_items_alone_has_no_kinds() -> None:
+    """As a coordinator has that keeps no part of a weight itself."""
+    nothing, _ = table.table_of([])
+    found, first, which = kinds.signatures(nothing, kinds.slot_rows(nothing, nothing.view_src))
+    assert not found
+    assert len(first) == len(which) == 0
 
 
 # -- what is remembered ----------------------------------------------------------------------------
@@ -406,11 +446,28 @@ def test_addresses_may_be_anywhere_with_any_offset() -> None:
         return True
 
     kind = _kind_by(lower)
-    assert [(int(w), int(o)) for _, w, _, o in kind.places if w >= 128] == [(128, 12), (130, 64)]
-    assert kind.local == 128
+    rows = kind.table[kind.table[KindWord.PLACES_AT] : kind.table[KindWord.SPANS_AT]]
+    places = [rows[i : i + PLACE_WORDS] for i in range(0, len(rows), PLACE_WORDS)]
+    assert [(w, o) for w, _, o in places if w >= EXTRA_WORD] == [(128, 12), (130, 64)]
+    assert kind.table[KindWord.LOCAL] == 128
 
 
-@pytest.mark.parametrize("word", [lambda t: t.address * 2, lambda t: t.address - t.src[0].address])
+@pytest.mark.parametrize(
+    "word",
+    [
+        lambda t: t.address * 2,
+        lambda t: t.address - t.src[0].address,
+        lambda t: t.address + t.src[0].address,
+        lambda t: 0 - t.address,
+        lambda t: t.address % 64,
+        lambda t: t.address // 64 * 64,
+        lambda t: t.address & -64,
+        lambda t: min(t.address, t.src[0].address),
+        lambda t: int(t.address < t.src[0].address),
+        lambda t: int(t.address),
+        lambda t: np.array([t.address])[0],
+    ],
+)
 def test_a_lowering_may_not_compute_with_addresses(word: Callable[[Any], int]) -> None:
     def lower(t: Tensor, planner: Planner) -> bool:
         planner.emit(_KERNEL, t, extra=(word(t),))
@@ -420,13 +477,32 @@ def test_a_lowering_may_not_compute_with_addresses(word: Callable[[Any], int]) -
         _kind_by(lower)
 
 
-def test_a_lowering_may_not_choose_by_addresses() -> None:
-    seen: set[int] = set()
-
+def test_a_lowering_may_ask_which_addresses_are_equal() -> None:
     def lower(t: Tensor, planner: Planner) -> bool:
-        seen.add(t.address)
-        planner.emit(_KERNEL if len(seen) == 1 else Kernel("other", "other"), t)
+        planner.emit(_KERNEL, t, extra=(t.address == t.address + 4, t.address != 0))
         return True
 
-    with pytest.raises(RuntimeError, match="looks at addresses"):
+    made = _kind_by(lower).table
+    extra = made[KindWord.WORDS_AT] + EXTRA_WORD
+    assert made[extra : extra + 2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("size", [(1 << 30) + 1, 1 << 62])
+def test_a_kind_that_needs_more_scratch_than_there_are_addresses_is_refused(size: int) -> None:
+    """Where scratch is placed, a sum of such sizes might wrap."""
+
+    def lower(t: Tensor, planner: Planner) -> bool:
+        planner.emit(_KERNEL, t, extra=(planner.scratch(64), planner.scratch(size)))
+        return True
+
+    with pytest.raises(MemoryError, match=f"needs {64 + -(-size // 64) * 64} bytes of scratch"):
         _kind_by(lower)
+
+
+@pytest.mark.parametrize("base", range(NOTHING))
+@pytest.mark.parametrize("offset", [0, 1, 4096, -64, (1 << 48) + 12])
+def test_made_up_addresses_tell_what_they_are_counted_from(base: int, offset: int) -> None:
+    address = MadeUp.of(base) + offset
+    assert address.counted() == (base, offset)
+    assert (offset + MadeUp.of(base)).counted() == (base, offset)
+    assert address == MadeUp.of(base) - -offset

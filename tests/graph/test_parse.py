@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext as nothing
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_a_cast_names_itself_as_its_destination() -> None:
 def test_nodes_out_of_order_are_refused() -> None:
     with pytest.raises(GraphError, match="source 't3' is computed after it"):
         parse([node(2, Op.SQR, 3, at=64), node(3, Op.SQR, 1, at=32)], [leaf(1)])
+
+
+def test_nodes_in_another_order_than_their_tensors_are_refused() -> None:
+    """Tensors come after what they read, and yet one is to be computed before it."""
+    tensors = [leaf(1), node(2, Op.SQR, 1, at=32), node(3, Op.SQR, 2, at=64)]
+    array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
+    for row, fields in zip(array, tensors, strict=True):
+        for name, value in fields.items():
+            row[name] = value
+    for ids, refused in (([2, 3], False), ([3, 2], True)):
+        payload = GraphPayload(0, np.array(ids, "<u8"), array)
+        with pytest.raises(GraphError, match="'t2' is computed after it") if refused else nothing():
+            assert len(parse_graph(payload, NEWEST, {HANDLE: FakeBuffer()}.get).nodes) == 2
 
 
 def test_absent_data_has_no_address() -> None:

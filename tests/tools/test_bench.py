@@ -226,6 +226,7 @@ def test_every_part_is_measured_of_this_server() -> None:
         "upload, new memory",
         "upload, same memory",
         "download",
+        "read of 128 bytes",
         "graph again, 1 node",
         "graph again, 10 nodes",
         "new graph, 10 nodes",

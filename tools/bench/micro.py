@@ -40,6 +40,8 @@ _LAYER: tuple[tuple[GgmlType, tuple[int, int]], ...] = (
 )
 _ALIGNMENT = 64
 _NODE_WIDTH = 16
+# What a client reads row by row: of a value cache without flash attention, or a token by a sampler.
+_SMALL = 128
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,22 @@ def _transfers(wire: Wire, options: MicroOptions) -> list[Sample]:
         Sample("upload, new memory", "GB/s", True, uploads[0] / 1e9),
         Sample("upload, same memory", "GB/s", True, uploads[1] / 1e9),
         Sample("download", "GB/s", True, done / seconds / 1e9),
+        _small_reads(wire, tensors[0], options.round_trips),
     ]
+
+
+def _small_reads(wire: Wire, tensor: Tensor, count: int) -> Sample:
+    """Little of a tensor, one read after the other."""
+    request = codec(wire.dialect.commands[Command.GET_TENSOR].request)
+    fields = {"tensor": _fields(wire, tensor), "offset": _SMALL, "size": _SMALL}
+    head = request.build(fields)
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        wire.send(Command.GET_TENSOR, head)
+        wire.read_answer()
+        times.append(time.perf_counter() - started)
+    return Sample(f"read of {_SMALL} bytes", "us", False, statistics.median(times) * 1e6)
 
 
 # -- graphs ----------------------------------------------------------------------------------

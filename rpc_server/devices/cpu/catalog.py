@@ -89,6 +89,7 @@ def _family(path: str) -> Callable[..., Kernel]:
 run_records = _one("run.run_records")
 # The loops of planning; see ``assembly``.
 place_scratch = _one("planning.place_scratch")
+fill_records = _one("planning.fill_records")
 schedule_records = _one("planning.schedule_records")
 # Its result has a bit for each Isa that compiled code may use.
 instruction_sets = _one("vector.instruction_sets")
@@ -170,6 +171,7 @@ merge_attention = _one("attention.merge_attention")
 _USUAL = (
     run_records,
     place_scratch,
+    fill_records,
     schedule_records,
     # Keys and values are F16.
     attention_kernel(GgmlType.F16, GgmlType.F16),

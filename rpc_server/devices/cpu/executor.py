@@ -56,7 +56,7 @@ class RecordProgram:
     def __init__(
         self,
         kernels: Sequence[int] | np.ndarray[Any, Any],
-        words: Sequence[np.ndarray[Any, Any]] | np.ndarray[Any, Any],
+        words: Sequence[np.ndarray[Any, Any] | Sequence[int]] | np.ndarray[Any, Any],
         steps: Sequence[int] | np.ndarray[Any, Any] | None = None,
         parts: Sequence[int] | np.ndarray[Any, Any] | None = None,
     ) -> None:

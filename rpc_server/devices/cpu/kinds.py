@@ -1,43 +1,102 @@
 """What the CPU does for a kind of nodes: records without addresses, and where addresses belong.
 
-A lowering is run on a specimen of the kind whose tensors and scratch lie at made-up addresses, and
-once more at others. Words that differ are addresses, and by how much they differ says whose. So a
-lowering may put addresses wherever it likes, with any offset, and never learns what they will be.
+A lowering is run on a specimen of the kind whose tensors and scratch lie at made-up addresses.
+These are numbers of a type of their own (:class:`MadeUp`), to which bytes can be added and nothing
+else be done. So a lowering may put addresses wherever it likes, with any offset, and never learns
+what they will be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Any
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import Kernel
-from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
-from rpc_server.devices.cpu.kernels.interface.planning import MOST_SOURCES
+from rpc_server.devices.cpu.kernels.interface.abi import (
+    EXTRA_WORD,
+    PARAM_WORD,
+    RECORD_WORDS,
+    SLOT_WORDS,
+)
+from rpc_server.devices.cpu.kernels.interface.planning import (
+    MOST_PIECES,
+    MOST_SOURCES,
+    NOTHING,
+    PIECE_WORDS,
+    PIECES,
+    PLACE_WORDS,
+    REQUEST_WORDS,
+    SPAN_WORDS,
+    THREADS,
+    WRITTEN_WORDS,
+    KindWord,
+    RecordField,
+)
+from rpc_server.devices.cpu.kernels.interface.schedule import Span
 from rpc_server.devices.cpu.planner import Emitted, PlanItem, Planner
-from rpc_server.devices.planning.kinds import SLOTS, specimen
+from rpc_server.devices.planning.kinds import specimen
 from rpc_server.devices.planning.scratch import Arena
-from rpc_server.graph.table import Ints
-from rpc_server.ops.table import OpSpec, check, require
+from rpc_server.ops.table import check, require
 
 _NOT_IMPLEMENTED = "this combination is not implemented"
 
-# Whatever an address may be counted from: slots of the node, scratch of threads, pieces of scratch,
-# and nothing, for addresses that are what they are.
-THREADS = SLOTS
-PIECES = SLOTS + 1
-MOST_PIECES = 6
-NOTHING = PIECES + MOST_PIECES
-BASES = NOTHING + 1
+# Bytes between made-up addresses: more than any offset.
+_APART_BITS = 57
 
-# Made-up addresses, and how far away the others are. No sum or difference of two such distances is
-# one of them.
-_FIRST = (np.arange(1, BASES, dtype=np.int64)) << 44
-_APART = 4096 * np.array([3**i for i in range(BASES - 1)], np.int64)
-_SECOND = _FIRST + _APART
+
+class MadeUp(int):
+    """A made-up address: some bytes from a base on, which is no place yet.
+
+    Bytes can be added to it. What else might be done with an address raises RuntimeError: other
+    nodes of the kind have others.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, base: int) -> MadeUp:
+        """Return the address that is a base."""
+        return cls((base + 1) << _APART_BITS)
+
+    def counted(self) -> tuple[int, int]:
+        """Return its base, and the bytes from there on."""
+        base = (int.__add__(self, 1 << (_APART_BITS - 1)) >> _APART_BITS) - 1
+        return base, int.__sub__(self, (base + 1) << _APART_BITS)
+
+    def __add__(self, offset: int) -> MadeUp:
+        if isinstance(offset, MadeUp):
+            _refuse()
+        return MadeUp(int.__add__(self, offset))
+
+    __radd__ = __add__
+
+    def __sub__(self, offset: int) -> MadeUp:
+        if isinstance(offset, MadeUp):
+            _refuse()
+        return MadeUp(int.__sub__(self, offset))
+
+
+def _refuse(*_: object) -> Any:
+    raise RuntimeError("a lowering computes with addresses")
+
+
+# Whether two are the same is told by a signature, and whether one is 0.
+for _operation in (
+    *("rsub", "mul", "rmul", "floordiv", "rfloordiv", "truediv", "rtruediv", "mod", "rmod"),
+    *("divmod", "rdivmod", "pow", "rpow", "lshift", "rlshift", "rshift", "rrshift"),
+    *("and", "rand", "or", "ror", "xor", "rxor", "neg", "abs", "invert", "lt", "le", "gt", "ge"),
+    *("int", "index", "float", "trunc", "round"),
+):
+    setattr(MadeUp, f"__{_operation}__", _refuse)
+
+_MADE_UP = [MadeUp.of(base) for base in range(NOTHING)]
+
+# Words of a record that may be addresses: those of slots, and a kernel's own.
+_ADDRESSES = (*range(0, PARAM_WORD, SLOT_WORDS), *range(EXTRA_WORD, RECORD_WORDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,49 +108,64 @@ class ScratchPiece:
     request: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class ScratchRequest:
-    """Scratch that nodes share which ask for the same, and which is made of the same memory.
-
-    ``sources`` are rows of (base, offset, bytes).
-    """
-
-    key: Hashable
-    size: int
-    sources: Ints
-
-
-def _none(*shape: int) -> Ints:
-    return np.zeros(shape, np.int64)
+def _table(
+    words: Iterable[int] = (),
+    fields: Sequence[int] = (0,) * len(RecordField),
+    places: Sequence[int] = (),
+    spans: Sequence[int] = (),
+    written: Sequence[int] = (),
+    requests: Sequence[int] = (),
+    pieces: Sequence[int] = (),
+    local: int = 0,
+) -> array[int]:
+    """Return the table of a kind; rows are given one after the other."""
+    made = [0] * len(KindWord)
+    made[KindWord.LOCAL] = local
+    made[KindWord.RECORDS] = len(fields) // len(RecordField) - 1
+    made[KindWord.WRITTEN] = len(written) // WRITTEN_WORDS
+    made[KindWord.REQUESTS] = len(requests) // REQUEST_WORDS
+    made[KindWord.PIECES] = len(pieces) // PIECE_WORDS
+    for word, rows in (
+        (KindWord.WORDS_AT, words),
+        (KindWord.FIELDS_AT, fields),
+        (KindWord.PLACES_AT, places),
+        (KindWord.SPANS_AT, spans),
+        (KindWord.WRITTEN_AT, written),
+        (KindWord.REQUESTS_AT, requests),
+        (KindWord.PIECES_AT, pieces),
+    ):
+        made[word] = len(made)
+        made += rows
+    return array("q", made)
 
 
 @dataclass(slots=True)
 class CpuKind:
-    """A kind of nodes, or one item of a plan: its records, a row each, and their addresses.
+    """A kind of nodes, or one item of a plan: its records, without addresses, and where these go.
 
-    ``places`` (n, 4): record, word, base, offset. ``spans`` (n, 5): record, base, offset, bytes,
-    whether it is written. ``filling`` is the request that a record fills, which is only run where
-    that isn't there yet; -1 for all others. ``written`` (n, 3): base, offset, bytes.
+    ``table`` has them in words for the loops of planning, see ``KindWord``. ``keys`` are what its
+    requests for shared scratch ask for.
     """
 
     user: Op | PlanItem
     # Runs as the array reference of its op.
     by_reference: bool = False
     kernels: list[Kernel] = field(default_factory=list)
-    words: Ints = field(default_factory=lambda: _none(0, RECORD_WORDS))
-    places: Ints = field(default_factory=lambda: _none(0, 4))
-    spans: Ints = field(default_factory=lambda: _none(0, 5))
-    work: Ints = field(default_factory=lambda: _none(0))
-    private: Ints = field(default_factory=lambda: _none(0))
-    parts: Ints = field(default_factory=lambda: _none(0))
-    filling: Ints = field(default_factory=lambda: _none(0))
-    written: Ints = field(default_factory=lambda: _none(0, 3))
-    pieces: list[ScratchPiece] = field(default_factory=list)
-    requests: list[ScratchRequest] = field(default_factory=list)
-    # Bytes of scratch of its own, of all threads, and of the arrays of a reference.
-    local: int = 0
+    # Where their code is, once that has been asked for: it stays there.
+    code: list[int] = field(default_factory=list)
+    keys: list[Hashable] = field(default_factory=list)
+    table: array[int] = field(default_factory=_table)
+    # Bytes of scratch of all threads, and of the arrays of a reference.
     threads: int = 0
     copies: int = 0
+    # Where its table lies, and how many spans its records have.
+    address: int = field(init=False)
+    n_spans: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.address, _ = self.table.buffer_info()
+        begin, end = self.table[KindWord.SPANS_AT], self.table[KindWord.WRITTEN_AT]
+        self.n_spans = (end - begin) // SPAN_WORDS
 
     @property
     def op(self) -> Op | None:
@@ -99,14 +173,20 @@ class CpuKind:
         return self.user if isinstance(self.user, Op) else None
 
     @property
+    def has_scratch(self) -> bool:
+        """True if nodes need any scratch but that of threads."""
+        return bool(self.keys) or self.table[KindWord.PIECES] > 0
+
+    @property
     def nbytes(self) -> int:
         """About how much memory it takes."""
-        arrays = (self.words, self.places, self.spans, self.written)
-        return sum(a.nbytes for a in arrays) + 2048
+        return 8 * len(self.table) + 2048
 
     def without_kernel(self) -> CpuKind:
         """Return the same nodes, run by the reference of their op."""
-        return CpuKind(self.user, by_reference=True, written=self.written, copies=self.copies)
+        begin, end = self.table[KindWord.WRITTEN_AT], self.table[KindWord.REQUESTS_AT]
+        table = _table(written=self.table[begin:end])
+        return CpuKind(self.user, by_reference=True, table=table, copies=self.copies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +203,11 @@ class _NoArena:
 class _Recorder(Planner):
     """Takes down what one node asks for; scratch lies at made-up addresses."""
 
-    def __init__(self, n_threads: int, arena: Arena, bases: Ints, pause_address: int) -> None:
+    def __init__(self, n_threads: int, arena: Arena, pause_address: int) -> None:
         super().__init__(n_threads, arena, pause_address=pause_address)
-        self._bases = bases
         self.pieces: list[ScratchPiece] = []
         self.keys: list[Hashable] = []
-        self.sources: list[list[tuple[int, int]]] = []
+        self.sources: list[list[Span]] = []
         self.filling: list[int] = []
         self.finished: list[Tensor] = []
         self._fills = -1
@@ -137,8 +216,12 @@ class _Recorder(Planner):
     def _piece(self, piece: ScratchPiece) -> int:
         if len(self.pieces) == MOST_PIECES:
             raise RuntimeError(f"a node with more than {MOST_PIECES} pieces of scratch")
+        needed = piece.offset + piece.size
+        if needed > self._arena.size:
+            # Less is seen when scratch is placed; sums of this might wrap there.
+            raise MemoryError(f"graph needs {needed} bytes of scratch, limit {self._limit}")
         self.pieces.append(piece)
-        return int(self._bases[PIECES + len(self.pieces) - 1])
+        return _MADE_UP[PIECES + len(self.pieces) - 1]
 
     def scratch(self, size: int) -> int:
         """As of Planner."""
@@ -151,7 +234,7 @@ class _Recorder(Planner):
     def thread_scratch(self, size: int) -> tuple[int, int]:
         """As of Planner."""
         _, stride = super().thread_scratch(size)
-        return int(self._bases[THREADS]), stride
+        return _MADE_UP[THREADS], stride
 
     def shared_scratch(
         self, key: Hashable, sources: Sequence[Tensor], size: int
@@ -198,45 +281,37 @@ class KindMaker:
 
     def __call__(self, signature: bytes) -> CpuKind:
         """Raises ContractError, MemoryError; RuntimeError for a lowering that breaks the rules."""
-        nodes = [specimen(signature, bases.tolist()) for bases in (_FIRST, _SECOND)]
-        return self._decided(*nodes)
+        return self._decided(specimen(signature, _MADE_UP))
 
     def decide(self, node: Tensor) -> None:
         """Raise what there is to say against a node itself, as of calling the maker."""
-        self._decided(node, node)
+        self._decided(node)
 
-    def _decided(self, node: Tensor, other: Tensor) -> CpuKind:
+    def _decided(self, node: Tensor) -> CpuKind:
         spec = check(node)
         if spec.is_view or node.empty:
             return CpuKind(node.op)
-        written = _spans_of(_written(spec, node), _written(spec, other))
-        recorders = [self._recorder(bases) for bases in (_FIRST, _SECOND)]
-        recorders[0].begin(node)
-        if not self._lower(node, recorders[0]):
+        written = _rows_of(spec.written(node))
+        recorder = self._recorder()
+        recorder.begin(node)
+        if not self._lower(node, recorder):
             require(spec.reference is not None, f"{node.label}: {_NOT_IMPLEMENTED}")
-            return CpuKind(node.op, by_reference=True, written=written, copies=_copies(node))
-        recorders[1].begin(other)
-        if not self._lower(other, recorders[1]):
-            raise RuntimeError(f"lowering of {node.op} looks at addresses")
-        kind = _kind(node.op, recorders)
-        kind.written = written
-        kind.copies = _copies(node)
-        return kind
+            return CpuKind(
+                node.op, by_reference=True, table=_table(written=written), copies=_copies(node)
+            )
+        return _kind(node.op, recorder, written, _copies(node))
 
     def item(self, item: PlanItem) -> CpuKind:
         """Return what is done for one item, whose addresses are what they are."""
-        recorder = self._recorder(_FIRST)
+        recorder = self._recorder()
         recorder.begin(item)
         item.emit(recorder)
         if recorder.pieces:
             raise RuntimeError(f"{item.label} asks for scratch")
-        kind = _kind(item, [recorder, recorder])
-        finished = [(t.address, t.address + t.nbytes) for t in recorder.finished if not t.empty]
-        kind.written = _spans_of(finished, finished)
-        return kind
+        return _kind(item, recorder, _rows_of(recorder.finished))
 
-    def _recorder(self, bases: Ints) -> _Recorder:
-        return _Recorder(self._n_threads, self._arena, bases, self._pause_address)
+    def _recorder(self) -> _Recorder:
+        return _Recorder(self._n_threads, self._arena, self._pause_address)
 
 
 def _copies(node: Tensor) -> int:
@@ -244,79 +319,57 @@ def _copies(node: Tensor) -> int:
     return 4 * sum(t.nelements for t in (node, *node.src) if t is not None)
 
 
-def _written(spec: OpSpec, node: Tensor) -> list[tuple[int, int]]:
-    return [(t.address, t.address + t.nbytes) for t in spec.written(node) if not t.empty]
+def _counted_from(address: int) -> tuple[int, int]:
+    """Return base and offset of an address."""
+    return address.counted() if isinstance(address, MadeUp) else (NOTHING, address)
 
 
-def _counted_from(first: Ints, second: Ints) -> tuple[Ints, Ints]:
-    """Bases and offsets of addresses in both runs. Raises RuntimeError for what is none."""
-    apart = second - first
-    base = np.minimum(np.searchsorted(_APART, apart), NOTHING - 1)
-    none = apart == 0
-    if not (none | (_APART[base] == apart)).all():
-        raise RuntimeError("a lowering computes with addresses")
-    return np.where(none, NOTHING, base), np.where(none, first, first - _FIRST[base])
+def _rows_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Return rows of base, offset and bytes of tensors that have any."""
+    return [w for t in tensors if not t.empty for w in (*_counted_from(t.address), t.nbytes)]
 
 
-def _spans_of(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> Ints:
-    """(n, 3): base, offset and bytes of spans, given in both runs."""
-    a, b = (np.array(spans, np.int64).reshape(-1, 2) for spans in (first, second))
-    base, offset = _counted_from(a[:, 0], b[:, 0])
-    if not np.array_equal(a[:, 1] - a[:, 0], b[:, 1] - b[:, 0]):
-        raise RuntimeError("a lowering computes with addresses")
-    return np.column_stack((base, offset, a[:, 1] - a[:, 0]))
+def _span(span: Span) -> tuple[int, int, int]:
+    """Return base, offset and bytes."""
+    start, end = span
+    return *_counted_from(start), int.__sub__(end, start)
 
 
-def _kind(user: Op | PlanItem, recorders: Sequence[_Recorder]) -> CpuKind:
-    """Compare what two runs took down."""
-    one, other = recorders
-    first, second = one.records, other.records
-    if (
-        [r.kernel for r in first] != [r.kernel for r in second]
-        or one.keys != other.keys
-        or one.pieces != other.pieces
-        or one.filling != other.filling
-    ):
-        raise RuntimeError(f"lowering of {user} looks at addresses")
-    words, others = (
-        np.array([r.words for r in records], np.int64).reshape(-1, RECORD_WORDS)
-        for records in (first, second)
-    )
-    record, word = np.nonzero(words != others)
-    base, offset = _counted_from(words[record, word], others[record, word])
-    words[record, word] = 0
-    spans, numbers, writes = [], list[int](), list[int]()
-    for records in (first, second):
-        listed = [(span, i, w) for i, r in enumerate(records) for span, w in _touched(r)]
-        spans.append([span for span, _, _ in listed])
-        numbers, writes = [i for _, i, _ in listed], [w for _, _, w in listed]
-    requests = [
-        ScratchRequest(key, piece.size, _spans_of(a, b))
-        for key, piece, a, b in zip(
-            one.keys,
-            (p for p in one.pieces if p.request >= 0),
-            one.sources,
-            other.sources,
-            strict=True,
-        )
-    ]
-    touched = _spans_of(*spans)
+def _kind(
+    user: Op | PlanItem, recorder: _Recorder, written: Sequence[int], copies: int = 0
+) -> CpuKind:
+    """Put together what was taken down."""
+    words, fields, places, spans = list[int](), list[int](), list[int](), list[int]()
+    for record, filling in zip(recorder.records, recorder.filling, strict=True):
+        fields += (record.work, record.private, record.parts, filling)
+        fields += (len(places) // PLACE_WORDS, len(spans) // SPAN_WORDS)
+        begin = len(words)
+        words += record.words
+        for word in _ADDRESSES:
+            value = record.words[word]
+            if type(value) is MadeUp:
+                places += (word, *value.counted())
+                words[begin + word] = 0
+        for writes, listed in enumerate((record.reads, record.writes)):
+            for span in listed:
+                spans += (*_span(span), writes)
+    fields += (0, 0, 0, -1, len(places) // PLACE_WORDS, len(spans) // SPAN_WORDS)
+    if max((*words, *spans), default=0) >> (_APART_BITS - 1):
+        # No place has such an address: it lost its type, or stands where no kernel looks for one.
+        _refuse()
+    requests, pieces = list[int](), list[int]()
+    for number, piece in enumerate(recorder.pieces):
+        if piece.request < 0:
+            pieces += (number, piece.offset)
+            continue
+        sources = [w for span in recorder.sources[piece.request] for w in _span(span)]
+        sources += (NOTHING, 0, 0) * (MOST_SOURCES - len(sources) // 3)
+        requests += (piece.size, number, *sources)
     return CpuKind(
         user,
-        kernels=[r.kernel for r in first],
-        words=words,
-        places=np.column_stack((record, word, base, offset)),
-        spans=np.column_stack((np.array(numbers, np.int64), touched, np.array(writes, np.int64))),
-        work=np.array([r.work for r in first], np.int64),
-        private=np.array([r.private for r in first], np.int64),
-        parts=np.array([r.parts for r in first], np.int64),
-        filling=np.array(one.filling, np.int64),
-        pieces=one.pieces,
-        requests=requests,
-        local=one.local,
-        threads=one.thread_bytes,
+        kernels=[r.kernel for r in recorder.records],
+        keys=recorder.keys,
+        table=_table(words, fields, places, spans, written, requests, pieces, recorder.local),
+        threads=recorder.thread_bytes,
+        copies=copies,
     )
-
-
-def _touched(record: Emitted) -> list[tuple[tuple[int, int], int]]:
-    return [*((span, 0) for span in record.reads), *((span, 1) for span in record.writes)]

@@ -14,7 +14,6 @@ import rpc_server.devices.cpu.lower  # fills the table of lowerings
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
 from protocol.ggml.ops import Op
-from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, label_of
 from rpc_server.devices.base import NotReadyError
 from rpc_server.devices.cpu.assembly import (
@@ -33,7 +32,6 @@ from rpc_server.devices.cpu.planner import LOWERINGS, PlanItem, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.turns import DeviceShare, Turns
 from rpc_server.devices.planning.kinds import (
-    SLOTS,
     KindMemory,
     TooManyKindsError,
     signatures,
@@ -42,8 +40,8 @@ from rpc_server.devices.planning.kinds import (
 from rpc_server.devices.planning.records import STATUS_TEXT
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.table import NB, NE, TYPE, Ints, TensorTable, name_of, table_of
 from rpc_server.graph.table import OPS as OPS_BY_NUMBER
+from rpc_server.graph.table import Ints, TensorTable, name_of, shape_of, table_of
 from rpc_server.native.routine import NoMemoryNowError
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import OPS, ContractError
@@ -140,9 +138,12 @@ class PlanNeeds:
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """The things that a plan's programs have in common; ``label`` names what is at a position."""
+    """The things that a plan's programs have in common.
 
-    addresses: Mapping[Kernel, int]
+    ``code`` are addresses of kernels by their number, ``label`` names what is at a position.
+    """
+
+    code: Ints
     slices: TimeSlices
     label: Callable[[int], str]
     stop: Ints
@@ -223,8 +224,8 @@ class _Labels:
     def __init__(self, table: TensorTable, rows: Ints, nodes: Ints, others: Others) -> None:
         self._nodes = nodes
         self._names = table.names[rows]
-        self._ops = table.ops[rows].astype(np.uint8)
-        self._shapes = table.shapes[rows][:, [TYPE, *range(NE, NB)]].astype(np.uint32)
+        self._described = table.described[rows]
+        self._ops, self._shapes = table.ops, table.shapes
         self._others = {number: item.label for number, item in others}
 
     def __call__(self, position: int) -> str:
@@ -232,11 +233,12 @@ class _Labels:
         if other is not None:
             return other
         at = int(np.searchsorted(self._nodes, position))
-        type_, *ne = self._shapes[at].tolist()
+        description = int(self._described[at])
+        type_, ne, _ = shape_of(self._shapes[description].tolist())
         name = self._names[at]
         if isinstance(name, bytes):
             name = name_of(name)
-        return label_of(OPS_BY_NUMBER[self._ops[at]], name, GgmlType(type_), ne)
+        return label_of(OPS_BY_NUMBER[self._ops[description]], name, type_, ne)
 
 
 Others = Sequence[tuple[int, PlanItem]]
@@ -284,9 +286,12 @@ class _Positions:
 
     @property
     def slots(self) -> Ints:
-        """(n, SLOTS) addresses of nodes and sources; 0 for what is no node."""
-        slots = np.zeros((len(self), SLOTS), np.int64)
-        slots[self.nodes] = self._table.address[self._rows]
+        """(n, k) addresses of nodes and sources; 0 for what is no node."""
+        found = self._table.address[self._rows]
+        if not self.others:
+            return found
+        slots = np.zeros((len(self), found.shape[1]), np.int64)
+        slots[self.nodes] = found
         return slots
 
     def node(self, position: int) -> Tensor:
@@ -368,13 +373,13 @@ class CpuPlanBuilder:
         while True:
             chosen = [k.without_kernel() if k.op in without else k for k in kinds]
             try:
-                addresses = self._addresses(_users(chosen), wait)
+                self._load(chosen, wait)
                 break
             except _DeclinedError as declined:
                 self._without |= declined.ops - declined.now
                 without |= declined.ops
         try:
-            plan = self._assemble(positions, chosen, which, addresses, dialect, stop)
+            plan = self._assemble(positions, chosen, which, dialect, stop)
         except PlanStoppedError:
             raise GraphError("was stopped") from None
         log.debug(
@@ -402,6 +407,8 @@ class CpuPlanBuilder:
                 # Not kept with the kind, which has no name: the same of the node itself.
                 positions.refuse(number, self._maker)
                 raise
+        if not positions.others:
+            return kinds, which
         numbers = np.empty(len(positions), np.int64)
         numbers[positions.nodes] = which
         for number, item in positions.others:
@@ -410,6 +417,14 @@ class CpuPlanBuilder:
             numbers[number] = len(kinds)
             kinds.append(self._maker.item(item))
         return kinds, numbers
+
+    def _load(self, kinds: Iterable[CpuKind], wait: bool) -> None:
+        """Note in kinds where the code of their kernels is. Raises what :meth:`_addresses` does."""
+        missing = [kind for kind in kinds if len(kind.code) < len(kind.kernels)]
+        if missing:
+            addresses = self._addresses(_users(missing), wait)
+            for kind in missing:
+                kind.code = [addresses[kernel] for kernel in kind.kernels]
 
     def _addresses(
         self, users: Mapping[Kernel, Iterable[Op | PlanItem]], wait: bool
@@ -444,7 +459,6 @@ class CpuPlanBuilder:
         positions: _Positions,
         kinds: Sequence[CpuKind],
         which: Ints,
-        addresses: Mapping[Kernel, int],
         dialect: Dialect,
         stop: Ints,
     ) -> CpuPlan:
@@ -463,11 +477,12 @@ class CpuPlanBuilder:
             except MemoryError as error:
                 raise GraphError(str(error)) from None
         records = assembly.records()
-        by_reference = np.array([kind.by_reference for kind in kinds], bool)[which]
-        (references,) = np.nonzero(by_reference)
+        by_reference = np.array([kind.by_reference for kind in kinds], bool)
+        (references,) = np.nonzero(by_reference[which])
         cuts = np.searchsorted(records.positions, references).tolist()
         slices = TimeSlices(self._share)
-        common = StepContext(addresses, slices, positions.label, stop)
+        code = np.array([address for kind in kinds for address in kind.code], np.int64)
+        common = StepContext(code, slices, positions.label, stop)
         context = ArrayContext(slices.look)
         steps: list[Callable[[], None]] = []
         needs = PlanNeeds(
@@ -501,9 +516,7 @@ class CpuPlanBuilder:
         steps = schedule(_alone(records), records.first, records.spans, common.stop)
         # Any thread may have done a part: they have to meet.
         steps[records.parts > 0] |= int(StepFlag.BARRIER_AFTER)
-        addresses = [common.addresses[k] for k in records.kernels]
-        kernels = np.array(addresses, np.int64)[records.numbers]
-        program = RecordProgram(kernels, records.words, steps, records.parts)
+        program = RecordProgram(common.code[records.numbers], records.words, steps, records.parts)
         # Not the spans: a plan is kept, and they are only for the schedule.
         numbers, slices, label = records.positions, common.slices, common.label
 

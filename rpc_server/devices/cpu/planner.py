@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from protocol.ggml.ops import Op
 from protocol.messages import MAX_PARAM_WORDS
@@ -47,7 +45,7 @@ class Emitted:
     """One record to be: the kernel, its words, and the node it belongs to (for messages)."""
 
     kernel: Kernel
-    words: np.ndarray[Any, np.dtype[np.int64]]
+    words: list[int]
     node: Labelled
     # What it touches and how much it has to do, for the schedule.
     reads: list[Span]
@@ -129,16 +127,22 @@ class Planner(ScratchPlanner):
         words.
         """
         tensors = (t, *t.src) if slots is None else slots
-        words = record_words(kernel.label, tensors, t.op_params, extra)
+        words = record_words(kernel, tensors, t.op_params, extra)
         assert self._node is not None
+        sizes = [0 if x is None else x.nbytes for x in tensors]
         spans = [
-            None if x is None or x.empty else (x.address, x.address + x.nbytes) for x in tensors
+            None if x is None or x.empty else (x.address, x.address + size)
+            for x, size in zip(tensors, sizes, strict=True)
         ]
         reads = [span for span in spans[1:] if span] + self._reading
         writes = [spans[0]] if spans[0] is not None else []
         if work is None:
             # Elements that lie over one another are as much work as others.
-            work = sum(max(x.nbytes, x.row_size * x.nrows) for x in tensors if x is not None)
+            work = sum(
+                max(size, x.row_size * x.nrows)
+                for x, size in zip(tensors, sizes, strict=True)
+                if x is not None
+            )
         if parts is None:
             parts = self.parts(work, products)
         if parts:

@@ -217,7 +217,7 @@ class CudaPlanner(ScratchPlanner):
             raise ValueError(f"{kernel.label}: blocks of {threads} threads")
         tensors = (t, *t.src) if slots is None else slots
         params = t.op_params if params is None else params
-        words = record_words(kernel.label, tensors, params, extra)
+        words = np.array(record_words(kernel, tensors, params, extra), np.int64)
         assert self._node is not None
         self.launches.append(Launch(kernel, words, (x, y, z), threads, shared, self._node))
         self._filling = []

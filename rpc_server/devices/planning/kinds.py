@@ -10,7 +10,7 @@ node: that it lies in a buffer of its client (``graph/parse.py``), what it overl
 
 from __future__ import annotations
 
-import secrets
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -27,6 +27,7 @@ from rpc_server.graph.table import (
     TYPE,
     Ints,
     TensorTable,
+    group_rows,
     shape_of,
 )
 
@@ -38,32 +39,13 @@ _PARAMS, _SHAPES = 1, 1 + MAX_PARAM_WORDS
 _SAME = _SHAPES + SLOTS * SHAPE_WORDS
 _WORDS = _SAME + SLOTS
 
-# Rows are told apart by sums with these factors; nobody outside can look for two that are equal,
-# and who did would win nothing: rows are compared before they count as equal.
-_FACTORS = np.array(
-    [secrets.randbits(64) | 1 for _ in range(1 + MAX_PARAM_WORDS + 2 * SLOTS)], np.uint64
-)
-
-
-def group_rows(rows: Ints) -> tuple[Ints, Ints]:
-    """Return (first, which): the first of each group of equal rows, and the group of each row.
-
-    ``rows`` is not empty. Groups are in the order of their first rows.
-    """
-    sums = (rows.view(np.uint64) * _FACTORS[: rows.shape[1]]).sum(axis=1, dtype=np.uint64)
-    _, first, which = np.unique(sums, return_index=True, return_inverse=True)
-    if not (rows == rows[first][which]).all():
-        _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-        which = which.reshape(-1)
-    rank = np.argsort(first)
-    place = np.empty(len(rank), np.int64)
-    place[rank] = np.arange(len(rank))
-    return first[rank], place[which]
-
 
 def slot_rows(table: TensorTable, order: Ints) -> Ints:
-    """Return (n, SLOTS) rows in ``table``: of the nodes in ``order`` and of their sources."""
-    rows = np.empty((len(order), SLOTS), np.int64)
+    """Return (n, k) rows in ``table``: of the nodes in ``order`` and of their sources.
+
+    k is at most SLOTS: behind them no node has any source.
+    """
+    rows = np.empty((len(order), 1 + table.src.shape[1]), np.int64)
     rows[:, 0] = order
     rows[:, 1:] = table.src[order]
     return rows
@@ -84,43 +66,57 @@ def signatures(
 
     Raises TooManyKindsError where there are more than ``most``.
     """
-    if not len(slots):
-        nothing = np.zeros(0, np.int64)
-        return [], nothing, nothing
-    used = _slots_used(table, slots)
+    own, used = slots[:, 0], slots.shape[1]
     _, shapes = group_rows(table.shapes)
-    same = _same_address(table.address[slots[:, :used]])
-    own = slots[:, 0]
-    first, which = group_rows(
-        np.column_stack((table.ops[own], table.params[own], shapes[slots[:, :used]], same))
-    )
+    shapes = 2 * shapes[table.described] + (table.address != 0)
+    address = table.address[slots]
+    rows = np.empty((len(slots), used + 2), np.int64)
+    rows[:, 0] = table.described[own]
+    rows[:, 1] = _sameness(address)
+    rows[:, 2:] = shapes[slots]
+    first, which = group_rows(rows)
     if most is not None and len(first) > most:
         # Their signatures alone would take a hundred megabytes.
         raise TooManyKindsError(len(first))
-    words = np.empty((len(first), _WORDS), np.int64)
-    some = slots[first]
-    words[:, 0] = table.ops[some[:, 0]]
-    words[:, _PARAMS:_SHAPES] = table.params[some[:, 0]]
-    words[:, _SHAPES:_SAME] = table.shapes[some].reshape(len(first), -1)
+    words = np.zeros((len(first), _WORDS), np.int64)
+    some, described = slots[first], rows[first, 0]
+    words[:, 0] = table.ops[described]
+    words[:, _PARAMS:_SHAPES] = table.params[described]
+    shapes = np.empty((len(first), SLOTS, SHAPE_WORDS), np.int64)
+    shapes[:] = table.shapes[-1]
+    shapes[:, :used] = table.shapes[table.described[some]]
+    shapes[:, :used, HERE] = address[first] != 0
+    words[:, _SHAPES:_SAME] = shapes.reshape(len(first), _SAME - _SHAPES)
     words[:, _SAME:] = np.arange(SLOTS)
-    words[:, _SAME : _SAME + used] = same[first]
+    words[:, _SAME : _SAME + used] = _first_at(address[first])
     return [row.tobytes() for row in words], first, which
 
 
-def _slots_used(table: TensorTable, slots: Ints) -> int:
-    """Return how many slots have to be looked at: behind them no node has any source."""
-    (used,) = np.nonzero((slots != table.none).any(axis=0))
-    return int(used[-1]) + 1 if len(used) else 1
+# Rows whose pairs of slots are looked at together, 55 a row: some megabytes.
+_AT_ONCE = 4096
 
 
-def _same_address(address: Ints) -> Ints:
-    """By slot, the first slot of the node at the same address, if that is one."""
-    same = np.broadcast_to(np.arange(address.shape[1]), address.shape).copy()
-    for slot in range(1, address.shape[1]):
-        for other in reversed(range(slot)):
-            equal = (address[:, slot] == address[:, other]) & (address[:, slot] != 0)
-            same[equal, slot] = other
-    return same
+@functools.cache
+def _pairs(count: int) -> tuple[Ints, Ints, Ints]:
+    """All pairs of so many slots, and a bit for each."""
+    one, other = np.tril_indices(count, -1)
+    return one, other, np.int64(1) << np.arange(len(one))
+
+
+def _sameness(address: Ints) -> Ints:
+    """By row a number that tells which of its addresses (n, k) are equal."""
+    one, other, bits = _pairs(address.shape[1])
+    told = np.empty(len(address), np.int64)
+    for at in range(0, len(address), _AT_ONCE):
+        some = address[at : at + _AT_ONCE]
+        told[at : at + _AT_ONCE] = (some[:, one] == some[:, other]) @ bits
+    return told
+
+
+def _first_at(address: Ints) -> Ints:
+    """By slot (n, k), the first slot of the node at the same address, if that is one."""
+    first = (address[:, :, None] == address[:, None, :]).argmax(axis=2)
+    return np.where(address != 0, first, np.arange(address.shape[1]))
 
 
 def specimen(signature: bytes, addresses: Sequence[int]) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-
+from protocol.messages import MAX_PARAM_WORDS
 from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.abi import (
     EXTRA_WORD,
@@ -17,30 +15,33 @@ from rpc_server.devices.cpu.kernels.interface.abi import (
     SLOT_WORDS,
     Status,
 )
+from rpc_server.devices.planning.scratch import Labelled
 
 # What a status says of the node whose kernel returned it.
 STATUS_TEXT: dict[int, str] = {Status.INDEX_OUT_OF_RANGE: "an index in its data is out of range"}
 
 
-def record_words(
-    label: str, tensors: Sequence[Tensor | None], op_params: Sequence[int], extra: Sequence[int]
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the words of a record; ``label`` names the kernel in the message.
+_NO_TENSOR = (0,) * SLOT_WORDS
 
-    Raises ValueError if there are more tensors than slots, or too many extra words.
+
+def record_words(
+    kernel: Labelled,
+    tensors: Sequence[Tensor | None],
+    op_params: Sequence[int],
+    extra: Sequence[int],
+) -> list[int]:
+    """Return the words of a record of ``kernel``.
+
+    Raises ValueError if there are more tensors than slots, or too many parameters or extra words.
     """
-    if len(tensors) > N_SLOTS or len(extra) > N_EXTRA:
-        raise ValueError(f"record of {label}: too many slots or extra words")
-    words = np.zeros(RECORD_WORDS, np.int64)
-    for slot, tensor in enumerate(tensors):
-        if tensor is not None:
-            word = slot * SLOT_WORDS
-            words[word : word + SLOT_WORDS] = (
-                tensor.address,
-                int(tensor.type),
-                *tensor.ne,
-                *tensor.nb,
-            )
-    words[PARAM_WORD : PARAM_WORD + 16] = op_params
-    words[EXTRA_WORD : EXTRA_WORD + len(extra)] = extra
+    if len(tensors) > N_SLOTS or len(op_params) > MAX_PARAM_WORDS or len(extra) > N_EXTRA:
+        raise ValueError(f"record of {kernel.label}: too many slots, parameters or extra words")
+    words: list[int] = []
+    for t in tensors:
+        words += _NO_TENSOR if t is None else (t.address, int(t.type), *t.ne, *t.nb)
+    words += [0] * (PARAM_WORD - len(words))
+    words += op_params
+    words += [0] * (EXTRA_WORD - len(words))
+    words += extra
+    words += [0] * (RECORD_WORDS - len(words))
     return words

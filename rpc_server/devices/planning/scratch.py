@@ -23,7 +23,7 @@ class Labelled(Protocol):
 
 
 class Arena(Protocol):
-    """A range of addresses for scratch, ``size`` bytes."""
+    """A range of addresses for scratch, ``size`` bytes in one piece."""
 
     @property
     def size(self) -> int: ...
