@@ -11,6 +11,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
 from protocol.tensor import Tensor
 from rpc_server.devices.cuda.planner import Launch
+from tests.cuda import emulation
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights
 from tests.ops.harness import nmse, node, noise, params, permuted, tensor, values, view
@@ -27,7 +28,7 @@ TOLERANCE = 5e-4
 # Where nothing is rounded in another way.
 TOLERANCE_OF_SUMS = 1e-10
 
-FEW, MANY = "attention_few", "attention"
+FEW, MANY, MATRICES = "attention_few", "attention", "attention_matrices"
 
 
 def kept(type_: GgmlType, *ne: int, seed: int = 1) -> Tensor:
@@ -67,14 +68,19 @@ def mask_of(positions: int, tokens: int, heads: int = 1, batches: int = 1, seed:
     return tensor(F16, (positions, tokens, heads, batches), added)
 
 
-def names(t: Tensor) -> list[str]:
-    launches, _ = cuda.plan([t])
+def names(t: Tensor, capability: int = emulation.CAPABILITY) -> list[str]:
+    launches, _ = cuda.plan([t], capability)
     return [launch.kernel.name for launch in launches if isinstance(launch, Launch)]
 
 
-def check(t: Tensor, by: str | None = None, tolerance: float = TOLERANCE) -> None:
-    assert by is None or by in names(t)
-    expected, actual = cuda.by_both(t)
+def check(
+    t: Tensor,
+    by: str | None = None,
+    tolerance: float = TOLERANCE,
+    capability: int = emulation.CAPABILITY,
+) -> None:
+    assert by is None or by in names(t, capability)
+    expected, actual = cuda.by_both(t, capability)
     assert np.isfinite(actual).all()
     assert nmse(expected, actual) < tolerance
 
@@ -279,3 +285,101 @@ def test_biases_caps_and_sinks(
     mask = mask_of(positions, tokens, 2)
     t = attention(queries(k, tokens, 6), k, v, mask, noise((6,)), max_bias, softcap)
     check(t, tolerance=TOLERANCE_OF_SUMS)
+
+
+# -- by tensor cores -------------------------------------------------------------------------------
+
+# The two whose instructions differ.
+WITH_TENSOR_CORES = (75, 80)
+
+
+def check_matrices(t: Tensor, capability: int = WITH_TENSOR_CORES[-1]) -> None:
+    check(t, MATRICES, capability=capability)
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [F16, Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, Q5_1, Q8_0, GgmlType.IQ4_NL],
+    ids=lambda t: t.name,
+)
+def test_types_by_tensor_cores(type_: GgmlType) -> None:
+    k, v = kept(type_, 64, 75, 1), kept(type_, 96, 75, 1, seed=2)
+    check_matrices(attention(queries(k, 9, 2), k, v, mask_of(75, 9)))
+
+
+@pytest.mark.parametrize("capability", WITH_TENSOR_CORES)
+@pytest.mark.parametrize(
+    ("dk", "dv"), [(8, 8), (64, 64), (80, 80), (192, 128), (256, 256), (320, 40), (576, 512)]
+)
+def test_sizes_by_tensor_cores(dk: int, dv: int, capability: int) -> None:
+    """Queries that fit shared memory and such that don't; values in two pieces."""
+    k, v = kept(F16, dk, 40, 2), kept(F16, dv, 40, 2)
+    t = attention(queries(k, 9, 4), k, v, mask_of(40, 9))
+    assert names(t, capability) == [MATRICES] * -(-dv // 256)
+    check_matrices(t, capability)
+
+
+@pytest.mark.parametrize(("tokens", "group"), [(16, 1), (21, 3), (64, 1), (65, 1), (33, 4)])
+def test_rows_by_tensor_cores(tokens: int, group: int) -> None:
+    """Blocks of 64 that are full, and such that hardly begin."""
+    k, v = kept(F16, 64, 40, 2, 2), kept(F16, 64, 40, 2, 2)
+    q = queries(k, tokens, 2 * group, 2)
+    check_matrices(attention(q, k, v, mask_of(40, tokens, 2 * group, 2)))
+
+
+def test_who_has_what_by_tensor_cores() -> None:
+    """Heads and batches that share keys, or values; the cache as clients keep it."""
+    k, v = kept(F16, 64, 40, 4, 2), kept(F16, 64, 40, 6, 1)
+    check_matrices(attention(queries(k, 9, 24, 2), k, v, mask_of(40, 9, 24)))
+    k, v = (permuted(kept(Q8_0, 96, 3, 60, seed=n), (0, 2, 1, 3)) for n in (1, 2))
+    k, v = (view(s, (96, 50, 3), s.nb) for s in (k, v))
+    q = permuted(noise((96, 6, 17), seed=3), (0, 2, 1, 3))
+    check_matrices(attention(q, k, v, mask_of(50, 17)))
+
+
+@pytest.mark.parametrize("positions", [1, 31, 33, 400])
+def test_positions_by_tensor_cores(positions: int) -> None:
+    k, v = kept(F16, 64, positions, 1), kept(F16, 64, positions, 1)
+    t = attention(queries(k, 17, 1), k, v, mask_of(positions, 17))
+    assert ("attention_join" in names(t, 80)) == (positions >= 256)
+    check_matrices(t)
+
+
+def test_masked_positions_by_tensor_cores() -> None:
+    """They may be anything; rows that attend to nothing are zeros; a row may have one position."""
+    positions, tokens = 300, 40
+    rng = np.random.default_rng(3)
+    masked = rng.random(positions) < 0.5
+    masked[64:224] = True
+    masked[-1] = False
+    added = np.where(masked, -np.inf, rng.standard_normal((1, 1, tokens, positions)))
+    added[..., 1, :] = -np.inf
+    added[..., 20, :-1] = -np.inf
+    k, v = (spoiled(F16, positions, masked, seed) for seed in (1, 2))
+    mask = tensor(F16, (positions, tokens), added)
+    for sinks in (None, noise((1,)), tensor(F32, (1,), np.array([-np.inf]))):
+        t = attention(noise((64, tokens, 1), seed=3), k, v, mask, sinks)
+        check_matrices(t)
+        assert not values(t)[0, 1].any()
+
+
+@pytest.mark.parametrize(("max_bias", "softcap"), [(8.0, 0.0), (0.0, 10.0), (1.5, 2.0)])
+def test_biases_by_tensor_cores(max_bias: float, softcap: float) -> None:
+    k, v = kept(F16, 64, 300, 2), kept(F16, 64, 300, 2)
+    sinks = noise((6,))
+    t = attention(queries(k, 9, 6), k, v, mask_of(300, 9, 2), sinks, max_bias, softcap)
+    check_matrices(t)
+
+
+def test_what_is_not_for_tensor_cores() -> None:
+    """Few rows, what half precision may not hold, and rows that can't be loaded in units."""
+
+    def way(k: Tensor, v: Tensor, tokens: int, capability: int = 80) -> str:
+        return names(attention(queries(k, tokens, 1), k, v), capability)[-1]
+
+    half, wide = kept(F16, 64, 40, 1), kept(BF16, 64, 40, 1)
+    odd = misplaced(F16, (64, 40, 1), 0, 1)
+    assert way(half, half, 16) == MATRICES
+    assert way(half, half, 8) == FEW
+    assert {way(half, half, 15), way(half, half, 16, 70)} == {MANY}
+    assert {way(half, wide, 16), way(wide, half, 16), way(half, odd, 16)} == {MANY}

@@ -9,11 +9,12 @@ from rpc_server.devices.cuda.compile import ARCHITECTURES, OPTIONS, SOURCES
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
     Unit,
+    attention_by_matrices,
     attention_kernel,
     attention_of_few_rows,
     kernel_of_weights,
 )
-from rpc_server.devices.cuda.lower.attention import BLOCKS
+from rpc_server.devices.cuda.lower.attention import BLOCKS, MATRIX_BLOCKS
 from rpc_server.devices.cuda.lower.copy import ENCODERS
 from tests.cuda import nvrtc
 from tests.parameters import mostly_slow
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 _FLOATS = (GgmlType.F32, GgmlType.F16, GgmlType.BF16)
 # Compiled for each type of weights, and for sizes; all other sources are compiled as they are.
 OF_WEIGHTS = ("matvec", "tiles", "dequantize")
-OF_ATTENTION = ("attention", "attention_few")
+OF_ATTENTION = ("attention", "attention_few", "attention_matrices")
 QUANTIZED = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized)
 
 
@@ -150,6 +151,16 @@ def test_attention(size: int, arch: int) -> None:
     assert not usage.spills
     assert not usage.stack
     assert usage.registers * 128 * (4 if size <= 8 else 3) <= 65536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TENSOR_CORES)
+@pytest.mark.parametrize(("size", "blocks"), MATRIX_BLOCKS.items())
+def test_attention_by_tensor_cores(size: int, blocks: int, arch: int) -> None:
+    (usage,) = compiled(attention_by_matrices(size).unit, arch).values()
+    assert not usage.spills
+    assert not usage.stack
+    assert usage.registers * 128 * blocks <= 65536
 
 
 def check_few_rows(type_: GgmlType, units: int, rows: int, arch: int) -> None:

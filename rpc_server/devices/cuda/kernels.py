@@ -66,6 +66,16 @@ def attention_kernel(values: int) -> CudaKernel:
 
 
 @functools.cache
+def attention_by_matrices(values: int) -> CudaKernel:
+    """Return a kernel for tensor cores, for rows of values of up to ``values`` * 32 elements.
+
+    ``values`` is one of ATTENTION_SIZES but the last, for which a thread has too few registers.
+    """
+    unit = Unit("attention_matrices", (("VALUES", str(values)),))
+    return CudaKernel(unit, "attention_matrices", 128)
+
+
+@functools.cache
 def attention_of_few_rows(keys: GgmlType, values: GgmlType, units: int, rows: int) -> CudaKernel:
     """Return the kernel for ``rows`` queries, and keys and values of these types.
 

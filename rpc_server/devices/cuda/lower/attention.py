@@ -11,6 +11,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
     CudaKernel,
+    attention_by_matrices,
     attention_kernel,
     attention_of_few_rows,
     kernel,
@@ -25,11 +26,21 @@ _SHARED = (48 << 10) - 512
 
 # What attention.cu is written with.
 _ROWS, _TILE, _CHUNK = 16, 32, 64
+# The same of attention_matrices.cu, and how many blocks of it a multiprocessor has registers for,
+# by what it is compiled for: rows of values of so many times 32 elements.
+_MATRIX_ROWS = 64
+MATRIX_BLOCKS = {2: 3, 4: 3, 8: 2}
+# From so many rows on tensor cores are the faster, though most of a block's rows are not there.
+_MATRICES_FROM = 16
 # What attention_few.cu is compiled for: rows, and units of a lane, of which a row has 256 elements.
 # Their product says how many registers a thread has, and so how many blocks a multiprocessor has.
 _FEW_ROWS = (1, 2, 4, 8)
 _UNIT_ELEMENTS = 256
 BLOCKS = {1: 5, 2: 4, 4: 3, 8: 2}
+# Types of keys and values that tensor cores multiply, as half precision.
+_HELD = (GgmlType.F16, *CACHE_TYPES)
+# Bytes that attention_matrices.cu declares itself beyond what _SHARED leaves.
+_BIASES = 64 * 16
 # Its warps have tiles of their own.
 _WARPS = 4
 
@@ -108,6 +119,32 @@ def _many_rows(k: Tensor, v: Tensor) -> _Way:
     )
 
 
+def _matrices(rows: int, k: Tensor, v: Tensor, capability: int) -> bool:
+    """Return whether tensor cores are to multiply keys and values."""
+    fit = all(t.type in _HELD and _in_units(t) for t in (k, v))
+    return capability >= 75 and rows >= _MATRICES_FROM and fit
+
+
+def _by_matrices(k: Tensor, v: Tensor) -> _Way:
+    """The kernel that multiplies by tensor cores."""
+    size = next(n for n in MATRIX_BLOCKS if v.ne[0] <= 32 * n)
+    # Queries, or a chunk of each, as half precision; then a chunk of keys or values.
+    chunk = 16 * max(_TILE * (_CHUNK // 8 + 1), _CHUNK * (_TILE // 8 + 1))
+    of_queries = [
+        16 * _MATRIX_ROWS * (n // 8 + 1) for n in (-(-k.ne[0] // _CHUNK) * _CHUNK, _CHUNK)
+    ]
+    whole = of_queries[0] + chunk <= _SHARED - _BIASES
+    shared = of_queries[not whole] + chunk
+    return _Way(
+        kernel=attention_by_matrices(size),
+        rows=_MATRIX_ROWS,
+        blocks=min((96 << 10) // shared, MATRIX_BLOCKS[size]),
+        positions=_TILE,
+        shared=shared,
+        extra=(int(whole),),
+    )
+
+
 def _rounded(q: Tensor, keys: GgmlType, planner: CudaPlanner) -> tuple[Tensor, GgmlType]:
     """Queries, and the type that the kernel rounds them to: as ggml's CPU backend rounds them."""
     if keys in FLOATS:
@@ -127,9 +164,8 @@ def _readable(t: Tensor, planner: CudaPlanner) -> Tensor:
     return t if t.type in CACHE_TYPES else as_floats(t, planner)
 
 
-def _slices(t: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Results and values in pieces of as many elements as a kernel is compiled for."""
-    most = 32 * ATTENTION_SIZES[-1]
+def _slices(t: Tensor, v: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
+    """Results and values in pieces of up to ``most`` elements."""
     pieces = []
     for first in range(0, v.ne[0], most):
         n = min(most, v.ne[0] - first)
@@ -153,8 +189,11 @@ def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
     # Heads that share both their keys and their values; they needn't be equally many.
     heads = math.gcd(q.ne[2] // k.ne[2], q.ne[2] // values.ne[2])
     rows = heads * q.ne[1]
-    for to, v in _slices(t, values):
-        way = _few_rows(rows, k, v) or _many_rows(k, v)
+    matrices = _matrices(rows, k, values, planner.capability)
+    most = max(MATRIX_BLOCKS) if matrices else ATTENTION_SIZES[-1]
+    for to, v in _slices(t, values, 32 * most):
+        few = None if matrices else _few_rows(rows, k, v)
+        way = few or (_by_matrices(k, v) if matrices else _many_rows(k, v))
         blocks = -(-rows // way.rows) * (q.ne[2] // heads) * q.ne[3]
         # As many as fill the card at once. Parts are whole tiles; the last one may be smaller, and
         # none is empty.
