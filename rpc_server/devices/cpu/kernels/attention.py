@@ -39,6 +39,7 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     KernelFunction,
     data,
     extra,
+    given,
     inline_helper,
     kernel,
     load_f32,
@@ -52,7 +53,6 @@ from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     even_lanes,
     fma,
-    iota,
     load_f16s,
     load_f16s_part,
     load_f32s,
@@ -67,7 +67,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
     sum_lanes,
 )
 from rpc_server.devices.cpu.kernels.softmax import alibi_slope
-from rpc_server.devices.cpu.kernels.typed import share_rows
+from rpc_server.devices.cpu.kernels.typed import first_lanes, share_rows
 
 _Q, _K, _V, _MASK, _SINKS = SRC0, SRC1, SRC2, SRC3, SRC4
 
@@ -147,13 +147,13 @@ def _load_mask(rec, token, head, batch, first, count, slope, scores, used):  # t
     for i in range(0, BLOCK, LANES):
         left = count - i
         x = splat(np.float32(0.0))
-        if data(rec, _MASK) != 0:
+        if given(rec, _MASK):
             if left >= LANES:
                 x = load_f16s(at + i * 2) * slope
             elif left > 0:
                 x = load_f16s_part(at + i * 2, left) * slope
         if left < LANES:
-            x = select(iota() < np.float32(left), x, lowest)
+            x = first_lanes(x, left, lowest)
         store_f32s(scores + i * 4, x)
         store_f32s(used + i * 4, maximum(load_f32s(used + i * 4), x))
         largest = maximum(largest, x)
@@ -163,7 +163,7 @@ def _load_mask(rec, token, head, batch, first, count, slope, scores, used):  # t
 @inline_helper
 def _finish_row(rec, token, head, batch, top, total, sums, dv):  # type: ignore[no-untyped-def]
     """Write a row of dst from its state; a head's sink takes part in the sum only."""
-    if data(rec, _SINKS) != 0:
+    if given(rec, _SINKS):
         sink = load_f32(data(rec, _SINKS) + head * 4)
         if sink > top:
             factor = np.float32(math.exp(top - sink))

@@ -27,6 +27,7 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     nb,
     ne,
     param_i32,
+    place,
     row_address,
     store_f32,
     store_i8,
@@ -35,10 +36,12 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     store_i64,
 )
 from rpc_server.devices.cpu.kernels.quantize import quantize_row
-from rpc_server.devices.cpu.kernels.rows import convert_row
 from rpc_server.devices.cpu.kernels.typed import (
     F32,
+    convert_row,
     load_scalar,
+    share,
+    share_elements,
     share_rows,
     store_scalar,
 )
@@ -49,20 +52,12 @@ _GRAIN = 4096
 _CHUNK = 256
 
 
-@inline_helper
-def _share_chunks(n, ith, nth):  # type: ignore[no-untyped-def]
-    each = max(-(-n // nth), _GRAIN)
-    each = -(-each // _CHUNK) * _CHUNK
-    begin = min(n, ith * each)
-    return begin, min(n, begin + each)
-
-
 @kernel
 def copy_same_type(rec, ith, nth):  # type: ignore[no-untyped-def]
     """Copy rows whose bytes are dense: extra words are rows and bytes of a row."""
     rows, size = extra(rec, 0), extra(rec, 1)
     if rows == 1:
-        begin, end = _share_chunks(size, ith, nth)
+        begin, end = share(size, ith, nth, _GRAIN, _CHUNK)
         memory_copy(data(rec, DST) + begin, data(rec, SRC0) + begin, end - begin)
         return 0
     row, row_end = share_rows(rows, ith, nth)
@@ -92,11 +87,7 @@ def convert_kernel(type_x: GgmlType, type_y: GgmlType) -> KernelFunction:
     @kernel
     def convert(rec, ith, nth, thread):  # type: ignore[no-untyped-def]
         rows, width = extra(rec, 0), extra(rec, 1)
-        row, row_end, begin, end = 0, 1, 0, width
-        if rows == 1:
-            begin, end = _share_chunks(width, ith, nth)
-        else:
-            row, row_end = share_rows(rows, ith, nth)
+        row, row_end, begin, end = share_elements(rows, width, ith, nth, _GRAIN, _CHUNK)
         while row < row_end:
             x = row_address(rec, SRC0, row) + begin // block_x * size_x
             y = row_address(rec, DST, row) + begin // block_y * size_y
@@ -151,9 +142,8 @@ def _element(rec, slot, i):  # type: ignore[no-untyped-def]
     ne0, ne1, ne2 = ne(rec, slot, 0), ne(rec, slot, 1), ne(rec, slot, 2)
     i0, rest = i % ne0, i // ne0
     i1, rest = rest % ne1, rest // ne1
-    i2, i3 = rest % ne2, rest // ne2
-    at = data(rec, slot) + i0 * nb(rec, slot, 0) + i1 * nb(rec, slot, 1)
-    return at + i2 * nb(rec, slot, 2) + i3 * nb(rec, slot, 3), ne0 - i0
+    at = place(rec, slot, i1, rest % ne2, rest // ne2)
+    return at + i0 * nb(rec, slot, 0), ne0 - i0
 
 
 @kernel
@@ -165,7 +155,7 @@ def copy_strided(rec, ith, nth):  # type: ignore[no-untyped-def]
     Extra word 0: bytes of an element.
     """
     n = ne(rec, DST, 0) * ne(rec, DST, 1) * ne(rec, DST, 2) * ne(rec, DST, 3)
-    i, end = _share_chunks(n, ith, nth)
+    i, end = share(n, ith, nth, _GRAIN, _CHUNK)
     step_x, step_y = nb(rec, SRC0, 0), nb(rec, DST, 0)
     while i < end:
         x, left_x = _element(rec, SRC0, i)
@@ -185,9 +175,8 @@ def repeat(rec, ith, nth):  # type: ignore[no-untyped-def]
     row, end = share_rows(ne1 * ne2 * ne(rec, DST, 3), ith, nth)
     while row < end:
         i1, rest = row % ne1, row // ne1
-        x = data(rec, SRC0) + i1 % ne(rec, SRC0, 1) * nb(rec, SRC0, 1)
-        x += rest % ne2 % ne(rec, SRC0, 2) * nb(rec, SRC0, 2)
-        x += rest // ne2 % ne(rec, SRC0, 3) * nb(rec, SRC0, 3)
+        i1, i2 = i1 % ne(rec, SRC0, 1), rest % ne2 % ne(rec, SRC0, 2)
+        x = place(rec, SRC0, i1, i2, rest // ne2 % ne(rec, SRC0, 3))
         y = row_address(rec, DST, row)
         row += 1
         if n == 1:
@@ -221,8 +210,7 @@ def pad(rec, ith, nth):  # type: ignore[no-untyped-def]
         elif i1 < 0 or i1 >= n1 or i2 < 0 or i2 >= n2 or i3 < 0 or i3 >= n3:
             memory_set(y, 0, ne0 * 4)
             continue
-        x = data(rec, SRC0)
-        x += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
+        x = place(rec, SRC0, i1, i2, i3)
         for i in range(ne0):
             i0 = i - left0
             value = np.float32(0.0)

@@ -295,15 +295,15 @@ def unpack_tile(
     typingctx: Any,
     type_: Any,
     isa: Any,
+    tile: Any,
+    begin: Any,
+    end: Any,
     weights: Any,
     stride: Any,
     row: Any,
     last: Any,
-    begin: Any,
-    end: Any,
-    tile: Any,
 ) -> Any:
-    """Unpack elements ``begin`` to ``end`` of 16 rows from ``row`` on into the tile at ``tile``.
+    """Unpack into the tile at ``tile`` elements ``begin`` to ``end`` of 16 rows from ``row`` on.
 
     Rows beyond ``last`` are copies of it. ``begin`` is a multiple of 256.
     """
@@ -313,7 +313,7 @@ def unpack_tile(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         e, format_, kind = _emitter(builder, sig)
-        weights, stride, row, last, begin, end, tile = args[2:]
+        tile, begin, end, weights, stride, row, last = args[2:]
 
         def row_start(i: Any) -> Any:
             number = e.call_vector("smin", e.b.add(row, i), last)

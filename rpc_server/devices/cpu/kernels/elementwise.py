@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
 from protocol.ggml.ops import GluOp, UnaryOp
 from rpc_server.devices.cpu.kernels import functions as f
+from rpc_server.devices.cpu.kernels import lanes
 from rpc_server.devices.cpu.kernels.interface.codes import Binary, Function
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     SRC0,
     SRC1,
     KernelFunction,
-    data,
     extra,
     ggml_type,
     inline_helper,
@@ -28,16 +29,16 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     nb,
     ne,
     param_f32,
+    pasted_helper,
+    place,
     row_address,
 )
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     absolute,
     bf16_bits,
-    ceil,
     copysign,
     f16_bits,
-    floor,
     fma,
     load_f32s,
     load_f32s_part,
@@ -49,15 +50,13 @@ from rpc_server.devices.cpu.kernels.lanes import (
     sqrt,
     store_f32s,
     store_f32s_part,
-    trunc,
 )
 from rpc_server.devices.cpu.kernels.typed import (
     BF16,
     load_lanes,
     load_lanes_part,
     load_scalar,
-    share,
-    share_rows,
+    share_elements,
     size_of,
     store_lanes,
     store_lanes_part,
@@ -76,30 +75,20 @@ _LOG = int(Function.LOG)
 _LEAKY_RELU = int(Function.LEAKY_RELU)
 _SIN = int(Function.SIN)
 _COS = int(Function.COS)
-(
-    _ABS,
-    _SGN,
-    _NEG,
-    _STEP,
-    _TANH,
-    _ELU,
-    _RELU,
-    _SIGMOID,
-    _GELU,
-    _GELU_QUICK,
-    _SILU,
-    _HARDSWISH,
-    _HARDSIGMOID,
-    _EXP,
-    _EXPM1,
-    _SOFTPLUS,
-    _GELU_ERF,
-    _XIELU,
-    _FLOOR,
-    _CEIL,
-    _ROUND,
-    _TRUNC,
-) = (int(code) for code in UnaryOp)
+# Functions of lanes alone.
+_ALONE = {
+    int(UnaryOp[name.upper()]): getattr(where, name)
+    for where, names in (
+        (f, "silu gelu_erf relu sigmoid tanh exp softplus hardsigmoid"),
+        (lanes, "floor ceil trunc"),
+    )
+    for name in names.split()
+}
+# The others have a line each in the kernel.
+_OTHERS = "GELU GELU_QUICK EXPM1 ELU XIELU HARDSWISH NEG ABS SGN STEP ROUND"
+_GELU, _GELU_QUICK, _EXPM1, _ELU, _XIELU, _HARDSWISH, _NEG, _ABS, _SGN, _STEP, _ROUND = (
+    int(UnaryOp[name]) for name in _OTHERS.split()
+)
 
 
 @inline_helper
@@ -160,23 +149,57 @@ def _table_index(type, x):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
+def _access(f32: bool) -> tuple[Any, Any, Any]:
+    """Return size(type), load(type, at, n) and store(type, at, n, lanes): 16 elements of ``n``.
+
+    The type is not looked at for ``f32``.
+    """
+
+    # The choice is a constant for numba: only its branch is compiled.
+    @pasted_helper
+    def size(type_):  # type: ignore[no-untyped-def]
+        if f32:
+            return 4
+        return size_of(type_)
+
+    @pasted_helper
+    def load(type_, at, n):  # type: ignore[no-untyped-def]
+        if f32:
+            return load_f32s(at) if n >= LANES else load_f32s_part(at, n)
+        return load_lanes(type_, at) if n >= LANES else load_lanes_part(type_, at, n)
+
+    @pasted_helper
+    def store(type_, at, n, value):  # type: ignore[no-untyped-def]
+        if f32:
+            if n >= LANES:
+                store_f32s(at, value)
+            else:
+                store_f32s_part(at, value, n)
+        elif n >= LANES:
+            store_lanes(type_, at, value)
+        else:
+            store_lanes_part(type_, at, value, n)
+
+    return size, load, store
+
+
+@functools.cache
 def unary_kernel(code: int, f32: bool) -> KernelFunction:
     """Return the kernel of a function of one element: a UnaryOp or a :class:`Function`.
 
     ``f32``: source and result are F32; otherwise each may be F32, F16 or BF16.
     """
 
-    # The choice is an integer that numba takes for a constant: only its branch is compiled.
+    size, load, store = _access(f32)
+    is_alone, alone = code in _ALONE, _ALONE.get(code, f.relu)
+
+    # The choice is an integer that numba takes for a constant, as is ``f32``.
     @kernel
     def unary(rec, ith, nth):  # type: ignore[no-untyped-def]
         rows, width = extra(rec, 0), extra(rec, 1)
         type_d, type_s = ggml_type(rec, DST), ggml_type(rec, SRC0)
-        size_d, size_s = size_of(type_d), size_of(type_s)
-        row, row_end, begin, end = 0, 1, 0, width
-        if rows == 1:
-            begin, end = share(width, ith, nth, _GRAIN)
-        else:
-            row, row_end = share_rows(rows, ith, nth)
+        size_d, size_s = size(type_d), size(type_s)
+        row, row_end, begin, end = share_elements(rows, width, ith, nth, _GRAIN, LANES)
         p0, p1, p2 = param_f32(rec, 0), param_f32(rec, 1), param_f32(rec, 2)
         p3, p4 = param_f32(rec, 3), param_f32(rec, 4)
         table = extra(rec, 2)
@@ -186,41 +209,22 @@ def unary_kernel(code: int, f32: bool) -> KernelFunction:
             i = begin
             while i < end:
                 n = end - i
-                if f32:
-                    at = source + i * 4
-                    x = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
-                else:
-                    at = source + i * size_s
-                    x = load_lanes(type_s, at) if n >= LANES else load_lanes_part(type_s, at, n)
-                if code == _SILU:
-                    y = f.silu(x)
+                x = load(type_s, source + i * size_s, n)
+                if is_alone:
+                    y = alone(x)
                 elif code == _GELU:
                     if f32:  # noqa: SIM108  (only a statement's other branch is not compiled)
                         y = f.gelu_of_f32(x, table)
                     else:
                         y = look_up(table, _table_index(type_s, x))
-                elif code == _GELU_ERF:
-                    y = f.gelu_erf(x)
                 elif code == _GELU_QUICK:
                     y = look_up(table, _table_index(type_s, x))
-                elif code == _RELU:
-                    y = f.relu(x)
-                elif code == _SIGMOID:
-                    y = f.sigmoid(x)
-                elif code == _TANH:
-                    y = f.tanh(x)
-                elif code == _EXP:
-                    y = f.exp(x)
                 elif code == _EXPM1:
                     y = f.exp(x) - np.float32(1.0)
-                elif code == _SOFTPLUS:
-                    y = f.softplus(x)
                 elif code == _ELU:
                     y = _elu(x)
                 elif code == _XIELU:
                     y = _xielu(x, p1, p2, p3, p4)
-                elif code == _HARDSIGMOID:
-                    y = f.hardsigmoid(x)
                 elif code == _HARDSWISH:
                     y = x * f.hardsigmoid(x)
                 elif code == _NEG:
@@ -231,14 +235,8 @@ def unary_kernel(code: int, f32: bool) -> KernelFunction:
                     y = _sign(x)
                 elif code == _STEP:
                     y = _step(x)
-                elif code == _FLOOR:
-                    y = floor(x)
-                elif code == _CEIL:
-                    y = ceil(x)
                 elif code == _ROUND:
                     y = round_away(x)
-                elif code == _TRUNC:
-                    y = trunc(x)
                 elif code == _SCALE:
                     # Adding a bias of 0 would turn -0 into 0.
                     y = x * p0 if p1 == np.float32(0.0) else fma(x, splat(p0), splat(p1))
@@ -252,15 +250,7 @@ def unary_kernel(code: int, f32: bool) -> KernelFunction:
                     y = f.log(x)
                 else:
                     y = _leaky_relu(x, p0)
-                if f32:
-                    if n >= LANES:
-                        store_f32s(to + i * 4, y)
-                    else:
-                        store_f32s_part(to + i * 4, y, n)
-                elif n >= LANES:
-                    store_lanes(type_d, to + i * size_d, y)
-                else:
-                    store_lanes_part(type_d, to + i * size_d, y, n)
+                store(type_d, to + i * size_d, n, y)
                 i += LANES
         return 0
 
@@ -279,11 +269,7 @@ def trigonometric_kernel(code: int) -> KernelFunction:
         rows, width = extra(rec, 0), extra(rec, 1)
         type_d, type_s = ggml_type(rec, DST), ggml_type(rec, SRC0)
         size_d, size_s = size_of(type_d), size_of(type_s)
-        row, row_end, begin, end = 0, 1, 0, width
-        if rows == 1:
-            begin, end = share(width, ith, nth, 256)
-        else:
-            row, row_end = share_rows(rows, ith, nth)
+        row, row_end, begin, end = share_elements(rows, width, ith, nth, 256, LANES)
         while row < row_end:
             to, source = row_address(rec, DST, row), row_address(rec, SRC0, row)
             row += 1
@@ -321,25 +307,22 @@ def binary_kernel(code: int, f32: bool) -> KernelFunction:
     they repeat within a row or have a stride of their own.
     """
 
+    size, load, store = _access(f32)
+
     @kernel
     def binary(rec, ith, nth):  # type: ignore[no-untyped-def]
         rows, width, form = extra(rec, 0), extra(rec, 1), extra(rec, 2)
         type_d, type_x, type_y = ggml_type(rec, DST), ggml_type(rec, SRC0), ggml_type(rec, SRC1)
-        size_d, size_x, size_y = size_of(type_d), size_of(type_x), size_of(type_y)
-        row, row_end, begin, end = 0, 1, 0, width
-        if rows == 1:
-            begin, end = share(width, ith, nth, _GRAIN)
-        else:
-            row, row_end = share_rows(rows, ith, nth)
+        size_d, size_x, size_y = size(type_d), size(type_x), size(type_y)
+        row, row_end, begin, end = share_elements(rows, width, ith, nth, _GRAIN, LANES)
         ne1, ne2 = ne(rec, DST, 1), ne(rec, DST, 2)
         while row < row_end:
             i1, rest = row % ne1, row // ne1
             i2, i3 = rest % ne2, rest // ne2
             row += 1
-            to = data(rec, DST) + i1 * nb(rec, DST, 1) + i2 * nb(rec, DST, 2) + i3 * nb(rec, DST, 3)
-            x_row = data(rec, SRC0)
-            x_row += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
-            y_row = data(rec, SRC1) + i1 % ne(rec, SRC1, 1) * nb(rec, SRC1, 1)
+            to, x_row = place(rec, DST, i1, i2, i3), place(rec, SRC0, i1, i2, i3)
+            # One division after the other: all three at once take more registers than there are.
+            y_row = place(rec, SRC1, i1 % ne(rec, SRC1, 1), 0, 0)
             y_row += i2 % ne(rec, SRC1, 2) * nb(rec, SRC1, 2)
             y_row += i3 % ne(rec, SRC1, 3) * nb(rec, SRC1, 3)
             if form == 2:
@@ -352,31 +335,18 @@ def binary_kernel(code: int, f32: bool) -> KernelFunction:
                 continue
             y = splat(load_scalar(type_y, y_row))
             i = begin
-            while i < end:
-                n = end - i
-                if f32:
-                    at = x_row + i * 4
-                    x = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
-                    if form == 0:
-                        at = y_row + i * 4
-                        y = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
-                    z = _combine(code, x, y)
-                    if n >= LANES:
-                        store_f32s(to + i * 4, z)
-                    else:
-                        store_f32s_part(to + i * 4, z, n)
-                else:
-                    at = x_row + i * size_x
-                    x = load_lanes(type_x, at) if n >= LANES else load_lanes_part(type_x, at, n)
-                    if form == 0:
-                        at = y_row + i * size_y
-                        y = load_lanes(type_y, at) if n >= LANES else load_lanes_part(type_y, at, n)
-                    z = _combine(code, x, y)
-                    if n >= LANES:
-                        store_lanes(type_d, to + i * size_d, z)
-                    else:
-                        store_lanes_part(type_d, to + i * size_d, z, n)
+            # The last vector is apart: in one loop with the others it takes their registers.
+            while i + LANES <= end:
+                x = load(type_x, x_row + i * size_x, LANES)
+                if form == 0:
+                    y = load(type_y, y_row + i * size_y, LANES)
+                store(type_d, to + i * size_d, LANES, _combine(code, x, y))
                 i += LANES
+            if i < end:
+                x = load(type_x, x_row + i * size_x, end - i)
+                if form == 0:
+                    y = load(type_y, y_row + i * size_y, end - i)
+                store(type_d, to + i * size_d, end - i, _combine(code, x, y))
         return 0
 
     return binary
@@ -411,17 +381,15 @@ def glu_kernel(code: int, f32: bool) -> KernelFunction:
     Slots 1 and 2 hold x and g with the shape of dst (a halved tensor gives two views).
     """
 
+    size, load, store = _access(f32)
+
     @kernel
     def glu(rec, ith, nth):  # type: ignore[no-untyped-def]
         rows, width = extra(rec, 0), extra(rec, 1)
         type_d, type_x, type_g = ggml_type(rec, DST), ggml_type(rec, SRC0), ggml_type(rec, SRC1)
-        size_d, size_x, size_g = size_of(type_d), size_of(type_x), size_of(type_g)
-        row, row_end, begin, end = 0, 1, 0, width
-        if rows == 1:
-            # The exponential makes smaller shares worth while.
-            begin, end = share(width, ith, nth, 512)
-        else:
-            row, row_end = share_rows(rows, ith, nth)
+        size_d, size_x, size_g = size(type_d), size(type_x), size(type_g)
+        # The exponential makes smaller shares worth while.
+        row, row_end, begin, end = share_elements(rows, width, ith, nth, 512, LANES)
         alpha, limit = param_f32(rec, 2), param_f32(rec, 3)
         table = extra(rec, 2)
         while row < row_end:
@@ -431,16 +399,7 @@ def glu_kernel(code: int, f32: bool) -> KernelFunction:
             i = begin
             while i < end:
                 n = end - i
-                if f32:
-                    at = x_row + i * 4
-                    x = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
-                    at = g_row + i * 4
-                    g = load_f32s(at) if n >= LANES else load_f32s_part(at, n)
-                else:
-                    at = x_row + i * size_x
-                    x = load_lanes(type_x, at) if n >= LANES else load_lanes_part(type_x, at, n)
-                    at = g_row + i * size_g
-                    g = load_lanes(type_g, at) if n >= LANES else load_lanes_part(type_g, at, n)
+                x, g = load(type_x, x_row + i * size_x, n), load(type_g, g_row + i * size_g, n)
                 if code == _SWIGLU:
                     y = f.silu(x) * g
                 elif code == _GEGLU:
@@ -460,15 +419,7 @@ def glu_kernel(code: int, f32: bool) -> KernelFunction:
                     y = _swiglu_oai(x, g, alpha, limit)
                 else:
                     y = _swiglu_clamp(x, g, limit)
-                if f32:
-                    if n >= LANES:
-                        store_f32s(to + i * 4, y)
-                    else:
-                        store_f32s_part(to + i * 4, y, n)
-                elif n >= LANES:
-                    store_lanes(type_d, to + i * size_d, y)
-                else:
-                    store_lanes_part(type_d, to + i * size_d, y, n)
+                store(type_d, to + i * size_d, n, y)
                 i += LANES
         return 0
 

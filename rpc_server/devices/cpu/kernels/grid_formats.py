@@ -102,18 +102,26 @@ def _nibble_pairs(e: Emit, block: Any, offset: int) -> Any:
     return e.shuffle(low, [i // 2 + 8 * (i % 2) for i in range(16)], high)
 
 
-def iq2_xxs(e: Emit, block: Any) -> Grid:
-    points, signs = _table(e, "IQ2_XXS"), _table(e, "SIGNS")
+def _xxs(e: Emit, block: Any, name: str, count: int, words_at: range, times: float) -> Grid:
+    """A run's word has its scale on top of four times seven bits for signs."""
+    points, signs = _table(e, name), _table(e, "SIGNS")
     codes, words = [], []
-    for run in range(8):
-        at = 2 + 8 * run
-        found = _look_up(e, points, [_byte(e, block, at + i) for i in range(4)])
-        words.append(e.load(block, I32, at + 4))
+    for run, at in enumerate(words_at):
+        found = _look_up(e, points, [_byte(e, block, 2 + 8 * run + i) for i in range(count)])
+        words.append(e.load(block, I32, at))
         word = e.b.zext(words[-1], I64)
         sevens = [_field(e, word, 7 * i, 127) for i in range(4)]
         codes.append(_signed(e, found, _signs(e, signs, sevens), CENTRE))
     top = e.shift_right(_joined(e, words), 28)
-    return codes, _scales(e, _half(e, block), top, 0.5, 0.25)
+    return codes, _scales(e, _half(e, block), top, 0.5, times)
+
+
+def iq2_xxs(e: Emit, block: Any) -> Grid:
+    return _xxs(e, block, "IQ2_XXS", 4, range(6, 70, 8), 0.25)
+
+
+def iq3_xxs(e: Emit, block: Any) -> Grid:
+    return _xxs(e, block, "IQ3_XXS", 8, range(66, 98, 4), 0.5)
 
 
 def iq2_xs(e: Emit, block: Any) -> Grid:
@@ -127,43 +135,31 @@ def iq2_xs(e: Emit, block: Any) -> Grid:
     return codes, _scales(e, _half(e, block), _nibble_pairs(e, block, 66), 0.5, 0.25)
 
 
-def iq2_s(e: Emit, block: Any) -> Grid:
-    points = _table(e, "IQ2_S")
+def _s(e: Emit, block: Any, name: str, count: int, signs_at: int, centre: int) -> list[Any]:
+    """Codes of ``count`` points a run: low bits of their numbers in bytes, higher ones shared."""
+    points, bits = _table(e, name), 8 // count
     codes = []
     for run in range(8):
         high = _byte(e, block, 66 + run)
         indices = [
-            e.b.or_(_byte(e, block, 2 + 4 * run + i), _field(e, high, 2 * i, 3, 8))
-            for i in range(4)
+            e.b.or_(
+                _byte(e, block, 2 + count * run + i),
+                _field(e, high, bits * i, (1 << bits) - 1, 8),
+            )
+            for i in range(count)
         ]
-        signs = e.load(block, I32, 34 + 4 * run)
-        codes.append(_signed(e, _look_up(e, points, indices), signs, CENTRE))
+        signs = e.load(block, I32, signs_at + 4 * run)
+        codes.append(_signed(e, _look_up(e, points, indices), signs, centre))
+    return codes
+
+
+def iq2_s(e: Emit, block: Any) -> Grid:
+    codes = _s(e, block, "IQ2_S", 4, 34, CENTRE)
     return codes, _scales(e, _half(e, block), _nibble_pairs(e, block, 74), 0.5, 0.25)
 
 
-def iq3_xxs(e: Emit, block: Any) -> Grid:
-    points, signs = _table(e, "IQ3_XXS"), _table(e, "SIGNS")
-    codes, words = [], []
-    for run in range(8):
-        found = _look_up(e, points, [_byte(e, block, 2 + 8 * run + i) for i in range(8)])
-        words.append(e.load(block, I32, 66 + 4 * run))
-        word = e.b.zext(words[-1], I64)
-        sevens = [_field(e, word, 7 * i, 127) for i in range(4)]
-        codes.append(_signed(e, found, _signs(e, signs, sevens), CENTRE))
-    top = e.shift_right(_joined(e, words), 28)
-    return codes, _scales(e, _half(e, block), top, 0.5, 0.5)
-
-
 def iq3_s(e: Emit, block: Any) -> Grid:
-    points = _table(e, "IQ3_S")
-    codes = []
-    for run in range(8):
-        high = _byte(e, block, 66 + run)
-        indices = [
-            e.b.or_(_byte(e, block, 2 + 8 * run + i), _field(e, high, i, 1, 8)) for i in range(8)
-        ]
-        signs = e.load(block, I32, 74 + 4 * run)
-        codes.append(_signed(e, _look_up(e, points, indices), signs, CENTRE_IQ3_S))
+    codes = _s(e, block, "IQ3_S", 8, 74, CENTRE_IQ3_S)
     packed = e.splat(e.load(block, I32, 106), 8)
     nibbles = e.and_(e.b.lshr(packed, e.constant(I32, range(0, 32, 4), 8)), 15)
     return codes, _scales(e, _half(e, block), nibbles, 0.5, 2.0)

@@ -80,6 +80,14 @@ def inline_helper(function: Callable[..., Any]) -> Any:
     return numba.njit(**_JIT, fastmath=FASTMATH, error_model="numpy", forceinline=True)(function)
 
 
+def pasted_helper(function: Callable[..., Any]) -> Any:
+    """Return a helper whose text stands in for its call: the code is as if it were written there.
+
+    LLVM joins calls to it late. What loops do for each vector or row is faster this way.
+    """
+    return numba.njit(**_JIT, fastmath=FASTMATH, error_model="numpy", inline="always")(function)
+
+
 def exact_helper(function: Callable[..., Any]) -> Any:
     """Return a helper whose float operations are each rounded on their own, none contracted."""
     # Said explicitly: what is left unsaid numba inherits from the caller.
@@ -146,12 +154,11 @@ def _i(bits: int) -> ir.IntType:
 
 # Integers narrower than 64 bits are widened: kernels compute indices in int64 throughout.
 load_i64 = intrinsic(_make_load(_i(64), types.int64))
-load_i32 = intrinsic(_make_load(_i(32), types.int64, "sext"))
-load_i16 = intrinsic(_make_load(_i(16), types.int64, "sext"))
-load_i8 = intrinsic(_make_load(_i(8), types.int64, "sext"))
-load_u32 = intrinsic(_make_load(_i(32), types.int64, "zext"))
-load_u16 = intrinsic(_make_load(_i(16), types.int64, "zext"))
-load_u8 = intrinsic(_make_load(_i(8), types.int64, "zext"))
+load_i32, load_i16, load_i8, load_u32, load_u16, load_u8 = (
+    intrinsic(_make_load(_i(bits), types.int64, extension))
+    for extension in ("sext", "zext")
+    for bits in (32, 16, 8)
+)
 load_f32 = intrinsic(_make_load(ir.FloatType(), types.float32))
 load_f64 = intrinsic(_make_load(ir.DoubleType(), types.float64))
 load_f16 = intrinsic(_make_load(ir.HalfType(), types.float32, "fpext"))
@@ -163,32 +170,27 @@ load_index = intrinsic(_make_index_load(32))
 load_index_64 = intrinsic(_make_index_load(64))
 
 store_i64 = intrinsic(_make_store(_i(64), types.int64))
-store_i32 = intrinsic(_make_store(_i(32), types.int64, "trunc"))
-store_i16 = intrinsic(_make_store(_i(16), types.int64, "trunc"))
-store_i8 = intrinsic(_make_store(_i(8), types.int64, "trunc"))
+store_i32, store_i16, store_i8 = (
+    intrinsic(_make_store(_i(bits), types.int64, "trunc")) for bits in (32, 16, 8)
+)
 store_f32 = intrinsic(_make_store(ir.FloatType(), types.float32))
 store_f64 = intrinsic(_make_store(ir.DoubleType(), types.float64))
 store_f16 = intrinsic(_make_store(ir.HalfType(), types.float32, "fptrunc"))
 
 
-@intrinsic
-def f32_bits(typingctx: Any, value: Any) -> Any:
-    """Return the bit pattern of a float32 as int32."""
+def _make_bits(to: ir.Type, result: Any, value: Any) -> Any:
+    def bits(typingctx: Any, of: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], to)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _i(32))
+        return result(value), codegen
 
-    return types.int32(types.float32), codegen
+    return intrinsic(bits)
 
 
-@intrinsic
-def bits_f32(typingctx: Any, value: Any) -> Any:
-    """Return the float32 with the bit pattern of an int32."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
+# The bit pattern of a float32 as int32, and back.
+f32_bits = _make_bits(_i(32), types.int32, types.float32)
+bits_f32 = _make_bits(ir.FloatType(), types.float32, types.int32)
 
 
 @intrinsic
@@ -248,46 +250,6 @@ memory_copy = intrinsic(_make_memory_op("memcpy", types.int64))
 memory_set = intrinsic(_make_memory_op("memset", types.int64))
 
 
-@intrinsic
-def _as_pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    pointer_type = types.CPointer(like.dtype)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(pointer_type))
-
-    return pointer_type(types.int64, like), codegen
-
-
-@inline_helper
-def f32_view(address, n):  # type: ignore[no-untyped-def]
-    """Return a float32[n] array over memory at ``address`` (must be 4-byte aligned)."""
-    return numba.carray(_as_pointer(address, np.float32), (n,))
-
-
-@inline_helper
-def i32_view(address, n):  # type: ignore[no-untyped-def]
-    """Return a int32[n] array over memory at ``address``."""
-    return numba.carray(_as_pointer(address, np.int32), (n,))
-
-
-@inline_helper
-def i8_view(address, n):  # type: ignore[no-untyped-def]
-    """Return a int8[n] array over memory at ``address``."""
-    return numba.carray(_as_pointer(address, np.int8), (n,))
-
-
-@inline_helper
-def u8_view(address, n):  # type: ignore[no-untyped-def]
-    """Return a uint8[n] array over memory at ``address``."""
-    return numba.carray(_as_pointer(address, np.uint8), (n,))
-
-
-@inline_helper
-def u16_view(address, n):  # type: ignore[no-untyped-def]
-    """Return a uint16[n] array over memory at ``address``."""
-    return numba.carray(_as_pointer(address, np.uint16), (n,))
-
-
 # -- the record ------------------------------------------------------------------------------------
 
 
@@ -339,13 +301,21 @@ def n_rows(rec, slot):  # type: ignore[no-untyped-def]
     return ne(rec, slot, 1) * ne(rec, slot, 2) * ne(rec, slot, 3)
 
 
+@pasted_helper
+def given(rec, slot):  # type: ignore[no-untyped-def]
+    """Return whether there is a tensor in ``slot``."""
+    return data(rec, slot) != 0
+
+
+@pasted_helper
+def place(rec, slot, i1, i2, i3):  # type: ignore[no-untyped-def]
+    """Return the address of the first element of the row with these indices."""
+    return data(rec, slot) + i1 * nb(rec, slot, 1) + i2 * nb(rec, slot, 2) + i3 * nb(rec, slot, 3)
+
+
 @inline_helper
 def row_address(rec, slot, row):  # type: ignore[no-untyped-def]
     """Return the address of the first element of row ``row`` (rows counted over dims 1, 2, 3)."""
-    ne1 = ne(rec, slot, 1)
-    ne2 = ne(rec, slot, 2)
-    i1 = row % ne1
+    ne1, ne2 = ne(rec, slot, 1), ne(rec, slot, 2)
     rest = row // ne1
-    i2 = rest % ne2
-    i3 = rest // ne2
-    return data(rec, slot) + i1 * nb(rec, slot, 1) + i2 * nb(rec, slot, 2) + i3 * nb(rec, slot, 3)
+    return place(rec, slot, row % ne1, rest % ne2, rest // ne2)

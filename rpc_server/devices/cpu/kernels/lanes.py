@@ -8,6 +8,7 @@ They are generic vector IR, which LLVM cuts to the registers of the processor it
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -79,40 +80,23 @@ def _define_operator(
         lower_builtin(op, *pair)(lower)
 
 
-for _op, _name in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _define_operator(
-        _op, F32S, types.float32, F32S, lambda b, x, y, _name=_name: getattr(b, _name)(x, y)
-    )
+def _ordered(symbol: str) -> Callable[..., Any]:
+    """Return what emits a comparison that is false where an operand is NaN."""
+    return lambda builder, x, y: builder.fcmp_ordered(symbol, x, y)
 
-for _op, _name in (
-    (operator.add, "add"),
-    (operator.sub, "sub"),
-    (operator.mul, "mul"),
-    (operator.and_, "and_"),
-    (operator.or_, "or_"),
-    (operator.lshift, "shl"),
-    (operator.rshift, "ashr"),
-):
-    _define_operator(
-        _op, I32S, types.int32, I32S, lambda b, x, y, _name=_name: getattr(b, _name)(x, y)
-    )
 
-# Ordered comparisons: false where an operand is NaN.
-for _op, _name in (
-    (operator.lt, "<"),
-    (operator.le, "<="),
-    (operator.gt, ">"),
-    (operator.ge, ">="),
-    (operator.eq, "=="),
+_method = functools.partial(getattr, ir.IRBuilder)
+_FLOATS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}
+_WHOLES = {n: n for n in ("add", "sub", "mul", "and_", "or_")} | {"lshift": "shl", "rshift": "ashr"}
+_ORDERS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
+for _kind, _scalar, _result, _emitter, _operators in (
+    (F32S, types.float32, F32S, _method, _FLOATS),
+    (I32S, types.int32, I32S, _method, _WHOLES),
+    (F32S, types.float32, MASK, _ordered, _ORDERS),
 ):
-    _define_operator(
-        _op, F32S, types.float32, MASK, lambda b, x, y, _name=_name: b.fcmp_ordered(_name, x, y)
-    )
+    for _name, _instruction in _operators.items():
+        _operator, _emit = getattr(operator, _name), _emitter(_instruction)
+        _define_operator(_operator, _kind, _scalar, _result, _emit)
 
 
 @infer_global(operator.neg)
@@ -266,24 +250,20 @@ def iota(typingctx: Any) -> Any:
     return F32S(), codegen
 
 
-@intrinsic
-def bits_of(typingctx: Any, value: Any) -> Any:
-    """Return the bit patterns of float lanes."""
+def _make_cast(instruction: str, to: ir.Type, result: Lanes, value: Lanes) -> Any:
+    def cast(typingctx: Any, lanes: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return getattr(builder, instruction)(args[0], _vector(to))
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _vector(_I32))
+        return result(value), codegen
 
-    return I32S(F32S), codegen
+    return intrinsic(cast)
 
 
-@intrinsic
-def from_bits(typingctx: Any, value: Any) -> Any:
-    """Return float lanes of these bit patterns."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _vector(_F32))
-
-    return F32S(I32S), codegen
+# The bit patterns of float lanes, float lanes of bit patterns, and integer lanes as floats.
+bits_of = _make_cast("bitcast", _I32, I32S, F32S)
+from_bits = _make_cast("bitcast", _F32, F32S, I32S)
+to_float = _make_cast("sitofp", _F32, F32S, I32S)
 
 
 def _make_bits(conversion: str) -> Any:
@@ -318,16 +298,6 @@ def look_up(typingctx: Any, table: Any, indices: Any) -> Any:
         return lanes
 
     return F32S(types.int64, I32S), codegen
-
-
-@intrinsic
-def to_float(typingctx: Any, value: Any) -> Any:
-    """Return integer lanes as floats."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.sitofp(args[0], _vector(_F32))
-
-    return F32S(I32S), codegen
 
 
 @intrinsic
@@ -373,9 +343,7 @@ fma = _make_function("fma", 3)
 sqrt = _make_function("sqrt", 1)
 absolute = _make_function("fabs", 1)
 copysign = _make_function("copysign", 2)
-floor = _make_function("floor", 1)
-ceil = _make_function("ceil", 1)
-trunc = _make_function("trunc", 1)
+floor, ceil, trunc = (_make_function(name, 1) for name in ("floor", "ceil", "trunc"))
 # Halves to even numbers.
 round_even = _make_function("rint", 1)
 # Halves to even numbers.

@@ -207,7 +207,7 @@ def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
                     for k_begin in range(0, k, CHUNK):
                         k_end = min(k, k_begin + CHUNK)
                         unpack_tile(
-                            TYPE, ISA, weights, stride, row, end_row - 1, k_begin, k_end, tile
+                            TYPE, ISA, tile, k_begin, k_end, weights, stride, row, end_row - 1
                         )
                         for c in range(first_column, end_column, COLUMNS):
                             tile_product(

@@ -20,21 +20,20 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     nb,
     ne,
     param_f32,
+    pasted_helper,
     row_address,
 )
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     fma,
-    iota,
     load_f32s,
     load_f32s_part,
-    select,
     splat,
     store_f32s,
     store_f32s_part,
     sum_lanes,
 )
-from rpc_server.devices.cpu.kernels.typed import share_rows
+from rpc_server.devices.cpu.kernels.typed import first_lanes, share_rows
 
 _RMS, _NORM, _L2 = (int(code) for code in Norm)
 
@@ -75,7 +74,7 @@ def row_square_sum(row, n, mean):  # type: ignore[no-untyped-def]
         else:
             # Lanes beyond the row count as the mean, not as zero.
             x = load_f32s_part(at, left) - mean
-            x = select(iota() < np.float32(left), x, splat(np.float32(0.0)))
+            x = first_lanes(x, left, splat(np.float32(0.0)))
         a = fma(x, x, a)
         i += LANES
     return sum_lanes(a + b)
@@ -95,6 +94,18 @@ def _statistics(code, row, n, eps):  # type: ignore[no-untyped-def]
     return mean, np.float32(1.0) / np.float32(math.sqrt(square_sum / np.float32(n) + eps))
 
 
+@pasted_helper
+def _normalize(x_row, y_row, n, mean, factor):  # type: ignore[no-untyped-def]
+    """Write (x - mean) * factor of ``n`` float32."""
+    i = 0
+    while i + LANES <= n:
+        store_f32s(y_row + i * 4, (load_f32s(x_row + i * 4) - mean) * factor)
+        i += LANES
+    if i < n:
+        x = load_f32s_part(x_row + i * 4, n - i)
+        store_f32s_part(y_row + i * 4, (x - mean) * factor, n - i)
+
+
 @functools.cache
 def norm_kernel(code: int) -> KernelFunction:
     """Return the kernel of dst = (src0 - mean) * factor along rows, for a :class:`Norm`."""
@@ -107,13 +118,7 @@ def norm_kernel(code: int) -> KernelFunction:
             source, to = row_address(rec, SRC0, row), row_address(rec, DST, row)
             row += 1
             mean, factor = _statistics(code, source, n, eps)
-            i = 0
-            while i + LANES <= n:
-                store_f32s(to + i * 4, (load_f32s(source + i * 4) - mean) * factor)
-                i += LANES
-            if i < n:
-                x = load_f32s_part(source + i * 4, n - i)
-                store_f32s_part(to + i * 4, (x - mean) * factor, n - i)
+            _normalize(source, to, n, mean, factor)
         return 0
 
     return norm
@@ -144,11 +149,5 @@ def group_norm(rec, ith, nth):  # type: ignore[no-untyped-def]
         factor = np.float32(1.0) / np.float32(math.sqrt(total / count + eps))
         for c in range(first, last):
             x_row, y_row = source + c * nb(rec, SRC0, 2), to + c * nb(rec, DST, 2)
-            i = 0
-            while i + LANES <= plane:
-                store_f32s(y_row + i * 4, (load_f32s(x_row + i * 4) - mean) * factor)
-                i += LANES
-            if i < plane:
-                x = load_f32s_part(x_row + i * 4, plane - i)
-                store_f32s_part(y_row + i * 4, (x - mean) * factor, plane - i)
+            _normalize(x_row, y_row, plane, mean, factor)
     return 0

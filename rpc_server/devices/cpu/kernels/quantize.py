@@ -7,10 +7,13 @@ Compiled without contraction: a fused multiply-add would round where the referen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from protocol.ggml.tables import IQ4_VALUES
-from protocol.ggml.types import GgmlType
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.kernels.intrinsics import (
     exact_helper,
     load_f32,
@@ -61,7 +64,6 @@ def _eight_bits(scaled):  # type: ignore[no-untyped-def]
     return select(finite, round_even(scaled), splat(np.float32(-128.0)))
 
 
-@exact_helper
 def _q8_0_block(x, y):  # type: ignore[no-untyped-def]
     low, high = load_f32s(x), load_f32s(x + LANES * 4)
     largest = max_lanes(maximum(absolute(low), absolute(high)))
@@ -132,7 +134,6 @@ def _nearest_iq4(v):  # type: ignore[no-untyped-def]
     return low if v - IQ4_VALUES[high - 1] < IQ4_VALUES[high] - v else high
 
 
-@exact_helper
 def _iq4_nl_block(x, y):  # type: ignore[no-untyped-def]
     """The scale is the least-squares fit of the codes, weighted by x squared."""
     extreme = _extreme(x)
@@ -153,50 +154,28 @@ def _iq4_nl_block(x, y):  # type: ignore[no-untyped-def]
     store_f16(y, sum_qx / sum_q2 if sum_q2 > np.float32(0.0) else np.float32(0.0))
 
 
-@exact_helper
-def _q8_0_row(x, y, n):  # type: ignore[no-untyped-def]
-    for block in range(n // _BLOCK):
-        _q8_0_block(x + block * _BLOCK * 4, y + block * 34)
+def _row_of(type_: GgmlType, quantize: Callable[..., None]) -> Any:
+    block_of, size = exact_helper(quantize), TYPE_INFO[type_].type_size
 
+    @exact_helper
+    def row(x, y, n):  # type: ignore[no-untyped-def]
+        for block in range(n // _BLOCK):
+            block_of(x + block * _BLOCK * 4, y + block * size)
 
-@exact_helper
-def _q4_0_row(x, y, n):  # type: ignore[no-untyped-def]
-    for block in range(n // _BLOCK):
-        _symmetric_block(x + block * _BLOCK * 4, y + block * 18, 4)
-
-
-@exact_helper
-def _q4_1_row(x, y, n):  # type: ignore[no-untyped-def]
-    for block in range(n // _BLOCK):
-        _affine_block(x + block * _BLOCK * 4, y + block * 20, 4)
-
-
-@exact_helper
-def _q5_0_row(x, y, n):  # type: ignore[no-untyped-def]
-    for block in range(n // _BLOCK):
-        _symmetric_block(x + block * _BLOCK * 4, y + block * 22, 5)
-
-
-@exact_helper
-def _q5_1_row(x, y, n):  # type: ignore[no-untyped-def]
-    for block in range(n // _BLOCK):
-        _affine_block(x + block * _BLOCK * 4, y + block * 24, 5)
-
-
-@exact_helper
-def _iq4_nl_row(x, y, n):  # type: ignore[no-untyped-def]
-    for block in range(n // _BLOCK):
-        _iq4_nl_block(x + block * _BLOCK * 4, y + block * 18)
+    return row
 
 
 # type -> function(x, y, n): n float32 at x, a multiple of 32, to blocks at y.
 QUANTIZERS = {
-    GgmlType.Q4_0: _q4_0_row,
-    GgmlType.Q4_1: _q4_1_row,
-    GgmlType.Q5_0: _q5_0_row,
-    GgmlType.Q5_1: _q5_1_row,
-    GgmlType.Q8_0: _q8_0_row,
-    GgmlType.IQ4_NL: _iq4_nl_row,
+    type_: _row_of(type_, block)
+    for type_, block in (
+        (GgmlType.Q4_0, lambda x, y: _symmetric_block(x, y, 4)),
+        (GgmlType.Q4_1, lambda x, y: _affine_block(x, y, 4)),
+        (GgmlType.Q5_0, lambda x, y: _symmetric_block(x, y, 5)),
+        (GgmlType.Q5_1, lambda x, y: _affine_block(x, y, 5)),
+        (GgmlType.Q8_0, _q8_0_block),
+        (GgmlType.IQ4_NL, _iq4_nl_block),
+    )
 }
 
 

@@ -31,10 +31,10 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     load_f32,
     load_i32,
     memory_copy,
-    nb,
     ne,
     param_f32,
     param_i32,
+    place,
     store_f32,
 )
 from rpc_server.devices.cpu.kernels.lanes import (
@@ -112,7 +112,7 @@ def rope_table(rec, ith, nth):  # type: ignore[no-untyped-def]
     low, high = bits_f32(np.int32(extra(rec, 4))), bits_f32(np.int32(extra(rec, 5)))
     magnitude, sign = bits_f32(np.int32(extra(rec, 6))), bits_f32(np.int32(extra(rec, 7)))
     mode, freq_scale, ext_factor = param_i32(rec, 2), param_f32(rec, 6), param_f32(rec, 7)
-    multiple = mode & MODE_MROPE != 0
+    multiple, factors = mode & MODE_MROPE != 0, data(rec, SRC2)
     one = np.float32(1.0)
     begin, end = share_rows(count, ith, nth)
     for i in range(begin, end):
@@ -132,24 +132,14 @@ def rope_table(rec, ith, nth):  # type: ignore[no-untyped-def]
                 section = _section(rec, pair)
                 if mode == MODE_VISION:
                     begins = _begins(rec, pair)
-                    if begins == 0:
-                        angle0 = start0
-                    elif begins == 1:
-                        angle1 = start1
-                    elif begins == 2:
-                        angle2 = start2
-                    elif begins == 3:
-                        angle3 = start3
-                if section == 0:
-                    angle = angle0
-                elif section == 1:
-                    angle = angle1
-                elif section == 2:
-                    angle = angle2
-                else:
-                    angle = angle3
-            if data(rec, SRC2) != 0:
-                angle = angle / load_f32(data(rec, SRC2) + pair * 4)
+                    angle0 = start0 if begins == 0 else angle0
+                    angle1 = start1 if begins == 1 else angle1
+                    angle2 = start2 if begins == 2 else angle2
+                    angle3 = start3 if begins == 3 else angle3
+                first = angle0 if section == 0 else angle1
+                angle = first if section < 2 else angle2 if section == 2 else angle3
+            if factors != 0:
+                angle = angle / load_f32(factors + pair * 4)
             theta = freq_scale * angle
             if ext_factor != np.float32(0.0):
                 ramp = (np.float32(pair) - low) / max(np.float32(0.001), high - low)
@@ -230,9 +220,7 @@ def rope_kernel(neighbours: bool) -> KernelFunction:
             i1, rest = row % ne1, row // ne1
             i2, i3 = rest % ne2, rest // ne2
             row += 1
-            x = data(rec, SRC0)
-            x += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
-            y = data(rec, DST) + i1 * nb(rec, DST, 1) + i2 * nb(rec, DST, 2) + i3 * nb(rec, DST, 3)
+            x, y = place(rec, SRC0, i1, i2, i3), place(rec, DST, i1, i2, i3)
             if 2 * pairs < width and x != y:
                 memory_copy(y, x, first * size)
                 behind = (first + 2 * pairs) * size

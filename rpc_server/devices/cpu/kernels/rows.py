@@ -20,9 +20,9 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     kernel,
     load_index,
     load_index_64,
-    memory_copy,
     nb,
     ne,
+    place,
     row_address,
 )
 from rpc_server.devices.cpu.kernels.lanes import (
@@ -33,16 +33,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
     store_f32s_part,
 )
 from rpc_server.devices.cpu.kernels.quantize import quantize_row
-from rpc_server.devices.cpu.kernels.typed import (
-    F16,
-    F32,
-    load_lanes,
-    load_lanes_part,
-    share_rows,
-    size_of,
-    store_lanes,
-    store_lanes_part,
-)
+from rpc_server.devices.cpu.kernels.typed import F16, F32, convert_row, share_rows
 
 _OUT_OF_RANGE = int(Status.INDEX_OUT_OF_RANGE)
 _I64 = int(GgmlType.I64)
@@ -68,30 +59,11 @@ def get_rows_kernel(type_: int) -> KernelFunction:
             index = load_index(data(rec, SRC1) + at)
             if index < 0 or index >= limit:
                 return _OUT_OF_RANGE
-            x = data(rec, SRC0) + index * nb(rec, SRC0, 1)
-            x += i11 * nb(rec, SRC0, 2) + i12 * nb(rec, SRC0, 3)
-            y = data(rec, DST)
-            y += i10 * nb(rec, DST, 1) + i11 * nb(rec, DST, 2) + i12 * nb(rec, DST, 3)
-            dequantize_row(type_, x, y, n)
+            x = place(rec, SRC0, index, i11, i12)
+            dequantize_row(type_, x, place(rec, DST, i10, i11, i12), n)
         return 0
 
     return get_rows
-
-
-@inline_helper
-def convert_row(type_x, type_y, x, y, n):  # type: ignore[no-untyped-def]
-    """Convert ``n`` dense elements of F32, F16 or BF16 to another of these."""
-    if type_x == type_y:
-        memory_copy(y, x, n * size_of(type_x))
-        return
-    size_x, size_y = size_of(type_x), size_of(type_y)
-    i = 0
-    while i + LANES <= n:
-        store_lanes(type_y, y + i * size_y, load_lanes(type_x, x + i * size_x))
-        i += LANES
-    if i < n:
-        value = load_lanes_part(type_x, x + i * size_x, n - i)
-        store_lanes_part(type_y, y + i * size_y, value, n - i)
 
 
 @inline_helper
@@ -141,10 +113,7 @@ def set_rows_kernel(blocks: int | None) -> KernelFunction:
             index = _row_index(rec, i1, i2 % ne11, i3 % ne12)
             if index < 0 or index >= limit:
                 return _OUT_OF_RANGE
-            x = data(rec, SRC0)
-            x += i1 * nb(rec, SRC0, 1) + i2 * nb(rec, SRC0, 2) + i3 * nb(rec, SRC0, 3)
-            y = data(rec, DST) + index * nb(rec, DST, 1)
-            y += i2 * nb(rec, DST, 2) + i3 * nb(rec, DST, 3)
+            x, y = place(rec, SRC0, i1, i2, i3), place(rec, DST, index, i2, i3)
             if blocks is not None:
                 if type_x == F16:
                     floats = extra(rec, 0) + thread * n * 4

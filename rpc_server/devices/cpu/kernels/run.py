@@ -38,9 +38,6 @@ from rpc_server.devices.cpu.kernels.interface.sync import (
 from rpc_server.devices.cpu.kernels.intrinsics import load_i64
 from rpc_server.native.source import routine
 
-# About 20 us of spinning, the length of a small node; then the scheduler is asked.
-_SPINS = 2000
-
 
 def _word(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, ir.IntType(64).as_pointer())
@@ -137,6 +134,10 @@ def _end_at(sync, i, parts, count, pause):  # type: ignore[no-untyped-def]
     _atomic_store(sync + REST * 8, at)
     _atomic_store(sync + MET * 8, 0)
     return 1
+
+
+# About 20 us of spinning, the length of a small node; then the scheduler is asked.
+_SPINS = 2000
 
 
 @numba.njit

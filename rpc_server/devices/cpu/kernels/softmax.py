@@ -15,31 +15,36 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     data,
     extra,
     ggml_type,
+    given,
     inline_helper,
     kernel,
     load_f32,
     n_rows,
-    nb,
     ne,
     param_f32,
     param_i32,
+    place,
     row_address,
 )
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
     fma,
-    iota,
     load_f32s,
     load_f32s_part,
     max_lanes,
     maximum,
-    select,
     splat,
     store_f32s,
     store_f32s_part,
     sum_lanes,
 )
-from rpc_server.devices.cpu.kernels.typed import load_lanes, load_lanes_part, share_rows, size_of
+from rpc_server.devices.cpu.kernels.typed import (
+    first_lanes,
+    load_lanes,
+    load_lanes_part,
+    share_rows,
+    size_of,
+)
 
 
 @inline_helper
@@ -66,7 +71,7 @@ def soft_max(rec, ith, nth):  # type: ignore[no-untyped-def]
     """
     n, ne1, ne2 = ne(rec, DST, 0), ne(rec, DST, 1), ne(rec, DST, 2)
     scale, max_bias = param_f32(rec, 0), param_f32(rec, 1)
-    masked = data(rec, SRC1) != 0
+    masked = given(rec, SRC1)
     mask_type = ggml_type(rec, SRC1)
     mask_size = size_of(mask_type)
     lowest = splat(np.float32(-np.inf))
@@ -79,9 +84,7 @@ def soft_max(rec, ith, nth):  # type: ignore[no-untyped-def]
         mask = np.int64(0)
         slope = np.float32(1.0)
         if masked:
-            mask = data(rec, SRC1) + i1 * nb(rec, SRC1, 1)
-            mask += i2 % ne(rec, SRC1, 2) * nb(rec, SRC1, 2)
-            mask += i3 % ne(rec, SRC1, 3) * nb(rec, SRC1, 3)
+            mask = place(rec, SRC1, i1, i2 % ne(rec, SRC1, 2), i3 % ne(rec, SRC1, 3))
             slope = alibi_slope(i2, ne2, max_bias)
         highest = lowest
         i = 0
@@ -97,13 +100,13 @@ def soft_max(rec, ith, nth):  # type: ignore[no-untyped-def]
                 if masked:
                     m = load_lanes_part(mask_type, mask + i * mask_size, left)
                     x = fma(m, splat(slope), x)
-                x = select(iota() < np.float32(left), x, lowest)
+                x = first_lanes(x, left, lowest)
                 store_f32s_part(to + i * 4, x, left)
             highest = maximum(highest, x)
             i += LANES
         top = max_lanes(highest)
         sink = np.float32(0.0)
-        if data(rec, SRC2) != 0:
+        if given(rec, SRC2):
             sink = load_f32(data(rec, SRC2) + i2 * 4)
             top = max(top, sink)
         total = splat(np.float32(0.0))
@@ -116,11 +119,11 @@ def soft_max(rec, ith, nth):  # type: ignore[no-untyped-def]
             else:
                 x = exp(load_f32s_part(to + i * 4, left) - top)
                 store_f32s_part(to + i * 4, x, left)
-                x = select(iota() < np.float32(left), x, splat(np.float32(0.0)))
+                x = first_lanes(x, left, splat(np.float32(0.0)))
             total = total + x
             i += LANES
         all_ = sum_lanes(total)
-        if data(rec, SRC2) != 0:
+        if given(rec, SRC2):
             all_ += np.float32(math.exp(sink - top))
         factor = np.float32(1.0) / all_
         i = 0
@@ -148,12 +151,12 @@ def diagonal_mask(rec, ith, nth):  # type: ignore[no-untyped-def]
         row += 1
         i = 0
         while i < n:
-            left = n - i
-            inside = iota() <= np.float32(keep - i)
+            left, inside = n - i, keep + 1 - i
             if left >= LANES:
-                store_f32s(to + i * 4, select(inside, load_f32s(source + i * 4), splat(value)))
+                x = load_f32s(source + i * 4)
+                store_f32s(to + i * 4, first_lanes(x, inside, splat(value)))
             else:
                 x = load_f32s_part(source + i * 4, left)
-                store_f32s_part(to + i * 4, select(inside, x, splat(value)), left)
+                store_f32s_part(to + i * 4, first_lanes(x, inside, splat(value)), left)
             i += LANES
     return 0

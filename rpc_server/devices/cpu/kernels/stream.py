@@ -126,11 +126,13 @@ def _waited(stream, since):  # type: ignore[no-untyped-def]
 
 
 @helper
-def _ready(stream, events, since, pause):  # type: ignore[no-untyped-def]
+def _ready(stream, events, since, alarms, pause, done):  # type: ignore[no-untyped-def]
     """Sleep until the socket is ready; 0, AGAIN, or the status if it isn't in time.
 
-    The caller has waited from ``since`` on.
+    The caller has waited from ``since`` on, ``alarms`` times; ``done`` bytes were moved before.
     """
+    if alarms > _MOST_FALSE_ALARMS:
+        return CLOSED
     poll = stream + POLL * 8
     # What was waited while others had the device counts, as nothing has come.
     store_i64(stream + PAUSED_AT * 8, 0)
@@ -139,7 +141,7 @@ def _ready(stream, events, since, pause):  # type: ignore[no-untyped-def]
         if left <= 0:
             return SILENT
         if load_i64(pause) != 0:
-            return AGAIN
+            return _paused(stream, since, done)
         store_i32(poll, load_i64(stream))
         store_i16(poll + 4, events)
         store_i16(poll + 6, 0)
@@ -161,17 +163,12 @@ def _send_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
             _count(stream, BYTES_SENT, n)
             _moved(stream, n, _waited(stream, since))
             sent += n
-            since = 0
-            alarms = 0
+            since = alarms = 0
             continue
         if since == 0:
             since = _now(stream)
         alarms += 1
-        if alarms > _MOST_FALSE_ALARMS:
-            return CLOSED
-        status = _ready(stream, _POLLOUT, since, pause)
-        if status == AGAIN:
-            return _paused(stream, since, sent)
+        status = _ready(stream, _POLLOUT, since, alarms, pause, sent)
         if status != 0:
             return status
     return 0
@@ -194,8 +191,7 @@ def _receive_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
         if n > 0:
             _moved(stream, n, _waited(stream, since))
             got += n
-            since = 0
-            alarms = 0
+            since = alarms = 0
             continue
         if n == 0:
             return CLOSED
@@ -205,11 +201,7 @@ def _receive_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
             _let_others_run()
             continue
         alarms += 1
-        if alarms > _MOST_FALSE_ALARMS:
-            return CLOSED
-        status = _ready(stream, _POLLIN, since, pause)
-        if status == AGAIN:
-            return _paused(stream, since, got)
+        status = _ready(stream, _POLLIN, since, alarms, pause, got)
         if status != 0:
             return status
     _count(stream, BYTES_RECEIVED, size)

@@ -19,6 +19,8 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     load_f16,
     load_f32,
     load_i32,
+    memory_copy,
+    pasted_helper,
     store_bf16,
     store_f16,
     store_f32,
@@ -26,12 +28,14 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
 )
 from rpc_server.devices.cpu.kernels.lanes import (
     LANES,
+    iota,
     load_bf16s,
     load_bf16s_part,
     load_f16s,
     load_f16s_part,
     load_f32s,
     load_f32s_part,
+    select,
     store_bf16s,
     store_bf16s_part,
     store_f16s,
@@ -40,10 +44,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
     store_f32s_part,
 )
 
-F32 = int(GgmlType.F32)
-F16 = int(GgmlType.F16)
-BF16 = int(GgmlType.BF16)
-I32 = int(GgmlType.I32)
+F32, F16, BF16, I32 = map(int, (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32))
 
 
 def choose_by_type(stub: Callable[..., None], choice: Callable[[GgmlType], Any]) -> None:
@@ -77,9 +78,7 @@ def load_lanes(type_, address):  # type: ignore[no-untyped-def]
     """Return 16 elements of F32, F16 or BF16."""
     if type_ == F32:
         return load_f32s(address)
-    if type_ == F16:
-        return load_f16s(address)
-    return load_bf16s(address)
+    return load_f16s(address) if type_ == F16 else load_bf16s(address)
 
 
 @inline_helper
@@ -87,9 +86,7 @@ def load_lanes_part(type_, address, n):  # type: ignore[no-untyped-def]
     """Return the first ``n`` of 16 elements, zero beyond."""
     if type_ == F32:
         return load_f32s_part(address, n)
-    if type_ == F16:
-        return load_f16s_part(address, n)
-    return load_bf16s_part(address, n)
+    return load_f16s_part(address, n) if type_ == F16 else load_bf16s_part(address, n)
 
 
 @inline_helper
@@ -112,6 +109,12 @@ def store_lanes_part(type_, address, value, n):  # type: ignore[no-untyped-def]
         store_f16s_part(address, value, n)
     else:
         store_bf16s_part(address, value, n)
+
+
+@pasted_helper
+def first_lanes(x, n, other):  # type: ignore[no-untyped-def]
+    """Return ``n`` lanes of ``x`` and, beyond, those of ``other``."""
+    return select(iota() < np.float32(n), x, other)
 
 
 @inline_helper
@@ -140,13 +143,29 @@ def store_scalar(type_, address, value):  # type: ignore[no-untyped-def]
 
 
 @inline_helper
-def share(n, ith, nth, grain):  # type: ignore[no-untyped-def]
-    """Return this thread's (begin, end) of ``n`` items, in whole vectors, ``grain`` at least.
+def convert_row(type_x, type_y, x, y, n):  # type: ignore[no-untyped-def]
+    """Convert ``n`` dense elements of F32, F16 or BF16 to another of these."""
+    if type_x == type_y:
+        memory_copy(y, x, n * size_of(type_x))
+        return
+    size_x, size_y = size_of(type_x), size_of(type_y)
+    i = 0
+    while i + LANES <= n:
+        store_lanes(type_y, y + i * size_y, load_lanes(type_x, x + i * size_x))
+        i += LANES
+    if i < n:
+        value = load_lanes_part(type_x, x + i * size_x, n - i)
+        store_lanes_part(type_y, y + i * size_y, value, n - i)
+
+
+@inline_helper
+def share(n, ith, nth, grain, unit):  # type: ignore[no-untyped-def]
+    """Return this thread's (begin, end) of ``n`` items, in whole units, ``grain`` at least.
 
     What is too little to share goes to the first thread.
     """
     each = max(-(-n // nth), grain)
-    each = -(-each // LANES) * LANES
+    each = -(-each // unit) * unit
     begin = min(n, ith * each)
     return begin, min(n, begin + each)
 
@@ -155,3 +174,17 @@ def share(n, ith, nth, grain):  # type: ignore[no-untyped-def]
 def share_rows(n, ith, nth):  # type: ignore[no-untyped-def]
     """Return this thread's (begin, end) of ``n`` rows."""
     return n * ith // nth, n * (ith + 1) // nth
+
+
+@pasted_helper
+def share_elements(rows, width, ith, nth, grain, unit):  # type: ignore[no-untyped-def]
+    """Return this thread's rows and what it does of each: (row, end of rows, begin, end).
+
+    Threads share rows, or the ``width`` elements of a single one as :func:`share` has it.
+    """
+    row, row_end, begin, end = 0, 1, 0, width
+    if rows == 1:
+        begin, end = share(width, ith, nth, grain, unit)
+    else:
+        row, row_end = share_rows(rows, ith, nth)
+    return row, row_end, begin, end
