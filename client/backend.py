@@ -173,12 +173,7 @@ class Backend:
     # -- values
 
     async def tensor(
-        self,
-        type: GgmlType,
-        ne: Sequence[int],
-        values: Values | None = None,
-        *,
-        name: str = "",
+        self, type: GgmlType, ne: Sequence[int], values: Values | None = None, *, name: str = ""
     ) -> Tensor:
         """Make a leaf in a buffer of its own, with ``values`` if given (see :meth:`upload`)."""
         leaf = self.graph.new_tensor(type, ne, name)

@@ -21,16 +21,6 @@ from protocol.announcement import SERVICE_TYPE, Announcement, reachable, shown_n
 if TYPE_CHECKING:
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-# How many servers are kept, and addresses of each.
-MOST_SERVERS = 64
-MOST_ADDRESSES = 4
-# Names that wait for room among those: one that leads nowhere gives up its own.
-_MOST_WAITING = 1024
-# How long a server is given to send what a record says, each time it is asked.
-_RESOLVE_SECONDS = 1.5
-# Multicast has no acknowledgement: questions and answers are lost now and then.
-_TRIES = 4
-
 
 @dataclass(frozen=True, slots=True)
 class FoundServer:
@@ -40,6 +30,17 @@ class FoundServer:
     addresses: tuple[str, ...]
     port: int
     announcement: Announcement
+
+
+# How many servers are kept, and addresses of each.
+MOST_SERVERS = 64
+MOST_ADDRESSES = 4
+# Names that wait for room among those: one that leads nowhere gives up its own.
+_MOST_WAITING = 1024
+# How long a server is given to send what a record says, each time it is asked.
+_RESOLVE_SECONDS = 1.5
+# Multicast has no acknowledgement: questions and answers are lost now and then.
+_TRIES = 4
 
 
 class Browser:

@@ -118,9 +118,7 @@ class Dialect:
 
     @property
     def always_flags(self) -> bool:
-        """Return whether nodes without the flag COMPUTE are not to be computed, even if none has
-        it.
-        """
+        """Return whether nodes without the flag COMPUTE are left out, even if none has it."""
         return self.version >= _FLAGS_SINCE
 
     def op_number(self, op: Op) -> int:

@@ -125,9 +125,7 @@ class RequestReader:
 
     @property
     def at_boundary(self) -> bool:
-        """Return whether all that came was whole messages: the end of the stream is then a clean
-        one.
-        """
+        """Return whether all that came was whole messages: the stream may end there."""
         return not self._received and self._frame is None and not self._received.in_body
 
     @property

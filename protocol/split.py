@@ -197,28 +197,15 @@ def _fitted(text: str, size: int) -> bytes:
     return text.encode()[: size - 1].decode(errors="ignore").encode()
 
 
-def split_part_fields(
-    name: str,
-    *,
-    rows: int = 0,
-    bytes: int = 0,
-    exchanges: int = 0,
-    bytes_sent: int = 0,
-    bytes_received: int = 0,
-    round_trip_seconds: float = 0.0,
-    wait_seconds: float = 0.0,
-) -> dict[str, Any]:
-    """Return the fields of a SplitPart."""
-    return {
-        "name": name.encode()[:63],
-        "rows": rows,
-        "bytes": bytes,
-        "exchanges": exchanges,
-        "bytes_sent": bytes_sent,
-        "bytes_received": bytes_received,
-        "round_trip_seconds": round_trip_seconds,
-        "wait_seconds": wait_seconds,
-    }
+def split_part_fields(name: str, **counts: float) -> dict[str, Any]:
+    """Return the fields of a SplitPart; counts that aren't given are 0.
+
+    Raises TypeError for a count that it hasn't.
+    """
+    fields: dict[str, Any] = {field.name: 0 for field in SplitPart.subcons}
+    if unknown := counts.keys() - fields.keys():
+        raise TypeError(f"a SplitPart has no {unknown.pop()}")
+    return {**fields, **counts, "name": name.encode()[:63]}
 
 
 def split_status_fields(

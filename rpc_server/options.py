@@ -340,12 +340,8 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
     )
     add("--split-cert", type=Path, metavar="FILE", help="certificate to show these workers")
     add("--split-key", type=Path, metavar="FILE", help="its key, if not in --split-cert")
-    add(
-        "--split-token-file",
-        type=Path,
-        metavar="FILE",
-        help=f"token to show these workers (or in the variable {SPLIT_TOKEN_VARIABLE})",
-    )
+    token_help = f"token to show these workers (or in the variable {SPLIT_TOKEN_VARIABLE})"
+    add("--split-token-file", type=Path, metavar="FILE", help=token_help)
 
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:
@@ -381,13 +377,8 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--allow",
-        type=_networks,
-        default=(),
-        metavar="CIDR[,CIDR]",
-        help="let in only clients from these networks (default: any)",
-    )
+    add("--allow", type=_networks, default=(), metavar="CIDR[,CIDR]",
+        help="let in only clients from these networks (default: any)")  # fmt: skip
     add("--tls-port", type=port, metavar="N", help="serve inside of TLS too, on this port (0: any)")
     add("--tls-host", metavar="ADDRESS", help="address of --tls-port (default: that of --host)")
     add("--tls-cert", type=Path, metavar="FILE", help="certificate (and chain) of --tls-port, PEM")
@@ -417,11 +408,7 @@ def _add_limits(group: argparse._ArgumentGroup, limits: Limits = _LIMITS) -> Non
 
 def _add_logs_and_metrics(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--log-level",
-        choices=LOG_LEVELS,
-        help="(default: info; with --quiet warning)",
-    )
+    add("--log-level", choices=LOG_LEVELS, help="(default: info; with --quiet warning)")
     add("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
     add(
         "--log-format",

@@ -345,13 +345,7 @@ def parse(arguments: Sequence[str] | None) -> SoakOptions:
     add("--minutes", type=float, default=30.0, metavar="N", help="how long (default: %(default)s)")
     add("--every", type=float, default=60.0, metavar="SECONDS",
         help="mean time between disturbances (default: %(default)s)")  # fmt: skip
-    add(
-        "--tokens",
-        type=int,
-        default=16,
-        metavar="N",
-        help="length of an answer (default: %(default)s)",
-    )
+    add("--tokens", type=int, default=16, metavar="N", help="length of an answer (%(default)s)")
     add("--pause", type=float, default=0.0, metavar="SECONDS", help="between two questions (none)")
     add("--model", type=Path, help="a GGUF file (default: SmolLM2, downloaded once)")
     add("--build", type=int, default=upstream.DEFAULT_BUILD, help="llama.cpp's (%(default)s)")

@@ -125,16 +125,20 @@ class Wire:
         return answer
 
     def graph(self, nodes: list[dict[str, Any]], leaves: list[dict[str, Any]]) -> bytes:
-        tensors = [*leaves, *nodes]
-        array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
-        for row, tensor in zip(array, tensors, strict=True):
-            for name, value in tensor.items():
-                row[name] = value
-        ids = np.array([node["id"] for node in nodes], "<u8")
-        return encode_graph(GraphPayload(0, ids, array), self.dialect)
+        return encode_graph(graph_of(nodes, leaves), self.dialect)
 
     def op(self, name: str) -> int:
         return next(i for i, op in enumerate(self.dialect.ops) if op == name)
+
+
+def graph_of(nodes: list[dict[str, Any]], leaves: list[dict[str, Any]]) -> GraphPayload:
+    """Return a graph of rpc_tensors that are given by their fields."""
+    tensors = [*leaves, *nodes]
+    array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
+    for row, fields in zip(array, tensors, strict=True):
+        for name, value in fields.items():
+            row[name] = value
+    return GraphPayload(0, np.array([node["id"] for node in nodes], "<u8"), array)
 
 
 def tensor(

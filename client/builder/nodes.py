@@ -11,6 +11,9 @@ from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from protocol.messages import MAX_SOURCES
 from protocol.tensor import Dims, Tensor, contiguous_strides, padded_sources
 
+Sources = Iterable[Tensor | None]
+Params = Iterable[int | float]
+
 # ggml_prec: what a product may accumulate in. The names are ggml's.
 PREC_UNDEFINED = 0
 PREC_F32 = 10
@@ -31,7 +34,7 @@ def require_mask_and_sinks(
         require(fits, f"{op}: sinks {sinks!r} don't fit {scores!r}")
 
 
-def _sources(src: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _sources(src: Sources) -> tuple[Tensor | None, ...]:
     """Return sources as a tensor has them. Raises ShapeError for more than ten."""
     given = tuple(src)
     require(len(given) <= MAX_SOURCES, f"{len(given)} sources, a tensor has {MAX_SOURCES} at most")
@@ -71,8 +74,8 @@ class NodeFactory:
         op: Op,
         type: GgmlType,
         ne: Sequence[int],
-        src: Iterable[Tensor | None] = (),
-        params: Iterable[int | float] = (),
+        src: Sources = (),
+        params: Params = (),
         *,
         name: str = "",
     ) -> Tensor:
@@ -99,13 +102,7 @@ class NodeFactory:
         return result
 
     def like(
-        self,
-        op: Op,
-        a: Tensor,
-        src: Iterable[Tensor | None],
-        params: Iterable[int | float] = (),
-        *,
-        inplace: bool = False,
+        self, op: Op, a: Tensor, src: Sources, params: Params = (), *, inplace: bool = False
     ) -> Tensor:
         """Return a node of the type and shape of ``a``; ``inplace`` in the memory of ``a``."""
         if inplace:
@@ -116,8 +113,8 @@ class NodeFactory:
         self,
         a: Tensor,
         op: Op,
-        src: Iterable[Tensor | None],
-        params: Iterable[int | float] = (),
+        src: Sources,
+        params: Params = (),
         *,
         ne: Dims | None = None,
         nb: Dims | None = None,

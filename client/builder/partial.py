@@ -12,6 +12,9 @@ from protocol.tensor import Tensor
 
 _MAX_OFFSET = 1 << 30
 
+# Strides of a part's dimensions 1 to 3, and where it begins.
+Layout = tuple[int, int, int, int]
+
 
 class Triangle(enum.IntEnum):
     """The part of a matrix that stays (``enum ggml_tri_type``)."""
@@ -48,37 +51,17 @@ class PartialOps(NodeFactory):
         require(narrow, f"add_cast: {a!r} is neither quantized nor of 16 bits")
         return self.op(Op.ADD, type, a.ne, (a, b))
 
-    def acc(
-        self,
-        a: Tensor,
-        b: Tensor,
-        nb1: int,
-        nb2: int,
-        nb3: int,
-        offset: int,
-        *,
-        inplace: bool = False,
-    ) -> Tensor:
-        """Add ``b`` to the part of ``a`` at byte ``offset`` with strides ``nb1`` to ``nb3``."""
+    def acc(self, a: Tensor, b: Tensor, *layout: *Layout, inplace: bool = False) -> Tensor:
+        """Add ``b`` to a part of ``a``; ``layout`` is nb1, nb2, nb3 and its offset, in bytes."""
         require(a.contiguous, f"acc: {a!r} is not contiguous")
         both = a.type == b.type == GgmlType.F32
         require(both, f"acc: {a!r} or {b!r} is not F32")
-        return self._write(Op.ACC, a, b, (nb1, nb2, nb3, offset), inplace=inplace)
+        return self._write(Op.ACC, a, b, layout, inplace=inplace)
 
-    def set(
-        self,
-        a: Tensor,
-        b: Tensor,
-        nb1: int,
-        nb2: int,
-        nb3: int,
-        offset: int,
-        *,
-        inplace: bool = False,
-    ) -> Tensor:
+    def set(self, a: Tensor, b: Tensor, *layout: *Layout, inplace: bool = False) -> Tensor:
         """Return ``a`` with ``b`` in place of the part that :meth:`acc` adds to."""
-        require(0 <= offset < _MAX_OFFSET, f"set: offset {offset}")
-        return self._write(Op.SET, a, b, (nb1, nb2, nb3, offset), inplace=inplace)
+        require(0 <= layout[3] < _MAX_OFFSET, f"set: offset {layout[3]}")
+        return self._write(Op.SET, a, b, layout, inplace=inplace)
 
     def set_1d(self, a: Tensor, b: Tensor, offset: int, *, inplace: bool = False) -> Tensor:
         """Do :meth:`set` with the strides of ``a``."""
@@ -90,9 +73,7 @@ class PartialOps(NodeFactory):
         """Do :meth:`set` with rows ``nb1`` bytes apart."""
         return self.set(a, b, nb1, *a.nb[2:], offset, inplace=inplace)
 
-    def _write(
-        self, op: Op, a: Tensor, b: Tensor, layout: tuple[int, int, int, int], *, inplace: bool
-    ) -> Tensor:
+    def _write(self, op: Op, a: Tensor, b: Tensor, layout: Layout, *, inplace: bool) -> Tensor:
         require(b.nelements <= a.nelements, f"{op}: {b!r} has more elements than {a!r}")
         return self.like(op, a, (a, b), (*layout, int(inplace)), inplace=inplace)
 

@@ -161,13 +161,7 @@ class RecurrentOps(NodeFactory):
         return self.op(op, F32, ne, (q, k, v, g, beta, state), (K,))
 
     def solve_tri(
-        self,
-        a: Tensor,
-        b: Tensor,
-        *,
-        left: bool = True,
-        lower: bool = True,
-        uni: bool = False,
+        self, a: Tensor, b: Tensor, *, left: bool = True, lower: bool = True, uni: bool = False
     ) -> Tensor:
         """Return X of A X = B with ``a`` lower triangular; ggml has no other variants yet."""
         _f32(Op.SOLVE_TRI, (a, b))

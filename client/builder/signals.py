@@ -28,6 +28,7 @@ SCALE_ALIGN_CORNERS = 1 << 8
 SCALE_ANTIALIAS = 1 << 9
 
 Pair = tuple[int, int]
+Padding = tuple[float, float]
 Triple = tuple[int, int, int]
 
 
@@ -212,12 +213,7 @@ class SignalOps(NodeFactory):
         return self.op(Op.POOL_1D, GgmlType.F32, (ne0, *a.ne[1:]), (a,), params)
 
     def pool_2d(
-        self,
-        a: Tensor,
-        kind: int,
-        size: Pair,
-        stride: Pair,
-        padding: tuple[float, float] = (0.0, 0.0),
+        self, a: Tensor, kind: int, size: Pair, stride: Pair, padding: Padding = (0.0, 0.0)
     ) -> Tensor:
         """Return maxima or means of rectangles.
 
@@ -236,7 +232,7 @@ class SignalOps(NodeFactory):
         kind: int,
         size: Pair,
         stride: Pair,
-        padding: tuple[float, float] = (0.0, 0.0),
+        padding: Padding = (0.0, 0.0),
     ) -> Tensor:
         """Return gradients of ``a`` from those of its :meth:`pool_2d`."""
         params = (kind, *size, *stride, *map(int, padding))

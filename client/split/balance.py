@@ -32,9 +32,7 @@ FILL = 0x11
 _LINK_BYTES = 1 << 20
 # Of what a machine has free an eighth is left alone, within these bounds: activations of the
 # exchanges lie there too, programs, and what other programs of that machine take meanwhile.
-_LEAST_KEPT = 16 << 20
-_MOST_KEPT = 512 << 20
-_KEPT_PART = 8
+_KEPT_PART, _LEAST_KEPT, _MOST_KEPT = 8, 16 << 20, 512 << 20
 _TRIES = 5
 # Longest that one figure is measured again and again.
 _SECONDS = 0.2

@@ -11,14 +11,8 @@ from typing import TypeVar
 from client.backend import Backend, BackendBuffer
 from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, GraphFailed, ServerLost, VersionMismatch
-from client.split.steps import (
-    Envelope,
-    Region,
-    Step,
-    command_envelope,
-    encode_steps,
-    program_envelopes,
-)
+from client.split import steps
+from client.split.steps import Envelope, Region, Step
 from protocol.commands import Command
 from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
@@ -95,9 +89,7 @@ class SplitServer:
 
     @property
     def extended(self) -> bool:
-        """Return whether it keeps programs (protocol.split), rather than being sent each
-        product.
-        """
+        """Return whether it keeps programs (protocol.split); else it is sent each product."""
         return self.connection.split_version > 0
 
     async def attempt(self, job: Callable[[], Awaitable[T]], timed: bool = False) -> T:
@@ -161,10 +153,10 @@ class SplitServer:
         step = Step(tuple(inputs), self.backend.graph.build(outputs), tuple(outputs))
         region = self._region.buffer
         if not self.extended:
-            return Ready(step, command_envelope(self.connection, step), None, region)
+            return Ready(step, steps.command_envelope(self.connection, step), None, region)
         number = self._programmed % MAX_PROGRAMS
         self._programmed += 1
-        (envelope,) = program_envelopes(self.connection, number, [step])
+        (envelope,) = steps.program_envelopes(self.connection, number, [step])
         ready = Ready(step, envelope, number, region)
         await self._send_program(ready, number)
         return ready
@@ -173,7 +165,7 @@ class SplitServer:
         self._programs.pop(number, None)
         answer = await self.connection.request(
             Command.SPLIT_PROGRAM,
-            data=encode_steps(self.connection, [ready.step]),
+            data=steps.encode_steps(self.connection, [ready.step]),
             device=self.backend.device,
             program=number,
         )

@@ -105,16 +105,15 @@ def copy_of_another_shape(c: Context) -> None:
 
 
 def _declare_memset(number: int, name: str, start: int, size: int, value: int) -> None:
-    @TENSORS.case(
-        number,
-        name=f"memset-{name}",
-        sends=f"MEMSET_TENSOR of {size} bytes at {start} with {value:#x}",
-        expects="these bytes have the value, all others are as before",
-        source=f"{_SERVER}memset_tensor, since 5.0",
-        why="llama.cpp clears single tensors of its cache with it.",
-        needs=(Command.MEMSET_TENSOR,),
-    )
+    sends = f"MEMSET_TENSOR of {size} bytes at {start} with {value:#x}"
+    source, needs = f"{_SERVER}memset_tensor, since 5.0", (Command.MEMSET_TENSOR,)
+
+    @TENSORS.case(number, name=f"memset-{name}", sends=sends, source=source, needs=needs)
     def check(c: Context) -> None:
+        """llama.cpp clears single tensors of its cache with it.
+
+        Expects: these bytes have the value, all others are as before
+        """
         peer, buffer, content = filled(c)
         part = buffer.leaf(1, (256,), at=512)
         peer.call(Command.MEMSET_TENSOR, tensor=part, offset=start, size=size, value=value)

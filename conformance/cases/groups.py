@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from conformance.suite.registry import Group
 
-HANDSHAKE = Group(1, "handshake", "Handshake and versions")
-FRAMING = Group(2, "framing", "Framing")
-BUFFERS = Group(3, "buffers", "Buffers and addresses")
-TENSORS = Group(4, "tensors", "Tensor transfer")
-GRAPHS = Group(5, "graphs", "Graphs")
-RECOMPUTE = Group(6, "recompute", "Graphs run again")
-DEVICES = Group(7, "devices", "Several devices")
-CLIENTS = Group(8, "clients", "Several clients")
-HOSTILE = Group(9, "hostile", "Limits and hostile input")
-SPLIT = Group(10, "split", "Split extension")
-PROPERTIES = Group(11, "properties", "Generated properties")
-SEQUENCES = Group(12, "sequences", "What real clients send")
-
-GROUPS = (
-    HANDSHAKE,
-    FRAMING,
-    BUFFERS,
-    TENSORS,
-    GRAPHS,
-    RECOMPUTE,
-    DEVICES,
-    CLIENTS,
-    HOSTILE,
-    SPLIT,
-    PROPERTIES,
-    SEQUENCES,
+_TITLES = """\
+handshake   Handshake and versions
+framing     Framing
+buffers     Buffers and addresses
+tensors     Tensor transfer
+graphs      Graphs
+recompute   Graphs run again
+devices     Several devices
+clients     Several clients
+hostile     Limits and hostile input
+split       Split extension
+properties  Generated properties
+sequences   What real clients send"""
+GROUPS = tuple(
+    Group(number, name, title)
+    for number, line in enumerate(_TITLES.splitlines(), 1)
+    for name, title in [line.split(maxsplit=1)]
 )
+HANDSHAKE, FRAMING, BUFFERS, TENSORS, GRAPHS, RECOMPUTE = GROUPS[:6]
+DEVICES, CLIENTS, HOSTILE, SPLIT, PROPERTIES, SEQUENCES = GROUPS[6:]

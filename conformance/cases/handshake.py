@@ -250,16 +250,15 @@ def reset_after_hello(c: Context) -> None:
 
 
 def _declare_cut(number: int, size: int, name: str) -> None:
-    @HANDSHAKE.case(
-        number,
-        name=f"hello-cut-{name}",
-        sends=f"the first {size} bytes of HELLO, then the end of the connection",
-        expects="the next client is served",
-        source=f"{_SERVE}: recv_data fails, since 1.0",
-        why="A network that fails within HELLO must cost that connection only.",
-        hostile=True,
-    )
+    sends = f"the first {size} bytes of HELLO, then the end of the connection"
+    source = f"{_SERVE}: recv_data fails, since 1.0"
+
+    @HANDSHAKE.case(number, name=f"hello-cut-{name}", sends=sends, source=source, hostile=True)
     def check(c: Context) -> None:
+        """A network that fails within HELLO must cost that connection only.
+
+        Expects: the next client is served
+        """
         peer = c.connect(hello=False)
         peer.send_bytes(peer.message(Command.HELLO)[:size], command="HELLO")
         peer.close()

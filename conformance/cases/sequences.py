@@ -338,6 +338,7 @@ def prompts_between_tokens(c: Context) -> None:
 
 
 def _rows_of(c: Context, picked: Sequence[int], what: str) -> None:
+    """Expects: logits of these tokens in this order"""
     b = Bench(c.connect())
     raw, numbers = weights(F16, WIDTH, 40, 14)
     x = values(7, WIDTH, seed=43)
@@ -347,7 +348,7 @@ def _rows_of(c: Context, picked: Sequence[int], what: str) -> None:
     close(c, found, expected, what, PRODUCT_BOUND)
 
 
-for _number, _name, _picked, _sends, _why in (
+for _number, _name, _picked, _which, _why in (
     (65, "logits-of-the-last-token", (6,), "of the last", "A prompt's other logits nobody reads."),
     (
         66, "logits-of-drafted-tokens", (3, 4, 5, 6), "of the last four",
@@ -358,14 +359,10 @@ for _number, _name, _picked, _sends, _why in (
         "Each slot of a batch has a token whose logits count.",
     ),
 ):  # fmt: skip
-    SEQUENCES.case(
-        _number,
-        name=_name,
-        sends=f"a batch of seven tokens, GET_ROWS {_sends} by index, and their product",
-        expects="logits of these tokens in this order",
-        source=f"{_CLIENTS}speculative, parallel: out_ids",
-        why=_why,
-    )(partial(_rows_of, picked=_picked, what=_name))
+    _sends = f"a batch of seven tokens, GET_ROWS {_which} by index, and their product"
+    _source = f"{_CLIENTS}speculative, parallel: out_ids"
+    _case = SEQUENCES.case(_number, name=_name, sends=_sends, source=_source, why=_why)
+    _case(partial(_rows_of, picked=_picked, what=_name))
 
 
 # -- slots -----------------------------------------------------------------------------------------
@@ -432,6 +429,10 @@ def cleared_cache(c: Context) -> None:
 
 
 def _adapted(c: Context, type: GgmlType, *, replaced: bool = False) -> None:
+    """An adapter is four nodes for each product, in any type of weights.
+
+    Expects: their sum
+    """
     b = Bench(c.connect())
     raw, base = weights(type, WIDTH, 48, 15)
     down, up = values(4, WIDTH, seed=60), values(48, 4, seed=61)
@@ -451,14 +452,11 @@ def _adapted(c: Context, type: GgmlType, *, replaced: bool = False) -> None:
 
 
 for _number, _type in enumerate((F16, F32, GgmlType.Q8_0, GgmlType.Q4_0), 71):
-    SEQUENCES.case(
-        _number,
-        name=f"adapter-beside-{_type.name.lower().replace('_', '')}",
-        sends=f"a product of {_type.name} weights, and of an adapter's two, scaled and added",
-        expects="their sum",
-        source=f"{_CLIENTS}lora; llama-graph.cpp build_lora_mm",
-        why="An adapter is four nodes for each product, in any type of weights.",
-    )(partial(_adapted, type=_type))
+    _name = f"adapter-beside-{_type.name.lower().replace('_', '')}"
+    _sends = f"a product of {_type.name} weights, and of an adapter's two, scaled and added"
+    _source = f"{_CLIENTS}lora; llama-graph.cpp build_lora_mm"
+    _case = SEQUENCES.case(_number, name=_name, sends=_sends, source=_source)
+    _case(partial(_adapted, type=_type))
 
 
 @SEQUENCES.case(75, source=f"{_CLIENTS}lora", needs=_AGAIN)
@@ -472,6 +470,10 @@ def adapter_replaced(c: Context) -> None:
 
 
 def _pooled(c: Context, mean: bool, picked: int) -> None:
+    """An embedding model ends in this instead of logits.
+
+    Expects: the normalized vector
+    """
     b = Bench(c.connect())
     x = values(6, WIDTH, seed=64)
     g, tokens = b.g, b.leaf(x)
@@ -494,14 +496,10 @@ for _number, _name, _mean, _token, _how in (
     (77, "embedding-of-the-first-token", False, 0, "by GET_ROWS of the first"),
     (78, "embedding-of-the-last-token", False, 5, "by GET_ROWS of the last"),
 ):
-    SEQUENCES.case(
-        _number,
-        name=_name,
-        sends=f"six tokens made one {_how}, and RMS_NORM of that",
-        expects="the normalized vector",
-        source=f"{_CLIENTS}embeddings; llama-graph.cpp build_pooling",
-        why="An embedding model ends in this instead of logits.",
-    )(partial(_pooled, mean=_mean, picked=_token))
+    _sends = f"six tokens made one {_how}, and RMS_NORM of that"
+    _source = f"{_CLIENTS}embeddings; llama-graph.cpp build_pooling"
+    _case = SEQUENCES.case(_number, name=_name, sends=_sends, source=_source)
+    _case(partial(_pooled, mean=_mean, picked=_token))
 
 
 # -- weights by their hash -------------------------------------------------------------------------

@@ -35,30 +35,29 @@ def set_then_get(c: Context) -> None:
 def _declare_region(number: int, name: str, start: int, size: int) -> None:
     shown = f"{size} bytes at {start} of {SIZE}"
 
-    @TENSORS.case(
-        number,
-        name=f"set-{name}",
-        sends=f"SET_TENSOR of {shown}, then GET_TENSOR of all",
-        expects="these bytes are new, all others as before",
-        source=f"{_SERVER}set_tensor (offset), since 1.0",
-        why="llama.cpp uploads large tensors in pieces.",
-    )
+    source = f"{_SERVER}set_tensor (offset), since 1.0"
+    sends = f"SET_TENSOR of {shown}, then GET_TENSOR of all"
+
+    @TENSORS.case(number, name=f"set-{name}", sends=sends, source=source)
     def set_region(c: Context) -> None:
+        """llama.cpp uploads large tensors in pieces.
+
+        Expects: these bytes are new, all others as before
+        """
         peer, buffer, content = filled(c)
         new = bytes(b ^ 0xFF for b in content[start : start + size])
         peer.set(buffer.whole(), new, start)
         expected = content[:start] + new + content[start + size :]
         check_content(c, peer, buffer, expected)
 
-    @TENSORS.case(
-        number + 6,
-        name=f"get-{name}",
-        sends=f"GET_TENSOR of {shown}",
-        expects="exactly these bytes",
-        source=f"{_SERVER}get_tensor (offset, size), since 1.0",
-        why="llama.cpp reads logits of single tokens out of the middle.",
-    )
+    source = f"{_SERVER}get_tensor (offset, size), since 1.0"
+
+    @TENSORS.case(number + 6, name=f"get-{name}", sends=f"GET_TENSOR of {shown}", source=source)
     def get_region(c: Context) -> None:
+        """llama.cpp reads logits of single tokens out of the middle.
+
+        Expects: exactly these bytes
+        """
         peer, buffer, content = filled(c)
         found = peer.get(buffer.whole(), size, start)
         c.equal(found, content[start : start + size], "what comes")

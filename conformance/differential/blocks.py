@@ -16,31 +16,16 @@ from protocol.ggml.types import TYPE_INFO, GgmlType
 
 Bytes = npt.NDArray[np.uint8]
 
+_SCALE_FIRST = "Q4_0 Q5_0 Q8_0 IQ1_S IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS Q1_0 Q2_0"
 # Where the F16 scales (and minima) of a block lie.
 F16_SCALES: dict[GgmlType, tuple[int, ...]] = {
-    GgmlType.Q4_0: (0,),
-    GgmlType.Q4_1: (0, 2),
-    GgmlType.Q5_0: (0,),
-    GgmlType.Q5_1: (0, 2),
-    GgmlType.Q8_0: (0,),
-    GgmlType.Q8_1: (0, 2),
+    **{GgmlType[name]: (0,) for name in _SCALE_FIRST.split()},
+    **{GgmlType[name]: (0, 2) for name in ("Q4_1", "Q5_1", "Q8_1", "Q4_K", "Q5_K")},
     GgmlType.Q2_K: (80, 82),
     GgmlType.Q3_K: (108,),
-    GgmlType.Q4_K: (0, 2),
-    GgmlType.Q5_K: (0, 2),
     GgmlType.Q6_K: (208,),
-    GgmlType.IQ1_S: (0,),
-    GgmlType.IQ2_XXS: (0,),
-    GgmlType.IQ2_XS: (0,),
-    GgmlType.IQ2_S: (0,),
-    GgmlType.IQ3_XXS: (0,),
-    GgmlType.IQ3_S: (0,),
-    GgmlType.IQ4_NL: (0,),
-    GgmlType.IQ4_XS: (0,),
     GgmlType.TQ1_0: (52,),
     GgmlType.TQ2_0: (64,),
-    GgmlType.Q1_0: (0,),
-    GgmlType.Q2_0: (0,),
 }
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import hypothesis
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Flaky
 
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import CaseMemory, difference
 from conformance.differential.endpoint import Endpoint
 from conformance.differential.runner import CaseRunner, Image, ServerRefused
 from conformance.differential.sketch import Family, label
+from conformance.properties.search import search
 from tools.serving.processes import PATIENCE
 
 T = TypeVar("T")
@@ -31,8 +28,7 @@ class Mismatch(AssertionError):  # noqa: N818
     """The server under test did something else than the reference; the message says what."""
 
 
-@dataclass(slots=True)
-class Difference:
+class Difference(NamedTuple):
     """The smallest case found that differs."""
 
     family: str
@@ -116,35 +112,17 @@ class Judge:
     def explore(self, family: Family, variant: Any, examples: int, seed: int) -> FamilyTally:
         """Draw ``examples`` cases; a difference is shrunk and becomes a finding."""
         tally = FamilyTally()
-        last: list[tuple[GraphCase, str]] = []
 
         def attempt(case: GraphCase) -> None:
             tally.cases += 1
             tally.keys.add(case.key())
-            try:
-                refusal = self.judge(case)
-            except Mismatch as error:
-                last.append((case, str(error)))
-                raise
-            if refusal:
+            if refusal := self.judge(case):
                 tally.refused += 1
                 tally.reasons[refusal] += 1
 
-        search = settings(
-            max_examples=examples,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink),
-            report_multiple_bugs=False,
-            print_blob=False,
-        )
-        run = hypothesis.seed(seed)(search(given(family.strategy(variant))(attempt)))
-        started = time.perf_counter()
-        try:
-            run()
-        except (Mismatch, Flaky):
-            case, reason = last[-1]
+        done = search(family.strategy(variant), attempt, examples, seed)
+        if done.found is not None:
+            case, reason = done.found.value, done.found.reason
             tally.findings.append(Difference(family.name, label(variant), case, reason))
-        tally.seconds = time.perf_counter() - started
+        tally.seconds = done.seconds
         return tally

@@ -82,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    names = options.only.split(",") if options.only else list(PROPERTIES)
     if not options.endpoint and not options.restart_command:
         parser.error("which server? give --endpoint or --restart-command")
-    names = options.only.split(",") if options.only else list(PROPERTIES)
     unknown = [name for name in names if name not in PROPERTIES]
     if unknown:
         parser.error(f"no property '{unknown[0]}': there are {', '.join(PROPERTIES)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from construct import Array, Bytes, FormatField, Padded, Struct
@@ -48,8 +48,7 @@ class DrawnRequest:
         return encode_request(self.command, spec, self.fields, len(self.body)) + self.body
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer to ``command``: fields, or for GET_TENSOR its ``data``."""
 
     command: Command

@@ -217,10 +217,14 @@ def _scale(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.scale(p.dense(a), factor), 2 * p.peak(a))
 
 
-@_op
-def _sqr(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.rows(p.small(a))
-    p.add(p.g.sqr(a), p.peak(a) ** 2)
+def _of_small(name: str, bound: Callable[[Tensor, float], float], *, dense: bool = False) -> None:
+    @_op
+    def makes(p: GraphProgram, a: Tensor, w: Word) -> None:
+        a = (p.dense if dense else p.rows)(p.small(a))
+        p.add(getattr(p.g, name)(a), bound(a, p.peak(a)))
+
+
+_of_small("sqr", lambda a, peak: peak**2)
 
 
 @_op
@@ -257,27 +261,10 @@ def _leaky_relu(p: GraphProgram, a: Tensor, w: Word) -> None:
     p.add(p.g.leaky_relu(p.dense(a), 0.25), p.peak(a))
 
 
-@_op
-def _sum_rows(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.rows(p.small(a))
-    p.add(p.g.sum_rows(a), a.ne[0] * p.peak(a))
-
-
-@_op
-def _mean(p: GraphProgram, a: Tensor, w: Word) -> None:
-    p.add(p.g.mean(p.rows(a)), p.peak(a))
-
-
-@_op
-def _sum(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.rows(p.small(a))
-    p.add(p.g.sum(a), a.nelements * p.peak(a))
-
-
-@_op
-def _cumsum(p: GraphProgram, a: Tensor, w: Word) -> None:
-    a = p.dense(p.small(a))
-    p.add(p.g.cumsum(a), a.ne[0] * p.peak(a))
+_of_small("sum_rows", lambda a, peak: a.ne[0] * peak)
+_unary("mean", lambda peak: peak)
+_of_small("sum", lambda a, peak: a.nelements * peak)
+_of_small("cumsum", lambda a, peak: a.ne[0] * peak, dense=True)
 
 
 @_op

@@ -148,7 +148,7 @@ GRAPHS = Property(
     "graphs",
     "graphs of many nodes are what numpy makes of them, node by node",
     lambda target: programs(),
-    lambda target, context, value: _judge_graph(target, context, value),
+    _judge_graph,
     list,
     tuple,
     _graph_lines,
@@ -157,11 +157,17 @@ GRAPHS = Property(
     nightly=2_000,
     numbered=True,
 )
+
+
+def _endure(target: PropertyTarget, context: Context, value: DamagedStream) -> None:
+    damage.endure(context, value)
+
+
 DAMAGE = Property(
     "damage",
     "damaged requests end a connection or are others; nothing hangs, no other client notices",
     lambda target: streams(target.dialect),
-    lambda target, context, value: damage.endure(context, value),
+    _endure,
     DamagedStream.to_json,
     DamagedStream.from_json,
     _stream_lines,

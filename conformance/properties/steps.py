@@ -69,12 +69,12 @@ class Action:
 
     kind: ActionKind
     client: int = 0
+    words: tuple[int, ...] = ()
     a: int = 0
     b: int = 0
     at: int = 0
     size: int = 0
     seed: int = 0
-    words: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that aren't 0."""

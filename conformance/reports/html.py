@@ -16,6 +16,7 @@ from conformance.suite.results import CaseResult, SuiteRun, Verdict
 from conformance.suite.transcript import TranscriptMessage
 from protocol.observe.annotate import Span
 
+_MARKS = dict(zip(Verdict, "\u2713\u2260\u2717\u2013\u2013", strict=True))
 _ROW = 16
 # Of one message so many bytes are shown.
 _MOST_BYTES = 1024
@@ -23,13 +24,6 @@ _MOST_BYTES = 1024
 _FIRST_MESSAGES = 20
 _LAST_MESSAGES = 20
 _COLORS = 6
-_MARKS = {
-    Verdict.PASS: "\u2713",
-    Verdict.DIFFERS: "\u2260",
-    Verdict.FAIL: "\u2717",
-    Verdict.SKIPPED: "\u2013",
-    Verdict.NOT_RUN: "\u2013",
-}
 
 
 def to_html(run: SuiteRun) -> str:

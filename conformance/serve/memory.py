@@ -10,11 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_FIRST_ADDRESS = 1 << 44
-_FIRST_HANDLE = 0x5001
-# Ranges begin far apart: an address that is a little off is still seen to be off.
-_GAP = 1 << 20
-
 
 @dataclass(slots=True, eq=False)
 class Block:
@@ -34,6 +29,12 @@ class Block:
 
     def contains(self, address: int, size: int) -> bool:
         return self.base <= address and address + size <= self.base + self.size
+
+
+_FIRST_ADDRESS = 1 << 44
+_FIRST_HANDLE = 0x5001
+# Ranges begin far apart: an address that is a little off is still seen to be off.
+_GAP = 1 << 20
 
 
 class Addresses:

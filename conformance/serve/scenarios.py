@@ -136,8 +136,8 @@ def _limits() -> list[Scenario]:
         ),
         row(
             "alloc-size", "quantized tensors need 4096 bytes more than they have", succeeds,
-            "Devices pad rows of quantized types; what lies there is overwritten.",
-            needs=Command.GET_ALLOC_SIZE, pad=4096,
+            "Devices pad rows of quantized types; what lies there is overwritten.", pad=4096,
+            needs=Command.GET_ALLOC_SIZE,
         ),
         row(
             "larger-buffer", "buffers are 64 KiB larger than was asked for", succeeds,

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from conformance.serve.faults import Fault, Hangup, send_answer
 from conformance.serve.memory import Addresses, HashStore
@@ -38,8 +38,7 @@ _LAST_MESSAGES = 12
 _SLICE = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
+class Offered(NamedTuple):
     """A version to answer with, and the dialect that is spoken from there."""
 
     version: Version

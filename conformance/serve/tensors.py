@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from protocol.ggml.types import TYPE_INFO, GgmlType, TypeInfo, nbytes
 
 _TYPES = {int(type): type for type in GgmlType}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorView:
+class TensorView(NamedTuple):
     """The place and the size of a tensor; ``layout`` is what its room depends on."""
 
     id: int
     name: str
     type: GgmlType
     ne: tuple[int, ...]
-    nb: tuple[int, ...]
     buffer: int
     data: int
+    nb: tuple[int, ...]
     view_src: int
     nbytes: int
     layout: tuple[Any, ...]
@@ -56,9 +54,9 @@ def view_of(fields: Any) -> TensorView | None:
         name_of(fields),
         kind,
         ne,
-        nb,
         int(fields.buffer),
         int(fields.data),
+        nb,
         int(fields.view_src),
         nbytes(kind, ne, nb),
         layout,

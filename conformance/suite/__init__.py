@@ -23,8 +23,7 @@ A module takes its groups from ``conformance.cases.groups``::
         Sends: BUFFER_GET_BASE twice
         Expects: the same address
         '''
-        peer = c.connect()
-        buffer = peer.alloc(64)
+        buffer = (peer := c.connect()).alloc(64)
         again = peer.call(Command.BUFFER_GET_BASE, remote_ptr=buffer.handle).base_ptr
         c.equal(again, buffer.base, "the second base")
 

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from protocol.commands import Command
 
@@ -34,13 +34,13 @@ class Case:
     why: str
     source: str
     check: Check
-    needs: tuple[Command, ...] = ()
     hostile: bool = False
     devices: int = 1
     concurrent: bool = False
     cache: bool = False
     split: bool = False
     deadline: float = DEADLINE
+    needs: tuple[Command, ...] = ()
 
     @property
     def id(self) -> str:
@@ -48,6 +48,17 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.id} {self.name}"
+
+
+class Terms(TypedDict, total=False):
+    """On what servers a case is tried, and for how long: fields of :class:`Case`."""
+
+    hostile: bool
+    devices: int
+    concurrent: bool
+    cache: bool
+    split: bool
+    deadline: float
 
 
 @dataclass(slots=True)
@@ -69,21 +80,17 @@ class Group:
         name: str = "",
         why: str = "",
         needs: Sequence[Command] = (),
-        hostile: bool = False,
-        devices: int = 1,
-        concurrent: bool = False,
-        cache: bool = False,
-        split: bool = False,
-        deadline: float = DEADLINE,
+        **terms: Unpack[Terms],
     ) -> Callable[[Check], Check]:
         """Declare a case; what isn't given is the function's: its name, and its docstring's parts.
 
-        These are the reason, and behind it lines that begin with "Sends:" and "Expects:".
+        These are the reason, and behind it lines that begin with "Sends:" and "Expects:". Of a
+        partial it is the function that it calls.
         ValueError for a number or name that the group has, or a case that lacks one of these.
         """
 
         def declare(check: Check) -> Check:
-            told = _parts(check.__doc__ or "")
+            told = _parts(getattr(check, "func", check).__doc__ or "")
             made = Case(
                 group=self,
                 number=number,
@@ -94,12 +101,7 @@ class Group:
                 source=source,
                 check=check,
                 needs=tuple(needs),
-                hostile=hostile,
-                devices=devices,
-                concurrent=concurrent,
-                cache=cache,
-                split=split,
-                deadline=deadline,
+                **terms,
             )
             if number in self.cases:
                 raise ValueError(f"case {made.id} is there: {self.cases[number]} and {made}")

@@ -139,6 +139,37 @@ class Op(enum.StrEnum):
 VIEWS = frozenset({Op.NONE, Op.RESHAPE, Op.VIEW, Op.PERMUTE, Op.TRANSPOSE})
 
 
+@dataclass(frozen=True, eq=False)
+class Numbering:
+    """The numbers of ops in a release line of ggml, and where its ``op_params`` differ.
+
+    ``ops[n]`` is the op with number ``n``; ``functions[op][n]`` is the function that ``n`` in
+    op_params[0] of UNARY or GLU stands for, as the number it has in :class:`UnaryOp` or
+    :class:`GluOp`. ``pads_behind``: PAD has no op_params and pads behind, by the difference of the
+    shapes.
+    """
+
+    ops: tuple[Op, ...]
+    functions: Mapping[Op, tuple[int, ...]]
+    pads_behind: bool = False
+
+    @cached_property
+    def numbers(self) -> dict[Op, int]:
+        """The number of each op."""
+        return {op: number for number, op in enumerate(self.ops)}
+
+    @cached_property
+    def function_numbers(self) -> dict[Op, dict[int, int]]:
+        """By op: the number on the wire of each function of UNARY or GLU."""
+        return {
+            op: {known: number for number, known in enumerate(functions)}
+            for op, functions in self.functions.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"<{len(self.ops)} ops>"
+
+
 class UnaryOp(enum.IntEnum):
     """``enum ggml_unary_op``: op_params[0] of UNARY."""
 
@@ -186,37 +217,6 @@ class TensorFlag(enum.IntFlag):
     PARAM = 4
     LOSS = 8
     COMPUTE = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Numbering:
-    """The numbers of ops in a release line of ggml, and where its ``op_params`` differ.
-
-    ``ops[n]`` is the op with number ``n``; ``functions[op][n]`` is the function that ``n`` in
-    op_params[0] of UNARY or GLU stands for, as the number it has in :class:`UnaryOp` or
-    :class:`GluOp`. ``pads_behind``: PAD has no op_params and pads behind, by the difference of the
-    shapes.
-    """
-
-    ops: tuple[Op, ...]
-    functions: Mapping[Op, tuple[int, ...]]
-    pads_behind: bool = False
-
-    @cached_property
-    def numbers(self) -> dict[Op, int]:
-        """The number of each op."""
-        return {op: number for number, op in enumerate(self.ops)}
-
-    @cached_property
-    def function_numbers(self) -> dict[Op, dict[int, int]]:
-        """By op: the number on the wire of each function of UNARY or GLU."""
-        return {
-            op: {known: number for number, known in enumerate(functions)}
-            for op, functions in self.functions.items()
-        }
-
-    def __repr__(self) -> str:
-        return f"<{len(self.ops)} ops>"
 
 
 def _without(ops: tuple[Op, ...], *lacking: Op) -> tuple[Op, ...]:

@@ -11,6 +11,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True)
+class TypeInfo:
+    """``block_size`` elements take ``type_size`` bytes; ``quantized`` as ggml_is_quantized."""
+
+    block_size: int
+    type_size: int
+    quantized: bool
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that the address of an element or a block, and strides, are multiples of.
+
+        Elements are aligned to their size. Blocks follow one another without gaps from a tensor's
+        start, which ggml aligns to the buffer's alignment, so they are aligned to any power of two
+        that their size is a multiple of; no field of a block is of more than 4 bytes.
+        """
+        if not self.quantized:
+            return self.type_size
+        return min(self.type_size & -self.type_size, 4)
+
+
+def _plain(size: int) -> TypeInfo:
+    return TypeInfo(1, size, False)
+
+
+def _blocks(elements: int, size: int) -> TypeInfo:
+    return TypeInfo(elements, size, True)
+
+
 class GgmlType(enum.IntEnum):
     """``enum ggml_type``; gaps are types that ggml has removed."""
 
@@ -49,35 +78,6 @@ class GgmlType(enum.IntEnum):
     NVFP4 = 40
     Q1_0 = 41
     Q2_0 = 42
-
-
-@dataclass(frozen=True, slots=True)
-class TypeInfo:
-    """``block_size`` elements take ``type_size`` bytes; ``quantized`` as ggml_is_quantized."""
-
-    block_size: int
-    type_size: int
-    quantized: bool
-
-    @property
-    def alignment(self) -> int:
-        """Bytes that the address of an element or a block, and strides, are multiples of.
-
-        Elements are aligned to their size. Blocks follow one another without gaps from a tensor's
-        start, which ggml aligns to the buffer's alignment, so they are aligned to any power of two
-        that their size is a multiple of; no field of a block is of more than 4 bytes.
-        """
-        if not self.quantized:
-            return self.type_size
-        return min(self.type_size & -self.type_size, 4)
-
-
-def _plain(size: int) -> TypeInfo:
-    return TypeInfo(1, size, False)
-
-
-def _blocks(elements: int, size: int) -> TypeInfo:
-    return TypeInfo(elements, size, True)
 
 
 # Sizes are those that ggml-common.h asserts of its block structs.

@@ -208,16 +208,19 @@ class Conversation:
         return events
 
     def _advance_both(self) -> None:
-        while self._read_client() or self._read_server():
+        while self._read(Side.CLIENT) or self._read(Side.SERVER):
             pass
 
-    def _read_client(self) -> bool:
-        """Read one thing of the client; False if that takes more bytes."""
-        half = self._client
+    def _read(self, side: Side) -> bool:
+        """Read one thing of a side; False if that takes more bytes."""
+        half = self._half(side)
         if half.dead or not half.buffer:
             return False
         if half.body is not None or self._begin_unframed(half) is not None:
             return self._read_body(half)
+        return self._read_client(half) if side is Side.CLIENT else self._read_server(half)
+
+    def _read_client(self, half: Direction) -> bool:
         if self.dialect is None and not self._settle_dialect(half):
             return False
         if half.lost and not self._find_request(half):
@@ -265,12 +268,7 @@ class Conversation:
             body_size=size - codec(spec.request).size,
         )  # fmt: skip
 
-    def _read_server(self) -> bool:
-        half = self._server
-        if half.dead or not half.buffer:
-            return False
-        if half.body is not None or self._begin_unframed(half) is not None:
-            return self._read_body(half)
+    def _read_server(self, half: Direction) -> bool:
         if half.lost and not self._find_answer(half):
             return False
         if not self._outstanding:
@@ -541,7 +539,7 @@ class Conversation:
         n = min(size, max(0, SIZE.size - have))
         half.add(SIZE.pack(expected.size)[have : have + n], time)
         if n == size or not expected.size:
-            self._read_server()
+            self._read(Side.SERVER)
             return n
         message = self._answer_to(expected, half)
         message.head = half.take(SIZE.size)

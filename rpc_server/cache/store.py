@@ -95,9 +95,9 @@ class TensorCache:
         *,
         read_only: bool = False,
     ) -> None:
+        self.hash = self._fnv = fnv
         self.folder = folder
         self.read_only = read_only
-        self.hash = self._fnv = fnv
         # What has been verified in this process: a file is hashed once, not per client.
         self._verified: dict[int, Identity] = {}
         self._lock = threading.Lock()

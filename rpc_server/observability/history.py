@@ -7,7 +7,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rpc_server.observability.metrics import ServerStats
 
@@ -15,8 +15,7 @@ SECONDS = 600.0
 STEP = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """The counts up to a time (monotonic seconds)."""
 
     when: float
@@ -26,8 +25,7 @@ class Moment:
     uploaded: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """The work done in the time before ``when``: a second each, and seconds a graph."""
 
     when: float

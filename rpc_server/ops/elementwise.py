@@ -27,15 +27,9 @@ F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 
 # (source 0, source 1, result)
 _BINARY_TYPES = frozenset(
-    {
-        (F32, F32, F32),
-        (F16, F16, F16),
-        (F16, F32, F16),
-        (F16, F32, F32),
-        (BF16, BF16, BF16),
-        (BF16, F32, BF16),
-        (BF16, F32, F32),
-    }
+    {(F32, F32, F32)}
+    | {(half, half, half) for half in (F16, BF16)}
+    | {(half, F32, result) for half in (F16, BF16) for result in (half, F32)}
 )
 # Sums of a quantized source 0 and F32.
 _ENCODED = ENCODABLE | {GgmlType.I32}

@@ -8,6 +8,7 @@ for quantizing files, and most need an importance matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +16,12 @@ import numpy as np
 
 from protocol.ggml.types import DECODABLE, TYPE_INFO, GgmlType
 from rpc_server.types import decode, encode, encode_iq4, encode_k, floats
+from rpc_server.types.blocks import in_parts
 
 # Types that graphs may write through float32; those that they may read are DECODABLE.
-_BLOCK_ENCODERS = encode.ENCODERS | encode_iq4.ENCODERS | encode_k.ENCODERS
+_BLOCK_ENCODERS = encode.ENCODERS | {
+    type: in_parts(encoder) for type, encoder in (encode_iq4.ENCODERS | encode_k.ENCODERS).items()
+}
 ENCODABLE: frozenset[GgmlType] = frozenset(floats.ENCODERS) | frozenset(_BLOCK_ENCODERS)
 
 # Encoders and decoders work on this many elements at a time, to keep what they allocate small.
@@ -34,17 +38,8 @@ def to_f32(type: GgmlType, rows: Any, xp: ModuleType = np) -> Any:
     if type not in DECODABLE:
         raise NotImplementedError(f"{type.name} has no conversion to F32")
     info = TYPE_INFO[type]
-    host = _to_host(rows, xp)
-    shape = (*host.shape[:-1], host.shape[-1] // info.type_size * info.block_size)
-    blocks = np.ascontiguousarray(host).reshape(-1, info.type_size)
-    values = np.empty((len(blocks), info.block_size), np.float32)
-    decoder = decode.decoder(type)
-    step = max(_CHUNK // info.block_size, 1)
-    # Infinite scales and NaN are data like any other.
-    with np.errstate(all="ignore"):
-        for start in range(0, len(blocks), step):
-            values[start : start + step] = decoder(blocks[start : start + step])
-    return xp.asarray(values.reshape(shape))
+    forms = (np.uint8, info.type_size), (np.float32, info.block_size)
+    return _in_chunks(decode.decoder(type), rows, forms, info.block_size, xp)
 
 
 def from_f32(type: GgmlType, values: Any, xp: ModuleType = np) -> Any:
@@ -58,17 +53,26 @@ def from_f32(type: GgmlType, values: Any, xp: ModuleType = np) -> Any:
     if type not in _BLOCK_ENCODERS:
         raise NotImplementedError(f"no encoder for {type.name}")
     info = TYPE_INFO[type]
-    host = _to_host(values, xp)
-    shape = (*host.shape[:-1], host.shape[-1] // info.block_size * info.type_size)
-    blocks = np.ascontiguousarray(host, np.float32).reshape(-1, info.block_size)
-    encoded = np.empty((len(blocks), info.type_size), np.uint8)
-    encoder = _BLOCK_ENCODERS[type]
-    step = max(_CHUNK // info.block_size, 1)
+    forms = (np.float32, info.block_size), (np.uint8, info.type_size)
+    return _in_chunks(_BLOCK_ENCODERS[type], values, forms, info.block_size, xp)
+
+
+def _in_chunks(
+    convert: Callable[[Any], Any],
+    array: Any,
+    forms: tuple[tuple[Any, int], tuple[Any, int]],
+    block: int,
+    xp: ModuleType,
+) -> Any:
+    """Convert blocks of ``block`` elements; ``forms``: (dtype, length) of one before and after."""
+    (dtype, width), (new_dtype, new_width) = forms
+    host = array if xp is np else xp.asnumpy(array)
+    shape = (*host.shape[:-1], host.shape[-1] // width * new_width)
+    blocks = np.ascontiguousarray(host, dtype).reshape(-1, width)
+    converted = np.empty((len(blocks), new_width), new_dtype)
+    step = max(_CHUNK // block, 1)
+    # Infinite scales and NaN are data like any other.
     with np.errstate(all="ignore"):
         for start in range(0, len(blocks), step):
-            encoded[start : start + step] = encoder(blocks[start : start + step])
-    return xp.asarray(encoded.reshape(shape))
-
-
-def _to_host(array: Any, xp: ModuleType) -> Any:
-    return array if xp is np else xp.asnumpy(array)
+            converted[start : start + step] = convert(blocks[start : start + step])
+    return xp.asarray(converted.reshape(shape))

@@ -13,6 +13,8 @@ Floats = np.ndarray[Any, Any]
 Integers = np.ndarray[Any, Any]
 Encoder = Callable[[Floats], Bytes]
 
+ONE = np.float32(1)
+ZERO = np.float32(0)
 # Below this a group of the types that search for a scale counts as zeros.
 GROUP_EPSILON = np.float32(1e-15)
 

@@ -14,24 +14,22 @@ from typing import Any
 import numpy as np
 
 from protocol.ggml.types import GgmlType
+from rpc_server.types import blocks
 from rpc_server.types.blocks import (
     GROUP_EPSILON,
+    ONE,
+    ZERO,
     Bytes,
-    Encoder,
     Floats,
     Integers,
     extreme,
     f16,
     fields,
-    in_parts,
     largest_of_rows,
     nearest_int,
     nibbles,
     sum_rows,
 )
-
-_ONE = np.float32(1)
-_ZERO = np.float32(0)
 
 
 def _clipped(x: Floats, low: int, high: int) -> Integers:
@@ -69,7 +67,7 @@ def _scale_and_min(
     """
     low, high = -largest_of_rows(-x), largest_of_rows(x)
     sum_w, sum_x = sum_rows(weights), sum_rows(weights * x)
-    low = np.where(low > 0, _ZERO, low)
+    low = np.where(low > 0, ZERO, low)
     constant = high == low
 
     def error(codes: Floats, scale: Floats, minimum: Floats) -> Floats:
@@ -80,7 +78,7 @@ def _scale_and_min(
     def codes_for(parts: np.float32, minimum: Floats) -> Floats:
         return _clipped(parts / (high - minimum) * (x - minimum), 0, top).astype(np.float32)
 
-    scale = _ONE / (np.float32(top) / (high - low))
+    scale = ONE / (np.float32(top) / (high - low))
     minimum = low
     best_codes = codes_for(np.float32(top), minimum)
     best_error = error(best_codes, scale, minimum)
@@ -94,7 +92,7 @@ def _scale_and_min(
         fitted_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         fitted_min = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
         positive = fitted_min > 0
-        fitted_min = np.where(positive, _ZERO, fitted_min)
+        fitted_min = np.where(positive, ZERO, fitted_min)
         fitted_scale = np.where(positive, sum_xl / sum_l2, fitted_scale)
         fitted_error = error(codes, fitted_scale, fitted_min)
         better = (determinant > 0) & (fitted_error < best_error)
@@ -102,7 +100,7 @@ def _scale_and_min(
         scale = np.where(better, fitted_scale, scale)
         minimum = np.where(better, fitted_min, minimum)
         best_codes = np.where(better, codes, best_codes)
-    scale = np.where(constant, _ZERO, scale)
+    scale = np.where(constant, ZERO, scale)
     minimum = np.where(constant, low, minimum)
     return np.where(constant, 0, best_codes).astype(np.int32), scale, -minimum
 
@@ -113,8 +111,8 @@ def _quantized_scales(scales: Floats, top: int) -> tuple[Floats, Integers]:
     What isn't positive in a whole block counts as nothing.
     """
     largest = np.fmax.reduce(scales, axis=-1, keepdims=True)
-    largest = np.where(largest > 0, largest, _ZERO)
-    inverse = np.where(largest > 0, np.float32(top) / largest, _ZERO)
+    largest = np.where(largest > 0, largest, ZERO)
+    inverse = np.where(largest > 0, np.float32(top) / largest, ZERO)
     return largest / np.float32(top), nearest_int(inverse * scales) & 0xFF
 
 
@@ -209,9 +207,9 @@ def _q3_scale(x: Floats) -> tuple[Integers, Floats]:
             square = np.where(moves, new_square, square)
         if (codes == before).all():
             break
-    scale = np.where(square > 0, numerator / square, _ZERO)
+    scale = np.where(square > 0, numerator / square, ZERO)
     nothing = np.abs(largest) < GROUP_EPSILON
-    return np.where(nothing, 0, codes + 4), np.where(nothing, _ZERO, scale)
+    return np.where(nothing, 0, codes + 4), np.where(nothing, ZERO, scale)
 
 
 def _q6_scale(x: Floats) -> tuple[Integers, Floats]:
@@ -226,7 +224,7 @@ def _q6_scale(x: Floats) -> tuple[Integers, Floats]:
         return codes, sum_rows(weighted * values), sum_rows(weights * values * values)
 
     best_codes, numerator, square = fit(np.float32(-32) / largest)
-    scale = np.where(square != 0, numerator / square, _ZERO)
+    scale = np.where(square != 0, numerator / square, ZERO)
     best = scale * numerator
     for step in (*range(-9, 0), *range(1, 10)):
         parts = -(np.float32(32) + np.float32(0.1) * np.float32(step))
@@ -236,7 +234,7 @@ def _q6_scale(x: Floats) -> tuple[Integers, Floats]:
         best = np.where(better, scale * numerator, best)
         best_codes = np.where(better, codes, best_codes)
     nothing = np.abs(largest) < GROUP_EPSILON
-    return np.where(nothing, 0, best_codes + 32), np.where(nothing, _ZERO, scale)
+    return np.where(nothing, 0, best_codes + 32), np.where(nothing, ZERO, scale)
 
 
 def _inverse_unit(scales: Floats, lowest: int) -> tuple[Floats, Floats]:
@@ -252,10 +250,10 @@ def _q3_k(x: Floats) -> Bytes:
     largest, inverse = _inverse_unit(scales, -32)
     six_bits = np.clip(nearest_int(inverse * scales).astype(np.int8), -32, 31).astype(np.int32) + 32
     six_bits = np.where(largest == 0, 0, six_bits)
-    unit = np.where(largest == 0, _ZERO, _ONE / inverse)
+    unit = np.where(largest == 0, ZERO, ONE / inverse)
     multiples = (six_bits - 32).astype(np.float32)
     final = (_rounded_scale(unit) * multiples).reshape(-1)
-    codes = _requantized(groups, codes, final, _ZERO, -4, 3)
+    codes = _requantized(groups, codes, final, ZERO, -4, 3)
     flat = _blocks(codes)
     packed_scales = np.concatenate(
         [
@@ -276,9 +274,9 @@ def _q6_k(x: Floats) -> Bytes:
     scales = scale.reshape(-1, 16)
     largest, inverse = _inverse_unit(scales, -128)
     eight_bits = np.minimum(nearest_int(inverse * scales), 127).astype(np.int8)
-    unit = _ONE / inverse
+    unit = ONE / inverse
     final = (_rounded_scale(unit) * eight_bits.astype(np.float32)).reshape(-1)
-    flat = _blocks(_requantized(groups, codes, final, _ZERO, -32, 31)).reshape(len(x), 2, 4, 32)
+    flat = _blocks(_requantized(groups, codes, final, ZERO, -32, 31)).reshape(len(x), 2, 4, 32)
     # Runs of 32: the lower nibbles of the first two lie below those of the last two.
     lower = (flat[:, :, :2] & 15) | (flat[:, :, 2:] & 15) << 4
     block = np.concatenate(
@@ -288,10 +286,10 @@ def _q6_k(x: Floats) -> Bytes:
     return np.where(np.abs(largest) < GROUP_EPSILON, np.uint8(0), block)
 
 
-ENCODERS: dict[GgmlType, Encoder] = {
-    GgmlType.Q2_K: in_parts(_q2_k),
-    GgmlType.Q3_K: in_parts(_q3_k),
-    GgmlType.Q4_K: in_parts(functools.partial(_q4_q5, bits=4, start=-1, steps=20)),
-    GgmlType.Q5_K: in_parts(functools.partial(_q4_q5, bits=5, start=-0.5, steps=15)),
-    GgmlType.Q6_K: in_parts(_q6_k),
+ENCODERS: dict[GgmlType, blocks.Encoder] = {
+    GgmlType.Q2_K: _q2_k,
+    GgmlType.Q3_K: _q3_k,
+    GgmlType.Q4_K: functools.partial(_q4_q5, bits=4, start=-1, steps=20),
+    GgmlType.Q5_K: functools.partial(_q4_q5, bits=5, start=-0.5, steps=15),
+    GgmlType.Q6_K: _q6_k,
 }

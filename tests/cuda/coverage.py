@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import hypothesis
-from hypothesis import HealthCheck, Phase, given, settings
-
 import conformance.differential.families  # noqa: F401  (fills the table of families)
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (both fill their tables)
 from conformance.differential.case import GraphCase
 from conformance.differential.sketch import FAMILIES
+from conformance.properties.search import search
 from protocol.tensor import Tensor, place_views
 from rpc_server.devices.cuda.planner import CudaPlanner, lower_to_launches
 from rpc_server.ops.table import ContractError, check
@@ -61,16 +59,9 @@ def survey(examples: int = 1) -> set[Gap]:
             # Upstream's server refuses some cases, too.
             return
 
-    search = settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
-    )
     for family in FAMILIES.values():
         for variant in family.variants:
-            hypothesis.seed(1)(search(given(family.strategy(variant))(look)))()
+            search(family.strategy(variant), look, examples, seed=1, shrink=False)
     return found
 
 

@@ -5,7 +5,6 @@ Nothing here knows pytest: a test's fixtures are in conftest.py.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from tools import models, upstream
 from tools import smollm2 as distributed
+from tools.serving.llama_server import healthy
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     Process,
@@ -260,18 +260,10 @@ class ChattyServer(Process):
         self.port = port
         super().__init__(command, log_path, {**CLIENT_ENV, **(env or {})})
         try:
-            self.wait_until(self._healthy, START_SECONDS, "loaded model")
+            self.wait_until(lambda: healthy(port), START_SECONDS, "loaded model")
         except ProgramError:
             self.stop()
             raise
-
-    def _healthy(self) -> bool:
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer,
-        ):
-            return bool(answer.status == 200)
-        return False
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 200) -> Any:
         """The parsed answer to a JSON request. Raises ProgramError where there is none."""

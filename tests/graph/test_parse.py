@@ -16,11 +16,11 @@ from protocol.dialects import DIALECTS, Dialect
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.graph_payload import GraphPayload
-from protocol.messages import RPC_TENSOR_DTYPE
 from protocol.tensor import Tensor, place_views
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
 from tests.server.process import sources, tensor
+from tools.wire import graph_of
 
 NEWEST = DIALECTS[0]
 HANDLE, BASE, SIZE, HOST = 5, 1 << 44, 4096, 0x7000_0000
@@ -36,14 +36,8 @@ class FakeBuffer:
 def parse(
     nodes: list[dict[str, Any]], leaves: list[dict[str, Any]], dialect: Dialect = NEWEST
 ) -> LinkedGraph:
-    tensors = [*leaves, *nodes]
-    array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
-    for row, fields in zip(array, tensors, strict=True):
-        for name, value in fields.items():
-            row[name] = value
-    ids = np.array([node["id"] for node in nodes], "<u8")
     buffers = {HANDLE: FakeBuffer()}
-    return parse_graph(GraphPayload(0, ids, array), dialect, buffers.get)
+    return parse_graph(graph_of(nodes, leaves), dialect, buffers.get)
 
 
 def leaf(id: int, ne: tuple[int, ...] = (8,), at: int = 0, **fields: Any) -> dict[str, Any]:
@@ -112,10 +106,7 @@ def test_nodes_out_of_order_are_refused() -> None:
 def test_nodes_in_another_order_than_their_tensors_are_refused() -> None:
     """Tensors come after what they read, and yet one is to be computed before it."""
     tensors = [leaf(1), node(2, Op.SQR, 1, at=32), node(3, Op.SQR, 2, at=64)]
-    array = np.zeros(len(tensors), RPC_TENSOR_DTYPE)
-    for row, fields in zip(array, tensors, strict=True):
-        for name, value in fields.items():
-            row[name] = value
+    array = graph_of(tensors[1:], tensors[:1]).tensors
     for ids, refused in (([2, 3], False), ([3, 2], True)):
         payload = GraphPayload(0, np.array(ids, "<u8"), array)
         with pytest.raises(GraphError, match="'t2' is computed after it") if refused else nothing():

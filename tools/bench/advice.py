@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from client.model_header import ModelShape
 from client.split.address import ServerAddress
@@ -68,6 +68,17 @@ ARRANGEMENTS = (
 )
 
 
+class AdviceCase(NamedTuple):
+    """One model over one network."""
+
+    model: Path
+    link: NetworkLink
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.stem}, {'direct' if self.link == DIRECT else self.link.name}"
+
+
 def words(arrangement: Arrangement) -> str:
     """Return an arrangement as tables name it."""
     parts = arrangement.parts
@@ -81,18 +92,6 @@ def needs(arrangement: Arrangement) -> int:
     """Return how many servers an arrangement needs."""
     used = {*arrangement.parts, *([] if arrangement.coordinator is None else [0])}
     return max(used) + 1
-
-
-@dataclass(frozen=True)
-class AdviceCase:
-    """One model over one network."""
-
-    model: Path
-    link: NetworkLink
-
-    @property
-    def name(self) -> str:
-        return f"{self.model.stem}, {'direct' if self.link == DIRECT else self.link.name}"
 
 
 @contextlib.contextmanager

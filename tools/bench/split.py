@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from client.connection import connect
 from protocol.commands import Command
@@ -81,8 +81,7 @@ class Measured:
     coordinator_bytes: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class NetworkLink:
+class NetworkLink(NamedTuple):
     """A network: seconds one way, bytes a second."""
 
     delay: float

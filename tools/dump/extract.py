@@ -48,17 +48,9 @@ class Extracted:
         return at >= self.nbytes
 
     def as_object(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "type": self.type,
-            "ne": self.ne,
-            "nb": self.nb,
-            "bytes": self.nbytes,
-            "file": self.file,
-            "complete": self.complete,
-            "connection": self.connection,
-            "hash": self.hash,
-        }
+        shown = {name: getattr(self, name) for name in ("name", "type", "ne", "nb")}
+        shown |= {"bytes": self.nbytes, "file": self.file, "complete": self.complete}
+        return {**shown, "connection": self.connection, "hash": self.hash}
 
 
 class Extractor:

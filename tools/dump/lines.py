@@ -6,14 +6,7 @@ from collections.abc import Iterator
 
 from protocol.graph_payload import GraphPayload
 from protocol.observe.annotate import annotate, describe, graph_lines, tree
-from protocol.observe.conversation import (
-    Event,
-    Failure,
-    MessageKind,
-    ObservedMessage,
-    Side,
-    SkippedBytes,
-)
+from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, Side, SkippedBytes
 from tools.capture.connections import CapturedConnection
 from tools.dump.filters import Filters
 from tools.dump.screen import Screen, duration_text, printable
@@ -32,12 +25,12 @@ class LineView:
     def __init__(
         self, screen: Screen, filters: Filters, *, whole: bool = False, hexadecimal: bool = False
     ) -> None:
+        self._start: float | None = None
+        self._graphs = 0
         self._screen = screen
         self._filters = filters
         self._whole = whole
         self._hexadecimal = hexadecimal
-        self._start: float | None = None
-        self._graphs = 0
 
     def opened(self, connection: CapturedConnection) -> None:
         if not self._filters.wants(connection):

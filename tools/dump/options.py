@@ -59,32 +59,22 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument_group("what to read").add_argument
     add("capture", nargs="?", metavar="FILE", help="a pcap or pcapng file; - is standard input")
     add("--live", metavar="INTERFACE", help="listen on a network interface, such as lo, by tcpdump")
-    add(
-        "-p", "--port", type=arguments.port, action="append", default=[], metavar="N",
-        help="the server's port; without it ggml RPC is found by its content",
-    )  # fmt: skip
+    add("-p", "--port", type=arguments.port, action="append", default=[], metavar="N",
+        help="the server's port; without it ggml RPC is found by its content")  # fmt: skip
     add(
         "--protocol", type=_dialect, metavar="X.Y",
         help="version spoken by connections whose start wasn't captured (else it is guessed)",
     )  # fmt: skip
 
     add = made.add_argument_group("which messages").add_argument
-    add(
-        "--command", type=_commands, action="extend", default=[], metavar="NAME[,NAME]",
-        help="of these commands only, such as SET_TENSOR",
-    )  # fmt: skip
-    add(
-        "--tensor", action="append", default=[], metavar="NAME",
-        help="about tensors whose name has this in it; * and ? are wildcards",
-    )  # fmt: skip
-    add(
-        "--client", action="append", default=[], metavar="HOST[:PORT]",
-        help="of connections from this address",
-    )  # fmt: skip
-    add(
-        "--connection", type=_number, action="append", default=[], metavar="N",
-        help="of the connection with this number (#N in the lines)",
-    )  # fmt: skip
+    add("--command", type=_commands, action="extend", default=[], metavar="NAME[,NAME]",
+        help="of these commands only, such as SET_TENSOR")  # fmt: skip
+    add("--tensor", action="append", default=[], metavar="NAME",
+        help="about tensors whose name has this in it; * and ? are wildcards")  # fmt: skip
+    add("--client", action="append", default=[], metavar="HOST[:PORT]",
+        help="of connections from this address")  # fmt: skip
+    add("--connection", type=_number, action="append", default=[], metavar="N",
+        help="of the connection with this number (#N in the lines)")  # fmt: skip
 
     add = made.add_argument_group("what to show (a line for each message unless told)").add_argument
     add("-v", "--verbose", action="store_true", help="whole messages, field by field")
@@ -96,18 +86,14 @@ def parser() -> argparse.ArgumentParser:
         "--format", choices=("text", "dot", "svg"), default="text",
         help="of --graph: a line a node, Graphviz' language, or drawn by Graphviz (text)",
     )  # fmt: skip
-    add(
-        "--extract", type=Path, metavar="DIR",
-        help="write the weights that were uploaded into files there, and index.json",
-    )  # fmt: skip
+    add("--extract", type=Path, metavar="DIR",
+        help="write the weights that were uploaded into files there, and index.json")  # fmt: skip
     add(
         "--save-session", type=Path, metavar="FILE",
         help="write the connections' packets into a pcapng of their own, as tools.replay plays",
     )  # fmt: skip
-    add(
-        "--color", choices=("auto", "always", "never"), default="auto",
-        help="colours (auto: on a terminal, unless NO_COLOR is set)",
-    )  # fmt: skip
+    add("--color", choices=("auto", "always", "never"), default="auto",
+        help="colours (auto: on a terminal, unless NO_COLOR is set)")  # fmt: skip
     return made
 
 

@@ -150,7 +150,7 @@ class GpuCheck:
                 "layers": shape.layers,
                 "layers_of_model": extent.shape.layers,
                 "bytes": shape.weight_bytes,
-                **asdict(extent.timing),
+                **extent.timing._asdict(),
             }
             self.result["speed"] = {
                 "model": model,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from client.backend import Backend
 from tools.gpu_check.llama import LlamaShape, ModelStep, SyntheticLlama
@@ -15,8 +15,7 @@ from tools.gpu_check.llama import LlamaShape, ModelStep, SyntheticLlama
 _LEFT = 1 << 30
 
 
-@dataclass(frozen=True)
-class TimingPlan:
+class TimingPlan(NamedTuple):
     """A prompt of so many tokens, and single ones behind ``before`` others, to be timed."""
 
     prompt: int

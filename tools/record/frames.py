@@ -11,6 +11,7 @@ import ipaddress
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,7 @@ _ACKNOWLEDGE_EVERY = 1 << 20
 _FEW = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """A TCP endpoint; ``host`` is an IPv4 or IPv6 address in its usual notation."""
 
     host: str

@@ -14,6 +14,16 @@ from tools.serving.ports import free_port
 from tools.serving.processes import HOST, PATIENCE, Process, ProgramError
 
 
+def healthy(port: int) -> bool:
+    """Return whether a llama-server at this port has its model loaded."""
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5) as answer,
+    ):
+        return bool(answer.status == 200)
+    return False
+
+
 class LlamaServer(Process):
     """llama-server, ``ready`` once it has loaded the model. ``rpc`` is as --rpc takes it."""
 
@@ -41,12 +51,7 @@ class LlamaServer(Process):
 
     def ready(self) -> bool:
         """Return whether it answers questions."""
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=5) as answer,
-        ):
-            return bool(answer.status == 200)
-        return False
+        return healthy(self.port)
 
     def complete(self, prompt: str, tokens: int) -> dict[str, Any]:
         """Return what it answers, greedily and with so many tokens, as its JSON has it.

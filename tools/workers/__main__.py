@@ -174,12 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--slots", type=positive, default=1, metavar="N", help="sequences at once (%(default)s)")
     add("--most", type=positive, default=12, metavar="N", help="arrangements shown (%(default)s)")
     add("--ca", type=Path, metavar="FILE", help="what vouches for servers inside of TLS")
-    add(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help=f"token to show these (or in the variable {SPLIT_TOKEN_VARIABLE})",
-    )
+    token_help = f"token to show these (or in the variable {SPLIT_TOKEN_VARIABLE})"
+    add("--token-file", type=Path, metavar="FILE", help=token_help)
     return parser
 
 

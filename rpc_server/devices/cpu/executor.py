@@ -91,12 +91,12 @@ class RecordProgram:
 class Position:
     """The place where a run goes on: see ``kernels/interface/sync.py``."""
 
+    # The record that failed, if one did.
+    failed_at: int = -1
     first: int = 0
     rest: int = 0
     met: int = 0
     part: int = 0
-    # The record that failed, if one did.
-    failed_at: int = -1
 
 
 class Executor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 def available_cores() -> int:
@@ -51,8 +51,7 @@ def system_memory() -> tuple[int, int]:
 _UNLIMITED = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class ControlGroup:
+class ControlGroup(NamedTuple):
     """A control group's folder, and how its version calls the files."""
 
     folder: Path

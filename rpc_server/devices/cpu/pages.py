@@ -32,8 +32,7 @@ import numpy as np
 
 # Python has no names for these: MADV_POPULATE_WRITE is of Linux 5.14, MADV_COLLAPSE of 6.1; older
 # ones refuse them.
-_POPULATE = 23
-_COLLAPSE = 25
+_POPULATE, _COLLAPSE = 23, 25
 _STEP = 1 << 20
 # Fewer bytes are there before a thread has started.
 WORTH_IT = 1 << 20

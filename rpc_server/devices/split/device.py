@@ -141,8 +141,7 @@ class SplitPlan:
         make: Callable[[], Exchanging],
         storages: Sequence[SplitStorage],
     ) -> None:
-        self._device = device
-        self._share = share
+        self._device, self._share = device, share
         self._make = make
         self._storages = storages
         self._stopped = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from client.builder.graph import GraphBuilder
 from client.errors import AllocationFailed, ConnectionLost
@@ -24,8 +24,7 @@ from rpc_server.devices.split.worker import PREPARE_TIMEOUT, Worker, WorkerLost
 _ALIGN = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
+class _Memory(NamedTuple):
     """A buffer that no client has; its addresses are this machine's."""
 
     base: int

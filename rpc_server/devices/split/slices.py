@@ -23,6 +23,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,8 +45,7 @@ _MOST_BYTES = 4 << 20
 _VERSION = "slices of a split tensor, 1"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes ``at`` to ``at + size`` of what a part has, which came in one chunk of the tensor."""
 
     part: int

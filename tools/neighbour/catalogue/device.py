@@ -12,10 +12,12 @@ from protocol.ggml.types import GgmlType, row_size
 from tools.neighbour.attack import MIB, Attacker, AttackWire, attack, floats, many
 from tools.wire import tensor
 
-PLANNING = "graphs that take long to plan"
-ONE_NODE = "a single node that takes long"
-QUEUES = "graphs after graphs"
-WAITING = "programs and leases that are held and not used"
+PLANNING, ONE_NODE, QUEUES, WAITING = (
+    "graphs that take long to plan",
+    "a single node that takes long",
+    "graphs after graphs",
+    "programs and leases that are held and not used",
+)
 
 
 @attack(PLANNING)

@@ -27,7 +27,7 @@ def lower_soft_max(t: Tensor, planner: Planner) -> bool:
 
 @lowers(Op.DIAG_MASK_INF, Op.DIAG_MASK_ZERO)
 def _lower_diagonal_mask(t: Tensor, planner: Planner) -> bool:
-    if not f32_rows(t, t.src[0]):
-        return False
-    planner.emit(diagonal_mask, t, extra=(int(t.op is Op.DIAG_MASK_INF),))
-    return True
+    fits = f32_rows(t, t.src[0])
+    if fits:
+        planner.emit(diagonal_mask, t, extra=(int(t.op is Op.DIAG_MASK_INF),))
+    return fits
