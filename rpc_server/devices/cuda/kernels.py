@@ -46,6 +46,11 @@ def kernel(source: str, name: str, threads: int = 256) -> CudaKernel:
     return CudaKernel(Unit(source), name, threads)
 
 
+def kernels(source: str, names: str) -> list[CudaKernel]:
+    """Return the kernels of a source that are called these, with a space between two."""
+    return [kernel(source, name) for name in names.split()]
+
+
 @functools.cache
 def kernel_of_weights(source: str, name: str, weights: GgmlType, threads: int = 128) -> CudaKernel:
     """Return a kernel of a source that is compiled for each type of weights."""

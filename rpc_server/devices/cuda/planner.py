@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -34,6 +34,14 @@ SCRATCH_BASE = 1 << 60
 SCRATCH_LIMIT = 1 << 40
 
 Grid = tuple[int, int, int]
+
+
+class LaunchWords(TypedDict, total=False):
+    """The words and tensors that :meth:`CudaPlanner.launch` may be given besides the grid."""
+
+    extra: Sequence[int]
+    slots: Sequence[Tensor | None] | None
+    params: Sequence[int] | None
 
 
 def lowers(*ops: Op) -> Callable[[Lowering], Lowering]:
@@ -222,15 +230,15 @@ class CudaPlanner(ScratchPlanner):
         self.launches.append(Launch(kernel, words, (x, y, z), threads, shared, self._node))
         self._filling = []
 
-    def product(self, product: Product) -> None:
-        """Append a product by cuBLAS."""
-        self.launches.append(product)
-        self._filling = []
-
     def take_launches(self) -> list[Launch | Product]:
         """Return the launches since the last time."""
         launches, self.launches = self.launches, []
         return launches
+
+    def product(self, product: Product) -> None:
+        """Append a product by cuBLAS."""
+        self.launches.append(product)
+        self._filling = []
 
     def rows(
         self,
@@ -238,25 +246,14 @@ class CudaPlanner(ScratchPlanner):
         t: Tensor,
         rows: int,
         columns: int,
-        *,
-        extra: Sequence[int] = (),
-        slots: Sequence[Tensor | None] | None = None,
-        params: Sequence[int] | None = None,
+        **given: Unpack[LaunchWords],
     ) -> None:
         """Emit a launch for a kernel of FOR_ROWS and FOR_COLUMNS: blocks for rows, then columns."""
         threads = threads_for(columns, kernel.threads)
         # Enough blocks for the card to be full; what is more, loops.
         along_rows = min(rows, MAX_GRID[0])
         along_columns = min(-(-columns // threads), MAX_GRID[1])
-        self.launch(
-            kernel,
-            t,
-            (along_rows, along_columns),
-            threads,
-            extra=extra,
-            slots=slots,
-            params=params,
-        )
+        self.launch(kernel, t, (along_rows, along_columns), threads, **given)
 
     def each_row(
         self,
@@ -264,14 +261,12 @@ class CudaPlanner(ScratchPlanner):
         t: Tensor,
         rows: int,
         n: int,
-        *,
-        extra: Sequence[int] = (),
-        slots: Sequence[Tensor | None] | None = None,
+        **given: Unpack[LaunchWords],
     ) -> bool:
         """Emit a launch for a kernel whose blocks do whole rows of ``n`` elements.
 
         True, for lowerings to return.
         """
         grid = (min(rows, MAX_GRID[0]),)
-        self.launch(kernel, t, grid, threads_for(n, kernel.threads), extra=extra, slots=slots)
+        self.launch(kernel, t, grid, threads_for(n, kernel.threads), **given)
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
-from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.kernels import kernel, kernels
 from rpc_server.devices.cuda.lower.walk import as_floats, elements
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.ops.table import source
@@ -23,9 +23,9 @@ _ROWS = {
     Op.SOFT_MAX_BACK: kernel("back", "soft_max_back"),
     Op.CROSS_ENTROPY_LOSS_BACK: kernel("back", "cross_entropy_back"),
 }
-_OUT_PROD = kernel("back", "out_prod")
-_LOSS_ROWS = kernel("back", "cross_entropy_rows")
-_LOSS_MEAN = kernel("back", "cross_entropy_mean")
+_OUT_PROD, _LOSS_ROWS, _LOSS_MEAN = kernels(
+    "back", "out_prod cross_entropy_rows cross_entropy_mean"
+)
 
 
 @lowers(*_ELEMENTS)

@@ -8,20 +8,15 @@ from dataclasses import dataclass
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from rpc_server.devices.cuda.kernels import CudaKernel, kernel
+from rpc_server.devices.cuda.kernels import CudaKernel, kernels
 from rpc_server.devices.cuda.lower.walk import elements, small
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
 from rpc_server.ops.table import source
 
-_IM2COL = kernel("convolution", "im2col")
-_IM2COL_BACK = kernel("convolution", "im2col_back")
-_COL2IM = kernel("convolution", "col2im")
-_CONVOLVE = kernel("convolution", "convolve")
-_TRANSPOSED = kernel("convolution", "convolve_transposed")
-_POOL = kernel("convolution", "pool")
-_POOL_MAXIMA = kernel("convolution", "pool_maxima")
-_POOL_BACK = kernel("convolution", "pool_back")
-
+_IM2COL, _IM2COL_BACK, _COL2IM, _CONVOLVE, _TRANSPOSED = kernels(
+    "convolution", "im2col im2col_back col2im convolve convolve_transposed"
+)
+_POOL, _POOL_MAXIMA, _POOL_BACK = kernels("convolution", "pool pool_maxima pool_back")
 
 # Flags of convolution.cu.
 _HALVES, _PADDED = 1, 2

@@ -32,22 +32,14 @@ class Encoder:
     group: int
 
 
-# What encode_super.cuh writes, and how many elements are a group there.
+# What encode_super.cuh writes, by how many elements are a group there.
 _GROUPS = {
-    GgmlType.Q8_1: 32,
-    GgmlType.Q8_K: 16,
-    GgmlType.Q2_K: 16,
-    GgmlType.Q3_K: 16,
-    GgmlType.Q4_K: 32,
-    GgmlType.Q5_K: 32,
-    GgmlType.Q6_K: 16,
-    GgmlType.IQ4_XS: 32,
-    GgmlType.TQ1_0: 32,
-    GgmlType.TQ2_0: 32,
-    GgmlType.MXFP4: 32,
-    GgmlType.NVFP4: 16,
-    GgmlType.Q1_0: 32,
-    GgmlType.Q2_0: 32,
+    GgmlType[name]: elements
+    for elements, names in (
+        (16, "Q8_K Q2_K Q3_K Q6_K NVFP4"),
+        (32, "Q8_1 Q4_K Q5_K IQ4_XS TQ1_0 TQ2_0 MXFP4 Q1_0 Q2_0"),
+    )
+    for name in names.split()
 }
 
 

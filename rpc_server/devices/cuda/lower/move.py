@@ -8,7 +8,7 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
-from rpc_server.devices.cuda.kernels import kernel
+from rpc_server.devices.cuda.kernels import kernel, kernels
 from rpc_server.devices.cuda.lower.copy import lower_copy
 from rpc_server.devices.cuda.lower.walk import elements
 from rpc_server.devices.cuda.planner import CudaPlanner, lowers
@@ -23,12 +23,9 @@ _SIMPLE = {
     Op.WIN_UNPART: kernel("move", "win_unpart"),
     Op.GET_REL_POS: kernel("move", "get_rel_pos"),
 }
-_CONCAT = kernel("move", "concat")
-_REPEAT = kernel("move", "repeat")
-_SET_PART = kernel("move", "set_part")
-_ADD_ID = kernel("move", "add_id")
-_ADD_REL_POS = kernel("move", "add_rel_pos")
-_UPSCALE = kernel("move", "upscale")
+_CONCAT, _REPEAT, _SET_PART, _ADD_ID, _ADD_REL_POS, _UPSCALE = kernels(
+    "move", "concat repeat set_part add_id add_rel_pos upscale"
+)
 
 
 @lowers(*_SIMPLE)

@@ -4,8 +4,7 @@
 // Source 0 are the result's gradients, source 1 what SILU was of. extra: elements.
 KERNEL(silu_back, 256) {
     const Slot &to = r.slot[DST], &gradient = r.slot[SRC0], &from = r.slot[SRC1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const float x = load_f32(at(from, p), from.type), s = 1 / (1 + expf(-x));
         store_f32(at(to, p), to.type, load_f32(at(gradient, p), gradient.type) * s * (1 + x * (1 - s)));
     }
@@ -14,8 +13,7 @@ KERNEL(silu_back, 256) {
 // The sum of all copies of an element. extra: elements.
 KERNEL(repeat_back, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float sum = 0;
         for (i64 i3 = p.i[3]; i3 < from.ne[3]; i3 += to.ne[3])
             for (i64 i2 = p.i[2]; i2 < from.ne[2]; i2 += to.ne[2])
@@ -28,8 +26,7 @@ KERNEL(repeat_back, 256) {
 // The sum of the rows of source 0 that source 1 says an element is of. extra: elements.
 KERNEL(get_rows_back, 256) {
     const Slot &to = r.slot[DST], &gradient = r.slot[SRC0], &ids = r.slot[SRC1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float sum = 0;
         for (i64 row = 0; row < ids.ne[0]; row++) {
             const i64 id = load_index(at(ids, row), ids.type);
@@ -42,8 +39,7 @@ KERNEL(get_rows_back, 256) {
 // (M, K, ...) and (N, K, ...) to (M, N, ...); source 0 repeats over dimensions 2 and 3. extra: elements.
 KERNEL(out_prod, 256) {
     const Slot &to = r.slot[DST], &a = r.slot[SRC0], &b = r.slot[SRC1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 a2 = p.i[2] / (to.ne[2] / a.ne[2]), a3 = p.i[3] / (to.ne[3] / a.ne[3]);
         float sum = 0;
         for (i64 k = 0; k < a.ne[1]; k++) sum += load(a, p.i[0], k, a2, a3) * f32(at(b, p.i[1], k, p.i[2], p.i[3]));
@@ -154,8 +150,7 @@ KERNEL(cross_entropy_back, 256) {
 KERNEL(adamw, 256) {
     const Slot &to = r.slot[DST], &gradients = r.slot[SRC1], &means = r.slot[SRC2], &mean_squares = r.slot[SRC3];
     const float *s = reinterpret_cast<const float *>(r.slot[SRC4].data);
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const float gradient = f32(at(gradients, p));
         const float mean = f32(at(means, p)) * s[1] + gradient * (1 - s[1]);
         const float square = f32(at(mean_squares, p)) * s[2] + gradient * gradient * (1 - s[2]);
@@ -170,8 +165,7 @@ KERNEL(adamw, 256) {
 KERNEL(sgd, 256) {
     const Slot &to = r.slot[DST], &gradients = r.slot[SRC1];
     const float *s = reinterpret_cast<const float *>(r.slot[SRC2].data);
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float &weight = f32(at(to, p));
         weight = weight * (1 - s[0] * s[1]) - s[0] * f32(at(gradients, p));
     }

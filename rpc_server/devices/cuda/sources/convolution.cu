@@ -86,8 +86,7 @@ KERNEL(im2col_back, 256) {
 KERNEL(col2im, 256) {
     const Geometry g(r);
     const Slot &to = r.slot[DST], &columns = r.slot[SRC0];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         // Elements of the window that lie on the sample are a stride apart.
         const i64 offset = p.i[0] + g.padding[0];
         float sum = 0;
@@ -221,8 +220,7 @@ struct Pool {
 KERNEL(pool, 256) {
     const Pool pool(r);
     const Slot &to = r.slot[DST], &x = r.slot[SRC0];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float value = 0;
         if (r.param[0] == MAXIMUM) {
             pool.maximum(x, p, value);
@@ -254,8 +252,7 @@ KERNEL(pool_back, 256) {
     const Slot &to = r.slot[DST], &gradients = r.slot[SRC0];
     const i64 *found = reinterpret_cast<const i64 *>(r.extra[7]);
     const float area = (float)(pool.size[0] * pool.size[1]);
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 here = p.i[1] * to.ne[0] + p.i[0], plane = p.i[3] * gradients.ne[2] + p.i[2];
         float sum = 0;
         for (i64 y = pool.first_place(1, p.i[1]); y < pool.end_place(1, p.i[1], gradients.ne[1]); y++)

@@ -72,26 +72,18 @@ KERNEL(get_rows, 256) {
 }
 
 KERNEL(set_rows, 256) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &ids = r.slot[SRC1];
-    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
-        const Row at(from, row);
-        u8 *target = indexed_row(r, to, ids, at);
-        if (target) convert_row(to, target, from, at.in(from));
-    }
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    for_indexed_rows(r, [&](u8 *target, const u8 *source) { convert_row(to, target, from, source); });
 }
 
 // To blocks of 32, a thread each.
 KERNEL(set_rows_encoded, 64) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &ids = r.slot[SRC1];
-    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
-        const Row at(from, row);
-        u8 *target = indexed_row(r, to, ids, at);
-        if (!target) continue;
-        const u8 *source = at.in(from);
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0];
+    for_indexed_rows(r, [&](u8 *target, const u8 *source) {
         FOR_COLUMNS(b, from.ne[0] / 32) {
             Exact x[32];
             load_floats(x, source + 32 * b * from.nb[0], from.nb[0], from.type);
             encode_block(target + b * block_bytes(to.type), to.type, x);
         }
-    }
+    });
 }

@@ -41,17 +41,13 @@ KERNEL(copy_encoded, THREADS) {
 
 // SET_ROWS
 KERNEL(set_rows_encoded, THREADS) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &ids = r.slot[SRC1];
-    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
-        const Row at(from, row);
-        u8 *target = indexed_row(r, to, ids, at);
-        if (!target) continue;
-        const u8 *source = at.in(from);
+    const Slot &from = r.slot[SRC0];
+    for_indexed_rows(r, [&](u8 *target, const u8 *source) {
         encode_blocks(
             from.ne[0] / Encoded::BLOCK, blockIdx.y, gridDim.y,
             [&](Exact (&x)[Encoded::GROUP], i64 b, int i) {
                 load_floats(x, source + (b * Encoded::BLOCK + i) * from.nb[0], from.nb[0], from.type);
             },
             [&](i64 b) { return target + b * Encoded::SIZE; });
-    }
+    });
 }

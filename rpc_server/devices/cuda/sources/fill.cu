@@ -14,8 +14,7 @@ KERNEL(arange, 256) {
 
 KERNEL(diag, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         f32(at(to, p)) = p.i[0] == p.i[1] ? f32(at(from, p.i[0], 0, p.i[2], p.i[3])) : 0;
     }
 }
@@ -25,8 +24,7 @@ enum { UPPER_AND_DIAGONAL, UPPER, LOWER_AND_DIAGONAL, LOWER };
 // param[0]: which part stays; the others are 0.
 KERNEL(triangle, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 distance = p.i[0] - p.i[1];
         bool stays = false;
         switch (r.param[0]) {
@@ -43,8 +41,7 @@ KERNEL(triangle, 256) {
 KERNEL(mask_diagonal, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     const float masked = r.extra[1] ? -INF : 0;
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         f32(at(to, p)) = p.i[0] - p.i[1] > r.param[0] ? masked : f32(at(from, p));
     }
 }
@@ -54,8 +51,7 @@ KERNEL(timestep_embedding, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     const i64 half = r.param[0] / 2;
     const float period = logf((float)r.param[1]);
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float value = 0;
         if (p.i[0] < 2 * half) {
             const i64 j = p.i[0] < half ? p.i[0] : p.i[0] - half;

@@ -29,8 +29,7 @@ KERNEL(concat, 256) {
 KERNEL(repeat, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     const int size = (int)r.extra[1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const u8 *source = at(from, p.i[0] % from.ne[0], p.i[1] % from.ne[1], p.i[2] % from.ne[2], p.i[3] % from.ne[3]);
         copy_bytes(at(to, p), source, size);
     }
@@ -81,8 +80,7 @@ KERNEL(roll, 256) {
 // (strides of dimensions 1 to 3, offset) put them.
 KERNEL(set_part, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(from, e);
+    FOR_PLACES(p, from, r.extra[0]) {
         u8 *target = to.data + r.param[3] + p.i[0] * to.nb[0] + p.i[1] * r.param[0] + p.i[2] * r.param[1] + p.i[3] * r.param[2];
         if (r.extra[1]) f32(target) += f32(at(from, p));
         else copy_bytes(target, at(from, p), 4);
@@ -108,8 +106,7 @@ KERNEL(add_id, 256) {
 KERNEL(win_part, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     const i64 across = r.param[0], width = r.param[2];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 x = p.i[3] % across * width + p.i[1], y = p.i[3] / across * width + p.i[2];
         f32(at(to, p)) = x < from.ne[1] && y < from.ne[2] ? f32(at(from, p.i[0], x, y)) : 0;
     }
@@ -119,8 +116,7 @@ KERNEL(win_part, 256) {
 KERNEL(win_unpart, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
     const i64 width = r.param[0], across = (to.ne[1] + width - 1) / width;
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 window = p.i[1] / width + p.i[2] / width * across;
         f32(at(to, p)) = f32(at(from, p.i[0], p.i[1] % width, p.i[2] % width, window));
     }
@@ -129,8 +125,7 @@ KERNEL(win_unpart, 256) {
 // (C, 2 n - 1) to (C, n, n): the table's row for each distance; bits are copied as they are.
 KERNEL(get_rel_pos, 256) {
     const Slot &to = r.slot[DST], &from = r.slot[SRC0];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         copy_bytes(at(to, p), at(from, p.i[0], p.i[2] + to.ne[1] - 1 - p.i[1]), 2);
     }
 }
@@ -208,8 +203,7 @@ KERNEL(upscale, 256) {
     const i64 mode = r.param[0];
     float ratio[4];
     for (int d = 0; d < 4; d++) ratio[d] = __int_as_float((i32)r.extra[1 + d]);
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 i2 = nearest(p.i[2], from.ne[2], ratio[2]), i3 = nearest(p.i[3], from.ne[3], ratio[3]);
         float value = 0;
         if ((mode & 255) == NEAREST) {

@@ -28,6 +28,16 @@ __device__ inline u8 *indexed_row(const Record &r, const Slot &to, const Slot &i
     return to.data + id * to.nb[1] + place.i[2] * to.nb[2] + place.i[3] * to.nb[3];
 }
 
+// SET_ROWS: the block's rows of the source, each with where it goes.
+template <typename Write> __device__ inline void for_indexed_rows(const Record &r, Write write) {
+    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &ids = r.slot[SRC1];
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
+        const Row at(from, row);
+        u8 *target = indexed_row(r, to, ids, at);
+        if (target) write(target, at.in(from));
+    }
+}
+
 // Elements of `size` bytes as they are.
 __device__ inline void copy_bytes(u8 *to, const u8 *from, int size) {
     switch (size) {
@@ -41,3 +51,5 @@ __device__ inline void copy_bytes(u8 *to, const u8 *from, int size) {
 
 #define FOR_ELEMENTS(e, n) \
     for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < (n); e += (i64)gridDim.x * blockDim.x)
+// The same with the places that elements of a slot have.
+#define FOR_PLACES(p, slot, n) FOR_ELEMENTS(p##_e, n) if (const Place p(slot, p##_e); true)

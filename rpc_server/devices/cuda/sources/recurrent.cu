@@ -8,8 +8,7 @@ __device__ inline const float *floats(const Slot &s) { return reinterpret_cast<c
 // sequences). extra: elements.
 KERNEL(ssm_conv, 256) {
     const Slot &to = r.slot[DST], &x = r.slot[SRC0], &weights = r.slot[SRC1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float sum = 0;
         for (i64 k = 0; k < weights.ne[0]; k++)
             sum += f32(at(x, p.i[1] + k, p.i[0], p.i[2])) * f32(at(weights, k, p.i[0]));

@@ -6,8 +6,7 @@
 // the mask. Keys (E, 1, positions, streams) are loaded one by one. extra: elements.
 KERNEL(lightning_indexer, 128) {
     const Slot &to = r.slot[DST], &q = r.slot[SRC0], &k = r.slot[SRC1], &weights = r.slot[SRC2], &mask = r.slot[SRC3];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         const i64 position = p.i[0], token = p.i[1], stream = p.i[3];
         float sum = 0;
         for (i64 head = 0; head < q.ne[1]; head++) {
@@ -60,8 +59,7 @@ KERNEL(combine, 128) {
 // (E, streams, tokens) to (E, tokens): streams with weights, or gates (param[1]), times param[0].
 KERNEL(streams_to_one, 256) {
     const Slot &to = r.slot[DST], &x = r.slot[SRC0], &weights = r.slot[SRC1];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float sum = 0;
         for (i64 s = 0; s < x.ne[1]; s++) {
             const float value = f32(at(x, p.i[0], s, p.i[1]));
@@ -76,8 +74,7 @@ KERNEL(streams_to_one, 256) {
 // which source 3 (destinations, sources, tokens) has mixed if extra[1].
 KERNEL(one_to_streams, 256) {
     const Slot &to = r.slot[DST], &x = r.slot[SRC0], &residual = r.slot[SRC1], &post = r.slot[SRC2], &mix = r.slot[SRC3];
-    FOR_ELEMENTS(e, r.extra[0]) {
-        const Place p(to, e);
+    FOR_PLACES(p, to, r.extra[0]) {
         float value = 0;
         if (r.extra[1]) {
             for (i64 s = 0; s < to.ne[1]; s++)

@@ -79,6 +79,11 @@ __device__ inline void nibbles(Run &run, const u8 *qs, u32 (*load)(const u8 *)) 
     }
 }
 
+// The bits of `mask` of 32 bytes moved down by `shift`, a code each.
+__device__ inline void fields(Run &run, const u8 *qs, int shift, u32 mask, u32 (*load)(const u8 *)) {
+    for (int i = 0; i < 8; i++) run.codes[i] = load(qs + 4 * i) >> shift & mask;
+}
+
 struct Q4_0 : Shifted {
     enum { BLOCK = 32, SIZE = 18 };
     __device__ static void decode(Run &run, const u8 *block, int) {
@@ -146,9 +151,7 @@ struct Q8_K : Scaled {
 struct Q2_K : HalvesShifted {
     enum { BLOCK = 256, SIZE = 84 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
-        const u8 *qs = block + 16 + 32 * (r / 4);
-        for (int i = 0; i < 8; i++)
-            run.codes[i] = word_at_4(qs + 4 * i) >> (2 * (r % 4)) & 0x03030303u;
+        fields(run, block + 16 + 32 * (r / 4), 2 * (r % 4), 0x03030303u, word_at_4);
         float d = half_at(block + 80), m = half_at(block + 82);
         for (int g = 0; g < 2; g++) {
             u8 both = block[2 * r + g];
@@ -195,9 +198,7 @@ __device__ inline void scale_and_minimum(Run &run, const u8 *block, int r) {
 struct Q4_K : Shifted {
     enum { BLOCK = 256, SIZE = 144 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
-        const u8 *qs = block + 16 + 32 * (r / 2);
-        for (int i = 0; i < 8; i++)
-            run.codes[i] = word_at_4(qs + 4 * i) >> (4 * (r % 2)) & 0x0f0f0f0fu;
+        fields(run, block + 16 + 32 * (r / 2), 4 * (r % 2), 0x0f0f0f0fu, word_at_4);
         scale_and_minimum(run, block, r);
     }
 };
@@ -329,8 +330,7 @@ struct TQ1_0 : Shifted {
 struct TQ2_0 : Shifted {
     enum { BLOCK = 256, SIZE = 66 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
-        for (int i = 0; i < 8; i++)
-            run.codes[i] = word_at_2(block + 32 * (r / 4) + 4 * i) >> (2 * (r % 4)) & 0x03030303u;
+        fields(run, block + 32 * (r / 4), 2 * (r % 4), 0x03030303u, word_at_2);
         float d = half_at(block + 64);
         run.scaled(d, -d);
     }
@@ -423,7 +423,7 @@ struct IQ1_S : Scaled {
     enum { BLOCK = 256, SIZE = 50 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
         const u8 *qs = block + 2 + 4 * r;
-        u32 high = load_u16(block + 34 + 2 * r);
+        const u32 high = load_u16(block + 34 + 2 * r);
         for (int l = 0; l < 4; l++)
             eight_and_shift(run, l, qs[l] | (high >> (3 * l) & 7) << 8, high & 0x8000);
         run.scaled(half_at(block) * (2 * (high >> 12 & 7) + 1) * 0.125f);
