@@ -93,6 +93,7 @@ ELSEWHERE = {
     "rpc_server.devices.cpu.kernels.stream": "split/test_programs.py",
     "rpc_server.devices.cpu.mapped": "models/test_mapping.py",
     "rpc_server.devices.cpu.planner": "cpu/test_planning.py",
+    "rpc_server.devices.cpu.scratch": "cpu/test_planning.py",
     "rpc_server.devices.cpu.storage": "cpu/test_pages.py",
     "rpc_server.devices.cpu.streaming": "split/test_programs.py",
     "rpc_server.devices.cuda": "cuda/test_device.py",

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools.serving.ports import free_port
-from tools.serving.processes import (
-    HOST,
-    PATIENCE,
-    Process,
-    listens,
-    upstream_command,
-)
+from tools.serving.processes import HOST, PATIENCE, Process, listens, upstream_command
 from tools.upstream import DEFAULT_BUILD
 
 

@@ -18,7 +18,7 @@ from client.tensors import ShapeError, encode_params
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, padded_sources
-from tests.ops import harness
+from tests.ops.tensors import four, tensor
 from tests.ops.test_against_ggml import Ggml
 from tests.ops.test_against_ggml import ggml as ggml  # the fixture
 
@@ -183,7 +183,7 @@ def test_results(case: Case) -> None:
     g = GraphBuilder()
     sources = [g.new_tensor(*spec) for spec in case.sources]
     result = case.make(g, *sources)
-    assert (result.op, result.type, result.ne) == (case.op, case.type, harness.four(case.ne))
+    assert (result.op, result.type, result.ne) == (case.op, case.type, four(case.ne))
     assert result.op_params == encode_params(case.params)
     assert result.src == padded_sources(sources)
 
@@ -193,7 +193,7 @@ def test_results(case: Case) -> None:
 def test_results_are_what_ggml_makes(ggml: Ggml, case: Case) -> None:
     g = GraphBuilder()
     ours = case.make(g, *(g.new_tensor(*spec) for spec in case.sources))
-    sources = [ggml.tensor(harness.tensor(type_, ne)) for type_, ne in case.sources]
+    sources = [ggml.tensor(tensor(type_, ne)) for type_, ne in case.sources]
     address = ggml.call(case.function, ggml._context, *sources, *case.arguments).value
     assert address is not None
     made = Made.from_address(address)
@@ -210,7 +210,7 @@ def test_innermost_channels_stay_innermost(ggml: Ggml) -> None:
     )
     ours = g.conv_2d_dw_direct(kernel, x, (1, 2), (1, 0), (1, 1))
     assert ours.nb == (20, 180, 4, 9 * 4 * 20)
-    sources = [ggml.tensor(harness.tensor(F32, ne)) for ne in ((3, 2, 1, 5), (5, 9, 8, 2))]
+    sources = [ggml.tensor(tensor(F32, ne)) for ne in ((3, 2, 1, 5), (5, 9, 8, 2))]
     sources[1] = ggml.call("ggml_permute", ggml._context, sources[1], 2, 0, 1, 3)
     address = ggml.call("ggml_conv_2d_dw_direct", ggml._context, *sources, 1, 2, 1, 0, 1, 1).value
     assert address is not None

@@ -10,19 +10,8 @@ import pytest
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from tests.ops.harness import (
-    CONTEXT,
-    by_both,
-    nmse,
-    node,
-    params,
-    permuted,
-    raw,
-    rounded,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import by_both, nmse, rounded, run
+from tests.ops.tensors import CONTEXT, node, params, permuted, raw, tensor, values
 from tests.parameters import mostly_slow
 
 F32, F16 = GgmlType.F32, GgmlType.F16

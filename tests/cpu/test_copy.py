@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 from protocol.ggml.ops import Op
 from protocol.ggml.types import CACHE_TYPES, GgmlType
 from protocol.tensor import contiguous_strides
-from tests.ops.harness import (
-    CONTEXT,
-    by_both,
-    guards_intact,
-    node,
-    permuted,
-    raw,
-    run,
-    tensor,
-    view,
-)
+from tests.ops.harness import by_both, guards_intact, run
+from tests.ops.tensors import CONTEXT, node, permuted, raw, tensor, view
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 

@@ -22,7 +22,7 @@ from rpc_server.devices.cpu.plan import CpuPlan
 from rpc_server.devices.cpu.scratch import IdleScratch, ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.ops.table import OPS
-from tests.ops.harness import CONTEXT, node, tensor, values
+from tests.ops.tensors import CONTEXT, node, tensor, values
 
 _PATIENCE = 60.0
 

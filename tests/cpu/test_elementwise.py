@@ -8,7 +8,8 @@ import pytest
 from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
-from tests.ops.harness import by_both, four, nmse, node, params, tensor, values
+from tests.ops.harness import by_both, nmse
+from tests.ops.tensors import four, node, params, tensor, values
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 # Relative rounding of a result: squared, and with room for a rounding decided the other way.

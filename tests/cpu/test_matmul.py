@@ -21,20 +21,8 @@ from rpc_server.devices.cpu.planner import LOWERINGS, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.errors import GraphError
 from rpc_server.native.source import features_left_out
-from tests.ops.harness import (
-    CONTEXT,
-    GUARD_BYTE,
-    guards_intact,
-    nmse,
-    node,
-    permuted,
-    raw,
-    rounded,
-    run,
-    tensor,
-    values,
-    view,
-)
+from tests.ops.harness import guards_intact, nmse, rounded, run
+from tests.ops.tensors import CONTEXT, GUARD_BYTE, node, permuted, raw, tensor, values, view
 from tests.parameters import mostly_slow
 
 # Against activations rounded as ggml rounds them (it allows itself 5e-4 where they aren't). Codes

@@ -8,7 +8,8 @@ import pytest
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
-from tests.ops.harness import by_both, four, nmse, node, params, tensor
+from tests.ops.harness import by_both, nmse
+from tests.ops.tensors import four, node, params, tensor
 
 F32 = GgmlType.F32
 NORMS = [Op.RMS_NORM, Op.NORM, Op.L2_NORM]

@@ -13,7 +13,8 @@ from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from tests.ops import harness
-from tests.ops.harness import node, params, run, tensor, values
+from tests.ops.harness import run
+from tests.ops.tensors import node, params, tensor, values
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 

@@ -22,7 +22,8 @@ from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.native.routine import CompileError, NoMemoryNowError
-from tests.ops.harness import nmse, node, run, tensor, values
+from tests.ops.harness import nmse, run
+from tests.ops.tensors import node, tensor, values
 
 
 @pytest.fixture

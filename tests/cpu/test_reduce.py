@@ -11,16 +11,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.graph.errors import GraphError
-from tests.ops.harness import (
-    by_both,
-    four,
-    nmse,
-    node,
-    params,
-    permuted,
-    run,
-    tensor,
-)
+from tests.ops.harness import by_both, nmse, run
+from tests.ops.tensors import four, node, params, permuted, tensor
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 

@@ -11,18 +11,8 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.graph.parse import LinkedGraph
 from rpc_server.ops.rope import Mode
-from tests.ops.harness import (
-    builder,
-    by_both,
-    guards_intact,
-    nmse,
-    node,
-    params,
-    permuted,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import builder, by_both, guards_intact, nmse, run
+from tests.ops.tensors import node, params, permuted, tensor, values
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 # Of F16 results, squared: a rounding decided the other way here and there.

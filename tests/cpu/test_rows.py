@@ -9,18 +9,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import CACHE_TYPES, DECODABLE, TYPE_INFO, GgmlType
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
-from tests.ops.harness import (
-    CONTEXT,
-    by_both,
-    guards_intact,
-    nmse,
-    node,
-    permuted,
-    raw,
-    run,
-    tensor,
-    view,
-)
+from tests.ops.harness import by_both, guards_intact, nmse, run
+from tests.ops.tensors import CONTEXT, node, permuted, raw, tensor, view
 
 F32, F16, BF16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64
 QUANTIZED = sorted(type_ for type_ in DECODABLE if TYPE_INFO[type_].quantized)

@@ -9,7 +9,7 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.planning import MOST_KEPT
 from rpc_server.devices.planning.scratch import ScratchPlanner
-from tests.ops.harness import node, tensor
+from tests.ops.tensors import node, tensor
 
 F32 = GgmlType.F32
 BASE = 1 << 20

@@ -9,7 +9,7 @@ import numpy as np
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.planning.shapes import gated_and_gate, is_flat, rows_and_width
-from tests.ops.harness import CONTEXT, node, params, permuted, tensor
+from tests.ops.tensors import CONTEXT, node, params, permuted, tensor
 
 F32 = GgmlType.F32
 

@@ -8,7 +8,8 @@ import pytest
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
-from tests.ops.harness import by_both, nmse, node, params, tensor
+from tests.ops.harness import by_both, nmse
+from tests.ops.tensors import node, params, tensor
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 

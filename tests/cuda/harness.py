@@ -26,6 +26,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.ops.table import ContractError, OpSpec, check
 from tests.cuda import emulation
 from tests.ops import harness
+from tests.ops.tensors import CONTEXT, raw, values
 
 needs_compiler = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 
@@ -148,12 +149,12 @@ def by_both(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(reference, kernels): the node's values run each way from the same memory."""
     touched = {t.address: t, **{s.address: s for s in t.src if s is not None}}
-    before = [(s, harness.raw(s)) for s in touched.values()]
+    before = [(s, raw(s)) for s in touched.values()]
     harness.run(t, kernels=False)
-    expected = harness.values(t)
+    expected = values(t)
     for s, content in before:
-        harness.CONTEXT.memory(s.address, s.nbytes)[...] = content
+        CONTEXT.memory(s.address, s.nbytes)[...] = content
     run(t, capability=capability)
     if t.view_src is None:
         assert harness.guards_intact(t), f"{t.label}: wrote outside its memory"
-    return expected, harness.values(t)
+    return expected, values(t)

@@ -685,15 +685,15 @@ def _modules() -> dict[str, types.ModuleType]:
         driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
         compiler=types.SimpleNamespace(CompileException=CompileError),
     )
+    nvrtc = types.SimpleNamespace(
+        getVersion=lambda: (12, 9), getSupportedArchs=lambda: ARCHITECTURES, NVRTCError=NVRTCError
+    )
     cublas = types.SimpleNamespace(
         create=_create,
         destroy=_while_installed(_destroy),
         gemmStridedBatchedEx=_gemm,
         setPointerMode=_set_pointer_mode,
         CUBLASError=CUBLASError,
-    )
-    nvrtc = types.SimpleNamespace(
-        getVersion=lambda: (12, 9), getSupportedArchs=lambda: ARCHITECTURES, NVRTCError=NVRTCError
     )
     contents: dict[str, dict[str, Any]] = {
         "cupy": {"cuda": cuda, "RawModule": RawModule, "__version__": "0 (emulated)"},

@@ -14,7 +14,8 @@ from rpc_server.devices.cuda.planner import Launch
 from tests.cuda import emulation
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights
-from tests.ops.harness import nmse, node, noise, params, permuted, tensor, values, view
+from tests.ops.harness import nmse
+from tests.ops.tensors import node, noise, params, permuted, tensor, values, view
 
 pytestmark = cuda.needs_compiler
 
@@ -27,6 +28,8 @@ TYPES = sorted(DECODABLE)
 TOLERANCE = 5e-4
 # Where nothing is rounded in another way.
 TOLERANCE_OF_SUMS = 1e-10
+
+Maybe = Tensor | None
 
 FEW, MANY, MATRICES = "attention_few", "attention", "attention_matrices"
 
@@ -46,15 +49,10 @@ def queries(k: Tensor, tokens: int, heads: int, batches: int = 1) -> Tensor:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    max_bias: float = 0.0,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, mask: Maybe = None, sinks: Maybe = None, *words: float
 ) -> Tensor:
-    p = params(k.ne[0] ** -0.5, max_bias, softcap)
+    """``words`` are the greatest bias and the cap, 0 where they aren't given."""
+    p = params(k.ne[0] ** -0.5, *words)
     ne = (v.ne[0], q.ne[2], q.ne[1], q.ne[3])
     return node(Op.FLASH_ATTN_EXT, F32, ne, [q, k, v, mask, sinks], p)
 

@@ -17,7 +17,7 @@ from rpc_server.types import ENCODABLE
 from tests.cuda import emulation
 from tests.cuda import harness as cuda
 from tests.ops import harness
-from tests.ops.harness import node, noise, permuted, tensor, view
+from tests.ops.tensors import CONTEXT, node, noise, permuted, raw, tensor, values, view
 from tests.types.test_against_ggml import samples
 
 pytestmark = cuda.needs_compiler
@@ -36,15 +36,15 @@ Floats = np.ndarray[Any, Any]
 
 def bytes_by_both(t: Tensor) -> tuple[Floats, Floats]:
     """(reference, kernels): all bytes of the node's memory, run each way from the same memory."""
-    before = [(s, harness.raw(s)) for s in (t, *t.src) if s is not None]
+    before = [(s, raw(s)) for s in (t, *t.src) if s is not None]
     harness.run(t, kernels=False)
-    expected = harness.raw(t)
+    expected = raw(t)
     for s, content in before:
-        harness.CONTEXT.memory(s.address, s.nbytes)[...] = content
+        CONTEXT.memory(s.address, s.nbytes)[...] = content
     cuda.run(t)
     if t.view_src is None:
         assert harness.guards_intact(t), f"{t.label}: wrote outside its memory"
-    return expected, harness.raw(t)
+    return expected, raw(t)
 
 
 def check(t: Tensor) -> None:
@@ -123,7 +123,7 @@ def test_results_of_another_shape(type_: GgmlType, width: int) -> None:
 def test_scales_beyond_half_precision(type_: GgmlType) -> None:
     """What is decoded again is infinite then, and NaN only where the reference has it."""
     ne = (2 * TYPE_INFO[type_].block_size, 3)
-    source = tensor(type_, ne, harness.values(noise(ne)) * 1e7)
+    source = tensor(type_, ne, values(noise(ne)) * 1e7)
     expected, actual = cuda.by_both(node(Op.CPY, F32, ne, [source, None]))
     np.testing.assert_array_equal(actual, expected)
 
@@ -156,11 +156,11 @@ def test_set_rows_out_of_range(type_: GgmlType, bad: int) -> None:
     """The graph fails; the other rows are written, and nothing else."""
     columns = TYPE_INFO[type_].block_size
     t, good = (set_rows(type_, columns, (3, last), I64) for last in (bad, 5))
-    before = np.array(harness.CONTEXT.view(t))
+    before = np.array(CONTEXT.view(t))
     with pytest.raises(ContractError):
         cuda.run(t)
     cuda.run(good)
-    actual, expected = harness.CONTEXT.view(t), harness.CONTEXT.view(good)
+    actual, expected = CONTEXT.view(t), CONTEXT.view(good)
     others = [i for i in range(9) if i != 3]
     np.testing.assert_array_equal(actual[:, :, 3], expected[:, :, 3])
     np.testing.assert_array_equal(actual[:, :, others], before[:, :, others])
@@ -174,7 +174,7 @@ def test_set_rows_out_of_range(type_: GgmlType, bad: int) -> None:
 def test_sums_are_encoded(type_: GgmlType, op: Op) -> None:
     """Blocks are decoded, added to, and encoded again."""
     ne = (2 * TYPE_INFO[type_].block_size, 3, 2)
-    source = tensor(type_, ne, harness.values(noise(ne)))
+    source = tensor(type_, ne, values(noise(ne)))
     addend = noise(source.ne if op is Op.ADD else (1,), seed=1)
     check(node(op, type_, source.ne, [source, addend]))
 

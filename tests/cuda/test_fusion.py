@@ -16,7 +16,9 @@ from rpc_server.ops.table import ContractError
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights
 from tests.ops import harness
-from tests.ops.harness import CONTEXT, nmse, node, noise, params, tensor, view
+from tests.ops.harness import nmse
+from tests.ops.tensors import CONTEXT, node, noise, params, raw, tensor, view
+from tests.ops.tensors import values as values_of
 
 pytestmark = cuda.needs_compiler
 
@@ -33,18 +35,18 @@ def launched(nodes: Sequence[Tensor]) -> list[str]:
 def check(nodes: Sequence[Tensor]) -> None:
     """Every result is what the array references leave, one node after the other."""
     touched = {t.address: t for n in nodes for t in (n, *n.src) if t is not None}
-    before = [(t, harness.raw(t)) for t in touched.values()]
+    before = [(t, raw(t)) for t in touched.values()]
     for n in nodes:
         if n.op is not Op.VIEW:
             harness.run(n, kernels=False)
-    expected = [harness.values(n) for n in nodes]
+    expected = [values_of(n) for n in nodes]
     for t, content in before:
         CONTEXT.memory(t.address, t.nbytes)[...] = content
     cuda.run([n for n in nodes if n.op is not Op.VIEW])
     for n, values in zip(nodes, expected, strict=True):
         # A cache of halves may round the last bit of a sum the other way.
         bound = 5e-4 if n.op in (Op.MUL_MAT, Op.GLU) else 1e-7 if n.type is F32 else 1e-6
-        assert nmse(values, harness.values(n)) < bound, n.label
+        assert nmse(values, values_of(n)) < bound, n.label
 
 
 def f32(op: Op, *sources: Tensor, inplace: Tensor | None = None, **options: Any) -> Tensor:

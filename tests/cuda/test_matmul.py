@@ -23,8 +23,9 @@ from rpc_server.devices.cuda.planner import Launch
 from rpc_server.ops.table import ContractError
 from tests.cuda import emulation
 from tests.cuda import harness as cuda
-from tests.ops.harness import CONTEXT, nmse, node, noise, permuted, raw, tensor
-from tests.ops.harness import values as tensor_values
+from tests.ops.harness import nmse
+from tests.ops.tensors import CONTEXT, node, noise, permuted, raw, tensor
+from tests.ops.tensors import values as tensor_values
 from tests.ops.type_cases import random_content
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens

@@ -16,7 +16,8 @@ from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError
 from tests.cuda import harness as cuda
 from tests.cuda.test_matmul import weights
-from tests.ops.harness import nmse, node, noise, params, permuted, tensor
+from tests.ops.harness import nmse
+from tests.ops.tensors import node, noise, params, permuted, tensor
 
 pytestmark = cuda.needs_compiler
 

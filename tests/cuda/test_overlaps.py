@@ -20,7 +20,7 @@ _TWICE = (
 
 def _found(runs: int, only: list[str]) -> list[str]:
     found: list[str] = []
-    note = Note(bytearray(64))
+    note = Note()
     child(items(runs, only, 3, card=True), note, found.append)
     assert note.refused < note.runs
     return found

@@ -39,10 +39,10 @@ from tests.guard.check import Layout, findings
 from tests.guard.mapping import Side
 from tools.arguments import command_line
 
+_CHAINS = "chains"
+
 # Runs the items that it reads, as JSON.
 COMMAND = [sys.executable, "-m", "tests.guard", "--child"]
-
-_CHAINS = "chains"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,21 @@ changed is a finding, with the case and its layout.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import faulthandler
 import functools
 import itertools
 import json
 import mmap
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, field
 from typing import Any, cast
 from unittest import mock
@@ -66,6 +68,7 @@ _CONTENTS = 3
 _LAYOUTS, _LAYOUTS_OF_INDEXED = 12, 48
 
 Run = Callable[[], None]
+Planning = Callable[[], AbstractContextManager[object]]
 
 
 @functools.cache
@@ -73,21 +76,32 @@ def _executor(n_threads: int) -> Executor:
     return Executor(n_threads)
 
 
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """However little there is to do, both threads do it."""
+    with (
+        mock.patch.object(plan_module, "SERIAL_BELOW", 0),
+        mock.patch.object(schedule_module, "SERIAL_BELOW", 0),
+    ):
+        yield
+
+
+def _cut() -> AbstractContextManager[object]:
+    """However little there is to do, it is more than two parts for each thread."""
+    return mock.patch.multiple(Planner, part_bytes=16, part_products=64)
+
+
 class Way:
-    """One way in which a graph can run: its name, what plans it, and its scratch."""
+    """One way in which a graph can run: its name, what plans it, and its scratch.
+
+    Plans are made within ``planning``.
+    """
 
     def __init__(
-        self,
-        name: str,
-        n_threads: int,
-        *,
-        kernels: bool = True,
-        at_once: bool = False,
-        cut: bool = False,
+        self, name: str, n_threads: int, planning: Planning = nullcontext, *, kernels: bool = True
     ) -> None:
         self.name = name
-        self._at_once = at_once
-        self._cut = cut
+        self._planning = planning
         self.scratch = GuardedScratch(n_threads)
         executor = _executor(n_threads) if kernels else None
         arena = cast(ScratchArena, self.scratch)
@@ -95,22 +109,8 @@ class Way:
 
     def plan(self, graph: LinkedGraph) -> Run:
         """Make a plan for ``graph``. Raises GraphError."""
-        if self._cut:
-            # However little there is to do, it is more than two parts for each thread.
-            with mock.patch.multiple(Planner, part_bytes=16, part_products=64):
-                return self._builder.build(graph).run
-        if not self._at_once:
+        with self._planning():
             return self._builder.build(graph).run
-        # However little there is to do, both threads do it.
-        modules: Sequence[Any] = (plan_module, schedule_module)
-        before = [module.SERIAL_BELOW for module in modules]
-        for module in modules:
-            module.SERIAL_BELOW = 0
-        try:
-            return self._builder.build(graph).run
-        finally:
-            for module, value in zip(modules, before, strict=True):
-                module.SERIAL_BELOW = value
 
 
 def ways() -> list[Any]:
@@ -118,8 +118,8 @@ def ways() -> list[Any]:
     return [
         Way("kernels on one thread", 1),
         Way("kernels on two threads, one after the other", 2),
-        Way("kernels on two threads at once", 2, at_once=True),
-        Way("kernels on two threads, cut into parts", 2, cut=True),
+        Way("kernels on two threads at once", 2, _at_once),
+        Way("kernels on two threads, cut into parts", 2, _cut),
         Way("references", 1, kernels=False),
     ]
 
@@ -209,25 +209,20 @@ def items(runs: int, only: Sequence[str], seed: int, *, card: bool = False) -> l
 
 # -- the child -------------------------------------------------------------------------------------
 
-# What it is at: item, case, layout, way; and how many runs there were, and how many were refused.
-_NOTE = struct.Struct("<6q")
 
+class Note(ctypes.Structure):
+    """What the child is at, how many runs there were, and how many of them were refused.
 
-@dataclass(slots=True)
-class Note:
-    """A file's bytes in which the child keeps what it is at, for whoever comes after its end."""
+    It lies in a file's bytes, for whoever comes after the child's end.
+    """
 
-    memory: Any
-    item: int = 0
-    case: int = 0
-    layout: int = 0
-    way: int = 0
-    runs: int = 0
-    refused: int = 0
+    _at = ("item", "case", "layout", "way")
+    _fields_ = tuple((name, ctypes.c_int64) for name in (*_at, "runs", "refused"))
 
-    def keep(self) -> None:
-        at = (self.item, self.case, self.layout, self.way, self.runs, self.refused)
-        _NOTE.pack_into(self.memory, 0, *at)
+    @property
+    def at(self) -> list[int]:
+        """The item, and of it the case, the layout and the way."""
+        return [getattr(self, name) for name in self._at]
 
 
 def child(chosen: Sequence[Item], note: Note, say: Callable[[str], None]) -> None:
@@ -246,7 +241,6 @@ def _run_items(chosen: Sequence[Item], note: Note, say: Callable[[str], None]) -
         if not how:
             how = card_ways() if item.card else ways()
         note.item, note.case, note.layout, note.way = number, 0, 0, 0
-        note.keep()
         cases = item.cases()
         for note.case, case in enumerate(cases):
             laid = item.layouts(case, note.case, len(cases))
@@ -285,7 +279,6 @@ def _run_layout(
     for note.way, (way, run) in enumerate(zip(how, runs, strict=True)):
         for content in contents:
             note.runs += 1
-            note.keep()
             wrong = _run_once(run, content, arena, way, note)
             if wrong:
                 yield wrong
@@ -325,12 +318,10 @@ def _run_once(run: Run | None, content: Bytes, arena: Arena, way: Any, note: Not
 def child_main(path: str) -> None:
     """Run the items that come by stdin; a line of JSON for each finding."""
     faulthandler.enable()
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), mmap.PAGESIZE) as memory:
-        child(
-            [Item(*row) for row in json.load(sys.stdin)],
-            Note(memory),
-            lambda text: print(json.dumps([*_NOTE.unpack_from(memory), text]), flush=True),
-        )
+    with open(path, "r+b") as file:
+        note = Note.from_buffer(mmap.mmap(file.fileno(), mmap.PAGESIZE))
+    chosen = [Item(*row) for row in json.load(sys.stdin)]
+    child(chosen, note, lambda text: print(json.dumps([*note.at, text]), flush=True))
 
 
 # -- the parent ------------------------------------------------------------------------------------
@@ -369,10 +360,9 @@ def _run_until_death(chosen: Sequence[Item], tally: Tally) -> int:
                 for line in process.stdout:
                     *at, text = json.loads(line)
                     _found(tally, chosen, at, text)
-            item: int
-            item, *rest, runs, refused = _NOTE.unpack(noted.read(_NOTE.size))
-        tally.runs += runs
-        tally.refused += refused
+            note = Note.from_buffer_copy(noted.read(ctypes.sizeof(Note)))
+        tally.runs += note.runs
+        tally.refused += note.refused
         if process.returncode == 0:
             return len(chosen)
         trace.seek(0)
@@ -380,8 +370,8 @@ def _run_until_death(chosen: Sequence[Item], tally: Tally) -> int:
         if process.returncode < 0:
             ended = signal.Signals(-process.returncode).name
         text = f"{ended}\n{trace.read().decode(errors='replace')[-2000:]}"
-        _found(tally, chosen, [item, *rest], text)
-        return item + 1
+        _found(tally, chosen, note.at, text)
+        return note.at[0] + 1
 
 
 def _found(tally: Tally, chosen: Sequence[Item], at: Sequence[int], what: str) -> None:

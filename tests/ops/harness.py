@@ -1,120 +1,25 @@
-"""Runs one node by its array reference and by the CPU device's kernels, on tensors made here."""
+"""Runs one node by its array reference and by the CPU device's kernels, and compares."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from client.tensors import encode_params
 from protocol.dialects import DIALECTS
-from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
-from protocol.tensor import Tensor, contiguous_strides, padded_sources
+from protocol.tensor import Tensor
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.kernels.interface.layout import activation_form
 from rpc_server.devices.cpu.plan import CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import ContractError, check
 from rpc_server.types import from_f32, to_f32
-
-_ids = itertools.count(1)
-CONTEXT = ArrayContext()
-
-# Bytes around a tensor's memory that a kernel must leave as they are.
-GUARD = 64
-GUARD_BYTE = 0xA5
-
-_memory: dict[int, np.ndarray[Any, Any]] = {}
-
-
-def four(ne: Sequence[int]) -> tuple[int, int, int, int]:
-    padded = [*ne, 1, 1, 1, 1][:4]
-    return (padded[0], padded[1], padded[2], padded[3])
-
-
-def tensor(
-    type_: GgmlType,
-    ne: Sequence[int],
-    values: Any = None,
-    *,
-    nb: tuple[int, int, int, int] | None = None,
-    name: str = "",
-) -> Tensor:
-    """A tensor with memory of its own between guard bytes.
-
-    ``values`` (broadcast to (ne3, ne2, ne1, ne0)) are converted to ``type_``; ``nb`` gives other
-    strides than the dense ones (the memory is as large as they need).
-    """
-    dims = four(ne)
-    t = Tensor(
-        id=next(_ids),
-        name=name or f"t{dims}",
-        type=type_,
-        op=Op.NONE,
-        ne=dims,
-        nb=nb or contiguous_strides(type_, dims),
-    )
-    memory = np.full(t.nbytes + 2 * GUARD + 64, GUARD_BYTE, np.uint8)
-    t.address = -(-(int(memory.ctypes.data) + GUARD) // 64) * 64
-    _memory[t.id] = memory
-    if values is not None:
-        CONTEXT.store(t, np.asarray(values))
-    return t
-
-
-def permuted(t: Tensor, axes: Sequence[int]) -> Tensor:
-    """A view with dimensions moved as ggml_permute does: dim i of ``t`` becomes dim axes[i]."""
-    ne, nb = [0] * 4, [0] * 4
-    for i, axis in enumerate(axes):
-        ne[axis], nb[axis] = t.ne[i], t.nb[i]
-    return view(t, ne, nb)
-
-
-def view(t: Tensor, ne: Sequence[int], nb: Sequence[int], offset: int = 0) -> Tensor:
-    """A view on the memory of ``t``."""
-    result = Tensor(
-        id=next(_ids),
-        name=f"view of {t.name}",
-        type=t.type,
-        op=Op.VIEW,
-        ne=four(ne),
-        nb=(nb[0], nb[1], nb[2], nb[3]),
-        view_src=t,
-        address=t.address + offset,
-    )
-    result.src = padded_sources([t])
-    return result
-
-
-def params(*words: int | float) -> tuple[int, ...]:
-    """op_params from ints and floats (floats by their bits)."""
-    return encode_params(words)
-
-
-def node(
-    op: Op,
-    type_: GgmlType,
-    ne: Sequence[int],
-    sources: Sequence[Tensor | None],
-    op_params: tuple[int, ...] = (0,) * 16,
-    *,
-    inplace: Tensor | None = None,
-    nb: tuple[int, int, int, int] | None = None,
-) -> Tensor:
-    """A node with memory of its own, or that of ``inplace``."""
-    result = tensor(type_, ne, nb=nb if inplace is None else inplace.nb)
-    result.op, result.op_params = op, op_params
-    result.src = padded_sources(sources)
-    if inplace is not None:
-        result.address, result.view_src = inplace.address, inplace
-    return result
+from tests.ops.tensors import CONTEXT, GUARD_BYTE, MEMORY, raw, values
 
 
 @functools.cache
@@ -128,19 +33,9 @@ def run(nodes: Tensor | Sequence[Tensor], *, kernels: bool, n_threads: int = 2) 
     builder(n_threads, kernels).build(LinkedGraph(listed, DIALECTS[0])).run()
 
 
-def raw(t: Tensor) -> np.ndarray[Any, Any]:
-    """A copy of the bytes of the tensor's extent."""
-    return np.array(CONTEXT.memory(t.address, t.nbytes))
-
-
-def values(t: Tensor) -> np.ndarray[Any, Any]:
-    """A copy of the tensor's values as float32, shape (ne3, ne2, ne1, ne0)."""
-    return np.array(CONTEXT.f32(t), np.float32)
-
-
 def guards_intact(t: Tensor) -> bool:
     """Whether the bytes before and behind the tensor's memory are as they were made."""
-    memory = _memory[t.id]
+    memory = MEMORY[t.id]
     start = t.address - int(memory.ctypes.data)
     return bool(
         (memory[:start] == GUARD_BYTE).all() and (memory[start + t.nbytes :] == GUARD_BYTE).all()
@@ -169,7 +64,7 @@ def by_both(t: Tensor, n_threads: int = 2) -> tuple[np.ndarray[Any, Any], np.nda
     plan = builder(n_threads, True).build(LinkedGraph([t], DIALECTS[0]))
     assert not plan.interpreted, f"no kernel for {t.label}"
     plan.run()
-    if t.id in _memory and t.view_src is None:
+    if t.id in MEMORY and t.view_src is None:
         assert guards_intact(t), f"{t.label}: wrote outside its memory"
     return expected, values(t)
 
@@ -215,11 +110,6 @@ def nmse(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:
     error = float(((expected[finite] - actual[finite]) ** 2).sum())
     norm = float((expected[finite] ** 2).sum())
     return error / norm if norm else error
-
-
-def noise(ne: Sequence[int], type_: GgmlType = GgmlType.F32, seed: int = 0) -> Tensor:
-    """A tensor of normally distributed values."""
-    return tensor(type_, ne, np.random.default_rng(seed).standard_normal(four(ne)[::-1]))
 
 
 def check_values(t: Tensor, expected: np.ndarray[Any, Any], tolerance: float) -> None:

@@ -17,7 +17,8 @@ from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from tests.ops import harness
-from tests.ops.harness import node, params, tensor
+from tests.ops.tensors import CONTEXT, indices, node, noise, params, raw, tensor
+from tests.ops.tensors import values as values_of
 from tools import upstream
 
 pytestmark = pytest.mark.upstream
@@ -207,13 +208,9 @@ def cases() -> Iterator[Case]:
 def make(case: Case, i: int) -> Tensor:
     """Source ``i`` of a case: indices below its limit, or normally distributed values."""
     type_, ne = case.sources[i]
-    rng = np.random.default_rng(i)
-    shape = harness.four(ne)[::-1]
     if type_ is I32:
-        t = tensor(type_, ne)
-        harness.CONTEXT.view(t)[...] = rng.integers(0, case.limit, shape)
-        return t
-    values = rng.standard_normal(shape).astype(np.float32) * 2
+        return indices(ne, case.limit, i)
+    values = values_of(noise(ne, seed=i)) * 2
     if case.op in (Op.SQRT, Op.LOG):
         values = np.abs(values)
     return tensor(type_, ne, values)
@@ -230,9 +227,9 @@ def test_reference_agrees_with_ggml(ggml: Ggml, case: Case) -> None:
     ctypes.memmove(expected_node.address, address, expected_node.nbytes)
     harness.run(t, kernels=False)
     if case.exact:
-        np.testing.assert_array_equal(harness.raw(t), harness.raw(expected_node))
+        np.testing.assert_array_equal(raw(t), raw(expected_node))
     else:
-        error = harness.nmse(harness.values(expected_node), harness.values(t))
+        error = harness.nmse(values_of(expected_node), values_of(t))
         assert error < MAX_NMSE
 
 
@@ -242,9 +239,9 @@ def test_set_rows_agrees_with_ggml(ggml: Ggml, type_: GgmlType, index_type: Ggml
     rng = np.random.default_rng(4)
     values = tensor(F32, (64, 3, 4, 2), rng.standard_normal((2, 4, 3, 64)))
     cache, ids = tensor(type_, (64, 7, 4, 2), 0), tensor(index_type, (3, 2))
-    harness.CONTEXT.view(ids)[...] = [[[[6, 0, 2], [1, 5, 4]]]]
+    CONTEXT.view(ids)[...] = [[[[6, 0, 2], [1, 5, 4]]]]
     expected = tensor(type_, cache.ne)
     address = ggml.compute("ggml_set_rows", [cache, values, ids])
     ctypes.memmove(expected.address, address, expected.nbytes)
     harness.run(node(Op.SET_ROWS, type_, cache.ne, [values, ids], inplace=cache), kernels=False)
-    np.testing.assert_array_equal(harness.raw(cache), harness.raw(expected))
+    np.testing.assert_array_equal(raw(cache), raw(expected))

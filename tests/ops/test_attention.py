@@ -14,20 +14,8 @@ from protocol.tensor import Tensor
 from rpc_server.ops import slices
 from rpc_server.ops.masks import alibi_slopes
 from rpc_server.ops.table import check
-from tests.ops.harness import (
-    CONTEXT,
-    guards_intact,
-    nmse,
-    node,
-    params,
-    permuted,
-    refused,
-    rounded_source,
-    run,
-    tensor,
-    values,
-    view,
-)
+from tests.ops.harness import guards_intact, nmse, refused, rounded_source, run
+from tests.ops.tensors import CONTEXT, node, params, permuted, tensor, values, view
 
 F32, F16, BF16, Q4_0, Q8_0 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q4_0, GgmlType.Q8_0,

@@ -19,16 +19,8 @@ from rpc_server.ops import slices
 from rpc_server.ops.sliding import Axis, boxes
 from rpc_server.ops.table import check
 from tests.ops import harness
-from tests.ops.harness import (
-    node,
-    noise,
-    params,
-    permuted,
-    refused,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import refused, run
+from tests.ops.tensors import node, noise, params, permuted, tensor, values
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 HUGE = (1 << 31) - 1

@@ -15,7 +15,8 @@ from protocol.ggml.ops import GluOp, Op, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.types import ENCODABLE, from_f32, to_f32
 from tests.ops import harness
-from tests.ops.harness import node, params, permuted, ran, refused, tensor, values, view
+from tests.ops.harness import ran, refused
+from tests.ops.tensors import CONTEXT, four, node, params, permuted, tensor, values, view
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 FLOATS = (F32, F16, BF16)
@@ -26,7 +27,7 @@ RNG = np.random.default_rng(3)
 
 def random(*ne: int) -> np.ndarray[Any, Any]:
     """Float32 values for a tensor of dimensions ``ne``; exact in every float type, none 0."""
-    x = RNG.integers(1, 65, harness.four(ne)[::-1]) / 16
+    x = RNG.integers(1, 65, four(ne)[::-1]) / 16
     signed: np.ndarray[Any, Any] = (x * RNG.choice([-1, 1], x.shape)).astype(np.float32)
     return signed
 
@@ -63,12 +64,7 @@ BINARY: dict[Op, Callable[[float, float], float]] = {
 }
 BINARY_TYPES = [
     (F32, F32, F32),
-    (F16, F16, F16),
-    (F16, F32, F16),
-    (F16, F32, F32),
-    (BF16, BF16, BF16),
-    (BF16, F32, BF16),
-    (BF16, F32, F32),
+    *(types for x in (F16, BF16) for types in ((x, x, x), (x, F32, x), (x, F32, F32))),
 ]
 
 
@@ -130,7 +126,7 @@ def test_adding_to_quantized(op: Op, type_: GgmlType) -> None:
 def test_adding_to_quantized_gives_what_is_asked_for() -> None:
     x = from_f32(GgmlType.Q8_0, random(32, 2))
     a = tensor(GgmlType.Q8_0, (32, 2))
-    harness.CONTEXT.view(a)[...] = x
+    CONTEXT.view(a)[...] = x
     y = random(32, 2)
     total = to_f32(GgmlType.Q8_0, x) + y
     t = node(Op.ADD, F32, (32, 2), [a, tensor(F32, (32, 2), y)])

@@ -20,9 +20,9 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.types import from_f32
-from tests.ops.harness import four, nmse
-from tests.server.process import running
-from tests.upstream_server import Endpoint, running_upstream
+from tests.ops.harness import nmse
+from tests.ops.tensors import four
+from tests.upstream_server import Endpoint
 
 pytestmark = pytest.mark.upstream
 
@@ -33,20 +33,6 @@ MAX_NMSE = 1e-7
 MAX_NMSE_OF_PRODUCTS = 5e-4
 Array = np.ndarray[Any, Any]
 Build = Callable[..., Tensor]
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    log = tmp_path_factory.mktemp("upstream") / "server.log"
-    with running_upstream(log, "-t", "2") as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def ours() -> Iterator[Endpoint]:
-    with running("--threads", "2") as process:
-        yield Endpoint("127.0.0.1", process.port)
-        assert process.alive, f"the server died:\n{process.log}"
 
 
 @dataclass(frozen=True)
@@ -362,8 +348,8 @@ async def results(endpoint: Endpoint, case: Case) -> list[Array]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-async def test_both_servers_agree(theirs: Endpoint, ours: Endpoint, case: Case) -> None:
-    expected = await results(theirs, case)
+async def test_both_servers_agree(upstream: Endpoint, ours: Endpoint, case: Case) -> None:
+    expected = await results(upstream, case)
     actual = await results(ours, case)
     for a, b in zip(expected, actual, strict=True):
         assert a.shape == b.shape

@@ -22,7 +22,7 @@ from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.graph.errors import GraphError
 from rpc_server.ops.table import OPS, check
 from tests.ops import harness
-from tests.ops.harness import node, params, tensor
+from tests.ops.tensors import CONTEXT, node, params, raw, tensor
 from tests.parameters import mostly_slow
 
 F32, F16, I32, I64, Q8_0 = (
@@ -33,6 +33,8 @@ F32, F16, I32, I64, Q8_0 = (
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "20"))
 
 Spec = tuple[GgmlType, tuple[int, ...]]
+# Strides, paddings and dilations of a kernel that slides over pictures.
+_SLID = (1, 1, 1, 0, 1, 1)
 # op: result, sources, parameters
 VALID: dict[str, tuple[Op, Spec, Sequence[Spec], tuple[int, ...]]] = {
     "cpy": (Op.CPY, (F32, (8, 6)), [(F16, (6, 8)), (F32, (8, 6))], params()),
@@ -179,23 +181,18 @@ VALID: dict[str, tuple[Op, Spec, Sequence[Spec], tuple[int, ...]]] = {
         params(1, 1, 1, 0, 1, 1, 1),
     ),
     "col2im": (Op.COL2IM_1D, (F16, (7, 2)), [(F16, (6, 4))], params(2, 2, 1)),
-    "convolution of pictures": (
-        Op.CONV_2D,
-        (F32, (5, 4, 2, 2)),
-        [(F16, (2, 2, 3, 2)), (F32, (4, 5, 3, 2))],
-        params(1, 1, 1, 0, 1, 1),
-    ),
+    **{
+        name: (op, (F32, (5, 4, n, 2)), [(F16, kernel), (F32, (4, 5, 3, 2))], params(*_SLID))
+        for name, op, n, kernel in (
+            ("convolution of pictures", Op.CONV_2D, 2, (2, 2, 3, 2)),
+            ("convolution by channel", Op.CONV_2D_DW, 3, (2, 2, 1, 3)),
+        )
+    },
     "convolution of volumes": (
         Op.CONV_3D,
         (F32, (3, 3, 4, 6)),
         [(F32, (2, 2, 2, 6)), (F32, (4, 4, 3, 4))],
         params(1, 1, 1, 0, 0, 1, 1, 1, 1, 2, 2, 3),
-    ),
-    "convolution by channel": (
-        Op.CONV_2D_DW,
-        (F32, (5, 4, 3, 2)),
-        [(F16, (2, 2, 1, 3)), (F32, (4, 5, 3, 2))],
-        params(1, 1, 1, 0, 1, 1),
     ),
     "transposed convolution of lines": (
         Op.CONV_TRANSPOSE_1D,
@@ -366,7 +363,7 @@ def like_parsed(type_: GgmlType, ne: Sequence[int], nb: Sequence[int]) -> Tensor
 
 
 def fill(s: Tensor, what: int | list[int]) -> None:
-    memory = harness.CONTEXT.memory(s.address, s.nbytes)
+    memory = CONTEXT.memory(s.address, s.nbytes)
     if isinstance(what, int):
         memory[...] = what
     elif len(memory):
@@ -453,14 +450,14 @@ def test_damaged_nodes_are_refused_or_harmless(
         t, sources = damaged_node(name, data)
     except UnlikelyTensorError:
         return
-    before = [harness.raw(s) for s in sources]
+    before = [raw(s) for s in sources]
     is_refused(t, kernels=kernels)
     written = set(OPS[t.op].writes) | ({0} if name in IN_PLACE else set())
     written_places = {s.address for i, s in enumerate(t.src) if s is not None and i in written}
     for s, content in zip(sources, before, strict=True):
         assert harness.guards_intact(s)
         if s.address not in written_places:
-            assert np.array_equal(harness.raw(s), content), "a source changed"
+            assert np.array_equal(raw(s), content), "a source changed"
     if name not in IN_PLACE:
         assert harness.guards_intact(t)
 

@@ -12,17 +12,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.table import check
-from tests.ops.harness import (
-    guards_intact,
-    nmse,
-    node,
-    params,
-    permuted,
-    refused,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import guards_intact, nmse, refused, run
+from tests.ops.tensors import node, params, permuted, tensor, values
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 LIMIT = 1e-11

@@ -10,7 +10,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import guards_intact, nmse, node, permuted, run, tensor, values
+from tests.ops.harness import guards_intact, nmse, run
+from tests.ops.tensors import node, permuted, tensor, values
 
 F32, F16, Q8_0 = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0
 SIZE, HEADS, TOKENS, POSITIONS, STREAMS = 32, 3, 4, 7, 4

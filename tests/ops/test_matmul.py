@@ -14,19 +14,8 @@ from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from rpc_server.ops import slices
 from rpc_server.ops.table import check
-from tests.ops.harness import (
-    CONTEXT,
-    guards_intact,
-    nmse,
-    node,
-    permuted,
-    refused,
-    rounded_source,
-    run,
-    tensor,
-    values,
-    view,
-)
+from tests.ops.harness import guards_intact, nmse, refused, rounded_source, run
+from tests.ops.tensors import CONTEXT, node, permuted, tensor, values, view
 
 F32, F16, BF16, Q4_0, Q8_0, I32 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q4_0, GgmlType.Q8_0, GgmlType.I32,

@@ -21,7 +21,8 @@ from rpc_server.types import (
     to_f32,
 )
 from tests.ops import harness
-from tests.ops.harness import node, params, permuted, ran, refused, tensor, values, view
+from tests.ops.harness import ran, refused
+from tests.ops.tensors import CONTEXT, four, node, params, permuted, tensor, values, view
 
 F32, F16, BF16, I32, I64 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64,
@@ -33,7 +34,7 @@ RNG = np.random.default_rng(7)
 
 def random(*ne: int) -> np.ndarray[Any, Any]:
     """Float32 values for a tensor of dimensions ``ne``; exact in every float type."""
-    return (RNG.integers(-64, 65, harness.four(ne)[::-1]) / 16).astype(np.float32)
+    return (RNG.integers(-64, 65, four(ne)[::-1]) / 16).astype(np.float32)
 
 
 # -- views -----------------------------------------------------------------------------------------
@@ -181,10 +182,10 @@ def test_concat_of_blocks() -> None:
     x, y = (from_f32(GgmlType.Q8_0, random(n, 2)) for n in (32, 96))
     a, b = tensor(GgmlType.Q8_0, (32, 2)), tensor(GgmlType.Q8_0, (96, 2))
     for t, blocks in ((a, x), (b, y)):
-        harness.CONTEXT.view(t)[...] = blocks
+        CONTEXT.view(t)[...] = blocks
     t = node(Op.CONCAT, GgmlType.Q8_0, (128, 2), [a, b], params(0))
     harness.run(t, kernels=False)
-    np.testing.assert_array_equal(harness.CONTEXT.view(t), np.concatenate([x, y], axis=-1))
+    np.testing.assert_array_equal(CONTEXT.view(t), np.concatenate([x, y], axis=-1))
 
 
 def test_concat_contracts() -> None:
@@ -222,7 +223,7 @@ def test_repeat_contracts() -> None:
 
 def indices(type_: GgmlType, ids: Any, *ne: int) -> Tensor:
     t = tensor(type_, ne)
-    harness.CONTEXT.view(t)[...] = np.reshape(ids, harness.four(ne)[::-1])
+    CONTEXT.view(t)[...] = np.reshape(ids, four(ne)[::-1])
     return t
 
 
@@ -230,7 +231,7 @@ def indices(type_: GgmlType, ids: Any, *ne: int) -> Tensor:
 def test_get_rows_of_every_type(type_: GgmlType) -> None:
     n = TYPE_INFO[type_].block_size * (2 if TYPE_INFO[type_].quantized else 5)
     table = tensor(type_, (n, 7, 2, 3))
-    rows = harness.CONTEXT.view(table)
+    rows = CONTEXT.view(table)
     # Small bytes: no scale is infinite.
     rows[...] = RNG.integers(0, 60, rows.shape)
     ids = RNG.integers(0, 7, (3, 2, 4))
@@ -244,7 +245,7 @@ def test_get_rows_of_integers_and_of_a_view() -> None:
     part = view(table, (2, 3), (4, 16, 48, 48), offset=4)
     t = node(Op.GET_ROWS, I32, (2, 2), [part, indices(I32, [2, 0], 2)])
     harness.run(t, kernels=False)
-    assert (harness.CONTEXT.view(t)[0, 0] - 2**24).tolist() == [[10, 11], [2, 3]]
+    assert (CONTEXT.view(t)[0, 0] - 2**24).tolist() == [[10, 11], [2, 3]]
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**31 - 1])
@@ -420,7 +421,7 @@ def test_fill(type_: GgmlType) -> None:
 
 def test_fill_of_rows_apart() -> None:
     whole = tensor(F32, (6, 3), 1)
-    part = harness.view(whole, (4, 3), whole.nb, 4)
+    part = view(whole, (4, 3), whole.nb, 4)
     t = node(Op.FILL, F32, (4, 3), [part], params(7.0), inplace=part)
     harness.run(t, kernels=False)
     expected = np.ones((1, 1, 3, 6))

@@ -19,7 +19,8 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.rope import Mode
 from tests.ops import harness
-from tests.ops.harness import node, params, tensor
+from tests.ops.tensors import four, indices, node, params, tensor
+from tests.ops.tensors import values as values_of
 from tests.ops.test_against_ggml import Ggml
 from tests.ops.test_against_ggml import ggml as ggml  # the fixture
 
@@ -223,12 +224,9 @@ def make(case: Case, i: int) -> Tensor | None:
     if spec is None:
         return None
     type_, ne = spec
-    rng = np.random.default_rng(i)
-    shape = harness.four(ne)[::-1]
     if type_ is I32:
-        t = tensor(type_, ne)
-        harness.CONTEXT.view(t)[...] = rng.integers(0, case.limit, shape)
-        return t
+        return indices(ne, case.limit, i)
+    rng, shape = np.random.default_rng(i), four(ne)[::-1]
     values = rng.standard_normal(shape).astype(np.float32)
     if (case.op, i) == (Op.FLASH_ATTN_EXT, 3):
         values[..., 1:][rng.random((*shape[:3], shape[3] - 1)) < 0.3] = -np.inf
@@ -255,7 +253,7 @@ def by_ggml(ggml: Ggml, case: Case, sources: list[Tensor | None]) -> np.ndarray[
     address = ggml.call("ggml_get_data", result).value
     assert address is not None
     ctypes.memmove(copy.address, address, copy.nbytes)
-    return harness.values(copy)
+    return values_of(copy)
 
 
 ALL = [*products(), *norms(), *softmaxes(), *ropes(), *attentions(), *recurrences(), *signals()]
@@ -267,4 +265,4 @@ def test_reference_agrees_with_ggml(ggml: Ggml, case: Case) -> None:
     expected = by_ggml(ggml, case, sources)
     t = node(case.op, *case.result, sources, params(*case.words))
     harness.run(t, kernels=False)
-    assert harness.nmse(expected, harness.values(t)) < case.bound
+    assert harness.nmse(expected, values_of(t)) < case.bound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,33 +14,12 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from rpc_server.ops.table import check
-from tests.ops.harness import (
-    CONTEXT,
-    guards_intact,
-    nmse,
-    node,
-    params,
-    permuted,
-    refused,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import guards_intact, nmse, refused, run
+from tests.ops.tensors import CONTEXT, integers, node, noise, params, permuted, tensor, values
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 LIMIT = 1e-11
 Array = np.ndarray[Any, Any]
-
-
-def noise(ne: tuple[int, ...], seed: int = 0, type_: GgmlType = F32) -> Tensor:
-    rng = np.random.default_rng(seed)
-    return tensor(type_, ne, rng.standard_normal(tensor(F32, ne).ne[::-1]))
-
-
-def ids(*numbers: int) -> Tensor:
-    t = tensor(I32, (len(numbers),))
-    CONTEXT.view(t)[...] = numbers
-    return t
 
 
 def doubles(t: Tensor) -> Array:
@@ -59,7 +38,7 @@ def convolution(x: Tensor, weights: Tensor, n_tokens: int = 4) -> Tensor:
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_convolution(window: int) -> None:
-    x, weights = noise((window + 3, 6, 2)), noise((window, 6), 1)
+    x, weights = noise((window + 3, 6, 2)), noise((window, 6), seed=1)
     expected = np.zeros((2, 4, 6))
     for sequence, token, channel in np.ndindex(2, 4, 6):
         seen = doubles(x)[0, sequence, channel, token : token + window]
@@ -73,23 +52,23 @@ def test_contract_of_the_convolution() -> None:
     refused(convolution(noise((7, 5, 2)), noise((4, 6))), "source 0 must be")
     refused(convolution(noise((7, 6, 2)), noise((4, 6, 2))), "source 1 must be")
     refused(convolution(noise((3, 6, 2)), tensor(F32, (0, 6))), "the window is empty")
-    refused(convolution(noise((7, 6, 2), 0, F16), noise((4, 6))), "source 0 must not be F16")
+    refused(convolution(noise((7, 6, 2), F16), noise((4, 6))), "source 0 must not be F16")
 
 
 S, D, HEADS, TOKENS, SEQUENCES = 5, 3, 4, 6, 2
 
 
 def scan_sources(n_decays: int = 1, groups: int = 2) -> list[Tensor]:
-    weights = (S, groups, TOKENS, SEQUENCES)
-    decays = tensor(F32, (n_decays, HEADS), -abs(doubles(noise((n_decays, HEADS), 4))))
+    weights, steps = (S, groups, TOKENS, SEQUENCES), (HEADS, TOKENS, SEQUENCES)
+    decays = tensor(F32, (n_decays, HEADS), -abs(doubles(noise((n_decays, HEADS), seed=4))))
     return [
-        noise((S, D, HEADS, 7), 1),
-        noise((D, HEADS, TOKENS, SEQUENCES), 2),
-        tensor(F32, (HEADS, TOKENS, SEQUENCES), doubles(noise((HEADS, TOKENS, SEQUENCES), 3)) * 9),
+        noise((S, D, HEADS, 7), seed=1),
+        noise((D, HEADS, TOKENS, SEQUENCES), seed=2),
+        tensor(F32, steps, doubles(noise(steps, seed=3)) * 9),
         decays,
-        noise(weights, 5),
-        noise(weights, 6),
-        ids(6, 2),
+        noise(weights, seed=5),
+        noise(weights, seed=6),
+        integers(6, 2),
     ]
 
 
@@ -136,7 +115,7 @@ def test_more_snapshots_than_tokens() -> None:
 @pytest.mark.parametrize("state", [-1, 7, -(1 << 31)])
 def test_no_such_state(state: int) -> None:
     with pytest.raises(GraphError, match="out of range"):
-        run(scan([*scan_sources()[:6], ids(0, state)]), kernels=False)
+        run(scan([*scan_sources()[:6], integers(0, state)]), kernels=False)
 
 
 def test_contract_of_the_scan() -> None:
@@ -154,7 +133,7 @@ def test_contract_of_the_scan() -> None:
         refused(t, f"source {i} must be|source 5 must be")
     refused(scan(scan_sources(n_decays=2)), "2 decays for 5")
     refused(scan(scan_sources(groups=3)), "4 is not a multiple of 3")
-    refused(scan([*scan_sources()[:6], ids(1, 2, 3)]), "source 6 must be")
+    refused(scan([*scan_sources()[:6], integers(1, 2, 3)]), "source 6 must be")
     refused(scan(scan_sources(S), 2), "2 snapshots")
     refused(scan(scan_sources(), -1), "-1 snapshots")
     t = scan(scan_sources(), 1)
@@ -166,10 +145,10 @@ SIZE, N_TOKENS = 5, 6
 
 
 def linear(op: Op, n_rows: int, sequences: int = 2, scale: float = 0.5) -> Tensor:
-    sources = [noise((SIZE, HEADS, N_TOKENS), i) for i in range(n_rows)]
+    sources = [noise((SIZE, HEADS, N_TOKENS), seed=i) for i in range(n_rows)]
     if op is Op.RWKV_WKV6:
-        sources[3] = noise((SIZE, HEADS), 3)
-    sources.append(noise((SIZE * SIZE * HEADS, sequences), 9))
+        sources[3] = noise((SIZE, HEADS), seed=3)
+    sources.append(noise((SIZE * SIZE * HEADS, sequences), seed=9))
     ne = (SIZE * HEADS, N_TOKENS + SIZE * sequences)
     return node(op, F32, ne, sources, params(scale))
 
@@ -218,7 +197,7 @@ def test_contract_of_linear_attentions(op: Op) -> None:
     check(linear(op, n))
     refused(linear(op, n, sequences=4), "6 is not a multiple of 4")
     for i in range(n + 1):
-        for bad in (noise((SIZE, HEADS, N_TOKENS + 1)), noise((SIZE, HEADS, N_TOKENS), 0, F16)):
+        for bad in (noise((SIZE, HEADS, N_TOKENS + 1)), noise((SIZE, HEADS, N_TOKENS), F16)):
             t = linear(op, n)
             t.src = (*t.src[:i], bad, *t.src[i + 1 :])
             refused(t, f"source {i}|source 1 must be|states of|the result must be")
@@ -229,24 +208,23 @@ def test_contract_of_linear_attentions(op: Op) -> None:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Sizes of a GATED_DELTA_NET."""
+    """Sizes of a GATED_DELTA_NET; of keys the heads and the sequences."""
 
-    heads: int = 4
-    key_heads: int = 2
-    key_sequences: int = 2
+    keys: tuple[int, int] = (2, 2)
     n_gates: int = 1
     kept: int = 1
     tokens: int = 5
+    heads: ClassVar[int] = 4
 
     def sources(self) -> list[Tensor]:
         v = (SIZE, self.heads, self.tokens, 2)
-        keys = (SIZE, self.key_heads, self.tokens, self.key_sequences)
+        keys = (SIZE, self.keys[0], self.tokens, self.keys[1])
         gates = (self.n_gates, *v[1:])
         return [
-            noise(keys, 1), noise(keys, 2), noise(v, 3),
-            tensor(F32, gates, -abs(doubles(noise(gates, 4)))),
-            tensor(F32, (1, *v[1:]), abs(doubles(noise((1, *v[1:]), 5)))),
-            noise((SIZE, SIZE, self.heads, 2), 6),
+            noise(keys, seed=1), noise(keys, seed=2), noise(v, seed=3),
+            tensor(F32, gates, -abs(doubles(noise(gates, seed=4)))),
+            tensor(F32, (1, *v[1:]), abs(doubles(noise((1, *v[1:]), seed=5)))),
+            noise((SIZE, SIZE, self.heads, 2), seed=6),
         ]  # fmt: skip
 
     def node(self, sources: list[Tensor]) -> Tensor:
@@ -259,7 +237,7 @@ class DeltaNet:
         outputs = np.zeros(v.shape)
         kept = np.zeros((self.kept, *state.shape))
         for token, s, h in np.ndindex(self.tokens, 2, self.heads):
-            at = s // (2 // self.key_sequences), token, h % self.key_heads
+            at = s // (2 // self.keys[1]), token, h % self.keys[0]
             matrix = state[s, h]
             matrix *= np.exp(gates[s, token, h])
             difference = rates[s, token, h] * (v[s, token, h] - matrix @ k[at])
@@ -273,9 +251,9 @@ class DeltaNet:
 NETS = (
     DeltaNet(),
     DeltaNet(n_gates=SIZE),
-    DeltaNet(key_heads=3),
-    DeltaNet(key_heads=7),
-    DeltaNet(key_sequences=1),
+    DeltaNet(keys=(3, 2)),
+    DeltaNet(keys=(7, 2)),
+    DeltaNet(keys=(2, 1)),
     DeltaNet(kept=3),
     DeltaNet(kept=5, n_gates=SIZE),
 )
@@ -333,9 +311,9 @@ def test_contract_of_delta_net() -> None:
     check(net.node(net.sources()))
     refused(DeltaNet(kept=-1).node(net.sources()), "-1 snapshots")
     refused(net.node(DeltaNet(n_gates=2).sources()), "2 gates for 5 elements")
-    refused(net.node(DeltaNet(key_heads=0).sources()), "source 0 has no heads")
+    refused(net.node(DeltaNet(keys=(0, 2)).sources()), "source 0 has no heads")
     for i in range(6):
-        for bad in (noise((SIZE, 4, 6, 2)), noise((SIZE, 4, 5, 2), 0, F16)):
+        for bad in (noise((SIZE, 4, 6, 2)), noise((SIZE, 4, 5, 2), F16)):
             sources = net.sources()
             sources[i] = bad
             # All others are measured by the values, source 2.

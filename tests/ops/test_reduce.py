@@ -14,7 +14,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from tests.ops import harness
-from tests.ops.harness import node, params, permuted, refused, tensor, values
+from tests.ops.harness import refused
+from tests.ops.tensors import CONTEXT, four, node, params, permuted, tensor, values
 
 F32, F16, BF16, I32, I64 = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64,
@@ -23,19 +24,19 @@ RNG = np.random.default_rng(5)
 
 
 def random(*ne: int) -> np.ndarray[Any, Any]:
-    return RNG.standard_normal(harness.four(ne)[::-1]).astype(np.float32)
+    return RNG.standard_normal(four(ne)[::-1]).astype(np.float32)
 
 
 def ran(t: Tensor) -> np.ndarray[Any, Any]:
     """The result in its own type."""
     harness.run(t, kernels=False)
     assert harness.guards_intact(t)
-    return np.array(harness.CONTEXT.view(t))
+    return np.array(CONTEXT.view(t))
 
 
 def integers(content: Any, *ne: int) -> Tensor:
     t = tensor(I32, ne)
-    harness.CONTEXT.view(t)[...] = np.reshape(content, harness.four(ne)[::-1])
+    CONTEXT.view(t)[...] = np.reshape(content, four(ne)[::-1])
     return t
 
 

@@ -15,7 +15,7 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from tests.ops import harness
-from tests.ops.harness import node, params, tensor
+from tests.ops.tensors import node, params, tensor
 
 F32, I8, I32, I64 = GgmlType.F32, GgmlType.I8, GgmlType.I32, GgmlType.I64
 

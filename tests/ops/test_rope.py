@@ -13,33 +13,13 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.rope import Mode
 from rpc_server.ops.table import check
-from tests.ops.harness import (
-    CONTEXT,
-    guards_intact,
-    node,
-    params,
-    permuted,
-    refused,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import guards_intact, refused, run
+from tests.ops.tensors import CONTEXT, integers, node, noise, params, permuted, tensor, values
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 Array = np.ndarray[Any, Any]
 BASE = 500.0
 PLAIN = (1.0, 0.0, 1.0, 32.0, 1.0)  # freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
-
-
-def noise(type_: GgmlType, ne: tuple[int, ...], seed: int = 0) -> Tensor:
-    rng = np.random.default_rng(seed)
-    return tensor(type_, ne, rng.standard_normal(tensor(F32, ne).ne[::-1]))
-
-
-def positions(*numbers: int) -> Tensor:
-    t = tensor(I32, (len(numbers),))
-    CONTEXT.view(t)[...] = numbers
-    return t
 
 
 def words(
@@ -134,8 +114,8 @@ def check_values(t: Tensor) -> None:
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.NEOX])
 @pytest.mark.parametrize(("n_dims", "first"), [(12, 0), (8, 0), (6, 4), (2, 10)])
 def test_one_position(op: Op, type_: GgmlType, mode: Mode, n_dims: int, first: int) -> None:
-    x = noise(type_, (12, 3, 4, 2))
-    check_values(rope(x, positions(0, 1, 7, 40), words(n_dims, mode, first=first), op=op))
+    x = noise((12, 3, 4, 2), type_)
+    check_values(rope(x, integers(0, 1, 7, 40), words(n_dims, mode, first=first), op=op))
 
 
 @pytest.mark.parametrize("mode", [Mode.MROPE, Mode.IMROPE])
@@ -143,23 +123,23 @@ def test_one_position(op: Op, type_: GgmlType, mode: Mode, n_dims: int, first: i
     "sections", [(2, 2, 2, 0), (3, 2, 1, 2), (4, 0, 0, 0), (0, 1, 0, 1), (1, 1, 1, 9)]
 )
 def test_positions_of_pictures(mode: Mode, sections: tuple[int, ...]) -> None:
-    x = noise(F32, (20, 2, 3))
-    at = positions(1, 2, 3, 10, 20, 30, 5, 6, 7, 11, 13, 17)
+    x = noise((20, 2, 3))
+    at = integers(1, 2, 3, 10, 20, 30, 5, 6, 7, 11, 13, 17)
     check_values(rope(x, at, words(16, mode, sections=sections)))
 
 
 @pytest.mark.parametrize("sections", [(4, 4, 4, 4), (2, 3, 1, 1), (1, 1, 1, 0)])
 def test_vision(sections: tuple[int, ...]) -> None:
-    x = noise(F32, (16, 2, 3))
-    at = positions(1, 2, 3, 10, 20, 30, 5, 6, 7, 11, 13, 17)
+    x = noise((16, 2, 3))
+    at = integers(1, 2, 3, 10, 20, 30, 5, 6, 7, 11, 13, 17)
     check_values(rope(x, at, words(8, Mode.VISION, sections=sections)))
 
 
 @pytest.mark.parametrize("mode", Mode)
 def test_factors_and_scaling(mode: Mode) -> None:
     pairs = 8 if mode == Mode.VISION else 4
-    x = noise(F32, (16, 2, 2))
-    at = positions(*(range(1, 9) if mode >= Mode.MROPE else (5, 20)))
+    x = noise((16, 2, 2))
+    at = integers(*(range(1, 9) if mode >= Mode.MROPE else (5, 20)))
     sections = (2, 2, 2, 2) if mode >= Mode.MROPE else (0, 0, 0, 0)
     factors = tensor(F32, (pairs,), np.linspace(1, 3, pairs))
     for scaling in (
@@ -172,13 +152,13 @@ def test_factors_and_scaling(mode: Mode) -> None:
 
 
 def test_more_factors_than_pairs() -> None:
-    x, factors = noise(F32, (8, 2, 2)), tensor(F32, (9,), np.linspace(1, 3, 9))
-    check_values(rope(x, positions(3, 4), words(8, Mode.NEOX), factors))
+    x, factors = noise((8, 2, 2)), tensor(F32, (9,), np.linspace(1, 3, 9))
+    check_values(rope(x, integers(3, 4), words(8, Mode.NEOX), factors))
 
 
 def test_no_original_context() -> None:
-    x = noise(F32, (8, 2, 2))
-    t = rope(x, positions(3, 4), words(8, Mode.NEOX, (0.5, 1.0, 1.0, 1.0, 1.0), n_ctx=0))
+    x = noise((8, 2, 2))
+    t = rope(x, integers(3, 4), words(8, Mode.NEOX, (0.5, 1.0, 1.0, 1.0, 1.0), n_ctx=0))
     run(t, kernels=False)
     # All pairs turn too often to be extrapolated, but the first, at the end of the range.
     assert np.isfinite(values(t)).all()
@@ -186,25 +166,25 @@ def test_no_original_context() -> None:
 
 @pytest.mark.parametrize("mode", [Mode.NORMAL, Mode.NEOX])
 def test_in_place_and_permuted(mode: Mode) -> None:
-    x = noise(F32, (8, 3, 4))
-    t = rope(x, positions(1, 2, 3, 4), words(6, mode))
+    x = noise((8, 3, 4))
+    t = rope(x, integers(1, 2, 3, 4), words(6, mode))
     expected = expected_rope(t)
-    moved = permuted(noise(F32, (8, 4, 3)), (0, 2, 1, 3))
-    check_values(rope(moved, positions(1, 2, 3, 4), words(6, mode)))
+    moved = permuted(noise((8, 4, 3)), (0, 2, 1, 3))
+    check_values(rope(moved, integers(1, 2, 3, 4), words(6, mode)))
     run(node(Op.ROPE, F32, x.ne, t.src[:2], t.op_params, inplace=x), kernels=False)
     np.testing.assert_allclose(values(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_part_of_each_row() -> None:
     # Queries and keys side by side: a view of every other stretch.
-    whole = noise(F32, (24, 3, 4))
+    whole = noise((24, 3, 4))
     part = tensor(F32, (8, 3, 4), nb=whole.nb)
     CONTEXT.view(part)[...] = CONTEXT.view(whole)[..., :8]
-    check_values(rope(part, positions(1, 2, 3, 4), words(8, Mode.NEOX)))
+    check_values(rope(part, integers(1, 2, 3, 4), words(8, Mode.NEOX)))
 
 
 def test_back_undoes() -> None:
-    x, at = noise(F32, (12, 3, 4)), positions(1, 5, 9, 30)
+    x, at = noise((12, 3, 4)), integers(1, 5, 9, 30)
     there = rope(x, at, words(12, Mode.NEOX))
     back = rope(there, at, words(12, Mode.NEOX), op=Op.ROPE_BACK)
     run([there, back], kernels=False)
@@ -213,8 +193,8 @@ def test_back_undoes() -> None:
 
 @pytest.mark.parametrize("op", [Op.ROPE, Op.ROPE_BACK])
 def test_contract(op: Op) -> None:
-    x, at = noise(F32, (16, 3, 4)), positions(1, 2, 3, 4)
-    at4 = positions(*range(16))
+    x, at = noise((16, 3, 4)), integers(1, 2, 3, 4)
+    at4 = integers(*range(16))
 
     def made(x: Tensor = x, at: Tensor = at, words: tuple[int, ...] = words(8, 2),
              factors: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -223,8 +203,8 @@ def test_contract(op: Op) -> None:
     check(made())
     refused(node(op, F16, x.ne, [x, at], words(8, 2)), "source 0 must not be F32")
     refused(node(op, F32, (16, 3, 5), [x, at], words(8, 2)), "source 0 must be")
-    refused(made(noise(GgmlType.BF16, (16, 3, 4))), "the result must not be BF16")
-    refused(made(permuted(noise(F32, (3, 16, 4)), (1, 0, 2, 3))), "source 0 must have dense")
+    refused(made(noise((16, 3, 4), GgmlType.BF16)), "the result must not be BF16")
+    refused(made(permuted(noise((3, 16, 4)), (1, 0, 2, 3))), "source 0 must have dense")
     for mode in (1, 4, 9, 16, -2, 40 | 2):
         refused(made(words=words(8, mode)), f"no mode {mode}")
     for n_dims in (0, -2, 3, -(1 << 31)):
@@ -233,8 +213,8 @@ def test_contract(op: Op) -> None:
     refused(made(words=words(8, 2, first=10)), "no elements 10 to 18 in 16")
     for first in (-2, 3, -(1 << 31)):
         refused(made(words=words(8, 2, first=first)), f"can't turn from element {first}")
-    refused(made(at=positions(1, 2, 3)), "source 1 must be 4x1x1x1")
-    refused(made(at=positions(*range(16))), "source 1 must be 4x1x1x1")
+    refused(made(at=integers(1, 2, 3)), "source 1 must be 4x1x1x1")
+    refused(made(at=integers(*range(16))), "source 1 must be 4x1x1x1")
     refused(made(at=tensor(I32, (4, 2))), "source 1 must be")
     refused(made(at=tensor(F32, (4,))), "source 1 must not be F32")
     strided = tensor(I32, (4,), nb=(8, 32, 32, 32))
@@ -245,20 +225,20 @@ def test_contract(op: Op) -> None:
         refused(made(at=at4, words=words(8, 8, sections=sections)), "sections")
     huge = ((1 << 31) - 1, (1 << 31) - 1, 2, 4)
     refused(made(at=at4, words=words(8, 8, sections=huge)), "sections")
-    refused(made(factors=noise(F32, (3,))), "3 factors for 4 pairs")
-    refused(made(factors=noise(F32, (4, 2))), "source 2 must be 4x1x1x1")
-    refused(made(factors=noise(F16, (4,))), "source 2 must not be F16")
+    refused(made(factors=noise((3,))), "3 factors for 4 pairs")
+    refused(made(factors=noise((4, 2))), "source 2 must be 4x1x1x1")
+    refused(made(factors=noise((4,), F16)), "source 2 must not be F16")
     sections = (4, 4, 4, 4)
     vision = words(8, 24, sections=sections)
-    check(made(at=at4, words=vision, factors=noise(F32, (8,))))
-    refused(made(at=at4, words=vision, factors=noise(F32, (7,))), "7 factors for 8 pairs")
+    check(made(at=at4, words=vision, factors=noise((8,))))
+    refused(made(at=at4, words=vision, factors=noise((7,))), "7 factors for 8 pairs")
     refused(made(at=at4, words=words(6, 24, sections=sections)), "turning 6 of 16")
     refused(made(at=at4, words=words(8, 24, sections=sections, first=2)), "turning 8 of 16")
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
 def test_scaling_that_is_none(bad: float) -> None:
-    x, at = noise(F32, (16, 3, 4)), positions(1, 2, 3, 4)
+    x, at = noise((16, 3, 4)), integers(1, 2, 3, 4)
     refused(rope(x, at, words(8, 2, base=bad)), "base of frequencies")
     refused(rope(x, at, words(8, 2, (bad, 1.0, 1.0, 32.0, 1.0))), "scale of frequencies")
     refused(rope(x, at, words(8, 2, (1.0, 1.0, 1.0, bad, 1.0))), "correction range")

@@ -10,7 +10,7 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.shards import Shard, Slice
 from rpc_server.ops.table import OPS, propagate
-from tests.ops.harness import node, params, tensor
+from tests.ops.tensors import node, params, tensor
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 

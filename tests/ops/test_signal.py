@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,20 @@ from rpc_server.ops import slices
 from rpc_server.ops.signal import Pool, Scale
 from rpc_server.ops.table import check
 from tests.ops import harness
-from tests.ops.harness import (
-    node,
-    noise,
-    params,
-    permuted,
-    refused,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import refused, run
+from tests.ops.tensors import node, noise, params, permuted, tensor, values
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 ALIGN_CORNERS, ANTIALIAS = 1 << 8, 1 << 9
 Array = np.ndarray[Any, Any]
+Windows = Sequence[tuple[int, int, int]]
 
 
 def check_values(t: Tensor, expected: Array, tolerance: float = 1e-6) -> None:
     harness.check_values(t, expected, tolerance)
 
 
-def pool(x: Tensor, kind: int, windows: list[tuple[int, int, int]]) -> Tensor:
+def pool(x: Tensor, kind: int, windows: Windows) -> Tensor:
     ne = list(x.ne)
     for i, (width, stride, padding) in enumerate(windows):
         ne[i] = (x.ne[i] + 2 * padding - width) // max(stride, 1) + 1
@@ -65,22 +59,27 @@ def spoiled(x: Tensor) -> Tensor:
     return tensor(x.type, x.ne, data)
 
 
-@pytest.mark.parametrize("numbers", [True, False])
-@pytest.mark.parametrize("kind", Pool)
-@pytest.mark.parametrize("type_", [F32, F16])
-@pytest.mark.parametrize(
-    "windows",
-    [
-        [(3, 2, 1)],
-        [(1, 4, 2)],
-        [(2, 1, 0), (3, 2, 1)],
-        [(7, 1, 0), (1, 1, 1)],
-        [(9, 2, 7), (2, 2, 0)],
-    ],
+def of_pools(*windows: Windows) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test for each kind of pool and type, over these windows, of numbers alone and not."""
+    rows: dict[str, Iterable[Any]]
+    rows = {"windows": windows, "type_": [F32, F16], "kind": Pool, "numbers": [True, False]}
+
+    def of(test: Callable[..., None]) -> Callable[..., None]:
+        for name, among in rows.items():
+            test = pytest.mark.parametrize(name, among)(test)
+        return test
+
+    return of
+
+
+@of_pools(
+    [(3, 2, 1)],
+    [(1, 4, 2)],
+    [(2, 1, 0), (3, 2, 1)],
+    [(7, 1, 0), (1, 1, 1)],
+    [(9, 2, 7), (2, 2, 0)],
 )
-def test_pools(
-    kind: Pool, type_: GgmlType, windows: list[tuple[int, int, int]], numbers: bool
-) -> None:
+def test_pools(kind: Pool, type_: GgmlType, windows: Windows, numbers: bool) -> None:
     x = noise((7, 6, 2, 2), type_)
     x = x if numbers else spoiled(x)
     t = pool(x, kind, windows)
@@ -129,29 +128,19 @@ def test_wide_windows_are_quick() -> None:
         check_values(t, np.zeros((1, 1, 3, 4)))
 
 
-def pool_back(
-    x: Tensor, gradients: Tensor, kind: int, windows: list[tuple[int, int, int]]
-) -> Tensor:
+def pool_back(x: Tensor, gradients: Tensor, kind: int, windows: Windows) -> Tensor:
     words = [w[part] for part in range(3) for w in windows]
     return node(Op.POOL_2D_BACK, x.type, x.ne, [gradients, x], params(kind, *words))
 
 
-@pytest.mark.parametrize("numbers", [True, False])
-@pytest.mark.parametrize("kind", Pool)
-@pytest.mark.parametrize("type_", [F32, F16])
-@pytest.mark.parametrize(
-    "windows",
-    [
-        [(2, 2, 0), (3, 2, 1)],
-        [(3, 1, 1), (2, 1, -1)],
-        [(7, 1, 0), (1, 1, 1)],
-        [(9, 2, 7), (6, 1, 0)],
-        [(1, 3, 0), (2, 5, 9)],
-    ],
+@of_pools(
+    [(2, 2, 0), (3, 2, 1)],
+    [(3, 1, 1), (2, 1, -1)],
+    [(7, 1, 0), (1, 1, 1)],
+    [(9, 2, 7), (6, 1, 0)],
+    [(1, 3, 0), (2, 5, 9)],
 )
-def test_gradients_of_pools(
-    kind: Pool, type_: GgmlType, windows: list[tuple[int, int, int]], numbers: bool
-) -> None:
+def test_gradients_of_pools(kind: Pool, type_: GgmlType, windows: Windows, numbers: bool) -> None:
     # Small integers: that the first of equal maxima takes the gradient shows.
     x = tensor(type_, (7, 6, 2, 2), np.random.default_rng(0).integers(0, 4, (2, 2, 6, 7)))
     x = x if numbers else spoiled(x)

@@ -13,7 +13,8 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.masks import alibi_slopes
 from rpc_server.ops.table import check
-from tests.ops.harness import guards_intact, node, params, permuted, refused, run, tensor, values
+from tests.ops.harness import guards_intact, refused, run
+from tests.ops.tensors import node, params, permuted, tensor, values
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 NE = (9, 4, 6, 2)

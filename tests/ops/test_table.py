@@ -10,7 +10,7 @@ import rpc_server.ops  # noqa: F401  (fills the table)
 from protocol.ggml.ops import VIEWS, Op
 from protocol.ggml.types import GgmlType
 from rpc_server.ops.table import OPS, ContractError, check, contract, reference
-from tests.ops.harness import node, tensor
+from tests.ops.tensors import node, tensor
 
 F32 = GgmlType.F32
 # Functions of the client's own process.

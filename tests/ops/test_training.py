@@ -16,20 +16,8 @@ from protocol.tensor import Tensor
 from rpc_server.graph.errors import GraphError
 from rpc_server.ops import slices
 from rpc_server.ops.table import ContractError, check
-from tests.ops.harness import (
-    CONTEXT,
-    guards_intact,
-    nmse,
-    node,
-    params,
-    permuted,
-    raw,
-    refused,
-    run,
-    tensor,
-    values,
-    view,
-)
+from tests.ops.harness import guards_intact, nmse, refused, run
+from tests.ops.tensors import CONTEXT, node, params, permuted, raw, tensor, values, view
 from tests.ops.test_hostile import UnlikelyTensorError, damaged
 
 F32, F16 = GgmlType.F32, GgmlType.F16

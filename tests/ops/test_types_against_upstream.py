@@ -6,8 +6,6 @@ hundreds, and each would have to be compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -18,9 +16,11 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.types import to_f32
 from tests.ops import harness
+from tests.ops.tensors import CONTEXT, params, permuted, tensor
+from tests.ops.tensors import node as node_of
+from tests.ops.tensors import raw as raw_of
 from tests.ops.type_cases import EXACT, FAMILIES, MAX_NMSE, Case
-from tests.server.process import running
-from tests.upstream_server import Endpoint, running_upstream
+from tests.upstream_server import Endpoint
 
 pytestmark = pytest.mark.upstream
 
@@ -31,19 +31,6 @@ MAX_ROUNDED_OTHERWISE = 0.01
 
 # ggml_op_hint of a product: source 0 is such a matrix.
 HADAMARD = 1
-
-
-@pytest.fixture(scope="module")
-def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    log = tmp_path_factory.mktemp("upstream") / "server.log"
-    with running_upstream(log, "-t", "1") as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def ours() -> Iterator[Endpoint]:
-    with running("--threads", "2") as process:
-        yield Endpoint("127.0.0.1", process.port)
 
 
 async def computed(backend: Backend, case: Case) -> Array:
@@ -100,14 +87,14 @@ def by_reference(case: Case) -> Array:
     """The bytes of the case's result, computed here."""
     sources = []
     for i in range(len(case.sources)):
-        leaf = harness.tensor(*case.leaf(i))
-        harness.CONTEXT.memory(leaf.address, leaf.nbytes)[...] = case.content(i)
-        sources.append(harness.permuted(leaf, (0, 2, 1, 3)) if i in case.permuted else leaf)
+        leaf = tensor(*case.leaf(i))
+        CONTEXT.memory(leaf.address, leaf.nbytes)[...] = case.content(i)
+        sources.append(permuted(leaf, (0, 2, 1, 3)) if i in case.permuted else leaf)
     inplace = None if case.into is None else sources[case.into]
-    words = harness.params(*case.params)
-    node = harness.node(case.op, *case.result, sources, words, inplace=inplace)
+    words = params(*case.params)
+    node = node_of(case.op, *case.result, sources, words, inplace=inplace)
     harness.run(node, kernels=False)
-    return harness.raw(node)
+    return raw_of(node)
 
 
 # The whole matrix of types takes part in these tests, a few of them in those of the server.

@@ -13,18 +13,8 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.ops.table import check
-from tests.ops.harness import (
-    CONTEXT,
-    guards_intact,
-    node,
-    params,
-    permuted,
-    raw,
-    refused,
-    run,
-    tensor,
-    values,
-)
+from tests.ops.harness import guards_intact, refused, run
+from tests.ops.tensors import CONTEXT, node, params, permuted, raw, tensor, values
 
 F32, F16, BF16 = GgmlType.F32, GgmlType.F16, GgmlType.BF16
 Array = np.ndarray[Any, Any]

@@ -10,7 +10,6 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,8 @@ from rpc_server.net.admission import Admission
 from rpc_server.observability.metrics import ServerStats
 from rpc_server.options import parse_options
 from tests.server.process import ServerProcess, Wire, running
-from tests.split.cluster import content, status, values, weight
+from tests.split.cluster import status
+from tests.split.weights import content, values, weight
 
 HOST = "127.0.0.1"
 TOKEN = b"a token that nobody can guess"
@@ -83,39 +83,19 @@ def test_others_are_closed() -> None:
 # -- TLS and the token
 
 
-@dataclass
 class Secrets:
     """Files for servers and clients, all made for the tests."""
 
-    folder: Path
-    authority: trustme.CA
-
-    @classmethod
-    def make(cls, folder: Path) -> Secrets:
-        made = cls(folder, trustme.CA())
-        made.authority.cert_pem.write_to_path(str(made.ca))
-        certificate = made.authority.issue_cert(HOST, "localhost")
-        certificate.private_key_and_cert_chain_pem.write_to_path(str(made.server))
-        mine = made.authority.issue_cert("client@example.org")
-        mine.private_key_and_cert_chain_pem.write_to_path(str(made.client))
-        made.token.write_bytes(TOKEN + b"\n")
-        return made
-
-    @property
-    def ca(self) -> Path:
-        return self.folder / "ca.pem"
-
-    @property
-    def server(self) -> Path:
-        return self.folder / "server.pem"
-
-    @property
-    def client(self) -> Path:
-        return self.folder / "client.pem"
-
-    @property
-    def token(self) -> Path:
-        return self.folder / "token"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.authority = folder, trustme.CA()
+        names = ("ca.pem", "server.pem", "client.pem", "token")
+        self.ca, self.server, self.client, self.token = (folder / name for name in names)
+        self.authority.cert_pem.write_to_path(str(self.ca))
+        certificate = self.authority.issue_cert(HOST, "localhost")
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(self.server))
+        mine = self.authority.issue_cert("client@example.org")
+        mine.private_key_and_cert_chain_pem.write_to_path(str(self.client))
+        self.token.write_bytes(TOKEN + b"\n")
 
     def options(self, *more: str) -> list[str]:
         return ["--threads", "1", "--tls-port", "0", "--tls-cert", str(self.server), *more]
@@ -123,7 +103,7 @@ class Secrets:
 
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Secrets:
-    return Secrets.make(tmp_path_factory.mktemp("secrets"))
+    return Secrets(tmp_path_factory.mktemp("secrets"))
 
 
 class SecureServer:

@@ -32,7 +32,8 @@ from rpc_server.devices.split.candidates import AutoSplit
 from rpc_server.devices.split.choice import TYPICAL, Chooser, Mode, candidates
 from rpc_server.options import parse_options
 from tests.server.process import REPOSITORY, ServerProcess
-from tests.split.cluster import NAME, Coordinator, WorkerProcess, backend, status, values
+from tests.split.cluster import Coordinator, WorkerProcess, backend, status
+from tests.split.weights import NAME, values
 from tools.models import write_model
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, own_command

@@ -25,17 +25,9 @@ from protocol.ggml.types import GgmlType
 from rpc_server.devices.split.disks import pieces_of
 from tests.client.test_gguf_file import write
 from tests.parameters import mostly_slow
-from tests.split.cluster import (
-    HOST,
-    NAME,
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    nmse,
-    values,
-)
+from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend
 from tests.split.relay import Relay
+from tests.split.weights import NAME, content, nmse, values
 
 Q8_0 = GgmlType.Q8_0
 SHAPE = (2048, 3072)

@@ -30,19 +30,9 @@ from rpc_server.devices.split.worker import Worker, WorkerLost
 from rpc_server.options import parse_options
 from tests.client.scripted import Peer, scripted
 from tests.parameters import mostly_slow
-from tests.split.cluster import (
-    HOST,
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    emptied,
-    nmse,
-    status,
-    values,
-    weight,
-)
+from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend, emptied, status
 from tests.split.relay import Relay
+from tests.split.weights import content, nmse, values, weight
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     Process,

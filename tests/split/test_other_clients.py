@@ -18,15 +18,8 @@ from client.errors import ConnectionLost
 from client.tensors import Array
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from tests.split.cluster import (
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    nmse,
-    values,
-    weight,
-)
+from tests.split.cluster import Coordinator, WorkerProcess, backend
+from tests.split.weights import content, nmse, values, weight
 from tests.upstream_server import running_upstream
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64

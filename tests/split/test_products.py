@@ -15,17 +15,8 @@ import pytest
 from client.backend import Backend
 from client.tensors import Array
 from protocol.ggml.types import GgmlType
-from tests.split.cluster import (
-    NAME,
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    nmse,
-    status,
-    values,
-    weight,
-)
+from tests.split.cluster import Coordinator, WorkerProcess, backend, status
+from tests.split.weights import NAME, content, nmse, values, weight
 
 F32, F16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.I32
 TYPES = (

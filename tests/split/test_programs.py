@@ -24,12 +24,8 @@ from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
 from protocol.tensor import Tensor
 from rpc_server.devices.split.worker import UnfitError, Worker
-from tests.split.cluster import (
-    HOST,
-    WorkerProcess,
-    backend,
-    values,
-)
+from tests.split.cluster import HOST, WorkerProcess, backend
+from tests.split.weights import values
 
 F32 = GgmlType.F32
 PATIENCE = 30.0

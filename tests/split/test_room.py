@@ -25,20 +25,10 @@ from rpc_server.devices.split.sharded import is_split
 from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import NoRoom, Worker, WorkerLost
 from tests.client.scripted import Peer, scripted
-from tests.ops.harness import four
+from tests.ops.tensors import four
 from tests.parameters import mostly_slow
-from tests.split.cluster import (
-    HOST,
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    emptied,
-    nmse,
-    status,
-    values,
-    weight,
-)
+from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend, emptied, status
+from tests.split.weights import content, nmse, values, weight
 from tools.serving.processes import own_command
 
 F32, F16, Q8_0 = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0

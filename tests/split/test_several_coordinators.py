@@ -28,16 +28,9 @@ from protocol.ggml.types import GgmlType
 from protocol.split import caps_version, split_caps
 from rpc_server.devices.split.worker import Worker
 from rpc_server.options import parse_options
-from tests.split.cluster import (
-    HOST,
-    Coordinator,
-    WorkerProcess,
-    backend,
-    nmse,
-    values,
-    weight,
-)
+from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend
 from tests.split.relay import Relay
+from tests.split.weights import nmse, values, weight
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     Process,

@@ -27,16 +27,9 @@ from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import SliceNotes, chunks, pieces
 from rpc_server.folders import PrivateFolder
 from tests.parameters import mostly_slow
-from tests.split.cluster import (
-    NAME,
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    nmse,
-    values,
-)
+from tests.split.cluster import Coordinator, WorkerProcess, backend
 from tests.split.relay import Relay
+from tests.split.weights import NAME, content, nmse, values
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens, upstream_command
 
@@ -70,6 +63,14 @@ class Site:
     def coordinator(self, *options: str, local: bool = False) -> Coordinator:
         parts = [r.address for r in self.relays] + ["local"] * local
         return Coordinator(parts, *self.cache("coordinator"), *options)
+
+    def slices(self, worker: int) -> list[Path]:
+        """What is in a worker's cache."""
+        return list((self.folder / f"worker-{worker}").glob("[0-9a-f]*"))
+
+    def lose_slices(self, worker: int) -> None:
+        for path in self.slices(worker):
+            path.unlink()
 
     @property
     def sent(self) -> int:
@@ -171,8 +172,7 @@ async def test_one_part_that_has_lost_its_slice(site: Site) -> None:
     data = content(F16, SHAPE)
     with site.coordinator("--tensor-split", "1,1") as c:
         assert not await load(c, data)
-        for path in (site.folder / "worker-1").glob("[0-9a-f]*"):
-            path.unlink()
+        site.lose_slices(1)
         other = content(F16, SHAPE, seed=1)
         async with backend(c, 60.0) as b:
             # In a buffer that has something else.
@@ -197,8 +197,7 @@ async def test_another_content_than_was_offered_is_not_beside_what_was_loaded(si
     data, other = content(F16, SHAPE), content(F16, SHAPE, seed=1)
     with site.coordinator("--tensor-split", "1,1") as c:
         assert not await load(c, data)
-        for path in (site.folder / "worker-1").glob("[0-9a-f]*"):
-            path.unlink()
+        site.lose_slices(1)
         notes = site.notes
         async with backend(c, 60.0) as b:
             w = b.graph.new_tensor(F16, SHAPE, NAME)
@@ -219,7 +218,7 @@ async def test_a_slice_that_is_damaged_on_disk(site: Site) -> None:
     data = content(F16, SHAPE)
     with site.coordinator("--tensor-split", "1,1") as c:
         assert not await load(c, data)
-    for path in (site.folder / "worker-0").glob("[0-9a-f]*"):
+    for path in site.slices(0):
         if path.stat().st_size > 1 << 20:
             with path.open("r+b") as file:
                 file.seek(12345)

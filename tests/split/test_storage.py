@@ -16,20 +16,8 @@ from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PARTS
 from protocol.tensor import Tensor
-from tests.split.cluster import (
-    HOST,
-    NAME,
-    Coordinator,
-    WorkerProcess,
-    allocate,
-    backend,
-    content,
-    emptied,
-    nmse,
-    status,
-    values,
-    weight,
-)
+from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend, emptied, status
+from tests.split.weights import NAME, allocate, content, nmse, values, weight
 
 F32, F16 = GgmlType.F32, GgmlType.F16
 SHARES = (2, 1, 1)

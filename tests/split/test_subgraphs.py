@@ -18,7 +18,7 @@ from rpc_server.devices.split.subgraphs import (
     WeightIndex,
     find_subgraphs,
 )
-from tests.ops.harness import node, params, tensor, view
+from tests.ops.tensors import node, params, tensor, view
 from tests.ops.test_shards import cut
 
 F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64

@@ -14,17 +14,8 @@ from client.backend import Backend
 from client.tensors import Array
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
-from tests.split.cluster import (
-    Coordinator,
-    WorkerProcess,
-    backend,
-    content,
-    emptied,
-    nmse,
-    status,
-    values,
-    weight,
-)
+from tests.split.cluster import Coordinator, WorkerProcess, backend, emptied, status
+from tests.split.weights import content, nmse, values, weight
 
 F32, F16, Q8_0, Q4_K = GgmlType.F32, GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_K
 SHARES = ((1, 1, 0), (2, 1, 1), (0, 3, 1), (1, 0, 0))
