@@ -6,41 +6,33 @@ import asyncio
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from protocol.commands import Command
+from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.messages import CONN_CAPS_SIZE
 from protocol.requests import Request
+from rpc_server.graph.parse import tensor_of_message
 from rpc_server.session.handshake import Handshake
 from rpc_server.session.state import Session
-from tests.conformance.faulty.registry import Handler, fault, handle, replace_method
+from tests.conformance.faulty.registry import Handler, fault, instead_of, put
 
 
 @fault("COPY_TENSOR is done, but not answered", "copy-tensor-answers-as-it-should")
-def copy_not_answered() -> None:
-    def make(right: Handler) -> Handler:
-        def copy(s: Session, request: Request) -> None:
-            answer, s.answer = s.answer, lambda command, fields: None  # type: ignore[method-assign]
-            try:
-                right(s, request)
-            finally:
-                s.answer = answer  # type: ignore[method-assign]
-
-        return copy
-
-    handle(Command.COPY_TENSOR, make)
+@instead_of(Command.COPY_TENSOR)
+def copy_not_answered(right: Handler, s: Session, request: Request) -> None:
+    with mock.patch.object(s, "answer"):
+        right(s, request)
 
 
 def _resized(command: Command, delta: int) -> None:
     """Answer a command with more or fewer bytes than its structure has."""
 
-    def make(right: Handler) -> Handler:
-        def wrong(s: Session, request: Request) -> None:
-            size = 8 + delta
-            s._transport.write(size.to_bytes(8, "little") + bytes([64] + [0] * (size - 1)))
+    def wrong(right: Handler, s: Session, request: Request) -> None:
+        size = 8 + delta
+        s._transport.write(size.to_bytes(8, "little") + bytes([64] + [0] * (size - 1)))
 
-        return wrong
-
-    handle(command, make)
+    put(command, wrong)
 
 
 @fault("GET_DEVICE_MEMORY's answer has a byte too many", "get-device-memory-answers-as-it-should")
@@ -57,32 +49,24 @@ def answer_too_short() -> None:
     "FREE_BUFFER is answered in a version that has no answer for it",
     "free-buffer-answers-as-it-should",
 )
-def answer_where_there_is_none() -> None:
-    def make(right: Handler) -> Handler:
-        def free(s: Session, request: Request) -> None:
-            right(s, request)
-            s._transport.write(bytes(8))
-
-        return free
-
-    handle(Command.FREE_BUFFER, make)
+@instead_of(Command.FREE_BUFFER)
+def answer_where_there_is_none(right: Handler, s: Session, request: Request) -> None:
+    right(s, request)
+    s._transport.write(bytes(8))
 
 
 @fault("clients get each other's answers to GET_TENSOR", "many-clients-in-turn")
 def answers_swapped_between_clients() -> None:
     last: dict[str, bytes] = {}
 
-    def make(right: Any) -> Any:
-        def send_bytes(s: Session, view: memoryview) -> None:
-            content = bytes(view)
-            others = [data for name, data in last.items() if name != s.name]
-            last[s.name] = content
-            wrong = next((data for data in others if len(data) == len(content)), content)
-            right(s, memoryview(wrong))
+    def send_bytes(right: Any, s: Session, view: memoryview) -> None:
+        content = bytes(view)
+        others = [data for name, data in last.items() if name != s.name]
+        last[s.name] = content
+        wrong = next((data for data in others if len(data) == len(content)), content)
+        right(s, memoryview(wrong))
 
-        return send_bytes
-
-    replace_method(Session, "send_bytes", make)
+    put((Session, "send_bytes"), send_bytes)
 
 
 @fault(
@@ -92,34 +76,28 @@ def answers_swapped_between_clients() -> None:
 def answers_in_wrong_order() -> None:
     held: dict[str, tuple[Command, dict[str, Any]]] = {}
 
-    def make(right: Any) -> Any:
-        def answer(s: Session, command: Command, fields: dict[str, Any]) -> None:
-            def release() -> None:
-                if s.name in held:
-                    right(s, *held.pop(s.name))
+    def answer(right: Any, s: Session, command: Command, fields: dict[str, Any]) -> None:
+        def release() -> None:
+            if s.name in held:
+                right(s, *held.pop(s.name))
 
-            if command is Command.BUFFER_GET_BASE and s.name not in held:
-                # The next request may be on its way; one that waits for this answer gets it.
-                held[s.name] = (command, fields)
-                asyncio.get_running_loop().call_later(0.05, release)
-                return
-            right(s, command, fields)
-            release()
+        if command is Command.BUFFER_GET_BASE and s.name not in held:
+            # The next request may be on its way; one that waits for this answer gets it.
+            held[s.name] = (command, fields)
+            asyncio.get_running_loop().call_later(0.05, release)
+            return
+        right(s, command, fields)
+        release()
 
-        return answer
-
-    replace_method(Session, "answer", make)
+    put((Session, "answer"), answer)
 
 
 def _answering_hello(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    def make(right: Any) -> Any:
-        def hello(self: Handshake, message: Any) -> Any:
-            dialect, answer = right(self, message)
-            return dialect, {**answer, **change(answer)}
+    def hello(right: Any, self: Handshake, message: Any) -> Any:
+        dialect, answer = right(self, message)
+        return dialect, {**answer, **change(answer)}
 
-        return hello
-
-    replace_method(Handshake, "hello", make)
+    put((Handshake, "hello"), hello)
 
 
 @fault("HELLO is answered with a newer minor version than is spoken", probe="is offered 4.1.")
@@ -145,26 +123,20 @@ def version_that_changes() -> None:
 def version_given_up_at_a_hang_up() -> None:
     minor = served = 1
 
-    def make(right: Any) -> Any:
-        def accepted(self: Handshake) -> None:
-            nonlocal served
-            served = minor
-            right(self)
+    def accepted(right: Any, self: Handshake) -> None:
+        nonlocal served
+        served = minor
+        right(self)
 
-        return accepted
-
-    def make_ended(right: Any) -> Any:
-        def ended(self: Handshake, *, by_server: bool) -> None:
-            nonlocal minor
-            if not self.done:
-                minor = 1 - served
-            right(self, by_server=by_server)
-
-        return ended
+    def ended(right: Any, self: Handshake, *, by_server: bool) -> None:
+        nonlocal minor
+        if not self.done:
+            minor = 1 - served
+        right(self, by_server=by_server)
 
     _answering_hello(lambda answer: {"minor": minor})
-    replace_method(Handshake, "accepted", make)
-    replace_method(Handshake, "ended", make_ended)
+    put((Handshake, "accepted"), accepted)
+    put((Handshake, "ended"), ended)
 
 
 @fault("HELLO's answer has capability bytes that say nothing known", "unused-bytes-are-zero")
@@ -173,38 +145,25 @@ def capabilities_from_nowhere() -> None:
 
 
 @fault("GET_TENSOR of over 1 MiB has zeros behind the first", "large-upload")
-def large_answer_truncated() -> None:
+@instead_of(Session, "send_bytes")
+def large_answer_truncated(right: Any, s: Session, view: memoryview) -> None:
     kept = 1 << 20
-
-    def make(right: Any) -> Any:
-        def send_bytes(s: Session, view: memoryview) -> None:
-            wrong = bytes(view[:kept]) + bytes(max(0, len(view) - kept))
-            right(s, memoryview(wrong))
-
-        return send_bytes
-
-    replace_method(Session, "send_bytes", make)
+    right(s, memoryview(bytes(view[:kept]) + bytes(max(0, len(view) - kept))))
 
 
 def _answering(command: Command, **wrong_fields: Any) -> None:
     """Answer a command with these fields, whatever was asked."""
 
-    def make(right: Handler) -> Handler:
-        def wrong(s: Session, request: Request) -> None:
-            answer = s.answer
+    def wrong(right: Handler, s: Session, request: Request) -> None:
+        answer = s.answer
 
-            def changed(command: Command, fields: dict[str, Any]) -> None:
-                answer(command, {**fields, **wrong_fields})
+        def changed(command: Command, fields: dict[str, Any]) -> None:
+            answer(command, {**fields, **wrong_fields})
 
-            s.answer = changed  # type: ignore[method-assign]
-            try:
-                right(s, request)
-            finally:
-                s.answer = answer  # type: ignore[method-assign]
+        with mock.patch.object(s, "answer", changed):
+            right(s, request)
 
-        return wrong
-
-    handle(command, make)
+    put(command, wrong)
 
 
 @fault("GET_ALIGNMENT is answered 48", "alignment-is-a-power-of-two")
@@ -223,18 +182,9 @@ def alloc_size_of_anything() -> None:
 
 
 @fault("GET_ALLOC_SIZE leaves out the last block of a quantized tensor", "alloc-size-of-every-type")
-def alloc_size_too_small() -> None:
-    from protocol.ggml.types import TYPE_INFO, GgmlType
-
-    def make(right: Handler) -> Handler:
-        def wrong(s: Session, request: Request) -> None:
-            from rpc_server.graph.parse import tensor_of_message
-
-            tensor = tensor_of_message(request.fields.tensor, s.dialect)
-            info = TYPE_INFO[GgmlType(tensor.type)]
-            less = info.type_size if info.quantized else 0
-            s.answer(request.command, {"alloc_size": tensor.nbytes - less})
-
-        return wrong
-
-    handle(Command.GET_ALLOC_SIZE, make)
+@instead_of(Command.GET_ALLOC_SIZE)
+def alloc_size_too_small(right: Handler, s: Session, request: Request) -> None:
+    tensor = tensor_of_message(request.fields.tensor, s.dialect)
+    info = TYPE_INFO[GgmlType(tensor.type)]
+    less = info.type_size if info.quantized else 0
+    s.answer(request.command, {"alloc_size": tensor.nbytes - less})

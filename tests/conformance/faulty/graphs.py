@@ -16,12 +16,7 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.session.graph_memory import Share
 from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.state import Session
-from tests.conformance.faulty.registry import (
-    Handler,
-    fault,
-    handle,
-    replace_method,
-)
+from tests.conformance.faulty.registry import Handler, fault, instead_of, put
 
 
 @fault(
@@ -40,61 +35,48 @@ def recompute_runs_the_first() -> None:
 
 
 @fault("GRAPH_RECOMPUTE without a graph is taken for done", "without-a-graph")
-def recompute_of_nothing() -> None:
-    def make(right: Handler) -> Handler:
-        def wrong(s: Session, request: Request) -> None:
-            if s.plans[0].last is not None:
-                right(s, request)
-
-        return wrong
-
-    handle(Command.GRAPH_RECOMPUTE, make)
+@instead_of(Command.GRAPH_RECOMPUTE)
+def recompute_of_nothing(right: Handler, s: Session, request: Request) -> None:
+    if s.plans[0].last is not None:
+        right(s, request)
 
 
 @fault("GRAPH_RECOMPUTE does nothing", "right-after-the-graph", "tokens-by-running-again",
        "tokens-in-one-write", "prompts-between-tokens", "adapter-replaced")  # fmt: skip
 def recompute_does_nothing() -> None:
-    handle(Command.GRAPH_RECOMPUTE, lambda right: lambda s, request: None)
+    put(Command.GRAPH_RECOMPUTE, lambda right, s, request: None)
 
 
 @fault("GRAPH_RECOMPUTE runs what another client sent last", "after-another-clients-graph")
 def graphs_shared_by_clients() -> None:
     shared: list[PlanCache] = []
 
-    def make(right: Any) -> Any:
-        def init(self: PlanCache, share: Share) -> None:
-            right(self, share)
-            shared.append(self)
-            self._plans, self._alike = shared[0]._plans, shared[0]._alike
+    def init(right: Any, self: PlanCache, share: Share) -> None:
+        right(self, share)
+        shared.append(self)
+        self._plans, self._alike = shared[0]._plans, shared[0]._alike
 
-        return init
-
-    replace_method(PlanCache, "__init__", make)
+    put((PlanCache, "__init__"), init)
     PlanCache.clear = lambda self: None  # type: ignore[method-assign]
 
 
 @fault("two graphs of the same size are taken for the same", "ids-mean-something-in-one-graph-only")
-def graphs_known_by_size() -> None:
-    def find(self: PlanCache, payload: bytearray) -> Any:
-        for known in reversed(self._plans.values()):
-            if len(known.payload) == len(payload):
-                self._plans.move_to_end(id(known))
-                return known.plan
-        return None
-
-    PlanCache.find = find  # type: ignore[method-assign]
+@instead_of(PlanCache, "find")
+def graphs_known_by_size(right: Any, self: PlanCache, payload: bytearray) -> Any:
+    for known in reversed(self._plans.values()):
+        if len(known.payload) == len(payload):
+            self._plans.move_to_end(id(known))
+            return known.plan
+    return None
 
 
 def _before_planning(change: Any) -> None:
     """Change a graph's payload before it is planned."""
 
-    def make(right: Any) -> Any:
-        def prepare(self: CpuQueue, graph: Any, *more: Any) -> Any:
-            return right(self, change(graph), *more)
+    def prepare(right: Any, self: CpuQueue, graph: Any, *more: Any) -> Any:
+        return right(self, change(graph), *more)
 
-        return prepare
-
-    replace_method(CpuQueue, "prepare", make)
+    put((CpuQueue, "prepare"), prepare)
 
 
 @fault("the last node of a graph isn't computed", "nodes-in-their-order")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from rpc_server.session.handlers import HANDLERS
 from rpc_server.session.state import Session
 
 Handler = Callable[[Session, Request], None]
+# Where a function is: of a command the handler, or what an owner has under a name.
+Place = Command | tuple[Any, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,31 @@ def fault(
     return register
 
 
-def handle(command: Command, make: Callable[[Handler], Handler]) -> None:
-    """Put another handler in the place of a command's; ``make`` is given the right one."""
-    HANDLERS[command] = make(HANDLERS[command])
+def put(place: Place, wrong: Callable[..., Any]) -> None:
+    """Put a function in a place; its first argument is the right one, which was there."""
+    if isinstance(place, Command):
+        right: Callable[..., Any] = HANDLERS[place]
+    else:
+        right = getattr(*place)
+
+    def instead(*args: Any, **more: Any) -> Any:
+        return wrong(right, *args, **more)
+
+    if isinstance(place, Command):
+        HANDLERS[place] = instead
+    else:
+        setattr(*place, instead)
 
 
-def replace_method(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put another function in the place of a method; ``make`` is given the right one."""
-    setattr(owner, name, make(getattr(owner, name)))
+def instead_of(*place: Any) -> Callable[[Callable[..., Any]], Callable[[], None]]:
+    """Make a function what plants it in a place: a command, or an owner and a name."""
+    where: Place = place[0] if len(place) == 1 else (place[0], place[1])
+
+    def planting(wrong: Callable[..., Any]) -> Callable[[], None]:
+        @functools.wraps(wrong)
+        def plant() -> None:
+            put(where, wrong)
+
+        return plant
+
+    return planting
