@@ -25,15 +25,13 @@ from protocol.observe.annotate import (
     tree,
 )
 from protocol.observe.conversation import Conversation, MessageKind, ObservedMessage
-from tests.protocol.transcripts import (
+from tests.protocol.transcripts import events_of, full_session, split_session
+from tests.protocol.turns import (
     Turn,
     answer,
-    events_of,
-    full_session,
     hello,
     request,
     small_graph,
-    split_session,
     tensor_array,
     tensor_fields,
 )

@@ -12,28 +12,10 @@ from hypothesis import strategies as st
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Dialect, compatible_dialects
 from protocol.observe.annotate import annotate, describe
-from protocol.observe.conversation import (
-    Conversation,
-    Failure,
-    MessageKind,
-    ObservedMessage,
-    Side,
-    SkippedBytes,
-    dialect_of_version,
-)
-from protocol.observe.events import Event
-from tests.protocol.transcripts import (
-    answer,
-    events_of,
-    full_session,
-    hello,
-    request,
-    session,
-    small_graph,
-    split_session,
-    summary,
-    tensor_fields,
-)
+from protocol.observe.conversation import Conversation, dialect_of_version
+from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, Side, SkippedBytes
+from tests.protocol.transcripts import events_of, full_session, session, split_session, summary
+from tests.protocol.turns import answer, hello, request, small_graph, tensor_fields
 
 NEWEST = DIALECTS[0]
 

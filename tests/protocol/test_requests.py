@@ -24,7 +24,7 @@ from protocol.requests import (
     encode_request,
 )
 from protocol.responses import encode_answer
-from tests.protocol.transcripts import request, small_graph, tensor_fields
+from tests.protocol.turns import request, small_graph, tensor_fields
 
 NEWEST = DIALECTS[0]
 

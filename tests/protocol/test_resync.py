@@ -9,7 +9,7 @@ import pytest
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Dialect
 from protocol.observe.resync import finder, guess_dialect
-from tests.protocol.transcripts import request, tensor_fields
+from tests.protocol.turns import request, tensor_fields
 
 NEWEST = DIALECTS[0]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from protocol.observe.conversation import Side
-from tests.protocol.transcripts import Turn
+from tests.protocol.turns import Turn
 from tools.capture.files import CaptureWriter, Frame
 from tools.record.frames import Address, TcpFrames
 

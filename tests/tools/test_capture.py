@@ -15,14 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.dialects import DIALECTS
-from protocol.observe.conversation import (
-    Event,
-    Failure,
-    MessageKind,
-    ObservedMessage,
-    Side,
-    SkippedBytes,
-)
+from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, Side, SkippedBytes
 from tests.protocol.transcripts import full_session, session, summary
 from tests.tools.packets import (
     CLIENT6,

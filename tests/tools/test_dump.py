@@ -19,17 +19,8 @@ from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
 from protocol.observe.conversation import Side
 from protocol.split import VERSION
-from tests.protocol.transcripts import (
-    BASE,
-    answer,
-    full_session,
-    hello,
-    request,
-    session,
-    small_graph,
-    split_session,
-    tensor_fields,
-)
+from tests.protocol.transcripts import full_session, session, split_session
+from tests.protocol.turns import BASE, answer, hello, request, small_graph, tensor_fields
 from tests.tools.packets import connection_frames, cut, pcap_bytes, write_pcapng
 from tools.bench import dump as bench
 from tools.capture.errors import MissingToolError
