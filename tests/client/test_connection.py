@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -335,7 +336,9 @@ async def test_an_abandoned_call_takes_its_answer_with_it() -> None:
         assert await c.get_alignment() == 5
 
 
-async def test_an_upload_cancelled_half_way_ends_the_connection() -> None:
+@contextlib.asynccontextmanager
+async def half_way() -> AsyncIterator[tuple[Connection, asyncio.Task[None]]]:
+    """A connection, and an upload that waits there: the server does not read it."""
     stop = asyncio.Event()
 
     async def script(peer: Peer) -> None:
@@ -344,14 +347,19 @@ async def test_an_upload_cancelled_half_way_ends_the_connection() -> None:
 
     async with scripted(NEWEST, script) as port:
         c = await connect("127.0.0.1", port)
-        upload = asyncio.create_task(c.set_tensor(placed(32 << 20), bytes(32 << 20)))
-        await asyncio.sleep(0.05)
+        upload = asyncio.create_task(c.set_tensor(placed(64 << 20), bytes(64 << 20)))
+        await asyncio.sleep(0.1)
+        yield c, upload
+        stop.set()
+
+
+async def test_an_upload_cancelled_half_way_ends_the_connection() -> None:
+    async with half_way() as (c, upload):
         upload.cancel()
         with pytest.raises(asyncio.CancelledError):
             await upload
         with pytest.raises(ConnectionLost, match="cancelled while it was being sent"):
             await c.get_alignment()
-        stop.set()
 
 
 async def test_closing_ends_what_is_pending() -> None:
@@ -374,20 +382,10 @@ async def test_closing_does_not_wait_for_a_server_that_does_not_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("client.connection._LINGER", 0.05)
-    stop = asyncio.Event()
-
-    async def script(peer: Peer) -> None:
-        await peer.hello()
-        await stop.wait()
-
-    async with scripted(NEWEST, script) as port:
-        c = await connect("127.0.0.1", port)
-        upload = asyncio.create_task(c.set_tensor(placed(64 << 20), bytes(64 << 20)))
-        await asyncio.sleep(0.1)
+    async with half_way() as (c, upload):
         await asyncio.wait_for(c.close(), 5)
         with pytest.raises(ConnectionLost):
             await upload
-        stop.set()
 
 
 async def test_failures_that_are_answers() -> None:

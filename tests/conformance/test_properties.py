@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,16 +51,25 @@ from tools.serving.processes import PATIENCE
 
 OWN = codecs.OwnCodec()
 ALL = [*DIALECTS, with_split(DIALECTS[0])]
-dialects = pytest.mark.parametrize("dialect", ALL, ids=lambda d: f"{d.name}-{len(d.commands)}")
 NEWEST = DIALECTS[0]
+
+
+def in_every_dialect(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test for each dialect, with so many examples of what it draws."""
+
+    def of(test: Callable[..., None]) -> Callable[..., None]:
+        drawing = settings(max_examples=examples, deadline=None)(given(data=st.data())(test))
+        ids = [f"{d.name}-{len(d.commands)}" for d in ALL]
+        by_name: Callable[..., None] = pytest.mark.parametrize("dialect", ALL, ids=ids)(drawing)
+        return by_name
+
+    return of
 
 
 # -- messages --------------------------------------------------------------------------------------
 
 
-@dialects
-@settings(max_examples=4, deadline=None)
-@given(data=st.data())
+@in_every_dialect(examples=4)
 def test_requests_of_every_command_are_read_as_written(
     dialect: Dialect, data: st.DataObject
 ) -> None:
@@ -70,9 +79,7 @@ def test_requests_of_every_command_are_read_as_written(
             codecs.check_request_round_trip(OWN, dialect, request)
 
 
-@dialects
-@settings(max_examples=4, deadline=None)
-@given(data=st.data())
+@in_every_dialect(examples=4)
 def test_answers_to_every_command_are_read(dialect: Dialect, data: st.DataObject) -> None:
     for command, spec in dialect.commands.items():
         if spec.answer is not Answer.NEVER and command is not Command.HELLO:
@@ -80,9 +87,7 @@ def test_answers_to_every_command_are_read(dialect: Dialect, data: st.DataObject
             codecs.check_reply_round_trip(OWN, dialect, reply)
 
 
-@dialects
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
+@in_every_dialect(examples=15)
 def test_segments_and_damage(dialect: Dialect, data: st.DataObject) -> None:
     lengths = data.draw(codecs.segmentations())
     harm = data.draw(codecs.damages())

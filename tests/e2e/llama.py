@@ -130,6 +130,8 @@ def run(
 
 
 _Found = TypeVar("_Found")
+# Options that say where a model's layers go; None for those of ``device_options``.
+Devices = Sequence[str] | None
 
 
 def told(
@@ -165,7 +167,7 @@ def completion(
     count: int,
     *options: object,
     rpc: str | None = None,
-    devices: Sequence[str] | None = None,
+    devices: Devices = None,
     build: int = upstream.DEFAULT_BUILD,
     timeout: float = 200,
 ) -> str:
@@ -178,12 +180,7 @@ def completion(
 
 
 def completion_arguments(
-    model: Path,
-    prompt: str,
-    count: int,
-    *,
-    rpc: str | None = None,
-    devices: Sequence[str] | None = None,
+    model: Path, prompt: str, count: int, *, rpc: str | None = None, devices: Devices = None
 ) -> list[str]:
     """llama-completion's arguments for greedy text of exactly ``count`` tokens."""
     return [

@@ -86,68 +86,41 @@ def nmse(measured: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -
     return float(np.mean((measured - wanted) ** 2) / np.mean(wanted**2))
 
 
+def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """A structure's fields from types, each with the names that have it, in their order."""
+    return [(name, type_) for type_, names in groups for name in names.split()]
+
+
 class _ModelParams(c.Structure):
-    _fields_ = [
-        ("devices", c.POINTER(c.c_void_p)),
-        ("tensor_buft_overrides", c.c_void_p),
-        ("n_gpu_layers", c.c_int32),
-        ("split_mode", c.c_int),
-        ("load_mode", c.c_int),
-        ("lazy_mode", c.c_int),
-        ("main_gpu", c.c_int32),
-        ("tensor_split", c.c_void_p),
-        ("progress_callback", c.c_void_p),
-        ("progress_callback_user_data", c.c_void_p),
-        ("kv_overrides", c.c_void_p),
-        ("vocab_only", c.c_bool),
-        ("check_tensors", c.c_bool),
-        ("use_extra_bufts", c.c_bool),
-        ("no_host", c.c_bool),
-        ("no_alloc", c.c_bool),
-        ("load_mtp", c.c_bool),
-    ]
+    _fields_ = _fields(
+        (c.POINTER(c.c_void_p), "devices"),
+        (c.c_void_p, "tensor_buft_overrides"),
+        (c.c_int32, "n_gpu_layers"),
+        (c.c_int, "split_mode load_mode lazy_mode"),
+        (c.c_int32, "main_gpu"),
+        (c.c_void_p, "tensor_split progress_callback progress_callback_user_data kv_overrides"),
+        (c.c_bool, "vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp"),
+    )
 
 
 class _ContextParams(c.Structure):
-    _fields_ = [
-        ("n_ctx", c.c_uint32),
-        ("n_batch", c.c_uint32),
-        ("n_ubatch", c.c_uint32),
-        ("n_seq_max", c.c_uint32),
-        ("n_rs_seq", c.c_uint32),
-        ("n_outputs_max", c.c_uint32),
-        ("n_outputs_max_per_seq", c.c_uint32),
-        ("n_threads", c.c_int32),
-        ("n_threads_batch", c.c_int32),
-        ("ctx_type", c.c_int),
-        ("rope_scaling_type", c.c_int),
-        ("pooling_type", c.c_int),
-        ("attention_type", c.c_int),
-        ("flash_attn_type", c.c_int),
-        ("rope_freq_base", c.c_float),
-        ("rope_freq_scale", c.c_float),
-        ("yarn_ext_factor", c.c_float),
-        ("yarn_attn_factor", c.c_float),
-        ("yarn_beta_fast", c.c_float),
-        ("yarn_beta_slow", c.c_float),
-        ("yarn_orig_ctx", c.c_uint32),
-        ("defrag_thold", c.c_float),
-        ("cb_eval", c.c_void_p),
-        ("cb_eval_user_data", c.c_void_p),
-        ("type_k", c.c_int),
-        ("type_v", c.c_int),
-        ("abort_callback", c.c_void_p),
-        ("abort_callback_data", c.c_void_p),
-        ("embeddings", c.c_bool),
-        ("offload_kqv", c.c_bool),
-        ("no_perf", c.c_bool),
-        ("op_offload", c.c_bool),
-        ("swa_full", c.c_bool),
-        ("kv_unified", c.c_bool),
-        ("samplers", c.c_void_p),
-        ("n_samplers", c.c_size_t),
-        ("ctx_other", c.c_void_p),
-    ]
+    _fields_ = _fields(
+        (c.c_uint32, "n_ctx n_batch n_ubatch n_seq_max"),
+        (c.c_uint32, "n_rs_seq n_outputs_max n_outputs_max_per_seq"),
+        (c.c_int32, "n_threads n_threads_batch"),
+        (c.c_int, "ctx_type rope_scaling_type pooling_type attention_type flash_attn_type"),
+        (c.c_float, "rope_freq_base rope_freq_scale yarn_ext_factor yarn_attn_factor"),
+        (c.c_float, "yarn_beta_fast yarn_beta_slow"),
+        (c.c_uint32, "yarn_orig_ctx"),
+        (c.c_float, "defrag_thold"),
+        (c.c_void_p, "cb_eval cb_eval_user_data"),
+        (c.c_int, "type_k type_v"),
+        (c.c_void_p, "abort_callback abort_callback_data"),
+        (c.c_bool, "embeddings offload_kqv no_perf op_offload swa_full kv_unified"),
+        (c.c_void_p, "samplers"),
+        (c.c_size_t, "n_samplers"),
+        (c.c_void_p, "ctx_other"),
+    )
 
 
 class _Batch(c.Structure):

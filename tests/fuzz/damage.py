@@ -60,13 +60,18 @@ def _parameter(old: int, chosen: random.Random) -> int:
 Tensors = npt.NDArray[Any]
 
 
-def _change_ne(ts: Tensors, i: int, chosen: random.Random) -> None:
+def _change_one(numbers: Tensors, i: int, swaps: float, chosen: random.Random) -> None:
+    """Swap two of a tensor's four numbers, that often, or change one."""
     k = chosen.randrange(4)
-    if chosen.random() < 0.2:
+    if chosen.random() < swaps:
         other = chosen.randrange(4)
-        ts["ne"][i, [k, other]] = ts["ne"][i, [other, k]]
+        numbers[i, [k, other]] = numbers[i, [other, k]]
     else:
-        ts["ne"][i, k] = _word(int(ts["ne"][i, k]), chosen)
+        numbers[i, k] = _word(int(numbers[i, k]), chosen)
+
+
+def _change_ne(ts: Tensors, i: int, chosen: random.Random) -> None:
+    _change_one(ts["ne"], i, 0.2, chosen)
     if chosen.random() < 0.5:
         _dense(ts, i)
 
@@ -85,12 +90,7 @@ def _dense(ts: Tensors, i: int) -> None:
 
 
 def _change_nb(ts: Tensors, i: int, chosen: random.Random) -> None:
-    k = chosen.randrange(4)
-    if chosen.random() < 0.3:
-        other = chosen.randrange(4)
-        ts["nb"][i, [k, other]] = ts["nb"][i, [other, k]]
-    else:
-        ts["nb"][i, k] = _word(int(ts["nb"][i, k]), chosen)
+    _change_one(ts["nb"], i, 0.3, chosen)
 
 
 def _change_both(ts: Tensors, i: int, chosen: random.Random) -> None:

@@ -15,6 +15,8 @@ from protocol.dialects import DIALECTS, Answer, Body, Dialect
 from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import encode_graph
+from protocol.requests import encode_frame
+from protocol.responses import encode_size
 from protocol.split import ProgramStep, encode_program
 from protocol.tensor import Tensor
 from tests.fuzz.graphs import CONTENTS, MAX_BUFFERS, GraphInput, handle, wire_base
@@ -22,20 +24,17 @@ from tests.fuzz.streams import SPOKEN
 from tests.guard.cases import any_case, chains, draw_cases
 from tests.guard.mapping import PAGE
 
+F32, F16, BF16, I32, I64 = (
+    GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32, GgmlType.I64,
+)  # fmt: skip
+
 # Of each buffer what is in it, as an index of CONTENTS, and its size.
 Buffers = tuple[tuple[int, int], ...]
 # A fifth of the cases are chains of several families.
 _CHAINS = 5
-_FRAME_SIZE = 8
 
 # What a root holds by the type of its elements.
-_CONTENT = {
-    GgmlType.F32: "normal",
-    GgmlType.F16: "float16",
-    GgmlType.BF16: "float16",
-    GgmlType.I32: "int32",
-    GgmlType.I64: "int64",
-}
+_CONTENT = {F32: "normal", F16: "float16", BF16: "float16", I32: "int32", I64: "int64"}
 
 
 def cases(count: int, seed: int) -> list[GraphCase]:
@@ -118,44 +117,52 @@ def _request(dialect: Dialect, command: Command, chosen: random.Random) -> bytes
     payload = _fields(spec.request, chosen)
     if spec.body is not Body.NONE:
         payload += chosen.randbytes(chosen.choice((0, 1, 7, 300, 5000, 9000)))
-    return bytes((int(command),)) + len(payload).to_bytes(_FRAME_SIZE, "little") + payload
+    return encode_frame(command, len(payload)) + payload
 
 
-def request_inputs(count: int, seed: int) -> list[bytes]:
-    """Streams of whole messages in all dialects."""
+def _in_all_dialects(
+    count: int, seed: int, make: Callable[[Dialect, random.Random], bytes]
+) -> list[bytes]:
+    """What is made in each dialect in turn, behind a byte for the dialect and any one."""
     chosen = random.Random(seed)
     made = []
     for i in range(count):
         spoken = i % len(SPOKEN)
-        dialect = SPOKEN[spoken]
-        rest = [c for c in dialect.commands if c is not Command.HELLO]
-        stream = _request(dialect, Command.HELLO, chosen)
-        for command in chosen.choices(rest, k=chosen.randint(0, 6)):
-            stream += _request(dialect, command, chosen)
+        stream = make(SPOKEN[spoken], chosen)
         made.append(bytes((spoken, chosen.randrange(256))) + stream)
     return made
 
 
-def answer_inputs(count: int, seed: int) -> list[bytes]:
-    """What servers answer to some requests in all dialects."""
+def _requests(dialect: Dialect, chosen: random.Random) -> bytes:
+    rest = [c for c in dialect.commands if c is not Command.HELLO]
+    stream = _request(dialect, Command.HELLO, chosen)
+    for command in chosen.choices(rest, k=chosen.randint(0, 6)):
+        stream += _request(dialect, command, chosen)
+    return stream
+
+
+def _answers(dialect: Dialect, chosen: random.Random) -> bytes:
     # The target says what a byte stands for.
     from tests.fuzz.streams import expectations
 
-    chosen = random.Random(seed)
-    made = []
-    for i in range(count):
-        spoken = i % len(SPOKEN)
-        dialect = SPOKEN[spoken]
-        codes = chosen.randbytes(chosen.randint(0, 6))
-        stream = b""
-        for command, place, raw in expectations(codes, dialect):
-            spec = dialect.commands[command]
-            data = spec.answer is Answer.DATA
-            body = chosen.randbytes(len(place or b"")) if data else _fields(spec.response, chosen)
-            stream += body if raw else len(body).to_bytes(_FRAME_SIZE, "little") + body
-        head = bytes((spoken, chosen.randrange(256), len(codes)))
-        made.append(head + codes + stream)
-    return made
+    codes = chosen.randbytes(chosen.randint(0, 6))
+    stream = bytes((len(codes),)) + codes
+    for command, place, raw in expectations(codes, dialect):
+        spec = dialect.commands[command]
+        data = spec.answer is Answer.DATA
+        body = chosen.randbytes(len(place or b"")) if data else _fields(spec.response, chosen)
+        stream += body if raw else encode_size(len(body)) + body
+    return stream
+
+
+def request_inputs(count: int, seed: int) -> list[bytes]:
+    """Streams of whole messages in all dialects."""
+    return _in_all_dialects(count, seed, _requests)
+
+
+def answer_inputs(count: int, seed: int) -> list[bytes]:
+    """What servers answer to some requests in all dialects."""
+    return _in_all_dialects(count, seed, _answers)
 
 
 Seeds = Callable[[int, int], Sequence[bytes]]

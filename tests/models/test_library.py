@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
 from rpc_server.models import library as library_module
 from rpc_server.models.files import BeingWrittenError
-from rpc_server.models.library import Models, Stripes, make_record, model_files
+from rpc_server.models.library import Content, Models, Stripes, make_record, model_files
 from rpc_server.models.record import Records
 from rpc_server.observability.progress import under_way
 from tests.client.test_gguf_file import every_type, write
@@ -216,15 +218,21 @@ def test_a_replaced_file_is_indexed_again(tmp_path: Path, indexer: Indexer) -> N
     assert served(models, new) == new
 
 
+@contextlib.contextmanager
+def being_read(path: Path, indexer: Indexer, size: int) -> Iterator[tuple[Models, bytes, Content]]:
+    """The index of a new file with one tensor, what that is, and what a client reads of it."""
+    data = write_model(path, size)["t0"]
+    models = indexer(path)
+    with models.open(fnv1a_64(data), size) as content:
+        assert content is not None
+        yield models, data, content
+
+
 def test_a_file_replaced_while_it_is_read_is_read_to_its_end(
     tmp_path: Path, indexer: Indexer
 ) -> None:
-    path = tmp_path / "m.gguf"
-    old = write_model(path, 5000)["t0"]
-    models = indexer(path)
-    place = memoryview(bytearray(2500))
-    with models.open(fnv1a_64(old), 5000) as content:
-        assert content is not None
+    path, place = tmp_path / "m.gguf", memoryview(bytearray(2500))
+    with being_read(path, indexer, 5000) as (_, old, content):
         assert content.read(0, place)
         write_model(tmp_path / "new", 5000, seed=2)
         os.replace(tmp_path / "new", path)
@@ -237,12 +245,8 @@ def test_a_file_replaced_while_it_is_read_is_read_to_its_end(
 def test_a_file_changed_in_its_place_is_not_served(
     change: str, tmp_path: Path, indexer: Indexer
 ) -> None:
-    path = tmp_path / "m.gguf"
-    old = write_model(path, 50_000)["t0"]
-    models = indexer(path)
-    place = memoryview(bytearray(50_000))
-    with models.open(fnv1a_64(old), 50_000) as content:
-        assert content is not None
+    path, place = tmp_path / "m.gguf", memoryview(bytearray(50_000))
+    with being_read(path, indexer, 50_000) as (models, old, content):
         with path.open("r+b") as file:
             if change == "write":
                 file.seek(-25_000, 2)

@@ -810,25 +810,24 @@ def until(calls: int) -> Callable[[], bool]:
     return lambda: next(left, None) is not None
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2])
-def test_what_nobody_wants_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
+@pytest.fixture
+def asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TensorCache:
+    """A cache that asks at each quarter of a content of SIZE bytes whether it is wanted."""
     monkeypatch.setattr(cache_module, "_CHUNK", SIZE // 4)
-    cache = TensorCache(tmp_path)
-    data = some_bytes(SIZE)
+    return TensorCache(tmp_path)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_what_nobody_wants_is_not_kept(asking: TensorCache, tmp_path: Path, calls: int) -> None:
+    cache, data = asking, some_bytes(SIZE)
     assert cache.store(memoryview(data), wanted=until(calls)) is None
     assert names(tmp_path) == []
     assert keep(cache, data).read_bytes() == data
 
 
 @pytest.mark.parametrize("calls", [0, 2])
-def test_what_nobody_wants_is_not_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
-    monkeypatch.setattr(cache_module, "_CHUNK", SIZE // 4)
-    cache = TensorCache(tmp_path)
-    data = some_bytes(SIZE)
+def test_what_nobody_wants_is_not_read_to_its_end(asking: TensorCache, calls: int) -> None:
+    cache, data = asking, some_bytes(SIZE)
     keep(cache, data)
     place = bytearray(SIZE)
     assert not cache.load(fnv1a_64(data), memoryview(place), wanted=until(calls))

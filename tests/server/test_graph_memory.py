@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from tests.server.test_metrics import Scraper
 
 MIB = 1 << 20
 SPLIT = with_split(DIALECTS[0])
+Fields = list[dict[str, Any]]
 
 
 def test_it_is_shared_out() -> None:
@@ -79,7 +80,7 @@ def site(server: ServerProcess) -> Iterator[Site]:
         assert "Traceback" not in server.log, server.log
 
 
-def doublings(wire: Wire, nodes: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+def doublings(wire: Wire, nodes: int) -> tuple[Fields, Fields, int]:
     """So many sums of the same numbers; nodes, leaves, and the buffer."""
     handle, base = wire.alloc(4096)
     leaf = tensor(1, (8,), handle, base)
@@ -119,20 +120,32 @@ def test_a_plan_that_is_too_large(site: Site) -> None:
     )
 
 
-def test_programs(site: Site) -> None:
+@contextlib.contextmanager
+def split_wire(site: Site) -> Iterator[Wire]:
+    """A client that has the split extension."""
     with Wire(site.server.port, SPLIT, hello=False) as wire:
         wire.send(Command.HELLO, split_caps())
         wire.answer(Command.HELLO)
+        yield wire
+
+
+def send_program(wire: Wire, nodes: Fields, leaves: Fields, steps: Sequence[ProgramStep]) -> None:
+    tensors = decode_graph(wire.graph(nodes, leaves), SPLIT).tensors
+    head = codec(SPLIT.commands[Command.SPLIT_PROGRAM].request).build({"device": 0, "program": 0})
+    wire.send(Command.SPLIT_PROGRAM, head, encode_program(steps, tensors))
+
+
+def whole(nodes: Fields) -> ProgramStep:
+    """All nodes in one step."""
+    return ProgramStep((), tuple(node["id"] for node in nodes), ())
+
+
+def test_programs(site: Site) -> None:
+    with split_wire(site) as wire:
         nodes, leaves, handle = doublings(wire, 1000)
-        step = ProgramStep((), tuple(node["id"] for node in nodes), ())
-        tensors = decode_graph(wire.graph(nodes, leaves), SPLIT).tensors
-        body = encode_program([step], tensors)
-        head = codec(SPLIT.commands[Command.SPLIT_PROGRAM].request).build(
-            {"device": 0, "program": 0}
-        )
 
         def make() -> int:
-            wire.send(Command.SPLIT_PROGRAM, head, body)
+            send_program(wire, nodes, leaves, [whole(nodes)])
             assert wire.answer(Command.SPLIT_PROGRAM).result == 0
             return site.used() - site.at_rest
 
@@ -154,31 +167,18 @@ def test_programs(site: Site) -> None:
 )
 def test_programs_that_repeat_themselves(site: Site, steps: list[ProgramStep], why: str) -> None:
     """An id is 8 bytes, what is made of it more than a thousand."""
-    with Wire(site.server.port, SPLIT, hello=False) as wire:
-        wire.send(Command.HELLO, split_caps())
-        wire.answer(Command.HELLO)
+    with split_wire(site) as wire:
         _, leaves, _ = doublings(wire, 1)
-        body = encode_program(steps, decode_graph(wire.graph([], leaves), SPLIT).tensors)
-        head = codec(SPLIT.commands[Command.SPLIT_PROGRAM].request).build(
-            {"device": 0, "program": 0}
-        )
-        wire.send(Command.SPLIT_PROGRAM, head, body)
+        send_program(wire, [], leaves, steps)
         assert wire.closed_by_server()
     site.server.wait_for(rf"ERROR [^\n]*{why}")
 
 
 def test_a_client_that_leaves_while_its_program_is_planned(site: Site) -> None:
     """Its answer has nowhere to go, and all that it had is given back nevertheless."""
-    with Wire(site.server.port, SPLIT, hello=False) as wire:
-        wire.send(Command.HELLO, split_caps())
-        wire.answer(Command.HELLO)
+    with split_wire(site) as wire:
         nodes, leaves, _ = doublings(wire, 3000)
-        step = ProgramStep((), tuple(node["id"] for node in nodes), ())
-        body = encode_program([step], decode_graph(wire.graph(nodes, leaves), SPLIT).tensors)
-        head = codec(SPLIT.commands[Command.SPLIT_PROGRAM].request).build(
-            {"device": 0, "program": 0}
-        )
-        wire.send(Command.SPLIT_PROGRAM, head, body)
+        send_program(wire, nodes, leaves, [whole(nodes)])
         address = wire.socket.getsockname()
     site.server.wait_for(rf"client \d+ \({address[0]}:{address[1]}\): disconnected")
 

@@ -83,12 +83,19 @@ async def test_a_holder_keeps_it_unless_somebody_waits() -> None:
     assert waits.done()
 
 
-async def test_a_holder_that_runs_nothing_is_ended_when_others_wait() -> None:
+async def waited_for() -> tuple[Lease, Client]:
+    """A lease that another waits for, and its holder, which has run for longer than it may."""
     lease, (a, b) = Lease(0.0), map(Client, "ab")
     lease.take(a)
     lease.began()
     lease.wait(b)
+    # The clock has to have gone on, if only by a tick.
     await asyncio.sleep(0.01)
+    return lease, a
+
+
+async def test_a_holder_that_runs_nothing_is_ended_when_others_wait() -> None:
+    lease, a = await waited_for()
     assert a.error is None, "it runs a program"
     lease.ended()
     await asyncio.wait_for(a.ended.wait(), 60)
@@ -96,11 +103,6 @@ async def test_a_holder_that_runs_nothing_is_ended_when_others_wait() -> None:
 
 
 async def test_a_holder_that_lets_nobody_pass_may_start_no_other_run() -> None:
-    lease, (a, b) = Lease(0.0), map(Client, "ab")
-    lease.take(a)
-    lease.began()
-    lease.wait(b)
-    # The clock has to have gone on, if only by a tick.
-    await asyncio.sleep(0.01)
+    lease, _ = await waited_for()
     with pytest.raises(LimitReached, match="one program after the other"):
         lease.began()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -262,6 +263,22 @@ def test_large_data_are_shown_packet_by_packet(script: Path, tmp_path: Path) -> 
     ]
 
 
+@contextlib.contextmanager
+def written_to(path: Path, port: int = 50052) -> Iterator[Callable[[int, Side, bytes], None]]:
+    """A capture of one connection: what writes bytes of a side to it, with their time."""
+    writer = PcapngWriter(path)
+    frames = TcpFrames(Address("10.0.0.1", 40000), Address("10.0.0.2", port))
+    for frame in frames.opened():
+        writer.packet(0, *frame)
+
+    def write(time: int, side: Side, data: bytes) -> None:
+        for frame in frames.data(side, data):
+            writer.packet(time, *frame)
+
+    yield write
+    writer.close()
+
+
 def test_an_upload_of_many_megabytes(script: Path, tmp_path: Path) -> None:
     """As large as tensors are; only its head is kept together."""
     source = messages_of("own-3.6.1")
@@ -271,17 +288,12 @@ def test_an_upload_of_many_megabytes(script: Path, tmp_path: Path) -> None:
     head = bytearray(upload.head)
     head[1:9] = (len(upload.head) - 9 + len(data)).to_bytes(8, "little")
     path = tmp_path / "large.pcapng"
-    writer = PcapngWriter(path)
-    frames = TcpFrames(Address("10.0.0.1", 40000), Address("10.0.0.2", 50052))
-    for frame in frames.opened():
-        writer.packet(0, *frame)
     sent = [(m.side, m.data) for m in hello]
     sent += [(Side.CLIENT, bytes(head) + data)]
     sent += [(m.side, m.data) for m in source if m.command.name == "GET_ALIGNMENT"]
-    for i, (side, part) in enumerate(sent):
-        for frame in frames.data(side, part):
-            writer.packet(i, *frame)
-    writer.close()
+    with written_to(path) as write:
+        for i, (side, part) in enumerate(sent):
+            write(i, side, part)
     output = tshark(
         script, path, "-T", "fields", "-Y", "ggml_rpc.kind", "-e", "ggml_rpc.command",
         *("-e", "ggml_rpc.kind", "-e", "ggml_rpc.data_size"),
@@ -312,29 +324,19 @@ def test_a_connection_without_its_beginning(script: Path, tmp_path: Path) -> Non
 
 def test_what_is_not_ggml_rpc_is_left_alone(script: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.pcapng"
-    writer = PcapngWriter(path)
-    frames = TcpFrames(Address("10.0.0.1", 40000), Address("10.0.0.2", 8080))
-    for frame in frames.opened():
-        writer.packet(0, *frame)
-    for i, part in enumerate((b"GET / HTTP/1.1\r\n\r\n", b"\x0e", b"\x0e" + bytes(7) + b"\x01")):
-        for frame in frames.data(Side.CLIENT, part):
-            writer.packet(i, *frame)
-    writer.close()
+    parts = (b"GET / HTTP/1.1\r\n\r\n", b"\x0e", b"\x0e" + bytes(7) + b"\x01")
+    with written_to(path, 8080) as write:
+        for i, part in enumerate(parts):
+            write(i, Side.CLIENT, part)
     assert tshark(script, path, "-Y", "ggml_rpc") == b""
 
 
 def test_bytes_that_are_no_message_are_told(script: Path, tmp_path: Path) -> None:
     path = tmp_path / "broken.pcapng"
-    writer = PcapngWriter(path)
-    frames = TcpFrames(Address("10.0.0.1", 40000), Address("10.0.0.2", 50052))
-    for frame in frames.opened():
-        writer.packet(0, *frame)
-    for message in messages_of("own-3.6.1")[:2]:
-        for frame in frames.data(message.side, message.data):
-            writer.packet(1, *frame)
-    for frame in frames.data(Side.CLIENT, b"\xff" * 40):
-        writer.packet(2, *frame)
-    writer.close()
+    with written_to(path) as write:
+        for message in messages_of("own-3.6.1")[:2]:
+            write(1, message.side, message.data)
+        write(2, Side.CLIENT, b"\xff" * 40)
     output = tshark(script, path, "-Y", "ggml_rpc.unreadable").decode()
     assert "command 255 of" in output
     assert "is no request of protocol 3.6.1" in output
