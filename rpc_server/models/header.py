@@ -1,17 +1,24 @@
 """Where the tensors of a GGUF file lie: the file's head, read without mapping the file.
 
 What clients offer by hash are tensors, so of all that a head says only their names, types and
-places are taken; metadata is stepped over. A type that this project doesn't know has no size here:
-such a tensor is left out, and the rest of the file is as good as ever. Nothing of a file is trusted
-before it is checked against the file's length.
+places are taken; metadata is stepped over. A type that this project doesn't know has no size here.
+It follows from where the next tensor begins: that is less than the file's alignment behind the last
+one's end, a tensor's rows are all of one length, and elements of a type take the same room in all
+tensors. Where more than one size would do, or none, tensors of that type are left out, and the rest
+of the file is as good as ever. (A wrong size would never serve wrong bytes: its hash is of other
+bytes than a client's.) Nothing of a file is trusted before it is checked against the file's length.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 import struct
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from fractions import Fraction
+from typing import BinaryIO, NamedTuple
 
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 
@@ -25,6 +32,8 @@ _MOST_NAME = 1 << 16
 _ALIGNMENT_KEY = b"general.alignment"
 _DEFAULT_ALIGNMENT = 32
 _MOST_ALIGNMENT = 1 << 30
+# Most sizes of a tensor that are tried, of a type that is not known.
+_MOST_SIZES = 64
 
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 # Bytes of a metadata value by its type: numbers, then what has a length of its own.
@@ -37,10 +46,10 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FilePlace:
-    """One tensor of a file: ``size`` bytes from byte ``offset`` on."""
+    """One tensor of a file: ``size`` bytes from byte ``offset`` on; ``type`` is its type's name."""
 
     name: str
-    type: GgmlType
+    type: str
     offset: int
     size: int
 
@@ -49,7 +58,7 @@ class FilePlace:
 class Header:
     """The content of a file's head: its tensors, and its own length in bytes.
 
-    ``unknown`` are the names of tensors whose type is not known here.
+    ``unknown`` are the names of tensors left out: no size of theirs is certain.
     """
 
     tensors: tuple[FilePlace, ...]
@@ -114,7 +123,7 @@ def read_header(file: BinaryIO, length: int) -> Header:
     described = [_description(at) for _ in range(n_tensors)]
     nbytes = file.tell()
     data = -(-nbytes // alignment) * alignment
-    return _placed(described, data, length, nbytes)
+    return _placed(described, data, length, nbytes, alignment)
 
 
 def _skip_value(at: _Cursor, kind: int) -> None:
@@ -139,30 +148,94 @@ def _value_size(kind: int) -> int:
     return size
 
 
-_Description = tuple[str, tuple[int, ...], int, int]
+class _Described(NamedTuple):
+    """A tensor as the head has it: ``ne`` innermost first, ``offset`` from the data's beginning."""
+
+    name: str
+    ne: tuple[int, ...]
+    type: int
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.ne[1:])
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.ne)
 
 
-def _description(at: _Cursor) -> _Description:
+def _description(at: _Cursor) -> _Described:
     name, n_dims = at.string().decode("utf-8", "replace"), at.u32()
     if not 1 <= n_dims <= _MAX_DIMS:
         raise HeaderError(f"a tensor of {n_dims} dimensions")
     ne = struct.unpack(f"<{n_dims}Q", at.take(8 * n_dims))
-    return name, ne, at.u32(), at.u64()
+    return _Described(name, ne, at.u32(), at.u64())
 
 
-def _placed(described: list[_Description], data: int, length: int, nbytes: int) -> Header:
+def _placed(
+    described: list[_Described], data: int, length: int, nbytes: int, alignment: int
+) -> Header:
     tensors, unknown = [], []
-    for name, ne, number, offset in described:
-        if number not in TYPE_INFO:
-            unknown.append(name)
+    guessed = _guessed_sizes(described, length - data, alignment)
+    for d in described:
+        size = _size(d) if d.type in TYPE_INFO else guessed.get(d)
+        if size is None:
+            unknown.append(d.name)
             continue
-        type_ = GgmlType(number)
-        if ne[0] % TYPE_INFO[type_].block_size:
-            raise HeaderError(f"'{name}' has rows of {ne[0]}, which are not whole blocks")
-        size = row_size(type_, ne[0]) * math.prod(ne[1:])
-        if data + offset + size > length:
-            missing = data + offset + size - length
-            raise HeaderError(f"{missing} bytes of '{name}' are missing: it is cut short")
+        if data + d.offset + size > length:
+            missing = data + d.offset + size - length
+            raise HeaderError(f"{missing} bytes of '{d.name}' are missing: it is cut short")
         if size:
-            tensors.append(FilePlace(name, type_, data + offset, size))
+            name = GgmlType(d.type).name if d.type in TYPE_INFO else f"type {d.type}"
+            tensors.append(FilePlace(d.name, name, data + d.offset, size))
     return Header(tuple(tensors), nbytes, tuple(unknown))
+
+
+def _size(d: _Described) -> int:
+    type_ = GgmlType(d.type)
+    if d.ne[0] % TYPE_INFO[type_].block_size:
+        raise HeaderError(f"'{d.name}' has rows of {d.ne[0]}, which are not whole blocks")
+    return row_size(type_, d.ne[0]) * d.rows
+
+
+def _guessed_sizes(
+    described: list[_Described], length: int, alignment: int
+) -> dict[_Described, int]:
+    """Return the bytes of tensors whose type is not known, where only one number can be right.
+
+    ``length`` is the number of bytes behind the head. Nothing that is returned ends behind them.
+    """
+    ends = sorted({min(d.offset, length) for d in described} | {length})
+    by_type: dict[int, list[_Described]] = defaultdict(list)
+    for d in described:
+        if d.type not in TYPE_INFO and d.elements and d.offset < length:
+            by_type[d.type].append(d)
+    sizes = {}
+    for tensors in by_type.values():
+        rooms = {d: ends[bisect.bisect_right(ends, d.offset)] - d.offset for d in tensors}
+        # The one that leaves the fewest sizes, and of these such as would do for all others.
+        first = max(tensors, key=lambda d: d.rows)
+        found = [
+            per_element
+            for per_element in _bytes_per_element(first, rooms[first], alignment)
+            if all(_fits(d, per_element, room, alignment) for d, room in rooms.items())
+        ]
+        if len(found) == 1:
+            sizes.update({d: int(found[0] * d.elements) for d in tensors})
+    return sizes
+
+
+def _bytes_per_element(d: _Described, room: int, alignment: int) -> Iterator[Fraction]:
+    """Yield what an element may take of a tensor with ``room`` bytes to the next one."""
+    last = room // d.rows
+    first = max(room - alignment, 0) // d.rows + 1
+    if last - first < _MOST_SIZES:
+        for row in range(first, last + 1):
+            yield Fraction(row, d.ne[0])
+
+
+def _fits(d: _Described, per_element: Fraction, room: int, alignment: int) -> bool:
+    """Return whether rows of whole bytes leave less than the alignment of a tensor's room."""
+    row = per_element * d.ne[0]
+    return row.denominator == 1 and 0 <= room - row * d.rows < alignment

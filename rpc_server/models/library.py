@@ -177,14 +177,18 @@ def make_record(path: str, lanes: HashLanes, between: Callable[[int], None]) -> 
         except EOFError:
             raise UnusableError("it was cut short while it was read") from None
         if header.unknown:
-            log.info("%s: %d tensors have types unknown here", path, len(header.unknown))
+            log.info(
+                "%s: %d tensors of types unknown here are left out: their sizes aren't certain",
+                path,
+                len(header.unknown),
+            )
         record = FileRecord(
             path=path,
             identity=identity,
             head=header.nbytes,
             sample=sample(file, identity.size, header.nbytes),
             tensors=tuple(
-                IndexedTensor(p.name, p.type.name, p.offset, p.size, hash_)
+                IndexedTensor(p.name, p.type, p.offset, p.size, hash_)
                 for p, hash_ in zip(places, hashes, strict=True)
             ),
         )

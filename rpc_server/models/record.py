@@ -22,7 +22,7 @@ from rpc_server.native.folder import cache_base
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _SUFFIX = ".json"
 # A record of 100,000 tensors has some 10 MB.
 _MOST_BYTES = 64 << 20

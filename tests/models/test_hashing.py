@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from protocol.ggml.hashing import fnv1a_64
-from protocol.ggml.types import GgmlType
 from rpc_server.devices.cpu.hashing import CompiledLanes
 from rpc_server.models.hashing import HashLanes, Pace, StoppedError, hash_places
 from rpc_server.models.header import FilePlace
@@ -23,7 +22,7 @@ def test_hashes_are_those_of_each_alone(lanes: HashLanes) -> None:
     data = np.random.default_rng(11).bytes(sum(SIZES) + 100)
     places, at = [], 100
     for i, size in enumerate(SIZES):
-        places.append(FilePlace(f"t{i}", GgmlType.I8, at, size))
+        places.append(FilePlace(f"t{i}", "I8", at, size))
         at += size
     counted: list[int] = []
     found = hash_places(io.BytesIO(data), places, lanes, counted.append)
@@ -32,7 +31,7 @@ def test_hashes_are_those_of_each_alone(lanes: HashLanes) -> None:
 
 
 def test_a_file_that_ends_early_is_no_hash() -> None:
-    places = [FilePlace("t", GgmlType.I8, 0, 100)]
+    places = [FilePlace("t", "I8", 0, 100)]
     with pytest.raises(EOFError):
         hash_places(io.BytesIO(bytes(99)), places, PlainLanes(), lambda n: None)
 

@@ -74,7 +74,8 @@ def test_how_far_the_index_is_can_be_seen(tmp_path: Path) -> None:
 
 
 def test_every_tensor_of_every_type_is_served(tmp_path: Path, indexer: Indexer) -> None:
-    written = every_type()
+    new = (998, (32, 64), bytes(range(250)) * 5 + b"end." * 7 + b"..")
+    written = {**every_type(), "of a type that nobody knows yet": new}
     path = settle(write(tmp_path / "every.gguf", written))
     models = indexer(path)
     (record,) = models.files
@@ -366,4 +367,4 @@ def test_tensors_of_no_known_type_are_left_out(
     with caplog.at_level(logging.INFO):
         models = indexer(tmp_path)
     assert served(models, b"k" * 16) == b"k" * 16
-    assert "1 tensors have types unknown here" in caplog.text
+    assert "1 tensors of types unknown here are left out" in caplog.text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rpc_server.models.record import default_folder
-from tests.models.conftest import write_model
+from rpc_server.models.record import Records, default_folder
+from tests.client.test_gguf_file import write
+from tests.models.conftest import settle, write_model
 from tools.models import main
 
 
@@ -48,6 +50,19 @@ def test_what_there_is_and_whether_it_holds(
     path.unlink()
     assert main(["verify"]) == 1
     assert "No such file" in capsys.readouterr().out
+
+
+def test_a_type_that_has_got_its_name_since_is_no_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = settle(write(tmp_path / "new.gguf", {"w": (998, (32, 64), bytes(64 * 19))}))
+    assert main(["index", str(path)]) == 0
+    assert "1 tensors, 0.0 MiB (type 998)" in capsys.readouterr().out
+    records = Records(tmp_path / "index" / "models")
+    (record,) = records.all()
+    records.keep(replace(record, tensors=(replace(record.tensors[0], type="Q3_9"),)))
+    assert main(["verify"]) == 0
+    assert f"{path}: as indexed" in capsys.readouterr().out
 
 
 def test_files_that_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
