@@ -6,13 +6,18 @@
 
 Every server is behind a relay that behaves like a network (``--rate`` Gbit/s). All setups run in
 turn in every round: llama.cpp by itself, upstream's server without a cache, this one without the
-file and with it (``--models``); with ``--split`` also two workers under a coordinator. ``--client``
-is a protocol version whose release is the client; its upstream server is of the same release.
+file and with it (``--models``), and one that has every weight and computes nothing
+(``tools.bench.instant``); with ``--split`` two workers under a coordinator instead of the last
+three. ``--client`` is a protocol version whose release is the client; its upstream server is of the
+same release.
 
-``first token`` is the time from the start of llama-completion, asked for one, until it has ended.
-``of the client`` is processor time of llama-completion itself: reading the file, and the hash of
-every weight that it offers, on one thread. No server can make it less. ``of servers`` is that of
-all servers of a setup together, which on a busy machine is steadier than what a clock says.
+``first token`` is the time from the start of llama-completion, asked for one, until it has ended:
+the median over the rounds, and the ``best`` of them. What the instant server leaves of it no server
+can make less: reading the file, and the hash of every weight that is offered, on one thread of the
+client's. The ratios are medians over the rounds: ``to local`` and ``to instant`` are how many times
+longer a start takes than one without a server and one with that server. ``of the client`` is the
+processor time of llama-completion itself; ``of servers`` that of all servers of a setup together,
+which on a busy machine is steadier than what a clock says.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ _START_SECONDS = 60.0
 # An index is made at a good disk's speed, or a slow one's.
 _INDEX_SECONDS = 600.0
 LOCAL, UPSTREAM, WITHOUT, WITH = "local", "upstream", "ours, no file", "ours, --models"
+INSTANT = "instant"
 SPLIT_NONE, SPLIT_ONE, SPLIT_BOTH = "split, no file", "split, one has it", "split, both have it"
 SPLIT_CACHE = "split, -c, started before"
 
@@ -142,6 +148,14 @@ class LoadServers:
         endpoint, relay = self.relay(port)
         return LoadSite(endpoint, [relay], [server])
 
+    def instant(self) -> LoadSite:
+        """Start the server that has every weight and computes nothing."""
+        port = free_port()
+        words = ["-m", "tools.bench.instant", "--port", str(port), "--protocol", self.protocol]
+        server = self.server([sys.executable, *words], port)
+        endpoint, relay = self.relay(port)
+        return LoadSite(endpoint, [relay], [server])
+
     def split(self, have: Sequence[bool], *, cache: Path | None = None) -> LoadSite:
         """Start a coordinator; only its workers, which have the file or not, are behind relays."""
         relays, servers = [], []
@@ -206,20 +220,22 @@ class LoadTimes:
     def lines(self) -> list[str]:
         """Return the table's lines, in Markdown."""
         made = [
-            f"| client of {self.client} | first token | to local | faster than upstream "
-            "| of the client | of servers | on the wire | of the model |",
-            "|" + "---|" * 8,
+            f"| client of {self.client} | first token | best | to local | to instant "
+            "| faster than upstream | of the client | of servers | on the wire | of the model |",
+            "|" + "---|" * 10,
         ]
         for setup, starts in self.starts.items():
             wire = statistics.median(start.wire for start in starts)
             own = statistics.median(start.processor for start in starts)
             servers = statistics.median(start.servers for start in starts)
-            seconds = statistics.median(self.seconds(setup))
-            ratios = (self.ratio(setup, LOCAL), self.ratio(UPSTREAM, setup))
-            shown = ["-" if r is None else f"{r:.2f}" for r in ratios]
+            seconds = self.seconds(setup)
+            ratios = [self.ratio(setup, other) for other in (LOCAL, INSTANT)]
+            ratios.append(self.ratio(UPSTREAM, setup))
+            shown = " | ".join("-" if r is None else f"{r:.2f}" for r in ratios)
             made.append(
-                f"| {setup} | {seconds:.2f} s | {shown[0]} | {shown[1]} | {own:.2f} s "
-                f"| {servers:.2f} s | {wire / 1e6:.1f} MB | {100 * wire / self.model_bytes:.2f}% |"
+                f"| {setup} | {statistics.median(seconds):.2f} s | {min(seconds):.2f} s "
+                f"| {shown} | {own:.2f} s | {servers:.2f} s "
+                f"| {wire / 1e6:.1f} MB | {100 * wire / self.model_bytes:.2f}% |"
             )
         return made
 
@@ -242,6 +258,7 @@ def _sites(version: str, model: Path, options: argparse.Namespace) -> Iterator[d
         else:
             sites[WITHOUT] = servers.ours(models=False)
             sites[WITH] = servers.ours(models=True)
+            sites[INSTANT] = servers.instant()
         yield sites
 
 
