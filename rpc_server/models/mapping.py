@@ -215,6 +215,11 @@ class Mappings:
             self._wanted.put(tensor)
             return tensor
 
+    def holds(self, content: Content) -> bool:
+        """Return whether the tensor's file is held already: to map it is but a system call then."""
+        with self._lock:
+            return content.place.identity in self._files
+
     def _hold(self, content: Content) -> _HeldFile:
         """Raises OSError."""
         place = content.place

@@ -25,6 +25,9 @@ from rpc_server.session.state import Session
 
 Bytes = npt.NDArray[np.uint8]
 
+# A weight of this size is mapped within some milliseconds, even over memory that was in use.
+_MAPPED_AT_ONCE = 64 << 20
+
 
 def begin(s: Session, request: Request) -> None:
     """Answer whether the tensor is there, and fill it in. Raises BadAddressError, GraphError."""
@@ -199,7 +202,11 @@ async def _map(s: Session, content: Content, place: Destination) -> bool:
     if not isinstance(storage, MappedStorage) or mappings is None:
         return False
     owner = _Owner(s, place.device)
-    return await asyncio.to_thread(storage.map, place.start, content, mappings, owner, owner.moved)
+    what = place.start, content, mappings, owner, owner.moved
+    if place.size <= _MAPPED_AT_ONCE and mappings.holds(content):
+        # Over before a thread would have woken up; the client waits, and there are many of them.
+        return storage.map(*what)
+    return await asyncio.to_thread(storage.map, *what)
 
 
 async def _pass_on(read: Callable[[int, memoryview], bool], place: Destination) -> bool:

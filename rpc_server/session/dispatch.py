@@ -9,6 +9,9 @@ from rpc_server.session import uploads
 from rpc_server.session.handlers import HANDLERS
 from rpc_server.session.state import Session
 
+# Offers of weights by their hash are part of a load.
+_OFFERS = frozenset({Command.SET_TENSOR_HASH, Command.SPLIT_LOAD})
+
 
 def dispatch(s: Session, event: Event) -> None:
     """Do one event. Raises what REFUSALS lists; the connection can't go on then."""
@@ -19,7 +22,8 @@ def dispatch(s: Session, event: Event) -> None:
         if not s.handshake.done:
             s.handshake.accepted()
         s.stats.commands[event.command] += 1
-        s.meter.other()
+        if event.command not in _OFFERS:
+            s.meter.other()
         HANDLERS[event.command](s, event)
     elif isinstance(event, UploadStart):
         if not s.handshake.done:

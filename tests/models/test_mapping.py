@@ -88,6 +88,17 @@ def content(storage: MappedStorage, offset: int = START, size: int = SIZE) -> by
     return bytes(storage.view(offset, size))
 
 
+def test_a_file_is_held_as_long_as_something_of_it_is_mapped(site: Site) -> None:
+    with site.models.open(fnv1a_64(site.data[0]), SIZE) as of_file:
+        assert of_file is not None
+        assert not site.mappings.holds(of_file)
+        first, second = site.storage(0), site.storage(1)
+        for storage in (first, second):
+            assert site.mappings.holds(of_file)
+            storage.close()
+        assert not site.mappings.holds(of_file)
+
+
 def pages(path: Path) -> dict[str, int]:
     """Kilobytes of all mappings of a file in this process, as /proc/self/smaps names them."""
     found: dict[str, int] = {}

@@ -104,6 +104,20 @@ def test_a_model_on_disk_is_not_sent(server: ServerProcess, tmp_path: Path) -> N
         offer(wire, new, 0)
 
 
+def test_a_load_by_hashes_is_told_in_one_line(server: ServerProcess, tmp_path: Path) -> None:
+    """The first weight of a file is mapped on a thread, those behind it at once."""
+    data = write_model(tmp_path / "same.gguf")
+    indexed(server, tmp_path / "models" / "m.gguf")
+    with Wire(server.port) as wire:
+        handle, base = wire.alloc(3 * 10 * MIB)
+        weights = [tensor(1 + i, (SIZE // 4,), handle, base + i * 10 * MIB) for i in range(3)]
+        for t in weights:
+            fields = {"tensor": t, "offset": 0, "hash": fnv1a_64(data)}
+            assert wire.call(Command.SET_TENSOR_HASH, fields).result == 1
+        assert [wire.get_tensor(t, SIZE) for t in weights] == [data] * 3
+    server.wait_for(r"3 tensors, 27\.0 MiB in [^\n]*, 27\.0 MiB of it from the cache", _PATIENCE)
+
+
 @pytest.mark.slow
 def test_uploads_under_the_same_hash_replace_nothing(
     tmp_path: Path, environment: dict[str, str]
