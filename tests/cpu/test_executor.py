@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from rpc_server.devices.cpu.executor import AGAIN, PAUSED, Executor, Position, RecordProgram
 from rpc_server.devices.cpu.kernels.interface.schedule import StepFlag
+from rpc_server.devices.cpu.kernels.interface.sync import OWN, OWN_WORDS, TIME
 from rpc_server.devices.cpu.kernels.intrinsics import (
     DST,
     RECORD_WORDS,
@@ -17,9 +20,11 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     extra,
     kernel,
     load_i64,
+    load_index_64,
     ne,
     store_i64,
 )
+from rpc_server.devices.cpu.run_times import RunTimes
 from rpc_server.devices.cpu.turns import PauseWord
 from rpc_server.native.folder import Folder
 from rpc_server.native.library import Library
@@ -66,6 +71,15 @@ def wait_for_peer(rec, part, n_parts):  # type: ignore[no-untyped-def]
     return 65
 
 
+@kernel
+def last_thread_is_held(rec, part, n_parts):  # type: ignore[no-untyped-def]
+    """The last thread goes no further before the first word of DST is set."""
+    if part == n_parts - 1:
+        while load_index_64(data(rec, DST)) == 0:
+            pass
+    return 0
+
+
 def record(words: np.ndarray, *, n: int = 0, extra0: int = 0, extra1: int = 0) -> np.ndarray:
     made = np.zeros(RECORD_WORDS, np.int64)
     made[0] = words.ctypes.data
@@ -79,7 +93,10 @@ def record(words: np.ndarray, *, n: int = 0, extra0: int = 0, extra1: int = 0) -
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, ...]]:
     """Addresses of the kernels above."""
     library = Library(Folder(tmp_path_factory.mktemp("kernels"), "0"), 2)
-    names = ("append_if_predecessor", "fail_on_thread", "count_part", "wait_for_peer")
+    names = (
+        "append_if_predecessor", "fail_on_thread", "count_part", "wait_for_peer",
+        "last_thread_is_held",
+    )  # fmt: skip
     wanted = [Routine(__name__, name) for name in names]
     library.request(wanted)
     yield tuple(library.address(routine) for routine in wanted)
@@ -229,3 +246,86 @@ def test_a_part_that_fails_stops_the_program(executor: Executor, kernels: tuple[
     for _ in range(20):
         assert executor.run(program) == (Status.INDEX_OUT_OF_RANGE, 0)
         assert not words.any()
+
+
+class _Half(RunTimes):
+    """Says that half of the threads are to run it, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[bool, float]] = []
+
+    def half(self, now: float) -> bool:
+        return True
+
+    def note(self, half: bool, seconds: float, waited: float, now: float) -> None:
+        self.noted.append((half, waited))
+
+
+class _All(_Half):
+    """Says that all threads are to run it."""
+
+    def half(self, now: float) -> bool:
+        return False
+
+
+def test_half_of_the_threads_do_the_shares_of_all(
+    executor: Executor, pause: PauseWord, kernels: tuple[int, ...]
+) -> None:
+    n = executor.n_threads
+    words = np.zeros((4, 64), np.int64)
+    records = [
+        record(words[i], extra0=(7 if i == 1 else -1), extra1=pause.address) for i in range(4)
+    ]
+    serial = int(StepFlag.SERIAL)
+    program = RecordProgram([kernels[2]] * 4, records, [2, 2, serial, 2], parts=[0, 64, 0, 0])
+    program.times = times = _Half()
+    position = Position()
+    assert executor.advance(program, position) == PAUSED
+    pause.clear()
+    # Whoever goes on with it.
+    assert executor.advance(program, position) == 0
+    assert words[1].tolist() == [1] * 64
+    for i in (0, 2, 3):
+        assert words[i].tolist() == [1] * n + [0] * (64 - n)
+    assert not times.noted
+    words[:] = 0
+    pause.clear()
+    program._words[1, 128] = -1
+    assert executor.run(program) == (0, -1)
+    assert words.sum(axis=1).tolist() == [n, 64, n, n]
+    assert [half for half, _ in times.noted] == ([True] if n > 1 else [])
+
+
+def test_a_failure_ends_a_run_of_half_of_them(executor: Executor, kernels: tuple[int, ...]) -> None:
+    words = np.zeros((2, 8), np.int64)
+    records = [record(words[0], n=executor.n_threads - 1), record(words[1], extra0=-1)]
+    program = RecordProgram([kernels[1], kernels[2]], records)
+    program.times = _Half()
+    assert executor.run(program) == (Status.INDEX_OUT_OF_RANGE, 0)
+    assert not words.any()
+
+
+def test_waits_of_threads_are_noted(executor: Executor, kernels: tuple[int, ...]) -> None:
+    """The last thread is held until the others have waited for it, and longer than they spin."""
+    n = executor.n_threads
+    words = np.zeros((2, 8), np.int64)
+    program = RecordProgram(
+        [kernels[4], kernels[2]], [record(words[0]), record(words[1], extra0=-1)]
+    )
+    program.times = times = _All()
+    with concurrent.futures.ThreadPoolExecutor(1) as caller:
+        run = caller.submit(executor.run, program)
+        try:
+            # Whoever reads the clock has spun in vain.
+            while not all(executor._state[OWN + TIME :: OWN_WORDS][: n - 1]):
+                assert not run.done()
+                time.sleep(0.001)
+        finally:
+            words[0, 0] = 1
+        assert run.result(60) == (0, -1)
+    assert words[1, :n].tolist() == [1] * n
+    if n > 1:
+        ((half, waited),) = times.noted
+        assert waited > 0
+        assert not half

@@ -11,6 +11,7 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
 from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
+from rpc_server.devices.cpu.run_times import RunTimes
 from rpc_server.devices.cpu.scratch import ScratchArena
 from tests.ops import harness
 from tests.ops.harness import run
@@ -106,6 +107,27 @@ def test_parts_compute_what_the_whole_does(
     for s, before in sources:
         if s.address != t.address:
             np.testing.assert_array_equal(values(s), before)
+
+
+@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_half_of_the_threads_compute_the_same_bits(
+    name: str, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = NODES[name]()
+    run(t, kernels=True, n_threads=n_threads)
+    expected = values(t).copy()
+    asked: list[float] = []
+
+    def half(self: RunTimes, now: float) -> bool:
+        asked.append(now)
+        return True
+
+    monkeypatch.setattr(RunTimes, "half", half)
+    run(t, kernels=True, n_threads=n_threads)
+    np.testing.assert_array_equal(values(t), expected)
+    # What has little to do runs on one thread anyway.
+    assert asked or name not in ("products", "experts", "attention of many tokens", "added")
 
 
 def planned(t: Tensor, n_threads: int = 2) -> list[Emitted]:

@@ -101,6 +101,8 @@ fnv1a_lanes = _one("hashing.fnv1a_lanes")
 # Of the exchanges of a split model.
 stream_send = _one("stream.stream_send")
 stream_receive = _one("stream.stream_receive")
+# They take as long as the other end does.
+TRANSFERS = frozenset((stream_send, stream_receive))
 
 # -- products --------------------------------------------------------------------------------------
 

@@ -4,7 +4,9 @@ One call of ``run_records`` per thread walks the whole array of records; where t
 the threads meet at a barrier made of atomics. A thread that waits spins for a bounded time and then
 gives its time slice away, so that a machine shared with the client does not stand still.
 
-The threads besides the caller's are started once per executor and sleep between graphs.
+The threads besides the caller's are started once per executor and sleep between graphs. Where other
+programs keep interrupting them, half of them do the work of all (``run_times``): by the same shares
+of it, so that results are the same.
 
 A run can be paused: once the word that the executor was given is set, :meth:`Executor.advance`
 returns behind the records at hand, or between two parts of one. Where it goes on is in a
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +31,19 @@ from rpc_server.devices.cpu.kernels.interface.sync import (
     ENDS,
     FAILED_AT,
     FIRST,
+    LOST,
     MET,
     NEXT,
+    OWN,
+    OWN_WORDS,
     PAUSED,
     PROGRAM_WORDS,
     REST,
     STATUS,
-    SYNC_WORDS,
     WAITING_AT,
+    sync_words,
 )
+from rpc_server.devices.cpu.run_times import RunTimes
 from rpc_server.devices.cpu.turns import PauseWord
 
 __all__ = ["AGAIN", "PAUSED", "Executor", "Position", "RecordProgram"]
@@ -50,7 +57,8 @@ class RecordProgram:
 
     ``steps`` are the records' Step flags; by default all threads run and meet behind each record.
     ``parts`` say into how many parts each is cut, between which a run may pause; 0: one a thread.
-    Behind those that are cut threads have to meet.
+    Behind those that are cut threads have to meet. ``waits`` is whether a record waits for a peer:
+    how long a run takes tells nothing of the threads then.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class RecordProgram:
         words: Sequence[np.ndarray[Any, Any] | Sequence[int]] | np.ndarray[Any, Any],
         steps: Sequence[int] | np.ndarray[Any, Any] | None = None,
         parts: Sequence[int] | np.ndarray[Any, Any] | None = None,
+        *,
+        waits: bool = False,
     ) -> None:
         self.count = len(kernels)
         # Not copied if they are one array already: they take most of a plan's memory.
@@ -74,6 +84,7 @@ class RecordProgram:
             self._parts[:] = parts
         # Whether any record is for more than the first thread.
         self.parallel = bool((self._steps != int(StepFlag.SERIAL)).any())
+        self.times = None if waits else RunTimes()
         self._program = np.zeros(PROGRAM_WORDS, np.int64)
         self._shares = 0
         self.address = int(self._program.ctypes.data)
@@ -98,6 +109,11 @@ class Position:
     met: int = 0
     part: int = 0
 
+    @property
+    def is_start(self) -> bool:
+        """True where nothing has been done yet."""
+        return not (self.first or self.rest or self.met or self.part)
+
 
 class Executor:
     """The threads of one device. Programs are run one at a time, by one calling thread.
@@ -112,15 +128,18 @@ class Executor:
         self.n_threads = n_threads
         self._pause = pause or PauseWord()
         self._run_records = _RUN(run_records.address)
-        self._sync = np.zeros(SYNC_WORDS + 8, np.int64)
+        self._sync = np.zeros(sync_words(n_threads) + 8, np.int64)
         # Aligned to a cache line so that each word really has one of its own.
         address = int(self._sync.ctypes.data)
         self._sync_address = -(-address // 64) * 64
         self._state = self._sync[(self._sync_address - address) // 8 :]
+        # Of each thread, how long it has waited, nanoseconds.
+        self._lost = self._state[OWN + LOST :: OWN_WORDS][:n_threads]
         # Address of the program, and how many threads run it.
         self._job: tuple[int, int] | None = None
-        self._go = [threading.Semaphore(0) for _ in range(n_threads - 1)]
-        self._done = threading.Semaphore(0)
+        # Locked but for a moment, when a thread is to begin, and when it is done.
+        self._go = [_locked() for _ in range(n_threads - 1)]
+        self._done = [_locked() for _ in range(n_threads - 1)]
         self._workers = [
             threading.Thread(target=self._work, args=(i + 1,), name=f"cpu-{i + 1}", daemon=True)
             for i in range(n_threads - 1)
@@ -142,21 +161,36 @@ class Executor:
         """
         if not program.count:
             return 0
+        times = program.times if program.parallel and position.is_start else None
+        if times is None or self.n_threads == 1:
+            return self._advance(program, position, self.n_threads if program.parallel else 1)
+        started = time.perf_counter()
+        half = times.half(started)
+        self._lost[:] = 0
+        status = self._advance(program, position, -(-self.n_threads // (1 + half)))
+        if status == 0:
+            # Who comes last waits for nobody.
+            waited = float(self._lost.sum()) * 1e-9 / (self.n_threads - 1)
+            now = time.perf_counter()
+            times.note(half, now - started, waited, now)
+        return status
+
+    def _advance(self, program: RecordProgram, position: Position, crowd: int) -> int:
+        """Do what :meth:`advance` says, on so many threads."""
         state = self._state
         program.divide(self.n_threads)
         state[STATUS] = state[ENDS] = 0
         state[WAITING_AT] = -1
         state[FIRST], state[REST], state[MET] = position.first, position.rest, position.met
         state[NEXT] = position.part
-        others = self._go if program.parallel else []
-        self._job = program.address, len(others) + 1
-        for go in others:
+        self._job = program.address, crowd
+        for go in self._go[: crowd - 1]:
             go.release()
         paused = self._run_records(
-            program.address, 0, len(others) + 1, self._sync_address, self._pause.address
+            program.address, 0, crowd, self._sync_address, self._pause.address
         )
-        for _ in others:
-            self._done.acquire()
+        for done in self._done[: crowd - 1]:
+            done.acquire()
         if status := int(state[STATUS]):
             position.failed_at = int(state[FAILED_AT])
             return status
@@ -178,7 +212,7 @@ class Executor:
                 return
             address, crowd = job
             self._run_records(address, thread, crowd, self._sync_address, self._pause.address)
-            self._done.release()
+            self._done[thread - 1].release()
 
     def close(self) -> None:
         """End the worker threads."""
@@ -187,3 +221,9 @@ class Executor:
             go.release()
         for worker in self._workers:
             worker.join()
+
+
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock

@@ -23,7 +23,7 @@ from rpc_server.devices.cpu.assembly import (
     RecordTable,
     schedule,
 )
-from rpc_server.devices.cpu.catalog import Kernel, library
+from rpc_server.devices.cpu.catalog import TRANSFERS, Kernel, library
 from rpc_server.devices.cpu.executor import PAUSED, Executor, Position, RecordProgram
 from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
 from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag
@@ -516,7 +516,10 @@ class CpuPlanBuilder:
         steps = schedule(_alone(records), records.first, records.spans, common.stop)
         # Any thread may have done a part: they have to meet.
         steps[records.parts > 0] |= int(StepFlag.BARRIER_AFTER)
-        program = RecordProgram(common.code[records.numbers], records.words, steps, records.parts)
+        waits = not TRANSFERS.isdisjoint(records.kernels)
+        program = RecordProgram(
+            common.code[records.numbers], records.words, steps, records.parts, waits=waits
+        )
         # Not the spans: a plan is kept, and they are only for the schedule.
         numbers, slices, label = records.positions, common.slices, common.label
 

@@ -2,6 +2,10 @@
 
 See ``executor``, which calls it on every thread at once. Threads have to pause behind the same
 record, or some would wait for the others for ever: who comes to a barrier last decides for all.
+
+Who waits at a barrier spins, since the others are about as far. Then somebody else may have the
+core of one of them: who waits offers its own to whoever wants it, and counts how long it waits, by
+which the executor decides on how many threads to run.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import sys
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -25,17 +30,21 @@ from rpc_server.devices.cpu.kernels.interface.sync import (
     FIRST,
     GENERATION,
     KERNELS,
+    LOST,
     MET,
     NEXT,
+    OWN,
+    OWN_WORDS,
     PARTS,
     RECORDS,
     REST,
     SHARES,
     STATUS,
     STEPS,
+    TIME,
     WAITING_AT,
 )
-from rpc_server.devices.cpu.kernels.intrinsics import load_i64
+from rpc_server.devices.cpu.kernels.intrinsics import load_i64, store_i64
 from rpc_server.native.source import routine
 
 
@@ -106,6 +115,33 @@ _yield_slice = types.ExternalFunction(
 )
 
 
+_CLOCK_MONOTONIC = 1
+_HAS_CLOCK = sys.platform != "win32"
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+
+
+@numba.njit
+def _now(own):  # type: ignore[no-untyped-def]
+    """Monotonic nanoseconds; always 0 where there is no such clock."""
+    if not _HAS_CLOCK:
+        return 0
+    _clock_gettime(np.int32(_CLOCK_MONOTONIC), own + TIME * 8)
+    return load_i64(own + TIME * 8) * 1_000_000_000 + load_i64(own + TIME * 8 + 8)
+
+
+@numba.njit
+def _wait(sync, generation, own):  # type: ignore[no-untyped-def]
+    """Wait until the generation is another one, and count what that took beyond spinning."""
+    for _ in range(_SPINS):
+        if _atomic_load(sync + GENERATION * 8) != generation:
+            return
+        _relax()
+    since = _now(own)
+    while _atomic_load(sync + GENERATION * 8) == generation:
+        _yield_slice()
+    store_i64(own + LOST * 8, load_i64(own + LOST * 8) + _now(own) - since)
+
+
 @numba.njit
 def _end_at(sync, i, parts, count, pause):  # type: ignore[no-untyped-def]
     """Return whether the run ends behind record ``i``, which all threads have left.
@@ -141,7 +177,7 @@ _SPINS = 2000
 
 
 @numba.njit
-def _meet(sync, crowd, i, parts, count, pause):  # type: ignore[no-untyped-def]
+def _meet(sync, thread, crowd, i, parts, count, pause):  # type: ignore[no-untyped-def]
     """Wait for all threads behind record ``i``; whether the run ends here."""
     generation = _atomic_load(sync + GENERATION * 8)
     if _atomic_add(sync + ARRIVED * 8, 1) == crowd - 1:
@@ -150,13 +186,7 @@ def _meet(sync, crowd, i, parts, count, pause):  # type: ignore[no-untyped-def]
         _atomic_store(sync + ENDS * 8, ends)
         _atomic_add(sync + GENERATION * 8, 1)
         return ends
-    spins = 0
-    while _atomic_load(sync + GENERATION * 8) == generation:
-        if spins < _SPINS:
-            spins += 1
-            _relax()
-        else:
-            _yield_slice()
+    _wait(sync, generation, sync + (OWN + thread * OWN_WORDS) * 8)
     return _atomic_load(sync + ENDS * 8)
 
 
@@ -170,7 +200,8 @@ def run_records(program, thread, crowd, sync, pause):  # type: ignore[no-untyped
 
     A record that fails ends the run at the next barrier, and so does the word at ``pause``, if it
     isn't 0: all threads pause behind the same record. One that is cut into parts is paused within:
-    threads take its parts one by one, and no further ones while they are to pause.
+    threads take its parts one by one, and no further ones while they are to pause. Where the crowd
+    is smaller than the number of shares that a record has, each thread does several.
     """
     kernels = load_i64(program + KERNELS * 8)
     records = load_i64(program + RECORDS * 8)
@@ -201,14 +232,14 @@ def run_records(program, thread, crowd, sync, pause):  # type: ignore[no-untyped
                     break
         else:
             # A serial record runs whole on the first thread: each one's share after the other's.
-            share, end = thread, thread + 1
+            share, end, stride = thread, shares, crowd
             if step & _SERIAL:
-                share, end = 0, shares if thread == 0 else 0
+                end, stride = shares if thread == 0 else 0, 1
             while share < end and status == 0:
                 status = _call_kernel(
                     load_i64(kernels + i * 8), load_i64(records + i * 8), share, shares, thread
                 )
-                share += 1
+                share += stride
         if status != 0:
             idle = True
             if status == AGAIN:
@@ -219,7 +250,7 @@ def run_records(program, thread, crowd, sync, pause):  # type: ignore[no-untyped
         if crowd == 1:
             if _end_at(sync, i, parts, count, pause) != 0:
                 return 1
-        elif step & _BARRIER_AFTER and _meet(sync, crowd, i, parts, count, pause) != 0:
+        elif step & _BARRIER_AFTER and _meet(sync, thread, crowd, i, parts, count, pause) != 0:
             return 1
         i += 1
     return 0

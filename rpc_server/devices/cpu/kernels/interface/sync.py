@@ -25,7 +25,18 @@ REST = 25
 MET = 26
 # The first part that nobody has taken, of the record that is cut.
 NEXT = 32
-SYNC_WORDS = 40
+
+# From OWN on the words of each thread, on a cache line of its own: a timespec to read the clock by,
+# and the nanoseconds that it has waited at barriers beyond a short while.
+OWN = 40
+OWN_WORDS = 8
+TIME, LOST = 0, 2
+
+
+def sync_words(n_threads: int) -> int:
+    """Return how many words a run of so many threads has."""
+    return OWN + n_threads * OWN_WORDS
+
 
 # The status of a kernel that waits for a peer, and is to be called again when others had their
 # turn; and that of a run which is not over.
