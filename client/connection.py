@@ -244,6 +244,12 @@ class Connection:
         return str(host), int(port)
 
     @property
+    def own_address(self) -> tuple[str, int]:
+        """Address and port at this end, as the system has them."""
+        host, port, *_ = self._transport.get_extra_info("sockname")
+        return str(host), int(port)
+
+    @property
     def in_flight(self) -> int:
         """Return how many requests wait for their answers."""
         return len(self._answers)

@@ -40,3 +40,5 @@ class Command(enum.IntEnum):
     SPLIT_RELEASE = 0x87
     SPLIT_DESCRIBE = 0x88
     SPLIT_LOAD = 0x89
+    SPLIT_PEERS = 0x8A
+    SPLIT_JOIN = 0x8B

@@ -18,6 +18,12 @@ SPLIT_RELEASE gives it back, or keeps it where nobody waits. A SPLIT_RUN without
 turn and has the lease for that one run. SPLIT_MEMBERS tells which servers are behind a name, so
 that none is used twice.
 
+From version 5 on the servers of a split may exchange tensors among themselves, without the client
+in between. SPLIT_PEERS makes a server member of a *group*: who the others are, and a secret. A
+server reaches another at its ordinary port, as any client, and shows the secret by SPLIT_JOIN; from
+there on that connection is their *link*. A program may then have *swaps*: at the end of a step each
+member sends a tensor to all others, and receives one from each.
+
 From version 3 on SPLIT_DESCRIBE tells what a server is: its software, the protocols that it speaks,
 the name of a device and what it is. That is for people; nothing is decided by it.
 
@@ -28,9 +34,13 @@ of its own; for one that doesn't it is ALLOC_BUFFER.
 Layout of a program (little-endian, packed)::
 
     n_steps u32 | step[n_steps] | ids u64[sum of all counts] | n_tensors u32 | rpc_tensor[n_tensors]
+    [ n_swaps u32 | n_parts u32 | swap[n_swaps] ]
 
 ``step`` is ``n_inputs u32 | n_nodes u32 | n_outputs u32``; ``ids`` are those of the steps one after
-the other, of each its inputs, nodes (in the order of execution) and outputs.
+the other, of each its inputs, nodes (in the order of execution) and outputs. What is in brackets is
+left out where there are no swaps. ``swap`` is ``step u32 | ids u64[n_parts]``: behind the outputs
+of this step, the tensor in the place of the server's own number goes to all others, and what comes
+from each of them goes into the one in its place.
 """
 
 from __future__ import annotations
@@ -43,7 +53,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from construct import Array, Bytes, Float32l, Float64l, Int8ul, Int32ul, Int64ul, Struct
+from construct import Array, Bytes, Float32l, Float64l, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from protocol.commands import Command
 from protocol.dialects import Answer, Body, CommandSpec, Dialect
@@ -58,7 +68,7 @@ from protocol.messages import (
     numpy_dtype,
 )
 
-VERSION = 4
+VERSION = 5
 MAX_PARTS = 16
 # Most servers that a coordinator and those behind it may be in all.
 MAX_MEMBERS = 64
@@ -69,6 +79,14 @@ LEASES_SINCE = 2
 DESCRIBES_SINCE = 3
 # The version in which a server can be asked for a slice of what it has on its own disk.
 LOADS_SINCE = 4
+# The version whose servers exchange tensors among themselves.
+SWAPS_SINCE = 5
+
+SECRET_SIZE = 32
+# Outputs of a program with swaps come in frames, as answers do. One that fails sends a size with
+# this mark and, below it, that of a text which says why.
+REPORT_MARK = 0xFFFF_FFFF << 32
+MOST_REPORT = 512
 
 # In which activations may travel, by the names that users give.
 WIRE_TYPES = {"f32": GgmlType.F32, "f16": GgmlType.F16, "q8_0": GgmlType.Q8_0}
@@ -141,6 +159,22 @@ SplitLoadRequest = Struct(
     "whole" / Int8ul,
 )
 SplitLoadResponse = Struct("result" / Int8ul)
+# A member of a group, by address (empty for the client itself). ``reach`` 1: it is to be connected
+# to; 0: it comes by itself.
+SplitPeer = Struct("host" / Bytes(64), "port" / Int16ul, "reach" / Int8ul)
+# ``timeout_ms`` is how long a member may be waited for in one swap, ``number`` the server's own.
+SplitPeersRequest = Struct(
+    "device" / Int32ul,
+    "secret" / Bytes(SECRET_SIZE),
+    "timeout_ms" / Int32ul,
+    "number" / Int32ul,
+    "n_parts" / Int32ul,
+    "parts" / Array(MAX_PARTS, SplitPeer),
+)
+# ``result`` 0: all that were to be reached are. Else ``reason`` says what is in the way.
+SplitPeersResponse = Struct("result" / Int8ul, "reason" / Bytes(160))
+SplitJoinRequest = Struct("secret" / Bytes(SECRET_SIZE), "number" / Int32ul)
+SplitJoinResponse = Struct("result" / Int8ul)
 _DEVICE = Struct("device" / Int32ul)
 
 _COMMANDS_1: dict[Command, CommandSpec] = {
@@ -164,10 +198,23 @@ _COMMANDS_3: dict[Command, CommandSpec] = {
     **_COMMANDS_2,
     Command.SPLIT_DESCRIBE: CommandSpec(_DEVICE, Answer.FIXED, SplitDescribeResponse),
 }
-SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+_COMMANDS_4: dict[Command, CommandSpec] = {
     **_COMMANDS_3,
     Command.SPLIT_LOAD: CommandSpec(SplitLoadRequest, Answer.FIXED, SplitLoadResponse),
 }
+SPLIT_COMMANDS: dict[Command, CommandSpec] = {
+    **_COMMANDS_4,
+    Command.SPLIT_PEERS: CommandSpec(SplitPeersRequest, Answer.FIXED, SplitPeersResponse),
+    Command.SPLIT_JOIN: CommandSpec(SplitJoinRequest, Answer.FIXED, SplitJoinResponse),
+}
+# The commands of each version, the newest first.
+_VERSIONS = (
+    (SWAPS_SINCE, SPLIT_COMMANDS),
+    (LOADS_SINCE, _COMMANDS_4),
+    (DESCRIBES_SINCE, _COMMANDS_3),
+    (LEASES_SINCE, _COMMANDS_2),
+    (1, _COMMANDS_1),
+)
 
 _STEP_DTYPE = numpy_dtype(SplitStep)
 _COUNT = struct.Struct("<I")
@@ -195,6 +242,32 @@ def description_fields(
 def _fitted(text: str, size: int) -> bytes:
     """Return ``text`` in UTF-8, in less than ``size`` bytes."""
     return text.encode()[: size - 1].decode(errors="ignore").encode()
+
+
+def peers_fields(
+    secret: bytes,
+    timeout: float,
+    number: int,
+    parts: Sequence[tuple[str, int, bool]],
+) -> dict[str, Any]:
+    """Return the fields of a SplitPeersRequest but for ``device``.
+
+    ``parts`` are host, port, and whether to connect there; ``timeout`` is in seconds.
+    """
+    rows = [{"host": h.encode(), "port": p, "reach": int(reach)} for h, p, reach in parts]
+    nobody = {"host": b"", "port": 0, "reach": 0}
+    return {
+        "secret": secret,
+        "timeout_ms": max(1, int(timeout * 1000)),
+        "number": number,
+        "n_parts": len(parts),
+        "parts": [*rows, *[nobody] * (MAX_PARTS - len(rows))],
+    }
+
+
+def peers_answer(reason: str) -> dict[str, Any]:
+    """Return the fields of a SplitPeersResponse; ``reason`` is '' where all are reached."""
+    return {"result": int(bool(reason)), "reason": _fitted(reason, 160)}
 
 
 def split_part_fields(name: str, **counts: float) -> dict[str, Any]:
@@ -245,13 +318,7 @@ def with_split(dialect: Dialect, version: int = VERSION) -> Dialect:
 
 def split_commands(version: int) -> dict[Command, CommandSpec]:
     """Return the commands that a ``version`` of the extension adds; none for version 0."""
-    if version >= LOADS_SINCE:
-        return SPLIT_COMMANDS
-    if version >= DESCRIBES_SINCE:
-        return _COMMANDS_3
-    if version >= LEASES_SINCE:
-        return _COMMANDS_2
-    return _COMMANDS_1 if version else {}
+    return next((commands for since, commands in _VERSIONS if version >= since), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,14 +331,28 @@ class ProgramStep:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgramSwap:
+    """An exchange among members of a group behind step number ``step``: ids by member."""
+
+    step: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramPayload:
-    """A program as it is sent: ``tensors`` RPC_TENSOR_DTYPE[n]."""
+    """A program as it is sent: ``tensors`` RPC_TENSOR_DTYPE[n].
+
+    All ``swaps`` have as many ids.
+    """
 
     steps: tuple[ProgramStep, ...]
     tensors: npt.NDArray[Any]
+    swaps: tuple[ProgramSwap, ...] = ()
 
 
-def encode_program(steps: Sequence[ProgramStep], tensors: npt.NDArray[Any]) -> bytes:
+def encode_program(
+    steps: Sequence[ProgramStep], tensors: npt.NDArray[Any], swaps: Sequence[ProgramSwap] = ()
+) -> bytes:
     """Return the body of a SPLIT_PROGRAM."""
     counts = np.array([(len(s.inputs), len(s.nodes), len(s.outputs)) for s in steps], _STEP_DTYPE)
     ids = [i for s in steps for i in (*s.inputs, *s.nodes, *s.outputs)]
@@ -282,13 +363,48 @@ def encode_program(steps: Sequence[ProgramStep], tensors: npt.NDArray[Any]) -> b
             np.array(ids, "<u8").tobytes(),
             _COUNT.pack(len(tensors)),
             np.ascontiguousarray(tensors, RPC_TENSOR_DTYPE).tobytes(),
+            _encode_swaps(swaps),
         )
     )
 
 
+def _encode_swaps(swaps: Sequence[ProgramSwap]) -> bytes:
+    if not swaps:
+        return b""
+    n_parts = len(swaps[0].ids)
+    rows = np.array([(s.step, s.ids) for s in swaps], _swap_dtype(n_parts))
+    return _COUNT.pack(len(swaps)) + _COUNT.pack(n_parts) + rows.tobytes()
+
+
+def _swap_dtype(n_parts: int) -> np.dtype[Any]:
+    return np.dtype([("step", "<u4"), ("ids", "<u8", (n_parts,))])
+
+
+def _decode_swaps(tail: memoryview, n_steps: int) -> tuple[ProgramSwap, ...]:
+    """Read what follows a program's tensors. Raises ProtocolError."""
+    if not len(tail):
+        return ()
+    if len(tail) < 2 * _COUNT.size:
+        raise ProtocolError(f"program whose swaps end within a count: {len(tail)} bytes")
+    n, n_parts = (_COUNT.unpack_from(tail, at)[0] for at in (0, _COUNT.size))
+    if not 2 <= n_parts <= MAX_PARTS:
+        raise ProtocolError(f"program whose swaps are among {n_parts}, not 2 to {MAX_PARTS}")
+    dtype, body = _swap_dtype(n_parts), tail[2 * _COUNT.size :]
+    if not n or n * dtype.itemsize != len(body):
+        raise ProtocolError(f"program with {len(body)} bytes for {n} swaps among {n_parts}")
+    rows = np.frombuffer(body, dtype)
+    steps = rows["step"].tolist()
+    if steps != sorted(steps) or steps[-1] >= n_steps:
+        raise ProtocolError(f"program of {n_steps} steps with swaps out of order or behind them")
+    return tuple(ProgramSwap(s, tuple(i)) for s, i in zip(steps, rows["ids"].tolist(), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class ProgramSize:
-    """The counts that a program's head gives; ``nodes`` and ``ids`` are those of all steps."""
+    """The counts that a program's head gives; ``nodes`` and ``ids`` are those of all steps.
+
+    What swaps name besides takes as many bytes as it says.
+    """
 
     steps: int
     nodes: int
@@ -328,8 +444,8 @@ def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
     at += _COUNT.size
     if at + n_tensors * RPC_TENSOR_SIZE > size:
         raise ProtocolError(f"program of {size} bytes can't hold {n_tensors} tensors")
-    if at + RPC_TENSOR_SIZE * n_tensors != size:
-        raise ProtocolError(f"program of {size} bytes: {n_tensors} tensors don't end it")
+    end_of_tensors = at + RPC_TENSOR_SIZE * n_tensors
+    swaps = _decode_swaps(memoryview(payload)[end_of_tensors:], len(counts))
     steps, first = [], 0
     for n_inputs, n_nodes, n_outputs in counts:
         middle, last = first + n_inputs, first + n_inputs + n_nodes
@@ -338,7 +454,24 @@ def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
             ProgramStep(tuple(ids[first:middle]), tuple(ids[middle:last]), tuple(ids[last:end]))
         )
         first = end
-    return ProgramPayload(tuple(steps), np.frombuffer(payload, RPC_TENSOR_DTYPE, n_tensors, at))
+    tensors = np.frombuffer(payload, RPC_TENSOR_DTYPE, n_tensors, at)
+    return ProgramPayload(tuple(steps), tensors, swaps)
+
+
+def encode_report(text: str) -> bytes:
+    """Return what a server sends instead of an output that its program will not come to."""
+    data = _fitted(text, MOST_REPORT)
+    return struct.pack("<Q", REPORT_MARK | len(data)) + data
+
+
+def decode_report(data: bytes) -> str:
+    """Return the text of :func:`encode_report`, as far as it is there; '' for anything else."""
+    if len(data) < 8:
+        return ""
+    (size,) = struct.unpack_from("<Q", data)
+    if size & REPORT_MARK != REPORT_MARK or size ^ REPORT_MARK > MOST_REPORT:
+        return ""
+    return data[8 : 8 + (size ^ REPORT_MARK)].decode(errors="replace")
 
 
 def step_sizes(program: ProgramPayload) -> list[tuple[int, int]]:
@@ -352,9 +485,10 @@ def step_sizes(program: ProgramPayload) -> list[tuple[int, int]]:
         if type_ not in _TYPES:
             raise ProtocolError(f"program with a tensor of unknown type {type_}")
         sizes[id_] = tensor_nbytes(_TYPES[type_], ne, nb)
+    frame = 8 if program.swaps else 0
     try:
         return [
-            (sum(sizes[i] for i in step.inputs), sum(sizes[i] for i in step.outputs))
+            (sum(sizes[i] for i in step.inputs), sum(sizes[i] + frame for i in step.outputs))
             for step in program.steps
         ]
     except KeyError as error:

@@ -198,6 +198,7 @@ def _split_options(
         WIRE_TYPES[options.split_wire],
         mode == "tensor",
         options.split_timeout,
+        options.split_sums == "parts",
         _split_tls(options, parts),
         identity=identity,
     )

@@ -320,6 +320,13 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
         "better one)",
     )
     add(
+        "--split-sums",
+        choices=("parts", "here"),
+        default="parts",
+        help="who adds up what parts give in tensor mode: the parts among themselves, where they "
+        "can reach one another, or this server (default: %(default)s)",
+    )
+    add(
         "--split-wire",
         choices=tuple(WIRE_TYPES),
         default="f32",

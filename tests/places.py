@@ -52,6 +52,7 @@ ELSEWHERE = {
     "client.model_header": "client/test_advice.py",
     "client.split": "client/test_split_backend.py",
     "client.split.address": "client/test_survey.py",
+    "client.split.links": "split/test_groups.py",
     "client.tensors": "client/test_graph.py",
     "client.tunnel": "server/test_access.py",
     # The program, and what each session has, through its socket.
@@ -67,6 +68,7 @@ ELSEWHERE = {
     "rpc_server.session.buffers": "server/test_memory.py",
     "rpc_server.session.by_hash": "server/test_cache.py",
     "rpc_server.session.graph_memory": "server/test_graph_memory.py",
+    "rpc_server.session.handlers.links": "split/test_groups.py",
     "rpc_server.session.handlers.split": "split/test_programs.py",
     "rpc_server.session.handshake": "server/test_handshake.py",
     "rpc_server.session.mapped": "server/test_models.py",
@@ -79,6 +81,7 @@ ELSEWHERE = {
     "rpc_server.devices.base": "cpu/test_device.py",
     "rpc_server.devices.registry": "cuda/test_registry.py",
     "rpc_server.devices.planning": "cpu/test_kinds.py",
+    "rpc_server.devices.planning.group": "split/test_groups.py",
     "rpc_server.devices.planning.nodes": "cuda/test_device.py",
     "rpc_server.devices.cpu": "cpu/test_device.py",
     "rpc_server.devices.cpu.assembly": "cpu/test_kinds.py",

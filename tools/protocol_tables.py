@@ -28,7 +28,11 @@ END = "<!-- end of tables -->"
 _BODY = {Body.NONE: "", Body.DATA: "data", Body.GRAPH: "graph"}
 # Structures that others hold, by the name they have in the document.
 _FUNCTIONS: dict[Op, type[enum.IntEnum]] = {Op.UNARY: UnaryOp, Op.GLU: GluOp}
-_NAMED = {messages.RpcTensor: "rpc_tensor", split.SplitPart: "part"}
+_NAMED = {
+    messages.RpcTensor: "rpc_tensor",
+    split.SplitPart: "part",
+    split.SplitPeer: "peer",
+}
 
 
 def _type_name(declaration: Any) -> str:
@@ -128,6 +132,7 @@ def tables() -> str:
         lines.append(f"| {int(command):#x} | {command.name} | {layout} |")
     lines += ["", f"HELLO's capability bytes: {_layout(split.SplitCaps)}"]
     lines += ["", f"step: {_layout(split.SplitStep)}", "", f"part: {_layout(split.SplitPart)}"]
+    lines += ["", f"peer: {_layout(split.SplitPeer)}"]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from client.connection import Connection
 from client.errors import AllocationFailed
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
-from protocol.split import ProgramStep, encode_program
+from protocol.split import ProgramStep, ProgramSwap, encode_program
 from protocol.tensor import Tensor
 
 _ALIGN = 128
@@ -32,6 +32,8 @@ class Step:
     inputs: tuple[Tensor, ...]
     graph: Graph
     outputs: tuple[Tensor, ...]
+    # What goes to and comes from the others of a group behind it, by member; for programs only.
+    swap: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,10 @@ def command_envelope(connection: Connection, step: Step) -> Envelope:
 def program_envelopes(connection: Connection, number: int, steps: Sequence[Step]) -> list[Envelope]:
     """Return the envelopes of a program's steps: what starts it goes out with the first input."""
     run = connection.message(Command.SPLIT_RUN, device=0, program=number)
-    envelopes = [Envelope((b"",) * len(s.inputs), b"", 0) for s in steps]
-    envelopes[0] = Envelope((run, *envelopes[0].prefixes[1:]), b"", 0)
+    # Outputs of a program with swaps are framed: instead of one there may be why it fails.
+    head = 8 if any(s.swap for s in steps) else 0
+    envelopes = [Envelope((b"",) * len(s.inputs), b"", head) for s in steps]
+    envelopes[0] = Envelope((run, *envelopes[0].prefixes[1:]), b"", head)
     return envelopes
 
 
@@ -86,7 +90,8 @@ def encode_steps(connection: Connection, steps: Sequence[Step]) -> bytes:
         )
         for s in steps
     ]
-    return encode_program(program, tensors[np.sort(first)])
+    swaps = [ProgramSwap(i, tuple(t.id for t in s.swap)) for i, s in enumerate(steps) if s.swap]
+    return encode_program(program, tensors[np.sort(first)], swaps)
 
 
 class Region:
@@ -118,6 +123,17 @@ class Region:
                 made = await self._new(at)
             old, self.buffer = self.buffer, made
         for t, offset in zip(tensors, offsets, strict=True):
+            t.place(self.buffer.handle, self.buffer.base + offset)
+        return old
+
+    async def place_at(
+        self, places: Sequence[tuple[Tensor, int]], size: int
+    ) -> BackendBuffer | None:
+        """Give tensors their places in ``size`` bytes; as :meth:`place`."""
+        old = None
+        if self.buffer is None or size > self.buffer.size:
+            old, self.buffer = self.buffer, await self._new(size)
+        for t, offset in places:
             t.place(self.buffer.handle, self.buffer.base + offset)
         return old
 

@@ -17,9 +17,11 @@ from protocol.messages import CONN_CAPS_SIZE, RPC_TENSOR_DTYPE
 from protocol.split import (
     MAX_PARTS,
     MAX_PROGRAMS,
+    SECRET_SIZE,
     VERSION,
     caps_version,
     encode_program,
+    peers_fields,
     split_caps,
     split_commands,
 )
@@ -178,6 +180,7 @@ def device_that_is_not_there(c: Context) -> None:
         Command.SPLIT_ACQUIRE: {"patience_ms": 0},
         Command.SPLIT_RELEASE: {"keep": 0},
         Command.SPLIT_DESCRIBE: {},
+        Command.SPLIT_PEERS: peers_fields(b"\1" * SECRET_SIZE, 1.0, 0, [("", 0, False)] * 2),
     }
     known = split_commands(c.facts.split)
     empty = encode_program([], no_tensors())

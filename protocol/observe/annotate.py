@@ -190,13 +190,18 @@ def _graph_declaration(graph: GraphPayload, dialect: Dialect) -> Any:
 
 def _program_declaration(program: ProgramPayload) -> Any:
     n_ids = sum(len(s.inputs) + len(s.nodes) + len(s.outputs) for s in program.steps)
-    return Struct(
+    fields = [
         "n_steps" / Int32ul,
         "steps" / Array(len(program.steps), SplitStep),
         "ids" / Array(n_ids, Int64ul),
         "n_tensors" / Int32ul,
         "tensors" / Array(len(program.tensors), RpcTensor),
-    )
+    ]
+    if program.swaps:
+        swap = Struct("step" / Int32ul, "ids" / Array(len(program.swaps[0].ids), Int64ul))
+        swaps = "swaps" / Array(len(program.swaps), swap)
+        fields += ["n_swaps" / Int32ul, "n_parts" / Int32ul, swaps]
+    return Struct(*fields)
 
 
 def fields_of(message: ObservedMessage) -> list[Field]:
@@ -470,7 +475,8 @@ def graph_summary(graph: GraphPayload | ProgramPayload) -> str:
         device = f", device {graph.device}" if graph.device else ""
         return f"{len(graph.nodes)} nodes, {len(graph.tensors)} tensors{device}"
     nodes = sum(len(step.nodes) for step in graph.steps)
-    return f"{len(graph.steps)} steps, {nodes} nodes, {len(graph.tensors)} tensors"
+    swaps = f", {len(graph.swaps)} swaps" if graph.swaps else ""
+    return f"{len(graph.steps)} steps, {nodes} nodes, {len(graph.tensors)} tensors{swaps}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -375,6 +375,9 @@ class Conversation:
                 self._lose(half, _UNSEEN)
             if message.command is Command.HELLO:
                 self._agreed(message)
+            if message.command is Command.SPLIT_JOIN and message.fields and message.fields.result:
+                # From here on it has tensors that parts of a split exchange, told elsewhere.
+                self._client.dead = self._server.dead = True
 
     # -- requests -------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from rpc_server.graph.parse import BufferLike, Resolve
 if TYPE_CHECKING:
     from rpc_server.cache.store import TensorCache
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
+    from rpc_server.devices.planning.group import LinkGroup
     from rpc_server.models.library import Models
 
 T = TypeVar("T")
@@ -229,9 +230,17 @@ class Queue(Protocol):
         ...
 
     def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+        self,
+        payload: ProgramPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        peer: StreamPeer,
+        group: LinkGroup | None = None,
     ) -> Plan:
-        """Plan a program of the split extension, whose stream is ``peer``'s; as prepare."""
+        """Plan a program of the split extension, whose stream is ``peer``'s; as prepare.
+
+        Its swaps are made in ``group``.
+        """
         ...
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
@@ -267,6 +276,8 @@ class Device(Protocol):
 
     # Whether it runs programs of the split extension: whether it can read and write a socket.
     runs_programs: bool
+    # Whether these may have swaps: why not, '' if they may.
+    no_swaps: str
 
     @property
     def lost(self) -> str:

@@ -13,7 +13,7 @@ from typing import cast
 
 from client.tunnel import End, keep_alive
 from protocol.endpoint import format_endpoint
-from rpc_server.net.admission import Admission, Network
+from rpc_server.net.admission import Admission, Network, is_allowed
 from rpc_server.net.timeouts import Deadlines, Watched, sweep
 from rpc_server.net.tls import SecureListener
 from rpc_server.observability.metrics import ClientStats
@@ -127,7 +127,7 @@ class ClientConnection(asyncio.BufferedProtocol):
             if self._session is not None:
                 self._session.leaving = True
                 self._session.stop_running()
-                if self._session.streaming:
+                if self._session.lent:
                     # A thread waits on the socket: closing it would not wake it.
                     shut_down(self._transport.get_extra_info("socket").fileno())
             self._transport.abort()
@@ -158,8 +158,8 @@ class ClientConnection(asyncio.BufferedProtocol):
             return
         if session.leaving:
             self._leave_at_rest()
-        # A program that runs reads the socket by itself.
-        if (session.reader.full or session.streaming) != self._paused:
+        # A program that runs reads the socket by itself, and so do swaps.
+        if (session.reader.full or session.lent) != self._paused:
             self._paused = not self._paused
             if self._paused:
                 transport.pause_reading()
@@ -172,6 +172,7 @@ class Server:
 
     def __init__(self, context: ServerContext, allowed: tuple[Network, ...] = ()) -> None:
         self.context = context
+        context.lets_in = lambda address: is_allowed(address, allowed)
         self.connections: set[ClientConnection] = set()
         self.admission = Admission(allowed, context.limits, context.stats)
         # Of the TLS port: the far ends of tunnels.
@@ -225,7 +226,9 @@ class Server:
             listener.close()
         for connection in list(self.connections):
             connection.drain()
-        waiting = [c for c in self.connections if c.session is not None and not c.session.at_rest]
+        sessions = [c.session for c in self.connections if c.session is not None]
+        # Links end with what they are for.
+        waiting = [s for s in sessions if not (s.at_rest or s.linked)]
         if waiting and seconds:
             log.info(
                 "%d clients have something under way; waiting %g s for them (--drain-seconds)",

@@ -89,7 +89,8 @@ class ClientStats(Counts):
     # What it holds now.
     buffers: int = 0
     memory: int = 0
-    # What it is doing now: "handshake", "idle", "message", "upload", "graph", "program", "answer".
+    # What it is doing now: "handshake", "idle", "message", "upload", "graph", "program", "answer",
+    # "link" (to another part of a split).
     activity: Callable[[], str] = field(default=lambda: "handshake", repr=False)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from client.split.partition import Rows
+from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO
 from protocol.tensor import Tensor
 
@@ -49,6 +50,25 @@ class Propagated:
 
 
 Shards = Sequence[Shard | None]
+
+# Ops on whole tensors that every part may compute alike, rather than wait for one of them: what
+# lies between the blocks of a layer. It costs little beside a product, and is computed where the
+# result is needed next.
+REPEATED = frozenset(
+    {
+        Op.ADD,
+        Op.SUB,
+        Op.MUL,
+        Op.DIV,
+        Op.SCALE,
+        Op.CLAMP,
+        Op.UNARY,
+        Op.GLU,
+        Op.NORM,
+        Op.RMS_NORM,
+        Op.GET_ROWS,
+    }
+)
 
 
 def _present(node: Tensor) -> list[int]:

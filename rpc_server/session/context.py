@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from protocol.ggml.types import GgmlType
 from protocol.negotiation import Negotiator
@@ -24,6 +25,9 @@ from rpc_server.session.buffers import AddressSpace, Budget, Buffer
 from rpc_server.session.graph_memory import GraphMemory
 from rpc_server.session.leases import Lease
 from rpc_server.turns import in_pieces
+
+if TYPE_CHECKING:
+    from rpc_server.devices.planning.group import LinkGroup
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,10 @@ class ServerContext:
     # By device, who may run programs there.
     leases: list[Lease] = field(init=False)
     numberings: NumberingMemory = field(default_factory=NumberingMemory)
+    # Those that clients have made this server a member of.
+    groups: set[LinkGroup] = field(default_factory=set)
+    # Whether servers at an address are spoken to, and may speak to this one.
+    lets_in: Callable[[str], bool] = lambda _: True
     _announced: set[tuple[int, int]] = field(default_factory=set)
     _releasing: set[asyncio.Task[None]] = field(default_factory=set)
     _departing: set[asyncio.Future[None]] = field(default_factory=set)

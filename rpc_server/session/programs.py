@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,24 @@ from rpc_server.session.mapped import redirect
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
+    from rpc_server.devices.planning.group import LinkGroup
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptProgram:
+    """A program: its plan, the buffers that it uses, the bytes that count for it."""
+
+    plan: Plan
+    handles: frozenset[int]
+    nbytes: int
+    has_swaps: bool
 
 
 class Programs:
-    """By device and number. Programs that use a buffer are forgotten with it."""
+    """By device and number. Programs that use a buffer are forgotten with it.
+
+    Those with swaps need ``group``, and are forgotten with that.
+    """
 
     def __init__(self, name: str, patience: float, share: Share) -> None:
         """``patience`` is how long a program waits for the client between exchanges, seconds.
@@ -29,8 +43,8 @@ class Programs:
         self._share = share
         self._name = name
         self._patience = patience
-        # The plan, the buffers that it uses, and the bytes that count for it.
-        self._plans: dict[tuple[int, int], tuple[Plan, frozenset[int], int]] = {}
+        self._plans: dict[tuple[int, int], _KeptProgram] = {}
+        self.group: LinkGroup | None = None
 
     @cached_property
     def peer(self) -> StreamPeer:
@@ -69,27 +83,51 @@ class Programs:
 
         self._drop((index, number))
         tensors, find = redirect(buffers.on(index), payload.tensors, watched)
-        plan = queue.program(replace(payload, tensors=tensors), dialect, find, self.peer)
+        given = replace(payload, tensors=tensors)
+        plan = queue.program(given, dialect, find, self.peer, self.group)
         # Programs may keep what they were read from: inputs, outputs, names.
         nbytes = size + plan.nbytes
         self._share.take(nbytes, "a program")
-        self._plans[index, number] = (plan, frozenset(handles), nbytes)
+        self._plans[index, number] = _KeptProgram(
+            plan, frozenset(handles), nbytes, bool(payload.swaps)
+        )
 
     def _drop(self, key: tuple[int, int]) -> None:
         known = self._plans.pop(key, None)
         if known is not None:
-            self._share.give_back(known[2])
+            self._share.give_back(known.nbytes)
 
     def find(self, index: int, number: int) -> Plan:
         """Return a program; raise ProtocolError if there is no such one (any more)."""
         known = self._plans.get((index, number))
         if known is None:
             raise ProtocolError(f"SPLIT_RUN of program {number}, which device {index} doesn't have")
-        return known[0]
+        return known.plan
+
+    def group_of(self, index: int, number: int) -> LinkGroup | None:
+        """Return the group that a program has swaps in, None where it has none.
+
+        Raises ProtocolError where not all of it are linked.
+        """
+        if not self._plans[index, number].has_swaps:
+            return None
+        group = self.group
+        if group is None or group.closed or group.missing:
+            raise ProtocolError(f"SPLIT_RUN of program {number}, whose parts are not linked")
+        return group
+
+    def leave_group(self) -> LinkGroup | None:
+        """Hang up on the other parts, and forget programs with swaps; return what the group was."""
+        group, self.group = self.group, None
+        if group is not None:
+            for key in [key for key, kept in self._plans.items() if kept.has_swaps]:
+                self._drop(key)
+            group.close()
+        return group
 
     def buffer_freed(self, handle: int) -> None:
         """Forget programs that use this buffer."""
-        for key in [key for key, kept in self._plans.items() if handle in kept[1]]:
+        for key in [key for key, kept in self._plans.items() if handle in kept.handles]:
             self._drop(key)
 
     def clear(self) -> None:

@@ -10,11 +10,13 @@ the transport until it is done. That gives the order which clients rely on, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protocol.commands import Command
 from protocol.dialects import Answer, Dialect
@@ -22,6 +24,7 @@ from protocol.errors import ProtocolError, TooLargeError
 from protocol.messages import MAX_NAME
 from protocol.requests import Hello, RequestReader
 from protocol.responses import encode_answer, encode_size
+from protocol.split import encode_report
 from rpc_server.devices.base import Device, DeviceError, Plan, Queue, Upload
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
@@ -51,6 +54,9 @@ from rpc_server.session.plan_cache import PlanCache
 from rpc_server.session.programs import Programs
 from rpc_server.session.readings import Readings
 from rpc_server.sockets import shut_down
+
+if TYPE_CHECKING:
+    from rpc_server.devices.planning.group import LinkGroup
 
 # What ends a session with one line in the log; anything else is a bug and logged with its trace.
 # By the kind that it is counted as.
@@ -165,6 +171,10 @@ class Session:
         self._task: asyncio.Task[None] | None = None
         self._departing: asyncio.Future[None] | None = None
         self._flushed = asyncio.Event()
+        # Whether the connection is another server's link, whose bytes are those of swaps.
+        self.linked = False
+        # The group that the running program has swaps in.
+        self._group: LinkGroup | None = None
         # What was counted when the socket was lent, and bytes that had come by then.
         self._lent_at = (0, 0, 0)
         # What the running program runs by, and whether that is for this run only.
@@ -245,7 +255,7 @@ class Session:
         if self._broken or self._ended:
             return
         self.failed(error)
-        if self.streaming:
+        if self.lent:
             # A thread waits on the socket: closing it would not wake it.
             shut_down(self._fileno())
         self._transport.abort()
@@ -259,6 +269,7 @@ class Session:
         for plans in self.plans:
             plans.clear()
         self.programs.clear()
+        self.leave_group()
         for lease in self.context.leases:
             lease.release(self)
         for queue in self._queues:
@@ -337,7 +348,7 @@ class Session:
 
     @property
     def at_rest(self) -> bool:
-        return not self.busy and self.writable and self.reader.at_boundary
+        return not (self.busy or self.linked) and self.writable and self.reader.at_boundary
 
     def graph_seconds(self, now: float) -> float:
         running = self.running
@@ -355,6 +366,8 @@ class Session:
         """Say in a word, for people, what it does: see ClientStats."""
         if not self.greeted:
             return "handshake"
+        if self.linked:
+            return "link"
         if self.running is not None:
             return "program" if self.streaming else "graph"
         if self.upload.under_way:
@@ -477,6 +490,7 @@ class Session:
         self.stats.plan_seconds += running.planning
         if self.streaming:
             self._end_stream()
+            self._end_swaps(error)
             assert self._lease is not None
             self._lease.ended()
             if self._borrowed:
@@ -507,6 +521,41 @@ class Session:
         # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
         self.answer(command, {"result": 0})
 
+    # -- links to the other parts of a split -------------------------------------------------
+
+    @property
+    def lent(self) -> bool:
+        """Return whether a plan reads and writes the socket by itself."""
+        return self.streaming or self.linked
+
+    def enter_group(self, group: LinkGroup) -> None:
+        """Make ``group`` the one that the client's programs have swaps in."""
+        self.leave_group()
+        self.programs.group = group
+        self.context.groups.add(group)
+
+    def leave_group(self) -> None:
+        """Hang up on the other parts of the client's split."""
+        group = self.programs.leave_group()
+        if group is not None:
+            self.context.groups.discard(group)
+
+    @property
+    def holds_anything(self) -> bool:
+        """Return whether the client has sent what a link has no use for, or has something here."""
+        held = len(self.buffers) or self.programs.group is not None
+        return bool(held) or not self.reader.at_boundary
+
+    def become_link(self, group: LinkGroup, number: int) -> None:
+        """Make this connection the link of another server's client to one of ``group``."""
+        self.linked = True
+        group.add(number, self._fileno(), self._unlink)
+
+    def _unlink(self) -> None:
+        """Close the connection, whose group has ended."""
+        if not self._ended:
+            self._transport.abort()
+
     # -- the socket, lent to a program -------------------------------------------------------
 
     def with_lease(self, index: int, start: Callable[[], None]) -> None:
@@ -533,8 +582,11 @@ class Session:
         self.busy = True
         lease.wait(self).add_done_callback(granted)
 
-    def begin_stream(self) -> None:
-        """Give the socket to the running program from here on."""
+    def begin_stream(self, group: LinkGroup | None) -> None:
+        """Give the socket to the running program from here on, and its links to the others."""
+        if group is not None:
+            group.begin()
+        self._group = group
         stream = self.programs.peer.stream
         early = self.reader.take_received()
         stream.open(self._fileno(), early)
@@ -549,6 +601,17 @@ class Session:
         self.stats.bytes_in += stream.count(BYTES_RECEIVED) - received - (early - len(left))
         self.stats.bytes_out += stream.count(BYTES_SENT) - sent
         self.reader.put_back(left)
+
+    def _end_swaps(self, error: BaseException | None) -> None:
+        """Give back the links; tell the client why a program fails that may be another's fault."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        group.end(failed=error is not None)
+        if isinstance(error, GraphError) and not self._ended:
+            # Past the transport, which forgets what it was given when the connection is closed.
+            with contextlib.suppress(OSError):
+                os.write(self._fileno(), encode_report(str(error)))
 
     def _is_silent(self, message: str) -> bool:
         """Return whether a program failed because it waited for this client, not for a worker."""

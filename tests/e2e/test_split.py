@@ -84,6 +84,8 @@ def expected_text(server: llama.RpcServer) -> str:
         (("6.0.0", "5.1.0", "5.0.0"), ()),
         (("5.0.0", "ours", "6.0.0"), ("--split-mode", "tensor")),
         (("ours", "upstream", "ours"), ("--split-mode", "tensor")),
+        (("ours", "ours"), ("--split-mode", "tensor")),
+        (("local", "ours"), ("--split-mode", "tensor")),
     ],
     ids=lambda words: "-".join(words).replace("--", ""),
 )
@@ -134,6 +136,27 @@ def test_tensor_mode_costs_no_accuracy(split: StartSplit, rpc: str, model_folder
     )
     assert expected.std() > 1
     assert nmse(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kinds", [("ours", "ours"), ("local", "ours")], ids="-".join)
+def test_parts_that_add_up_by_themselves(
+    kinds: Sequence[str], split: StartSplit, rpc: str, model_folder: Path
+) -> None:
+    """All layers of a model whose attention can be cut are one exchange."""
+    model = llama.random_model(model_folder, "qwen2", "F32")
+    linked, here = (
+        split(kinds, "--split-mode", "tensor", "--split-sums", sums) for sums in ("parts", "here")
+    )
+    arguments = (str(model), TEXT, TOKENS, SINGLE)
+    addresses = (rpc, linked.address, here.address)
+    expected, *got = compute([Request(*arguments, rpc=address) for address in addresses])
+    assert expected.std() > 1
+    for logits in got:
+        assert nmse(logits, expected) < 1e-6
+    assert "the parts are linked" in linked.log
+    for coordinator in (linked, here):
+        for word in ("ERROR", "WARNING", "comes here"):
+            assert word not in coordinator.log
 
 
 def test_a_model_takes_memory_on_the_workers_only(split: StartSplit) -> None:

@@ -24,13 +24,17 @@ from protocol.requests import (
 )
 from protocol.split import (
     MAX_PARTS,
+    MOST_REPORT,
     SPLIT_COMMANDS,
     VERSION,
     ProgramStep,
+    ProgramSwap,
     SplitStatusResponse,
     caps_version,
     decode_program,
+    decode_report,
     encode_program,
+    encode_report,
     split_caps,
     split_part_fields,
     split_status_fields,
@@ -91,12 +95,56 @@ def programs(draw: st.DrawFn) -> tuple[list[ProgramStep], np.ndarray]:
     return draw(steps), np.frombuffer(raw, RPC_TENSOR_DTYPE)
 
 
-@given(programs())
-def test_a_program_is_what_was_sent(program: tuple[list[ProgramStep], np.ndarray]) -> None:
+@st.composite
+def swaps_of(draw: st.DrawFn, n_steps: int) -> list[ProgramSwap]:
+    n_parts = draw(st.integers(2, MAX_PARTS))
+    named = st.lists(st.integers(0, 2**64 - 1), min_size=n_parts, max_size=n_parts).map(tuple)
+    steps = draw(st.lists(st.integers(0, n_steps - 1), max_size=4)) if n_steps else []
+    return [ProgramSwap(step, draw(named)) for step in sorted(steps)]
+
+
+@given(programs(), st.data())
+def test_a_program_is_what_was_sent(
+    program: tuple[list[ProgramStep], np.ndarray], data: st.DataObject
+) -> None:
     sent, tensors = program
-    got = decode_program(encode_program(sent, tensors))
+    swaps = data.draw(swaps_of(len(sent)))
+    got = decode_program(encode_program(sent, tensors, swaps))
     assert list(got.steps) == sent
     assert got.tensors.tobytes() == tensors.tobytes()
+    assert list(got.swaps) == swaps
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        (struct.pack("<I", 1), "end within a count"),
+        (struct.pack("<II", 0, 2), "for 0 swaps"),
+        (struct.pack("<II", 1, 1) + bytes(12), "among 1,"),
+        (struct.pack("<II", 1, 17) + bytes(140), "among 17,"),
+        (struct.pack("<II", 2, 2) + bytes(39), "39 bytes for 2 swaps"),
+        (struct.pack("<II", 2**32 - 1, 2) + bytes(20), "20 bytes for"),
+        (struct.pack("<IIIQQ", 1, 2, 1, 5, 6), "out of order or behind them"),
+        (struct.pack("<II", 2, 2) + struct.pack("<IQQ", 1, 5, 6) + bytes(20), "out of order"),
+    ],
+)
+def test_swaps_that_can_not_be(tail: bytes, said: str) -> None:
+    n_steps = 2 if said == "out of order" else 1
+    whole = encode_program([ProgramStep((), (), ())] * n_steps, np.zeros(0, RPC_TENSOR_DTYPE))
+    with pytest.raises(ProtocolError, match=said):
+        decode_program(whole + tail)
+
+
+def test_reports_are_read_as_far_as_they_came() -> None:
+    """And nothing else is taken for one: a size, or numbers."""
+    report = encode_report("part 1 hung up")
+    assert decode_report(report) == "part 1 hung up"
+    assert decode_report(report + b"more") == "part 1 hung up"
+    assert decode_report(report[:12]) == "part"
+    assert decode_report(report[:7]) == ""
+    assert len(encode_report("x" * 9999)) <= 8 + MOST_REPORT
+    for size in (0, 4096, 2**32 + 5, 2**64 - 1):
+        assert decode_report(struct.pack("<Q", size) + bytes(600)) == ""
 
 
 @given(programs(), st.data())
@@ -116,7 +164,7 @@ def test_bytes_that_are_no_program(payload: bytes) -> None:
         got = decode_program(payload)
     except ProtocolError:
         return
-    assert encode_program(got.steps, got.tensors) == payload
+    assert encode_program(got.steps, got.tensors, got.swaps) == payload
 
 
 @given(programs(), st.data())
@@ -130,7 +178,7 @@ def test_a_program_with_a_few_bytes_changed(
         got = decode_program(payload)
     except ProtocolError:
         return
-    assert encode_program(got.steps, got.tensors) == payload
+    assert encode_program(got.steps, got.tensors, got.swaps) == payload
 
 
 @pytest.mark.parametrize("count", [1, 2**31, 2**32 - 1])
@@ -264,7 +312,7 @@ def test_the_commands_are_unknown_without_the_extension() -> None:
 
 def test_versions() -> None:
     """Both sides speak the lower one: each has the commands of those before it."""
-    names = [set(with_split(NEWEST, v).commands) - set(NEWEST.commands) for v in range(5)]
+    names = [set(with_split(NEWEST, v).commands) - set(NEWEST.commands) for v in range(6)]
     assert names[0] == set()
     assert min(names[1]) == Command.SPLIT_QUERY
     assert max(names[1]) == Command.SPLIT_STATUS
@@ -275,4 +323,5 @@ def test_versions() -> None:
     }
     assert names[3] - names[2] == {Command.SPLIT_DESCRIBE}
     assert names[4] - names[3] == {Command.SPLIT_LOAD}
-    assert names[4] == set(SPLIT_COMMANDS)
+    assert names[5] - names[4] == {Command.SPLIT_PEERS, Command.SPLIT_JOIN}
+    assert names[5] == set(SPLIT_COMMANDS)

@@ -12,6 +12,8 @@ from protocol.observe.events import Event, ObservedMessage, Side
 from protocol.split import (
     description_fields,
     members_fields,
+    peers_answer,
+    peers_fields,
     split_caps,
     split_status_fields,
     with_split,
@@ -54,6 +56,8 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
         Command.SPLIT_RELEASE: {"kept": 0},
         Command.SPLIT_LOAD: {"result": 1},
         Command.SPLIT_DESCRIBE: description_fields("server 1", ["7.0.0"], "CPU", "a processor"),
+        Command.SPLIT_PEERS: peers_answer("127.0.0.1:9 can't be reached"),
+        Command.SPLIT_JOIN: {"result": 0},
     }
     tensor = tensor_fields(dialect, "blk.0.attn_q.weight", (max(upload, 8) // 4, 2, 1, 1))
     fields: dict[str, Any] = {
@@ -62,6 +66,7 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
         "cache_flag": 1, "n_proportions": 1, "proportions": [1.0] * 16, "program": 3,
         "patience_ms": 100, "keep": 1, "address": BASE, "nbytes": 4096, "start": 64, "count": 2,
         "distance": 128, "whole": 1,
+        **peers_fields(b"secret" + bytes(26), 2.0, 1, [("127.0.0.1", 9, True), ("", 0, False)]),
     }  # fmt: skip
     for command, spec in dialect.commands.items():
         if command is Command.HELLO:

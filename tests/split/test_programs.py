@@ -88,6 +88,13 @@ class Stream:
         await asyncio.to_thread(fill)
         return whole
 
+    def take(self) -> bytes:
+        """What has come; nothing once the server has hung up."""
+        try:
+            return self._socket.recv(4096)
+        except ConnectionError:
+            return b""
+
     async def ended(self) -> bool:
         """Whether the server closes the connection (waits for it)."""
 

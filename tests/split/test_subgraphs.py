@@ -34,7 +34,12 @@ def split_weight(ne: tuple[int, int], axis: int, middle: int) -> ShardedWeight:
 
 
 def subgraphs(
-    nodes: list[Tensor], weights: list[ShardedWeight], *, chain: bool = False, counted: bool = True
+    nodes: list[Tensor],
+    weights: list[ShardedWeight],
+    *,
+    chain: bool = False,
+    counted: bool = True,
+    linked: bool = False,
 ) -> Partitioning:
     used: dict[int, int] = {}
     for t in nodes:
@@ -44,7 +49,8 @@ def subgraphs(
     for t in nodes:
         t.use_count = used.get(id(t), 0)
     storage: Any = SimpleNamespace(address=0, size=0, weights=weights)
-    return find_subgraphs(nodes, WeightIndex([storage]), chain=chain, counted=counted)
+    index = WeightIndex([storage])
+    return find_subgraphs(nodes, index, chain=chain, counted=counted, linked=linked)
 
 
 def product(w: ShardedWeight, x: Tensor) -> Tensor:
@@ -107,6 +113,82 @@ def test_rows_alone_bring_everything_back() -> None:
     found = subgraphs(nodes, weights, chain=False)
     assert names(found, nodes) == [[0, 1], [3]]
     assert outputs(found.subgraphs[0], nodes) == [0, 1]
+
+
+def two_blocks(middle: int = 64) -> tuple[list[Tensor], list[ShardedWeight]]:
+    """Feed-forward, residual and norm, and a product of that."""
+    x = tensor(F32, (64, 2))
+    up, down = split_weight((64, 128), 1, middle), split_weight((128, 64), 0, middle)
+    u = product(up, x)
+    d = product(down, u)
+    r = node(Op.ADD, F32, (64, 2), [d, x])
+    n = node(Op.RMS_NORM, F32, (64, 2), [r], params(1e-6))
+    return [u, d, r, n, product(up, n)], [up, down]
+
+
+def test_linked_parts_add_up_and_go_on() -> None:
+    nodes, weights = two_blocks()
+    found = subgraphs(nodes, weights, chain=True, linked=True)
+    assert names(found, nodes) == [[0, 1, 2, 3, 4]]
+    assert found.summed == {id(nodes[1])}
+    assert found.everywhere == {id(nodes[2]), id(nodes[3])}
+    assert outputs(found.subgraphs[0], nodes) == [4]
+    (x,) = found.subgraphs[0].inputs.values()
+    assert x.exact
+
+
+@pytest.mark.parametrize("why", ["not linked", "uncounted", "a part without columns"])
+def test_sums_that_parts_can_not_make(why: str) -> None:
+    nodes, weights = two_blocks(128 if why == "a part without columns" else 64)
+    found = subgraphs(
+        nodes, weights, chain=True, linked=why != "not linked", counted=why != "uncounted"
+    )
+    assert names(found, nodes) == [[0, 1], [4]]
+    assert not found.summed | found.everywhere
+
+
+def test_what_no_product_needs_is_computed_here() -> None:
+    """A residual after the last block: to add it up on the parts would take longer."""
+    nodes, weights = two_blocks()
+    found = subgraphs(nodes[:4], weights, chain=True, linked=True)
+    assert names(found, nodes) == [[0, 1]]
+    assert not found.summed | found.everywhere
+    assert outputs(found.subgraphs[0], nodes) == [1]
+    assert len(found.subgraphs[0].inputs) == 1
+
+
+def test_what_is_everywhere_stays_there() -> None:
+    """A residual that a later subgraph adds to: between them something is computed here."""
+    nodes, weights = two_blocks()
+    up, down = weights
+    here = node(Op.SUM_ROWS, F32, (1, 2), [nodes[4]])
+    wide = node(Op.REPEAT, F32, (64, 2), [here])
+    u = product(up, wide)
+    d = product(down, u)
+    r = node(Op.ADD, F32, (64, 2), [d, nodes[2]])
+    nodes += [here, wide, u, d, r, product(up, r)]
+    found = subgraphs(nodes, weights, chain=True, linked=True)
+    assert names(found, nodes) == [[0, 1, 2, 3, 4], [7, 8, 9, 10]]
+    assert [i.tensor for i in found.subgraphs[1].inputs.values()] == [wide]
+    assert outputs(found.subgraphs[0], nodes) == [4]
+    assert outputs(found.subgraphs[1], nodes) == [10]
+
+
+def test_what_is_everywhere_and_read_here_comes_back_too() -> None:
+    nodes, weights = two_blocks()
+    nodes.append(node(Op.SUM_ROWS, F32, (1, 2), [nodes[2]]))
+    found = subgraphs(nodes, weights, chain=True, linked=True)
+    assert outputs(found.subgraphs[0], nodes) == [2, 4]
+
+
+def test_columns_of_what_is_everywhere_come_by_this_server() -> None:
+    nodes, weights = two_blocks()
+    narrow = split_weight((64, 64), 0, 32)
+    nodes.append(product(narrow, nodes[3]))
+    found = subgraphs(nodes, [*weights, narrow], chain=True, linked=True)
+    assert names(found, nodes) == [[0, 1, 2, 3, 4], [5]]
+    assert outputs(found.subgraphs[0], nodes) == [3, 4]
+    assert [i.shard for i in found.subgraphs[1].inputs.values()] == [cut(0, 32, 64)]
 
 
 def test_what_others_read_is_brought_back() -> None:

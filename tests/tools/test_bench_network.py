@@ -84,7 +84,7 @@ def test_the_tables_have_medians_and_ratios() -> None:
     lines = table(rows).splitlines()
     assert lines[2] == "| one worker | 11.0 | 1.00 | 100 | 1.00 |  |"
     assert lines[3] == "| two workers, row | 22.0 | 2.00 | 150 | 1.50 | 5 MiB |"
-    row = Row("0.25 ms, 1 Gbit/s", "row", 0.001, 60.0, 2e6, 0.2, 0.1)
+    row = Row("0.25 ms, 1 Gbit/s", "row", 0.001, 60.0, 0.0, 2e6, 0.2, 0.1)
     assert "0.25 ms, 1 Gbit/s" in link_table([row])
 
 

@@ -56,14 +56,25 @@ class Setup:
     split: tuple[str, ...] = ()
     mode: str = "row"
     arguments: tuple[str, ...] = ()
+    # Who adds up in tensor mode: the parts among themselves, or the coordinator.
+    sums: str = "parts"
+
+    @property
+    def label(self) -> str:
+        """The mode, for a table."""
+        return self.mode if self.sums == "parts" else f"{self.mode}, sums here"
 
 
 SETUPS = (
     Setup("one worker", 1),
     Setup("two workers, by layers", 2),
     Setup("two workers, row", 2, split=("0", "1")),
+    Setup("two workers, tensor, sums here", 2, split=("0", "1"), mode="tensor", sums="here"),
     Setup("two workers, tensor", 2, split=("0", "1"), mode="tensor"),
     Setup("local and a worker, row", 2, split=("local", "1")),
+    Setup(
+        "local and a worker, tensor, sums here", 2, split=("local", "1"), mode="tensor", sums="here"
+    ),
     Setup("local and a worker, tensor", 2, split=("local", "1"), mode="tensor"),
     Setup("two of upstream's workers, tensor", 2, True, split=("0", "1"), mode="tensor"),
     Setup("upstream, one server", 1, True),
@@ -147,8 +158,9 @@ def running(
         parts = ",".join(p if p == "local" else f"{_HOST}:{ports[p]}" for p in setup.split)
         port = free_port()
         shares = ",".join("1" for _ in setup.split)
-        options = ("-t", "1", "--split", parts, "--split-mode", setup.mode)
-        command = own_command(port, *options, "--tensor-split", shares)
+        mode = ("--split-mode", setup.mode, "--split-sums", setup.sums)
+        options = ("-t", "1", "--split", parts, *mode, "--tensor-split", shares)
+        command = own_command(port, *options)
         yield [port], _start(stack, 0, command, port), relay
 
 
@@ -201,23 +213,28 @@ async def _status(port: int) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One network: measured and predicted seconds a token."""
+    """One network: measured and predicted seconds a token.
+
+    Beside ``exchanges`` with the coordinator a token takes as many ``swaps`` among the parts.
+    """
 
     link: str
     mode: str
     round_trip: float
     exchanges: float
+    swaps: float
     wire_bytes: float
     measured: float
     predicted: float
 
 
-def predicted(base: float, exchanges: float, wire: float, extra: float, rate: float) -> float:
+def predicted(base: float, round_trips: float, wire: float, extra: float, rate: float) -> float:
     """Return seconds a token over a network, from ``base`` over none, as docs/split.md does.
 
-    ``extra`` is how much longer a round trip takes there, ``wire`` the bytes of a token.
+    ``extra`` is how much longer a round trip takes there, ``wire`` the bytes of a token; a swap is
+    half of one.
     """
-    return base + exchanges * extra + wire / rate
+    return base + round_trips * extra + wire / rate
 
 
 def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
@@ -227,13 +244,21 @@ def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
         alone = 1 / tokens_per_second(ports, _decode_only(options), SETUPS[0])["tg"]
     setups = [s for s in SETUPS if s.split and s.split[0] == "local"]
     with begin("measuring links", len(setups) * (1 + len(options.link))) as task:
+        blocks = 0.0
         for setup in setups:
-            rows += _measure_setup(options, setup, task)
+            rows += _measure_setup(options, setup, task, blocks)
+            # What one exchange is for now is one swap for parts that add up among themselves.
+            blocks = rows[-1].exchanges if setup.sums == "here" else 0.0
     return rows, alone
 
 
-def _measure_setup(options: argparse.Namespace, setup: Setup, task: Task) -> list[Row]:
-    """One mode over each network, the first of which is none."""
+def _measure_setup(
+    options: argparse.Namespace, setup: Setup, task: Task, blocks: float
+) -> list[Row]:
+    """One mode over each network, the first of which is none.
+
+    ``blocks`` is how many exchanges a token takes where no part has a link to another, if known.
+    """
     rows: list[Row] = []
     base = near = 0.0
     for link in (NetworkLink(0.0, 100e9), *options.link):
@@ -251,9 +276,11 @@ def _measure_setup(options: argparse.Namespace, setup: Setup, task: Task) -> lis
         seconds = 1 / rates["tg"]
         if not base:
             base, near = seconds, round_trip
-        expected = predicted(base, exchanges, sent / tokens, round_trip - near, link.rate)
+        swaps = max(0.0, blocks - exchanges)
+        trips, wire = exchanges + swaps / 2, sent / tokens
+        expected = predicted(base, trips, wire, round_trip - near, link.rate)
         rows.append(
-            Row(link.name, setup.mode, round_trip, exchanges, sent / tokens, seconds, expected)
+            Row(link.name, setup.label, round_trip, exchanges, swaps, wire, seconds, expected)
         )
     return rows
 
@@ -285,12 +312,13 @@ def table(measured: dict[str, Measured]) -> str:
 def link_table(rows: Sequence[Row]) -> str:
     """Return networks as Markdown."""
     head = (
-        "network | mode | round trip us | exchanges a token | KiB a token | ms a token | predicted"
+        "network | mode | round trip us | exchanges a token | swaps | KiB a token | ms a token "
+        "| predicted"
     )
-    lines = [f"| {head} |", "|" + "---|" * 7]
+    lines = [f"| {head} |", "|" + "---|" * 8]
     for r in rows:
         lines.append(
-            f"| {r.link} | {r.mode} | {r.round_trip * 1e6:.0f} | {r.exchanges:.0f} "
+            f"| {r.link} | {r.mode} | {r.round_trip * 1e6:.0f} | {r.exchanges:.0f} | {r.swaps:.0f} "
             f"| {r.wire_bytes / 1024:.0f} | {r.measured * 1e3:.1f} | {r.predicted * 1e3:.1f} |"
         )
     return "\n".join(lines)

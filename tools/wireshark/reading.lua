@@ -176,12 +176,14 @@ local function count_sources(tvb, at)
   return n
 end
 
--- Where the tensors behind n ids are, into g; nil if their count doesn't fill what goes on to stop.
-local function read_tensors(tvb, at, n, stop, g)
+-- Where the tensors behind n ids are, into g; nil if their count doesn't fill what goes on to stop,
+-- or is more than that where something may follow.
+local function read_tensors(tvb, at, n, stop, g, may_follow)
   if at + 8 * n + 4 > stop then return nil end
   at = at + 8 * n
   g.n_tensors, g.tensors = u32(tvb, at), at + 4
-  if g.tensors + TENSOR_SIZE * g.n_tensors ~= stop then return nil end
+  g.tail = g.tensors + TENSOR_SIZE * g.n_tensors
+  if g.tail > stop or (g.tail < stop and not may_follow) then return nil end
   return g
 end
 
@@ -217,7 +219,13 @@ local function read_program(tvb, at, size)
     at = at + step_size
   end
   g.ids = at
-  return read_tensors(tvb, at, g.n_ids, stop, g)
+  if not read_tensors(tvb, at, g.n_ids, stop, g, true) then return nil end
+  if g.tail < stop then
+    if g.tail + 8 > stop then return nil end
+    g.n_swaps, g.tail_size = u32(tvb, g.tail), stop - g.tail
+    if 8 + g.n_swaps * (4 + 8 * u32(tvb, g.tail + 4)) ~= g.tail_size then return nil end
+  end
+  return g
 end
 
 local function fits(stream_dialect, graph, tvb)
@@ -274,6 +282,8 @@ local function step_sizes(program, tvb)
     sizes[tvb:raw(at, 8)] = nbytes(tvb, at)
   end
   local at, made = program.ids, {}
+  -- Outputs of a program with swaps have their sizes before them.
+  local frame = program.n_swaps and 8 or 0
   for i, step in ipairs(program.steps) do
     local taken, given = 0, 0
     for n = 1, step.n_inputs do
@@ -285,7 +295,7 @@ local function step_sizes(program, tvb)
     for n = 1, step.n_outputs do
       local size = sizes[tvb:raw(at, 8)]
       if not size then return nil end
-      given, at = given + size, at + 8
+      given, at = given + size + frame, at + 8
     end
     made[i] = {taken = taken, given = given}
   end
@@ -480,6 +490,9 @@ local function next_answer(stream, tvb, at)
   if request.command == NAMES.HELLO then
     agreed(stream, message, tvb)
     request.dialect = message.dialect
+  elseif request.command == NAMES.SPLIT_JOIN then
+    lose(stream, CLIENT, "tensors that parts of a split exchange")
+    lose(stream, SERVER, "tensors that parts of a split exchange")
   end
   return message
 end

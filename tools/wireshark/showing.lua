@@ -55,6 +55,7 @@ end
 
 local READ = {
   uint8 = function(range) return whole(range:uint()) end,
+  uint16 = function(range) return whole(range:le_uint()) end,
   uint32 = function(range) return whole(range:le_uint()) end,
   int32 = function(range) return whole(range:le_int()) end,
   uint64 = function(range) return "0x" .. range:le_uint64():tohex(16):gsub("^0+(.)", "%1") end,
@@ -132,6 +133,10 @@ local function add_graph(tree, tvb, message)
     end
   end
   add_tensors(tree, tvb, graph, message.dialect)
+  if graph.n_swaps then
+    tree:add(FIELD["ggml_rpc.data"], tvb(graph.tail, graph.tail_size)):append_text(
+      string.format(" (swaps: %d)", graph.n_swaps))
+  end
 end
 
 local function title(message)

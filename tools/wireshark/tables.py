@@ -27,8 +27,8 @@ RequestFrame = Struct("command" / Int8ul, "payload_size" / Int64ul)
 AnswerFrame = Struct("payload_size" / Int64ul)
 
 # Names by format letter; all are little-endian.
-_KINDS = {"B": "uint8", "b": "int8", "L": "uint32", "l": "int32", "Q": "uint64", "q": "int64",
-          "f": "float", "d": "double"}  # fmt: skip
+_KINDS = {"B": "uint8", "b": "int8", "H": "uint16", "L": "uint32", "l": "int32", "Q": "uint64",
+          "q": "int64", "f": "float", "d": "double"}  # fmt: skip
 _ANSWERS = {Answer.NEVER: "never", Answer.FIXED: "fixed", Answer.DATA: "data"}
 _BODIES = {Body.NONE: "none", Body.DATA: "data", Body.GRAPH: "graph"}
 

@@ -101,8 +101,9 @@ fnv1a_lanes = _one("hashing.fnv1a_lanes")
 # Of the exchanges of a split model.
 stream_send = _one("stream.stream_send")
 stream_receive = _one("stream.stream_receive")
+stream_swap = _one("stream.stream_swap")
 # They take as long as the other end does.
-TRANSFERS = frozenset((stream_send, stream_receive))
+TRANSFERS = frozenset((stream_send, stream_receive, stream_swap))
 
 # -- products --------------------------------------------------------------------------------------
 

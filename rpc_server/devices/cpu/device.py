@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rpc_server.devices.cpu.kinds import CpuKind
     from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
     from rpc_server.devices.cpu.planner import PlanItem
+    from rpc_server.devices.planning.group import LinkGroup
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class CpuDevice:
     alignment = 64
     max_size = (1 << 64) - 1
     runs_programs = True
+    no_swaps = ""
     # Processors don't get lost.
     lost = ""
 
@@ -182,13 +184,21 @@ class CpuQueue:
             return plans.build(parse_graph(payload, dialect, resolve), wait=wait, stop=stop)
 
     def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+        self,
+        payload: ProgramPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        peer: StreamPeer,
+        group: LinkGroup | None = None,
     ) -> CpuPlan:
         """Return a program of the split extension. Raises GraphError."""
         from rpc_server.devices.cpu.streaming.program import program_items
 
         with self._share.aside():
-            return self.plan_items(program_items(payload, dialect, resolve, peer), dialect)
+            items = program_items(payload, dialect, resolve, peer, group)
+            plan = self.plan_items(items, dialect)
+        plan.keep = [item.held for item in items if not isinstance(item, Tensor)], group
+        return plan
 
     def plan_items(self, items: Sequence[Tensor | PlanItem], dialect: Dialect) -> CpuPlan:
         """Return a plan of nodes and of what else is to be done between them.

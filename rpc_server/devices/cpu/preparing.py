@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # How often it is looked whether a client does something, seconds.
 _LOOK = 0.25
-_AT_REST = ("idle", "handshake")
+_AT_REST = ("idle", "handshake", "link")
 
 
 def prepare_now() -> int:

@@ -34,6 +34,7 @@ class CudaDevice:
     max_size = (1 << 64) - 1
     # A GPU can't read a socket.
     runs_programs = False
+    no_swaps = "a GPU runs no programs"
 
     def __init__(self, index: int, *, allow_host_ops: bool = False) -> None:
         self.card = Card(index)

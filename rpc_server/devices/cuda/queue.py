@@ -19,6 +19,7 @@ from rpc_server.graph.parse import Resolve, parse_graph
 
 if TYPE_CHECKING:
     from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
+    from rpc_server.devices.planning.group import LinkGroup
 
 T = TypeVar("T")
 
@@ -50,7 +51,12 @@ class CudaQueue:
         return self._builder.build(graph, list(storages.values()), stop)
 
     def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+        self,
+        payload: ProgramPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        peer: StreamPeer,
+        group: LinkGroup | None = None,
     ) -> CudaPlan:
         """Raise: the extension is not offered, so coordinators send whole graphs."""
         raise GraphError("programs of the split extension don't run on a GPU")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from client.builder.graph import GraphBuilder
+from client.builder.graph import Graph, GraphBuilder
+from client.split.lifetimes import place_lifetimes
 from client.split.steps import Envelope, Step
 from client.tensors import ShapeError
 from protocol.ggml.ops import Op
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from protocol.tensor import Dims, Tensor, contiguous_strides, padded_sources, place_views
-from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
-from rpc_server.devices.split.parts import Built, PartBuilder
+from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Swap, Transfer
+from rpc_server.devices.planning.group import LinkGroup
+from rpc_server.devices.split.parts import Built, PartBuilder, PartSum, lifetimes
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.subgraphs import Input, Partitioning, Subgraph
 from rpc_server.devices.split.worker import Program, UnfitError, Worker
@@ -43,13 +45,15 @@ class Programmed:
 class Prepared:
     """The steps that part ``number`` is to be sent.
 
-    There is one for each subgraph it takes part in.
+    There is one for each subgraph it takes part in, and another behind each sum that the parts make
+    among themselves; ``first`` is the first one's number of each subgraph.
     """
 
     worker: Worker
     number: int
     steps: list[Step]
     built: dict[Subgraph, Built]
+    first: list[int]
 
 
 @dataclass(slots=True)
@@ -69,17 +73,25 @@ class Assembler:
     """Turns one graph's subgraphs into the items of a plan.
 
     ``workers`` are the workers by part, None where this server is meant. ``wire`` is the type in
-    which activations travel.
+    which activations travel. ``group`` is what this server's share makes sums in, if it has one.
     """
 
     def __init__(
-        self, found: Partitioning, workers: Sequence[Worker | None], wire: GgmlType
+        self,
+        found: Partitioning,
+        workers: Sequence[Worker | None],
+        wire: GgmlType,
+        group: LinkGroup | None = None,
     ) -> None:
+        self._group = group
         self._found = found
         self._workers = workers
         self._wire = wire
         self.memory = PlanMemory()
         self._local: dict[Subgraph, Built] = {}
+        # By id() of nodes: what this server's share computes for them, and how it adds up.
+        self._own_nodes: dict[int, list[Tensor]] = {}
+        self._own_sums: dict[int, PartSum] = {}
         self._converted: dict[int, Tensor] = {}
 
     # -- the workers
@@ -104,7 +116,7 @@ class Assembler:
                 p.number,
                 program,
                 p.built,
-                dict(zip(p.built, program.envelopes, strict=True)),
+                dict(zip(p.built, (program.envelopes[i] for i in p.first), strict=True)),
             )
             for p, program in zip(wanted, programs, strict=True)
         ]
@@ -120,11 +132,17 @@ class Assembler:
         def leaf(made: Input, ne: Dims) -> Tensor:
             return g.new_tensor(self._wire_type(made), ne, made.tensor.name)
 
-        builder = PartBuilder(number, self._found, g, weight, leaf)
+        def copy(made: Input) -> Tensor:
+            assert made.lasting is not None
+            return made.lasting.copy_of(made.tensor, number)
+
+        builder = PartBuilder(number, self._found, g, weight, leaf, copy, number == self._giver)
         try:
             built = {s: builder.build(s) for s in self._found.subgraphs if builder.takes_part(s)}
         except ShapeError as error:
             raise UnfitError(f"worker {worker.name}: {error}") from None
+        if self._found.summed:
+            return await self._prepare_linked(number, worker, built)
         kept = [t for b in built.values() for made, t in b.inputs if made.kept]
         if kept:
             await worker.place_kept(kept)
@@ -135,14 +153,48 @@ class Assembler:
             steps.append(Step(tuple(t for _, t in b.inputs), graph, tuple(t for _, t in b.outputs)))
             place_views(graph.tensors)
             _check(graph.nodes, worker)
-        return Prepared(worker, number, steps, built)
+        return Prepared(worker, number, steps, built, list(range(len(steps))))
+
+    async def _prepare_linked(
+        self, number: int, worker: Worker, built: dict[Subgraph, Built]
+    ) -> Prepared:
+        """Cut subgraphs into steps behind which parts add up, in memory that all of them share.
+
+        Raises WorkerLost, UnfitError.
+        """
+        builts = list(built.values())
+        await worker.place_lifetimes(lifetimes(builts))
+        graph = worker.backend.graph.build([t for b in builts for _, t in b.nodes])
+        place_views(graph.tensors)
+        _check(graph.nodes, worker)
+        steps: list[Step] = []
+        first: list[int] = []
+        nodes = iter(graph.nodes)
+        for b in builts:
+            first.append(len(steps))
+            inputs, given = tuple(t for _, t in b.inputs), [t for _, t in b.outputs]
+            ends = [(b.nodes[s.after][1], s.terms) for s in b.sums]
+            for end, terms in [*ends, (b.nodes[-1][1], ())]:
+                computed = _until(nodes, end)
+                there = {id(t) for t in computed}
+                outputs = tuple(t for t in given if id(t) in there)
+                # The tensors of all steps are told once.
+                tensors, uses = (graph.tensors, graph.use_counts) if not steps else ((), ())
+                steps.append(Step(inputs, Graph(computed, tensors, uses), outputs, terms))
+                inputs = ()
+        return Prepared(worker, number, steps, built, first)
+
+    @property
+    def _giver(self) -> int:
+        """The part from which comes what all of them have: this server's, or else the first."""
+        return 0 if self._own is None else self._own
 
     def _wire_type(self, made: Input) -> GgmlType:
         """Return how an input travels: what was computed may be rounded, what the client wrote
         not.
         """
         t = made.tensor
-        if made.kept or t.type is not GgmlType.F32 or t.op is Op.NONE:
+        if made.kept or made.exact or t.type is not GgmlType.F32 or t.op is Op.NONE:
             return t.type
         if self._wire is GgmlType.F32 or t.nelements < _LEAST_CONVERTED:
             return t.type
@@ -176,6 +228,7 @@ class Assembler:
 
     def _sends(self, p: Programmed, subgraph: Subgraph) -> Iterator[Send | Tensor]:
         envelope, inputs = p.envelopes[subgraph], p.built[subgraph].inputs
+        sums = len(p.built[subgraph].sums)
         for i, (made, t) in enumerate(inputs):
             source = made.tensor
             if t.type is not source.type:
@@ -188,6 +241,8 @@ class Assembler:
             send = _send(p.worker, source, made.shard, p.number)
             send.prefix, send.suffix = envelope.prefixes[i], envelope.suffix if last else b""
             send.completes = last
+            # Each sum waits for all parts, unless this server has waited for them there.
+            send.patience = 1 + sums if self._group is None else 1
             yield send
 
     def _convert(self, x: Tensor, wire: GgmlType) -> Tensor:
@@ -199,22 +254,27 @@ class Assembler:
         self, node: Tensor, subgraph: Subgraph, programs: Sequence[Programmed]
     ) -> Iterator[Tensor | Transfer]:
         """Yield what is done where the graph has a node of a subgraph."""
-        partial = id(node) in self._found.partial
+        whole = self._found.is_whole(node)
+        partial = id(node) in self._found.partial and not whole
         summed = False
         local = self._local.get(subgraph)
         if local is not None:
-            for made, t in local.nodes:
-                if made is not node:
-                    continue
+            for t in self._own_nodes.get(id(node), ()):
                 yield t
                 summed = True
-                if any(o is node for o, _ in local.outputs) and not _at_home(t, node):
+                own = self._own_sums.get(id(node))
+                if own is not None and own.terms[self._group_number] is t:
+                    yield self._swap(own)
+                is_output = not whole and any(o is node for o, _ in local.outputs)
+                if is_output and not _at_home(t, node):
                     yield self._copy_home(node, t)
         for p in programs:
             if subgraph not in p.built or not any(o is node for o, _ in p.built[subgraph].outputs):
                 continue
             head = p.envelopes[subgraph].head
-            if not partial:
+            if whole:
+                yield Receive(p.worker.peer, node, node.address, node.nbytes, 1, node.nbytes, head)
+            elif not partial:
                 shard = self._found.shards[id(node)]
                 yield _receive(p.worker, node, shard, p.number, head)
             elif not summed:
@@ -222,6 +282,18 @@ class Assembler:
                 summed = True
             else:
                 yield from self._add(p.worker, node, head)
+
+    @property
+    def _group_number(self) -> int:
+        assert self._group is not None
+        return self._group.number
+
+    def _swap(self, own: PartSum) -> Swap:
+        """Exchange this server's term of a sum for those of the others."""
+        assert self._group is not None
+        number = self._group.number
+        received = {i: t for i, t in enumerate(own.terms) if i != number}
+        return Swap(self._group.peers, own.terms[number], received)
 
     def _add(self, worker: Worker, node: Tensor, head: int) -> Iterator[Tensor | Transfer]:
         """Add a part's sum to what is in the node's memory."""
@@ -269,22 +341,33 @@ class Assembler:
             address = t.address if made.shard is None else _slice_address(t, made.shard, own)
             return _put(view, address)
 
-        builder = PartBuilder(own, self._found, g, weight, leaf)
+        def copy(made: Input) -> Tensor:
+            return leaf(made, made.tensor.ne)
+
+        builder = PartBuilder(own, self._found, g, weight, leaf, copy, own == self._giver)
         places: list[tuple[Tensor, int]] = []
         size = 0
         for subgraph in self._found.subgraphs:
             if not builder.takes_part(subgraph):
                 continue
             built = self._local[subgraph] = builder.build(subgraph)
+            self._note_own(built)
+            totals = {id(s.total): s.node for s in built.sums}
             at = 0
             outputs = {id(t): node for node, t in built.outputs}
             read = [s for _, t in built.nodes for s in t.src if s is not None]
             used = {id(s if s.view_src is None else s.view_src) for s in read}
-            for _, t in built.nodes:
+            for made, t in built.nodes:
                 if t.view_src is not None:
                     continue
                 node = outputs.get(id(t))
-                if node is not None and id(node) in self._found.partial:
+                whole = totals.get(id(t))
+                if whole is None and made is not None and id(made) in self._found.everywhere:
+                    whole = made
+                if whole is not None:
+                    # What the graph computes here after it finds it where it has it.
+                    _put(t, whole.address)
+                elif node is not None and id(node) in self._found.partial:
                     _put(t, node.address)
                 elif node is not None and node.op in _STRIDED and id(t) not in used:
                     t.nb = node.nb
@@ -293,10 +376,42 @@ class Assembler:
                     places.append((t, at))
                     at += -(-t.nbytes // _ALIGN) * _ALIGN
             size = max(size, at)
+        if self._found.summed:
+            places, size = _by_lifetime(self._local, {id(t) for t, _ in places})
         base = self.memory.take(size)
         for t, at in places:
             _put(t, base + at)
         place_views(g.build([t for b in self._local.values() for _, t in b.nodes]).tensors)
+
+    def _note_own(self, built: Built) -> None:
+        """Note what this server's share computes where the graph has its nodes."""
+        self._own_sums |= {id(s.node): s for s in built.sums}
+        current: list[Tensor] = []
+        for node, t in built.nodes:
+            if node is not None:
+                current = self._own_nodes.setdefault(id(node), [])
+            current.append(t)
+
+
+def _by_lifetime(
+    local: Mapping[Subgraph, Built], wanted: set[int]
+) -> tuple[list[tuple[Tensor, int]], int]:
+    """Places for those ``wanted`` by id() and for what comes from others, and their size."""
+    terms = {id(t) for b in local.values() for s in b.sums for t in s.terms if t.op is Op.NONE}
+    found = [(t, life) for t, life in lifetimes(local.values()) if id(t) in wanted | terms]
+    offsets, size = place_lifetimes([life for _, life in found])
+    return [(t, at) for (t, _), at in zip(found, offsets, strict=True)], size
+
+
+def _until(nodes: Iterator[Tensor], end: Tensor) -> tuple[Tensor, ...]:
+    """Take nodes up to ``end``; none where that was taken already."""
+    taken: list[Tensor] = []
+    while not taken or taken[-1] is not end:
+        node = next(nodes, None)
+        if node is None:
+            break
+        taken.append(node)
+    return tuple(taken)
 
 
 # Ops whose results may have any stride between rows.

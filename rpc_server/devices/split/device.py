@@ -20,13 +20,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from client.split.balance import Speed, shares_by_time
 from protocol.dialects import Dialect
+from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
 from protocol.tensor import Tensor
 from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
-from rpc_server.devices.cpu.kernels.interface.stream import BYTES_SENT, StreamPeer
+from rpc_server.devices.cpu.kernels.interface.stream import (
+    BYTES_SENT,
+    SILENT,
+    STATUS_TEXT,
+    StreamPeer,
+)
 from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.devices.cpu.streaming.transfer import Transfer
 from rpc_server.devices.cpu.turns import DeviceShare
@@ -35,6 +41,7 @@ from rpc_server.devices.split.assemble import Assembler, Programmed
 from rpc_server.devices.split.disks import Disks
 from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.identity import conflict, same_server
+from rpc_server.devices.split.links import Linked, Links
 from rpc_server.devices.split.measure import measure_parts
 from rpc_server.devices.split.room import HomeMemory, Room, usable
 from rpc_server.devices.split.sharded import ShardedWeight
@@ -68,6 +75,7 @@ from rpc_server.ops.table import ContractError
 if TYPE_CHECKING:
     from rpc_server.cache.store import TensorCache
     from rpc_server.devices.cpu.plan import CpuPlan
+    from rpc_server.devices.planning.group import LinkGroup
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +109,8 @@ class SplitOptions:
     wire: GgmlType = GgmlType.F32
     by_columns: bool = False
     timeout: float = 30.0
+    # Whether parts add up sums among themselves where they can.
+    linked: bool = True
     tls: Mapping[tuple[str, int], Tls] = field(default_factory=dict)
     # This server's own, which none of the parts may have.
     identity: int = 0
@@ -117,6 +127,8 @@ class Exchanging:
     programs: list[Programmed]
     tokens: int = 0
     indices: Sequence[Indices] = ()
+    # The links by which parts add up among themselves, if they do.
+    linked: Linked | None = None
 
     def check_indices(self) -> None:
         """Raise GraphError for an index that no row has: a worker would hang up, or worse."""
@@ -179,7 +191,7 @@ class SplitPlan:
             return
         plan.check_indices()
         started = time.perf_counter()
-        with self._device.lent(plan.programs, self._share, lambda: self._stopped):
+        with self._device.lent(plan.programs, self._share, lambda: self._stopped, plan.linked):
             plan.inner.run()
         self._device.count(time.perf_counter() - started, plan.tokens)
 
@@ -201,11 +213,17 @@ class SplitQueue:
             return self._device.plan(self._cpu, nodes, dialect, list(storages.values()))
 
     def program(
-        self, payload: ProgramPayload, dialect: Dialect, resolve: Resolve, peer: StreamPeer
+        self,
+        payload: ProgramPayload,
+        dialect: Dialect,
+        resolve: Resolve,
+        peer: StreamPeer,
+        group: LinkGroup | None = None,
     ) -> SplitPlan:
         """Return a program of the split extension; its products go on to the workers."""
         storages: dict[int, SplitStorage] = {}
         with self._cpu.share.aside():
+            # No group is joined for this device: a program with swaps is refused.
             items = program_items(payload, dialect, watching(resolve, SplitStorage, storages), peer)
             return self._device.plan(self._cpu, items, dialect, list(storages.values()))
 
@@ -233,6 +251,7 @@ class SplitDevice:
     alignment = CpuDevice.alignment
     max_size = CpuDevice.max_size
     runs_programs = True
+    no_swaps = "it splits over others itself"
     # A worker that is lost may come back.
     lost = ""
 
@@ -254,6 +273,7 @@ class SplitDevice:
         self._keeper: asyncio.Task[None] | None = None
         self._slices: Slices | None = None
         self._disks = Disks()
+        self._links = Links(options.timeout)
         # By worker, why it keeps no slices, as far as the log has said so.
         self._keeps_not: dict[str, str] = {}
         # One graph has the workers' sockets at a time.
@@ -503,6 +523,8 @@ class SplitDevice:
                     start = item.address - storage.address
                     if start >= 0 and start + item.nbytes <= storage.size:
                         storage.claim(start, item.nbytes)
+                        if item.op not in VIEWS:
+                            storage.computes(start, item.nbytes)
         make = functools.partial(self._exchanging, cpu, items, dialect, storages)
         return SplitPlan(self, cpu.share, make, storages)
 
@@ -514,6 +536,12 @@ class SplitDevice:
         storages: Sequence[SplitStorage],
     ) -> Exchanging:
         if self._options.by_columns:
+            parts = next((s.workers for s in storages if s.weights), ())
+            if self._options.linked and self._links.may_be(parts):
+                try:
+                    return self._exchange(cpu, items, dialect, storages, chain=True, linked=True)
+                except UnfitError as error:
+                    log.warning("%s: sums of this graph go through this server", error)
             try:
                 return self._exchange(cpu, items, dialect, storages, chain=True)
             except UnfitError as error:
@@ -528,9 +556,16 @@ class SplitDevice:
         storages: Sequence[SplitStorage],
         *,
         chain: bool,
+        linked: bool = False,
     ) -> Exchanging:
         """Raises UnfitError where a part can't do its share; its clients don't notice."""
-        found = self._found(cpu.share, items, dialect, storages, chain)
+        found = self._found(cpu.share, items, dialect, storages, chain, linked)
+        links = None
+        if found.summed:
+            workers = next(s.workers for s in storages if s.weights)
+            links = self._on_loop(cpu.share, self._links.between(workers))
+            if links is None:
+                return self._exchange(cpu, items, dialect, storages, chain=chain)
         # What isn't weights was given out as address space, which may be more than there is.
         here = sum(s.bytes_here + s.bytes_unknown for s in storages)
         if here > self._memory.believed:
@@ -545,12 +580,18 @@ class SplitDevice:
         if not found.subgraphs:
             return Exchanging(cpu.plan_items(items, dialect), [])
         # The weights know them: a link that was lost since may have been replaced here already.
+        workers = next(s.workers for s in storages if s.weights)
         assembler = Assembler(
-            found, next(s.workers for s in storages if s.weights), self._options.wire
+            found, workers, self._options.wire, None if links is None else links.group
         )
         try:
+            for storage, leaves in _by_storage(found.lasting):
+                self._on_loop(cpu.share, storage.copy_out(leaves))
             programs = self._on_loop(cpu.share, assembler.program())
         except NoRoom as error:
+            if links is not None:
+                log.warning("%s: sums of this graph go through this server", error)
+                return self._exchange(cpu, items, dialect, storages, chain=chain)
             # Better slowly here than not at all.
             log.warning("%s: this machine does it all", error)
             self._use_here(cpu.share, found, storages)
@@ -560,7 +601,7 @@ class SplitDevice:
         # Records hold addresses of what these own.
         inner.keep = (made, assembler)
         tokens = max(s.nodes[0].ne[1] for s in found.subgraphs)
-        return Exchanging(inner, programs, tokens, indices_of(found))
+        return Exchanging(inner, programs, tokens, indices_of(found), links)
 
     def _use_here(
         self, share: DeviceShare, found: Partitioning, storages: Sequence[SplitStorage]
@@ -583,6 +624,7 @@ class SplitDevice:
         dialect: Dialect,
         storages: Sequence[SplitStorage],
         chain: bool,
+        linked: bool,
     ) -> Partitioning:
         """The subgraphs; split tensors are moved as the graph wants them."""
         # Caches that would be cut: whether the graph can do with that shows when it is tried.
@@ -593,6 +635,7 @@ class SplitDevice:
                 WeightIndex(storages, tried.values()),
                 chain=chain,
                 counted=dialect.version >= COUNTED_FROM,
+                linked=linked,
             )
             for storage, weight in found.written:
                 if tried.pop(weight.address, None) is not None:
@@ -633,8 +676,9 @@ class SplitDevice:
         programs: Sequence[Programmed],
         share: DeviceShare,
         stopped: Callable[[], bool] = lambda: False,
+        linked: Linked | None = None,
     ) -> Iterator[None]:
-        """Lend the workers' sockets to the calling thread meanwhile.
+        """Lend the workers' sockets to the calling thread meanwhile, and ``linked`` ones.
 
         Graphs of other clients that need them, and other coordinators, are waited for until
         ``stopped`` says otherwise; those that don't have the device meanwhile. What fails before a
@@ -642,28 +686,45 @@ class SplitDevice:
         """
         streams = [p.worker.peer.stream for p in programs]
         lent = False
+        group = None if linked is None else linked.group
+        watching: asyncio.Task[None] | None = None
+        # What parts have said of why they fail.
+        reports: dict[Worker, str] = {}
 
         async def lend() -> None:
-            nonlocal lent
+            nonlocal lent, watching
             await self._lending.acquire()
             lent = True
             await self._holding.begin([p.worker for p in programs])
             for p in programs:
                 await p.worker.lend(p.program)
+            if group is not None:
+                try:
+                    group.begin()
+                except LookupError as error:
+                    raise WorkerLost(str(error)) from None
+            if linked is not None:
+                watching = asyncio.ensure_future(_watch(programs, reports, self._options.timeout))
 
-        def give_back() -> None:
+        def give_back(*, failed: bool = False) -> None:
             if not lent:
                 return
+            if watching is not None:
+                watching.cancel()
+            if group is not None:
+                group.end(failed=failed)
             for p in programs:
                 p.worker.take_back()
             self._holding.end()
             self._lending.release()
 
         def hang_up(reason: str) -> None:
+            begun = False
             for p, stream, before in zip(programs, streams, sent, strict=True):
                 if stream.count(BYTES_SENT) != before:
                     p.worker.abort(reason)
-            give_back()
+                    begun = True
+            give_back(failed=begun)
 
         sent = [stream.count(BYTES_SENT) for stream in streams]
         future = asyncio.run_coroutine_threadsafe(lend(), self._loop)
@@ -678,7 +739,15 @@ class SplitDevice:
             yield
         except BaseException as error:
             # In the middle of an exchange nobody can say what the next bytes belong to.
-            self._loop.call_soon_threadsafe(hang_up, f"given up after: {error}")
+            text = str(error)
+            if linked is not None and isinstance(error, GraphError):
+                # Where others failed first, the one that was waited for is not to blame.
+                first = f"{text}; " if not reports else ""
+                told = _told(programs, reports, text)
+                text = f"{first}{told}" if told else text
+            self._loop.call_soon_threadsafe(hang_up, f"given up after: {text}")
+            if text != str(error):
+                raise GraphError(text) from None
             raise
         self._loop.call_soon_threadsafe(give_back)
 
@@ -746,9 +815,59 @@ class SplitDevice:
         """Hang up on all workers; they free what is theirs."""
         if self._keeper is not None:
             self._loop.call_soon_threadsafe(self._keeper.cancel)
+        self._loop.call_soon_threadsafe(self._links.close)
         for worker in self.workers:
             self._loop.call_soon_threadsafe(worker.close)
         self._cpu.close()
+
+
+def _by_storage(
+    lasting: Sequence[tuple[SplitStorage, Tensor]],
+) -> list[tuple[SplitStorage, list[Tensor]]]:
+    found: dict[int, tuple[SplitStorage, list[Tensor]]] = {}
+    for storage, leaf in lasting:
+        found.setdefault(id(storage), (storage, []))[1].append(leaf)
+    return list(found.values())
+
+
+async def _watch(
+    programs: Sequence[Programmed], reports: dict[Worker, str], timeout: float
+) -> None:
+    """Look at parts that add up among themselves, until one fails; then end the run.
+
+    The plan waits for one of them at a time: it would wait long for one that waits for another. And
+    where another has given what comes behind the last sum, a part has no more to wait for: it may
+    take ``timeout`` seconds from then on.
+    """
+    given_since: dict[Worker, float] = {}
+    while True:
+        await asyncio.sleep(_LOOK_SECONDS)
+        now = time.monotonic()
+        for p in programs:
+            report, following = p.worker.report(), p.worker.next_byte
+            if report or following == b"":
+                reports[p.worker] = report
+            if following:
+                given_since.setdefault(p.worker, now)
+            else:
+                given_since.pop(p.worker, None)
+        if any(now - since > timeout for since in given_since.values()):
+            for p in programs:
+                if p.worker not in given_since and p.worker.peer.stream.awaited > timeout:
+                    reports[p.worker] = STATUS_TEXT[SILENT]
+        if reports:
+            for p in programs:
+                p.worker.interrupt()
+            return
+
+
+def _told(programs: Sequence[Programmed], reports: dict[Worker, str], error: str) -> str:
+    """Return what parts say of why they fail, '' if none does."""
+    for p in programs:
+        report = p.worker.report(error)
+        if report:
+            reports[p.worker] = report
+    return "; ".join(f"worker {w.name}: {report}" for w, report in reports.items() if report)
 
 
 def _result(future: concurrent.futures.Future[None], stopped: Callable[[], bool]) -> None:

@@ -7,6 +7,9 @@ summed here. What other nodes read of a subgraph is gathered.
 
 With rows alone every product is its own end: q, k and v share a subgraph, so do gate and up. In
 tensor mode a subgraph is a whole feed-forward or attention block, and a layer has two of them.
+Where the parts are *linked* they add up sums by themselves, and what lies between two blocks
+(residuals, norms) is computed by all of them alike: it is *everywhere*. A subgraph then goes on for
+as long as nothing has to be computed here, and what is everywhere is still there in later ones.
 
 Results are taken off the stream where the graph has their nodes, so that what lies between runs
 while the parts compute, and no memory is needed for results that wait.
@@ -25,7 +28,7 @@ from rpc_server.devices.cpu.streaming.transfer import Receive, Send, Transfer
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.views import CutView, cut_view
 from rpc_server.devices.split.weights import SplitStorage
-from rpc_server.ops.shards import Propagated, Shard, Slice
+from rpc_server.ops.shards import REPEATED, Propagated, Shard, Slice
 from rpc_server.ops.table import OPS, propagate
 
 _PRODUCTS = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
@@ -35,12 +38,16 @@ _PRODUCTS = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID})
 class Input:
     """A whole tensor that the parts need, cut as ``shard`` or not at all.
 
-    ``kept`` if later subgraphs need it too: it is sent once in a run.
+    ``kept`` if later subgraphs need it too: it is sent once in a run. An ``exact`` one is not
+    rounded on its way. One that has ``lasting`` is not sent at all: parts have copies of what lies
+    in that storage.
     """
 
     tensor: Tensor
     shard: Shard | None
     kept: bool = False
+    exact: bool = False
+    lasting: SplitStorage | None = None
 
     @property
     def key(self) -> tuple[int, Shard | None]:
@@ -61,6 +68,9 @@ class Subgraph:
 class Partitioning:
     """``shards`` by id() of the tensors that are cut; a node that is among ``partial`` is a sum.
 
+    The parts add up those among ``summed`` themselves; these, and nodes that are ``everywhere``,
+    are whole on all parts.
+
     ``views`` are those of tensors that are cut, by id() too, and nodes that work in a part of one.
     ``weights`` are the split tensors by the id() of what uses them: the node of a product, of a
     SET_ROWS into a cache, the leaf of a cache. ``whole`` are weights that some node reads here.
@@ -76,6 +86,23 @@ class Partitioning:
     whole: list[tuple[SplitStorage, ShardedWeight]]
     written: list[tuple[SplitStorage, ShardedWeight]]
     caches: list[tuple[SplitStorage, Tensor, Shard]]
+    everywhere: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)
+
+    def is_whole(self, node: Tensor) -> bool:
+        """Return whether all parts have all of a node, as soon as it is computed."""
+        return id(node) in self.everywhere or id(node) in self.summed
+
+    @property
+    def lasting(self) -> list[tuple[SplitStorage, Tensor]]:
+        """Return the tensors that parts need copies of, each once."""
+        found = {
+            id(i.tensor): (i.lasting, i.tensor)
+            for s in self.subgraphs
+            for i in s.inputs.values()
+            if i.lasting is not None
+        }
+        return list(found.values())
 
 
 class WeightIndex:
@@ -116,6 +143,13 @@ class WeightIndex:
             i -= 1
         return found
 
+    def lasting(self, t: Tensor) -> SplitStorage | None:
+        """Return the storage of a leaf that parts may have lasting copies of."""
+        if t.op is not Op.NONE or t.view_src is not None:
+            return None
+        storage = self.storage(t)
+        return storage if storage is not None and storage.may_copy(t) else None
+
     def storage(self, t: Tensor) -> SplitStorage | None:
         """Return the storage that holds all of ``t``."""
         for s in self._storages:
@@ -137,6 +171,7 @@ class Indices:
 _INDICES: dict[Op, tuple[int, Callable[[Tensor], int]]] = {
     Op.SET_ROWS: (1, lambda node: node.ne[1]),
     Op.MUL_MAT_ID: (2, lambda node: 0 if node.src[0] is None else node.src[0].ne[2]),
+    Op.GET_ROWS: (1, lambda node: 0 if node.src[0] is None else node.src[0].ne[1]),
 }
 
 
@@ -160,13 +195,15 @@ def find_subgraphs(
     *,
     chain: bool,
     counted: bool,
+    linked: bool = False,
 ) -> Partitioning:
     """Find the subgraphs of a graph.
 
     ``chain``: let the parts go on by themselves (tensor mode). ``counted``: tensors carry their
     use_count, without which nobody knows whether something outside this graph reads one.
+    ``linked``: parts may add up sums among themselves.
     """
-    finder = _Partitioner(items, index, chain, counted)
+    finder = _Partitioner(items, index, chain, counted, chain and counted and linked)
     for position, item in enumerate(items):
         finder.take(position, item)
     finder.finish()
@@ -175,9 +212,19 @@ def find_subgraphs(
 
 class _Partitioner:
     def __init__(
-        self, items: Sequence[Tensor | Transfer], index: WeightIndex, chain: bool, counted: bool
+        self,
+        items: Sequence[Tensor | Transfer],
+        index: WeightIndex,
+        chain: bool,
+        counted: bool,
+        linked: bool,
     ) -> None:
         self._index = index
+        self._linked = linked
+        # Of nodes of subgraphs, the inputs that each of them needs.
+        self._needs: dict[int, list[tuple[int, Shard | None]]] = {}
+        # All inputs, once they are known.
+        self._sent: set[int] = set()
         self._chain = chain
         self._counted = counted
         self.found = Partitioning([], {}, {}, set(), {}, [], [], [])
@@ -236,7 +283,11 @@ class _Partitioner:
         if split.axis == 0 and self._chain and self._shard(x) == cut:
             # The parts have their columns' activations already.
             needs = [Slice(i) for i in (2,) if node.src[i] is not None]
-            return self._join(node, Propagated(cut, tuple(needs)), split, partial=True)
+            return self._join(node, cut, needs, split, partial=True)
+        if split.axis == 1 and self._current is not None and self._is_everywhere(x):
+            needs = [Slice(i) for i in (1, 2) if node.src[i] is not None]
+            if self._join(node, cut, needs, split):
+                return True
         usable = all(
             s.contiguous_rows and not s.empty and not self._is_split(s)
             for s in node.src[1:3]
@@ -254,7 +305,7 @@ class _Partitioner:
         if first is None or not keys <= first.inputs.keys():
             self._current = Subgraph(opened_at=self._position)
             self.found.subgraphs.append(self._current)
-        if self._join(node, carried, split, partial=split.axis == 0):
+        if self._join(node, carried.shard, carried.needs, split, partial=split.axis == 0):
             return True
         if self._current is not None and not self._current.nodes:
             self.found.subgraphs.pop()
@@ -271,9 +322,32 @@ class _Partitioner:
             return False
         shards = [self._shard(s) for s in node.src]
         if all(s is None for s in shards):
-            return False
+            return self._repeat(node)
         carried = propagate(node, shards)
-        return carried is not None and self._join(node, carried)
+        return carried is not None and self._join(node, carried.shard, carried.needs)
+
+    def _repeat(self, node: Tensor) -> bool:
+        """Let all parts compute a node of whole tensors alike, if they have one of these."""
+        there = [s is not None and self._is_everywhere(s) for s in node.src]
+        if node.op not in REPEATED or not any(there) or not node.contiguous:
+            return False
+        needs = [Slice(i) for i, s in enumerate(node.src) if s is not None and not there[i]]
+        return self._join(node, None, needs)
+
+    def _is_everywhere(self, t: Tensor) -> bool:
+        """Return whether all parts have all of ``t``, or may have."""
+        root = _root(t)
+        if root is None or (root is not t and not root.contiguous):
+            return False
+        summed = id(root) in self.found.partial and self._can_be_summed(root)
+        if not (summed or id(root) in self.found.everywhere):
+            return False
+        return self._changed.get(id(root), -1) < self._computed[id(root)]
+
+    def _can_be_summed(self, partial: Tensor) -> bool:
+        """Return whether all parts have a term of a sum, and may add these up."""
+        cuts = self.found.weights[id(partial)].cuts
+        return self._linked and len(cuts) > 1 and all(len(rows) for rows in cuts)
 
     def _store(self, node: Tensor) -> bool:
         """SET_ROWS into a tensor that is cut, or can be: the KV cache."""
@@ -287,7 +361,7 @@ class _Partitioner:
             if view is None or view.shard != shard:
                 return False
             self.found.views[id(node)] = view
-            return self._join(node, Propagated(shard, (Slice(1),)), split)
+            return self._join(node, shard, (Slice(1),), split)
         storage = self._index.storage(target)
         if storage is None or not storage.may_cut(target) or not self._cut_alike(target, node):
             return False
@@ -312,9 +386,9 @@ class _Partitioner:
         if root is None:
             return None
         if self._in_current(root):
-            # A sum is whole only here.
+            # A sum is whole, here or everywhere.
             if id(root) not in self.found.partial:
-                shard = self.found.shards[id(root)]
+                shard = self.found.shards.get(id(root))
         elif self._cut_leaf(root) is not None:
             shard = self.found.shards[id(root)]
         if shard is None or t is root:
@@ -350,31 +424,48 @@ class _Partitioner:
     def _join(
         self,
         node: Tensor,
-        carried: Propagated,
+        shard: Shard | None,
+        needs: Sequence[Slice],
         split: ShardedWeight | None = None,
         *,
         partial: bool = False,
     ) -> bool:
-        """Make ``node`` part of the current subgraph, if what it needs was there at its start."""
+        """Make ``node`` part of the current subgraph, if what it needs was there at its start.
+
+        Its result is cut as ``shard``, or everywhere.
+        """
         subgraph = self._current
         assert subgraph is not None
         fresh: list[Input] = []
-        for need in carried.needs:
+        keys: list[tuple[int, Shard | None]] = []
+        for need in needs:
             t = node.src[need.source]
             assert t is not None
+            if need.shard is None and self._is_everywhere(t):
+                continue
             made = Input(t, need.shard)
+            keys.append(made.key)
             if made.key in subgraph.inputs:
                 continue
             if not t.contiguous_rows or t.empty or self._available(t) >= subgraph.opened_at:
                 return False
             if self._is_split(t):
                 return False
+            if self._linked and need.shard is None and node.op not in _PRODUCTS:
+                made.lasting = self._index.lasting(t)
             fresh.append(made)
         for made in fresh:
             subgraph.inputs[made.key] = made
         subgraph.nodes.append(node)
         self._subgraph_of[id(node)] = subgraph
-        self.found.shards[id(node)] = carried.shard
+        self._needs[id(node)] = keys
+        if shard is not None:
+            self.found.shards[id(node)] = shard
+        else:
+            self.found.everywhere.add(id(node))
+            for key in keys:
+                # Or it would differ from part to part.
+                subgraph.inputs[key].exact = True
         if partial:
             self.found.partial.add(id(node))
         if split is not None:
@@ -429,32 +520,64 @@ class _Partitioner:
     def finish(self) -> None:
         """Say what comes back, what is sent once, and what stands in the way."""
         found = self.found
+        if self._linked:
+            self._keep_needed()
+            sums = [t for s in found.subgraphs for t in s.nodes if id(t) in found.partial]
+            found.summed = {
+                id(t) for t in sums if self._can_be_summed(t) and self._is_used_on_parts(t)
+            }
+            self._sent = {id(i.tensor) for s in found.subgraphs for i in s.inputs.values()}
         seen: dict[tuple[int, Shard | None], tuple[Input, int]] = {}
         for subgraph in found.subgraphs:
             subgraph.outputs = [
-                t for t in subgraph.nodes if id(t) in found.partial or self._is_read(t)
+                t
+                for t in subgraph.nodes
+                if id(t) in found.partial - found.summed or self._is_read(t)
             ]
             for key, made in subgraph.inputs.items():
                 root = made.tensor if made.tensor.view_src is None else made.tensor.view_src
+                if id(root) in self._changed:
+                    made.lasting = None
                 first, sent_at = seen.get(key, (made, -1))
                 # What was changed before it was sent first will do for all.
                 if first is not made and self._changed.get(id(root), -1) < sent_at:
                     first.kept = True
+                    first.exact |= made.exact
                     subgraph.inputs[key] = first
                 else:
                     seen[key] = (made, subgraph.opened_at)
         found.whole = list(self._whole.values())
         found.written = list(self._written.values())
 
+    def _keep_needed(self) -> None:
+        """Take out what is everywhere and nothing on the parts reads: it is computed here."""
+        found = self.found
+        for subgraph in reversed(found.subgraphs):
+            for t in reversed(subgraph.nodes):
+                if id(t) in found.everywhere and not self._is_used_on_parts(t):
+                    found.everywhere.remove(id(t))
+                    del self._subgraph_of[id(t)]
+            subgraph.nodes = [t for t in subgraph.nodes if id(t) in self._subgraph_of]
+            needed = {key for t in subgraph.nodes for key in self._needs[id(t)]}
+            subgraph.inputs = {k: i for k, i in subgraph.inputs.items() if k in needed}
+
+    def _is_used_on_parts(self, t: Tensor) -> bool:
+        return any(
+            self._is_used_on_parts(user) if user.op in VIEWS else id(user) in self._subgraph_of
+            for user in self._users.get(id(t), [])
+        )
+
     def _is_read(self, t: Tensor) -> bool:
         """Return whether something beside the parts reads a chained tensor."""
         if t.op is Op.SET_ROWS:
             return False
-        return not self._counted or self._is_read_beside(t, self._subgraph_of[id(t)])
+        home = None if self.found.is_whole(t) else self._subgraph_of[id(t)]
+        return not self._counted or self._is_read_beside(t, home)
 
-    def _is_read_beside(self, t: Tensor, home: Subgraph) -> bool:
-        """Return whether something beside the parts in ``home`` reads ``t``, a result there or a
-        view.
+    def _is_read_beside(self, t: Tensor, home: Subgraph | None) -> bool:
+        """Return whether something beside the parts reads ``t``, a result there or a view.
+
+        ``home`` is the one subgraph that has it; None: all have.
         """
         users = self._users.get(id(t), [])
         if t.flags & TensorFlag.OUTPUT or t.use_count != len(users) or not users:
@@ -463,8 +586,10 @@ class _Partitioner:
             if user.op in VIEWS:
                 if self._is_read_beside(user, home):
                     return True
-            elif self._subgraph_of.get(id(user)) is not home:
+            elif (where := self._subgraph_of.get(id(user))) is None or home not in (None, where):
                 return True
+        if home is None:
+            return id(t) in self._sent
         return any(i.tensor is t for i in home.inputs.values())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from client.backend import BackendBuffer
 from client.split.partition import Extent, Rows, partition
 from protocol.ggml.hashing import FNV_OFFSET
 from protocol.ggml.ops import Op
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # Memory of this machine is counted in pieces of so many bytes.
 _CLAIM = 1 << 20
+# Larger tensors are sent when they are needed.
+_MOST_COPIED = 4 << 20
 
 
 _compiled_hash = functools.cache(compiled_hash)
@@ -115,6 +118,15 @@ class SplitUpload:
             await self.keeping.finish()
 
 
+@dataclass(slots=True)
+class _Copies:
+    """Small tensors that one worker has copies of, in ``buffers``, in the order of allocation."""
+
+    worker: Worker
+    tensors: list[Tensor]
+    buffers: list[BackendBuffer]
+
+
 class SplitStorage(HostStorage):
     """A buffer of a split device.
 
@@ -163,6 +175,13 @@ class SplitStorage(HostStorage):
         self.disks = Disks()
         # What weights were offered as that the client is about to send, by their places.
         self._offered: dict[int, OfferedWeight] = {}
+        # By where they lie, sizes of small tensors that the workers have copies of, and these by
+        # part; what is written again and again is not copied.
+        self._copied: dict[int, tuple[int, list[Tensor | None]]] = {}
+        self._copies: list[_Copies] = []
+        self._unsteady: set[int] = set()
+        # Whether graphs write here at all.
+        self._computed = False
 
     @property
     def hash(self) -> Callable[..., int]:
@@ -195,6 +214,7 @@ class SplitStorage(HostStorage):
     def place(self, offset: int, size: int) -> memoryview:
         """Do what HostStorage says. Raises NoRoom."""
         self.claim(offset, size)
+        self._outdate(offset, size)
         return super().place(offset, size)
 
     def claim(self, start: int, size: int) -> None:
@@ -213,6 +233,7 @@ class SplitStorage(HostStorage):
         self._claimed[first:end] = b"\1" * (end - first)
 
     def discard(self, offset: int, size: int) -> None:
+        self._outdate(offset, size)
         super().discard(offset, size)
         first, end = -(-offset // _CLAIM), (offset + size) // _CLAIM
         if self._claimed and first < end:
@@ -366,6 +387,7 @@ class SplitStorage(HostStorage):
         else:
             # What is dropped and written again takes memory again.
             self.discard(offset, size)
+        self._outdate(offset, size)
         super().fill(offset, size, value)
 
     async def gather_to_host(self, weights: Sequence[ShardedWeight]) -> None:
@@ -454,6 +476,61 @@ class SplitStorage(HostStorage):
         self._weights[start] = weight
         self.changes += 1
 
+    # -- copies
+
+    def computes(self, start: int, size: int) -> None:
+        """Take note that a graph writes these bytes: nothing here is copied from now on."""
+        self._computed = True
+        self._outdate(start, size)
+
+    def may_copy(self, t: Tensor) -> bool:
+        """Return whether parts may have copies of a leaf, as it hardly changes: a model's norms."""
+        start = t.address - self.address
+        return (
+            not self._computed
+            and t.contiguous
+            and t.nbytes <= _MOST_COPIED
+            and start not in self._unsteady
+            and any(not w.is_cache for w in self._weights.values())
+        )
+
+    def copy_of(self, t: Tensor, part: int) -> Tensor:
+        """Return a worker's copy of a leaf that was copied by :meth:`copy_out`."""
+        found = self._copied[t.address - self.address][1][part]
+        assert found is not None
+        return found
+
+    async def copy_out(self, leaves: Sequence[Tensor]) -> None:
+        """Give workers copies of those leaves that they have none of. Raises WorkerLost, NoRoom."""
+        new = [t for t in leaves if t.address - self.address not in self._copied]
+        if not new:
+            return
+        content = [bytes(self.view(t.address - self.address, t.nbytes)) for t in new]
+
+        async def copies(worker: Worker | None) -> list[Tensor | None]:
+            if worker is None:
+                return [None] * len(new)
+            worker.require()
+            g = worker.backend.graph
+            made = [g.new_tensor(t.type, t.ne, t.name) for t in new]
+            buffers = await worker.place_copies(made)
+            self._copies.append(_Copies(worker, made, buffers))
+            for t, data in zip(made, content, strict=True):
+                await worker.write(t, memoryview(data), 0)
+            return list(made)
+
+        parts = await asyncio.gather(*map(copies, self.workers))
+        for i, t in enumerate(new):
+            self._copied[t.address - self.address] = t.nbytes, [part[i] for part in parts]
+
+    def _outdate(self, start: int, size: int) -> None:
+        """Forget copies of bytes that are about to be written: plans with them are made again."""
+        for at, (nbytes, _) in list(self._copied.items()):
+            if at < start + size and start < at + nbytes:
+                del self._copied[at]
+                self._unsteady.add(at)
+                self.changes += 1
+
     # -- reading back
 
     async def read(self, start: int, size: int) -> memoryview:
@@ -537,6 +614,7 @@ class SplitStorage(HostStorage):
         for weight in self.overlapping(dst_offset, size):
             self.forget(weight)
         self.claim(dst_offset, size)
+        self._outdate(dst_offset, size)
         super().copy_from(other, src_offset, dst_offset, size)
 
     def forget(self, weight: ShardedWeight) -> None:
@@ -558,4 +636,7 @@ class SplitStorage(HostStorage):
         self.open = False
         for weight in self.weights:
             self.forget(weight)
+        for made in self._copies:
+            self._background(made.worker.release_copies(made.tensors, made.buffers))
+        self._copies.clear()
         super().close()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +25,7 @@ from client.backend import Backend, BackendBuffer
 from client.builder.graph import GraphBuilder
 from client.connection import Connection, connect_any
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
+from client.split.lifetimes import Lifetime, place_lifetimes
 from client.split.partition import Extent
 from client.split.steps import (
     Envelope,
@@ -38,13 +41,24 @@ from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import TYPE_INFO, GgmlType
-from protocol.split import LEASES_SINCE, LOADS_SINCE, MAX_MEMBERS, MAX_PROGRAMS, split_part_fields
+from protocol.split import (
+    LEASES_SINCE,
+    LOADS_SINCE,
+    MAX_MEMBERS,
+    MAX_PROGRAMS,
+    MOST_REPORT,
+    SWAPS_SINCE,
+    decode_report,
+    split_part_fields,
+)
 from protocol.tensor import Tensor
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
     BYTES_SENT,
+    CONFUSED,
     EXCHANGES,
+    STATUS_TEXT,
     WAIT_NS,
     StreamPeer,
 )
@@ -63,6 +77,8 @@ _KEEPS_SINCE = (7, 0, 0)
 _KEPT = b"a coordinator asked whether tensors are kept here\n"
 # Longest that a worker may take to plan a graph: the first one compiles kernels.
 PREPARE_TIMEOUT = 300.0
+# Longest that a worker may take to reach the other parts, beside one exchange.
+_LINK_SECONDS = 30.0
 
 
 class UnfitError(GraphError):
@@ -111,6 +127,11 @@ class Program:
     envelopes: tuple[Envelope, ...]
     number: int | None
 
+    @property
+    def has_swaps(self) -> bool:
+        """Return whether its steps wait for other parts."""
+        return any(step.swap for step in self.steps)
+
 
 class Worker:
     """One connection to one worker. All methods run on the event loop's thread.
@@ -138,6 +159,7 @@ class Worker:
         self.keeps = False
         self._region = Region(backend)
         self._kept = Region(backend)
+        self._linked = Region(backend)
         self._programs: dict[int, Program] = {}
         self._programmed = 0
         self._timeout = timeout
@@ -276,7 +298,7 @@ class Worker:
     def close(self) -> None:
         """Hang up; a thread that the socket is lent to gets to know."""
         if self._lent:
-            shut_down(self._fd)
+            self.interrupt()
         else:
             self.abort("this server stops")
 
@@ -506,6 +528,37 @@ class Worker:
         """Give tensors memory that is theirs for a whole run; see :meth:`place_step`."""
         await self._place_in(self._kept, tensors)
 
+    async def place_lifetimes(self, wanted: Sequence[tuple[Tensor, Lifetime]]) -> None:
+        """Give tensors memory for as long as each is needed; see :meth:`place_step`."""
+        tensors = [t for t, _ in wanted]
+        try:
+            async with self._asking(self._timeout):
+                sizes = await asyncio.gather(*map(self.backend.alloc_size, tensors))
+                sized = [replace(n, size=size) for (_, n), size in zip(wanted, sizes, strict=True)]
+                offsets, size = place_lifetimes(sized)
+                await self._linked.place_at(list(zip(tensors, offsets, strict=True)), size)
+        except (AllocationFailed, ShapeError):
+            raise NoRoom(f"worker {self.name} has no room for its activations") from None
+
+    async def place_copies(self, tensors: Sequence[Tensor]) -> list[BackendBuffer]:
+        """Return memory for small tensors, together. Raises WorkerLost, NoRoom."""
+        try:
+            async with self._asking(self._timeout):
+                buffers = await self.backend.allocate(tensors)
+        except (AllocationFailed, ShapeError):
+            raise NoRoom(f"worker {self.name} has no room for {len(tensors)} norms") from None
+        self.bytes += sum(t.nbytes for t in tensors)
+        return buffers
+
+    async def release_copies(
+        self, tensors: Sequence[Tensor], buffers: Sequence[BackendBuffer]
+    ) -> None:
+        """Give back what :meth:`place_copies` got; nothing to do when the worker is lost."""
+        self.bytes -= sum(t.nbytes for t in tensors)
+        with contextlib.suppress(WorkerLost):
+            async with self._asking(self._timeout):
+                await self.backend.free(buffers, tensors)
+
     async def _place_in(self, region: Region, tensors: Sequence[Tensor]) -> None:
         try:
             async with self._asking(self._timeout):
@@ -591,6 +644,64 @@ class Worker:
         if answer.result:
             raise UnfitError(f"worker {self.name} refuses its share of the graph; its log says why")
         self._programs[program.number] = program
+
+    # -- links to the other parts
+
+    async def link(self, fields: Mapping[str, Any]) -> str:
+        """Let the worker link to other parts; return why it can't, '' if it has. See SPLIT_PEERS.
+
+        Raises WorkerLost.
+        """
+        async with self._asking(self._timeout + _LINK_SECONDS):
+            answer = await self.backend.connection.request(Command.SPLIT_PEERS, device=0, **fields)
+        if not answer.result:
+            return ""
+        return bytes(answer.reason).rstrip(b"\0").decode(errors="replace") or "it does not say why"
+
+    @property
+    def no_links(self) -> str:
+        """Return why the worker can't link to other parts, as far as is known; '' if it can."""
+        if self.backend.connection.split_version < SWAPS_SINCE:
+            return f"has no version {SWAPS_SINCE} of the split extension"
+        if self.splits:
+            return "splits over others itself"
+        return "is spoken to inside of TLS" if self._tls.context is not None else ""
+
+    @property
+    def own_address(self) -> str:
+        """The address of this machine that the worker sees."""
+        return self.backend.connection.own_address[0]
+
+    def report(self, error: str = "") -> str:
+        """Return why a program with swaps fails there, if the worker has told; while it is lent.
+
+        ``error`` is what ended the run here, if it has ended.
+        """
+        taken = b""
+        if error.startswith(self.peer.name) and error.endswith(STATUS_TEXT[CONFUSED]):
+            # The plan has read as much as an output's size.
+            taken = self.peer.staged(8)
+        flags = socket.MSG_DONTWAIT | (0 if taken else socket.MSG_PEEK)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as twin:
+            taken += twin.recv(8 + MOST_REPORT, flags)
+        return decode_report(taken)
+
+    @property
+    def next_byte(self) -> bytes | None:
+        """The next byte of a connection that is lent; none if there is none yet, or no more."""
+        flags = socket.MSG_DONTWAIT | socket.MSG_PEEK
+        try:
+            with socket.socket(fileno=os.dup(self._fd)) as twin:
+                return twin.recv(1, flags)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def interrupt(self) -> None:
+        """End a connection that is lent: whoever waits on it gets to know."""
+        if self._lent:
+            shut_down(self._fd)
 
     # -- the socket
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rpc_server.session.handlers import buffers, graphs, split, tensors
+from rpc_server.session.handlers import buffers, graphs, links, split, tensors
 from rpc_server.session.handlers.base import Handler
 
 HANDLERS: dict[int, Handler] = {
@@ -10,4 +10,5 @@ HANDLERS: dict[int, Handler] = {
     **tensors.HANDLERS,
     **graphs.HANDLERS,
     **split.HANDLERS,
+    **links.HANDLERS,
 }

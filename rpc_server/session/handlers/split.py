@@ -64,6 +64,7 @@ def _split_program(s: Session, request: Request) -> None:
         # Not on the event loop: it may take half a second.
         payload = decode_program(body)
         limits.check_graph(0, len(payload.tensors))
+        limits.check_program(size.steps, size.ids + sum(len(swap.ids) for swap in payload.swaps))
         s.programs.make(queue, index, number, payload, len(body), dialect, s.buffers)
         s.check_scratch(s.programs.find(index, number))
 
@@ -72,14 +73,15 @@ def _split_program(s: Session, request: Request) -> None:
 
 def _split_run(s: Session, request: Request) -> None:
     index = device_index(s, request)
-    plan = s.programs.find(index, request.fields.program)
+    number = request.fields.program
+    plan, group = s.programs.find(index, number), s.programs.group_of(index, number)
     if not s.writable:
         raise ProtocolError("SPLIT_RUN from a client that has not taken its answers")
     queue = s.queue(index)
     task = Job(queue)
 
     def start() -> None:
-        s.begin_stream()
+        s.begin_stream(group)
         run(s, request.command, queue, task, lambda: task.go(plan))
 
     s.with_lease(index, start)

@@ -24,7 +24,7 @@ _OVER_TWO = ("--split", "local,{worker}", "--tensor-split", "1,1")
 @fault("SPLIT_RUN runs the program that was made last, whatever its number", "program-number")
 @instead_of(Programs, "find")
 def program_number_ignored(right: Any, self: Programs, index: int, number: int) -> Any:
-    return list(self._plans.values())[-1][0]
+    return list(self._plans.values())[-1].plan
 
 
 @fault("a program outlives the buffers it uses", "program-after-free")

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from rpc_server.devices.cpu.kernels.interface.stream import (
+    AWAITED_SINCE,
     BYTES_RECEIVED,
     BYTES_SENT,
     CLOSED,
@@ -23,11 +24,17 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
     NS_PER_BYTE,
     PATIENCE_NS,
     PAUSED_AT,
+    PEER_CLOSED,
+    PEER_SILENT,
     PIECES,
     POLL,
     RENEWED,
     SILENT,
     SPIN_NS,
+    SWAP_ALARMS,
+    SWAP_GOT,
+    SWAP_PEER_WORDS,
+    SWAP_SENT,
     TIME,
     TIMEOUT_MS,
     WAIT_NS,
@@ -225,7 +232,8 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
 
     Extra words: stream | prefix address, bytes | data address, bytes of a row, rows in dimensions 1
     to 3, strides of dimensions 1 to 3 | suffix address, bytes | staging address, bytes | 1 if it
-    completes a step | address of the word by which it is told to pause.
+    completes a step | address of the word by which it is told to pause | how many times as long as
+    one exchange the answer to a step may take.
     """
     if thread != 0:
         return 0
@@ -274,7 +282,8 @@ def stream_send(rec, thread, n_threads):  # type: ignore[no-untyped-def]
     store_i64(stream + PIECES * 8, 0)
     _count(stream, EXCHANGES, extra(rec, 15))
     if extra(rec, 15) != 0 and load_i64(stream + RENEWED * 8) != 0:
-        store_i64(stream + PATIENCE_NS * 8, load_i64(stream + TIMEOUT_MS * 8) * 1_000_000)
+        patience = load_i64(stream + TIMEOUT_MS * 8) * 1_000_000 * extra(rec, 17)
+        store_i64(stream + PATIENCE_NS * 8, patience)
     return status
 
 
@@ -332,8 +341,153 @@ def stream_receive(rec, thread, n_threads):  # type: ignore[no-untyped-def]
         return 0
     stream = extra(rec, 0)
     started = _now(stream)
+    if load_i64(stream + AWAITED_SINCE * 8) == 0:
+        store_i64(stream + AWAITED_SINCE * 8, started)
     status = _receive_pieces(rec)
     _count(stream, WAIT_NS, _now(stream) - started)
     if status == 0:
+        store_i64(stream + AWAITED_SINCE * 8, 0)
         store_i64(stream + PIECES * 8, 0)
+    return status
+
+
+@helper
+def _swap_some(stream, address, size, place, expected):  # type: ignore[no-untyped-def]
+    """Send and receive what goes without waiting; the bytes that moved, -1 if the peer hung up."""
+    fd = np.int32(load_i64(stream))
+    moved = 0
+    sent = load_i64(stream + SWAP_SENT * 8)
+    if sent < size:
+        n = _send(fd, address + sent, size - sent, np.int32(_FLAGS))
+        # A failure shows when something is to come.
+        if n > 0:
+            _count(stream, SWAP_SENT, n)
+            _count(stream, BYTES_SENT, n)
+            moved += n
+    got = load_i64(stream + SWAP_GOT * 8)
+    if got < expected:
+        n = _recv(fd, place + got, expected - got, np.int32(_DONTWAIT))
+        if n == 0:
+            return -1
+        if n > 0:
+            _count(stream, SWAP_GOT, n)
+            _count(stream, BYTES_RECEIVED, n)
+            moved += n
+    since = load_i64(stream + WAITS_SINCE * 8)
+    if moved > 0:
+        _moved(stream, moved, _waited(stream, since))
+        store_i64(stream + WAITS_SINCE * 8, 0)
+        store_i64(stream + SWAP_ALARMS * 8, 0)
+        return moved
+    # What was waited while others had the device counts, as nothing has come.
+    store_i64(stream + PAUSED_AT * 8, 0)
+    if since == 0:
+        store_i64(stream + WAITS_SINCE * 8, _now(stream))
+    return 0
+
+
+@helper
+def _swap_left(stream, size, expected):  # type: ignore[no-untyped-def]
+    """The bytes that are still to go or to come."""
+    sent = load_i64(stream + SWAP_SENT * 8)
+    return size - sent + expected - load_i64(stream + SWAP_GOT * 8)
+
+
+@helper
+def _swap_sleep(table, peers, size, pause):  # type: ignore[no-untyped-def]
+    """Sleep until a socket is ready; 0, AGAIN, or the status if one isn't in time."""
+    fds = table + peers * SWAP_PEER_WORDS * 8
+    least = np.int64(_LOOK_MS)
+    for i in range(peers):
+        peer = table + i * SWAP_PEER_WORDS * 8
+        stream, expected = load_i64(peer), load_i64(peer + 16)
+        # Those that are done are passed over: poll() does so for numbers below 0.
+        store_i32(fds + i * 8, -1)
+        store_i16(fds + i * 8 + 4, 0)
+        store_i16(fds + i * 8 + 6, 0)
+        if _swap_left(stream, size, expected) == 0:
+            continue
+        now = _now(stream)
+        waited = now - load_i64(stream + WAITS_SINCE * 8)
+        left = load_i64(stream + PATIENCE_NS * 8) - waited
+        if left <= 0:
+            return PEER_SILENT + load_i64(peer + 24)
+        if load_i64(pause) != 0:
+            store_i64(stream + PAUSED_AT * 8, now)
+        least = min(least, left // 1_000_000 + 1)
+        events = 0
+        if load_i64(stream + SWAP_SENT * 8) < size:
+            events |= _POLLOUT
+        if load_i64(stream + SWAP_GOT * 8) < expected:
+            events |= _POLLIN
+        store_i32(fds + i * 8, load_i64(stream))
+        store_i16(fds + i * 8 + 4, events)
+    if load_i64(pause) != 0:
+        return AGAIN
+    if _poll(fds, peers, np.int32(least)) <= 0:
+        return 0
+    for i in range(peers):
+        peer = table + i * SWAP_PEER_WORDS * 8
+        # The third field of a pollfd, what has come about, is its upper quarter.
+        if load_i64(fds + i * 8) >> 48 != 0:
+            _count(load_i64(peer), SWAP_ALARMS, 1)
+            if load_i64(load_i64(peer) + SWAP_ALARMS * 8) > _MOST_FALSE_ALARMS:
+                return PEER_CLOSED + load_i64(peer + 24)
+    return 0
+
+
+@helper
+def _swap_all(table, peers, address, size, pause):  # type: ignore[no-untyped-def]
+    """Do what ``stream_swap`` does, but for counting."""
+    spins_since = np.int64(0)
+    while True:
+        left, moved = np.int64(0), np.int64(0)
+        for i in range(peers):
+            peer = table + i * SWAP_PEER_WORDS * 8
+            stream, expected = load_i64(peer), load_i64(peer + 16)
+            if _swap_left(stream, size, expected) == 0:
+                continue
+            n = _swap_some(stream, address, size, load_i64(peer + 8), expected)
+            if n < 0:
+                return PEER_CLOSED + load_i64(peer + 24)
+            moved += n
+            left += _swap_left(stream, size, expected)
+        if left == 0:
+            return 0
+        if moved > 0:
+            spins_since = np.int64(0)
+            continue
+        stream = load_i64(table)
+        now = _now(stream)
+        if spins_since == 0:
+            spins_since = now
+        if now - spins_since <= load_i64(stream + SPIN_NS * 8) and load_i64(pause) == 0:
+            _let_others_run()
+            continue
+        status = _swap_sleep(table, peers, size, pause)
+        if status != 0:
+            return status
+
+
+@kernel
+def stream_swap(rec, thread, n_threads):  # type: ignore[no-untyped-def]
+    """Send the same bytes to several peers, and receive some from each, at the same time.
+
+    Extra words: address of the table of peers, how many there are | address and bytes of what is
+    sent | address of the word by which it is told to pause.
+    """
+    if thread != 0:
+        return 0
+    table, peers = extra(rec, 0), extra(rec, 1)
+    started = _now(load_i64(table))
+    status = _swap_all(table, peers, extra(rec, 2), extra(rec, 3), extra(rec, 4))
+    waited = _now(load_i64(table)) - started
+    for i in range(peers):
+        stream = load_i64(table + i * SWAP_PEER_WORDS * 8)
+        _count(stream, WAIT_NS, waited)
+        if status == 0:
+            _count(stream, EXCHANGES, 1)
+            store_i64(stream + SWAP_SENT * 8, 0)
+            store_i64(stream + SWAP_GOT * 8, 0)
+            store_i64(stream + PATIENCE_NS * 8, load_i64(stream + TIMEOUT_MS * 8) * 1_000_000)
     return status

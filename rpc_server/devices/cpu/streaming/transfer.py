@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from protocol.tensor import Tensor
-from rpc_server.devices.cpu.catalog import stream_receive, stream_send
-from rpc_server.devices.cpu.kernels.interface.stream import STAGING_BYTES, STATUS_TEXT, StreamPeer
+from protocol.ggml.ops import Op
+from protocol.ggml.types import GgmlType
+from protocol.tensor import Tensor, contiguous_strides
+from rpc_server.devices.cpu.catalog import stream_receive, stream_send, stream_swap
+from rpc_server.devices.cpu.kernels.interface.stream import (
+    STAGING_BYTES,
+    STATUS_TEXT,
+    SWAP_PEER_WORDS,
+    StreamPeer,
+)
 from rpc_server.devices.cpu.planner import Planner
 from rpc_server.devices.planning.records import STATUS_TEXT as PLAN_STATUS_TEXT
 
@@ -35,6 +42,8 @@ class Send:
     suffix: bytes = b""
     # Whether the peer has all it needs for a step after it: one exchange.
     completes: bool = False
+    # How many times as long as one exchange the answer to that step may take.
+    patience: int = 1
     _around: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -57,17 +66,21 @@ class Send:
     def label(self) -> str:
         return f"{self.peer.name}, which was sent '{self.tensors[0].name}',"
 
+    @property
+    def held(self) -> object:
+        """Return what the record holds addresses of, beside tensors and streams."""
+        return self._around
+
     def emit(self, planner: Planner) -> None:
         """Append the record."""
         words = [self.peer.stream.address]
         around = [np.frombuffer(data or b"\0", np.uint8) for data in (self.prefix, self.suffix)]
-        # The record holds addresses of these.
         self._around = around
         words += [int(around[0].ctypes.data), len(self.prefix)]
         words += [self.address, self.row_bytes, *self.ne, *self.nb]
         words += [int(around[1].ctypes.data), len(self.suffix)]
         words += [self.peer.staging_address, STAGING_BYTES, int(self.completes)]
-        words.append(planner.pause_address)
+        words += [planner.pause_address, self.patience]
         first = self.tensors[0]
         planner.emit(stream_send, first, slots=(None, *self.tensors), extra=words, work=0)
 
@@ -94,6 +107,11 @@ class Receive:
     def label(self) -> str:
         return f"{self.peer.name}, which computes '{self.tensor.name}',"
 
+    @property
+    def held(self) -> object:
+        """Return nothing: the record holds addresses of tensors and streams alone."""
+        return None
+
     def emit(self, planner: Planner) -> None:
         """Append the record."""
         words = [self.peer.stream.address, self.head]
@@ -103,4 +121,53 @@ class Receive:
         planner.finish(self.tensor)
 
 
-Transfer = Send | Receive
+@dataclass(slots=True)
+class Swap:
+    """Send a tensor to all peers, and receive one from each of them at the same time.
+
+    ``peers`` are the others of a group by their numbers, ``received`` where what each sends goes.
+    All tensors are contiguous.
+    """
+
+    peers: Mapping[int, StreamPeer]
+    sent: Tensor
+    received: Mapping[int, Tensor]
+    _table: Any = None
+
+    @property
+    def label(self) -> str:
+        others = ", ".join(f"part {i} ({peer.name})" for i, peer in self.peers.items())
+        return f"'{self.sent.name}', exchanged with {others}"
+
+    @property
+    def held(self) -> object:
+        """Return what the record holds the address of, beside tensors and streams."""
+        return self._table
+
+    def emit(self, planner: Planner) -> None:
+        """Append the record."""
+        words = []
+        for i, peer in self.peers.items():
+            t = self.received[i]
+            words += [peer.stream.address, t.address, t.nbytes, i]
+        n = len(self.peers)
+        assert len(words) == SWAP_PEER_WORDS * n
+        table = self._table = np.array([*words, *[0] * n], np.int64)
+        extra = [int(table.ctypes.data), n, self.sent.address, self.sent.nbytes]
+        extra.append(planner.pause_address)
+        # A record writes one span: one that has all of them.
+        slots = (_span(list(self.received.values())), self.sent)
+        planner.emit(stream_swap, self.sent, slots=slots, extra=extra, work=0)
+        for t in self.received.values():
+            planner.finish(t)
+
+
+def _span(tensors: Sequence[Tensor]) -> Tensor:
+    """Bytes from the first of these to the end of the last, as a tensor."""
+    start = min(t.address for t in tensors)
+    size = max(t.address + t.nbytes for t in tensors) - start
+    ne = (size, 1, 1, 1)
+    return Tensor(0, GgmlType.I8, ne, contiguous_strides(GgmlType.I8, ne), Op.NONE, address=start)
+
+
+Transfer = Send | Receive | Swap

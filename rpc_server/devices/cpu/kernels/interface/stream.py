@@ -13,6 +13,10 @@ second for 64 KiB), and where none is left the status is SILENT. A peer that tri
 is no better than one that says nothing. A coordinator (``renewed``) is as patient as ever with each
 exchange, in which its workers compute; a worker has one measure of it for all the steps of a run.
 
+A *swap* sends to several streams and receives from them at the same time: two sides that both send
+first, more than their sockets hold, would wait for each other. It counts patience for each stream,
+anew in each swap, as all of them compute between two.
+
 While a transfer waits, others may have the device: it then returns AGAIN
 (``rpc_server.devices.cpu.kernels.interface.sync``), and goes on from where it was when it is called
 the next time. Time that it was away from the device uses up patience too, unless something has come
@@ -21,6 +25,7 @@ meanwhile.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -50,6 +55,12 @@ PIECES = 14
 WITHIN = 15
 WAITS_SINCE = 16
 PAUSED_AT = 17
+# Of a swap that has begun: bytes sent and received, and how often poll() was wrong about it.
+SWAP_SENT = 18
+SWAP_GOT = 19
+SWAP_ALARMS = 20
+# Since when bytes of the stream are waited for, nanoseconds; 0 while they aren't.
+AWAITED_SINCE = 21
 # What a byte that is moved is worth.
 NS_PER_BYTE = 1_000_000_000 // (64 << 10)
 
@@ -57,11 +68,21 @@ NS_PER_BYTE = 1_000_000_000 // (64 << 10)
 CLOSED = 16
 SILENT = 17
 CONFUSED = 18
+# Of a swap, with the number of the part at the other end added.
+PEER_CLOSED = 128
+PEER_SILENT = 160
+MOST_PEERS = 16
 STATUS_TEXT = {
     CLOSED: "hung up",
     SILENT: "did not answer in time",
     CONFUSED: "sent something else than the result",
+    **{PEER_CLOSED + i: f"part {i} hung up" for i in range(MOST_PEERS)},
+    **{PEER_SILENT + i: f"part {i} did not answer in time" for i in range(MOST_PEERS)},
 }
+
+# What a swap knows of each of its peers, in words: the stream, where to put what comes and how many
+# bytes that is, and the number of the part. As many pollfds follow, a word each.
+SWAP_PEER_WORDS = 4
 
 
 # Longer than most waits within a token: being woken up takes as long as a small product. Whoever
@@ -89,13 +110,19 @@ class Stream:
         self._early = np.frombuffer(early, np.uint8)
         self._words[FD] = fd
         self._words[PATIENCE_NS] = self._words[TIMEOUT_MS] * 1_000_000
-        self._words[PIECES : PAUSED_AT + 1] = 0
+        self._words[PIECES : AWAITED_SINCE + 1] = 0
         self._words[EARLY_ADDRESS] = self._early.ctypes.data
         self._words[EARLY_LEFT] = len(early)
 
     def count(self, word: int) -> int:
         """Return a count since the link was made."""
         return int(self._words[word])
+
+    @property
+    def awaited(self) -> float:
+        """Return for how long bytes of the stream have been waited for now, seconds."""
+        since = int(self._words[AWAITED_SINCE])
+        return (time.monotonic_ns() - since) / 1e9 if since else 0.0
 
     @property
     def early_left(self) -> bytes:
@@ -119,3 +146,7 @@ class StreamPeer:
         self.stream = Stream(timeout, renewed=renewed)
         self._staging = np.empty(STAGING_BYTES, np.uint8)
         self.staging_address = int(self._staging.ctypes.data)
+
+    def staged(self, size: int) -> bytes:
+        """Return the first bytes of what was gathered last."""
+        return self._staging[:size].tobytes()
