@@ -48,7 +48,8 @@ class Box:
     least graph and its answer after a pause, the round trip among them; None if not measured.
     ``beside`` says of others on the same machine, by endpoint, how much longer this one takes for
     one column while they compute: 1 is twice as long; ``beside_prompt`` the same for many columns,
-    which share cores but hardly the memory's bandwidth.
+    which share cores but hardly the memory's bandwidth. ``links``: whether it can add up sums with
+    other parts, without the coordinator.
     """
 
     endpoint: str
@@ -64,6 +65,7 @@ class Box:
     handling: float = 0.0
     beside: Mapping[str, float] = field(default_factory=dict)
     beside_prompt: Mapping[str, float] = field(default_factory=dict)
+    links: bool = False
 
     def slowed(self, others: Iterable[Box], *, prompt: bool = False) -> float:
         """Return how many times as long it takes while others compute."""
@@ -253,7 +255,9 @@ def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -
     assert arrangement.coordinator is not None
     home = boxes[arrangement.coordinator]
     used = [boxes[i] for i in arrangement.parts]
-    away = [0.0 if b is home else _distance(home, b) + EXCHANGE_SECONDS for b in used]
+    # Linked parts all wait for one another.
+    near = _linked(arrangement.kind, used)
+    away = [0.0 if b is home or near else _distance(home, b) + EXCHANGE_SECONDS for b in used]
     work = shape.token_bytes / (4 * shape.layers)
     limits = [usable(b.free) / shape.weight_bytes for b in used]
     speeds = [b.decode / b.slowed(used) for b in used]
@@ -278,20 +282,39 @@ def cuts_heads(shape: ModelShape, shares: Sequence[float]) -> bool:
     return all(r.first % shape.head_width == 0 and r.last % shape.head_width == 0 for r in rows)
 
 
-def exchanges(shape: ModelShape, kind: Kind, shares: Sequence[float]) -> int:
-    """Return how many exchanges a token takes."""
+def exchanges(
+    shape: ModelShape, kind: Kind, shares: Sequence[float], *, linked: bool = False
+) -> int:
+    """Return how many exchanges with the coordinator a token takes; ``linked`` parts swap sums."""
     if kind == "row":
         return 4 * shape.layers + 1
+    if linked:
+        return 1 if cuts_heads(shape, shares) else shape.layers + 1
     return (2 if cuts_heads(shape, shares) else 3) * shape.layers + 1
 
 
-def _wire_bytes(shape: ModelShape, kind: Kind, shares: Sequence[float], share: float) -> float:
-    """Bytes of activations there and back for one token and one worker."""
+def swaps(shape: ModelShape) -> int:
+    """Return how often linked parts swap sums for a token: behind attention and the FFN."""
+    return 2 * shape.layers
+
+
+def _linked(kind: Kind, used: Sequence[Box]) -> bool:
+    return kind == "tensor" and len(used) > 1 and all(box.links for box in used)
+
+
+def _wire_bytes(
+    shape: ModelShape, kind: Kind, shares: Sequence[float], share: float, *, linked: bool
+) -> float:
+    """Bytes of activations there and back for one token and one worker.
+
+    Linked parts send their own sums to all others while they receive theirs.
+    """
     heads = shape.kv_heads * shape.head_width
-    attention = 2.0 * shape.width
+    block = (len(shares) - 1.0) * shape.width if linked else 2.0 * shape.width
+    attention = ffn = block
     if kind == "row" or not cuts_heads(shape, shares):
-        attention = 2 * shape.width + share * (2 * shape.width + 2 * heads)
-    ffn = 2.0 * shape.width
+        # The coordinator's: it gets a share of queries, keys and values, and gives what comes out.
+        attention = share * (2 * shape.width + 2 * heads) + (block if linked else 2 * shape.width)
     if kind == "row":
         ffn = shape.width + shape.ffn_width + share * (2 * shape.ffn_width + shape.width)
     return 4 * (shape.layers * (attention + ffn) + shape.width + share * shape.vocabulary)
@@ -310,14 +333,19 @@ def _split(
     home, kind = boxes[arrangement.coordinator], arrangement.kind
     used = [boxes[i] for i in arrangement.parts]
     workers = [(s, b) for s, b in zip(shares, used, strict=True) if b is not home and s > 0]
-    n = exchanges(shape, kind, shares)
+    linked = _linked(kind, used)
+    n: float = exchanges(shape, kind, shares, linked=linked)
     alone = _rest(shape, home)
     weights = max(
         s * shape.token_bytes / b.decode * b.slowed(used) for s, b in zip(shares, used, strict=True)
     )
+    # A swap is one way of an exchange, between any two of the parts.
+    n += swaps(shape) / 2 if linked else 0
     trips = n * max((_distance(home, b) + EXCHANGE_SECONDS for _, b in workers), default=0.0)
     together = sum if one_cable else max
-    wire = together([_wire_bytes(shape, kind, shares, s) / b.link for s, b in workers])
+    wire = together(
+        [_wire_bytes(shape, kind, shares, s, linked=linked) / b.link for s, b in workers]
+    )
     terms = {
         "bandwidth": weights, "the coordinator alone": alone + _least(home),
         "round trips": trips, "network": wire + 4 * shape.vocabulary / home.link,
@@ -330,7 +358,7 @@ def _split(
     # Logits are computed for the last token of a prompt only.
     batch_wire = together(
         [
-            (_wire_bytes(shape, kind, shares, s) - 4 * s * shape.vocabulary) / b.link
+            (_wire_bytes(shape, kind, shares, s, linked=linked) - 4 * s * shape.vocabulary) / b.link
             for s, b in workers
         ]
     )

@@ -41,7 +41,7 @@ from protocol.commands import Command
 from protocol.dialects import version_name
 from protocol.errors import ProtocolError
 from protocol.ggml.types import GgmlType
-from protocol.split import DESCRIBES_SINCE, LEASES_SINCE, MAX_MEMBERS, MAX_PARTS
+from protocol.split import DESCRIBES_SINCE, LEASES_SINCE, MAX_MEMBERS, MAX_PARTS, SWAPS_SINCE
 from protocol.text import c_string
 
 CONNECT_SECONDS = 5.0
@@ -335,6 +335,7 @@ class Candidate:
     speed: ModelSpeed | None = None
     beside: dict[str, float] = field(default_factory=dict)
     beside_prompt: dict[str, float] = field(default_factory=dict)
+    links: bool = False
 
     def box(self) -> Box:
         """Return what was measured."""
@@ -343,7 +344,7 @@ class Candidate:
         return Box(
             self.endpoint, self.free, speed.decode, speed.prompt, self.round_trip, self.link,
             self.splits, speed.rest, speed.rest_prompt, speed.graph,
-            self.handling, self.beside, self.beside_prompt,
+            self.handling, self.beside, self.beside_prompt, self.links,
         )  # fmt: skip
 
 
@@ -397,7 +398,10 @@ async def _candidate(
     host = report.target.host
     machine = "" if is_loopback(host) else host
     free = report.devices[0].free
-    return Candidate(report.target.endpoint, machine, free, sample, link, splits, handling)
+    return Candidate(
+        report.target.endpoint, machine, free, sample, link, splits, handling,
+        links=splits and report.split >= SWAPS_SINCE and not report.target.tls,
+    )  # fmt: skip
 
 
 async def _time(candidate: Candidate, shape: ModelShape, home: Candidate | None) -> str:

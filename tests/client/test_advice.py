@@ -9,7 +9,16 @@ import pytest
 
 from client.backend import Backend
 from client.model_header import ModelShape, WeightProduct
-from client.split.advice import Arrangement, Box, advise, cuts_heads, exchanges, predict
+from client.split.advice import (
+    EXCHANGE_SECONDS,
+    Arrangement,
+    Box,
+    Kind,
+    advise,
+    cuts_heads,
+    exchanges,
+    predict,
+)
 from client.split.model_speed import ServerSample, time_sample
 from protocol.ggml.types import GgmlType
 from tests.server.process import running
@@ -256,3 +265,21 @@ async def test_a_server_is_timed_with_the_models_own_products(tmp_path: Path) ->
     assert speed.rest_prompt is not None
     assert min(speed.rest, speed.rest_prompt) > 0
     assert abs(speed.answer) > 1e-6
+
+
+def test_linked_parts_wait_for_one_way_instead_of_two() -> None:
+    """One exchange a token, and two swaps a layer; only in tensor mode, and if all can."""
+    model = replace(MODEL, layers=18, kv_heads=8)
+    linked = [replace(b, links=True) for b in TWO]
+    assert exchanges(model, "tensor", [1, 1], linked=True) == 1
+    assert exchanges(replace(model, kv_heads=3), "tensor", [1, 1], linked=True) == 19
+
+    def found(boxes: list[Box], kind: Kind = "tensor") -> dict[str, float]:
+        return predict(model, boxes, Arrangement(kind, (0, 1), 0), context=4096).terms
+
+    trip = BOX.round_trip + EXCHANGE_SECONDS
+    assert found(TWO)["round trips"] == pytest.approx(37 * trip)
+    assert found(linked)["round trips"] == pytest.approx(19 * trip)
+    assert found(linked)["network"] < found(TWO)["network"]
+    assert found([linked[0], TWO[1]]) == found(TWO)
+    assert found(linked, "row") == found(TWO, "row")

@@ -127,7 +127,7 @@ class Chooser:
         sample = HomeSample(device, measured_as)
         try:
             free, _ = device.memory()
-            home = Candidate(_LOCAL, "", free, sample, float("inf"))
+            home = Candidate(_LOCAL, "", free, sample, float("inf"), links=True)
             measured = await measure_boxes(reports, measured_as, credentials, home)
         finally:
             sample.close()
