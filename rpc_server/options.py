@@ -221,32 +221,14 @@ _LIMITS: Limits = {
 
 def _add_listening(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "-H",
-        "--host",
-        default=DEFAULT_HOST,
-        metavar="ADDRESS",
-        help="address to listen on (default: %(default)s)",
-    )
-    add(
-        "-p",
-        "--port",
-        type=port,
-        default=DEFAULT_PORT,
-        metavar="N",
-        help="port (default: %(default)s; 0: any)",
-    )
-    add(
-        "--protocol",
-        type=_protocol,
-        metavar="auto|X.Y[.Z][-OPS]",
-        help="speak this version only (auto)",
-    )
-    add(
-        "--announce",
-        action="store_true",
-        help="let programs on the networks that this server listens on find it (mDNS)",
-    )
+    add("-H", "--host", default=DEFAULT_HOST, metavar="ADDRESS",
+        help="address to listen on (default: %(default)s)")  # fmt: skip
+    add("-p", "--port", type=port, default=DEFAULT_PORT, metavar="N",
+        help="port (default: %(default)s; 0: any)")  # fmt: skip
+    add("--protocol", type=_protocol, metavar="auto|X.Y[.Z][-OPS]",
+        help="speak this version only (auto)")  # fmt: skip
+    add("--announce", action="store_true",
+        help="let programs on the networks that this server listens on find it (mDNS)")  # fmt: skip
     add(
         "--drain-seconds",
         type=_drain,
@@ -262,23 +244,13 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
     add(
         "-t", "--threads", type=_positive, metavar="N", help="threads of the CPU device (all cores)"
     )
-    add(
-        "--prepare",
-        action="store_true",
-        help="compile what common models need, once for this machine, and end",
-    )
-    add(
-        "--no-prepare",
-        action="store_true",
-        default=bool(os.environ.get(NO_PREPARE_VARIABLE)),
+    add("--prepare", action="store_true",
+        help="compile what common models need, once for this machine, and end")  # fmt: skip
+    add("--no-prepare", action="store_true", default=bool(os.environ.get(NO_PREPARE_VARIABLE)),
         help="don't do so in the background while no client wants anything (or set the variable "
-        f"{NO_PREPARE_VARIABLE})",
-    )
-    add(
-        "--allow-host-ops",
-        action="store_true",
-        help="run ops that have no kernel for the GPU on the host, which is slow",
-    )
+        f"{NO_PREPARE_VARIABLE})")  # fmt: skip
+    add("--allow-host-ops", action="store_true",
+        help="run ops that have no kernel for the GPU on the host, which is slow")  # fmt: skip
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
@@ -290,61 +262,33 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
 
 def _add_splitting(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--split",
-        type=_split,
-        metavar="HOST:PORT[,...]|auto",
+    add("--split", type=_split, metavar="HOST:PORT[,...]|auto",
         help="be one large device whose weights are cut by rows over these servers (upstream's or "
         "ours); 'local' among them is a share of this machine's own. auto: find servers that "
         "announce themselves, measure them, and take the best arrangement; auto:HOST[,HOST]: of "
-        "these, 'local' and 'announced' ones where they are among the names",
-    )
-    add(
-        "--split-model",
-        type=Path,
-        metavar="FILE",
+        "these, 'local' and 'announced' ones where they are among the names")  # fmt: skip
+    add("--split-model", type=Path, metavar="FILE",
         help="the model that --split auto chooses for, a GGUF file; only its header is read "
-        "(default: that of --models, if it is one file)",
-    )
+        "(default: that of --models, if it is one file)")  # fmt: skip
     add(
         "--tensor-split",
         type=_proportions,
         metavar="N[,N]|auto",
         help="share of each of --split (default: by free memory); auto measures how fast each is",
     )
-    add(
-        "--split-mode",
-        choices=("row", "tensor"),
+    add("--split-mode", choices=("row", "tensor"),
         help="row: cut every weight by rows; tensor: whole attention heads and feed-forward "
         "columns on each server, two exchanges a layer (default: row; with --split auto the "
-        "better one)",
-    )
-    add(
-        "--split-sums",
-        choices=("parts", "here"),
-        default="parts",
+        "better one)")  # fmt: skip
+    add("--split-sums", choices=("parts", "here"), default="parts",
         help="who adds up what parts give in tensor mode: the parts among themselves, where they "
-        "can reach one another, or this server (default: %(default)s)",
-    )
-    add(
-        "--split-wire",
-        choices=tuple(WIRE_TYPES),
-        default="f32",
-        help="how activations travel to the workers (default: %(default)s)",
-    )
-    add(
-        "--split-timeout",
-        type=_seconds,
-        default=30.0,
-        metavar="SECONDS",
-        help="longest that a worker may take for one exchange (default: %(default)s)",
-    )
-    add(
-        "--split-ca",
-        type=Path,
-        metavar="FILE",
-        help="what vouches for workers named tls://host:port (default: the system's)",
-    )
+        "can reach one another, or this server (default: %(default)s)")  # fmt: skip
+    add("--split-wire", choices=tuple(WIRE_TYPES), default="f32",
+        help="how activations travel to the workers (default: %(default)s)")  # fmt: skip
+    add("--split-timeout", type=_seconds, default=30.0, metavar="SECONDS",
+        help="longest that a worker may take for one exchange (default: %(default)s)")  # fmt: skip
+    add("--split-ca", type=Path, metavar="FILE",
+        help="what vouches for workers named tls://host:port (default: the system's)")  # fmt: skip
     add("--split-cert", type=Path, metavar="FILE", help="certificate to show these workers")
     add("--split-key", type=Path, metavar="FILE", help="its key, if not in --split-cert")
     token_help = f"token to show these workers (or in the variable {SPLIT_TOKEN_VARIABLE})"
@@ -360,26 +304,16 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
         metavar="PATH[,PATH]",
         help="GGUF files, or folders of them, on this machine: their weights need not be sent",
     )
-    add(
-        "--no-mmap",
-        action="store_true",
+    add("--no-mmap", action="store_true",
         help="copy weights of --models to memory of each client's own, in large pages, instead of "
-        "mapping the file: faster to compute with, and takes the memory",
-    )
+        "mapping the file: faster to compute with, and takes the memory")  # fmt: skip
     add("-c", "--cache", action="store_true", help="keep large tensors on disk (upstream's folder)")
     add("--cache-dir", type=Path, metavar="DIR", help="the folder of --cache, which it implies")
-    add(
-        "--cache-size",
-        type=memory_size,
-        metavar="SIZE",
-        help="most that --cache keeps, which it implies (default: 100G)",
-    )
-    add(
-        "--cache-read-only",
-        action="store_true",
+    add("--cache-size", type=memory_size, metavar="SIZE",
+        help="most that --cache keeps, which it implies (default: 100G)")  # fmt: skip
+    add("--cache-read-only", action="store_true",
         help="serve what is in the folder of --cache, which it implies, and keep nothing that "
-        "clients upload: for clients that don't trust each other",
-    )
+        "clients upload: for clients that don't trust each other")  # fmt: skip
 
 
 def _add_access(group: argparse._ArgumentGroup) -> None:
@@ -390,19 +324,11 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
     add("--tls-host", metavar="ADDRESS", help="address of --tls-port (default: that of --host)")
     add("--tls-cert", type=Path, metavar="FILE", help="certificate (and chain) of --tls-port, PEM")
     add("--tls-key", type=Path, metavar="FILE", help="its key, if not in --tls-cert")
-    add(
-        "--tls-ca",
-        type=Path,
-        metavar="FILE",
-        help="clients of --tls-port need a certificate that this one vouches for",
-    )
-    add(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
+    add("--tls-ca", type=Path, metavar="FILE",
+        help="clients of --tls-port need a certificate that this one vouches for")  # fmt: skip
+    add("--token-file", type=Path, metavar="FILE",
         help="clients of --tls-port have to show the token in this file (or in the variable "
-        f"{TOKEN_VARIABLE})",
-    )
+        f"{TOKEN_VARIABLE})")  # fmt: skip
 
 
 def _add_limits(group: argparse._ArgumentGroup, limits: Limits = _LIMITS) -> None:
@@ -417,24 +343,16 @@ def _add_logs_and_metrics(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--log-level", choices=LOG_LEVELS, help="(default: info; with --quiet warning)")
     add("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
-    add(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="json: one object a line (default: %(default)s)",
-    )
+    add("--log-format", choices=("text", "json"), default="text",
+        help="json: one object a line (default: %(default)s)")  # fmt: skip
     add(
         "--metrics-port",
         type=port,
         metavar="N",
         help="serve /metrics (Prometheus), /healthz and /readyz over HTTP (default: not; 0: any)",
     )
-    add(
-        "--metrics-host",
-        default=DEFAULT_HOST,
-        metavar="ADDRESS",
-        help="address of --metrics-port (default: %(default)s)",
-    )
+    add("--metrics-host", default=DEFAULT_HOST, metavar="ADDRESS",
+        help="address of --metrics-port (default: %(default)s)")  # fmt: skip
 
 
 # In the order of --help.
