@@ -162,7 +162,7 @@ def test_kinds_are_numbered_without_gaps() -> None:
 
 
 def test_numbers_of_commands() -> None:
-    assert [int(c) for c in Command] == [*range(18), *range(0x80, 0x8A)]
+    assert [int(c) for c in Command] == [*range(18), *range(0x80, 0x8C)]
     assert Command(14) is Command.HELLO
 
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ from client.tensors import Array
 from protocol.ggml.ops import TensorFlag
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
+from rpc_server.devices.cpu.kernels.interface.stream import (
+    BYTES_RECEIVED,
+    SILENT,
+    STATUS_TEXT,
+)
+from rpc_server.devices.split.device import _watch
 from tests.parameters import mostly_slow
 from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend, emptied, status
 from tests.split.weights import allocate, content, nmse, values
@@ -395,6 +402,53 @@ async def test_a_part_falls_silent(which: int, here: bool, expected: list[Array]
                 except (ConnectionLost, MemoryError, AssertionError):
                     # It is connected to again first.
                     await asyncio.sleep(0.5)
+
+
+class _Stopped:
+    """A part as the watch sees it: what was received of it, and for how long it is waited for."""
+
+    def __init__(self, received: int, awaited: float, following: bytes | None) -> None:
+        self.peer = self.stream = self.worker = self
+        self.received, self.awaited, self.next_byte = received, awaited, following
+        self.interrupted = False
+
+    def count(self, word: int) -> int:
+        assert word == BYTES_RECEIVED
+        return self.received
+
+    def report(self, error: str = "") -> str:
+        return ""
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+
+@pytest.mark.parametrize(
+    ("received", "following", "given_up"),
+    [
+        (100, b"x", True),
+        (100, None, False),
+        (108, None, True),
+    ],
+    ids=["given", "not-yet", "taken"],
+)
+async def test_a_part_that_stops_behind_the_last_sum(
+    received: int, following: bytes | None, given_up: bool
+) -> None:
+    """It is waited for once, whether the plan has taken what another has given or not."""
+    other, silent = _Stopped(received, 0, following), _Stopped(7, 60, None)
+    reports: dict[Any, str] = {}
+    ends = cast(Any, {other: 108, silent: 1000})
+    watch = _watch(cast(Any, [other, silent]), reports, 0.2, ends)
+    if not given_up:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(watch, 3)
+        assert not reports
+        return
+    await asyncio.wait_for(watch, 60)
+    assert reports == {silent: STATUS_TEXT[SILENT]}
+    assert other.interrupted
+    assert silent.interrupted
 
 
 async def test_a_slow_part_costs_time_alone(expected: list[Array]) -> None:

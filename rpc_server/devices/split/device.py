@@ -28,13 +28,14 @@ from protocol.tensor import Tensor
 from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.kernels.interface.stream import (
+    BYTES_RECEIVED,
     BYTES_SENT,
     SILENT,
     STATUS_TEXT,
     StreamPeer,
 )
 from rpc_server.devices.cpu.streaming.program import program_items
-from rpc_server.devices.cpu.streaming.transfer import Transfer
+from rpc_server.devices.cpu.streaming.transfer import Receive, Transfer
 from rpc_server.devices.cpu.turns import DeviceShare
 from rpc_server.devices.planning.nodes import watching
 from rpc_server.devices.split.assemble import Assembler, Programmed
@@ -129,6 +130,8 @@ class Exchanging:
     indices: Sequence[Indices] = ()
     # The links by which parts add up among themselves, if they do.
     linked: Linked | None = None
+    # The bytes that each part gives in one run.
+    given: Mapping[Worker, int] = field(default_factory=dict)
 
     def check_indices(self) -> None:
         """Raise GraphError for an index that no row has: a worker would hang up, or worse."""
@@ -191,7 +194,7 @@ class SplitPlan:
             return
         plan.check_indices()
         started = time.perf_counter()
-        with self._device.lent(plan.programs, self._share, lambda: self._stopped, plan.linked):
+        with self._device.lent(plan, self._share, lambda: self._stopped):
             plan.inner.run()
         self._device.count(time.perf_counter() - started, plan.tokens)
 
@@ -601,7 +604,15 @@ class SplitDevice:
         # Records hold addresses of what these own.
         inner.keep = (made, assembler)
         tokens = max(s.nodes[0].ne[1] for s in found.subgraphs)
-        return Exchanging(inner, programs, tokens, indices_of(found), links)
+        given = {
+            p.worker: sum(
+                item.head + item.run_bytes * item.runs
+                for item in made
+                if isinstance(item, Receive) and item.peer is p.worker.peer
+            )
+            for p in programs
+        }
+        return Exchanging(inner, programs, tokens, indices_of(found), links, given)
 
     def _use_here(
         self, share: DeviceShare, found: Partitioning, storages: Sequence[SplitStorage]
@@ -673,17 +684,17 @@ class SplitDevice:
     @contextlib.contextmanager
     def lent(
         self,
-        programs: Sequence[Programmed],
+        plan: Exchanging,
         share: DeviceShare,
         stopped: Callable[[], bool] = lambda: False,
-        linked: Linked | None = None,
     ) -> Iterator[None]:
-        """Lend the workers' sockets to the calling thread meanwhile, and ``linked`` ones.
+        """Lend the sockets of a plan's workers to the calling thread meanwhile, and its links.
 
         Graphs of other clients that need them, and other coordinators, are waited for until
         ``stopped`` says otherwise; those that don't have the device meanwhile. What fails before a
         worker was sent anything costs nobody else a worker. Raises WorkerLost, GraphError.
         """
+        programs, linked = plan.programs, plan.linked
         streams = [p.worker.peer.stream for p in programs]
         lent = False
         group = None if linked is None else linked.group
@@ -704,7 +715,11 @@ class SplitDevice:
                 except LookupError as error:
                     raise WorkerLost(str(error)) from None
             if linked is not None:
-                watching = asyncio.ensure_future(_watch(programs, reports, self._options.timeout))
+                ends = {
+                    w: w.peer.stream.count(BYTES_RECEIVED) + n for w, n in plan.given.items() if n
+                }
+                watch = _watch(programs, reports, self._options.timeout, ends)
+                watching = asyncio.ensure_future(watch)
 
         def give_back(*, failed: bool = False) -> None:
             if not lent:
@@ -831,13 +846,17 @@ def _by_storage(
 
 
 async def _watch(
-    programs: Sequence[Programmed], reports: dict[Worker, str], timeout: float
+    programs: Sequence[Programmed],
+    reports: dict[Worker, str],
+    timeout: float,
+    ends: Mapping[Worker, int],
 ) -> None:
     """Look at parts that add up among themselves, until one fails; then end the run.
 
     The plan waits for one of them at a time: it would wait long for one that waits for another. And
     where another has given what comes behind the last sum, a part has no more to wait for: it may
-    take ``timeout`` seconds from then on.
+    take ``timeout`` seconds from then on. The plan may have taken that already: ``ends`` are the
+    counts of bytes received at which it has all that a part gives.
     """
     given_since: dict[Worker, float] = {}
     while True:
@@ -847,7 +866,8 @@ async def _watch(
             report, following = p.worker.report(), p.worker.next_byte
             if report or following == b"":
                 reports[p.worker] = report
-            if following:
+            got, end = p.worker.peer.stream.count(BYTES_RECEIVED), ends.get(p.worker)
+            if following or (end is not None and got >= end):
                 given_since.setdefault(p.worker, now)
             else:
                 given_since.pop(p.worker, None)
