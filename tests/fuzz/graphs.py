@@ -180,7 +180,7 @@ def program(data: bytes) -> bool:
         return False
     try:
         payload = decode_program(given.payload)
-        again = encode_program(payload.steps, payload.tensors)
+        again = encode_program(payload.steps, payload.tensors, payload.swaps)
         promised(again == given.payload, "decoded to another program")
         items = program_items(payload, given.dialect, nowhere(given).get, _peer())
         planner().build_items(items, given.dialect)

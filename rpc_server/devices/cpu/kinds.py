@@ -354,7 +354,7 @@ def _kind(
             for span in listed:
                 spans += (*_span(span), writes)
     fields += (0, 0, 0, -1, len(places) // PLACE_WORDS, len(spans) // SPAN_WORDS)
-    if max((*words, *spans), default=0) >> (_APART_BITS - 1):
+    if isinstance(user, Op) and max((*words, *spans), default=0) >> (_APART_BITS - 1):
         # No place has such an address: it lost its type, or stands where no kernel looks for one.
         _refuse()
     requests, pieces = list[int](), list[int]()
