@@ -57,23 +57,6 @@ __device__ __noinline__ void load_chunk(float *to, i64 type, const u8 *row0, i64
     }
 }
 
-// Bits that any of the warps has set.
-struct Bits {
-    u32 *room;
-    int turn;
-
-    // Each time the other half of the room, so that one barrier is enough.
-    __device__ u32 of_block(u32 bits) {
-        u32 *mine = room + WARPS * turn;
-        turn = 1 - turn;
-        if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = bits;
-        __syncthreads();
-        u32 all = 0;
-        for (int w = 0; w < WARPS; w++) all |= mine[w];
-        return all;
-    }
-};
-
 // `n` elements from `first` on of each query, which are whole warps of them; zeros behind the end.
 __device__ inline void load_queries(float *to, const Record &r, const Group &group, int first, int n) {
     for (int i = threadIdx.x; i < ROWS * n; i += WARPS * 32)

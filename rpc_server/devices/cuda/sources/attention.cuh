@@ -35,6 +35,23 @@ struct Softmax {
     }
 };
 
+// Bits that any of the warps has set.
+struct Bits {
+    u32 *room;
+    int turn;
+
+    // Each time the other half of the room, so that one barrier is enough.
+    __device__ u32 of_block(u32 bits) {
+        u32 *mine = room + WARPS * turn;
+        turn = 1 - turn;
+        if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = bits;
+        __syncthreads();
+        u32 all = 0;
+        for (int w = 0; w < WARPS; w++) all |= mine[w];
+        return all;
+    }
+};
+
 // -- queries -------------------------------------------------------------------------------------
 
 struct Query {

@@ -113,18 +113,6 @@ template <typename F> __device__ inline float over_row(float value, F combine) {
     return combine(value, __shfl_xor_sync(ALL_LANES, value, 2));
 }
 
-// Bits that any of the warps has set.
-__device__ inline u32 over_warps(u32 bits, u32 *room, int &turn) {
-    u32 *mine = room + WARPS * turn;
-    // Each time the other half of the room, so that one barrier is enough.
-    turn = 1 - turn;
-    if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = bits;
-    __syncthreads();
-    u32 all = 0;
-    for (int w = 0; w < WARPS; w++) all |= mine[w];
-    return all;
-}
-
 enum { EIGHTS = TILE / 8 };
 
 template <int N_VALUES> __device__ inline void attention_rows(const Record &r) {
@@ -132,7 +120,7 @@ template <int N_VALUES> __device__ inline void attention_rows(const Record &r) {
     DYNAMIC_SHARED(int4, shared);
     SHARED_ARRAY(Bias, biases, ROWS);
     SHARED_ARRAY(u32, room, 2 * WARPS);
-    int turn = 0;
+    Bits bits = {room, 0};
     const int dk = (int)k.ne[0], dv = (int)v.ne[0], warp = threadIdx.x / 32;
     const Group group(r, ROWS);
     const bool whole = r.extra[4];
@@ -166,7 +154,7 @@ template <int N_VALUES> __device__ inline void attention_rows(const Record &r) {
             }
         const u32 any = over_warp(attended, Or());
         // A tile that none of the rows may see is not loaded.
-        const u32 seen = over_warps(any, room, turn);
+        const u32 seen = bits.of_block(any);
         if (!seen) continue;
 
         for (int at = 0; at < padded; at += CHUNK) {
@@ -229,7 +217,7 @@ template <int N_VALUES> __device__ inline void attention_rows(const Record &r) {
                 weights[n / 2].word[n % 2 * 2 + h] = two_halves(score[n].of[2 * h], score[n].of[2 * h + 1]);
         const u32 weighed = over_warp(used, Or());
         // What no row attends to may be anything, NaN included: it is not loaded.
-        const u32 wanted = over_warps(weighed, room, turn);
+        const u32 wanted = bits.of_block(weighed);
 #pragma unroll
         for (int at = 0; at < N_VALUES * 32; at += CHUNK) {
             if (at >= dv) break;
