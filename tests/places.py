@@ -154,6 +154,7 @@ ELSEWHERE = {
     "tools.bench.profile": "tools/test_bench_kernels.py",
     "tools.bench.link_picture": "tools/test_bench_network.py",
     "tools.bench.relay": "tools/test_bench_network.py",
+    "tools.bench.rest": "tools/test_bench_network.py",
     "tools.bench.split": "tools/test_bench_network.py",
     "tools.models": "e2e/test_architectures.py",
     "tools.neighbour.catalogue": "tools/test_neighbour.py",

@@ -11,7 +11,8 @@ import pytest
 
 from tools import models, upstream
 from tools.bench import builds
-from tools.bench.builds import Build, BuildTable, processor_seconds, weight_bytes
+from tools.bench.builds import Build, BuildTable, weight_bytes
+from tools.bench.cores import processor_seconds
 from tools.bench.results import Sample
 from tools.serving.processes import PROJECT
 

@@ -37,7 +37,8 @@ from tools import upstream
 from tools.bench import llama
 from tools.bench.cores import on_core
 from tools.bench.machine import describe_machine, describe_versions
-from tools.bench.servers import answers
+from tools.bench.rest import from_file, waiting
+from tools.bench.servers import ALONE, answers
 from tools.bench.split import NetworkLink, relay_command
 from tools.serving.ports import free_port
 from tools.serving.processes import HOST, Process, ProgramError, own_command
@@ -46,9 +47,6 @@ _START_SECONDS = 120.0
 _SERVERS = 3
 # Of llama-bench: tokens of the prompt, tokens to generate, and how often.
 _PROMPT, _GENERATE, _REPETITIONS = 64, 16, 4
-# What was just loaded is at rest when its pages are large: so long llama-bench waits before it
-# measures, seconds, and for each byte. Measured while that goes on it is up to a third slower.
-_REST_SECONDS, _REST_RATE = 2.0, 400e6
 # The servers are measured again before every so many arrangements.
 _LOOK_EVERY = 4
 _CONTEXT = 256
@@ -97,7 +95,7 @@ def needs(arrangement: Arrangement) -> int:
 @contextlib.contextmanager
 def _process(core: int, command: list[str], port: int) -> Iterator[None]:
     with on_core(core):
-        started = Process(command)
+        started = Process(command, env=ALONE)
     with started as process:
         process.wait_until(lambda: answers(port), _START_SECONDS, "answer to HELLO")
         yield
@@ -114,11 +112,6 @@ def _reached(core: int, port: int, link: NetworkLink) -> Iterator[int]:
         yield relay
 
 
-def _loads(model: Path) -> tuple[str, ...]:
-    """Return options that spare the networks the weights, and have them in large pages."""
-    return ("--models", str(model), "--no-mmap")
-
-
 @contextlib.contextmanager
 def serving(case: AdviceCase) -> Iterator[list[int]]:
     """Give the ports of all servers, each on its core and behind its network."""
@@ -126,7 +119,7 @@ def serving(case: AdviceCase) -> Iterator[list[int]]:
         ports = []
         for number in range(_SERVERS):
             port = free_port()
-            command = own_command(port, "-t", "1", *_loads(case.model))
+            command = own_command(port, "-t", "1", *from_file(case.model))
             stack.enter_context(_process(number, command, port))
             ports.append(stack.enter_context(_reached(number, port, case.link)))
         yield ports
@@ -163,7 +156,7 @@ def arranged(
     port = free_port()
     command = own_command(
         port,
-        *("-t", "1", *_loads(case.model), "--split", parts),
+        *("-t", "1", *from_file(case.model), "--split", parts),
         *("--tensor-split", ",".join(f"{share:.4f}" for share in shares)),
         *("--split-mode", arrangement.kind),
     )
@@ -180,8 +173,7 @@ def measure(
     expected = predict(shape, boxes, arrangement, context=_CONTEXT, batch=_PROMPT, one_cable=False)
     options = llama.BenchOptions(_PROMPT, _GENERATE, (0,), _REPETITIONS, 1, True)
     with arranged(case, ports, arrangement, expected.shares) as endpoints:
-        rest = _REST_SECONDS + case.model.stat().st_size / _REST_RATE
-        rates = llama.best_at(endpoints, case.model, options, ("--delay", f"{rest:.0f}"))
+        rates = llama.best_at(endpoints, case.model, options, waiting(case.model))
     return {**rates, "shares": list(expected.shares)}
 
 

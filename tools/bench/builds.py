@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import os
 import re
 import statistics
 import sys
@@ -34,12 +33,12 @@ import numpy as np
 from client.gguf_file import GgufFile
 from rpc_server.devices.cpu.storage import HostStorage
 from rpc_server.observability.progress import begin, shown
-from rpc_server.options import NO_PREPARE_VARIABLE
 from tools.arguments import command_line, numbers
 from tools.bench import llama
+from tools.bench.cores import processor_seconds
 from tools.bench.report import number
 from tools.bench.results import OURS, UPSTREAM, Sample
-from tools.bench.servers import answers, command
+from tools.bench.servers import ALONE, answers, command
 from tools.serving.ports import free_port
 from tools.serving.processes import PROJECT, Process, ProgramError
 
@@ -76,18 +75,11 @@ class Build:
         """Start it; raises ProgramError where it doesn't answer."""
         process = Process(
             command(UPSTREAM if self.folder is None else OURS, port, threads),
-            env={NO_PREPARE_VARIABLE: "1", **self.env},
+            env={**ALONE, **self.env},
             folder=self.folder or PROJECT,
         )
         process.wait_until(lambda: answers(port), _START_SECONDS, "answer to HELLO")
         return process
-
-
-def processor_seconds(pid: int) -> float:
-    """Return the processor time that a process has used, that of the system for it too."""
-    # The name in brackets may hold anything; numbers are counted from behind it.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class LargePages:

@@ -1,4 +1,4 @@
-"""Which cores a measurement's programs run on, and what else kept the machine busy meanwhile."""
+"""Which cores a measurement's programs run on, what these use, and what else kept them busy."""
 
 from __future__ import annotations
 
@@ -65,3 +65,10 @@ def busy_seconds(stat: str) -> float:
     words = stat.split("\n")[0].split()[1:]
     user, nice, system, _idle, _wait, irq, softirq, stolen = map(int, words[:8])
     return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a process has used, that of the system for it too."""
+    # The name in brackets may hold anything; numbers are counted from behind it.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

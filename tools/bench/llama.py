@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,31 @@ class BenchOptions:
     flash: bool
 
 
-def _run(name: str, endpoints: str, *arguments: str) -> tuple[str, str]:
-    """Runs a program with all layers on servers, or without any; stdout and stderr.
+# One test of llama-bench, as its JSON has it.
+BenchTest = dict[str, Any]
+# Is told of each test when it is over.
+Heard = Callable[[BenchTest], None]
+
+
+def nobody(test: BenchTest) -> None:
+    """Do nothing."""
+
+
+def _words(name: str, endpoints: str, arguments: Sequence[str]) -> list[str]:
+    """Return what runs a program with all layers on servers, or without any.
 
     Raises ProgramError.
     """
     program = upstream.find_program(name)
     if program is None:
         raise ProgramError(f"no {name}: run python -m tools.upstream")
-    words = [str(program), *arguments, *(("--rpc", endpoints) if endpoints else ()), "-ngl", "99"]
+    return [str(program), *arguments, *(("--rpc", endpoints) if endpoints else ()), "-ngl", "99"]
+
+
+def _run(name: str, endpoints: str, *arguments: str) -> tuple[str, str]:
+    """Run a program as :func:`_words` has it; return stdout and stderr. Raises ProgramError."""
     done = subprocess.run(
-        words,
+        _words(name, endpoints, arguments),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         # A token of a random model may be any bytes.
@@ -70,25 +85,54 @@ def bench(port: int, model: Path, options: BenchOptions) -> list[Sample]:
 
 
 def bench_at(
-    endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str] = ()
+    endpoints: str,
+    model: Path,
+    options: BenchOptions,
+    arguments: Sequence[str] = (),
+    heard: Heard = nobody,
 ) -> list[Sample]:
-    """Return the same on servers as --rpc takes them (none if empty), with more arguments."""
-    return bench_samples(_tests(endpoints, model, options, arguments))
+    """Return the same on servers as --rpc takes them (none if empty), with more arguments.
+
+    Each test goes to ``heard`` when it is over, while the next one begins.
+    """
+    return bench_samples(_tests(endpoints, model, options, arguments, heard))
 
 
 def _tests(
-    endpoints: str, model: Path, options: BenchOptions, arguments: Sequence[str]
-) -> list[dict[str, Any]]:
-    output, _ = _run(
-        "llama-bench",
-        endpoints,
+    endpoints: str,
+    model: Path,
+    options: BenchOptions,
+    arguments: Sequence[str],
+    heard: Heard = nobody,
+) -> list[BenchTest]:
+    """Run llama-bench; return its tests. Raises ProgramError."""
+    words = (
         *arguments,
         *("-m", str(model), "-t", str(options.threads), "-r", str(options.repetitions)),
         *("-p", str(options.prompt), "-n", str(options.generate)),
         *("-d", ",".join(map(str, options.depths)), "-fa", "on" if options.flash else "off"),
-        *("-o", "json"),
+        # A line when a test is over.
+        *("-o", "jsonl"),
     )
-    tests: list[dict[str, Any]] = json.loads(output)
+    tests: list[BenchTest] = []
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            _words("llama-bench", endpoints, words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as child,
+    ):
+        assert child.stdout is not None
+        for line in child.stdout:
+            tests.append(json.loads(line))
+            heard(tests[-1])
+        if child.wait():
+            log.seek(0)
+            ended = f"llama-bench ended with {child.returncode}"
+            raise ProgramError(f"{ended}:\n{tail(log.read().decode(errors='replace'))}")
     return tests
 
 
@@ -102,7 +146,7 @@ def best_at(
     return best
 
 
-def bench_samples(tests: Sequence[dict[str, Any]]) -> list[Sample]:
+def bench_samples(tests: Sequence[BenchTest]) -> list[Sample]:
     """Return the samples in llama-bench's JSON."""
     samples = []
     for test in tests:

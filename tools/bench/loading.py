@@ -37,7 +37,7 @@ from pathlib import Path
 from tools import upstream
 from tools.arguments import command_line
 from tools.bench import llama
-from tools.bench.builds import processor_seconds
+from tools.bench.cores import processor_seconds
 from tools.serving.ports import free_port
 from tools.serving.processes import (
     HOST,

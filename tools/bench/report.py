@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
+
 from tools.bench.results import OURS, UPSTREAM, BenchResult, Figure, ResultTable
 
 _HEADER = ("figure", OURS, UPSTREAM, "ratio", "min..max", "better")
@@ -11,6 +14,13 @@ def number(value: float) -> str:
     """Return three digits that count, without an exponent."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> str:
+    """Return the median of the rounds' ratios, and how far they went if there are several."""
+    ratios = [a / b for a, b in zip(values, base, strict=True)]
+    between = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}{between}"
 
 
 def cells(figure: Figure) -> tuple[str, ...]:

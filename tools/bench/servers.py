@@ -17,6 +17,8 @@ from tools.wire import ClosedError, Wire
 _START_SECONDS = 60.0
 # Fine enough for a server that is there within milliseconds.
 _POLL_SECONDS = 0.002
+# Variables of servers that are measured: nothing is to be compiled beside that.
+ALONE = {NO_PREPARE_VARIABLE: "1"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,7 @@ def serving(server: str, threads: int, env: Mapping[str, str] | None = None) -> 
     """
     port = free_port()
     started = time.perf_counter()
-    # Nothing is to be compiled beside what is measured.
-    alone = {NO_PREPARE_VARIABLE: "1", **(env or {})}
-    with Process(command(server, port, threads), env=alone) as process:
+    with Process(command(server, port, threads), env={**ALONE, **(env or {})}) as process:
         process.wait_until(
             lambda: answers(port), _START_SECONDS, "answer to HELLO", pause=_POLL_SECONDS
         )

@@ -1,11 +1,17 @@
 """Measures what a second machine brings: one worker, several, and upstream's tensor split.
 
     python -m tools.bench.split --model model.gguf
+    python -m tools.bench.split --model model.gguf --setup "two workers, tensor"
     python -m tools.bench.split --model model.gguf --link 0.1:1 --link 0.25:1 --link 1:1
 
 Every server has one thread and one core: worker 1 on the first core, worker 2 on the second. The
-coordinator runs on the first core, beside worker 1 or with a share of its own instead. All setups
-run in turn, `--rounds` times; figures are medians over the rounds.
+coordinator runs on the first core, beside worker 1 or with a share of its own instead; a third part
+shares a core with another where there are two. This project's servers have the model from disk, in
+large pages, and nothing is measured before these are made. All setups run in turn, `--rounds`
+times; figures are medians over the rounds, and of ratios taken within each round.
+
+What parts that share a core would do on cores of their own is told by processor time: a token takes
+as long as the process that spends most on it, and what a coordinator without a share does besides.
 
 With --link DELAY:RATE (milliseconds one way, Gbit/s) the setup of two machines is measured through
 a relay that behaves like such a network, beside what the formula of docs/split.md predicts.
@@ -29,17 +35,25 @@ from client.connection import connect
 from protocol.commands import Command
 from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
-from tools.arguments import command_line
+from tools.arguments import command_line, positive
 from tools.bench import llama
-from tools.bench.cores import on_core
+from tools.bench.cores import on_core, processor_seconds
 from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
-from tools.bench.servers import answers
+from tools.bench.report import number, ratio
+from tools.bench.rest import from_file, waiting
+from tools.bench.servers import ALONE, answers
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, ProgramError, own_command, upstream_command
 
 _START_SECONDS = 60.0
 _HOST = "127.0.0.1"
+_LOCAL = "local"
+_COUNTED = """\
+by processor time: tokens/s as if each part had a core of its own and nobody waited for another. Not
+measured but derived, from what the servers' processes spend on a token: the most that any part
+does, and what a coordinator without a share does besides. To be held against its own kind only.\
+"""
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,21 @@ class Setup:
         """The mode, for a table."""
         return self.mode if self.sums == "parts" else f"{self.mode}, sums here"
 
+    @property
+    def counted(self) -> bool:
+        """True if processor time tells how fast it is: its parts compute at the same time."""
+        return bool(self.split) or self.workers == 1
 
+    def token_seconds(self, workers: Sequence[float], coordinator: float) -> float:
+        """Return seconds of a token if nobody waited, by what the processes spend on one."""
+        if _LOCAL in self.split:
+            return max(*workers, coordinator)
+        return max(workers) + coordinator
+
+
+ONE = Setup("one worker", 1)
 SETUPS = (
-    Setup("one worker", 1),
+    ONE,
     Setup("two workers, by layers", 2),
     Setup("two workers, row", 2, split=("0", "1")),
     Setup("two workers, tensor, sums here", 2, split=("0", "1"), mode="tensor", sums="here"),
@@ -76,6 +102,10 @@ SETUPS = (
         "local and a worker, tensor, sums here", 2, split=("local", "1"), mode="tensor", sums="here"
     ),
     Setup("local and a worker, tensor", 2, split=("local", "1"), mode="tensor"),
+    Setup("three workers, row", 3, split=("0", "1", "2")),
+    Setup("three workers, tensor", 3, split=("0", "1", "2"), mode="tensor"),
+    Setup("local and two workers, row", 3, split=("local", "1", "2")),
+    Setup("local and two workers, tensor", 3, split=("local", "1", "2"), mode="tensor"),
     Setup("two of upstream's workers, tensor", 2, True, split=("0", "1"), mode="tensor"),
     Setup("upstream, one server", 1, True),
     Setup("upstream, two servers by layers", 2, True),
@@ -85,11 +115,56 @@ SETUPS = (
 
 @dataclass
 class Measured:
-    """Values of one setup over the rounds, tokens/s and bytes."""
+    """Values of one setup over the rounds, tokens/s and bytes.
+
+    ``counted`` is generation by processor time, empty where that tells nothing.
+    """
 
     generate: list[float] = field(default_factory=list)
     prompt: list[float] = field(default_factory=list)
     coordinator_bytes: list[int] = field(default_factory=list)
+    counted: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunningSetup:
+    """A setup that runs: its ports for llama.cpp, its processes, and the relay's port if any."""
+
+    ports: list[int]
+    workers: list[Process]
+    coordinator: Process | None = None
+    relay: int = 0
+
+
+class TokenCount:
+    """The cost to servers of a token that llama-bench generates behind a prompt; see llama.Heard.
+
+    ``workers`` and ``coordinator`` are seconds of processor time, none before there was a token.
+    """
+
+    def __init__(self, servers: RunningSetup) -> None:
+        own = [] if servers.coordinator is None else [servers.coordinator]
+        self._processes = [*servers.workers, *own]
+        self._n_workers = len(servers.workers)
+        self._before: list[float] | None = None
+        self._spent: list[float] = []
+
+    def __call__(self, test: llama.BenchTest) -> None:
+        """Take note of a test that is over; the next one begins."""
+        now = [processor_seconds(process.child.pid) for process in self._processes]
+        if test["n_gen"] and not test["n_prompt"] and self._before is not None:
+            # There is one more, to warm up.
+            tokens = test["n_gen"] * len(test["samples_ts"]) + 1
+            self._spent = [(b - a) / tokens for a, b in zip(self._before, now, strict=True)]
+        self._before = now
+
+    @property
+    def workers(self) -> list[float]:
+        return self._spent[: self._n_workers]
+
+    @property
+    def coordinator(self) -> float:
+        return sum(self._spent[self._n_workers :])
 
 
 class NetworkLink(NamedTuple):
@@ -125,70 +200,86 @@ def _start(stack: contextlib.ExitStack, core: int, command: list[str] | None, po
     if command is None:
         raise ProgramError("no ggml-rpc-server: run python -m tools.upstream")
     with on_core(core):
-        process = stack.enter_context(Process(command))
+        process = stack.enter_context(Process(command, env=ALONE))
     process.wait_until(lambda: answers(port), _START_SECONDS, "answer to HELLO")
     return process
 
 
 @contextlib.contextmanager
-def running(
-    setup: Setup, link: NetworkLink | None = None
-) -> Iterator[tuple[list[int], Process | None, int]]:
-    """Run the setup.
-
-    Yield its ports for llama.cpp, its coordinator, and the relay's port if any.
-    """
+def running(setup: Setup, model: Path, link: NetworkLink | None = None) -> Iterator[RunningSetup]:
+    """Run the setup for a model; its workers are behind ``link``, one relay for each."""
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
+        workers: list[Process] = []
         relay = 0
         for number in range(setup.workers):
             if setup.split and str(number) not in setup.split:
                 continue
             port = free_port()
-            make = upstream_command if setup.upstream else own_command
-            _start(stack, number, make(port, "-t", "1"), port)
+            command = (
+                upstream_command(port, "-t", "1")
+                if setup.upstream
+                else own_command(port, "-t", "1", *from_file(model))
+            )
+            workers.append(_start(stack, number, command, port))
             if link is not None:
                 relay = free_port()
                 _start(stack, number, relay_command(relay, port, link), relay)
                 port = relay
             ports[str(number)] = port
         if not setup.split:
-            yield list(ports.values()), None, relay
+            yield RunningSetup(list(ports.values()), workers, relay=relay)
             return
-        parts = ",".join(p if p == "local" else f"{_HOST}:{ports[p]}" for p in setup.split)
+        parts = ",".join(p if p == _LOCAL else f"{_HOST}:{ports[p]}" for p in setup.split)
         port = free_port()
         shares = ",".join("1" for _ in setup.split)
         mode = ("--split-mode", setup.mode, "--split-sums", setup.sums)
         options = ("-t", "1", "--split", parts, *mode, "--tensor-split", shares)
-        command = own_command(port, *options)
-        yield [port], _start(stack, 0, command, port), relay
+        command = own_command(port, *options, *from_file(model))
+        yield RunningSetup([port], workers, _start(stack, 0, command, port), relay)
 
 
 def tokens_per_second(
-    ports: Sequence[int], options: argparse.Namespace, setup: Setup
+    ports: Sequence[int],
+    options: argparse.Namespace,
+    setup: Setup,
+    heard: llama.Heard = llama.nobody,
 ) -> dict[str, float]:
-    """Return llama-bench's figures on servers: of the prompt, ``pp``, and of generation, ``tg``."""
+    """Return llama-bench's figures on servers: of the prompt, ``pp``, and of generation, ``tg``.
+
+    ``heard`` is as for llama.bench_at.
+    """
     bench = llama.BenchOptions(options.prompt, options.generate, (0,), options.repetitions, 1, True)
     endpoints = ",".join(f"{_HOST}:{p}" for p in ports)
-    arguments = (*setup.arguments, "-ub", str(options.ubatch))
-    samples = llama.bench_at(endpoints, options.model, bench, arguments)
+    arguments = (*setup.arguments, "-ub", str(options.ubatch), *waiting(options.model))
+    samples = llama.bench_at(endpoints, options.model, bench, arguments, heard)
     return {s.name[:2]: s.value for s in samples}
 
 
+def chosen(names: Sequence[str]) -> list[Setup]:
+    """Return the setups of these names, all without any; one worker is always among them."""
+    return [s for s in SETUPS if not names or s is ONE or s.name in names]
+
+
 def measure(options: argparse.Namespace) -> dict[str, Measured]:
-    """Measure all setups in turn."""
-    measured = {s.name: Measured() for s in SETUPS}
-    steps = [(number, setup) for number in range(options.rounds) for setup in SETUPS]
+    """Measure the setups in turn."""
+    setups = chosen(options.setup)
+    measured = {s.name: Measured() for s in setups}
+    steps = [(number, setup) for number in range(options.rounds) for setup in setups]
     with begin("measuring", len(steps)) as task:
         for number, setup in steps:
             task.step(f"round {number + 1} of {options.rounds}: {setup.name}")
-            with running(setup) as (ports, coordinator, _):
-                rates = tokens_per_second(ports, options, setup)
+            with running(setup, options.model) as servers:
+                spent = TokenCount(servers)
+                rates = tokens_per_second(servers.ports, options, setup, spent)
                 values = measured[setup.name]
                 values.generate.append(rates["tg"])
                 values.prompt.append(rates["pp"])
-                if coordinator is not None:
-                    values.coordinator_bytes.append(coordinator.peak_rss())
+                if setup.counted:
+                    seconds = setup.token_seconds(spent.workers, spent.coordinator)
+                    values.counted.append(1 / seconds)
+                if servers.coordinator is not None:
+                    values.coordinator_bytes.append(servers.coordinator.peak_rss())
     return measured
 
 
@@ -240,9 +331,9 @@ def predicted(base: float, round_trips: float, wire: float, extra: float, rate: 
 def measure_links(options: argparse.Namespace) -> tuple[list[Row], float]:
     """Measure two machines, one of them the coordinator, over each network; and one alone."""
     rows: list[Row] = []
-    with running(SETUPS[0]) as (ports, _, _):
-        alone = 1 / tokens_per_second(ports, _decode_only(options), SETUPS[0])["tg"]
-    setups = [s for s in SETUPS if s.split and s.split[0] == "local"]
+    with running(ONE, options.model) as servers:
+        alone = 1 / tokens_per_second(servers.ports, _decode_only(options), ONE)["tg"]
+    setups = [s for s in chosen(options.setup) if s.split[:1] == (_LOCAL,) and len(s.split) == 2]
     with begin("measuring links", len(setups) * (1 + len(options.link))) as task:
         blocks = 0.0
         for setup in setups:
@@ -263,12 +354,13 @@ def _measure_setup(
     base = near = 0.0
     for link in (NetworkLink(0.0, 100e9), *options.link):
         task.step(f"{setup.name}: {link.name}")
-        with running(setup, link) as (ports, _, relay):
+        with running(setup, options.model, link) as servers:
             # The coordinator holds the relay's one connection to the worker, not the relay.
-            round_trip = asyncio.run(_round_trip(relay))
-            before = asyncio.run(_status(ports[0]))
-            rates = tokens_per_second(ports, _decode_only(options), setup)
-            after = asyncio.run(_status(ports[0]))
+            round_trip = asyncio.run(_round_trip(servers.relay))
+            (port,) = servers.ports
+            before = asyncio.run(_status(port))
+            rates = tokens_per_second(servers.ports, _decode_only(options), setup)
+            after = asyncio.run(_status(port))
         part = next(i for i in range(after.n_parts) if after.parts[i].exchanges)
         tokens = after.tokens - before.tokens
         exchanges = after.parts[part].exchanges / tokens
@@ -293,20 +385,26 @@ def _decode_only(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def table(measured: dict[str, Measured]) -> str:
-    """Return medians as Markdown; ratios are to one worker, and to upstream's tensor split."""
+    """Return medians as Markdown, each beside its ratio to one worker, round by round."""
     lines = [
-        "| servers | tg tokens/s | to one worker | pp tokens/s | to one worker | coordinator |",
-        "|" + "---|" * 6,
+        "| servers | tg tokens/s | to one worker | by processor time | to one worker | pp tokens/s "
+        "| to one worker | coordinator |",
+        "|" + "---|" * 8,
     ]
-    one = measured["one worker"]
-    one_tg, one_pp = statistics.median(one.generate), statistics.median(one.prompt)
+    one = measured[ONE.name]
     for name, m in measured.items():
-        tg, pp = statistics.median(m.generate), statistics.median(m.prompt)
+        pairs = ((m.generate, one.generate), (m.counted, one.counted), (m.prompt, one.prompt))
+        cells = [cell for values, base in pairs for cell in _cells(values, base)]
         memory = f"{max(m.coordinator_bytes) >> 20} MiB" if m.coordinator_bytes else ""
-        lines.append(
-            f"| {name} | {tg:.1f} | {tg / one_tg:.2f} | {pp:.0f} | {pp / one_pp:.2f} | {memory} |"
-        )
+        lines.append("| " + " | ".join([name, *cells, memory]) + " |")
+    if any(m.counted for m in measured.values()):
+        lines += ["", _COUNTED]
     return "\n".join(lines)
+
+
+def _cells(values: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
+    """Return the median of values, and their ratio to ``base``; nothing where there are none."""
+    return (number(statistics.median(values)), ratio(values, base)) if values else ("", "")
 
 
 def link_table(rows: Sequence[Row]) -> str:
@@ -329,9 +427,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line("tools.bench.split", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="GGUF file")
-    add("-p", "--prompt", type=int, default=64, help="tokens of the prompt (%(default)s)")
+    names = [setup.name for setup in SETUPS]
+    add("--setup", action="append", default=[], choices=names, metavar="NAME",
+        help=f"measure this one, and one worker (all): {'; '.join(names)}")  # fmt: skip
+    add("-p", "--prompt", type=positive, default=64, help="tokens of the prompt (%(default)s)")
     add("-ub", "--ubatch", type=int, default=512, help="tokens of a graph (%(default)s)")
-    add("-n", "--generate", type=int, default=32, help="tokens to generate (%(default)s)")
+    add("-n", "--generate", type=positive, default=32, help="tokens to generate (%(default)s)")
     add("-r", "--repetitions", type=int, default=2, help="of llama-bench a round (%(default)s)")
     add("--rounds", type=int, default=3, help="starts of each setup (%(default)s)")
     add("--link", type=NetworkLink.of, action="append", default=[], metavar="DELAY:RATE")

@@ -37,7 +37,7 @@ from tools.bench.compare.dllama import TokenRates
 from tools.bench.compare.model_file import Converted, convert
 from tools.bench.cores import OtherWork, on_core
 from tools.bench.machine import describe_machine, describe_versions
-from tools.bench.report import number
+from tools.bench.report import number, ratio
 from tools.bench.split import Setup
 from tools.serving.processes import ProgramError
 
@@ -77,8 +77,8 @@ class RowValues:
 
 def _served(setup: Setup, options: argparse.Namespace) -> TokenRates:
     """Measure llama-bench on servers."""
-    with split.running(setup) as (ports, _, _):
-        rates = split.tokens_per_second(ports, options, setup)
+    with split.running(setup, options.model) as servers:
+        rates = split.tokens_per_second(servers.ports, options, setup)
     return TokenRates(rates["pp"], rates["tg"])
 
 
@@ -148,27 +148,20 @@ def table(rows: Sequence[ComparisonRow], measured: dict[str, RowValues]) -> str:
             "| prompt, tokens/s | other work, cores |",
             "|" + "---|" * 6,
         ]
+        base = measured.get(BASE)
         for name in chosen:
             m = measured[name]
             cells = (
                 name,
                 number(statistics.median(m.generate)),
                 f"{number(min(m.generate))} to {number(max(m.generate))}",
-                _ratio(m, measured.get(BASE)),
+                ratio(m.generate, base.generate) if base is not None else "-",
                 number(statistics.median(m.prompt)),
                 f"{statistics.median(m.other):.1f}",
             )
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def _ratio(measured: RowValues, base: RowValues | None) -> str:
-    """Return the median of the rounds' ratios, and how far they went."""
-    if base is None:
-        return "-"
-    ratios = [a / b for a, b in zip(measured.generate, base.generate, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def same_text(model: Path, program: Path, files: Converted) -> tuple[int, int]:
