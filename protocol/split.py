@@ -218,6 +218,7 @@ _VERSIONS = (
 
 _STEP_DTYPE = numpy_dtype(SplitStep)
 _COUNT = struct.Struct("<I")
+_SIZE = struct.Struct("<Q")
 _TYPES = {int(t): t for t in GgmlType}
 
 
@@ -349,6 +350,13 @@ class ProgramPayload:
     tensors: npt.NDArray[Any]
     swaps: tuple[ProgramSwap, ...] = ()
 
+    @property
+    def tail_size(self) -> int:
+        """The bytes that follow its tensors when it is sent."""
+        if not self.swaps:
+            return 0
+        return 2 * _COUNT.size + len(self.swaps) * _swap_dtype(len(self.swaps[0].ids)).itemsize
+
 
 def encode_program(
     steps: Sequence[ProgramStep], tensors: npt.NDArray[Any], swaps: Sequence[ProgramSwap] = ()
@@ -461,17 +469,22 @@ def decode_program(payload: bytes | bytearray | memoryview) -> ProgramPayload:
 def encode_report(text: str) -> bytes:
     """Return what a server sends instead of an output that its program will not come to."""
     data = _fitted(text, MOST_REPORT)
-    return struct.pack("<Q", REPORT_MARK | len(data)) + data
+    return _SIZE.pack(REPORT_MARK | len(data)) + data
+
+
+def report_size(data: bytes | bytearray) -> int:
+    """Return the bytes of the report that ``data`` begins with, 0 for anything else."""
+    if len(data) < _SIZE.size:
+        return 0
+    (size,) = _SIZE.unpack_from(data)
+    if size & REPORT_MARK != REPORT_MARK or size ^ REPORT_MARK > MOST_REPORT:
+        return 0
+    return int(_SIZE.size + (size ^ REPORT_MARK))
 
 
 def decode_report(data: bytes) -> str:
     """Return the text of :func:`encode_report`, as far as it is there; '' for anything else."""
-    if len(data) < 8:
-        return ""
-    (size,) = struct.unpack_from("<Q", data)
-    if size & REPORT_MARK != REPORT_MARK or size ^ REPORT_MARK > MOST_REPORT:
-        return ""
-    return data[8 : 8 + (size ^ REPORT_MARK)].decode(errors="replace")
+    return data[_SIZE.size : report_size(data)].decode(errors="replace")
 
 
 def step_sizes(program: ProgramPayload) -> list[tuple[int, int]]:
@@ -485,7 +498,7 @@ def step_sizes(program: ProgramPayload) -> list[tuple[int, int]]:
         if type_ not in _TYPES:
             raise ProtocolError(f"program with a tensor of unknown type {type_}")
         sizes[id_] = tensor_nbytes(_TYPES[type_], ne, nb)
-    frame = 8 if program.swaps else 0
+    frame = _SIZE.size if program.swaps else 0
     try:
         return [
             (sum(sizes[i] for i in step.inputs), sum(sizes[i] + frame for i in step.outputs))

@@ -17,6 +17,7 @@ from construct import Array, Bytes, FormatField, Int8ul, Int32ul, Int64ul, Padde
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Body, Dialect
+from protocol.endpoint import format_endpoint
 from protocol.errors import ProtocolError
 from protocol.ggml.ops import GluOp, Op, TensorFlag, UnaryOp
 from protocol.ggml.types import TYPE_INFO, GgmlType
@@ -35,6 +36,11 @@ _HEXADECIMAL = frozenset(
 )
 _TYPES = {int(t): t for t in GgmlType}
 _SUB_OPS = {Op.UNARY: UnaryOp, Op.GLU: GluOp}
+# Bytes that are text, up to the first zero.
+_TEXT = frozenset(
+    {"name", "host", "reason", "holder", "software", "protocols", "device_name",
+     "device_description"}
+)  # fmt: skip
 # What a line leaves out when it is 0: most messages are of the only device, from the start.
 _ZERO_IS_PLAIN = frozenset({"device", "offset", "cache_flag"})
 
@@ -102,8 +108,7 @@ class _Walker:
         if end > len(self._data):
             return Field(name, at, end, "(not seen)")
         if isinstance(declaration, Bytes):
-            text = name == "name"
-            value = self._text(at, end) if text else self._bytes(at, end)
+            value = self._text(at, end) if name in _TEXT else self._bytes(at, end)
             return Field(name, at, end, value)
         assert isinstance(declaration, FormatField)
         (number,) = struct.unpack_from(declaration.fmtstr, self._data, at)
@@ -381,6 +386,8 @@ def describe(message: ObservedMessage) -> str:
         parts += ["=", *_answer_parts(message)]
     elif message.kind is MessageKind.REQUEST:
         parts += _request_parts(message)
+    elif message.kind is MessageKind.SWAPS:
+        parts.append(f"swaps, {size_text(message.body_size)}")
     else:
         parts.append(f"{message.kind.value} of step {message.step}, {size_text(message.body_size)}")
     if message.problem:
@@ -445,7 +452,7 @@ def _plain_parts(
             if any(value):
                 version = caps_version(value)
                 extension = f"split extension {version}" if version else value.hex()
-                parts.append(f"{name} {extension}")
+                parts.append(f"{name} {text_of(value) if name in _TEXT else extension}")
         elif isinstance(value, tuple):
             parts.append(_sequence_text(name, value, dialect))
         elif value or zeros or name not in _ZERO_IS_PLAIN:
@@ -462,9 +469,17 @@ def _sequence_text(name: str, values: tuple[Any, ...], dialect: Dialect) -> str:
     if values and hasattr(values[0], "op_params"):
         given = [v for v in values if v.id]
         return "of " + ", ".join(tensor_text(v, dialect) for v in given) if given else ""
+    if values and hasattr(values[0], "reach"):
+        return "of " + ", ".join(peer_text(v) for v in values if any(v.host))
     if values and not isinstance(values[0], int | float):
         return ""
     return f"{name} {list(values)}"
+
+
+def peer_text(peer: Any) -> str:
+    """Return where a member of a group is, and whether the server is to connect to it."""
+    where = format_endpoint(text_of(peer.host), peer.port)
+    return f"{where} (to be reached)" if peer.reach else where
 
 
 # -- graphs -------------------------------------------------------------------------------------

@@ -53,7 +53,14 @@ from protocol.observe.events import (
 from protocol.observe.resync import FrameFinder, finder, guess_dialect
 from protocol.requests import FRAME, Limits, check_frame, first_frame
 from protocol.responses import SIZE
-from protocol.split import caps_version, decode_program, step_sizes, with_split
+from protocol.split import (
+    caps_version,
+    decode_program,
+    decode_report,
+    report_size,
+    step_sizes,
+    with_split,
+)
 
 __all__ = [
     "Conversation",
@@ -116,9 +123,12 @@ class Conversation:
         self._paired_by_size = False
         # Whether the next answer is such a one.
         self._doubtful = False
-        self._programs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        # By device and number: the sizes of the steps, and whether there are swaps.
+        self._programs: dict[tuple[int, int], tuple[list[tuple[int, int]], bool]] = {}
         # Steps of a SPLIT_RUN whose inputs are to come.
         self._inputs: deque[ExpectedAnswer] = deque()
+        # The SPLIT_JOIN that has made this a link, from where on there are swaps alone.
+        self._join: ObservedMessage | None = None
         self._finder: FrameFinder | None = None
         self._guessed_at = 0
         self._events: list[Event] = []
@@ -150,9 +160,16 @@ class Conversation:
         """Pass over ``size`` bytes of one side that were not seen; return what that completes."""
         half = self._half(side)
         while size and not half.dead:
-            body = half.body or self._begin_unframed(half)
+            if self._join is not None and half.body is None:
+                start = half.position
+                half.pass_over(size, time)
+                self._skip(half, start, half.position, f"{size} bytes were not seen")
+                return self._advance()
+            body = half.body or self._begin_unframed(half, whole=False)
             if body is not None:
-                # What is in the buffer was read into the body already.
+                if half.buffer:
+                    # Less than it takes to tell outputs from a report.
+                    self._read_body(half)
                 n = min(size, body.left)
                 body.miss(n)
                 half.pass_over(n, time)
@@ -216,8 +233,13 @@ class Conversation:
         half = self._half(side)
         if half.dead or not half.buffer:
             return False
+        if self._join is not None and half.body is None:
+            self._begin_swaps(half, self._join)
         if half.body is not None or self._begin_unframed(half) is not None:
             return self._read_body(half)
+        if self._reports_next(half):
+            # What comes first of an output with a size isn't all there yet.
+            return False
         return self._read_client(half) if side is Side.CLIENT else self._read_server(half)
 
     def _read_client(self, half: Direction) -> bool:
@@ -225,7 +247,7 @@ class Conversation:
             return False
         if half.lost and not self._find_request(half):
             return False
-        if len(half.buffer) < FRAME.size:
+        if len(half.buffer) < FRAME.size or self._is_joining(half):
             return False
         try:
             message = self._request_in(half)
@@ -248,6 +270,12 @@ class Conversation:
         message.fields = head.parse(message.head, FRAME.size)
         self._begin_body(half, message)
         return True
+
+    def _is_joining(self, half: Direction) -> bool:
+        """Return whether what comes next is a request or swaps is still to be told by an answer."""
+        last = self._outstanding[-1] if self._outstanding else None
+        joins = last is not None and last.request.command is Command.SPLIT_JOIN
+        return joins and len(half.buffer) <= _HOLD
 
     def _request_in(self, half: Direction) -> ObservedMessage:
         """The request whose frame comes next. ProtocolError if there can't be such a one."""
@@ -330,15 +358,38 @@ class Conversation:
         if not message.body_size:
             self._end_body(half)
 
-    def _begin_unframed(self, half: Direction) -> IncomingBody | None:
-        """Begin what a step of a SPLIT_RUN has on the wire next, if it is in one."""
+    def _begin_unframed(self, half: Direction, *, whole: bool = True) -> IncomingBody | None:
+        """Begin what a step of a SPLIT_RUN has on the wire next, if it is in one.
+
+        What may be a report begins only when that can be told, unless it is not ``whole``.
+        """
         steps = self._inputs if half is self._client else self._outstanding
         if not steps or not steps[0].raw or half.lost:
             return None
+        size = steps[0].size or 0
+        if self._reports_next(half):
+            if whole and len(half.buffer) < SIZE.size:
+                return None
+            size = report_size(half.buffer) or size
         message = self._answer_to(steps[0], half)
-        message.body_size = steps[0].size or 0
+        message.body_size = size
         self._begin_body(half, message)
         return half.body
+
+    def _reports_next(self, half: Direction) -> bool:
+        """Return whether outputs come next that may be a report instead, of why there are none."""
+        if half is self._client or half.body is not None or half.lost or not self._outstanding:
+            return False
+        return self._outstanding[0].may_report
+
+    def _begin_swaps(self, half: Direction, join: ObservedMessage) -> None:
+        """Begin what has come on a link, all of it."""
+        message = ObservedMessage(
+            MessageKind.SWAPS, half.side, join.command, join.dialect, join.spec, join.number,
+            half.position, half.time_of(half.position), request=join,
+            body_size=len(half.buffer),
+        )  # fmt: skip
+        self._begin_body(half, message)
 
     def _read_body(self, half: Direction) -> bool:
         body = half.body
@@ -370,14 +421,23 @@ class Conversation:
         else:
             self._events.append(message)
             due = bool(self._outstanding) and self._outstanding[0].request is message.request
+            if due and self._outstanding[0].may_report:
+                self._reported(message)
             if due and self._outstanding.popleft() is self._last_certain:
                 self._last_certain = None
                 self._lose(half, _UNSEEN)
             if message.command is Command.HELLO:
                 self._agreed(message)
             if message.command is Command.SPLIT_JOIN and message.fields and message.fields.result:
-                # From here on it has tensors that parts of a split exchange, told elsewhere.
-                self._client.dead = self._server.dead = True
+                self._join = message.request
+
+    def _reported(self, outputs: ObservedMessage) -> None:
+        """Outputs have come that may be a report: then there are no more of that program."""
+        report = decode_report(bytes(outputs.body or b""))
+        if report:
+            outputs.problem = f"the program failed: {report}"
+            while len(self._outstanding) > 1 and self._outstanding[1].request is outputs.request:
+                del self._outstanding[1]
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -416,7 +476,8 @@ class Conversation:
             if message.command is Command.SPLIT_PROGRAM:
                 program = decode_program(message.body)
                 message.graph = program
-                self._programs[fields.device, fields.program] = step_sizes(program)
+                found = step_sizes(program), bool(program.swaps)
+                self._programs[fields.device, fields.program] = found
                 return
             if not self._names_known:
                 self._settle_names(size_by_graph(message.dialect, message.body))
@@ -434,16 +495,17 @@ class Conversation:
 
     def _run(self, message: ObservedMessage) -> None:
         fields = message.fields
-        steps = fields and self._programs.get((fields.device, fields.program))
-        if steps is None:
+        program = fields and self._programs.get((fields.device, fields.program))
+        if program is None:
             message.problem = "the steps of the program were not seen"
             self._lose(self._client, "the bytes of a program whose steps were not seen")
             return
+        steps, has_swaps = program
         for i, (taken, given) in enumerate(steps, 1):
             if taken:
                 self._inputs.append(ExpectedAnswer(message, taken, i))
             if given:
-                self._outstanding.append(ExpectedAnswer(message, given, i))
+                self._outstanding.append(ExpectedAnswer(message, given, i, may_report=has_swaps))
 
     # -- the dialect ----------------------------------------------------------------------------
 

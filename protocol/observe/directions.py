@@ -98,13 +98,15 @@ class Direction:
 class ExpectedAnswer:
     """An answer that a request lets the server send.
 
-    ``size`` bytes, in a frame or for a step without.
+    ``size`` bytes, in a frame or for a step without; of a step that ``may_report`` there may be a
+    report instead, of why there are none.
     """
 
     request: ObservedMessage
     # None until the answer says so, if the request was not seen whole.
     size: int | None
     step: int = 0
+    may_report: bool = False
 
     @property
     def raw(self) -> bool:

@@ -25,12 +25,18 @@ class Side(enum.Enum):
 
 
 class MessageKind(enum.Enum):
-    """The kind of a message; the last two are the unframed bytes of a step of a SPLIT_RUN."""
+    """The kind of a message.
+
+    INPUTS and OUTPUTS are the bytes of a step of a SPLIT_RUN, SWAPS those on a connection that
+    SPLIT_JOIN has made a link, a message for each piece that is seen: nothing on a link says what
+    belongs together.
+    """
 
     REQUEST = "request"
     ANSWER = "answer"
     INPUTS = "inputs"
     OUTPUTS = "outputs"
+    SWAPS = "swaps"
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +81,7 @@ class ObservedMessage:
             MessageKind.ANSWER: f"the answer to {command}",
             MessageKind.INPUTS: f"the inputs of step {self.step} of {command}",
             MessageKind.OUTPUTS: f"the outputs of step {self.step} of {command}",
+            MessageKind.SWAPS: "the swaps on a link",
         }[self.kind]
 
     @property
@@ -96,12 +103,12 @@ class ObservedMessage:
     def latency(self) -> float | None:
         """Seconds from the last byte of the request to the last of its answer, if both are known.
 
-        For an answer; of outputs from the last bytes of the client before them.
+        For an answer; of outputs from the last bytes of the client before them. Swaps have none.
         """
-        before = self.request.ended if self.request is not None else None
-        if before is None or self.ended is None:
+        if self.request is None or self.kind is MessageKind.SWAPS:
             return None
-        return self.ended - before
+        before = self.request.ended
+        return None if before is None or self.ended is None else self.ended - before
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,15 @@ from protocol.dialects import DIALECTS, Answer, Dialect, compatible_dialects
 from protocol.observe.annotate import annotate, describe
 from protocol.observe.conversation import Conversation, dialect_of_version
 from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, Side, SkippedBytes
-from tests.protocol.transcripts import events_of, full_session, session, split_session, summary
+from tests.protocol.transcripts import (
+    events_of,
+    full_session,
+    link_session,
+    member_session,
+    session,
+    split_session,
+    summary,
+)
 from tests.protocol.turns import answer, hello, request, small_graph, tensor_fields
 
 NEWEST = DIALECTS[0]
@@ -84,6 +92,69 @@ def test_a_program_and_its_run(cuts: list[int]) -> None:
     ]
     assert [bytes(e.body or b"")[0] for e in run[1:]] == [0, 100, 32, 116]
     assert not conversation.unanswered
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6), st.booleans())
+def test_a_program_with_swaps(cuts: list[int], failing: bool) -> None:
+    """Its outputs have sizes, and one that fails says why instead of the next."""
+    turns = member_session(NEWEST, "part 0 hung up" if failing else "")
+    conversation = Conversation()
+    events = messages(events_of(conversation, turns, cuts))
+    given = [e for e in events if e.kind is MessageKind.OUTPUTS]
+    assert [(e.step, e.body_size) for e in given] == [(1, 24), (2, 22 if failing else 24)]
+    said = "the program failed: part 0 hung up"
+    assert [e.problem for e in given] == ["", said if failing else ""]
+    assert not conversation.unanswered
+    (program,) = [e for e in events if e.graph is not None]
+    assert "2 swaps" in describe(program)
+    paths = [span.path for span in annotate(program)]
+    assert paths[-3:] == ["swaps[1].step", "swaps[1].ids[0]", "swaps[1].ids[1]"]
+    (peers, *_) = [e for e in events if e.command is Command.SPLIT_PEERS]
+    assert "of 127.0.0.1:9 (to be reached), 10.0.0.1:50052" in describe(peers)
+
+
+_SWAPS = [
+    (Side.SERVER, bytes(range(200))),
+    (Side.CLIENT, bytes(range(100, 250))),
+    (Side.SERVER, bytes(range(17))),
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=6))
+def test_what_is_on_a_link_is_told_as_it_comes(cuts: list[int]) -> None:
+    events = messages(events_of(Conversation(), link_session(NEWEST, _SWAPS), cuts))
+    swapped = [e for e in events if e.kind is MessageKind.SWAPS]
+    for side in Side:
+        sent = b"".join(data for s, data in _SWAPS if s is side)
+        assert b"".join(bytes(e.body or b"") for e in swapped if e.side is side) == sent
+    assert {e.number for e in swapped} == {1}
+    assert {e.latency for e in swapped} == {None}
+    assert describe(swapped[0]).startswith("SPLIT_JOIN swaps, ")
+
+
+def test_what_follows_a_join_waits_for_its_answer() -> None:
+    """The client's side may be seen first."""
+    turns = link_session(NEWEST, _SWAPS)
+    conversation, events = Conversation(), []
+    for side in (Side.CLIENT, Side.SERVER):
+        events += conversation.feed(side, b"".join(data for s, data in turns if s is side))
+    swapped = [e for e in messages(events) if e.kind is MessageKind.SWAPS]
+    assert sum(e.body_size for e in swapped) == 367
+
+
+def test_a_hole_in_a_link_is_told() -> None:
+    conversation = Conversation()
+    for side, data in link_session(NEWEST, []):
+        conversation.feed(side, data)
+    conversation.feed(Side.CLIENT, bytes(10))
+    (hole,) = conversation.gap(Side.CLIENT, 7)
+    assert isinstance(hole, SkippedBytes)
+    assert hole.size == 7
+    (after,) = conversation.feed(Side.CLIENT, bytes(5))
+    assert isinstance(after, ObservedMessage)
+    assert (after.kind, after.body_size, after.start) == (MessageKind.SWAPS, 5, hole.end)
 
 
 def test_one_side_first() -> None:

@@ -11,6 +11,7 @@ from protocol.observe.conversation import Conversation
 from protocol.observe.events import Event, ObservedMessage, Side
 from protocol.split import (
     description_fields,
+    encode_report,
     members_fields,
     peers_answer,
     peers_fields,
@@ -92,6 +93,44 @@ def session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn
 
 def split_session(dialect: Dialect) -> list[Turn]:
     return [*hello(dialect, split_caps()), *session(with_split(dialect))]
+
+
+_SECRET = b"secret" + bytes(26)
+
+
+def member_session(dialect: Dialect, report: str = "") -> list[Turn]:
+    """A server that becomes a member of a group, and runs a program with swaps.
+
+    That fails in its second step where there is a ``report``.
+    """
+    extended = with_split(dialect)
+    peers = peers_fields(_SECRET, 2.0, 1, [("127.0.0.1", 9, True), ("10.0.0.1", 50052, False)])
+    program = {"device": 0, "program": 3}
+    body = small_program(dialect, swapped=True)
+    given = [(16).to_bytes(8, "little") + bytes(range(at, at + 16)) for at in (100, 116)]
+    return [
+        *hello(dialect, split_caps()),
+        request(extended, Command.SPLIT_PEERS, {"device": 0, **peers}),
+        answer(extended, Command.SPLIT_PEERS, peers_answer("")),
+        request(extended, Command.SPLIT_PROGRAM, program, body),
+        answer(extended, Command.SPLIT_PROGRAM, {"result": 0}),
+        request(extended, Command.SPLIT_RUN, program),
+        (Side.CLIENT, bytes(range(32))),
+        (Side.SERVER, given[0]),
+        (Side.CLIENT, bytes(range(32, 64))),
+        (Side.SERVER, encode_report(report) if report else given[1]),
+    ]
+
+
+def link_session(dialect: Dialect, swaps: Sequence[Turn]) -> list[Turn]:
+    """A connection that becomes a link, and what is on it."""
+    extended = with_split(dialect)
+    return [
+        *hello(dialect, split_caps()),
+        request(extended, Command.SPLIT_JOIN, {"secret": _SECRET, "number": 1}),
+        answer(extended, Command.SPLIT_JOIN, {"result": 1}),
+        *swaps,
+    ]
 
 
 def full_session(dialect: Dialect, upload: int = 64, download: int = 64) -> list[Turn]:

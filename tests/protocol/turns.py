@@ -16,7 +16,7 @@ from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload, encode_graph
 from protocol.messages import RPC_TENSOR_DTYPE, RpcTensor
 from protocol.observe.events import Side
-from protocol.split import ProgramStep, encode_program
+from protocol.split import ProgramStep, ProgramSwap, encode_program
 
 Turn = tuple[Side, bytes]
 
@@ -84,11 +84,15 @@ def small_graph(dialect: Dialect) -> bytes:
     return encode_graph(GraphPayload(0, nodes, tensor_array(w, x, y, z)), dialect)
 
 
-def small_program(dialect: Dialect) -> bytes:
-    """Two steps that each take 32 bytes and give 16."""
+def small_program(dialect: Dialect, *, swapped: bool = False) -> bytes:
+    """Two steps that each take 32 bytes and give 16, with a swap behind each if ``swapped``."""
     w = tensor_fields(dialect, "w", (8, 4, 1, 1))
     x = tensor_fields(dialect, "x", (8, 1, 1, 1))
     y = tensor_fields(dialect, "y", (4, 1, 1, 1), Op.MUL_MAT)
     y["src"] = (w["id"], x["id"], *[0] * 8)
     step = ProgramStep((x["id"],), (y["id"],), (y["id"],))
-    return encode_program([step, step], tensor_array(w, x, y))
+    if not swapped:
+        return encode_program([step, step], tensor_array(w, x, y))
+    z = tensor_fields(dialect, "of another", (4, 1, 1, 1))
+    swaps = [ProgramSwap(i, (y["id"], z["id"])) for i in range(2)]
+    return encode_program([step, step], tensor_array(w, x, y, z), swaps)

@@ -33,14 +33,15 @@ F32 = GgmlType.F32
 
 @contextlib.asynccontextmanager
 async def members(
-    servers: Sequence[WorkerProcess], timeout: float = 20.0
+    servers: Sequence[WorkerProcess | int], timeout: float = 20.0
 ) -> AsyncIterator[list[Backend]]:
-    """Clients of servers that are members of one group."""
+    """Clients of servers (or of those at ports) that are members of one group."""
     secret = secrets.token_bytes(SECRET_SIZE)
+    ports = [s if isinstance(s, int) else s.port for s in servers]
     async with contextlib.AsyncExitStack() as stack:
         made = [await stack.enter_async_context(backend(server)) for server in servers]
         for i, b in enumerate(made):
-            parts = [(HOST, server.port, j < i) for j, server in enumerate(servers)]
+            parts = [(HOST, port, j < i) for j, port in enumerate(ports)]
             assert await enter(b, secret, i, parts, timeout) == ""
         yield made
 

@@ -19,7 +19,13 @@ from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
 from protocol.observe.conversation import Side
 from protocol.split import VERSION
-from tests.protocol.transcripts import full_session, session, split_session
+from tests.protocol.transcripts import (
+    full_session,
+    link_session,
+    member_session,
+    session,
+    split_session,
+)
 from tests.protocol.turns import BASE, answer, hello, request, small_graph, tensor_fields
 from tests.tools.packets import connection_frames, cut, pcap_bytes, write_pcapng
 from tools.bench import dump as bench
@@ -319,6 +325,28 @@ def test_several_connections_and_the_split_extension(
     assert code == 0
     code, out, _ = dump(capsys, path, "--json", "-v")
     assert {o["connection"] for o in map(json.loads, out.splitlines())} == {1, 2}
+
+
+def test_members_of_a_group_and_their_links(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = connection_frames(member_session(NEWEST, "part 0 hung up"))
+    swaps = [(Side.CLIENT, bytes(64)), (Side.SERVER, bytes(16))]
+    second = connection_frames(
+        link_session(NEWEST, swaps), client=Address("10.0.0.3", 40001), start=1000.001
+    )
+    path = write_pcapng(tmp_path / "two.pcapng", sorted([*first, *second], key=lambda f: f.time))
+    code, out, _ = dump(capsys, path)
+    assert code == 0
+    assert "number 1 n_parts 2 of 127.0.0.1:9 (to be reached), 10.0.0.1:50052" in out
+    assert "2 steps, 2 nodes, 4 tensors, 2 swaps" in out
+    assert "SPLIT_RUN outputs of step 2, 22 B [the program failed: part 0 hung up]" in out
+    assert "-> SPLIT_JOIN swaps, 64 B" in out
+    assert "<- SPLIT_JOIN swaps, 16 B" in out
+    code, out, _ = dump(capsys, path, "--stats", "--json")
+    totals = json.loads(out)["commands"]["SPLIT_JOIN"]
+    assert (totals["sent"], totals["received"]) == (9 + 36 + 64, 9 + 16)
+    assert dump(capsys, path, "-v", "--hex")[0] == 0
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ from protocol.observe.annotate import annotate, op_text, sub_op
 from protocol.observe.events import MessageKind, ObservedMessage, Side
 from tests.conftest import REQUIRE_UPSTREAM
 from tests.protocol.captures import NAMES, collect, collected, path_of
+from tests.protocol.transcripts import link_session, member_session
+from tests.tools.packets import connection_frames, write_pcapng
 from tools.record.frames import Address, TcpFrames
 from tools.record.pcapng import PcapngWriter
 from tools.wireshark.__main__ import dissector, main
@@ -155,8 +157,12 @@ def check(seen: list[Shown], messages: list[ObservedMessage], *, whole: bool = T
         assert found.generated["protocol"] == ([] if hello else [message.dialect.name])
         if message.kind is not MessageKind.REQUEST:
             assert int(found.one("command")) == message.command
-            assert message.latency is not None
-            assert float(found.one("time")) == pytest.approx(message.latency, abs=2e-6)
+            if message.kind is MessageKind.SWAPS:
+                assert "time" not in found.generated
+                assert found.data == bytes(message.body or b"").hex()
+            else:
+                assert message.latency is not None
+                assert float(found.one("time")) == pytest.approx(message.latency, abs=2e-6)
         if not whole:
             continue
         assert found.fields == expected_fields(message)
@@ -183,6 +189,28 @@ def test_every_field_is_the_one_that_the_decoder_reads(script: Path, tmp_path: P
         messages = messages_of(name)
         check(list(itertools.islice(seen, len(messages))), messages)
     assert not list(seen)
+
+
+def test_members_of_a_group_and_their_links(script: Path, tmp_path: Path) -> None:
+    """Programs with swaps, what one that fails says, and the bytes on a link."""
+    newest, path = DIALECTS[0], tmp_path / "group.pcapng"
+    swaps = [(Side.SERVER, bytes(range(200))), (Side.CLIENT, bytes(range(50)))]
+    sessions = [
+        member_session(newest),
+        member_session(newest, "part 0 hung up"),
+        link_session(newest, swaps),
+    ]
+    frames = [
+        frame
+        for i, turns in enumerate(sessions)
+        for frame in connection_frames(
+            turns, client=Address("10.0.0.3", 40001 + i), start=1000.0 + i
+        )
+    ]
+    write_pcapng(path, frames)
+    messages = [message for _, message in collect(path).messages]
+    assert sum(m.kind is MessageKind.SWAPS for m in messages) == 2
+    check(shown(script, path), messages)
 
 
 def test_every_message_is_found(script: Path, tmp_path: Path) -> None:

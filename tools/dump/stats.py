@@ -10,7 +10,7 @@ from typing import Any
 
 from protocol.commands import Command
 from protocol.observe.annotate import size_text
-from protocol.observe.conversation import Event, MessageKind, ObservedMessage
+from protocol.observe.conversation import Event, MessageKind, ObservedMessage, Side
 from tools.capture.connections import CapturedConnection
 from tools.dump.filters import Filters
 from tools.dump.screen import Screen, duration_text
@@ -135,7 +135,7 @@ class StatsView:
         figures = self.commands.setdefault(event.command, CommandTotals())
         if event.kind is MessageKind.REQUEST:
             figures.requests += 1
-        if event.kind in (MessageKind.REQUEST, MessageKind.INPUTS):
+        if event.side is Side.CLIENT:
             figures.sent += event.size
         else:
             figures.received += event.size
@@ -166,7 +166,7 @@ class StatsView:
         if step.began is None:
             step.began = message.started
         step.ended = message.ended
-        if message.kind in (MessageKind.REQUEST, MessageKind.INPUTS):
+        if message.side is Side.CLIENT:
             step.sent += message.size
         else:
             step.received += message.size

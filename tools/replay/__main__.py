@@ -7,6 +7,9 @@ The capture is one of tools.record, tcpdump or Wireshark, whole from the beginni
 connections. Requests go out in the recorded order, as fast as they are answered, with the server's
 own handles and addresses in place of the recorded ones. Everything that a client computes with is
 compared; free memory, alignment, and sizes that a server chooses are not.
+
+Of servers that add up among themselves one is played to, and the player is the others, with the
+bytes that these have sent: their links with it have to be in the capture, too.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from pathlib import Path
 from protocol.endpoint import format_endpoint
 from tools import arguments
 from tools.capture.errors import CaptureError
-from tools.replay.player import Player, ReplayError, ReplayResult
+from tools.replay.errors import ReplayError
+from tools.replay.player import Player, ReplayResult
 
 _EPILOG = """\
 exit status: 0 all answers are equal; 1 some differ; 2 wrong options, no connection, or a recording
@@ -70,6 +74,12 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="for an answer (%(default)s)"
     )
+    add(
+        "--recorded",
+        type=arguments.endpoint,
+        metavar="HOST:PORT",
+        help="of a recording of several servers that add up among themselves: the one to play",
+    )
     return parser
 
 
@@ -77,7 +87,13 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = make_parser().parse_args(words)
     host, port = options.to
-    player = Player(host, port, tolerance=options.tolerance, timeout=options.timeout)
+    player = Player(
+        host,
+        port,
+        tolerance=options.tolerance,
+        timeout=options.timeout,
+        recorded=format_endpoint(*options.recorded) if options.recorded else "",
+    )
     try:
         result = asyncio.run(player.play(options.file))
     except (ReplayError, CaptureError) as error:

@@ -75,6 +75,22 @@ def compare(
     return _compare_fields(recorded, live)
 
 
+class Pieces:
+    """A stream as it was recorded and as it came, piece by piece, cut anywhere."""
+
+    def __init__(self) -> None:
+        self._recorded, self._live = bytearray(), bytearray()
+
+    def add(self, recorded: bytes, live: bytes, f32: bool, tolerance: float) -> Comparison:
+        """Compare two pieces of one length, as far as they are whole numbers; as compare() does."""
+        self._recorded += recorded
+        self._live += live
+        n = len(self._recorded) // 4 * 4 if f32 else len(self._recorded)
+        found = _compare_data(bytes(self._recorded[:n]), bytes(self._live[:n]), f32, tolerance)
+        del self._recorded[:n], self._live[:n]
+        return found
+
+
 def _compare_fields(recorded: ObservedMessage, live: bytes) -> Comparison:
     declaration = recorded.spec.response
     if len(live) != codec(declaration).size:

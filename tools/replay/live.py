@@ -41,11 +41,15 @@ class Live:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return cls(reader, writer)
 
-    async def send(self, data: bytes) -> float:
-        """Send bytes; when they had left. Raises ServerGoneError."""
+    async def send(self, data: bytes, *, ahead: bool = False) -> float:
+        """Send bytes; when they had left. Raises ServerGoneError.
+
+        Those that are sent ``ahead`` may be wanted later only, and are not waited for.
+        """
         try:
             self._writer.write(data)
-            await self._writer.drain()
+            if not ahead:
+                await self._writer.drain()
         except ConnectionError as error:
             raise ServerGoneError("it closed the connection") from error
         return time.perf_counter()

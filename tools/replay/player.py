@@ -11,23 +11,30 @@ from pathlib import Path
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.dialects import Answer, Version
+from protocol.ggml.types import GgmlType
 from protocol.negotiation import retry_pause
-from protocol.observe.annotate import describe
+from protocol.observe.annotate import describe, text_of
 from protocol.observe.conversation import dialect_of_version
-from protocol.observe.events import Event, Failure, MessageKind, ObservedMessage, SkippedBytes
+from protocol.observe.events import (
+    Event,
+    Failure,
+    MessageKind,
+    ObservedMessage,
+    Side,
+    SkippedBytes,
+)
+from protocol.requests import FRAME
 from protocol.split import ProgramPayload, caps_version
 from tools.capture.connections import CapturedConnection, Connections, ReadOptions
 from tools.capture.files import read_capture
-from tools.replay.compare import Comparison, compare
+from tools.replay.compare import Comparison, Pieces, compare
+from tools.replay.errors import ReplayError
+from tools.replay.links import Groups
 from tools.replay.live import Live, ServerGoneError
 from tools.replay.rewrite import Rewriter
 
 # All data are needed to send them.
 _KEEP = 1 << 62
-
-
-class ReplayError(Exception):
-    """The recording can't be played; the message says why."""
 
 
 @dataclass(slots=True)
@@ -68,21 +75,42 @@ class _Played:
     sent: dict[int, float] = field(default_factory=dict)
     programs: dict[tuple[int, int], ProgramPayload] = field(default_factory=dict)
     gone: bool = False
+    # Members of its group that nobody plays.
+    missing: list[str] = field(default_factory=list)
+    # Of a link: whose bytes are sent, as which member (None: as was recorded), and what came back.
+    ours: Side = Side.CLIENT
+    member: int | None = None
+    pieces: Pieces = field(default_factory=Pieces)
 
 
 class Player:
     """Plays to the server at ``host`` and ``port``.
 
-    F32 data may differ by an NMSE of ``tolerance``; ``timeout`` (seconds) is for an answer.
+    F32 data may differ by an NMSE of ``tolerance``; ``timeout`` (seconds) is for an answer. Of
+    several servers that add up among themselves ``recorded`` is the address of the one to play.
     """
 
     def __init__(
-        self, host: str, port: int, *, tolerance: float = 0.0, timeout: float = 60.0
+        self,
+        host: str,
+        port: int,
+        *,
+        tolerance: float = 0.0,
+        timeout: float = 60.0,
+        recorded: str = "",
     ) -> None:
         self.host, self.port = host, port
         self.tolerance, self.timeout = tolerance, timeout
+        self.recorded = recorded
         self.result = ReplayResult()
         self._played: dict[int, _Played] = {}
+        self._groups = Groups()
+        # The recorded server that is played, '' for all; and links by their connections.
+        self._server = ""
+        self._roles: dict[int, int] = {}
+        self._left_out: set[int] = set()
+        # Types of the tensors that are swapped.
+        self._swapped: set[int] = set()
 
     async def play(self, path: Path) -> ReplayResult:
         """Play all of the capture in ``path``.
@@ -91,10 +119,16 @@ class Player:
         where there is no connection to the server.
         """
         started = time.perf_counter()
+        groups = self._groups = Groups.of(path)
+        server = self._server = groups.server(self.recorded)
+        roles = {link.connection: groups.role(link, server) for link in groups.links}
+        self._roles = {number: role for number, role in roles.items() if role is not None}
         try:
             async for connection, event in _events(path):
                 if event is None:
                     await self._close(connection)
+                elif self._is_anothers(connection):
+                    self._left_out.add(connection.number)
                 elif isinstance(event, ObservedMessage):
                     await self._message(connection, event)
                 else:
@@ -104,10 +138,20 @@ class Player:
                 await played.live.close()
         if not self.result.connections:
             raise ReplayError(f"{path}: no ggml RPC in it")
+        if self._left_out:
+            self.result.notes.append(
+                f"{len(self._left_out)} connections to other servers than {server}, not played"
+            )
         self.result.seconds = time.perf_counter() - started
         return self.result
 
     # -- what was recorded --------------------------------------------------------------------
+
+    def _is_anothers(self, connection: CapturedConnection) -> bool:
+        """Return whether a connection isn't of the server that is played."""
+        if not self._server or connection.server == self._server:
+            return False
+        return connection.number not in self._roles
 
     def _unread(self, connection: CapturedConnection, event: Failure | SkippedBytes) -> None:
         where = f"connection {connection.number}, {event.side.value}"
@@ -132,12 +176,17 @@ class Player:
             if message.command is not Command.HELLO:
                 raise ReplayError(f"connection {connection.number} was recorded without its HELLO")
             played = _Played(connection, await self._connect())
+            if self._server and connection.server != self._server:
+                # The server went to that member. Now it is the member who comes.
+                played.ours, played.member = Side.SERVER, self._roles[connection.number]
             self._played[connection.number] = played
             self.result.connections += 1
         if played.gone:
             return
         try:
-            if message.kind is MessageKind.REQUEST or message.kind is MessageKind.INPUTS:
+            if message.kind is MessageKind.SWAPS:
+                await self._swap(played, message)
+            elif message.kind is MessageKind.REQUEST or message.kind is MessageKind.INPUTS:
                 await self._send(played, message)
             else:
                 await self._answer(played, message)
@@ -158,12 +207,53 @@ class Player:
             played.hello = message
         data = played.rewriter.request(message)
         if message.command is Command.SPLIT_PROGRAM and isinstance(message.graph, ProgramPayload):
-            played.programs[message.fields.device, message.fields.program] = message.graph
+            self._programmed(played, message, message.graph)
+        elif message.command is Command.SPLIT_PEERS:
+            secret = bytes(message.fields.secret)
+            played.missing = self._groups.missing(self._server, secret)
+        elif message.command is Command.SPLIT_RUN:
+            self._check_links(played, message)
+        elif message.command is Command.SPLIT_JOIN and played.member is not None:
+            head = codec(message.spec.request)
+            fields = head.parse(data, FRAME.size)
+            fields.number = played.member
+            data = data[: FRAME.size] + head.build(fields)
         if message.spec.answer is Answer.FIXED:
             played.live.expect(codec(message.spec.response).size)
         elif message.spec.answer is Answer.DATA:
             played.live.expect(message.fields.size)
         played.sent[message.number] = await played.live.send(data)
+
+    def _programmed(
+        self, played: _Played, message: ObservedMessage, program: ProgramPayload
+    ) -> None:
+        """Take note of a program: what it gives, and what it swaps."""
+        played.programs[message.fields.device, message.fields.program] = program
+        ids, types = (program.tensors[name].tolist() for name in ("id", "type"))
+        by_id = dict(zip(ids, types, strict=True))
+        self._swapped |= {by_id.get(i, -1) for swap in program.swaps for i in swap.ids}
+
+    def _check_links(self, played: _Played, message: ObservedMessage) -> None:
+        """Raise ReplayError where a program has swaps with members that nobody plays."""
+        program = played.programs.get((message.fields.device, message.fields.program))
+        if program is not None and program.swaps and played.missing:
+            raise ReplayError(
+                f"request {message.number} of connection {played.connection.number} runs a program "
+                f"whose sums are added up with others, and what {', '.join(played.missing)} and "
+                f"{self._server} said to each other was not recorded"
+            )
+
+    async def _swap(self, played: _Played, message: ObservedMessage) -> None:
+        """Send what another member has sent, or compare what the server sends to it."""
+        recorded = bytes(message.body or b"")
+        if message.side is played.ours:
+            # The server reads it when it has come as far.
+            await played.live.send(recorded, ahead=True)
+            return
+        played.live.expect(len(recorded), framed=False)
+        data, _ = await played.live.answer(self.timeout)
+        f32 = self._swapped == {GgmlType.F32}
+        self._compared(played, message, played.pieces.add(recorded, data, f32, self.tolerance))
 
     # -- answers ------------------------------------------------------------------------------
 
@@ -179,10 +269,17 @@ class Player:
         program = None
         if message.kind is MessageKind.OUTPUTS:
             program = played.programs.get((request.fields.device, request.fields.program))
-        comparison = compare(message, data, self.tolerance, program)
         self.result.answers += 1
         self._timed(played, message, came)
-        self._compared(played, message, comparison)
+        if message.command is Command.SPLIT_PEERS and message.fields.result:
+            # It was to reach others then, and is to reach nobody now.
+            reason = text_of(bytes(message.fields.reason))
+            self.result.notes.append(
+                f"connection {played.connection.number}: {describe(request)}: not compared, as "
+                f"there was no group ({reason})"
+            )
+            return
+        self._compared(played, message, compare(message, data, self.tolerance, program))
 
     def _compared(self, played: _Played, message: ObservedMessage, comparison: Comparison) -> None:
         if comparison.nmse is not None:

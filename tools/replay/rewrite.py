@@ -19,6 +19,7 @@ from protocol.dialects import Body
 from protocol.messages import RPC_TENSOR_DTYPE, RPC_TENSOR_SIZE, RpcTensor
 from protocol.observe.events import ObservedMessage
 from protocol.requests import FRAME
+from protocol.split import ProgramPayload
 
 _WRAP = 1 << 64
 # Numbers for buffers of other servers; high, where no server has its own.
@@ -47,6 +48,10 @@ class Rewriter:
         head = codec(message.spec.request)
         record = head.parse(message.head, FRAME.size)
         self._translate(record, message.spec.request)
+        if message.command is Command.SPLIT_PEERS:
+            # Whoever plays comes to the server as all others; it is to look for nobody.
+            for part in record.parts:
+                part.reach = 0
         sent = message.head[: FRAME.size] + head.build(record)
         if message.spec.body is Body.GRAPH:
             return sent + self._graph(bytes(message.body or b""), message)
@@ -88,14 +93,16 @@ class Rewriter:
         tensor.buffer = self.handle(tensor.buffer)
 
     def _graph(self, body: bytes, message: ObservedMessage) -> bytes:
-        """The body of a graph or program: tensors are what it ends with."""
-        if message.graph is None:
+        """The body of a graph or program: its tensors are followed by swaps or nothing."""
+        graph = message.graph
+        if graph is None:
             return body
-        count = len(message.graph.tensors)
-        at = len(body) - RPC_TENSOR_SIZE * count
+        count = len(graph.tensors)
+        end = len(body) - (graph.tail_size if isinstance(graph, ProgramPayload) else 0)
+        at = end - RPC_TENSOR_SIZE * count
         tensors = np.frombuffer(body, RPC_TENSOR_DTYPE, count, at).copy()
         self._tensors(tensors)
-        return body[:at] + tensors.tobytes()
+        return body[:at] + tensors.tobytes() + body[end:]
 
     def _tensors(self, tensors: npt.NDArray[Any]) -> None:
         pairs = zip(tensors["buffer"].tolist(), tensors["data"].tolist(), strict=True)

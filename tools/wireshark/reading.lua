@@ -100,6 +100,8 @@ local function new_stream(client)
     dialects = nil, hello_size = nil, split = false,
     -- Answers that the server owes, and unframed bytes that the client does.
     pending = queue(), inputs = queue(), programs = {},
+    -- The SPLIT_JOIN that has made this a link, from where on there are swaps alone.
+    join = nil,
     -- By side: the message whose data go on, and whether it can't be read any more.
     open = {}, lost = {},
     -- What was found in each piece that Wireshark handed over.
@@ -222,8 +224,8 @@ local function read_program(tvb, at, size)
   if not read_tensors(tvb, at, g.n_ids, stop, g, true) then return nil end
   if g.tail < stop then
     if g.tail + 8 > stop then return nil end
-    g.n_swaps, g.tail_size = u32(tvb, g.tail), stop - g.tail
-    if 8 + g.n_swaps * (4 + 8 * u32(tvb, g.tail + 4)) ~= g.tail_size then return nil end
+    g.n_swaps, g.n_parts = u32(tvb, g.tail), u32(tvb, g.tail + 4)
+    if 8 + g.n_swaps * (4 + 8 * g.n_parts) ~= stop - g.tail then return nil end
   end
   return g
 end
@@ -299,6 +301,7 @@ local function step_sizes(program, tvb)
     end
     made[i] = {taken = taken, given = given}
   end
+  made.swaps = program.n_swaps ~= nil
   return made
 end
 
@@ -356,7 +359,10 @@ local function requested(stream, message, tvb)
         push(stream.inputs, {request = message, size = step.taken, step = i, raw = true})
       end
       if step.given > 0 then
-        push(stream.pending, {request = message, size = step.given, step = i, raw = true})
+        push(stream.pending, {
+          request = message, size = step.given, step = i, raw = true,
+          may_report = steps.swaps,
+        })
       end
     end
   end
@@ -444,14 +450,37 @@ end
 
 local function unframed(stream, tvb, at, expected, kind)
   local have = tvb:len() - at
-  local wanted = expected.size
+  local size = expected.size
+  if expected.may_report then
+    -- A size with this mark is that of a text which says why there are no outputs.
+    if have < 8 then return nil, 8 - have end
+    if u32(tvb, at + 4) == REPORT_MARK and u32(tvb, at) <= MOST_REPORT then
+      size = 8 + u32(tvb, at)
+      while stream.pending.last > stream.pending.first
+        and stream.pending[stream.pending.last].request == expected.request do
+        stream.pending[stream.pending.last] = nil
+        stream.pending.last = stream.pending.last - 1
+      end
+    end
+  end
+  local wanted = size
   if wanted > proto.prefs.most then wanted = 1 end
   if have < wanted then return nil, wanted - have end
   return {
     kind = kind, command = expected.request.command, spec = expected.request.spec, at = at,
     number = expected.request.number, dialect = expected.request.dialect, head = 0, body = at,
-    body_size = expected.size, total = expected.size, seen = math.min(have, expected.size),
+    body_size = size, total = size, seen = math.min(have, size),
     request = expected.request, step = expected.step,
+  }
+end
+
+-- What a piece of a link has: nothing on it says what belongs together.
+local function swaps(stream, tvb, at)
+  local join, size = stream.join, tvb:len() - at
+  return {
+    kind = "swaps", command = join.command, spec = join.spec, at = at, number = join.number,
+    dialect = join.dialect, head = 0, body = at, body_size = size, total = size, seen = size,
+    request = join,
   }
 end
 
@@ -491,13 +520,14 @@ local function next_answer(stream, tvb, at)
     agreed(stream, message, tvb)
     request.dialect = message.dialect
   elseif request.command == NAMES.SPLIT_JOIN then
-    lose(stream, CLIENT, "tensors that parts of a split exchange")
-    lose(stream, SERVER, "tensors that parts of a split exchange")
+    local result = place(request.spec.response, "result")
+    if tvb(message.at + frame + result, 1):uint() > 0 then stream.join = request end
   end
   return message
 end
 
 local function next_message(stream, side, tvb, at)
+  if stream.join then return swaps(stream, tvb, at) end
   if side == SERVER then return next_answer(stream, tvb, at) end
   local expected = front(stream.inputs)
   if expected then
@@ -513,7 +543,7 @@ local function ended(message, frame, time)
   local request = message.request
   if request then
     request.answer_in = request.answer_in or frame
-    if request.ended_at then message.time = time - request.ended_at end
+    if request.ended_at and message.kind ~= "swaps" then message.time = time - request.ended_at end
   end
 end
 

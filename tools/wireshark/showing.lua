@@ -134,8 +134,15 @@ local function add_graph(tree, tvb, message)
   end
   add_tensors(tree, tvb, graph, message.dialect)
   if graph.n_swaps then
-    tree:add(FIELD["ggml_rpc.data"], tvb(graph.tail, graph.tail_size)):append_text(
-      string.format(" (swaps: %d)", graph.n_swaps))
+    tree:add_le(FIELD["ggml_rpc.n_swaps"], tvb(graph.tail, 4))
+    tree:add_le(FIELD["ggml_rpc.n_parts"], tvb(graph.tail + 4, 4))
+    local size = 4 + 8 * graph.n_parts
+    for i = 0, graph.n_swaps - 1 do
+      local at = graph.tail + 8 + size * i
+      local item = tree:add(tvb(at, size), string.format("swaps[%d]", i))
+      item:add_le(FIELD["ggml_rpc.swap.step"], tvb(at, 4))
+      add_ids(item, tvb, at + 4, graph.n_parts, "ids", "ggml_rpc.ids")
+    end
   end
 end
 
@@ -143,6 +150,7 @@ local function title(message)
   local name = COMMAND_NAMES[message.command]
   if message.kind == "request" then return name end
   if message.kind == "answer" then return "answer to " .. name end
+  if message.kind == "swaps" then return "swaps on a link" end
   return string.format("%s of step %d of %s", message.kind, message.step, name)
 end
 
@@ -184,7 +192,7 @@ local function show(message, tvb, pinfo, tree)
         local at = message.at + LAYOUTS.AnswerFrame.size
         add_layout(item, tvb, at, message.spec.response, message.dialect)
       end
-    else
+    elseif message.step then
       item:add(FIELD["ggml_rpc.step"], message.step):set_generated()
     end
     if message.request.frame then

@@ -18,7 +18,14 @@ from protocol.ggml.types import TYPE_INFO
 from protocol.messages import MAX_SOURCES, RPC_TENSOR_DTYPE, RpcTensor
 from protocol.numbering import fits
 from protocol.observe.annotate import value_text
-from protocol.split import SPLIT_COMMANDS, SplitCaps, SplitStep, split_caps
+from protocol.split import (
+    MOST_REPORT,
+    REPORT_MARK,
+    SPLIT_COMMANDS,
+    SplitCaps,
+    SplitStep,
+    split_caps,
+)
 
 PREFIX = "ggml_rpc"
 
@@ -133,7 +140,7 @@ class Tables:
             self.layout(frame)
         self.layout(SplitStep, f"{PREFIX}.step")
         self.layout(RpcTensor, f"{PREFIX}.tensor")
-        for name in ("n_nodes", "n_tensors", "n_steps"):
+        for name in ("n_nodes", "n_tensors", "n_steps", "n_swaps", "n_parts", "swap.step"):
             self.field(f"{PREFIX}.{name}", "uint32")
         for name in ("nodes", "ids"):
             self.field(f"{PREFIX}.{name}", "uint64")
@@ -145,6 +152,9 @@ class Tables:
             "SPLIT_COMMANDS": self.commands(SPLIT_COMMANDS),
             # Capability bytes that announce the split extension, up to its version.
             "SPLIT_MAGIC": caps[:at].hex(),
+            # The upper half of the size of a report, and the most that the lower half is.
+            "REPORT_MARK": REPORT_MARK >> 32,
+            "MOST_REPORT": MOST_REPORT,
             "OPS": [dict(enumerate(map(str, n.ops))) for n in numberings],
             "SOURCES": [_sources(n) for n in numberings],
             "FUNCTIONS": [_functions(n) for n in numberings],
