@@ -176,6 +176,7 @@ BY_NAME = {
     "rpc_server.devices.cpu.planner": ("rpc_server.devices.cpu.lower",),
     "rpc_server.ops.table": ("rpc_server.ops",),
     "tests.docs.test_extending": ("conformance.differential.__main__", "tools.op_table"),
+    "tools.aarch64.emulation": ("tools.aarch64.cross",),
     "tools.neighbour.site": ("tools.neighbour.attacker",),
     "tools.serving.processes": ("rpc_server.__main__",),
 }

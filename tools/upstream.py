@@ -362,12 +362,32 @@ def _build_libraries(client: ClientLibrary, work: Path, target: Path, jobs: int,
         shutil.copy2(ggml / "include" / name, target / name)
 
 
+def build_programs(
+    target: Path, only: Sequence[str], options: Sequence[str], jobs: int, build: int = DEFAULT_BUILD
+) -> None:
+    """Build some programs of a build number into ``target``, with these options of CMake.
+
+    The log is there too. Raises UpstreamError when a step fails.
+    """
+    log = target / "build.log"
+    log.write_text("")
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target) as scratch:
+        work = Path(scratch)
+        tree = _unpacked_sdist(build, work, None, log)
+        _build_programs(tree, work / "cmake", target, only, jobs, log, options)
+
+
 def _build_programs(
-    tree: Path, cmake: Path, target: Path, only: Sequence[str], jobs: int, log: Path
+    tree: Path,
+    cmake: Path,
+    target: Path,
+    only: Sequence[str],
+    jobs: int,
+    log: Path,
+    options: Sequence[str] = (*CMAKE_OPTIONS, *QUICK_OPTIONS),
 ) -> None:
     """Builds some programs of a llama.cpp tree, linked statically, into ``target``."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [*CMAKE_OPTIONS, *QUICK_OPTIONS]
     _run(["cmake", "-S", tree, "-B", cmake, *generator, *options], log)
     targets = ["--target", *only] if only else []
     _run(["cmake", "--build", cmake, "--parallel", str(jobs), *targets], log)

@@ -24,8 +24,16 @@ from typing import Any
 # Intel's vector functions are not where the code will run; numba reads this when it is imported.
 os.environ["NUMBA_DISABLE_INTEL_SVML"] = "1"
 
-import numba
 from llvmlite import binding
+
+from rpc_server.native.processor import told_features
+
+if (_told := told_features()) and "NUMBA_CPU_FEATURES" not in os.environ:
+    # numba, when it is imported, takes LLVM's word for what the processor has, unless it is told.
+    _known = [f"{'+' if has else '-'}{n}" for n, has in binding.get_host_cpu_features().items()]
+    os.environ["NUMBA_CPU_FEATURES"] = ",".join((*_known, *(f"+{name}" for name in _told)))
+
+import numba
 from numba import types
 from numba.core.registry import cpu_target
 

@@ -19,6 +19,7 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     CODED,
     PRODUCT_TYPES,
     RowForm,
+    in_halves,
     in_pairs,
     product_form,
 )
@@ -108,12 +109,16 @@ TRANSFERS = frozenset((stream_send, stream_receive, stream_swap))
 # -- products --------------------------------------------------------------------------------------
 
 product_kernel = _family("matmul.product_kernel")
+# Sets that multiply floats besides, and what they are without.
+_WITHOUT_FLOATS = {Isa.FP16FML: Isa.DOTPROD, Isa.AVX512_BF16: Isa.AVX512_VNNI}
 
 
 def product_of(type_: GgmlType, isa: Isa) -> Kernel:
     """Return the product of a weight type on an instruction set."""
-    # Of what sets differ in by BF16 alone, other types have one kernel.
-    return product_kernel(type_, isa if in_pairs(type_, isa) else min(isa, Isa.AVX512_VNNI))
+    # Of what sets differ in by one type alone, other types have one kernel.
+    if not (in_pairs(type_, isa) or in_halves(type_, isa)):
+        isa = _WITHOUT_FLOATS.get(isa, isa)
+    return product_kernel(type_, isa)
 
 
 route_columns = _one("matmul.route_columns")

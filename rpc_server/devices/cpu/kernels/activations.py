@@ -31,6 +31,7 @@ from rpc_server.devices.cpu.kernels.intrinsics import (
     round_f16,
     row_address,
     store_bf16,
+    store_f16,
     store_f32,
 )
 from rpc_server.devices.cpu.kernels.lanes import (
@@ -39,6 +40,7 @@ from rpc_server.devices.cpu.kernels.lanes import (
     from_bits,
     load_f32s,
     store_bf16s,
+    store_f16s,
     store_f32s,
 )
 from rpc_server.devices.cpu.kernels.typed import load_scalar, size_of
@@ -83,7 +85,8 @@ def _quantize_run(typingctx: Any, source: Any, inverse: Any, codes: Any) -> Any:
     return types.int64(types.int64, types.float32, types.int64), codegen
 
 
-_F32, _F16, _BF16, _Q8_0, _Q8_1, _Q8_K, _Q8_0_FLOATS, _BF16_PAIRS = (int(form) for form in RowForm)
+_F32, _F16, _BF16, _Q8_0, _Q8_1, _Q8_K = (int(form) for form in tuple(RowForm)[:6])
+_Q8_0_FLOATS, _BF16_PAIRS, _F16_HALVES = (int(form) for form in tuple(RowForm)[6:])
 
 
 @inline_helper
@@ -178,6 +181,19 @@ def _store_pairs(type_, source, target, n):  # type: ignore[no-untyped-def]
         store_bf16(target + n * 2, np.float32(0.0))
 
 
+@inline_helper
+def _store_halves(type_, source, target, n):  # type: ignore[no-untyped-def]
+    """A row of ``n`` floats as F16."""
+    i = 0
+    while type_ == _F32 and i + LANES <= n:
+        store_f16s(target + i * 2, load_f32s(source + i * 4))
+        i += LANES
+    step = size_of(type_)
+    while i < n:
+        store_f16(target + i * 2, load_scalar(type_, source + i * step))
+        i += 1
+
+
 @kernel
 def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
     """Write rows of SRC0 (floats) in a float form (extra 2) to extra 0, extra 1 bytes apart.
@@ -200,6 +216,9 @@ def round_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
             continue
         if form == _BF16_PAIRS:
             _store_pairs(type_, source, target, n)
+            continue
+        if form == _F16_HALVES:
+            _store_halves(type_, source, target, n)
             continue
         if form == _Q8_0_FLOATS:
             for i in range(0, n - 31, 32):

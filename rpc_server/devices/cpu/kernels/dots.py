@@ -7,7 +7,8 @@ several columns at a time; sums then need no shuffling, and a format's decoding 
 
 A tile of a quantized format is a record for each run of 32 elements: 8 vectors of codes, then for
 each group of the run a vector of scales and one of minima (F32, a lane for each row). A tile of
-floats is a vector of F32 for each element, or one of pairs of BF16 for every other one.
+floats is a vector of F32 for each element (of F16 where they are multiplied as such), or one of
+pairs of BF16 for every other one.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     UNIT,
     UNIT_BYTES,
     columns_at_once,
+    in_halves,
     in_pairs,
     run_bytes,
 )
 from rpc_server.devices.cpu.kernels.vector import (
+    F16,
     F32,
     FETCHES_AHEAD,
     I8,
     I16,
     I32,
     I64,
+    IS_TOLD,
     LANES,
     Emit,
     vector,
@@ -118,7 +122,7 @@ def row_dots(
         if in_pairs(kind, e.isa):
             sums = _paired_dots(e, rows, k, activations)
         elif isinstance(format_, Plain):
-            sums = _plain_dots(e, format_, rows, k, ahead, activations)
+            sums = _plain_dots(e, format_, _column_element(e, kind), rows, k, ahead, activations)
         else:
             sums = _quantized_dots(e, format_, rows, k, ahead, activations)
         for number, value in zip(numbers, sums, strict=True):
@@ -128,34 +132,55 @@ def row_dots(
     return signature, codegen
 
 
-def _plain_dots(
-    e: Emit, format_: Plain, rows: list[Any], k: Any, ahead: Any, activations: Any
-) -> list[Any]:
-    kind = vector(format_.element, LANES)
-    zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
-    whole = e.b.and_(k, e.i64(-LANES))
+def _column_element(e: Emit, type_: GgmlType) -> ir.Type:
+    """Return what floats of a column are, and those of a tile."""
+    return F16 if in_halves(type_, e.isa) else F32
 
-    def body(i: Any, sums: list[Any]) -> list[Any]:
-        x = e.load(e.b.add(activations, e.shift_left(i, 2)), vector(F32, LANES))
-        offset = e.b.mul(i, e.i64(format_.size))
-        for r in rows:
-            if not FETCHES_AHEAD:
-                e.prefetch(e.b.add(e.b.add(r, offset), ahead), LANES * format_.size)
-        return [
-            e.fma(e.widen(e.load(e.b.add(r, offset), kind)), x, s)
-            for r, s in zip(rows, sums, strict=True)
-        ]
+
+def _place(e: Emit, at: Any, i: Any, element: ir.Type) -> Any:
+    """Return where float ``i`` of those from ``at`` on is."""
+    return e.b.add(at, e.shift_left(i, 1 if element == F16 else 2))
+
+
+def _plain_dots(
+    e: Emit,
+    format_: Plain,
+    element: ir.Type,
+    rows: list[Any],
+    k: Any,
+    ahead: Any,
+    activations: Any,
+) -> list[Any]:
+    kind, column = vector(format_.element, LANES), vector(element, LANES)
+    zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
+    # Registers of 16 bytes are done with LANES as fast as a loop comes round.
+    step = 2 * LANES if e.isa.is_arm else LANES
+    whole = e.b.and_(k, e.i64(-step))
+
+    def body(first: Any, sums: list[Any]) -> list[Any]:
+        for at in range(0, step, LANES):
+            i = e.at(first, at)
+            x = e.load(_place(e, activations, i, element), column)
+            offset = e.b.mul(i, e.i64(format_.size))
+            for r in rows:
+                if IS_TOLD:
+                    e.prefetch(e.b.add(e.b.add(r, offset), ahead), LANES * format_.size)
+            sums = [
+                e.fma_wide(e.load(e.b.add(r, offset), kind), x, s)
+                for r, s in zip(rows, sums, strict=True)
+            ]
+        return sums
 
     def rest(i: Any, sums: list[Any]) -> list[Any]:
-        n = e.b.sub(k, i)
-        x = e.load_part(e.b.add(activations, e.shift_left(i, 2)), vector(F32, LANES), n)
+        n = e.call_vector("smin", e.b.sub(k, i), e.i64(LANES))
+        x = e.load_part(_place(e, activations, i, element), column, n)
         offset = e.b.mul(i, e.i64(format_.size))
         return [
-            e.fma(e.widen(e.load_part(e.b.add(r, offset), kind, n)), x, s)
+            e.fma_wide(e.load_part(e.b.add(r, offset), kind, n), x, s)
             for r, s in zip(rows, sums, strict=True)
         ]
 
-    sums = e.loop(e.i64(0), whole, LANES, zeros, body)
+    sums = e.loop(e.i64(0), whole, step, zeros, body)
     return [e.sum(s) for s in e.loop(whole, k, LANES, sums, rest)]
 
 
@@ -205,16 +230,41 @@ def _dot_blocks(
     """
     *products, minima = totals
     scales = e.b.fmul(unpacked.scales, d)
-    for run, (code, value) in enumerate(zip(unpacked.codes, codes, strict=True)):
-        ints = e.dot4(e.constant(I32, 0, 8), code, value, format_.largest)
-        if format_.group == SUBBLOCK:
-            scale = e.splat(e.lane(scales, run), 8)
-        else:
-            scale = e.shuffle(scales, [2 * run] * 4 + [2 * run + 1] * 4)
-        value = e.b.sitofp(ints, vector(F32, 8))
-        products[run % 2] = e.fma(value, scale, products[run % 2])
+    pieces = [
+        piece
+        for run, (code, value) in enumerate(zip(unpacked.codes, codes, strict=True))
+        for piece in _sums_of_run(e, format_, scales, run, code, value)
+    ]
+    for i, (ints, scale) in enumerate(pieces):
+        value = e.b.sitofp(ints, scale.type)
+        products[i % 2] = e.fma(value, scale, products[i % 2])
+    if e.centres(format_.largest):
+        # The codes' centre is what their minima would take off.
+        return [*products, minima]
     lanes = minima.type.count
     return [*products, e.fma(_padded(e, unpacked.minima, lanes), _padded(e, sums, lanes), minima)]
+
+
+def _sums_of_run(
+    e: Emit, format_: Quantized, scales: Any, run: int, code: Any, value: Any
+) -> list[tuple[Any, Any]]:
+    """Sums of a run's products (I32), each with its scale in as many lanes."""
+    if not e.isa.is_arm:
+        ints = e.dot4(e.constant(I32, 0, 8), code, value, format_.largest)
+        if format_.group == SUBBLOCK:
+            return [(ints, e.splat(e.lane(scales, run), 8))]
+        return [(ints, e.shuffle(scales, [2 * run] * 4 + [2 * run + 1] * 4))]
+    if e.centres(format_.largest):
+        code = e.centred(code)
+    # A register is sums of one scale: as few conversions and products as there can be.
+    groups = _groups(format_)
+    pieces = []
+    for i in range(groups):
+        lanes = range(i * format_.group, (i + 1) * format_.group)
+        a, b = (e.shuffle(v, lanes) if groups > 1 else v for v in (code, value))
+        ints = e.sum_products(a, b, format_.largest)
+        pieces.append((ints, e.splat(e.lane(scales, groups * run + i), 4)))
+    return pieces
 
 
 def _padded(e: Emit, value: Any, lanes: int) -> Any:
@@ -231,7 +281,7 @@ def _quantized_dots(
     e: Emit, format_: Quantized, rows: list[Any], k: Any, ahead: Any, activations: Any
 ) -> list[Any]:
     groups = _groups(format_)
-    zeros = [e.constant(F32, 0.0, 8), e.constant(F32, 0.0, 8)]
+    zeros = [e.constant(F32, 0.0, 4 if e.isa.is_arm else 8)] * 2
     start = [*zeros, e.constant(F32, 0.0, 8 * groups)] * len(rows)
 
     def runs(
@@ -257,7 +307,7 @@ def _quantized_dots(
         new: list[Any] = []
         for i, row in enumerate(rows):
             at = e.b.add(row, offset)
-            if n == UNIT // SUBBLOCK and not FETCHES_AHEAD:
+            if n == UNIT // SUBBLOCK and IS_TOLD:
                 e.prefetch(e.b.add(at, ahead), n_blocks * format_.size)
             unpacked = format_.unpack(e, at, n_blocks)
             old = totals[_TOTALS * i : _TOTALS * (i + 1)]
@@ -323,7 +373,8 @@ def unpack_tile(
         if in_pairs(kind, e.isa):
             _unpack_pairs(e, row_start, begin, end, first)
         elif isinstance(format_, Plain):
-            _unpack_plain(e, format_, row_start, begin, end, first)
+            element = _column_element(e, kind)
+            _unpack_plain(e, format_, element, row_start, begin, end, first)
         else:
             _unpack_quantized(e, format_, row_start, ahead, begin, end, tile, first)
         return context.get_dummy_value()
@@ -331,14 +382,25 @@ def unpack_tile(
     return signature, codegen
 
 
-def _unpack_plain(e: Emit, format_: Plain, row_start: Any, begin: Any, end: Any, tile: Any) -> None:
+def _unpack_plain(
+    e: Emit,
+    format_: Plain,
+    element: ir.Type,
+    row_start: Any,
+    begin: Any,
+    end: Any,
+    tile: Any,
+) -> None:
     kind = vector(format_.element, 8)
     rows = [row_start(e.i64(i)) for i in range(LANES)]
+    bits = 5 if element == F16 else 6
 
     def turn(i: Any, loaded: list[Any]) -> None:
-        out = e.b.add(tile, e.shift_left(e.b.sub(i, begin), 6))
-        for lane, value in enumerate(e.transpose([e.widen(v) for v in loaded])):
-            e.store(value, out, lane * _VECTOR_BYTES)
+        out = e.b.add(tile, e.shift_left(e.b.sub(i, begin), bits))
+        if element != F16:
+            loaded = [e.widen(value) for value in loaded]
+        for lane, value in enumerate(e.transpose(loaded)):
+            e.store(value, out, lane << bits)
 
     def body(i: Any, _: list[Any]) -> list[Any]:
         offset = e.b.mul(i, e.i64(format_.size))
@@ -409,6 +471,8 @@ def _unpack_quantized(
                 unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), 1)
                 to = e.b.add(codes, e.b.mul(j, e.i64(format_.block)))
                 for run, code in enumerate(unpacked.codes):
+                    if e.centres(format_.largest):
+                        code = e.centred(code)
                     e.store(code, to, SUBBLOCK * run)
                 to = e.b.add(factors, e.b.mul(j, e.i64(4 * runs * groups)))
                 e.store(unpacked.scales, to, STAGE_SCALES)
@@ -480,7 +544,7 @@ def tile_product(
         if in_pairs(kind, e.isa):
             sums = _paired_product(e, first, begin, end, sources)
         elif isinstance(format_, Plain):
-            sums = _plain_product(e, first, begin, end, sources)
+            sums = _plain_product(e, _column_element(e, kind), first, begin, end, sources)
         else:
             sums = _quantized_product(e, format_, first, begin, end, sources)
         results = [e.b.add(t, e.shift_left(row, 2)) for t in targets]
@@ -503,13 +567,16 @@ def tile_product(
     return signature, codegen
 
 
-def _plain_product(e: Emit, tile: Any, begin: Any, end: Any, sources: list[Any]) -> list[Any]:
+def _plain_product(
+    e: Emit, element: ir.Type, tile: Any, begin: Any, end: Any, sources: list[Any]
+) -> list[Any]:
+    bits = 5 if element == F16 else 6
+
     def body(i: Any, sums: list[Any]) -> list[Any]:
-        at = e.b.add(tile, e.shift_left(e.b.sub(i, begin), 6))
-        weights = e.load(at, vector(F32, LANES))
-        offset = e.shift_left(i, 2)
+        at = e.b.add(tile, e.shift_left(e.b.sub(i, begin), bits))
+        weights = e.load(at, vector(element, LANES))
         return [
-            e.fma(weights, e.splat(e.load(e.b.add(s, offset), F32), LANES), total)
+            e.fma_wide(weights, e.splat(e.load(_place(e, s, i, element), element), LANES), total)
             for s, total in zip(sources, sums, strict=True)
         ]
 
@@ -536,7 +603,7 @@ def _sums_of_words(
     """Products of words ``first`` to ``first + count`` of a tile's run with those of columns.
 
     ``tile`` and ``columns`` are where the run's codes lie. Returns an I32[16] for each column. A
-    format with codes above 127 is centred at 128: on AVX2, sums are those of codes less 128.
+    format with codes above 127 is centred at 128: on AVX2 and ARM sums are of codes less 128.
     """
     bytes_ = vector(I8, 4 * LANES)
 
@@ -575,7 +642,7 @@ def _sums_of_words(
         return sums
 
     zeros = [e.constant(I32, 0, LANES) for _ in columns]
-    if _is_centred(e, largest):
+    if _is_centred(e, largest) and not e.isa.is_arm:
         return over(first, first + count, zeros, add_signed)
     most = e.pairs_that_add_up(largest)
     if most < 2:
@@ -591,7 +658,7 @@ def _sums_of_words(
 
 def _is_centred(e: Emit, largest: int) -> bool:
     """Return whether sums are of codes less 128, so that there are no minima any more."""
-    return e.isa == Isa.AVX2 and largest > _I8_MOST
+    return e.centres(largest) or (e.isa == Isa.AVX2 and largest > _I8_MOST)
 
 
 def _quantized_product(

@@ -17,7 +17,7 @@ from protocol.ggml.tables import FP4_VALUES, IQ4_VALUES
 from protocol.ggml.types import TYPE_INFO, GgmlType
 from rpc_server.devices.cpu.kernels import grid_formats
 from rpc_server.devices.cpu.kernels.interface.layout import SCALE_GROUPS
-from rpc_server.devices.cpu.kernels.vector import F16, F32, I1, I8, I16, I32, I64, Emit, vector
+from rpc_server.devices.cpu.kernels.vector import F16, F32, I8, I16, I32, I64, Emit, vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,9 @@ def _gather(e: Emit, blocks: Any, kind: ir.Type, offset: int, stride: int, n: in
 def _nibbles(e: Emit, address: Any, offset: int) -> Any:
     """32 codes from 16 bytes: low nibbles first."""
     packed = e.load(address, vector(I8, 16), offset)
+    if e.isa.is_arm:
+        return e.concat(e.and_(packed, 15), e.shift_right(packed, 4))
+    # x86 shifts no bytes.
     twice = e.b.bitcast(e.concat(packed, packed), vector(I64, 4))
     shifted = e.b.lshr(twice, e.constant(I64, [0, 0, 4, 4], 4))
     return e.and_(e.b.bitcast(shifted, vector(I8, 32)), 15)
@@ -91,8 +94,7 @@ def _shifted(e: Emit, bytes_: Any, shift: int, mask: int) -> Any:
 
 def _bits(e: Emit, word: Any, weight: int) -> Any:
     """32 bytes that are ``weight`` where the I32 has a bit."""
-    mask = e.b.bitcast(word, vector(I1, 32))
-    return e.b.select(mask, e.constant(I8, weight, 32), e.constant(I8, 0, 32))
+    return e.b.select(e.bits(word), e.constant(I8, weight, 32), e.constant(I8, 0, 32))
 
 
 def _bytes_as_f32(e: Emit, low: Any, high: Any | None = None, *, signed: bool = False) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
-from rpc_server.devices.cpu.kernels.vector import F16, F32, I1, I8, I16, I32, I64, Emit, vector
+from rpc_server.devices.cpu.kernels.vector import F16, F32, I8, I16, I32, I64, Emit, vector
 
 # How far codes are above values: more than the largest value of any grid, or of IQ3_S's.
 CENTRE, CENTRE_IQ3_S, CENTRE_IQ1 = 64, 16, 9
@@ -63,7 +63,7 @@ def _field(e: Emit, word: Any, shift: int, mask: int, up: int = 0) -> Any:
 def _signed(e: Emit, points: Any, signs: Any, centre: int) -> Any:
     """Codes of 32 values, negative where the I32 ``signs`` has a bit."""
     negative = e.b.sub(e.like(points, 0), points)
-    values = e.b.select(e.b.bitcast(signs, vector(I1, 32)), negative, points)
+    values = e.b.select(e.bits(signs), negative, points)
     return e.b.add(values, e.like(values, centre))
 
 

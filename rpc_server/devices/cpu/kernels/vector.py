@@ -21,6 +21,7 @@ from rpc_server.native.source import routine
 
 __all__ = ["LANES"]
 
+_I8_MOST = (1 << 7) - 1
 _I16_MOST = (1 << 15) - 1
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -43,6 +44,9 @@ BF16 = _BFloatType()
 
 _NEEDS: dict[Isa, tuple[str, ...]] = {
     Isa.GENERIC: (),
+    Isa.NEON: ("neon",),
+    Isa.DOTPROD: ("neon", "dotprod"),
+    Isa.FP16FML: ("neon", "dotprod", "fp16fml"),
     Isa.AVX2: ("avx2", "fma"),
     Isa.AVX_VNNI: ("avx2", "fma", "avxvnni"),
     Isa.AVX512: ("avx2", "fma", "avx512f", "avx512bw", "avx512vl"),
@@ -74,10 +78,14 @@ def _compilable() -> list[Isa]:
     return [i for i, needs in _NEEDS.items() if all(f"+{n}" in features for n in needs)]
 
 
+_TRIPLE, _MODEL, _ = cpu_target.target_context.codegen().magic_tuple()
+
 # Whether this processor reads ahead of a thread that goes through memory from front to back better
 # by itself than when it is told what to fetch. AMD's do: told, a core of a Zen 4 reads a third of
 # what it reads by itself.
-FETCHES_AHEAD = cpu_target.target_context.codegen().magic_tuple()[1].startswith("znver")
+FETCHES_AHEAD = _MODEL.startswith("znver")
+# Whether it is told. ARM's are not: upstream's code doesn't either, and none was at hand.
+IS_TOLD = not FETCHES_AHEAD and _TRIPLE.startswith("x86_64")
 
 _COMPILABLE = sum(1 << isa for isa in _compilable())
 
@@ -205,6 +213,18 @@ class Emit:
         """Return a * b + c, fused where the processor can."""
         return self._call(f"llvm.fmuladd.{_suffix(a.type)}", a.type, [a, b, c])
 
+    def fma_wide(self, a: Any, b: Any, c: Any) -> Any:
+        """Return a * b + c of floats of any type and F32; of two vectors of F16 each is exact."""
+        if self.isa != Isa.FP16FML or {_element(v.type) for v in (a, b)} != {F16}:
+            return self.fma(self.widen(a), self.widen(b), c)
+        totals = self._parts(c, 4)
+        for i, eights in enumerate(zip(self._parts(a, 8), self._parts(b, 8), strict=True)):
+            for half, name in enumerate(("fmlal", "fmlal2")):
+                total = totals[2 * i + half]
+                name = f"llvm.aarch64.neon.{name}.v4f32.v8f16"
+                totals[2 * i + half] = self._call(name, total.type, [total, *eights])
+        return self._joined(totals)
+
     def call_vector(self, name: str, *args: Any) -> Any:
         """Return an LLVM intrinsic of one overloaded type."""
         return self._call(f"llvm.{name}.{_suffix(args[0].type)}", args[0].type, args)
@@ -259,6 +279,11 @@ class Emit:
     def look_up(self, table: Sequence[int], index: Any) -> Any:
         """Return the bytes of a 16-entry table by the bytes of ``index``, which are below 16."""
         n = index.type.count
+        if self.isa.is_arm:
+            entries = self.constant(I8, table, 16)
+            kind, name = vector(I8, 16), "llvm.aarch64.neon.tbl1.v16i8"
+            found = [self._call(name, kind, [entries, part]) for part in self._parts(index, 16)]
+            return self._joined(found)
         if self.isa >= Isa.AVX2 and n == 32:
             entries = self.constant(I8, [*table, *table], 32)
             return self._call("llvm.x86.avx2.pshuf.b", index.type, [entries, index])
@@ -272,14 +297,44 @@ class Emit:
             ]
         return values[0]
 
+    def bits(self, word: Any) -> Any:
+        """Return whether each bit of an I32 is set, the lowest first, as I1[32]."""
+        if not self.isa.is_arm:
+            return self.b.bitcast(word, vector(I1, 32))
+        # No register of these holds a bit for each lane: a lane looks at its bit of its byte.
+        spread = self.shuffle(self.b.bitcast(word, vector(I8, 4)), [i // 8 for i in range(32)])
+        mask = self.constant(I8, [1 << i % 8 for i in range(32)], 32)
+        return self.b.icmp_signed("!=", self.b.and_(spread, mask), self.like(spread, 0))
+
+    def centres(self, largest: int) -> bool:
+        """Return whether products take codes of at most ``largest`` less 128, as signed bytes.
+
+        ARM multiplies bytes that both have signs; codes up to 127 are the same either way.
+        """
+        return self.isa.is_arm and largest > _I8_MOST
+
+    def centred(self, codes: Any) -> Any:
+        """Return codes (I8) less 128."""
+        return self.b.xor(codes, self.like(codes, -128))
+
     def dot4(self, total: Any, codes: Any, values: Any, largest: int) -> Any:
         """Return ``total`` plus products of bytes, summed in groups of four.
 
-        ``total`` I32[n], ``codes`` unsigned I8[4 * n] of at most ``largest``, ``values`` signed
-        I8[4 * n] above -128; n is 8 or 16.
+        ``total`` I32[n], ``codes`` unsigned I8[4 * n] of at most ``largest`` (signed ones where
+        they are centred), ``values`` signed I8[4 * n] above -128; n is 8 or 16.
         """
         n = total.type.count
         ints, words = vector(I32, n), vector(I16, 2 * n)
+        if self._has_sdot:
+            operands = zip(
+                self._parts(total, 4),
+                self._parts(codes, 16),
+                self._parts(values, 16),
+                strict=True,
+            )
+            return self._joined([self._sdot(*parts) for parts in operands])
+        if self.isa == Isa.NEON:
+            return self.add_pairs(total, self.pairs(codes, values))
         if n == 16 and self.isa == Isa.AVX_VNNI:
             halves = []
             for at in (0, 1):
@@ -303,20 +358,90 @@ class Emit:
 
     def pairs_that_add_up(self, largest: int) -> int:
         """Return how many results of :meth:`pairs` can be added in 16 bits; 0 without such."""
-        # On AVX2, and on AVX-512 before it had an instruction for all of it.
-        return _I16_MOST // (2 * 127 * largest) if self.isa in (Isa.AVX2, Isa.AVX512) else 0
+        # On AVX2, and on AVX-512 before it had an instruction for all of it; so on NEON.
+        if self.isa not in (Isa.NEON, Isa.AVX2, Isa.AVX512):
+            return 0
+        return _I16_MOST // (2 * _I8_MOST * self._size(largest))
+
+    def _size(self, largest: int) -> int:
+        """Return the largest magnitude of codes as they are multiplied."""
+        return _I8_MOST + 1 if self.centres(largest) else largest
 
     def pairs(self, codes: Any, values: Any) -> Any:
         """Multiply bytes and sum pairs of products, as I16.
 
         ``codes`` are at most 127 (or 128: 2 * 128 * 127 still fits), ``values`` above -128.
         """
+        if self.isa == Isa.NEON:
+            return self._joined(
+                [
+                    self._call("llvm.aarch64.neon.addp.v8i16", vector(I16, 8), products)
+                    for products in self._pairwise(self._smull(codes, values))
+                ]
+            )
         narrow, wide = "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx512.pmaddubs.w.512"
         return self._by_halves(narrow, wide, I16, codes, values)
 
     def add_pairs(self, total: Any, pairs: Any) -> Any:
         """Add sums of two neighbours of ``pairs`` (I16) to ``total`` (I32)."""
+        if self.isa == Isa.NEON:
+            sums = [self._saddlp(part) for part in self._parts(pairs, 8)]
+            return self.b.add(total, self._joined(sums))
         return self.b.add(total, self._by_words(pairs, self.like(pairs, 1)))
+
+    def sum_products(self, codes: Any, values: Any, largest: int) -> Any:
+        """Return products of 16 or 32 bytes as four sums (I32), whichever are in which.
+
+        ``codes`` and ``values`` are as for :meth:`dot4`. On ARM.
+        """
+        total = self.constant(I32, 0, 4)
+        if self._has_sdot:
+            for parts in zip(self._parts(codes, 16), self._parts(values, 16), strict=True):
+                total = self._sdot(total, *parts)
+            return total
+        products = self._smull(codes, values)
+        most = _I16_MOST // (_I8_MOST * self._size(largest))
+        for first in range(0, len(products), most):
+            short, *others = products[first : first + most]
+            for product in others:
+                short = self.b.add(short, product)
+            total = self.b.add(total, self._saddlp(short))
+        return total
+
+    def _parts(self, value: Any, lanes: int) -> list[Any]:
+        """Cut a vector into some of ``lanes``."""
+        count = value.type.count
+        if count == lanes:
+            return [value]
+        return [self.shuffle(value, range(at, at + lanes)) for at in range(0, count, lanes)]
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        """Put vectors behind each other, of which there are 1, 2, 4, ..."""
+        while len(parts) > 1:
+            parts = [self.concat(a, b) for a, b in self._pairwise(parts)]
+        return parts[0]
+
+    def _pairwise(self, parts: Sequence[Any]) -> list[tuple[Any, Any]]:
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    @property
+    def _has_sdot(self) -> bool:
+        return self.isa.is_arm and self.isa >= Isa.DOTPROD
+
+    def _sdot(self, total: Any, a: Any, b: Any) -> Any:
+        """``total`` (I32[4]) plus products of signed bytes, summed in fours."""
+        return self._call("llvm.aarch64.neon.sdot.v4i32.v16i8", total.type, [total, a, b])
+
+    def _smull(self, a: Any, b: Any) -> list[Any]:
+        """Products of signed bytes, I16[8] each. On ARM."""
+        operands = zip(self._parts(a, 8), self._parts(b, 8), strict=True)
+        name, kind = "llvm.aarch64.neon.smull.v8i16", vector(I16, 8)
+        return [self._call(name, kind, parts) for parts in operands]
+
+    def _saddlp(self, value: Any) -> Any:
+        """Sums of neighbours of an I16[8] as I32[4]. On ARM."""
+        name = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
+        return self._call(name, vector(I32, 4), [value])
 
     def sign(self, values: Any, signs: Any) -> Any:
         """Multiply ``values`` (I8, above -128) by the sign of ``signs``: -1, 0 or 1. On AVX2."""

@@ -8,12 +8,21 @@ import enum
 class Isa(enum.IntEnum):
     """A way to add up four byte products; each needs what its name says.
 
-    The last one multiplies pairs of BF16 besides.
+    Those up to FP16FML are ARM's, which multiplies F16 besides; the others are x86's, of which the
+    last one multiplies pairs of BF16. Of those that a processor has the last is the best.
     """
 
     GENERIC = 0
-    AVX2 = 1
-    AVX_VNNI = 2
-    AVX512 = 3
-    AVX512_VNNI = 4
-    AVX512_BF16 = 5
+    NEON = 1
+    DOTPROD = 2
+    FP16FML = 3
+    AVX2 = 4
+    AVX_VNNI = 5
+    AVX512 = 6
+    AVX512_VNNI = 7
+    AVX512_BF16 = 8
+
+    @property
+    def is_arm(self) -> bool:
+        """True for those of ARM, whose registers are 32 of 16 bytes."""
+        return Isa.NEON <= self <= Isa.FP16FML

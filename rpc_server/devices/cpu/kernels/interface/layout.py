@@ -17,7 +17,8 @@ offset  content
 ======  ==========================================================================================
 
 The other forms are dense: F32 values that F16, BF16 or blocks of Q8_0 (``Q8_0_FLOATS``) hold
-exactly, or (``F32``) any; or BF16 itself (``BF16_PAIRS``), up to an even number of them.
+exactly, or (``F32``) any; or F16 itself (``F16_HALVES``), or BF16 (``BF16_PAIRS``), up to an even
+number of them.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class RowForm(enum.IntEnum):
     Q8_K = GgmlType.Q8_K
     Q8_0_FLOATS = 1000 + GgmlType.Q8_0
     BF16_PAIRS = 1000 + GgmlType.BF16
+    F16_HALVES = 1000 + GgmlType.F16
 
 
 CODED = (RowForm.Q8_0, RowForm.Q8_1, RowForm.Q8_K)
@@ -66,12 +68,15 @@ def row_bytes(form: RowForm, n: int) -> int:
     """Return the bytes of a row of ``n`` elements."""
     if form in CODED:
         return -(-n // UNIT) * UNIT_BYTES
-    return -(-n * (2 if form is RowForm.BF16_PAIRS else 4) // 64) * 64
+    size = 2 if form in (RowForm.BF16_PAIRS, RowForm.F16_HALVES) else 4
+    return -(-n * size // 64) * 64
 
 
 def product_form(weights: GgmlType, isa: Isa) -> RowForm:
     """Return the form that the product kernel of a weight type reads on an instruction set."""
-    return RowForm.BF16_PAIRS if in_pairs(weights, isa) else activation_form(weights)
+    if in_pairs(weights, isa):
+        return RowForm.BF16_PAIRS
+    return RowForm.F16_HALVES if in_halves(weights, isa) else activation_form(weights)
 
 
 # -- products --------------------------------------------------------------------------------------
@@ -119,6 +124,11 @@ _PANEL_BYTES = 768 << 10
 def in_pairs(type_: GgmlType, isa: Isa) -> bool:
     """Return whether a product multiplies pairs of BF16."""
     return type_ is GgmlType.BF16 and isa >= Isa.AVX512_BF16
+
+
+def in_halves(type_: GgmlType, isa: Isa) -> bool:
+    """Return whether a product multiplies F16 with F16."""
+    return type_ is GgmlType.F16 and isa is Isa.FP16FML
 
 
 def columns_at_once(isa: Isa) -> int:
