@@ -44,6 +44,7 @@ class ModelShape:
     layers: int
     width: int
     ffn_width: int
+    heads: int
     kv_heads: int
     head_width: int
     vocabulary: int
@@ -95,6 +96,7 @@ class ModelShape:
             layers=layers,
             width=width,
             ffn_width=ffn_width or 4 * width,
+            heads=heads,
             kv_heads=kv_heads,
             head_width=head_width,
             vocabulary=vocabulary,

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from client.model_header import ModelShape
-from client.split.balance import balanced, usable
-from client.split.partition import partition
+from client.split.balance import alike, balanced, usable
+from client.split.partition import attention_multiple, partition
 
 Kind = Literal["alone", "layers", "row", "tensor"]
 
@@ -260,7 +260,7 @@ def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -
     away = [0.0 if b is home or near else _distance(home, b) + EXCHANGE_SECONDS for b in used]
     work = shape.token_bytes / (4 * shape.layers)
     limits = [usable(b.free) / shape.weight_bytes for b in used]
-    speeds = [b.decode / b.slowed(used) for b in used]
+    speeds = alike([b.decode / b.slowed(used) for b in used])
     found = [[1 / len(used)] * len(used)]
     for most in (limits, None):
         try:
@@ -277,9 +277,20 @@ def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -
 
 
 def cuts_heads(shape: ModelShape, shares: Sequence[float]) -> bool:
-    """Return whether tensor mode can cut attention: every part gets whole key/value heads."""
-    rows = partition(shape.kv_heads * shape.head_width, shares)
-    return all(r.first % shape.head_width == 0 and r.last % shape.head_width == 0 for r in rows)
+    """Return whether tensor mode can cut attention: every part gets whole key/value heads.
+
+    The queries that belong to them as well, since each weight is cut by itself.
+    """
+    keys, queries = (_head_cuts(n, shape.head_width, shares) for n in (shape.kv_heads, shape.heads))
+    group = shape.heads // shape.kv_heads
+    return keys is not None and queries == [group * cut for cut in keys]
+
+
+def _head_cuts(heads: int, width: int, shares: Sequence[float]) -> list[int] | None:
+    """Return the last head of each part, None if one is cut in two."""
+    rows = heads * width
+    ends = [r.last for r in partition(rows, shares, attention_multiple(rows))]
+    return None if any(end % width for end in ends) else [end // width for end in ends]
 
 
 def exchanges(

@@ -30,12 +30,34 @@ _TYPE, _COLS, _ROWS = GgmlType.Q4_0, 4096, 2048
 # Every byte: the scale of a block becomes a small number, its elements all the same.
 FILL = 0x11
 _LINK_BYTES = 1 << 20
+# Speeds that are within this of one another are taken for the same.
+_ALIKE = 1.2
 # Of what a machine has free an eighth is left alone, within these bounds: activations of the
 # exchanges lie there too, programs, and what other programs of that machine take meanwhile.
 _KEPT_PART, _LEAST_KEPT, _MOST_KEPT = 8, 16 << 20, 512 << 20
-_TRIES = 5
-# Longest that one figure is measured again and again.
-_SECONDS = 0.2
+# How often one figure is measured: at least so often and so long, seconds, since what disturbs it
+# may take longer than a few runs; not much longer than the most.
+_TRIES, _MOST_TRIES = 5, 100
+_SECONDS, _MOST_SECONDS = 0.1, 0.2
+
+
+def alike(speeds: Sequence[float]) -> list[float]:
+    """Return speeds with those that hardly differ replaced by their mean.
+
+    Machines that are the same differ by as much from one measurement to the next, and equal parts
+    are cut alike.
+    """
+    order = sorted(range(len(speeds)), key=lambda i: speeds[i])
+    made, group = list(speeds), []
+    for number, i in enumerate(order):
+        group.append(i)
+        after = order[number + 1] if number + 1 < len(order) else None
+        if after is None or speeds[after] > _ALIKE * speeds[group[0]]:
+            mean = sum(speeds[k] for k in group) / len(group)
+            for k in group:
+                made[k] = mean
+            group = []
+    return made
 
 
 def usable(free: int) -> int:
@@ -167,13 +189,13 @@ async def measure(backend: Backend) -> Speed:
 async def least_seconds(job: Callable[[], Awaitable[Any]]) -> float:
     """Return the least of some runs, since anything may delay one; the first one warms up."""
     await job()
-    least, end = float("inf"), time.perf_counter() + _SECONDS
-    for _ in range(_TRIES):
-        started = time.perf_counter()
+    least, started = float("inf"), time.perf_counter()
+    before = started
+    for tried in range(1, _MOST_TRIES + 1):
         await job()
         now = time.perf_counter()
-        least = min(least, now - started)
-        if now > end:
+        least, before, taken = min(least, now - before), now, now - started
+        if taken > _MOST_SECONDS or (taken > _SECONDS and tried >= _TRIES):
             break
     return least
 

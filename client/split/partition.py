@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 # Rows that kernels work on at once, on a processor's or a graphics card's tiles.
 ROW_MULTIPLE = 32
+# Into how many equal pieces attention's weights are cut, the first that suits, and the least rows
+# of a piece: eight heads of keys, or five or three of the usual width and more.
+_HEAD_COUNTS = ((8, 32), (5, 64), (3, 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,20 @@ def partition(
         parts.append(Rows(first, last))
         first = last
     return parts
+
+
+def attention_multiple(n_rows: int, block: int = ROW_MULTIPLE) -> int:
+    """Return what cuts of a weight of attention are multiples of, in its rows or columns.
+
+    ``block`` are the elements that can't be cut. Queries, keys, values and the output have to be
+    cut in the same heads although they arrive one by one, and nothing says how many there are:
+    equal pieces of each, as many as models often have heads of keys.
+    """
+    block = max(block, ROW_MULTIPLE)
+    for count, least in _HEAD_COUNTS:
+        if n_rows % (count * max(least, block)) == 0:
+            return n_rows // count
+    return block
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from tools.models import write_model
 GB = 1e9
 # 8 GB of 32 layers, of which a token reads all.
 MODEL = ModelShape(
-    name="model", layers=32, width=4096, ffn_width=11008, kv_heads=8, head_width=128,
+    name="model", layers=32, width=4096, ffn_width=11008, heads=32, kv_heads=8, head_width=128,
     vocabulary=32000, weight_bytes=int(8 * GB), token_bytes=int(8 * GB), cache_bytes=131072,
     products=(WeightProduct(GgmlType.Q8_0, 4096, 4096, 1),),
 )  # fmt: skip
@@ -218,10 +218,15 @@ def test_upstreams_servers_do_not_coordinate() -> None:
 
 
 def test_exchanges_as_they_were_counted() -> None:
-    """SmolLM2 (30 layers, 3 key/value heads) takes 91 in tensor mode, 18 layers of 8 heads 37."""
-    smol = replace(MODEL, layers=30, kv_heads=3, head_width=64)
-    assert not cuts_heads(smol, [1, 1])
-    assert exchanges(smol, "tensor", [1, 1]) == 91
+    """SmolLM2 (30 layers, 3 key/value heads) takes 61 in tensor mode, 18 layers of 8 heads 37."""
+    smol = replace(MODEL, layers=30, heads=9, kv_heads=3, head_width=64)
+    assert cuts_heads(smol, [1, 1])
+    assert cuts_heads(smol, [0.27, 0.47, 0.26])
+    assert exchanges(smol, "tensor", [1, 1]) == 61
+    # Keys and values would be cut in whole heads, queries wouldn't.
+    uneven = replace(smol, heads=6, kv_heads=2)
+    assert not cuts_heads(uneven, [0.4, 0.6])
+    assert exchanges(uneven, "tensor", [0.4, 0.6]) == 91
     other = replace(MODEL, layers=18)
     assert exchanges(other, "tensor", [1, 1]) == 37
     assert exchanges(other, "row", [1, 1]) == 73

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.split.balance import Speed, balanced, shares_by_time
+from client.split.balance import Speed, alike, balanced, shares_by_time
 from client.split.partition import partition
 
 
@@ -24,6 +24,14 @@ def test_by_speed_alone() -> None:
     assert balanced([10e9, 5e9]) == pytest.approx([2 / 3, 1 / 3])
     assert balanced([7.0]) == [1.0]
     assert balanced([0.0, 3.0, 1.0]) == pytest.approx([0, 0.75, 0.25])
+
+
+def test_machines_that_are_the_same_are_cut_alike() -> None:
+    assert alike([20.0, 10.0, 22.0, 11.0]) == [21.0, 10.5, 21.0, 10.5]
+    # What is between two groups belongs to the slower one, while that is near.
+    assert alike([10.0, 11.9, 14.0]) == pytest.approx([10.95, 10.95, 14.0])
+    assert alike([0.0, 3.0]) == [0.0, 3.0]
+    assert alike([]) == []
 
 
 def test_who_answers_late_gets_less() -> None:

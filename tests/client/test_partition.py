@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from client.split.partition import (
     ROW_MULTIPLE,
     Rows,
+    attention_multiple,
     column_extents,
     partition,
     row_extents,
@@ -55,6 +56,22 @@ def test_a_part_gets_its_share(n_rows: int, proportions: list[float]) -> None:
 def test_only_the_ratio_counts(n_rows: int, proportions: list[float], factor: float) -> None:
     assume(min((p for p in proportions if p), default=1) > 1e-3)
     assert partition(n_rows, proportions) == partition(n_rows, [p * factor for p in proportions])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"),
+    [(32, 8, 128), (9, 3, 64), (15, 5, 64), (64, 8, 128), (32, 32, 80), (40, 40, 128)],
+)
+@pytest.mark.parametrize("proportions", [[1, 1], [0.45, 0.55], [0.27, 0.47, 0.26], [1, 5]])
+def test_attention_is_cut_in_whole_heads(
+    heads: int, kv_heads: int, width: int, proportions: list[float]
+) -> None:
+    queries, keys = (
+        [r.last for r in partition(n * width, proportions, attention_multiple(n * width))]
+        for n in (heads, kv_heads)
+    )
+    assert all(end % width == 0 for end in keys)
+    assert queries == [heads // kv_heads * end for end in keys]
 
 
 @pytest.mark.parametrize("proportions", [[], [0.0], [0.0, 0.0], [1.0, -1.0], [float("nan")]])

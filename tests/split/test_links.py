@@ -216,10 +216,14 @@ async def test_parts_that_cant_reach_one_another(expected: list[Array]) -> None:
         assert "ERROR" not in coordinator.log
 
 
-async def test_a_share_of_nothing(workers: list[WorkerProcess], expected: list[Array]) -> None:
-    """Parts without columns have nothing to add: sums are made as ever."""
+@pytest.mark.parametrize("sums", ["parts", "here"])
+@pytest.mark.parametrize("shares", ["1,1,0", "1,14,1", "14,1,1", "1,1,14"])
+async def test_a_share_of_nothing(
+    shares: str, sums: str, workers: list[WorkerProcess], expected: list[Array]
+) -> None:
+    """Parts without columns, of attention or at all, have nothing to add: sums are made as ever."""
     names: list[WorkerProcess | str] = [*workers, "local"]
-    options = ("--split-mode", "tensor", "--tensor-split", "1,1,0")
+    options = ("--split-mode", "tensor", "--tensor-split", shares, "--split-sums", sums)
     with Coordinator(names, *options) as coordinator:
         assert is_close(await rounds(coordinator), expected)
         assert "ERROR" not in coordinator.log

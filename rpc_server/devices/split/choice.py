@@ -50,8 +50,8 @@ _PRODUCTS = (
 )
 _WEIGHTS = int(sum(p.nbytes * p.count for p in _PRODUCTS))
 TYPICAL = ModelShape(
-    name="a 7B model at 4 bits", layers=32, width=4096, ffn_width=11008, kv_heads=32,
-    head_width=128, vocabulary=32000, weight_bytes=_WEIGHTS, token_bytes=_WEIGHTS,
+    name="a 7B model at 4 bits", layers=32, width=4096, ffn_width=11008, heads=32,
+    kv_heads=32, head_width=128, vocabulary=32000, weight_bytes=_WEIGHTS, token_bytes=_WEIGHTS,
     cache_bytes=2 * 32 * 32 * 256, products=_PRODUCTS,
 )  # fmt: skip
 # Of the memory of all together, how much an unknown model may take.

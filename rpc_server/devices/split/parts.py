@@ -140,7 +140,12 @@ class PartBuilder:
         have: dict[int, Tensor] = dict(self._whole)
         # Of inputs that come cut; one may be there whole, too.
         sliced: dict[int, Tensor] = {}
+        nodes = [node for node in subgraph.nodes if self._computes(node)]
+        read = {id(s) for node in nodes for s in node.src}
         for made in subgraph.inputs.values():
+            if id(made.tensor) not in read:
+                # By nodes of which this part has nothing; one that is kept comes later.
+                continue
             if made.lasting is not None:
                 have[id(made.tensor)] = self._copy(made)
                 continue
@@ -160,25 +165,27 @@ class PartBuilder:
                 sliced.setdefault(id(made.tensor), value)
                 have.setdefault(id(made.tensor), value)
         outputs = {id(t) for t in subgraph.outputs}
-        for node in subgraph.nodes:
+        for node in nodes:
             if id(node) in self._found.everywhere:
                 whole = self._repeated(node, have)
                 built.nodes.append((node, whole))
                 self._take_whole(node, whole, have, built, outputs)
                 continue
-            shard = self._found.shards[id(node)]
-            if not self._width(shard):
-                continue
-            t = self._node(node, shard, have, sliced)
-            if t is None:
-                continue
-            have[id(node)] = t
+            t = have[id(node)] = self._node(node, have, sliced)
             built.nodes.append((node, t))
             if id(node) in self._found.summed:
                 self._take_whole(node, self._sum(node, t, built), have, built, outputs)
             elif id(node) in outputs:
                 built.outputs.append((node, t))
         return built
+
+    def _computes(self, node: Tensor) -> bool:
+        """Return whether this part has all of a node, or some of its slices."""
+        if id(node) in self._found.everywhere:
+            return True
+        split = self._found.weights.get(id(node))
+        has_weight = split is None or len(split.cuts[self._number]) > 0
+        return has_weight and self._width(self._found.shards[id(node)]) > 0
 
     def _take_whole(
         self, node: Tensor, t: Tensor, have: dict[int, Tensor], built: Built, outputs: set[int]
@@ -216,17 +223,9 @@ class PartBuilder:
             ne[shard.dim] = self._width(shard)
         return ne[0], ne[1], ne[2], ne[3]
 
-    def _node(
-        self,
-        node: Tensor,
-        shard: Shard,
-        have: dict[int, Tensor],
-        sliced: dict[int, Tensor],
-    ) -> Tensor | None:
+    def _node(self, node: Tensor, have: dict[int, Tensor], sliced: dict[int, Tensor]) -> Tensor:
         split = self._found.weights.get(id(node))
         weight = self._weight(split) if split is not None else None
-        if split is not None and weight is None:
-            return None
         sources = self._sources(node, have, sliced)
         if node.op is Op.SET_ROWS:
             assert weight is not None
@@ -235,7 +234,7 @@ class PartBuilder:
                 target, Op.SET_ROWS, (*sources[:2], target), node.op_params, name=node.name
             )
         partial = id(node) in self._found.partial
-        ne = node.ne if partial else self._ne(node, shard)
+        ne = node.ne if partial else self._ne(node, self._found.shards[id(node)])
         if weight is not None:
             sources[0] = weight
         return self._g.op(node.op, node.type, ne, sources, node.op_params, name=node.name)

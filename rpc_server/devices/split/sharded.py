@@ -9,7 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from client.backend import BackendBuffer
-from client.split.partition import ROW_MULTIPLE, Extent, Rows, column_extents, row_extents
+from client.split.partition import (
+    ROW_MULTIPLE,
+    Extent,
+    Rows,
+    attention_multiple,
+    column_extents,
+    row_extents,
+)
 from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
 from rpc_server.devices.split.worker import Worker
@@ -55,16 +62,16 @@ def is_cut_by_columns(name: str) -> bool:
     return _BY_COLUMNS.search(name) is not None
 
 
-def cut_multiple(t: Tensor, axis: int) -> int:
+def cut_multiple(t: Tensor, axis: int, *, heads: bool) -> int:
     """Return what cuts of a weight are multiples of, in rows or columns.
 
-    Weights of one block (gate, up and down; q, k, v and output) have to be cut alike although they
-    arrive one by one: the same share of each, in eighths where attention's heads allow it.
+    With ``heads`` those of attention are cut in whole heads where that is possible. Weights of one
+    block (gate, up and down; q, k, v and output) are cut alike although they arrive one by one: the
+    same share of each.
     """
-    block = max(ROW_MULTIPLE, t.block_size)
-    if _ATTENTION.search(t.name) and t.ne[axis] % (8 * block) == 0:
-        return t.ne[axis] // 8
-    return block
+    if heads and _ATTENTION.search(t.name):
+        return attention_multiple(t.ne[axis], t.block_size)
+    return max(ROW_MULTIPLE, t.block_size)
 
 
 @dataclass(slots=True)

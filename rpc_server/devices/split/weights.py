@@ -402,7 +402,8 @@ class SplitStorage(HostStorage):
     def _cuts(self, t: Tensor) -> tuple[int, list[Rows]]:
         """Along which axis a weight is cut, and what each part gets."""
         axis = 0 if self._by_columns and is_cut_by_columns(t.name) else 1
-        return axis, partition(t.ne[axis], self._proportions, cut_multiple(t, axis))
+        multiple = cut_multiple(t, axis, heads=self._by_columns)
+        return axis, partition(t.ne[axis], self._proportions, multiple)
 
     @property
     def _local(self) -> int | None:

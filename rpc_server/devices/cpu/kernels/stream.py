@@ -1,8 +1,9 @@
 """Kernels that send to and receive from a socket, so that an exchange is part of a compiled plan.
 
 A kernel tries again for a while, since the other side answers within microseconds, and then sleeps
-in poll(); between two tries it lets others have the core. What a stream is, which words it has and
-how patience is counted is told in ``rpc_server.devices.cpu.kernels.interface.stream``.
+in poll(). Between two tries it lets others have the core; where they keep it, it sleeps at once for
+a while. What a stream is, which words it has and how patience is counted is told in
+``rpc_server.devices.cpu.kernels.interface.stream``.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
     POLL,
     RENEWED,
     SILENT,
+    SLEEP_NS,
+    SLEEPS_UNTIL,
     SPIN_NS,
     SWAP_ALARMS,
     SWAP_GOT,
     SWAP_PEER_WORDS,
     SWAP_SENT,
+    TAKEN_NS,
     TIME,
     TIMEOUT_MS,
     WAIT_NS,
@@ -182,6 +186,21 @@ def _send_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
 
 
 @helper
+def _tries_again(stream, since, pause):  # type: ignore[no-untyped-def]
+    """Let others run, and return 1; 0 if a thread that waits from ``since`` on is to sleep now."""
+    now = _now(stream)
+    if now - since > load_i64(stream + SPIN_NS * 8) or load_i64(pause) != 0:
+        return 0
+    if now < load_i64(stream + SLEEPS_UNTIL * 8):
+        return 0
+    _let_others_run()
+    after = _now(stream)
+    if after - now > TAKEN_NS:
+        store_i64(stream + SLEEPS_UNTIL * 8, after + SLEEP_NS)
+    return 1
+
+
+@helper
 def _receive_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
     got = _resumed(stream)
     since = _resumed_wait(stream)
@@ -204,8 +223,7 @@ def _receive_all(stream, address, size, pause):  # type: ignore[no-untyped-def]
             return CLOSED
         if since == 0:
             since = _now(stream)
-        if _now(stream) - since <= load_i64(stream + SPIN_NS * 8) and load_i64(pause) == 0:
-            _let_others_run()
+        if _tries_again(stream, since, pause) != 0:
             continue
         alarms += 1
         status = _ready(stream, _POLLIN, since, alarms, pause, got)
@@ -458,11 +476,9 @@ def _swap_all(table, peers, address, size, pause):  # type: ignore[no-untyped-de
             spins_since = np.int64(0)
             continue
         stream = load_i64(table)
-        now = _now(stream)
         if spins_since == 0:
-            spins_since = now
-        if now - spins_since <= load_i64(stream + SPIN_NS * 8) and load_i64(pause) == 0:
-            _let_others_run()
+            spins_since = _now(stream)
+        if _tries_again(stream, spins_since, pause) != 0:
             continue
         status = _swap_sleep(table, peers, size, pause)
         if status != 0:

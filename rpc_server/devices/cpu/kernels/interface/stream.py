@@ -61,6 +61,8 @@ SWAP_GOT = 19
 SWAP_ALARMS = 20
 # Since when bytes of the stream are waited for, nanoseconds; 0 while they aren't.
 AWAITED_SINCE = 21
+# Until when nobody tries again and all sleep at once, nanoseconds.
+SLEEPS_UNTIL = 22
 # What a byte that is moved is worth.
 NS_PER_BYTE = 1_000_000_000 // (64 << 10)
 
@@ -88,6 +90,11 @@ SWAP_PEER_WORDS = 4
 # Longer than most waits within a token: being woken up takes as long as a small product. Whoever
 # shares the core with a waiting thread is let through at each try.
 _SPIN_NS = 1_000_000
+# Once another thread kept the core for so long that it was let through, it has work of its own, and
+# the core comes back only when the scheduler takes it from there; a thread that sleeps is put in
+# front when it is woken up. So for a while it sleeps instead.
+TAKEN_NS = 50_000
+SLEEP_NS = 50_000_000
 
 
 class Stream:
