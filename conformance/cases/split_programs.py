@@ -15,7 +15,7 @@ from conformance.suite import Closed, Context, Peer
 from conformance.suite.arrays import PRODUCT_BOUND, Array, Bench, close, same, values
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
-from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
+from protocol.split import MAX_PROGRAMS, ProgramStep, ProgramSwap, encode_program
 from protocol.tensor import Tensor
 
 F32 = GgmlType.F32
@@ -44,8 +44,13 @@ class StreamedProgram:
             for s in self.steps
         ]
 
+    def swaps(self) -> list[ProgramSwap]:
+        return [
+            ProgramSwap(i, tuple(t.id for t in s.swap)) for i, s in enumerate(self.steps) if s.swap
+        ]
+
     def encode(self) -> bytes:
-        return encode_program(self.ids(), self.tensors())
+        return encode_program(self.ids(), self.tensors(), self.swaps())
 
     def send(self, number: int = 0) -> None:
         answer = self.b.peer.call(Command.SPLIT_PROGRAM, self.encode(), program=number)
@@ -210,11 +215,11 @@ def program_whose_buffer_was_freed(c: Context) -> None:
     made.send(1)
     b.peer.call(Command.FREE_BUFFER, remote_ptr=made.steps[0].inputs[0].buffer)
     run(b, 1, values(64))
-    _ended(c, b.peer)
+    ended(c, b.peer)
 
 
-def _ended(c: Context, peer: Peer) -> None:
-    """The server must end the connection."""
+def ended(c: Context, peer: Peer) -> None:
+    """Fail unless the server ends the connection."""
     try:
         found = peer.closed_by_server()
     except Closed:
@@ -358,7 +363,7 @@ def hanging_up_within_a_program(c: Context) -> None:
     scaling(b, 4096).send()
     run(b, 0, values(1000))
     b.peer.half_close()
-    _ended(c, b.peer)
+    ended(c, b.peer)
 
 
 @SPLIT.case(43, source=SOURCE, split=True)

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from client.builder.graph import Graph
 from client.errors import ConnectionLost
 from client.split.links import LinkError, open_link
 from client.split.steps import Step, encode_steps
+from conformance.cases.split_groups import adding as adding_steps
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 from protocol.split import SECRET_SIZE, decode_report, peers_fields
-from protocol.tensor import Tensor
 from tests.split.cluster import HOST, WorkerProcess, backend
 from tests.split.test_programs import Stream, run_message
 from tests.split.weights import values
@@ -61,30 +60,9 @@ async def enter(
 
 
 async def adding(b: Backend, number: int, n_parts: int, n: int, rounds: int = 1) -> list[Step]:
-    """Steps that double ``x`` and add it to what the others have, again and again."""
-    g = b.graph
-    x = g.new_tensor(F32, (n,), "x")
-    steps: list[Step] = []
-    current, ends, taken = x, [], [x]
-    for _ in range(rounds):
-        own = g.scale(current, 2.0)
-        terms = [own if i == number else g.new_tensor(F32, (n,), "t") for i in range(n_parts)]
-        ends.append((own, tuple(terms)))
-        taken += [t for t in terms if t is not own]
-        current = terms[0]
-        for term in terms[1:]:
-            current = g.add(current, term)
-    # Additions come behind the swap that they are of.
-    graph = g.build([*(own for own, _ in ends), current])
-    await b.allocate([*taken, *graph.roots])
-    left = list(graph.nodes)
-    inputs: tuple[Tensor, ...] = (x,)
-    for end, swap in [*ends, (current, ())]:
-        at = left.index(end) + 1
-        tensors, uses = (graph.tensors, graph.use_counts) if not steps else ((), ())
-        outputs = () if swap else (current,)
-        steps.append(Step(inputs, Graph(tuple(left[:at]), tensors, uses), outputs, swap))
-        left, inputs = left[at:], ()
+    """Steps that double ``x`` and add it to what the others have, again and again; placed."""
+    steps, whole = adding_steps(b.graph, number, n_parts, n, rounds)
+    await b.allocate(whole.roots)
     return steps
 
 
