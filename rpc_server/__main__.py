@@ -376,7 +376,7 @@ async def _serve(options: Namespace) -> Ending:
         context.models.start()
     preparing = None
     # Cards have kernels and a compiler of their own.
-    if not options.no_prepare and any(b.device.runs_programs for b in context.budgets):
+    if not options.no_prepare and any(b.device.runs_kernels for b in context.budgets):
         preparing = asyncio.create_task(prepare_when_idle(context.stats))
     # A service manager starts it anew when it ends so, and with it the devices.
     devices_lost = await _signal_or_loss(stopped, context)

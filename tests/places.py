@@ -83,6 +83,8 @@ ELSEWHERE = {
     "rpc_server.devices.planning": "cpu/test_kinds.py",
     "rpc_server.devices.planning.group": "split/test_groups.py",
     "rpc_server.devices.planning.nodes": "cuda/test_device.py",
+    "rpc_server.devices.planning.program": "split/test_programs.py",
+    "rpc_server.devices.planning.transfers": "cuda/test_program.py",
     "rpc_server.devices.cpu": "cpu/test_device.py",
     "rpc_server.devices.cpu.assembly": "cpu/test_kinds.py",
     "rpc_server.devices.cpu.hashing": "models/test_hashing.py",

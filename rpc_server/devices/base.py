@@ -274,8 +274,10 @@ class Device(Protocol):
     alignment: int
     max_size: int
 
-    # Whether it runs programs of the split extension: whether it can read and write a socket.
+    # Whether it runs programs of the split extension.
     runs_programs: bool
+    # Whether its nodes are computed by compiled kernels of this machine's processors.
+    runs_kernels: bool
     # Whether these may have swaps: why not, '' if they may.
     no_swaps: str
 

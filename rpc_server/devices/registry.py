@@ -42,9 +42,10 @@ def _cpu(options: DeviceOptions) -> Device:
 
 
 def _cuda(index: int, options: DeviceOptions) -> Device:
+    from rpc_server.devices.cpu.streaming.direct import DirectTransfers
     from rpc_server.devices.cuda.device import CudaDevice
 
-    return CudaDevice(index, allow_host_ops=options.allow_host_ops)
+    return CudaDevice(index, allow_host_ops=options.allow_host_ops, transfers=DirectTransfers)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from conformance.suite.target import Target
 from protocol.dialects import find_dialects
 from protocol.ggml.ops import Op
 from tests.addresses import coming_from
+from tests.cuda import emulation
 from tests.parameters import mostly_slow
 from tests.server.process import ServerProcess, running
 from tools.serving.processes import PATIENCE
@@ -72,6 +74,18 @@ def test_split_extension_of_a_worker(server: ServerProcess) -> None:
     run = results(server.port, "split,properties")
     assert wrong(run) == {}
     assert skipped(run) == set()
+
+
+@pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
+def test_split_extension_of_a_worker_with_cards(tmp_path: Path) -> None:
+    cards = {"EMULATION": "fast", "EMULATED_CARDS": "2"}
+    options = ("--cache-dir", str(tmp_path))
+    with ServerProcess(*options, env=cards, module="tests.cuda.serve") as server:
+        run = results(server.port, "split")
+        assert wrong(run) == {}
+        assert skipped(run) == set()
+        assert server.alive, server.log
+        assert "internal error" not in server.log
 
 
 @pytest.mark.parametrize("mode", mostly_slow(["row", "tensor"]))

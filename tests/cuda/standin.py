@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 from unittest import mock
@@ -36,9 +36,16 @@ _PROPERTIES: dict[str, Any] = {
 # A kernel gets no more without being asked whether it may.
 _MOST_SHARED = 48 << 10
 
-# Whether global memory is watched for races too; CHECKED: whether anything is.
+# Whether global memory is watched for races too; CHECKED: whether anything is. COMPUTES: whether
+# kernels run at all; without, a card copies, and does nothing else.
 RACES = False
 CHECKED = True
+COMPUTES = True
+
+# What cards have been given, by what it is: kernel, graph, product, fill, copies by their way. In
+# what graphs did is counted apart, at each launch.
+given: Counter[str] = Counter()
+given_in_graphs: Counter[str] = Counter()
 
 
 # Numbers of cudaError_t and CUresult that the stand-in raises; of others the number is no matter.
@@ -154,6 +161,7 @@ class _Capture:
         self.mode = mode
         self.thread = threading.get_ident()
         self.jobs: list[Callable[[], Any]] = []
+        self.contents: Counter[str] = Counter()
         self.broken = False
 
 
@@ -204,11 +212,13 @@ class _Queue:
         self._open.set()
         self.reached = threading.Event()
 
-    def give(self, job: Callable[[], Any]) -> None:
+    def give(self, what: str, job: Callable[[], Any]) -> None:
         with _lock:
             if self.capture is not None:
                 self.capture.jobs.append(job)
+                self.capture.contents[what] += 1
                 return
+            given[what] += 1
             self.jobs.append(job)
             self.given += 1
 
@@ -281,15 +291,17 @@ class Event:
 
 
 class Graph:
-    def __init__(self, card: int, jobs: Sequence[Callable[[], None]]) -> None:
-        self._card = card
-        self._jobs = list(jobs)
+    def __init__(self, capture: _Capture) -> None:
+        self._card = capture.card
+        self._jobs = list(capture.jobs)
+        self._contents = capture.contents
 
     def launch(self, stream: Stream) -> None:
         queue = _queue(stream.ptr)
         if queue.card != self._card:
             raise CUDARuntimeError("cudaErrorInvalidValue: a graph of another card")
-        queue.give(lambda: [job() for job in self._jobs])
+        given_in_graphs.update(self._contents)
+        queue.give("graph", lambda: [job() for job in self._jobs])
 
 
 class Stream:
@@ -327,7 +339,7 @@ class Stream:
         if event.recorded is not None:
             # That it is recorded again later does not matter.
             queue, mark = event.recorded
-            self.queue.give(lambda: queue.run_to(mark))
+            self.queue.give("event", lambda: queue.run_to(mark))
 
     def begin_capture(self, mode: int | None = None) -> None:
         if self.queue.capture is not None:
@@ -344,7 +356,7 @@ class Stream:
             raise CUDARuntimeError("cudaErrorStreamCaptureWrongThread")
         if capture.broken:
             raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
-        return Graph(capture.card, capture.jobs)
+        return Graph(capture)
 
 
 def _current() -> Stream:
@@ -378,7 +390,9 @@ class RawKernel:
         self._loaded: dict[int, emulation.Module] = {}
         self._module()
 
-    def _module(self) -> emulation.Module:
+    def _module(self) -> emulation.Module | None:
+        if not COMPUTES:
+            return None
         if _mine.card not in self._loaded:
             _unsafe("loading a module")
             with _compiling:
@@ -408,11 +422,14 @@ class RawKernel:
         # A card copies the arguments at the launch.
         record = argument.copy()
         known = _cards[stream.device_id].known
-        stream.queue.give(
-            lambda: module.launch(
-                self._name, record, grid, block, known, shared=shared_mem, races=RACES
-            )
-        )
+
+        def job() -> None:
+            if module is not None:
+                module.launch(
+                    self._name, record, grid, block, known, shared=shared_mem, races=RACES
+                )
+
+        stream.queue.give("kernel", job)
 
 
 class RawModule:
@@ -509,13 +526,17 @@ def _move(to: int, source: int, size: int) -> None:
     ctypes.memmove(to, source, size)
 
 
+# By the directions of cudaMemcpy.
+_WAYS = {1: "to the card", 2: "to the host", 3: "on the card"}
+
+
 def _copy_async(to: int, source: int, size: int, kind: int, stream: int) -> None:
     queue = _queue(stream)
     card = _cards[queue.card]
     assert kind in (1, 2, 3)
     (card.check if kind in (1, 3) else _check_pinned)(to, size)
     (card.check if kind in (2, 3) else _check_pinned)(source, size)
-    queue.give(lambda: _move(to, source, size))
+    queue.give(_WAYS[kind], lambda: _move(to, source, size))
 
 
 def _copy_peer_async(
@@ -526,7 +547,7 @@ def _copy_peer_async(
     _card(source_card).check(source, size)
     if queue.card not in (to_card, source_card):
         raise CUDARuntimeError("cudaErrorInvalidValue: the stream of a third card")
-    queue.give(lambda: _move(to, source, size))
+    queue.give("from a card", lambda: _move(to, source, size))
 
 
 def _fill_async(address: int, value: int, size: int, stream: int) -> None:
@@ -534,7 +555,7 @@ def _fill_async(address: int, value: int, size: int, stream: int) -> None:
     if queue.card != _mine.card:
         raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the stream of another card")
     _cards[queue.card].check(address, size)
-    queue.give(lambda: ctypes.memset(address, value, size))
+    queue.give("fill", lambda: ctypes.memset(address, value, size))
 
 
 def _allocate(size: int) -> int:
@@ -628,7 +649,7 @@ def _gemm(
             columns = _array(card, b + i * stride_b * size, b_type, n, ldb, k).astype(np.float32)
             _array(card, c + 4 * i * stride_c, 0, n, ldc, m)[...] = factor * (columns @ weights.T)
 
-    queue.give(job)
+    queue.give("product", job)
 
 
 # -- the modules -------------------------------------------------------------------------------

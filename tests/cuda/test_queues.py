@@ -16,6 +16,7 @@ from client.errors import ConnectionLost
 from protocol.ggml.types import GgmlType
 from protocol.negotiation import Negotiator
 from protocol.tensor import Tensor
+from rpc_server.devices.cpu.streaming.direct import DirectTransfers
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.device import CudaDevice
 from rpc_server.devices.cuda.queue import CudaQueue
@@ -35,7 +36,7 @@ class Serving:
     """A server with one emulated card, in this process."""
 
     def __init__(self) -> None:
-        self.device = CudaDevice(0)
+        self.device = CudaDevice(0, transfers=DirectTransfers)
         context = ServerContext([Budget(self.device)], Negotiator(None))
         self.server = Server(context)
         self.port = 0

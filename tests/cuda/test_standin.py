@@ -180,7 +180,7 @@ def test_who_waits_for_what_another_thread_runs_waits_for_its_end(cupy: Any) -> 
         begun.set()
         go.wait(60)
 
-    way.queue.give(job)
+    way.queue.give("job", job)
     mark.record(way)
 
     def wait() -> None:

@@ -17,6 +17,7 @@ from gguf import GGUFReader
 
 from client.backend import HASH_THRESHOLD
 from tests.e2e import llama
+from tests.e2e.cards import emulated_card
 from tests.e2e.conftest import Serve, StartLlamaServer, needs_own_server
 from tests.e2e.logits import Request, compute, nmse
 from tests.e2e.test_generation import PLAIN_PROMPTS
@@ -41,7 +42,8 @@ StartSplit = Callable[..., llama.RpcServer]
 def split(log_folder: Path) -> Iterator[StartSplit]:
     """Starts workers and a coordinator: ``split(["ours", "upstream", "local"], *options)``.
 
-    A protocol version among them is upstream's server that speaks it.
+    A protocol version among them is upstream's server that speaks it, ``card`` one of ours with an
+    emulated card.
     """
     with contextlib.ExitStack() as stack:
 
@@ -52,6 +54,8 @@ def split(log_folder: Path) -> Iterator[StartSplit]:
                     worker = llama.RpcServer(log_folder, "--threads", "1")
                     stack.callback(worker.stop)
                     parts.append(worker.address)
+                elif kind == "card":
+                    parts.append(stack.enter_context(emulated_card(log_folder)))
                 elif kind in UPSTREAM:
                     log = log_folder / f"split-worker-{id(stack)}-{i}.log"
                     server = running_upstream(log, "-t", "1", build=UPSTREAM[kind])

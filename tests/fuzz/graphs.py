@@ -25,6 +25,7 @@ from rpc_server.devices.cpu.kernels.interface.stream import StreamPeer
 from rpc_server.devices.cpu.plan import CpuPlan, CpuPlanBuilder
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.streaming.program import program_items
+from rpc_server.devices.planning.program import linked_steps
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, parse_graph
 from tests.fuzz.streams import SPOKEN, promised
@@ -182,7 +183,8 @@ def program(data: bytes) -> bool:
         payload = decode_program(given.payload)
         again = encode_program(payload.steps, payload.tensors, payload.swaps)
         promised(again == given.payload, "decoded to another program")
-        items = program_items(payload, given.dialect, nowhere(given).get, _peer())
+        steps = linked_steps(payload, given.dialect, nowhere(given).get)
+        items = program_items(steps, _peer())
         planner().build_items(items, given.dialect)
     except REFUSALS:
         return True

@@ -21,10 +21,15 @@ START_SECONDS = 180.0
 
 
 class ServerProcess(Process):
-    """A running server, on a port that the system chose."""
+    """A running server, on a port that the system chose.
 
-    def __init__(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        super().__init__(own_command(0, *options), env=env)
+    ``module`` is what is run as the server.
+    """
+
+    def __init__(
+        self, *options: str, env: Mapping[str, str] | None = None, module: str = "rpc_server"
+    ) -> None:
+        super().__init__(own_command(0, *options, module=module), env=env)
         try:
             # The end of a line is written by itself.
             found = self.wait_for(r"endpoint +: \S+:(\d+)\n", START_SECONDS)

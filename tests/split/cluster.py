@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+import pytest
 
 from client.backend import Backend
 from client.connection import connect
 from protocol.commands import Command
+from tests.cuda import emulation
 from tests.server.process import ServerProcess
 
 HOST = "127.0.0.1"
@@ -18,12 +22,33 @@ HOST = "127.0.0.1"
 class WorkerProcess(ServerProcess):
     """A server with one thread."""
 
+    module = "rpc_server"
+    env: Mapping[str, str] | None = None
+
     def __init__(self, *options: str) -> None:
-        super().__init__("--threads", "1", *options)
+        super().__init__("--threads", "1", *options, env=self.env, module=self.module)
 
     @property
     def address(self) -> str:
         return f"{HOST}:{self.port}"
+
+
+class CardWorker(WorkerProcess):
+    """A server with an emulated card, whose accesses to memory are not checked."""
+
+    module = "tests.cuda.serve"
+    env: Mapping[str, str] | None = MappingProxyType({"EMULATION": "fast"})
+
+
+# What a worker may compute on; for parametrize, with the names of these.
+WORKERS = [
+    WorkerProcess,
+    pytest.param(
+        CardWorker,
+        marks=pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER),
+    ),
+]
+WORKER_IDS = ["CPU", "GPU"]
 
 
 class Coordinator(WorkerProcess):

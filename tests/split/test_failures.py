@@ -30,7 +30,16 @@ from rpc_server.devices.split.worker import Worker, WorkerLost
 from rpc_server.options import parse_options
 from tests.client.scripted import Peer, scripted
 from tests.parameters import mostly_slow
-from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend, emptied, status
+from tests.split.cluster import (
+    HOST,
+    WORKER_IDS,
+    WORKERS,
+    Coordinator,
+    WorkerProcess,
+    backend,
+    emptied,
+    status,
+)
 from tests.split.relay import Relay
 from tests.split.weights import content, nmse, values, weight
 from tools.serving.ports import free_port
@@ -49,8 +58,9 @@ PATIENCE = 20.0
 class Cluster:
     """A coordinator and two workers of its own, of which the second is the one that suffers."""
 
-    def __init__(self, *options: str) -> None:
-        self.good, self.bad = WorkerProcess("--mem", "512"), WorkerProcess("--mem", "512")
+    def __init__(self, *options: str, kind: type[WorkerProcess] = WorkerProcess) -> None:
+        self._kind = kind
+        self.good, self.bad = kind("--mem", "512"), kind("--mem", "512")
         try:
             self.coordinator = Coordinator([self.good, self.bad], *options)
         except BaseException:
@@ -67,7 +77,7 @@ class Cluster:
         address, before = self.bad.address, self.connections()
         self.bad.stop()
         self.bad.forget()
-        self.bad = WorkerProcess("--mem", "512", "--port", address.rpartition(":")[2])
+        self.bad = self._kind("--mem", "512", "--port", address.rpartition(":")[2])
         self.wait_for_reconnection(before)
 
     def connections(self) -> int:
@@ -93,9 +103,9 @@ EXCHANGE = 15.0
 
 
 @contextlib.contextmanager
-def sound_cluster(exchange: float) -> Iterator[Cluster]:
+def sound_cluster(exchange: float, kind: type[WorkerProcess] = WorkerProcess) -> Iterator[Cluster]:
     """A cluster whose workers have so long for an exchange; whom nobody killed is sound after."""
-    made = Cluster("--split-timeout", str(exchange), "--drain-seconds", "0.3")
+    made = Cluster("--split-timeout", str(exchange), "--drain-seconds", "0.3", kind=kind)
     try:
         yield made
         assert made.coordinator.alive, made.log
@@ -109,15 +119,15 @@ def sound_cluster(exchange: float) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    with sound_cluster(EXCHANGE) as made:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with sound_cluster(EXCHANGE, getattr(request, "param", WorkerProcess)) as made:
         yield made
 
 
 @pytest.fixture
-def impatient() -> Iterator[Cluster]:
+def impatient(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """One whose coordinator waits for 2 s."""
-    with sound_cluster(2) as made:
+    with sound_cluster(2, getattr(request, "param", WorkerProcess)) as made:
         yield made
 
 
@@ -216,6 +226,7 @@ async def running(coordinator: WorkerProcess, job: Job) -> AsyncIterator[asyncio
         yield task
 
 
+@pytest.mark.parametrize("cluster", WORKERS, ids=WORKER_IDS, indirect=True)
 @pytest.mark.parametrize("stage", mostly_slow(JOBS))
 async def test_a_worker_is_killed(stage: str, cluster: Cluster) -> None:
     async with running(cluster.coordinator, JOBS[stage]) as task:
@@ -300,6 +311,7 @@ async def test_all_clients_of_a_lost_worker(cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("impatient", WORKERS, ids=WORKER_IDS, indirect=True)
 @pytest.mark.parametrize("stage", mostly_slow(["upload", "decode"]))
 async def test_a_worker_that_falls_silent(stage: str, impatient: Cluster) -> None:
     """Its machine still takes bytes, as one that swaps or was suspended does."""

@@ -1,4 +1,7 @@
-"""The worker's side: programs and their streams over a real socket, sound ones and others."""
+"""The worker's side: programs and their streams over a real socket, sound ones and others.
+
+All of it by the processor, and by an emulated card.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,11 +27,18 @@ from protocol.ggml.types import GgmlType
 from protocol.split import MAX_PROGRAMS, ProgramStep, encode_program
 from protocol.tensor import Tensor
 from rpc_server.devices.split.worker import UnfitError, Worker
-from tests.split.cluster import HOST, WorkerProcess, backend
+from tests.split.cluster import HOST, WORKER_IDS, WORKERS, WorkerProcess, backend
 from tests.split.weights import values
 
 F32 = GgmlType.F32
 PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module", params=WORKERS, ids=WORKER_IDS)
+def whole(request: pytest.FixtureRequest) -> Iterator[WorkerProcess]:
+    """The worker that programs are sent to."""
+    with request.param() as started:
+        yield started
 
 
 @pytest.fixture
@@ -400,8 +410,9 @@ async def test_others_compute_while_a_client_does_not_take_a_result(
         assert np.array_equal(await stream.receive(n), data * data)
 
 
-async def test_stopping_does_not_wait_for_a_client() -> None:
-    with WorkerProcess("--drain-seconds", "0.3") as worker:
+@pytest.mark.parametrize("kind", WORKERS, ids=WORKER_IDS)
+async def test_stopping_does_not_wait_for_a_client(kind: type[WorkerProcess]) -> None:
+    with kind("--drain-seconds", "0.3") as worker:
         async with backend(worker) as b:
             await program(b, [await doubling(b)])
             async with Stream.of(b) as stream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,13 @@ from pathlib import Path
 
 from tools.bench.servers import answers
 from tools.serving.ports import free_port
-from tools.serving.processes import HOST, PROJECT, Process, ProgramError
+from tools.serving.processes import (
+    HOST,
+    Process,
+    ProgramError,
+    emulation_command,
+    own_command,
+)
 
 # Opening a card compiles a kernel and loads cuBLAS.
 _START_SECONDS = 120.0
@@ -48,8 +53,8 @@ class ServersToCheck:
 
     def card(self, *options: str) -> list[str]:
         """Return what starts this project's server on the card."""
-        module = "tests.cuda.serve" if self.emulated else "rpc_server"
-        return [sys.executable, "-m", module, "--port", "{port}", "-d", self.device, *options]
+        command = emulation_command if self.emulated else own_command
+        return command("{port}", "-d", self.device, *options)
 
     def on_upstream(self, *options: str) -> list[str]:
         """Return what starts upstream's server."""
@@ -62,7 +67,7 @@ class ServersToCheck:
         options = ["-d", "CPU", "-t", str(threads)]
         if self.upstream is not None:
             return self.on_upstream(*options)
-        return [sys.executable, "-m", "rpc_server", "--port", "{port}", *options]
+        return own_command("{port}", *options)
 
     def describe_reference(self) -> str:
         """Say which server the reference is."""
@@ -73,8 +78,8 @@ class ServersToCheck:
         """Raise ProgramError if there is no such program."""
         if self.upstream is not None and not (self.upstream / "ggml-rpc-server").is_file():
             raise ProgramError(f"no ggml-rpc-server in {self.upstream}")
-        if self.emulated and not (PROJECT / "tests" / "cuda" / "serve.py").is_file():
-            raise ProgramError("the emulation is in the repository's tests/, not in packages")
+        if self.emulated:
+            emulation_command("{port}")
 
 
 @contextmanager

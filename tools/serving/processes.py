@@ -35,9 +35,22 @@ class ProgramError(RuntimeError):
     """A program failed, or didn't print what it should; the message has the end of its log."""
 
 
-def own_command(port: int, *options: str) -> list[str]:
-    """Return what starts this project's server; port 0 lets the system choose one."""
-    return [sys.executable, "-m", "rpc_server", "--port", str(port), *options]
+def own_command(port: int | str, *options: str, module: str = "rpc_server") -> list[str]:
+    """Return what starts this project's server; port 0 lets the system choose one.
+
+    ``module`` is what is run as the server.
+    """
+    return [sys.executable, "-m", module, "--port", str(port), *options]
+
+
+def emulation_command(port: int | str, *options: str) -> list[str]:
+    """Return what starts this project's server with an emulated card.
+
+    Raises ProgramError where the emulation is not.
+    """
+    if not (PROJECT / "tests" / "cuda" / "serve.py").is_file():
+        raise ProgramError("the emulation is in the repository's tests/, not in packages")
+    return own_command(port, *options, module="tests.cuda.serve")
 
 
 def upstream_command(

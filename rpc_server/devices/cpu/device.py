@@ -53,6 +53,7 @@ class CpuDevice:
     alignment = 64
     max_size = (1 << 64) - 1
     runs_programs = True
+    runs_kernels = True
     no_swaps = ""
     # Processors don't get lost.
     lost = ""
@@ -193,9 +194,10 @@ class CpuQueue:
     ) -> CpuPlan:
         """Return a program of the split extension. Raises GraphError."""
         from rpc_server.devices.cpu.streaming.program import program_items
+        from rpc_server.devices.planning.program import linked_steps
 
         with self._share.aside():
-            items = program_items(payload, dialect, resolve, peer, group)
+            items = program_items(linked_steps(payload, dialect, resolve, group), peer, group)
             plan = self.plan_items(items, dialect)
         plan.keep = [item.held for item in items if not isinstance(item, Tensor)], group
         return plan

@@ -16,6 +16,7 @@ from rpc_server.devices.cuda.lower.matmul import products_of
 from rpc_server.devices.cuda.queue import CudaQueue
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage, PinnedPool
+from rpc_server.devices.planning.transfers import TransfersOf
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +27,27 @@ _AT_A_TIME = 8
 class CudaDevice:
     """GPU number ``index``. Raises CardError if it can't be used.
 
-    ``allow_host_ops`` lets ops run on the host that have no kernel here.
+    ``allow_host_ops`` lets ops run on the host that have no kernel here. ``transfers`` are by which
+    programs of the split extension reach their clients; without, it runs none.
     """
 
     # As ggml's CUDA backend.
     alignment = 128
     max_size = (1 << 64) - 1
-    # A GPU can't read a socket.
-    runs_programs = False
-    no_swaps = "a GPU runs no programs"
+    # It has kernels and a compiler of its own.
+    runs_kernels = False
+    no_swaps = "a GPU exchanges nothing with other parts"
 
-    def __init__(self, index: int, *, allow_host_ops: bool = False) -> None:
+    def __init__(
+        self, index: int, *, allow_host_ops: bool = False, transfers: TransfersOf | None = None
+    ) -> None:
         self.card = Card(index)
         self.name = f"CUDA{index}"
         major, minor = divmod(self.card.capability, 10)
         self.description = f"{self.card.name} (compute capability {major}.{minor})"
         self.allow_host_ops = allow_host_ops
+        self._transfers = transfers
+        self.runs_programs = transfers is not None
         self.pinned = PinnedPool(self.card)
         self.threads = concurrent.futures.ThreadPoolExecutor(
             _AT_A_TIME, thread_name_prefix=self.name
@@ -82,7 +88,7 @@ class CudaDevice:
         resources = StreamResources(
             self.name, self.card, self.pinned, allow_host_ops=self.allow_host_ops
         )
-        return CudaQueue(resources, self.threads)
+        return CudaQueue(resources, self.threads, self._transfers)
 
     def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type compiled while weights are uploading."""

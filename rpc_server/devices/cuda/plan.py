@@ -23,7 +23,7 @@ from rpc_server.devices.cuda.planner import (
     lower_to_launches,
     place_scratch,
 )
-from rpc_server.devices.cuda.resources import StreamResources
+from rpc_server.devices.cuda.resources import StatusWord, StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage
 from rpc_server.devices.planning.nodes import PlanSteps, lower_node
 from rpc_server.devices.planning.records import STATUS_TEXT
@@ -55,16 +55,15 @@ class Scratch:
             self._card.free(self.address)
 
 
-class _CapturedGraph:
+class CapturedGraph:
     """Launches without anything between them: a captured graph from their second run on.
 
-    Where they are a plan's last step their status is fetched with them.
+    Copies that are to be enqueued ``before`` and ``after`` them are captured with them.
     """
 
-    # Whether they are; set by the plan.
-    fetches_status = False
-
     def __init__(self, resources: StreamResources, work: Sequence[Launch | Product]) -> None:
+        self.before: list[Callable[[], None]] = []
+        self.after: list[Callable[[], None]] = []
         self._resources = resources
         self._card = card = resources.card
         self._stream = resources.stream
@@ -80,23 +79,30 @@ class _CapturedGraph:
         self._ran = False
 
     def __call__(self) -> None:
-        if self._graph is None and self._ran and self._capturable:
+        if self._ran:
             # The first run is by itself: a graph that comes only once isn't worth capturing.
-            self._graph = self._card.capture(self._stream, self._enqueue)
+            self.capture()
         if self._graph is not None:
             self._graph.launch(self._stream)
         else:
             self._enqueue()
         self._ran = True
 
+    def capture(self) -> None:
+        """Capture it now, if that can be done; nothing runs."""
+        if self._graph is None and self._capturable:
+            self._graph = self._card.capture(self._stream, self._enqueue)
+
     def _enqueue(self) -> None:
+        for copy in self.before:
+            copy()
         for work in self._work:
             if isinstance(work, Product):
                 self._card.product(work, self._resources.library, self._stream)
             else:
                 self._card.launch(*work, self._stream)
-        if self.fetches_status:
-            self._resources.status.fetch()
+        for copy in self.after:
+            copy()
 
 
 # What a plan keeps of a node, about: its launches' arguments, and its name.
@@ -126,9 +132,9 @@ class CudaPlan:
         self._steps = steps
         # One launch less a token: a captured graph ends with it.
         last = steps[-1] if steps else None
-        self._fetches_status = isinstance(last, _CapturedGraph)
-        if isinstance(last, _CapturedGraph):
-            last.fetches_status = True
+        self._fetches_status = isinstance(last, CapturedGraph)
+        if isinstance(last, CapturedGraph):
+            last.after.append(resources.status.fetch)
         self._labels = nodes
         # What captured launches point into.
         self._scratch = scratch
@@ -145,6 +151,8 @@ class CudaPlan:
         resources = self._resources
         with resources.card.current():
             try:
+                for storage in self._storages:
+                    storage.before(resources.stream)
                 status = self._run()
             except BaseException:
                 # Whoever hears of it may free what the card still works on.
@@ -158,15 +166,17 @@ class CudaPlan:
     def _run(self) -> int:
         """Give the card all there is to do, and wait for its status."""
         resources = self._resources
-        for storage in self._storages:
-            storage.before(resources.stream)
         for step in self._steps:
-            if self._stopped:
-                raise GraphError("was stopped")
+            self._go_on()
             step()
         if not self._fetches_status:
             resources.status.fetch()
         return resources.status.wait()
+
+    def _go_on(self) -> None:
+        """Raise GraphError once the run was stopped."""
+        if self._stopped:
+            raise GraphError("was stopped")
 
     def stop(self) -> None:
         """Let a run end behind the step it is at; the card can't be interrupted within one."""
@@ -193,37 +203,52 @@ class CudaPlanBuilder:
         Raises GraphError, also once ``stop`` is set.
         """
         started = time.perf_counter()
-        card = self._resources.card
-        planner = CudaPlanner(graph.nodes, card.multiprocessors, card.capability)
-        parts: PlanSteps[Launch | Product] = PlanSteps()
-
-        def decline(node: Tensor, spec: OpSpec) -> None:
-            self._refuse_or_warn(node, spec)
-            parts.without_kernel(planner.take_launches(), node)
-
-        for node in graph.nodes:
-            if stop is not None and stop[0]:
-                raise GraphError("was stopped")
-            lower_node(node, planner, lambda t: lower_to_launches(t, planner), decline)
-        parts.append(planner.take_launches())
-        scratch = self._scratch_of(planner.scratch_peak)
-        labels = self._finish(parts, scratch)
+        parts, size = self.lower(graph.nodes, stop)
+        scratch = self.scratch_of(size)
+        labels: list[str] = []
         resources = self._resources
-        steps = parts.steps(self._reference_step, lambda run: _CapturedGraph(resources, run))
+        try:
+            self.finish(parts, scratch, resources.status, labels)
+        except MemoryError as error:
+            raise GraphError(f"no memory for the graph's status: {error}") from None
+        steps = parts.steps(self.reference_step, lambda run: CapturedGraph(resources, run))
         log.debug(
             "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
             len(graph.nodes),
             len(steps),
             (time.perf_counter() - started) * 1e3,
-            planner.scratch_peak >> 10,
+            size >> 10,
             parts.interpreted or "none",
         )
         return CudaPlan(
             resources, graph.dialect, storages, steps, labels, scratch, parts.interpreted
         )
 
-    def _scratch_of(self, size: int) -> Scratch | None:
-        """Raise GraphError if the card hasn't got so much."""
+    def lower(
+        self, nodes: Sequence[Tensor], stop: StopWord | None = None
+    ) -> tuple[PlanSteps[Launch | Product], int]:
+        """Hold nodes against their contracts, and return their launches and bytes of scratch.
+
+        There are launches at both ends, which may be none. Raises GraphError, also once ``stop`` is
+        set.
+        """
+        card = self._resources.card
+        planner = CudaPlanner(nodes, card.multiprocessors, card.capability)
+        parts: PlanSteps[Launch | Product] = PlanSteps()
+
+        def decline(node: Tensor, spec: OpSpec) -> None:
+            self._refuse_or_warn(node, spec)
+            parts.without_kernel(planner.take_launches(), node)
+
+        for node in nodes:
+            if stop is not None and stop[0]:
+                raise GraphError("was stopped")
+            lower_node(node, planner, lambda t: lower_to_launches(t, planner), decline)
+        parts.append(planner.take_launches())
+        return parts, planner.scratch_peak
+
+    def scratch_of(self, size: int) -> Scratch | None:
+        """Return scratch of ``size`` bytes. Raises GraphError if the card hasn't got so much."""
         if not size:
             return None
         if self._scratch is None or self._scratch.size < size:
@@ -235,23 +260,23 @@ class CudaPlanBuilder:
                 raise GraphError(f"no scratch for the graph: {error}") from None
         return self._scratch
 
-    def _finish(self, parts: PlanSteps[Launch | Product], scratch: Scratch | None) -> list[str]:
-        """Fill in what records were made without; the labels that node numbers stand for."""
-        labels: list[str] = []
-        try:
-            status = self._resources.status.address
-        except MemoryError as error:
-            raise GraphError(f"no memory for the graph's status: {error}") from None
+    def finish(
+        self,
+        parts: PlanSteps[Launch | Product],
+        scratch: Scratch | None,
+        status: StatusWord,
+        labels: list[str],
+    ) -> None:
+        """Fill in what records were made without, and append what node numbers stand for."""
         for run in parts.runs():
             for launch in run:
                 if scratch is not None:
                     place_scratch(launch, scratch.address)
                 if isinstance(launch, Product):
                     continue
-                launch.words[_STATUS_WORD] = status
+                launch.words[_STATUS_WORD] = status.address
                 launch.words[_NODE_WORD] = len(labels) % _MOST_NODES
                 labels.append(launch.node.label)
-        return labels
 
     def _refuse_or_warn(self, node: Tensor, spec: OpSpec) -> None:
         if spec.reference is None:
@@ -264,7 +289,8 @@ class CudaPlanBuilder:
             self._warned.add(node.op)
             log.warning("%s: runs on the host, which is slow", node.label)
 
-    def _reference_step(self, node: Tensor) -> Callable[[], None]:
+    def reference_step(self, node: Tensor) -> Callable[[], None]:
+        """Return what runs ``node`` on the host."""
         stream, pinned = self._resources.stream, self._resources.pinned
 
         def run() -> None:

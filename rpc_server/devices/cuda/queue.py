@@ -14,6 +14,8 @@ from rpc_server.devices.cuda.plan import CudaPlan, CudaPlanBuilder
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage
 from rpc_server.devices.planning.nodes import watching
+from rpc_server.devices.planning.program import linked_steps
+from rpc_server.devices.planning.transfers import TransfersOf
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, parse_graph
 
@@ -31,10 +33,15 @@ class CudaQueue:
     """
 
     def __init__(
-        self, resources: StreamResources, threads: concurrent.futures.ThreadPoolExecutor
+        self,
+        resources: StreamResources,
+        threads: concurrent.futures.ThreadPoolExecutor,
+        transfers: TransfersOf | None = None,
     ) -> None:
+        """``transfers`` are by which programs reach their clients; without, none is taken."""
         self._resources = resources
         self._threads = threads
+        self._transfers = transfers
         self._builder = CudaPlanBuilder(resources)
 
     @property
@@ -58,8 +65,19 @@ class CudaQueue:
         peer: StreamPeer,
         group: LinkGroup | None = None,
     ) -> CudaPlan:
-        """Raise: the extension is not offered, so coordinators send whole graphs."""
-        raise GraphError("programs of the split extension don't run on a GPU")
+        """Return a program of the split extension, its steps captured. Raises GraphError."""
+        from rpc_server.devices.cuda.program import build_program
+
+        if self._transfers is None:
+            raise GraphError("programs of the split extension don't run here")
+        # What it compiles is compiled while the card's kernels are.
+        transfers = self._transfers(peer)
+        storages: dict[int, CudaStorage] = {}
+        # No group is joined for this device: a program with swaps is refused.
+        steps = linked_steps(payload, dialect, watching(resolve, CudaStorage, storages))
+        return build_program(
+            self._builder, self._resources, steps, transfers, dialect, list(storages.values())
+        )
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Run ``job`` on a thread of the device's."""

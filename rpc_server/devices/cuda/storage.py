@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from protocol.tensor import Tensor
 from rpc_server.devices.base import DeviceError, Storage
-from rpc_server.devices.cuda.card import Card
+from rpc_server.devices.cuda.card import Card, Pinned
 
 # Bytes of one piece of a transfer. Two of them take turns: one is filled while the other is copied.
 CHUNK = 4 << 20
@@ -72,40 +73,65 @@ class PinnedPool:
                 if done is not None:
                     self._idle.remove(done)
 
+    def pieces_from(self, address: int, size: int, stream: Any) -> Iterator[tuple[int, Pinned]]:
+        """Yield bytes of the card in pieces, after what ``stream`` was given: offset and chunk.
+
+        A chunk has up to CHUNK bytes, which are good until the next is asked for: that one is
+        copied meanwhile. Blocks until a piece is here.
+        """
+        with self._pair() as pair:
+            pieces = list(range(0, size, CHUNK))
+            for number in range(len(pieces) + 1):
+                if number < len(pieces):
+                    at, turn = pieces[number], number % 2
+                    n = min(CHUNK, size - at)
+                    pair.wait(turn)
+                    self._card.to_host(pair.chunks[turn].address, address + at, n, stream)
+                    pair.copied[turn] = self._card.mark(stream)
+                if number:
+                    turn = (number - 1) % 2
+                    pair.wait(turn)
+                    yield pieces[number - 1], pair.chunks[turn]
+
+    def pieces_to(self, address: int, size: int, stream: Any) -> Iterator[tuple[int, Pinned]]:
+        """Yield chunks to put up to CHUNK bytes for the card into: offset and chunk.
+
+        One that was filled is given to ``stream`` when the next is asked for, or the end; the last
+        may then still be on its way.
+        """
+        with self._pair() as pair:
+            for number, at in enumerate(range(0, size, CHUNK)):
+                turn = number % 2
+                pair.wait(turn)
+                chunk = pair.chunks[turn]
+                yield at, chunk
+                self._card.to_device(address + at, chunk.address, min(CHUNK, size - at), stream)
+                pair.copied[turn] = self._card.mark(stream)
+
+    @contextlib.contextmanager
+    def _pair(self) -> Iterator[PinnedPair]:
+        pair = self.take()
+        try:
+            yield pair
+        finally:
+            self.give(pair)
+
     def download(self, address: int, size: int, stream: Any) -> memoryview:
         """Return bytes of the card, after what ``stream`` was given; blocks until they are here.
 
         One chunk is emptied while the other is filled.
         """
         result = memoryview(bytearray(size))
-        pair = self.take()
-        pieces = [(at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
-        for number in range(len(pieces) + 1):
-            if number < len(pieces):
-                at, n = pieces[number]
-                chunk = pair.chunks[number % 2]
-                pair.wait(number % 2)
-                self._card.to_host(chunk.address, address + at, n, stream)
-                pair.copied[number % 2] = self._card.mark(stream)
-            if number:
-                at, n = pieces[number - 1]
-                turn = (number - 1) % 2
-                pair.wait(turn)
-                result[at : at + n] = pair.chunks[turn].view[:n]
-        self.give(pair)
+        for at, chunk in self.pieces_from(address, size, stream):
+            piece = result[at : at + CHUNK]
+            piece[:] = chunk.view[: len(piece)]
         return result
 
     def upload(self, address: int, data: memoryview, stream: Any) -> None:
         """Give ``stream`` bytes for the card; the last of them may still be on their way."""
-        pair = self.take()
-        for number, at in enumerate(range(0, len(data), CHUNK)):
-            piece, turn = data[at : at + CHUNK], number % 2
-            pair.wait(turn)
-            chunk = pair.chunks[turn]
+        for at, chunk in self.pieces_to(address, len(data), stream):
+            piece = data[at : at + CHUNK]
             chunk.view[: len(piece)] = piece
-            self._card.to_device(address + at, chunk.address, len(piece), stream)
-            pair.copied[turn] = self._card.mark(stream)
-        self.give(pair)
 
 
 class CudaUpload:

@@ -38,6 +38,7 @@ from rpc_server.devices.cpu.streaming.program import program_items
 from rpc_server.devices.cpu.streaming.transfer import Receive, Transfer
 from rpc_server.devices.cpu.turns import DeviceShare
 from rpc_server.devices.planning.nodes import watching
+from rpc_server.devices.planning.program import linked_steps
 from rpc_server.devices.split.assemble import Assembler, Programmed
 from rpc_server.devices.split.disks import Disks
 from rpc_server.devices.split.holding import Holding
@@ -227,7 +228,8 @@ class SplitQueue:
         storages: dict[int, SplitStorage] = {}
         with self._cpu.share.aside():
             # No group is joined for this device: a program with swaps is refused.
-            items = program_items(payload, dialect, watching(resolve, SplitStorage, storages), peer)
+            steps = linked_steps(payload, dialect, watching(resolve, SplitStorage, storages))
+            items = program_items(steps, peer)
             return self._device.plan(self._cpu, items, dialect, list(storages.values()))
 
     def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
@@ -254,6 +256,7 @@ class SplitDevice:
     alignment = CpuDevice.alignment
     max_size = CpuDevice.max_size
     runs_programs = True
+    runs_kernels = True
     no_swaps = "it splits over others itself"
     # A worker that is lost may come back.
     lost = ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor, contiguous_strides
-from rpc_server.devices.cpu.catalog import stream_receive, stream_send, stream_swap
+from rpc_server.devices.cpu.catalog import Kernel, stream_receive, stream_send, stream_swap
 from rpc_server.devices.cpu.kernels.interface.stream import (
     STAGING_BYTES,
     STATUS_TEXT,
@@ -19,6 +19,7 @@ from rpc_server.devices.cpu.kernels.interface.stream import (
     StreamPeer,
 )
 from rpc_server.devices.cpu.planner import Planner
+from rpc_server.devices.planning.program import adjacent
 from rpc_server.devices.planning.records import STATUS_TEXT as PLAN_STATUS_TEXT
 
 PLAN_STATUS_TEXT.update(STATUS_TEXT)
@@ -44,6 +45,7 @@ class Send:
     completes: bool = False
     # How many times as long as one exchange the answer to that step may take.
     patience: int = 1
+    kernel: ClassVar[Kernel] = stream_send
     _around: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -54,12 +56,7 @@ class Send:
     @classmethod
     def adjacent(cls, peer: StreamPeer, tensors: Sequence[Tensor]) -> list[Send]:
         """Send contiguous tensors one after the other, by as few sends as their places allow."""
-        runs: list[list[Tensor]] = []
-        for t in tensors:
-            if runs and runs[-1][-1].address + runs[-1][-1].nbytes == t.address:
-                runs[-1].append(t)
-            else:
-                runs.append([t])
+        runs = adjacent(tensors)
         return [cls(peer, run, run[0].address, sum(t.nbytes for t in run)) for run in runs]
 
     @property
@@ -71,8 +68,8 @@ class Send:
         """Return what the record holds addresses of, beside tensors and streams."""
         return self._around
 
-    def emit(self, planner: Planner) -> None:
-        """Append the record."""
+    def words(self, pause: int) -> list[int]:
+        """Return the record's own words; at ``pause`` it is told to pause."""
         words = [self.peer.stream.address]
         around = [np.frombuffer(data or b"\0", np.uint8) for data in (self.prefix, self.suffix)]
         self._around = around
@@ -80,9 +77,12 @@ class Send:
         words += [self.address, self.row_bytes, *self.ne, *self.nb]
         words += [int(around[1].ctypes.data), len(self.suffix)]
         words += [self.peer.staging_address, STAGING_BYTES, int(self.completes)]
-        words += [planner.pause_address, self.patience]
-        first = self.tensors[0]
-        planner.emit(stream_send, first, slots=(None, *self.tensors), extra=words, work=0)
+        return [*words, pause, self.patience]
+
+    def emit(self, planner: Planner) -> None:
+        """Append the record."""
+        words, first = self.words(planner.pause_address), self.tensors[0]
+        planner.emit(self.kernel, first, slots=(None, *self.tensors), extra=words, work=0)
 
 
 @dataclass(slots=True)
@@ -97,6 +97,7 @@ class Receive:
     distance: int
     # Bytes of a size that the peer sends before the data: upstream's framing.
     head: int = 0
+    kernel: ClassVar[Kernel] = stream_receive
 
     @classmethod
     def whole(cls, peer: StreamPeer, t: Tensor) -> Receive:
@@ -112,12 +113,16 @@ class Receive:
         """Return nothing: the record holds addresses of tensors and streams alone."""
         return None
 
-    def emit(self, planner: Planner) -> None:
-        """Append the record."""
+    def words(self, pause: int) -> list[int]:
+        """Return the record's own words; at ``pause`` it is told to pause."""
         words = [self.peer.stream.address, self.head]
         words += [self.address, self.run_bytes, self.runs, self.distance]
-        words += [self.peer.staging_address, STAGING_BYTES, planner.pause_address]
-        planner.emit(stream_receive, self.tensor, slots=(self.tensor,), extra=words, work=0)
+        return [*words, self.peer.staging_address, STAGING_BYTES, pause]
+
+    def emit(self, planner: Planner) -> None:
+        """Append the record."""
+        words = self.words(planner.pause_address)
+        planner.emit(self.kernel, self.tensor, slots=(self.tensor,), extra=words, work=0)
         planner.finish(self.tensor)
 
 

@@ -1,0 +1,86 @@
+"""llama.cpp through a coordinator whose parts have emulated GPUs: logits are as from one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.cuda import emulation
+from tests.e2e import llama
+from tests.e2e.cards import emulated_card
+from tests.e2e.conftest import StartLlamaServer, needs_own_server
+from tests.e2e.logits import Request, compute, nmse
+from tests.e2e.test_generation import PLAIN_PROMPTS
+from tests.e2e.test_split import TEXT, StartSplit, split
+
+__all__ = ["split"]
+
+pytestmark = [
+    needs_own_server,
+    pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER),
+]
+
+# One, two, and one beside a part that is a processor.
+PARTS = (("card",), ("card", "card"), ("card", "ours"))
+# Of a text, so many tokens at once and so many one by one.
+TOKENS, SINGLE = 24, 3
+
+
+@pytest.fixture(scope="module")
+def card(log_folder: Path) -> Iterator[str]:
+    """One server with a card, for llama.cpp itself."""
+    with emulated_card(log_folder) as address:
+        yield address
+
+
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+@pytest.mark.parametrize("parts", PARTS, ids="-".join)
+def test_logits_are_those_of_one_card(
+    parts: Sequence[str], mode: str, split: StartSplit, card: str, model_folder: Path
+) -> None:
+    """With a cache in half precision, and one in blocks."""
+    model = llama.random_model(model_folder, "qwen2", "F32")
+    coordinator = split(parts, "--split-mode", mode)
+    requests = [
+        Request(str(model), TEXT, TOKENS, SINGLE, address, "on", cache, cache)
+        for cache in ("f16", "q8_0")
+        for address in (card, coordinator.address)
+    ]
+    found = compute(requests)
+    for expected, got in (found[:2], found[2:]):
+        assert expected.std() > 1
+        assert nmse(got, expected) < 1e-6
+    assert "ERROR" not in coordinator.log
+    if mode == "tensor" and len(parts) > 1:
+        assert "a GPU exchanges nothing with other parts: sums" in coordinator.log
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_slots(
+    slots: int,
+    split: StartSplit,
+    card: str,
+    llama_server: StartLlamaServer,
+    model_folder: Path,
+) -> None:
+    """Sequences with a cache of their own each, in blocks."""
+    model = llama.random_model(model_folder, "qwen2", "F16")
+    options = ("-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0")
+    coordinator = split(("card", "ours"), "--split-mode", "tensor")
+
+    def texts(address: str) -> list[list[llama.Token]]:
+        server = llama_server(model, *options, rpc=address, slots=slots)
+        with ThreadPoolExecutor(slots) as pool:
+            prompts = (PLAIN_PROMPTS * 2)[:slots]
+            answers = list(pool.map(lambda prompt: server.generate(prompt, 6), prompts))
+        server.stop()
+        return answers
+
+    expected, got = texts(card), texts(coordinator.address)
+    gaps = [llama.gap_where_different(*pair) for pair in zip(expected, got, strict=True)]
+    assert all(gap is None or gap < llama.NEAR_TIE for gap in gaps), gaps
+    for word in ("ERROR", "comes here", "goes by rows"):
+        assert word not in coordinator.log
