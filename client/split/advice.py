@@ -26,6 +26,8 @@ Kind = Literal["alone", "layers", "row", "tensor"]
 ALONE_PART = 0.05
 # What an exchange costs both ends beside the network's round trip, seconds.
 EXCHANGE_SECONDS = 30e-6
+# Of a prompt's bytes in row mode, and of its products, how much overlaps with the other at most.
+_OVERLAPPED_WIRE, _OVERLAPPED_PRODUCTS = 1 / 3, 1 / 2
 # Requests of llama.cpp with a graph's inputs: embeddings, positions, places in the cache, a mask.
 _INPUTS = 7
 # Tokens of a prompt that llama.cpp computes at once.
@@ -49,7 +51,7 @@ class Box:
     ``beside`` says of others on the same machine, by endpoint, how much longer this one takes for
     one column while they compute: 1 is twice as long; ``beside_prompt`` the same for many columns,
     which share cores but hardly the memory's bandwidth. ``links``: whether it can add up sums with
-    other parts, without the coordinator.
+    other parts, without the coordinator. ``cold``: seconds that products take longer after a pause.
     """
 
     endpoint: str
@@ -66,6 +68,7 @@ class Box:
     beside: Mapping[str, float] = field(default_factory=dict)
     beside_prompt: Mapping[str, float] = field(default_factory=dict)
     links: bool = False
+    cold: float = 0.0
 
     def slowed(self, others: Iterable[Box], *, prompt: bool = False) -> float:
         """Return how many times as long it takes while others compute."""
@@ -208,6 +211,9 @@ def _whole_layers(
     prompt_rest = sum(s * _prompt_rest(shape, b) for s, b in zip(shares, used, strict=True))
     # A graph and what is read of it; of the last box that is a row of logits.
     trips = sum(map(_least, used))
+    if len(used) > 1:
+        # Each has waited for all others when its turn comes.
+        trips += sum(b.cold for b in used)
     wire = 4 * shape.vocabulary / used[-1].link
     terms = {
         "bandwidth": weights, "no products": rest, "round trips": trips, "network": wire
@@ -373,6 +379,9 @@ def _split(
             for s, b in workers
         ]
     )
+    if kind == "row":
+        # Of a prompt's results those that are there go out while the rest is computed.
+        batch_wire -= min(batch_wire * _OVERLAPPED_WIRE, prompt * _OVERLAPPED_PRODUCTS)
     return Prediction(
         arrangement,
         tuple(shares),

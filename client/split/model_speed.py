@@ -44,7 +44,7 @@ _SAME = 0.02
 # Positions that attention looks at, and layers that are timed of what is no product of a weight.
 _POSITIONS = 256
 _REST_LAYERS = 4
-# How often the least graph comes after a pause, and how long that is.
+# How often a graph comes after a pause, and how long that is.
 _PAUSES = 15
 _PAUSE_SECONDS = 0.004
 # How often two servers are timed at the same time, how long, and so many runs at least.
@@ -94,8 +94,9 @@ class ModelSpeed:
     ``decode`` bytes of weights a second with one column, ``prompt`` the same times columns, with
     many of them. ``rest`` and ``rest_prompt`` are seconds of a token that are no product of a
     weight, None where the server can't be asked; ``graph`` those of the least graph and its answer
-    after a pause, the round trip among them. ``answer`` is one number that was computed, and
-    ``computes`` whether it changed as it has to when the input did.
+    after a pause, the round trip among them; ``cold`` how much longer products take after a pause
+    than right behind others, beyond what the least graph does. ``answer`` is one number that was
+    computed, and ``computes`` whether it changed as it has to when the input did.
     """
 
     decode: float
@@ -105,6 +106,7 @@ class ModelSpeed:
     graph: float
     answer: float
     computes: bool
+    cold: float = 0.0
 
     def agrees(self, other: ModelSpeed) -> bool:
         """Return whether both computed the same number."""
@@ -297,27 +299,33 @@ async def time_sample(sample: ModelSample, shape: ModelShape) -> ModelSpeed:
             return None
         return beside(job) / job.columns / sample.graphs.layers * shape.layers
 
+    async def typical(job: SampleJob, pause: float) -> float:
+        return await _typical_seconds(lambda: sample.run(job), pause)
+
+    graph = await typical(SampleJob.LEAST, _PAUSE_SECONDS)
+    woken = await typical(SampleJob.DECODE, _PAUSE_SECONDS) - await typical(SampleJob.DECODE, 0.0)
     size = sample.graphs.nbytes
     return ModelSpeed(
         decode=size / beside(SampleJob.DECODE),
         prompt=size * PROMPT_COLUMNS / beside(SampleJob.PROMPT),
         rest=rest(SampleJob.REST),
         rest_prompt=rest(SampleJob.REST_PROMPT),
-        graph=await _after_pauses(lambda: sample.run(SampleJob.LEAST)),
+        graph=graph,
         answer=answer,
         computes=answer != 0 and math.isclose(other / answer, _RATIO, rel_tol=_SAME),
+        cold=max(woken - max(graph - taken[SampleJob.LEAST], 0.0), 0.0),
     )
 
 
-async def _after_pauses(job: Callable[[], Awaitable[float]]) -> float:
-    """Return the median seconds of a job that the server has to wake up for.
+async def _typical_seconds(job: Callable[[], Awaitable[float]], pause: float) -> float:
+    """Return the median seconds of a job that comes ``pause`` seconds after the one before.
 
     A token comes to a server that has waited for the client, or for other servers. Until a core
     runs again, and finds what it needs in its caches, it takes a few tenths of a millisecond.
     """
     seen = []
     for _ in range(_PAUSES):
-        await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(pause)
         started = time.perf_counter()
         await job()
         seen.append(time.perf_counter() - started)

@@ -344,7 +344,7 @@ class Candidate:
         return Box(
             self.endpoint, self.free, speed.decode, speed.prompt, self.round_trip, self.link,
             self.splits, speed.rest, speed.rest_prompt, speed.graph,
-            self.handling, self.beside, self.beside_prompt, self.links,
+            self.handling, self.beside, self.beside_prompt, self.links, speed.cold,
         )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def test_what_slows_one_column_need_not_slow_many() -> None:
     free = [replace(b, beside={}) for b in slowed]
     both = [replace(b, beside_prompt=b.beside) for b in slowed]
     decode, alike, prompts = (
-        predict(MODEL, boxes, Arrangement("row", (0, 1), 0), context=4096)
+        predict(MODEL, boxes, Arrangement("tensor", (0, 1), 0), context=4096)
         for boxes in (slowed, free, both)
     )
     assert decode.terms["bandwidth"] == pytest.approx(2 * alike.terms["bandwidth"])
@@ -200,6 +200,31 @@ def test_the_rest_of_a_token_is_what_was_measured() -> None:
     assert found.terms["round trips"] == 0.002
     prompt = MODEL.token_bytes / measured.prompt + 0.004
     assert found.seconds_per_prompt_token == pytest.approx(prompt, rel=1e-3)
+
+
+def test_servers_in_a_row_are_cold() -> None:
+    """Each has waited for the others; one alone hasn't."""
+    cold = [replace(b, cold=0.001) for b in TWO]
+    assert of("layers", (0, 1), None, cold) == pytest.approx(
+        of("layers", (0, 1), None, TWO) + 0.002
+    )
+    assert of("alone", (0,), None, cold) == of("alone", (0,), None, TWO)
+
+
+def test_results_of_a_prompt_go_out_meanwhile() -> None:
+    """In row mode a third of the wire's time, or half of the products' time if that is less."""
+
+    def seconds(link: float) -> float:
+        boxes = [replace(b, link=link, round_trip=0.0, rest_prompt=0.0) for b in TWO]
+        found = predict(MODEL, boxes, Arrangement("row", (0, 1), 0), context=4096)
+        return found.seconds_per_prompt_token
+
+    products = MODEL.token_bytes / 2 / BOX.prompt
+    trips = seconds(1e15) - products
+    wire = [(seconds(0.12 * GB * 2**n) - products - trips) * 2**n for n in range(6)]
+    # Slow links: all but half the products' time; fast ones: two thirds.
+    assert wire[-1] < wire[0]
+    assert wire[-1] * 1.5 == pytest.approx(wire[0] + products / 2, rel=0.01)
 
 
 def test_the_output_is_for_the_last_token_of_a_prompt() -> None:

@@ -237,7 +237,8 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
 
     Of round trips and rates the best counts. How fast the servers compute was also seen
     ``elsewhere``, over other networks; that is the median, since what else the machine does is
-    there all the while, as it is when llama-bench runs.
+    there all the while, as it is when llama-bench runs. Of how much they slow one another the lower
+    quartile, as the best of llama-bench's repetitions is the one with the least of it.
     """
     near = [server for look in looks for server in look]
     every = near + [server for look in elsewhere for server in look]
@@ -251,7 +252,7 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
         same = [look[number] for look in (*looks, *elsewhere)]
         slower: dict[str, dict[str, float]] = {
             kind: {
-                name: statistics.median(s[kind].get(name, 0.0) for s in same)
+                name: _lower_quartile([s[kind].get(name, 0.0) for s in same])
                 for name in {name for s in same for name in s[kind]}
             }
             for kind in ("beside", "beside_prompt")
@@ -265,6 +266,7 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
                 rest_prompt=typical("rest_prompt"),
                 round_trip=min(s["round_trip"] for s in near),
                 graph=min(s["graph"] for s in near),
+                cold=typical("cold"),
                 link=max(s["link"] for s in near),
                 handling=typical("handling", near),
                 beside=slower["beside"],
@@ -272,6 +274,11 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
             )
         )
     return made
+
+
+def _lower_quartile(found: Sequence[float]) -> float:
+    """Return what a quarter of the values don't exceed."""
+    return sorted(found)[(len(found) - 1) // 4]
 
 
 @dataclass(frozen=True)
