@@ -14,6 +14,7 @@ from client.backend import Backend
 from protocol.commands import Command
 from protocol.ggml.hashing import fnv1a_64
 from protocol.ggml.types import GgmlType
+from protocol.split import VERSION, caps_version, split_caps
 from tests.cuda import emulation
 from tests.server.process import tensor
 from tools.serving.ports import free_port
@@ -119,14 +120,12 @@ async def test_a_graph_that_is_run_again_is_captured(port: int) -> None:
             np.testing.assert_array_equal(result, np.full(16, 64 * value * value, np.float32))
 
 
-def test_the_split_extension_is_not_offered(port: int) -> None:
-    """A GPU can't read a socket; coordinators are to send whole graphs."""
-    from protocol.split import caps_version, split_caps
-
+def test_the_split_extension_is_offered(port: int) -> None:
+    """How it is kept is seen in test_program.py."""
     with Wire(port, hello=False) as connection:
         connection.send(Command.HELLO, split_caps())
         answer = connection.answer(Command.HELLO)
-    assert caps_version(bytes(answer.conn_caps)) == 0
+    assert caps_version(bytes(answer.conn_caps)) == VERSION
 
 
 def test_without_a_gpu_the_reason_is_one_line() -> None:

@@ -13,6 +13,9 @@ times; figures are medians over the rounds, and of ratios taken within each roun
 What parts that share a core would do on cores of their own is told by processor time: a token takes
 as long as the process that spends most on it, and what a coordinator without a share does besides.
 
+With --card none it is measured instead what an exchange takes on a server with a card that does
+nothing (tools/bench/exchange.py); no model is needed.
+
 With --link DELAY:RATE (milliseconds one way, Gbit/s) the setup of two machines is measured through
 a relay that behaves like such a network, beside what the formula of docs/split.md predicts.
 """
@@ -38,6 +41,7 @@ from tools import upstream
 from tools.arguments import command_line, positive
 from tools.bench import llama
 from tools.bench.cores import on_core, processor_seconds
+from tools.bench.exchange import exchange_table, measure_exchanges
 from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.report import number, ratio
@@ -422,11 +426,27 @@ def link_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _measure_card(json_file: Path | None) -> int:
+    """Measure exchanges with a card that does nothing; return the exit status."""
+    try:
+        with shown(), begin("measuring exchanges"):
+            figures = measure_exchanges()
+    except ProgramError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(exchange_table(figures))
+    if json_file:
+        result = {"machine": describe_machine(), "versions": describe_versions()}
+        json_file.write_text(json.dumps({**result, "exchanges": [asdict(f) for f in figures]}))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = command_line("tools.bench.split", __doc__)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="GGUF file")
+    add("--model", type=Path, help="GGUF file")
+    add("--card", choices=("none",), help="measure exchanges with a card that does nothing")
     names = [setup.name for setup in SETUPS]
     add("--setup", action="append", default=[], choices=names, metavar="NAME",
         help=f"measure this one, and one worker (all): {'; '.join(names)}")  # fmt: skip
@@ -439,6 +459,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--picture", type=Path, metavar="FILE", help="draw what --link measured (SVG)")
     add("--json", type=Path, metavar="FILE", help="write all values to this file")
     options = parser.parse_args(arguments)
+    if options.card:
+        return _measure_card(options.json)
+    if options.model is None:
+        parser.error("--model is needed")
     if upstream.find_program("llama-bench") is None:
         print("error: no llama-bench: run python -m tools.upstream", file=sys.stderr)
         return 1
