@@ -1,4 +1,4 @@
-// Kernels for test_emulation.py: three that are right, and one for each fault that must be found.
+// Kernels for test_emulation.py: four that are right, and one for each fault that must be found.
 #include "kernel.cuh"
 
 #define IN ((const float *)r.slot[SRC0].data)
@@ -115,4 +115,62 @@ KERNEL(stores_a_misaligned_vector, 1024) {
 
 KERNEL(traps, 1024) {
     if (ME == 3) __trap();
+}
+
+// Each of two blocks writes half of the result; the last one reads all of it.
+#define HALF \
+    if (ME < 32) OUT[32 * blockIdx.x + ME] = IN[32 * blockIdx.x + ME]
+
+KERNEL(hands_over, 1024) {
+    SHARED_ARRAY(u32, room, 1);
+    HALF;
+    if (!is_last(r, 0, gridDim.x, room)) return;
+    const float other = OUT[N - 1 - ME];
+    __syncthreads();
+    OUT[ME] = other;
+}
+
+// The same with something left out. Block 1 is the last.
+__device__ inline void sum_up(float *out, int me, int n) {
+    if (blockIdx.x == 1 && out[n - 1 - me] == -1) out[0] = 1;
+}
+KERNEL(hands_over_without_a_fence, 1024) {
+    HALF;
+    __syncthreads();
+    if (ME == 0) {
+        atomicInc(r.status + 1, 1);
+        __threadfence();
+    }
+    __syncthreads();
+    sum_up(OUT, ME, N);
+}
+KERNEL(takes_over_without_a_fence, 1024) {
+    HALF;
+    __syncthreads();
+    if (ME == 0) {
+        __threadfence();
+        atomicInc(r.status + 1, 1);
+    }
+    __syncthreads();
+    sum_up(OUT, ME, N);
+}
+KERNEL(takes_over_without_a_barrier, 1024) {
+    HALF;
+    __syncthreads();
+    if (ME == 0) {
+        __threadfence();
+        atomicInc(r.status + 1, 1);
+        __threadfence();
+    }
+    sum_up(OUT, ME, N);
+}
+KERNEL(hands_over_before_all_is_written, 1024) {
+    if (ME == 0) {
+        __threadfence();
+        atomicInc(r.status + 1, 1);
+        __threadfence();
+    }
+    HALF;
+    __syncthreads();
+    sum_up(OUT, ME, N);
 }

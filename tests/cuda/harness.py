@@ -15,6 +15,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD, RECORD_WORDS
 from rpc_server.devices.cuda.kernels import Unit
 from rpc_server.devices.cuda.planner import (
+    COUNTERS,
     CudaPlanner,
     Launch,
     Product,
@@ -93,12 +94,12 @@ def run_launches(
     """
     launches = [copy.deepcopy(launch) for launch in launches]
     memory = emulation.Memory()
-    status = np.zeros(1, np.uint32)
+    status = np.zeros(1 + COUNTERS, np.uint32)
     scratch = np.full(scratch_size + 256, 0xA5, np.uint8)
     base = -(-int(scratch.ctypes.data) // 256) * 256
     if scratch_size:
         memory.add(base, scratch_size)
-    memory.add(int(status.ctypes.data), 4)
+    memory.add(int(status.ctypes.data), status.nbytes)
     for start, end, writable in extents:
         memory.add(start, end - start, writable=writable)
     for number, launch in enumerate(launches):
@@ -118,6 +119,7 @@ def run_launches(
             interleaved=overlapping,
             seed=seed,
         )
+        assert not status[1:].any(), f"{launch.kernel.label}: leaves counters that are not 0"
     if status[0]:
         failed = launches[int(status[0]) >> 8]
         assert isinstance(failed, Launch)

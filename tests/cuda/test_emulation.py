@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
 from rpc_server.devices.cuda.compile import joined
 from tests.cuda import emulation
+from tests.cuda.harness import STATUS_WORD
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER)
 
@@ -31,10 +33,14 @@ def launch(
 ) -> np.ndarray:
     """Run ``kernel`` on n floats and give what it wrote; seed decides the order of threads."""
     source, result = np.arange(n, dtype=np.float32), np.zeros(n, np.float32)
+    # The word of failures, and a counter.
+    status = np.zeros(2, np.uint32)
     memory = emulation.Memory()
+    memory.add(status.ctypes.data, status.nbytes)
     memory.add(source.ctypes.data, source.nbytes, writable=False)
     memory.add(result.ctypes.data, result.nbytes)
-    record = np.zeros(152, np.int64)
+    record = np.zeros(RECORD_WORDS, np.int64)
+    record[STATUS_WORD] = status.ctypes.data
     record[0], record[2] = result.ctypes.data, n
     record[10], record[12] = source.ctypes.data, n
     module.launch(kernel, record, (grid,), (block,), memory, shared=shared, seed=seed)
@@ -76,6 +82,12 @@ def test_sums_over_a_block(module: emulation.Module, n: int, block: int) -> None
     np.testing.assert_array_equal(result, np.full(n, n * (n - 1) // 2, np.float32))
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_last_block_sees_what_others_wrote(module: emulation.Module, seed: int) -> None:
+    result = launch(module, "hands_over", grid=2, seed=seed)
+    np.testing.assert_array_equal(result, np.arange(THREADS)[::-1])
+
+
 @pytest.mark.parametrize("checked", [True, False])
 def test_atomics_in_shared_memory(checked: bool) -> None:
     text = joined(Path(__file__).parent / "faults.cu")
@@ -97,6 +109,10 @@ FAULTS = {
     "misses_a_barrier_of_the_warp": "race in shared memory",
     "writes_one_word_from_two_threads": "race in global memory",
     "reads_what_another_block_writes": "race in global memory",
+    "hands_over_without_a_fence": "race in global memory",
+    "takes_over_without_a_fence": "race in global memory",
+    "takes_over_without_a_barrier": "race in global memory",
+    "hands_over_before_all_is_written": "race in global memory",
     "waits_at_different_barriers": "threads of a block wait at different ones",
     "leaves_lanes_out_of_an_exchange": "not all of them come|has ended",
     "reads_a_lane_that_takes_no_part": "which takes no part",

@@ -6,6 +6,7 @@ the kernels of a node and how many threads run them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
@@ -28,6 +29,9 @@ FUSIONS: dict[Op, Lowering] = {}
 
 # What a device's grid may have at most of blocks in each dimension.
 MAX_GRID = (0x7FFFFFFF, 0xFFFF, 0xFFFF)
+
+# Words behind that of failures by which blocks of a launch are counted; all are 0 between launches.
+COUNTERS = 4096
 
 # While a plan is made, scratch lies here; its real place is known when its size is.
 SCRATCH_BASE = 1 << 60
@@ -162,6 +166,8 @@ class CudaPlanner(ScratchPlanner):
         self.launches: list[Launch | Product] = []
         self._nodes = items
         self._absorbed: set[Tensor] = set()
+        # By the node with which each is to be done, nodes that are not done yet.
+        self._waiting: dict[Tensor, Tensor] = {}
 
     def ahead(self) -> Iterator[Tensor]:
         """Yield the nodes behind the one at hand that are still to be done.
@@ -190,12 +196,36 @@ class CudaPlanner(ScratchPlanner):
         What is kept from here on was made after them.
         """
         for node in nodes:
+            self._waiting = {at: t for at, t in self._waiting.items() if t is not node}
             self.finish(node)
             self._absorbed.add(node)
 
+    def wait(self, node: Tensor, other: Tensor) -> None:
+        """Leave ``node``, which is at hand, to the lowering of ``other``, which comes later.
+
+        What lies between them must do as well before ``node``. That lowering absorbs it.
+        """
+        self._waiting[other] = node
+
+    def waiting_for(self, node: Tensor) -> Tensor | None:
+        """Return what is to be done together with ``node``, if anything."""
+        return self._waiting.get(node)
+
+    def waiting(self) -> list[Tensor]:
+        """Return the nodes that are not done yet, though later ones are at hand."""
+        return list(self._waiting.values())
+
+    def is_pending(self, node: Tensor) -> bool:
+        """Return whether what ``node`` writes is known already, or not yet to be."""
+        return node in self._absorbed or node in self._waiting.values()
+
     def finish(self, node: Tensor) -> None:
-        if node not in self._absorbed:
+        if not self.is_pending(node):
             super().finish(node)
+
+    def filling(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context for launches that do nothing but fill fresh shared scratch."""
+        return contextlib.nullcontext()
 
     def absorbed(self, node: Tensor) -> bool:
         return node in self._absorbed
@@ -225,9 +255,15 @@ class CudaPlanner(ScratchPlanner):
             raise ValueError(f"{kernel.label}: blocks of {threads} threads")
         tensors = (t, *t.src) if slots is None else slots
         params = t.op_params if params is None else params
-        words = np.array(record_words(kernel, tensors, params, extra), np.int64)
+        self._add(kernel, record_words(kernel, tensors, params, extra), (x, y, z), threads, shared)
+
+    def _add(
+        self, kernel: CudaKernel, words: list[int], grid: Grid, threads: int, shared: int
+    ) -> None:
+        """Append a launch whose record has these words."""
         assert self._node is not None
-        self.launches.append(Launch(kernel, words, (x, y, z), threads, shared, self._node))
+        record = np.array(words, np.int64)
+        self.launches.append(Launch(kernel, record, grid, threads, shared, self._node))
         self._filling = []
 
     def take_launches(self) -> list[Launch | Product]:

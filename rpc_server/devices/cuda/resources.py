@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpc_server.devices.cuda.card import Card, Pinned
+from rpc_server.devices.cuda.planner import COUNTERS
 from rpc_server.devices.cuda.storage import PinnedPool
 
 # What the inputs of an exchange may have to go to the card in one piece, and its outputs to come
@@ -18,7 +19,7 @@ class StatusWord:
     """The place where kernels tell what failed.
 
     It is a word of the card's memory, and its mirror here; with ``room`` bytes before it, on both
-    sides, for what is fetched with it. Raises MemoryError.
+    sides, for what is fetched with it. Behind it are the counters of launches. Raises MemoryError.
     """
 
     def __init__(self, card: Card, stream: Any, room: int = 0) -> None:
@@ -26,11 +27,12 @@ class StatusWord:
         self._stream = stream
         self._room = room
         self._mirror: Pinned = card.pinned(room + 4)
-        self._memory = card.allocate(room + 4)
+        counted = 4 * (1 + COUNTERS)
+        self._memory = card.allocate(room + counted)
         self.address = self._memory + room
         # The same place of the mirror.
         self.here = self._mirror.address + room
-        card.fill(self.address, 4, 0, stream)
+        card.fill(self.address, counted, 0, stream)
 
     def fetch(self, size: int = 0) -> None:
         """Enqueue a copy to the mirror, with ``size`` bytes before the word.

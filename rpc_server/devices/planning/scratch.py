@@ -88,9 +88,11 @@ class ScratchPlanner:
 
         What was made of what lay there is no longer good.
         """
-        if node.empty:
-            return
-        start, end = node.address, node.address + node.nbytes
+        if not node.empty:
+            self.overwritten(node.address, node.address + node.nbytes)
+
+    def overwritten(self, start: int, end: int) -> None:
+        """Let go of what was made of memory from ``start`` to ``end``."""
         self._drop(
             [
                 key

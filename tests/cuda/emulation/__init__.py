@@ -27,6 +27,10 @@ _HERE = Path(__file__).parent
 _COMPILE = ("-std=c++20", "-g1", "-fPIC", "-march=native", "-w")
 # Loads and stores stay as they are written: merged ones would be checked as one, wider than it is.
 _CHECKED = ("-O1", "-fno-store-merging", "-fsanitize=thread,alignment")
+# With EMULATION_ARITHMETIC=card products and sums are one instruction where they can be, and what
+# is below the normal numbers is 0, as CuPy has kernels compiled; without it they are as in C++.
+_AS_A_CARD = os.environ.get("EMULATION_ARITHMETIC") == "card"
+_ARITHMETIC = ("-ffp-contract=fast",) if _AS_A_CARD else ()
 # What modules know the runtime as: one that has been loaded by another path is it, too.
 _RUNTIME = "libemulation.so"
 # What sources ask for a card's architecture by, as __CUDA_ARCH__; and what is emulated where nobody
@@ -149,7 +153,7 @@ def _header(how: Sequence[str]) -> Path:
 
 
 def _way(checked: bool) -> tuple[str, ...]:
-    return (*_COMPILE, *(_CHECKED if checked else ("-O2",)))
+    return (*_COMPILE, *_ARITHMETIC, *(_CHECKED if checked else ("-O2",)))
 
 
 def place(name: str, text: str, *, checked: bool = True) -> Path:
@@ -256,7 +260,7 @@ class Module:
             argument.ctypes.data,
             *((ctypes.c_uint * 3)(*[*size, 1, 1, 1][:3]) for size in (grid, block)),
             shared,
-            int(races) + 2 * int(interleaved),
+            int(races) + 2 * int(interleaved) + 4 * int(_AS_A_CARD),
             seed,
             bounds.ctypes.data,
             len(bounds),

@@ -69,6 +69,7 @@ struct Matrices {
 };
 void multiply_matrices(const char *site, const Matrices &lane);
 void atomic_access(const char *site, void *address, unsigned size);
+void fence();
 void *shared_array(const char *site, std::size_t size, std::size_t alignment);
 void *dynamic_shared();
 unsigned active_lanes();
@@ -92,7 +93,7 @@ unsigned active_lanes();
 #define __syncthreads_or(p) emulation::barrier_reduce(EMULATED_SITE, (p), 0)
 #define __syncthreads_and(p) emulation::barrier_reduce(EMULATED_SITE, (p), 1)
 #define __syncthreads_count(p) emulation::barrier_reduce(EMULATED_SITE, (p), 2)
-#define __threadfence() ((void)0)
+#define __threadfence() emulation::fence()
 #define __threadfence_block() ((void)0)
 #define __trap() emulation::trap(EMULATED_SITE, "__trap()")
 
@@ -157,6 +158,7 @@ inline int width(int w = 32) { return w; }
 #define __activemask() emulation::active_lanes()
 
 #define atomicAdd(address, value) emulation::update(EMULATED_SITE, address, [&](auto old) { return (decltype(old))(old + (value)); })
+#define atomicInc(address, most) emulation::update(EMULATED_SITE, address, [&](auto old) { return old >= (most) ? 0u : old + 1; })
 #define atomicSub(address, value) emulation::update(EMULATED_SITE, address, [&](auto old) { return (decltype(old))(old - (value)); })
 #define atomicMax(address, value) emulation::update(EMULATED_SITE, address, [&](auto old) { auto v = (decltype(old))(value); return v > old ? v : old; })
 #define atomicMin(address, value) emulation::update(EMULATED_SITE, address, [&](auto old) { auto v = (decltype(old))(value); return v < old ? v : old; })
@@ -223,14 +225,18 @@ inline int __float2int_rn(float f) {
     return (int)r;
 }
 inline float __fdividef(float a, float b) { return a / b; }
-// Rounded by itself, as on the card: the compiler must not make one instruction of it and a sum.
-inline float __fmul_rn(float a, float b) {
-    float product = a * b;
-    asm("" : "+x"(product));
-    return product;
+// Rounded by itself, as on the card: the compiler must not make one instruction of products and sums.
+#if defined(__x86_64__)
+inline float by_itself(float value) {
+    asm("" : "+x"(value));
+    return value;
 }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
+#else
+inline float by_itself(volatile float value) { return value; }
+#endif
+inline float __fmul_rn(float a, float b) { return by_itself(a * b); }
+inline float __fadd_rn(float a, float b) { return by_itself(by_itself(a) + by_itself(b)); }
+inline float __fsub_rn(float a, float b) { return by_itself(by_itself(a) - by_itself(b)); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __frcp_rn(float a) { return 1.0f / a; }

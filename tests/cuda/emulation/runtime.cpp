@@ -6,6 +6,9 @@
 // block, two threads at the same bytes without a barrier between them (in shared memory, and in
 // global memory also between blocks), threads of a block that wait at different barriers, a lane
 // missing in an exchange or a product of matrices.
+//
+// A block may see what others have written if they hand it over: fence, atomic, and the same atomic,
+// fence in the block that reads, with barriers for the threads besides the one that does so.
 
 #include "cuda_emulation.h"
 
@@ -45,6 +48,10 @@ struct Fiber : Thread {
     int argument = 0, width = 32;
     std::uint64_t result = 0;
     Matrices matrices;
+    // The epoch of its last fence, and where it has updated something since: not yet seen are the
+    // others who did so there.
+    std::uint64_t fenced_in = 0;
+    std::uintptr_t updated = 0;
     char *stack = nullptr;
 #if defined(__x86_64__)
     void *stack_pointer = nullptr;
@@ -87,6 +94,16 @@ std::vector<Fiber> fibers(MAX_THREADS);
 alignas(256) unsigned char shared_memory[MAX_SHARED];
 std::vector<Shadow> shared_shadow(MAX_SHARED);
 std::unordered_map<std::uintptr_t, GlobalTouch> global_shadow;  // by byte
+
+// What a block has handed over: all that it did before this epoch. To whom it is handed: a thread at
+// once, the others of its block behind the epoch in which that has seen it.
+struct Handover {
+    std::uint64_t block, before;
+    unsigned thread = 0;
+    std::uint64_t seen_in = 0;
+};
+std::unordered_map<std::uintptr_t, std::vector<Handover>> handed_at;  // in this launch, by the atomic
+std::unordered_map<std::uint64_t, Handover> handed;                   // to the block that runs, by giver
 
 std::size_t dynamic_size, static_used;
 std::unordered_map<const void *, std::size_t> static_arrays;
@@ -179,6 +196,7 @@ void prepare(Fiber &fiber) {
         mprotect(fiber.stack, 4096, PROT_NONE);
     }
     fiber.state = State::READY;
+    fiber.fenced_in = fiber.updated = 0;
 #if defined(__x86_64__)
     // fiber_main is entered as by a call: the stack is 16 bytes aligned but for the return address.
     // Stacks begin at different places of a page, or all would compete for the same lines of the cache.
@@ -279,6 +297,15 @@ const Region *region_of(std::vector<Region> &in, std::uintptr_t address) {
     return last = &found;
 }
 
+// Whether the block that touched a byte last has handed it over to the thread that does now.
+bool handed_over(const GlobalTouch &touch, const Fiber *now) {
+    const auto found = handed.find(touch.block);
+    if (found == handed.end()) return false;
+    const Handover &over = found->second;
+    const bool there = touch.within.write.block_epoch < over.before && touch.within.read.block_epoch < over.before;
+    return there && (now->number == over.thread || block_epoch > over.seen_in);
+}
+
 void touch_global(Place place, std::uintptr_t address, unsigned size, bool write, bool atomic) {
     Fiber *now = current();
     for (unsigned i = 0; i < size; i++) {
@@ -286,7 +313,7 @@ void touch_global(Place place, std::uintptr_t address, unsigned size, bool write
         bool race = false;
         if (touch.block != block_serial) {
             bool this_launch = touch.block >= launch_first_serial;
-            if (this_launch && (touch.written || write) && !(touch.atomic && atomic)) race = true;
+            if (this_launch && (touch.written || write) && !(touch.atomic && atomic) && !handed_over(touch, now)) race = true;
             bool keep = this_launch && !touch.written && !write;
             std::uint64_t before = touch.block;
             touch = GlobalTouch();
@@ -591,7 +618,23 @@ unsigned active_lanes() {
 }
 
 void atomic_access(const char *site, void *address, unsigned size) {
-    access({site, nullptr}, reinterpret_cast<std::uintptr_t>(address), size, true, true, true);
+    const auto where = reinterpret_cast<std::uintptr_t>(address);
+    access({site, nullptr}, where, size, true, true, true);
+    Fiber *now = current();
+    if (now->fenced_in == block_epoch) handed_at[where].push_back({block_serial, block_epoch});
+    now->updated = where;
+}
+
+void fence() {
+    Fiber *now = current();
+    now->fenced_in = block_epoch;
+    if (!now->updated) return;
+    for (Handover over : handed_at[now->updated]) {
+        over.thread = now->number;
+        over.seen_in = block_epoch;
+        handed[over.block] = over;
+    }
+    now->updated = 0;
 }
 
 void trap(const char *site, const char *what) {
@@ -626,7 +669,9 @@ struct Launch {
     const void *function, *argument;
     unsigned grid[3], block[3];
     std::size_t shared;
-    unsigned how;  // 1: global memory is watched for races, 2: threads take turns at any access of it
+    // 1: global memory is watched for races, 2: threads take turns at any access of it, 4: numbers below
+    // the normal ones are 0.
+    unsigned how;
     std::uint64_t seed;
     // Memory: start, end, whether it may be written; what of the module may be read: start, end.
     const std::uint64_t *regions;
@@ -658,6 +703,7 @@ static bool run(const Launch &launch) {
     interleave = launch.how & 2;
     random_state = launch.seed | 1;
     global_shadow.clear();
+    handed_at.clear();
     launch_first_serial = block_serial + 1;
     kernel_function = launch.function;
     kernel_argument = launch.argument;
@@ -682,6 +728,7 @@ static bool run(const Launch &launch) {
                 block_epoch++;
                 static_used = 0;
                 static_arrays.clear();
+                handed.clear();
                 alive = block_threads;
                 for (auto &meetings : warp_meetings) meetings.clear();
                 // What an earlier block left there must not look like a result.
@@ -706,7 +753,15 @@ static bool run(const Launch &launch) {
 extern "C" int emulation_launch(Launch *launch) {
     static std::mutex one;
     const std::lock_guard<std::mutex> lock(one);
-    if (run(*launch)) return 0;
+#if defined(__x86_64__)
+    const unsigned before = __builtin_ia32_stmxcsr();
+    if (launch->how & 4) __builtin_ia32_ldmxcsr(before | 0x8040);
+#endif
+    const bool sound = run(*launch);
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(before);
+#endif
+    if (sound) return 0;
     snprintf(launch->error, sizeof launch->error, "%s", error.c_str());
     launch->error_code = error_code;
     return 1;

@@ -22,7 +22,8 @@ struct Slot {
 };
 
 // slot 0 is the result, the others are its sources; `status` is where a failure is written, by
-// `fail`; `node` is what the failure is told with; `extra` are the kernel's own words.
+// `fail`, with the counters of is_last behind it; `node` is what the failure is told with; `extra` are
+// the kernel's own words.
 struct Record {
     Slot slot[11];
     i64 param[16];
@@ -61,6 +62,22 @@ enum { F32 = 0, F16 = 1, I8 = 24, I16 = 25, I32 = 26, I64 = 27, F64 = 28, BF16 =
 // The first failure of a plan is kept: its status in the low byte, the node above it.
 __device__ inline void fail(const Record &r, u32 status) {
     atomicCAS(r.status, 0u, (u32)r.node << 8 | status);
+}
+
+// Whether this block is the last of `count` to come here, all of its threads: then they see what the
+// others have written before. `counter` is which of the counters behind the status word (planner.py says
+// how many there are) counts them: it is 0 before, and again behind the last of them. `room` is a word of
+// shared memory.
+__device__ inline bool is_last(const Record &r, u32 counter, u32 count, u32 *room) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // What the block has written, before it is counted; what others have, behind that.
+        __threadfence();
+        *room = atomicInc(r.status + 1 + counter, count - 1);
+        __threadfence();
+    }
+    __syncthreads();
+    return *room == count - 1;
 }
 
 __device__ inline float param_f32(const Record &r, int word) { return __int_as_float((i32)r.param[word]); }
@@ -172,12 +189,14 @@ __device__ inline i64 quotient(i64 a, i64 b) {
 // A place in a tensor by the number of its row; `i` are dimensions 1 to 3.
 struct Row {
     i64 i[4];
-    __device__ Row(const Slot &s, i64 number) {
-        const i64 plane = quotient(number, s.ne[1]);
+    __device__ Row(const Slot &s, i64 number) : Row(s.ne[1], s.ne[2], number) {}
+    // In one that has so many of dimensions 1 and 2.
+    __device__ Row(i64 n1, i64 n2, i64 number) {
+        const i64 plane = quotient(number, n1);
         i[0] = 0;
-        i[1] = number - plane * s.ne[1];
-        i[3] = quotient(plane, s.ne[2]);
-        i[2] = plane - i[3] * s.ne[2];
+        i[1] = number - plane * n1;
+        i[3] = quotient(plane, n2);
+        i[2] = plane - i[3] * n2;
     }
     __device__ u8 *in(const Slot &s) const {
         return s.data + i[1] * s.nb[1] + i[2] * s.nb[2] + i[3] * s.nb[3];
