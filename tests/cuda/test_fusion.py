@@ -26,6 +26,10 @@ F32, F16, I32, I64 = GgmlType.F32, GgmlType.F16, GgmlType.I32, GgmlType.I64
 Q8_0 = GgmlType.Q8_0
 
 
+# Ops that round what they multiply, and what is made of their results.
+_ROUNDED = (Op.MUL_MAT, Op.MUL_MAT_ID, Op.FLASH_ATTN_EXT, Op.GLU)
+
+
 def launched(nodes: Sequence[Tensor]) -> list[str]:
     """The names of the kernels that run."""
     launches, _ = cuda.plan(nodes)
@@ -45,7 +49,7 @@ def check(nodes: Sequence[Tensor]) -> None:
     cuda.run([n for n in nodes if n.op is not Op.VIEW])
     for n, values in zip(nodes, expected, strict=True):
         # A cache of halves may round the last bit of a sum the other way.
-        bound = 5e-4 if n.op in (Op.MUL_MAT, Op.GLU) else 1e-7 if n.type is F32 else 1e-6
+        bound = 5e-4 if n.op in _ROUNDED else 1e-7 if n.type is F32 else 1e-6
         assert nmse(values, values_of(n)) < bound, n.label
 
 
@@ -246,6 +250,122 @@ def test_other_rows_are_written_by_themselves() -> None:
     assert launched([turned, kept]) == ["rope", "set_rows"]
 
 
+def turned_and_kept(tokens: int = 3) -> list[Tensor]:
+    """Queries, keys and values of heads of 8 on their way into caches, in llama.cpp's order.
+
+    ROPE of queries; what values are made by; ROPE of keys; both SET_ROWS.
+    """
+    positions = tensor(I32, (tokens,), np.arange(5, 5 + tokens))
+    queries, keys = noise((8, 6, tokens)), noise((8, 5, tokens), seed=1)
+    q = node(Op.ROPE, F32, queries.ne, [queries, positions], turn(8))
+    v = f32(Op.SQR, noise((40, tokens), seed=2))
+    k = node(Op.ROPE, F32, keys.ne, [keys, positions], turn(8))
+    rows = view(k, (40, tokens), (4, 160, 160 * tokens, 160 * tokens))
+    nodes = [q, v, k]
+    for values in (rows, v):
+        cache, where = tensor(F16, (40, 7), 0), tensor(I64, (tokens,), np.arange(tokens) * 2)
+        kept = node(Op.SET_ROWS, F16, cache.ne, [values, where, cache], inplace=cache)
+        nodes.append(kept)
+    return nodes
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_queries_wait_for_keys_and_values(tokens: int) -> None:
+    """All that rows are turned for, and both caches, by one launch."""
+    nodes = turned_and_kept(tokens)
+    assert launched(nodes) == ["unary", "rope"]
+    check(nodes)
+    # Keys whose cache is written by itself; queries without keys behind them.
+    q, v, k, kept, _ = turned_and_kept(tokens)
+    kept.src = (noise((40, tokens)), *kept.src[1:])
+    assert launched([q, v, k, kept]) == ["unary", "rope", "set_rows"]
+    check([q, v, k, kept])
+    assert launched([q, v]) == ["rope", "unary"]
+
+
+def test_queries_turned_where_they_lie() -> None:
+    """As ggml's allocator has it: each result over its source."""
+    nodes = turned_and_kept()
+    q, _, k, *_ = nodes
+    for t in (q, k):
+        assert t.src[0] is not None
+        t.address, t.view_src = t.src[0].address, t.src[0]
+    rows = nodes[3].src[0]
+    assert rows is not None
+    rows.address = k.address
+    assert launched(nodes) == ["unary", "rope"]
+    check(nodes)
+
+
+def test_queries_that_can_not_wait() -> None:
+    """What comes in between reads them, or writes over what they are made of, or over them."""
+    nodes = turned_and_kept()
+    q, v, *_ = nodes
+    v.src = (view(q, (40, 3), (4, 160, 480, 480)), *v.src[1:])
+    assert launched(nodes) == ["rope", "unary", "rope"]
+    check(nodes)
+    for over in (0, 1):
+        nodes = turned_and_kept()
+        q, v, *_ = nodes
+        under = (q, q.src[0])[over]
+        assert under is not None
+        v.address, v.view_src = under.address, under
+        assert launched(nodes) == ["rope", "unary", "rope"]
+        check(nodes)
+
+
+def test_turned_rows_that_stay_apart() -> None:
+    """Other positions; queries over the keys; values into the cache of keys."""
+    nodes = turned_and_kept()
+    _, _, k, *_ = nodes
+    k.src = (k.src[0], tensor(I32, (3,), np.arange(3)), *k.src[2:])
+    assert launched(nodes) == ["rope", "unary", "rope"]
+    check(nodes)
+    nodes = turned_and_kept()
+    q, _, k, *_ = nodes
+    # Queries that wait find that keys are read where they are to be written.
+    assert k.src[0] is not None
+    q.ne, q.nb = k.src[0].ne, k.src[0].nb
+    q.src = (noise(q.ne, seed=4), *q.src[1:])
+    q.address, q.view_src = k.src[0].address, k.src[0]
+    assert launched(nodes) == ["unary", "rope", "rope"]
+    check(nodes)
+    nodes = turned_and_kept()
+    *_, kept, values = nodes
+    values.address, values.view_src = kept.address, kept
+    values.src = (*values.src[:2], kept.src[2], *values.src[3:])
+    assert launched(nodes) == ["unary", "rope", "set_rows"]
+    check(nodes)
+
+
+def test_products_are_not_moved_over_a_node_that_waits() -> None:
+    """A product behind keys that reads the queries' memory is made after they are turned."""
+    nodes = turned_and_kept(1)
+    q, _, *others = nodes
+    x = noise((64,), seed=3)
+    v, last = product_of(x, 40), product_of(x, 48, seed=4)
+    # It writes over what queries are made of: only behind them.
+    assert q.src[0] is not None
+    last.address, last.view_src = q.src[0].address, q.src[0]
+    others[2].src = (v, *others[2].src[1:])
+    nodes = [q, v, *others, last]
+    assert launched(nodes)[1:] == ["multiply_1", "rope", "multiply_1"]
+    check(nodes)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_index_of_either_cache(bad: int) -> None:
+    nodes = turned_and_kept()
+    nodes[3 + bad].src = (
+        nodes[3 + bad].src[0],
+        tensor(I64, (3,), np.array([1, 7, 2])),
+        *nodes[3 + bad].src[2:],
+    )
+    assert launched(nodes) == ["unary", "rope"]
+    with pytest.raises(ContractError):
+        cuda.run(nodes)
+
+
 # -- products of one column ------------------------------------------------------------------------
 
 
@@ -320,3 +440,122 @@ def test_products_that_stay_apart() -> None:
     nodes = [first, f32(Op.SQR, first, inplace=x), second]
     assert "multiply_joint" not in launched(nodes)
     check(nodes)
+
+
+# -- what is rounded with what makes it ------------------------------------------------------------
+
+
+def check_rounded(nodes: Sequence[Tensor], names: Sequence[str]) -> None:
+    """The last node, a product, has what it has of columns that are rounded by themselves."""
+    assert launched(nodes) == names
+    check(nodes)
+    together = values_of(nodes[-1]).copy()
+    assert launched(nodes[-1:])[0] == "quantize_columns"
+    cuda.run(nodes[-1:])
+    np.testing.assert_array_equal(values_of(nodes[-1]), together)
+
+
+@pytest.mark.parametrize("type_", [Q8_0, GgmlType.Q4_1, GgmlType.Q4_K], ids=lambda t: t.name)
+@pytest.mark.parametrize("rows", [256, 800, 64])
+def test_a_gate_is_rounded_for_the_next_product(type_: GgmlType, rows: int) -> None:
+    """By the last block of each 256 rows; what is left behind whole ones, too."""
+    x = noise((64,))
+    if type_ is GgmlType.Q4_K:
+        rows = -(-rows // 256) * 256
+    gate, up = product_of(x, rows), product_of(x, rows, seed=2)
+    gated = glu(gate, up)
+    nodes = [gate, up, gated, product_of(gated, 5, type_)]
+    check_rounded(nodes, ["quantize_columns", "multiply_gated", "multiply_1"])
+
+
+def test_a_gate_over_the_column_is_rounded_by_itself() -> None:
+    """Where its columns go might be where the column is read."""
+    x = noise((64,))
+    gate, up = product_of(x, 64), product_of(x, 64, seed=2)
+    gated = glu(gate, up, inplace=x)
+    nodes = [gate, up, gated, product_of(gated, 5)]
+    names = launched(nodes)
+    assert names == ["quantize_columns", "multiply_gated", "quantize_columns", "multiply_1"]
+    check(nodes)
+
+
+def by_experts(x: Tensor, ids: Tensor, rows: int, type_: GgmlType = Q8_0, seed: int = 1) -> Tensor:
+    """Products by four experts; ``x`` is (K, 1 or used, tokens)."""
+    ne = (rows, ids.ne[0], ids.ne[1])
+    return node(Op.MUL_MAT_ID, F32, ne, [weights(type_, x.ne[0], rows, 4, seed=seed), x, ids])
+
+
+@pytest.mark.parametrize("type_", [Q8_0, F16, GgmlType.Q4_K], ids=lambda t: t.name)
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_gate_and_up_of_experts(type_: GgmlType, gate_first: bool, inputs: int) -> None:
+    x = noise((256, inputs, 3))
+    ids = tensor(I32, (2, 3), np.array([[0, 3], [2, 2], [1, 0]]))
+    gate, up = by_experts(x, ids, 37, type_), by_experts(x, ids, 37, type_, 2)
+    nodes = [gate, up, glu(*((gate, up) if gate_first else (up, gate)))]
+    assert launched(nodes)[1:] == ["multiply_routed_gated"]
+    check(nodes)
+
+
+@pytest.mark.parametrize("rows", [256, 320])
+def test_a_gate_of_experts_is_rounded_for_the_next_product(rows: int) -> None:
+    """By the experts behind it, whose columns are all pairs of expert and token."""
+    x = noise((64, 1, 3))
+    ids = tensor(I32, (2, 3), np.array([[0, 3], [2, 2], [1, 0]]))
+    gate, up = by_experts(x, ids, rows), by_experts(x, ids, rows, seed=2)
+    gated = glu(gate, up)
+    nodes = [gate, up, gated, by_experts(gated, ids, 5, seed=3)]
+    check_rounded(nodes, ["quantize_columns", "multiply_routed_gated", "multiply_routed"])
+
+
+def test_experts_that_stay_apart() -> None:
+    """Of other experts, of another type, of many tokens."""
+    x = noise((256, 1, 1))
+    ids, others = tensor(I32, (2, 1), np.array([[0, 3]])), tensor(I32, (2, 1), np.array([[1, 2]]))
+    first = by_experts(x, ids, 9)
+    for second in (by_experts(x, others, 9), by_experts(x, ids, 9, GgmlType.Q4_0)):
+        assert "multiply_routed_gated" not in launched([first, second, glu(first, second)])
+    x = noise((256, 1, 8))
+    ids = tensor(I32, (2, 8), np.array([[0, 3]] * 8))
+    first, second = by_experts(x, ids, 9), by_experts(x, ids, 9, seed=2)
+    assert "multiply_routed_gated" not in launched([first, second, glu(first, second)])
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_gates_of_an_expert_that_does_not_exist(bad: int) -> None:
+    x, ids = noise((64, 1, 1)), tensor(I32, (2, 1), np.array([[0, bad]]))
+    gate, up = by_experts(x, ids, 256), by_experts(x, ids, 256, seed=2)
+    gated = glu(gate, up)
+    with pytest.raises(ContractError):
+        cuda.run([gate, up, gated, by_experts(gated, ids, 5)])
+
+
+@pytest.mark.parametrize("type_", [Q8_0, GgmlType.Q4_1, GgmlType.Q4_K], ids=lambda t: t.name)
+@pytest.mark.parametrize("positions", [40, 300])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_attention_is_rounded_for_the_next_product(
+    type_: GgmlType, positions: int, tokens: int
+) -> None:
+    """By the last of the blocks that share the positions of a group of heads."""
+    k, v = noise((64, positions, 2), F16), noise((64, positions, 2), F16, 1)
+    q = noise((64, tokens, 8), seed=2)
+    p = params(0.125)
+    attended = node(Op.FLASH_ATTN_EXT, F32, (64, 8, tokens), [q, k, v], p)
+    columns = view(attended, (512, tokens), (4, 2048, 2048 * tokens, 2048 * tokens))
+    check_rounded([attended, product_of(columns, 5, type_)], ["attention_few", _OF[tokens]])
+
+
+_OF = {1: "multiply_1", 2: "multiply_2"}
+
+
+def test_attention_that_is_rounded_by_itself() -> None:
+    """Heads of a group in several blocks; elements of a group that are no whole blocks."""
+    for size, heads, tokens, type_ in ((64, 3, 3, Q8_0), (64, 1, 1, GgmlType.Q4_K)):
+        k, v = noise((size, 40, 4), F16), noise((size, 40, 4), F16, 1)
+        q = noise((size, tokens, 4 * heads), seed=2)
+        width = 4 * heads * size
+        attended = node(Op.FLASH_ATTN_EXT, F32, (size, 4 * heads, tokens), [q, k, v], params(0.125))
+        nb = (4, 4 * width, 4 * width * tokens, 4 * width * tokens)
+        nodes = [attended, product_of(view(attended, (width, tokens), nb), 5, type_)]
+        assert "quantize_columns" in launched(nodes)
+        check(nodes)

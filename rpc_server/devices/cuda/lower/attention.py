@@ -16,8 +16,9 @@ from rpc_server.devices.cuda.kernels import (
     attention_of_few_rows,
     kernel,
 )
+from rpc_server.devices.cuda.lower.matmul import columns_for_next
 from rpc_server.devices.cuda.lower.walk import as_floats, dense
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.planner import COUNTERS, MAX_GRID, CudaPlanner, lowers
 from rpc_server.ops.table import source
 
 _THREADS = 128
@@ -65,6 +66,8 @@ class _Way:
     positions: int
     shared: int
     extra: tuple[int, ...]
+    # Whether parts are put together by the kernel itself.
+    joins: bool = False
 
 
 def _in_units(t: Tensor) -> bool:
@@ -98,6 +101,7 @@ def _few_rows(rows: int, k: Tensor, v: Tensor) -> _Way | None:
         positions=_TILE * _WARPS,
         shared=4 * count * max(8 * units * lanes[0], v.ne[0]),
         extra=lanes,
+        joins=True,
     )
 
 
@@ -179,15 +183,35 @@ def _slices(t: Tensor, v: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
     return pieces
 
 
+def _heads_of_group(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Heads that share both their keys and their values; they needn't be equally many."""
+    return math.gcd(q.ne[2] // k.ne[2], q.ne[2] // v.ne[2])
+
+
+def _columns(t: Tensor, planner: CudaPlanner) -> tuple[int, ...]:
+    """Return where the result goes as columns, as of columns_for_next, if the kernel can do it."""
+    q, k, v = source(t, 0), source(t, 1), source(t, 2)
+    if any(s.empty or (s.quantized and s.type not in CACHE_TYPES) for s in (k, v)):
+        return ()
+    heads = _heads_of_group(q, k, v)
+    rows = heads * q.ne[1]
+    few = None if _matrices(rows, k, v, planner.capability) else _few_rows(rows, k, v)
+    # All heads of a group have to be in one block.
+    if few is None or (few.rows % heads and rows > few.rows):
+        return ()
+    planner.absorb([t])
+    return columns_for_next(t, planner, v.ne[0] * q.ne[2], heads * v.ne[0])
+
+
 @lowers(Op.FLASH_ATTN_EXT)
 def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
     q, keys = source(t, 0), source(t, 1)
     if q.nrows > MAX_GRID[0]:
         return False
+    columns = _columns(t, planner)
     q, rounding = _rounded(q, keys.type, planner)
     k, values = _readable(keys, planner), _readable(source(t, 2), planner)
-    # Heads that share both their keys and their values; they needn't be equally many.
-    heads = math.gcd(q.ne[2] // k.ne[2], q.ne[2] // values.ne[2])
+    heads = _heads_of_group(q, k, values)
     rows = heads * q.ne[1]
     matrices = _matrices(rows, k, values, planner.capability)
     most = max(MATRIX_BLOCKS) if matrices else ATTENTION_SIZES[-1]
@@ -198,17 +222,19 @@ def lower_attention(t: Tensor, planner: CudaPlanner) -> bool:
         # As many as fill the card at once. Parts are whole tiles; the last one may be smaller, and
         # none is empty.
         wanted = way.blocks * planner.multiprocessors // blocks
+        if way.joins and blocks > COUNTERS:
+            wanted = 1
         parts = max(1, min(wanted, k.ne[1] // _LEAST_PART, _MOST_PARTS))
         tiles = -(-k.ne[1] // way.positions)
         per_part = max(-(-tiles // parts), 1) * way.positions
         parts = max(-(-k.ne[1] // per_part), 1)
         left = planner.scratch(4 * (v.ne[0] + 2) * q.nrows * parts) if parts > 1 else 0
         slots = (to, q, k, v, *t.src[3:5])
-        extra = (per_part, left, heads, rounding, *way.extra)
+        extra = (per_part, left, heads, rounding, *way.extra, *columns)
         planner.launch(
             way.kernel, t, (blocks, parts), _THREADS, slots=slots, extra=extra, shared=way.shared
         )
-        if parts > 1:
+        if parts > 1 and not way.joins:
             planner.launch(_JOIN, t, (q.nrows,), _THREADS, slots=slots, extra=(parts, left))
     return True
 

@@ -13,12 +13,13 @@ from protocol.ggml.ops import Op
 from protocol.ggml.types import FLOATS, GgmlType
 from protocol.tensor import Tensor
 from rpc_server.devices.cuda.lower.matmul import (
-    ROUNDED_AS,
-    column_form,
+    columns_for_next,
+    columns_in_scratch,
+    is_of_few,
     is_one_column,
+    may_be_rounded,
+    multiply_both_experts,
     multiply_one_column,
-    place_columns,
-    reads_codes,
 )
 from rpc_server.devices.cuda.lower.norm import normalize
 from rpc_server.devices.cuda.lower.rope import turn
@@ -90,30 +91,65 @@ def fuse_norm(t: Tensor, planner: CudaPlanner) -> bool:
     first, second = addends or (None, None)
     slots = (norm, x, factor, term, first, second, scaled, shifted if term else None)
     planner.absorb(written)
-    return normalize(norm, planner, slots, _columns_for(steps[-1], planner))
+    return normalize(norm, planner, slots, columns_for_next(steps[-1], planner))
 
 
-def _columns_for(x: Tensor, planner: CudaPlanner) -> tuple[int, ...]:
-    """Return where ``x`` goes as columns, their stride and form, if the next node reads them."""
-    reader = next(planner.ahead(), None)
-    if reader is None or reader.op not in (Op.MUL_MAT, Op.MUL_MAT_ID) or not is_valid(reader):
-        return ()
-    weights, columns = source(reader, 0), source(reader, 1)
-    same = columns.address == x.address and columns.nelements == x.nelements
-    dense = columns.contiguous and x.contiguous and columns.ne[0] == x.ne[0]
-    if not (same and dense and _f32(columns) and reads_codes(reader, planner)):
-        return ()
-    address, stride, _ = place_columns(weights, columns, planner)
-    return address, stride, ROUNDED_AS[column_form(weights, columns)]
+# How many nodes behind it a ROPE may be moved over, to be done with another.
+_TURN_WINDOW = 8
 
 
 @fuses(Op.ROPE)
 def fuse_rope(t: Tensor, planner: CudaPlanner) -> bool:
-    """Fuse ROPE of keys, and SET_ROWS that puts them into the cache."""
-    chain = planner.chain(Op.SET_ROWS)
-    if not chain:
+    """Fuse ROPE of queries, ROPE of keys, and both SET_ROWS that fill the cache.
+
+    Products lie between the first and the others: it waits for them. Each may be missing but the
+    second.
+    """
+    first = planner.waiting_for(t)
+    if first is None:
+        other = _turned_with(t, planner)
+        if other is not None:
+            planner.wait(t, other)
+            return True
+    chain = planner.chain(Op.SET_ROWS, Op.SET_ROWS)
+    kept = chain[0] if chain and _keeps(chain[0], t) else None
+    others = [x for x in (first, kept) if x is not None]
+    alone = first is not None and not all(_at_once(first, x) for x in (t, *others[1:]))
+    if first is not None and alone:
+        turn(first, planner)
+        planner.absorb([first])
+        first, others = None, others[1:]
+    values = chain[1] if kept is not None and len(chain) > 1 and _is_of_rows(chain[1]) else None
+    if values is not None and all(_at_once(values, x) for x in (t, *others)):
+        others.append(values)
+    else:
+        values = None
+    if not others and not alone:
         return False
-    (kept,) = chain
+    planner.absorb(others)
+    return turn(t, planner, kept, first, values)
+
+
+def _turned_with(t: Tensor, planner: CudaPlanner) -> Tensor | None:
+    """Return the next ROPE, if it turns by the same angles and ``t`` may be done there as well."""
+    for node in islice(planner.ahead(), _TURN_WINDOW):
+        if node.op is Op.ROPE:
+            alike = (
+                node.op_params == t.op_params
+                and node.src[1] is t.src[1]
+                and node.src[2] is t.src[2]
+                and node.ne[0] == t.ne[0]
+                and source(node, 0).ne[2] == source(t, 0).ne[2]
+            )
+            free = planner.waiting_for(node) is None
+            return node if alike and free and is_valid(node) else None
+        if not _may_be_done_before(node, t):
+            return None
+    return None
+
+
+def _keeps(kept: Tensor, t: Tensor) -> bool:
+    """Return whether a SET_ROWS behind ROPE ``t`` puts its result into rows, and nothing else."""
     rows, ids = source(kept, 0), source(kept, 1)
     dense = rows.contiguous and t.contiguous
     same = rows.address == t.address and rows.nelements == t.nelements and _f32(rows, t)
@@ -121,10 +157,18 @@ def fuse_rope(t: Tensor, planner: CudaPlanner) -> bool:
     if not dense or not same or rows.ne[0] % t.ne[0] or kept.type not in FLOATS:
         return False
     read = [s for s in (*t.src, ids) if s is not None]
-    if not _independent([kept], [t, *read]) or not _independent([t], [ids]):
-        return False
-    planner.absorb([kept])
-    return turn(t, planner, (rows, ids, kept))
+    return _independent([kept], [t, *read]) and _independent([t], [ids])
+
+
+def _is_of_rows(t: Tensor) -> bool:
+    """Return whether a SET_ROWS has rows for which a block of threads is worth it, of floats."""
+    values = source(t, 0)
+    return t.type in FLOATS and values.type in FLOATS and values.ne[0] >= 32
+
+
+def _at_once(a: Tensor, b: Tensor) -> bool:
+    """Return whether the order of two nodes, and of their elements, makes no difference."""
+    return _may_be_done_before(a, b) and _may_be_done_before(b, a)
 
 
 # How many nodes a product may be moved over to its fellows, and how many may go together.
@@ -133,13 +177,13 @@ _WINDOW, _MOST_JOINED = 6, 3
 
 def _may_be_done_before(t: Tensor, other: Tensor) -> bool:
     """Return whether ``t``, which comes later, may as well be done before ``other``, or at once."""
-    spec = OPS.get(other.op)
-    if spec is None:
+    of_t, of_other = OPS.get(t.op), OPS.get(other.op)
+    if of_t is None or of_other is None:
         return False
     touched = [other, *(s for s in other.src if s is not None)]
     read = [s for s in t.src if s is not None]
-    return all(_apart(t, x) for x in touched) and all(
-        _apart(x, written) for x, written in product(read, spec.written(other))
+    return all(_apart(x, y) for x, y in product(of_t.written(t), touched)) and all(
+        _apart(x, y) for x, y in product(read, of_other.written(other))
     )
 
 
@@ -151,12 +195,12 @@ def fuse_products(t: Tensor, planner: CudaPlanner) -> bool:
     """
     if not is_one_column(t):
         return False
-    joined, passed = [t], list[Tensor]()
+    joined, passed = [t], planner.waiting()
+    gated: Tensor | None = None
     for node in islice(planner.ahead(), _WINDOW):
-        if _is_glu_of(node, joined) and not passed and is_valid(node):
-            multiply_one_column(joined, planner, glu=node)
-            planner.absorb([*joined, node])
-            return True
+        if len(joined) == 2 and not passed and _is_glu_of(node, joined) and is_valid(node):
+            gated = node
+            break
         if (
             _goes_with(node, t)
             and is_valid(node)
@@ -170,8 +214,49 @@ def fuse_products(t: Tensor, planner: CudaPlanner) -> bool:
             passed.append(node)
     if len(joined) == 1:
         return False
-    multiply_one_column(joined, planner)
-    planner.absorb(joined)
+    columns = columns_in_scratch(source(t, 0), source(t, 1), planner)
+    rounded: tuple[int, ...] = ()
+    if gated is None:
+        planner.absorb(joined)
+    else:
+        rounded = _absorb_gated(joined, gated, planner)
+    multiply_one_column(joined, planner, columns, gated, rounded)
+    return True
+
+
+def _absorb_gated(joined: Sequence[Tensor], glu: Tensor, planner: CudaPlanner) -> tuple[int, ...]:
+    """Count products and GLU as done; where its result goes as columns, if it does."""
+    column = source(joined[0], 1)
+    planner.absorb([*joined, glu])
+    # Where they lie over the column, what is kept of it is no longer: its place may be given away.
+    apart = all(_apart(x, column) for x in (*joined, glu))
+    return columns_for_next(glu, planner) if apart and may_be_rounded(glu) else ()
+
+
+@fuses(Op.MUL_MAT_ID)
+def fuse_experts(t: Tensor, planner: CudaPlanner) -> bool:
+    """Fuse gate and up of the experts of a few tokens, and GLU."""
+    chain = planner.chain(Op.MUL_MAT_ID, Op.GLU)
+    if len(chain) < 2:
+        return False
+    other, glu = chain
+    weights, others = source(t, 0), source(other, 0)
+    alike = (
+        other.src[1:3] == t.src[1:3]
+        and (others.type, others.ne) == (weights.type, weights.ne)
+        and is_of_few(t)
+        and is_of_few(other)
+    )
+    ids = source(t, 2)
+    if (
+        not alike
+        or not _is_glu_of(glu, [t, other])
+        or not _at_once(t, other)
+        or not all(_apart(x, ids) for x in (t, other, glu))
+    ):
+        return False
+    columns = columns_in_scratch(weights, source(t, 1), planner)
+    multiply_both_experts(planner, columns, glu, _absorb_gated([t, other], glu, planner))
     return True
 
 

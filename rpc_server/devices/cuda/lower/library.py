@@ -59,13 +59,15 @@ def _columns(x: Tensor, type_: GgmlType, planner: CudaPlanner) -> tuple[int, int
     to = replace(to, address=address)
     if not halved:
         if fresh:
-            _convert(to, x, planner)
+            with planner.filling():
+                _convert(to, x, planner)
         return address, to.nb[1], 0
     factor, tops = address + size, address + size + 8
     if fresh:
-        floats = as_floats(x, planner)
-        planner.each_row(_LARGEST, to, x.nrows, x.ne[0], extra=(tops,), slots=(None, floats))
-        planner.rows(_HALVE, to, x.nrows, x.ne[0], extra=(tops, factor), slots=(to, floats))
+        with planner.filling():
+            floats = as_floats(x, planner)
+            planner.each_row(_LARGEST, to, x.nrows, x.ne[0], extra=(tops,), slots=(None, floats))
+            planner.rows(_HALVE, to, x.nrows, x.ne[0], extra=(tops, factor), slots=(to, floats))
     return address, to.nb[1], factor
 
 

@@ -14,7 +14,7 @@ from protocol.ggml.types import FLOATS, TYPE_INFO, GgmlType, activation_type
 from protocol.tensor import Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel, kernel_of_weights
 from rpc_server.devices.cuda.lower.library import by_library, of_capability
-from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner, lowers
+from rpc_server.devices.cuda.planner import COUNTERS, MAX_GRID, CudaPlanner, is_valid, lowers
 from rpc_server.ops.table import source
 
 _QUANTIZE = kernel("columns", "quantize_columns", 128)
@@ -22,6 +22,9 @@ _TAKE = kernel("columns", "take_columns", 128)
 _WIDEN = kernel("columns", "widen_columns", 256)
 _ROUTE = kernel("columns", "route_columns", 256)
 _THREADS = 128
+
+# Elements of GLU's result that matvec.cu rounds together, and has a counter for.
+_ROUNDED_AT_ONCE = 256
 
 # What route_columns has shared memory for.
 _MOST_EXPERTS = 4096
@@ -135,8 +138,34 @@ def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tupl
             chosen = _TAKE if x.quantized else _QUANTIZE
         grid = (min(x.nrows, MAX_GRID[0]), min(-(-x.ne[0] // each), MAX_GRID[1]))
         extra = (address, stride, ROUNDED_AS.get(form, 0))
-        planner.launch(chosen, x, grid, threads, slots=(None, x), extra=extra)
+        with planner.filling():
+            planner.launch(chosen, x, grid, threads, slots=(None, x), extra=extra)
     return address, stride
+
+
+def columns_for_next(
+    x: Tensor, planner: CudaPlanner, width: int | None = None, part: int = 0
+) -> tuple[int, ...]:
+    """Return where ``x`` goes as columns, their stride and form, if the next node reads them.
+
+    Columns are rows of ``x``, or ``width`` elements each, of which ``part`` are rounded by
+    themselves. That ``x`` is written must be known (:meth:`CudaPlanner.absorb`): what is kept of
+    it is kept from now on.
+    """
+    reader = next(planner.ahead(), None)
+    if reader is None or reader.op not in (Op.MUL_MAT, Op.MUL_MAT_ID) or not is_valid(reader):
+        return ()
+    weights, columns = source(reader, 0), source(reader, 1)
+    same = columns.address == x.address and columns.nelements == x.nelements
+    dense = columns.contiguous and x.contiguous and columns.ne[0] == (width or x.ne[0])
+    floats = columns.type is x.type is GgmlType.F32
+    if not (same and dense and floats and reads_codes(reader, planner)):
+        return ()
+    form = column_form(weights, columns)
+    if part % TYPE_INFO[form].block_size:
+        return ()
+    address, stride, _ = place_columns(weights, columns, planner)
+    return address, stride, ROUNDED_AS[form]
 
 
 def _power_of_lanes(weights: Tensor) -> int:
@@ -247,25 +276,26 @@ def is_one_column(t: Tensor) -> bool:
 
 
 def multiply_one_column(
-    products: Sequence[Tensor], planner: CudaPlanner, glu: Tensor | None = None
+    products: Sequence[Tensor],
+    planner: CudaPlanner,
+    columns: tuple[int, int],
+    glu: Tensor | None = None,
+    rounded: Sequence[int] = (),
 ) -> None:
     """Emit one launch for up to three products of the same column with weights of one type.
 
-    ``glu`` is made of the results of two, in either order. Results are F32, and independent of one
-    another.
+    ``columns`` are its address and stride in scratch. ``glu`` is made of the results of two, in
+    either order; ``rounded`` is where it goes as columns, as of :func:`columns_for_next`. Results
+    are F32, and independent of one another.
     """
     if glu is not None:
         products = [source(glu, 0), source(glu, 1)]
     weights, x = [source(t, 0) for t in products], source(products[0], 1)
-    address, stride = columns_in_scratch(weights[0], x, planner)
     blocks = [_row_blocks(w, 1) for w in weights]
-    # Of a product that isn't there no block is the first.
-    first_blocks = [blocks[0], sum(blocks[:2])] if glu is None else []
     rest = [s for t, w in zip(products[1:], weights[1:], strict=True) for s in (t, w)]
     slots: list[Tensor | None] = [products[0], weights[0], x, *rest]
     if glu is not None:
         slots += [None, None, glu]
-    alignment = min(map(_alignment, weights))
     planner.launch(
         kernel_of_weights(
             "matvec",
@@ -276,10 +306,57 @@ def multiply_one_column(
         products[0],
         (sum(blocks) if glu is None else blocks[0],),
         _THREADS,
-        extra=(address, stride, _power_of_lanes(weights[0]), alignment, *first_blocks),
+        extra=(
+            *columns,
+            _power_of_lanes(weights[0]),
+            min(map(_alignment, weights)),
+            # Of a product that isn't there no block is the first.
+            *((blocks[0], sum(blocks[:2])) if glu is None else (0, 0, *rounded)),
+        ),
         slots=slots,
         params=None if glu is None else glu.op_params,
     )
+
+
+def multiply_both_experts(
+    planner: CudaPlanner, columns: tuple[int, int], glu: Tensor, rounded: Sequence[int] = ()
+) -> None:
+    """Emit one launch for two products by experts, as :func:`is_of_few` says, and GLU of them.
+
+    The products are GLU's sources; what else is given is as of :func:`multiply_one_column`.
+    """
+    first, second = source(glu, 0), source(glu, 1)
+    weights = [source(t, 0) for t in (first, second)]
+    planner.launch(
+        kernel_of_weights("matvec", "multiply_routed_gated", weights[0].type, _THREADS),
+        first,
+        _blocks_of_few(first),
+        _THREADS,
+        extra=(
+            *columns,
+            _power_of_lanes(weights[0]),
+            min(map(_alignment, weights)),
+            *(0, 0, *rounded),
+        ),
+        slots=(*[first, *first.src[:3]], second, weights[1], None, glu),
+        params=glu.op_params,
+    )
+
+
+def may_be_rounded(glu: Tensor) -> bool:
+    """Return whether there are counters for rounding what GLU makes of products."""
+    return -(-glu.ne[0] // _ROUNDED_AT_ONCE) * glu.nrows <= COUNTERS
+
+
+def is_of_few(t: Tensor) -> bool:
+    """Return whether a MUL_MAT_ID is one whose experts are hardly asked twice: column by column."""
+    experts = source(t, 0).ne[2]
+    few = t.ne[1] * t.ne[2] <= 2 * experts or experts > _MOST_EXPERTS
+    return few and _supported(t) and _fits(_blocks_of_few(t))
+
+
+def _blocks_of_few(t: Tensor) -> tuple[int, int, int]:
+    return _row_blocks(source(t, 0), 1), t.ne[1], t.ne[2]
 
 
 @lowers(Op.MUL_MAT_ID)
@@ -287,14 +364,12 @@ def lower_mul_mat_id(t: Tensor, planner: CudaPlanner) -> bool:
     weights, x = source(t, 0), source(t, 1)
     if not _supported(t):
         return False
-    experts, pairs = weights.ne[2], t.ne[1] * t.ne[2]
-    if pairs <= 2 * experts or experts > _MOST_EXPERTS:
-        # Hardly any expert is asked twice.
-        grid = (_row_blocks(weights, 1), t.ne[1], t.ne[2])
-        if not _fits(grid):
-            return False
-        _launch(t, planner, "matvec", "multiply_routed", grid)
+    if is_of_few(t):
+        _launch(t, planner, "matvec", "multiply_routed", _blocks_of_few(t))
         return True
+    experts, pairs = weights.ne[2], t.ne[1] * t.ne[2]
+    if experts > _MOST_EXPERTS:
+        return False
     # As if all experts were asked equally often.
     each = -(-pairs // experts)
     columns = at_once(each, weights, experts, planner.multiprocessors, planner.capability)

@@ -1,7 +1,7 @@
 // What the kernels of FLASH_ATTN_EXT have in common: which queries a block does, how queries are
 // rounded, how elements of keys and values are loaded, and how a row of the result ends.
 //
-// extra: positions of a part; what parts leave, for attention_join; heads of a group; the type that
+// extra: positions of a part; what parts leave, for join_parts; heads of a group; the type that
 // queries are rounded to. The rest is each kernel's own.
 #pragma once
 
@@ -219,12 +219,42 @@ __device__ inline float share(const Slot &sinks, i64 head, float top, float tota
     return total == 0 ? 0 : shrink / total;
 }
 
+// Parts of the positions at most.
+#define MOST_PARTS 128
+
+// What parts have left of a row put together, by all threads of a block. `left` is where they begin;
+// `weights` are MOST_PARTS and `room` 32 elements of shared memory.
+__device__ inline void join_parts(const Record &r, i64 token, i64 head, i64 batch, int parts, const float *left, float *weights, float *room) {
+    const Slot &to = r.slot[DST], &q = r.slot[SRC0];
+    const i64 dv = to.ne[0], apart = q.ne[1] * q.ne[2] * q.ne[3] * (dv + 2);
+    left += ((batch * q.ne[1] + token) * q.ne[2] + head) * (dv + 2);
+    float top = -INF, total = 0;
+    for (int p = threadIdx.x; p < parts; p += blockDim.x) top = fmaxf(top, left[p * apart + dv]);
+    top = over_block(top, Largest(), room);
+    for (int p = threadIdx.x; p < parts; p += blockDim.x) {
+        const float mine = left[p * apart + dv], weight = mine == -INF ? 0 : expf(mine - top);
+        weights[p] = weight;
+        total += left[p * apart + dv + 1] * weight;
+    }
+    total = over_block(total, Sum(), room);
+    __syncthreads();
+    const float factor = share(r.slot[SRC4], head, top, total);
+    float *target = reinterpret_cast<float *>(to.data + head * to.nb[1] + token * to.nb[2] + batch * to.nb[3]);
+    for (i64 e = threadIdx.x; e < dv; e += blockDim.x) {
+        float sum = 0;
+#pragma unroll 4
+        for (int p = 0; p < parts; p++) sum += left[p * apart + e] * weights[p];
+        target[e] = sum * factor;
+    }
+    __syncthreads();
+}
+
 // Where the sums of a query go, and what they are multiplied with.
 struct Ending {
     float *to;
     float factor;
 
-    // With several parts: for attention_join, the sums as they are, then the largest score and the
+    // With several parts: for join_parts, the sums as they are, then the largest score and the
     // total, which the thread that is `first` writes.
     __device__ Ending(const Record &r, const Group &group, const Query &query, float top, float total, bool first) {
         const Slot &result = r.slot[DST], &q = r.slot[SRC0];

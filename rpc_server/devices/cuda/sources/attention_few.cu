@@ -7,8 +7,13 @@
 //
 // Compiled for a type of keys, one of values, ROWS, and UNITS: how many units of keys, and of values, a
 // lane has at most.
-// extra[4] and extra[5]: lanes that share a row of keys, and one of values; powers of two from 4 on.
+// The last block of those that have parts of the same rows puts them together.
+//
+// extra[4] and extra[5]: lanes that share a row of keys, and one of values; powers of two from 4 on. Where
+// extra[6] is set the result is rounded for products, too: extra[6] to extra[8] are what extra[0] to
+// extra[2] are for quantize_columns. A block then has all heads of its group, for some tokens.
 #include "attention.cuh"
+#include "rounding.cuh"
 
 typedef Unit<KEY_TYPE> KeyUnit;
 typedef Unit<VALUE_TYPE> ValueUnit;
@@ -219,6 +224,26 @@ __device__ inline void attend(const Record &r) {
             if (tops[ROWS * w + j] != -INF) all += totals[ROWS * w + j] * expf(tops[ROWS * w + j] - largest);
         const Ending ending(r, group, group.query(j), largest, all, lane == 0);
         for (int e = lane; e < dv; e += 32) ending.to[e] = together[j * dv + e] * ending.factor;
+    }
+    if (gridDim.y > 1) {
+        SHARED_ARRAY(u32, count, 1);
+        SHARED_ARRAY(float, weights, MOST_PARTS);
+        SHARED_ARRAY(float, room, 32);
+        if (!is_last(r, blockIdx.x, gridDim.y, count)) return;
+        for (int j = 0; j < ROWS && biases[j].valid; j++) {
+            const Query query = group.query(j);
+            join_parts(r, query.token, query.head, group.batch, (int)gridDim.y, reinterpret_cast<const float *>(r.extra[1]), weights, room);
+        }
+    }
+    if (!r.extra[6]) return;
+    // What other threads have written is read.
+    __syncthreads();
+    const Slot &to = r.slot[DST];
+    for (int j = 0; j < ROWS && biases[j].valid; j += (int)group.heads) {
+        const Query query = group.query(j);
+        const Target columns(r.extra[6], r.extra[7], query.token + group.batch * q.ne[1], q.ne[2] * dv);
+        const u8 *row = to.data + query.token * to.nb[2] + group.batch * to.nb[3];
+        round_part<i64>(columns, row, to, query.head * dv, (query.head + group.heads) * dv, (int)r.extra[8], warp, WARPS);
     }
 }
 

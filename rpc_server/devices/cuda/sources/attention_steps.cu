@@ -1,39 +1,16 @@
 // What goes before FLASH_ATTN_EXT and behind it, where it is needed.
 #include "attention.cuh"
 
-#define MOST_PARTS 128
-
 // Parts put together. extra: how many there are, at most MOST_PARTS, and what they left. A block of
 // threads for each row of the result.
 KERNEL(attention_join, 128) {
-    const Slot &to = r.slot[DST], &q = r.slot[SRC0];
+    const Slot &q = r.slot[SRC0];
     SHARED_ARRAY(float, weights, MOST_PARTS);
     SHARED_ARRAY(float, room, 32);
-    const int parts = (int)r.extra[0];
-    const i64 rows = q.ne[1] * q.ne[2] * q.ne[3], dv = to.ne[0], apart = rows * (dv + 2);
-    FOR_ROWS(row, rows) {
-        const i64 place = quotient(row, q.ne[2]), head = row - place * q.ne[2];
-        const i64 batch = quotient(place, q.ne[1]), token = place - batch * q.ne[1];
-        const float *left = reinterpret_cast<const float *>(r.extra[1]) + row * (dv + 2);
-        float top = -INF, total = 0;
-        for (int p = threadIdx.x; p < parts; p += blockDim.x) top = fmaxf(top, left[p * apart + dv]);
-        top = over_block(top, Largest(), room);
-        for (int p = threadIdx.x; p < parts; p += blockDim.x) {
-            const float mine = left[p * apart + dv], weight = mine == -INF ? 0 : expf(mine - top);
-            weights[p] = weight;
-            total += left[p * apart + dv + 1] * weight;
-        }
-        total = over_block(total, Sum(), room);
-        __syncthreads();
-        const float factor = share(r.slot[SRC4], head, top, total);
-        float *target = reinterpret_cast<float *>(to.data + head * to.nb[1] + token * to.nb[2] + batch * to.nb[3]);
-        for (i64 e = threadIdx.x; e < dv; e += blockDim.x) {
-            float sum = 0;
-#pragma unroll 4
-            for (int p = 0; p < parts; p++) sum += left[p * apart + e] * weights[p];
-            target[e] = sum * factor;
-        }
-        __syncthreads();
+    FOR_ROWS(row, q.ne[1] * q.ne[2] * q.ne[3]) {
+        // In the order of the result: heads, tokens, batches.
+        const Row at(q.ne[2], q.ne[1], row);
+        join_parts(r, at.i[2], at.i[1], at.i[3], (int)r.extra[0], reinterpret_cast<const float *>(r.extra[1]), weights, room);
     }
 }
 

@@ -119,10 +119,15 @@ __device__ inline Job plain_job(const Record &r, int columns) {
 
 // slot 1: (K, M, experts), slot 2: (K, used or a divisor of it, tokens), slot 3: ids (used, tokens).
 // Blocks along y are experts of a token, along z tokens: one column each.
-__device__ inline Job routed_job(const Record &r) {
-    const Slot &to = r.slot[DST], &w = r.slot[SRC0], &x = r.slot[SRC1], &ids = r.slot[SRC2];
+__device__ inline i64 routed_expert(const Record &r) {
+    const Slot &ids = r.slot[SRC2];
+    return index_of_warp(ids.data + blockIdx.y * ids.nb[0] + blockIdx.z * ids.nb[1], ids.type);
+}
+
+// By weights `w` to the result `to`, those of slots 1 and 0 or others of their shapes.
+__device__ inline Job routed_job(const Record &r, const Slot &to, const Slot &w, i64 expert) {
+    const Slot &x = r.slot[SRC1];
     const i64 used = blockIdx.y, token = blockIdx.z;
-    const i64 expert = index_of_warp(ids.data + used * ids.nb[0] + token * ids.nb[1], ids.type);
     Job job(w);
     job.valid = is_index(r, expert, w.ne[2]);
     job.weights = w.data + (job.valid ? expert : 0) * w.nb[2];

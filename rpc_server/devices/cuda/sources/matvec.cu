@@ -4,6 +4,7 @@
 // Columns come from columns.cu.
 #include "columns.cuh"
 #include "gated.cuh"
+#include "rounding.cuh"
 #include "spans.cuh"
 
 // Adds up what the lanes of a row have; a row has 8, 16 or 32 of them: 2 to the `power`.
@@ -153,7 +154,7 @@ KERNEL(multiply_1, 128) { multiply<1>(r, plain_job(r, 1)); }
 KERNEL(multiply_2, 128) { multiply<2>(r, plain_job(r, 2)); }
 KERNEL(multiply_4, 128) { multiply<4>(r, plain_job(r, 4)); }
 KERNEL(multiply_8, 128) { multiply<8>(r, plain_job(r, 8)); }
-KERNEL(multiply_routed, 128) { multiply<1>(r, routed_job(r)); }
+KERNEL(multiply_routed, 128) { multiply<1>(r, routed_job(r, r.slot[DST], r.slot[SRC0], routed_expert(r))); }
 KERNEL(multiply_grouped, 128) { multiply<8>(r, grouped_job(r)); }
 
 // One column by several matrices, see joint_job.
@@ -162,13 +163,45 @@ KERNEL(multiply_joint, 128) {
     multiply<1>(r, joint_job(r, (block >= r.extra[4]) + (block >= r.extra[5])));
 }
 
-// One column by two matrices, and GLU of the two results, into slot 7: a row of each by the same lanes.
-// param: that of GLU.
-KERNEL(multiply_gated, 128) {
-    const Job first = joint_job(r, 0), second = joint_job(r, 1);
+// The result of GLU.
+enum { GATED = 7 };
+
+// Elements of it that are rounded together: a multiple of any block.
+#define ROUNDED_AT_ONCE 256
+
+// The column of GLU's result that a block has some rows of.
+__device__ inline u8 *gated_column(const Slot &to) { return to.data + blockIdx.y * to.nb[1] + blockIdx.z * to.nb[2]; }
+
+// That column rounded for products, by the last block of those that make the elements. extra[6] to
+// extra[8] are what extra[0] to extra[2] are for quantize_columns.
+__device__ inline void round_gated(const Record &r) {
+    SHARED_ARRAY(u32, room, 1);
+    const u32 rows = (u32)r.slot[SRC0].ne[1], of_block = blockDim.x >> (int)r.extra[2];
+    const u32 number = blockIdx.x * of_block / ROUNDED_AT_ONCE, first = number * ROUNDED_AT_ONCE;
+    const u32 n = min((u32)ROUNDED_AT_ONCE, rows - first), of_column = (rows + ROUNDED_AT_ONCE - 1) / ROUNDED_AT_ONCE;
+    const u32 column = blockIdx.y + blockIdx.z * gridDim.y;
+    if (!is_last(r, column * of_column + number, (n + of_block - 1) / of_block, room)) return;
+    const Target target(r.extra[6], r.extra[7], column, rows);
+    const u8 *result = gated_column(r.slot[GATED]);
+    round_part<u32>(target, result, r.slot[GATED], first, first + n, (int)r.extra[8], threadIdx.x / 32, blockDim.x / 32);
+}
+
+// A column by two matrices, and GLU of the two results: a row of each by the same lanes. param: that of
+// GLU. Where extra[6] is set the result is rounded for products, too.
+__device__ inline void multiply_both(const Record &r, const Job &first, const Job &second) {
     Dots<1> x(r, first), gate(r, second);
     add_products(x, r, first);
     add_products(gate, r, second);
     const float a = x.store(r, first, 0), b = gate.store(r, second, 0);
-    if (x.here && x.lane == 0) reinterpret_cast<float *>(r.slot[SRC5 + 1].data)[x.row] = gated(r, a, b, F32);
+    if (x.here && x.lane == 0) reinterpret_cast<float *>(gated_column(r.slot[GATED]))[x.row] = gated(r, a, b, F32);
+    if (r.extra[6]) round_gated(r);
+}
+
+// Slots as of joint_job. To make room for so many blocks is what keeps the compiler from spilling for more.
+KERNEL(multiply_gated, 128, 8) { multiply_both(r, joint_job(r, 0), joint_job(r, 1)); }
+
+// The same of experts: slots 0 to 3 as of routed_job, 4 and 5 the second result and its weights.
+KERNEL(multiply_routed_gated, 128) {
+    const i64 expert = routed_expert(r);
+    multiply_both(r, routed_job(r, r.slot[DST], r.slot[SRC0], expert), routed_job(r, r.slot[SRC3], r.slot[SRC4], expert));
 }

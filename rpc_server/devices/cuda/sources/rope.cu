@@ -40,32 +40,31 @@ struct Turned {
     }
 };
 
-// slot 2: positions; slot 3: divisors, or empty. slots 4 to 6: a view of the (dense) result as rows of
-// SET_ROWS, their indices, and where they go; or empty. extra: first turned element, pairs, elements from
-// one pair to the next and within a pair, 1 to turn backwards; then, as bits of floats, the ratio of
-// angles, and where YaRN goes over from extrapolated to interpolated ones.
-// A thread for each pair; those that are not turned are copied. Blocks along x are rows.
-KERNEL(rope, 256) {
-    const Slot &to = r.slot[DST], &from = r.slot[SRC0], &positions = r.slot[SRC1], &divisors = r.slot[SRC2];
-    const Slot &rows = r.slot[SRC3], &ids = r.slot[SRC4], &cache = r.slot[SRC5];
-    const int mode = (int)r.param[2];
-    const int first = (int)r.extra[0], pairs = (int)r.extra[1], stride = (int)r.extra[2], distance = (int)r.extra[3];
-    const float base = __int_as_float((i32)r.extra[5]);
-    const float low = __int_as_float((i32)r.extra[6]), high = __int_as_float((i32)r.extra[7]);
-    const float freq_scale = param_f32(r, 6), ext_factor = param_f32(r, 7);
-    float magnitude = param_f32(r, 8);
-    if (ext_factor != 0) magnitude *= 1 + 0.1f * logf(1 / freq_scale);
-    const i32 *at_position = reinterpret_cast<const i32 *>(positions.data);
-    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
-        const Row at(from, row);
+// Slots behind those of the node itself: of SET_ROWS of the result, another ROPE with the same positions
+// and parameters, and another SET_ROWS.
+enum { IDS = SRC3, CACHE, OTHER, OTHER_SOURCE, VALUES, VALUE_IDS, VALUE_CACHE };
+
+// extra: first turned element, pairs, elements from one pair to the next and within a pair, 1 to turn
+// backwards; then, as bits of floats, the ratio of angles, and where YaRN goes over from extrapolated to
+// interpolated ones.
+struct Turn {
+    int mode, first, pairs, stride, distance;
+    float base, low, high, freq_scale, ext_factor, magnitude;
+
+    __device__ Turn(const Record &r)
+        : mode((int)r.param[2]), first((int)r.extra[0]), pairs((int)r.extra[1]), stride((int)r.extra[2]),
+          distance((int)r.extra[3]), base(__int_as_float((i32)r.extra[5])), low(__int_as_float((i32)r.extra[6])),
+          high(__int_as_float((i32)r.extra[7])), freq_scale(param_f32(r, 6)), ext_factor(param_f32(r, 7)),
+          magnitude(param_f32(r, 8)) {
+        if (ext_factor != 0) magnitude *= 1 + 0.1f * logf(1 / freq_scale);
+    }
+
+    // Row number `row` of `from`; a thread for each pair. Those that are not turned are copied.
+    __device__ void row(const Record &r, const Slot &from, const Row &at, const Slot &to, u8 *kept) const {
+        const Slot &positions = r.slot[SRC1], &divisors = r.slot[SRC2], &cache = r.slot[CACHE];
+        const i32 *at_position = reinterpret_cast<const i32 *>(positions.data);
         const u8 *source = at.in(from);
-        Turned turned = {at.in(to), nullptr};
-        if (rows.data) {
-            // A row of the cache holds those of several heads.
-            const i64 heads = quotient(rows.ne[0], from.ne[0]), number = quotient(row, heads);
-            turned.kept = indexed_row(r, cache, ids, Row(rows, number));
-            if (turned.kept) turned.kept += (row - number * heads) * from.ne[0] * cache.nb[0];
-        }
+        const Turned turned = {at.in(to), kept};
         for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
             int section, step;
             section_of(r, mode, pair, section, step);
@@ -92,5 +91,40 @@ KERNEL(rope, 256) {
         const i64 last = first + 2 * (i64)pairs;
         for (i64 i = threadIdx.x; i < from.ne[0]; i += blockDim.x)
             if (i < first || i >= last) turned.put(to, cache, i, load_f32(source + i * from.nb[0], from.type));
+    }
+};
+
+__device__ inline i64 rows_of(const Slot &s) { return s.ne[1] * s.ne[2] * s.ne[3]; }
+
+// slot 2: positions; slot 3: divisors, or empty. Where slot CACHE is set the (dense) result is put into
+// rows of it, too, by the indices IDS: extra[8] rows of the result are one of SET_ROWS' source, which has
+// extra[9] and extra[10] of dimensions 1 and 2. Where OTHER is set, OTHER_SOURCE is turned into it; where
+// VALUE_CACHE is set, VALUES are put into rows of it by VALUE_IDS. A block does a row at a time.
+KERNEL(rope, 256) {
+    const Slot &from = r.slot[SRC0], &other = r.slot[OTHER_SOURCE], &values = r.slot[VALUES];
+    const i64 own = rows_of(from), others = own + rows_of(other);
+    const Turn turn(r);
+    FOR_ROWS(row, others + rows_of(values)) {
+        if (row < own) {
+            const Slot &cache = r.slot[CACHE];
+            u8 *kept = nullptr;
+            if (cache.data) {
+                // A row of the cache holds those of several heads.
+                const i64 number = quotient(row, r.extra[8]);
+                kept = indexed_row(r, cache, r.slot[IDS], Row(r.extra[9], r.extra[10], number));
+                if (kept) kept += (row - number * r.extra[8]) * from.ne[0] * cache.nb[0];
+            }
+            turn.row(r, from, Row(from, row), r.slot[DST], kept);
+        } else if (row < others) {
+            turn.row(r, other, Row(other, row - own), r.slot[OTHER], nullptr);
+        } else {
+            const Slot &cache = r.slot[VALUE_CACHE];
+            const Row at(values, row - others);
+            u8 *target = indexed_row(r, cache, r.slot[VALUE_IDS], at);
+            const u8 *source = at.in(values);
+            if (!target) continue;
+            for (i64 i = threadIdx.x; i < values.ne[0]; i += blockDim.x)
+                store_f32(target + i * cache.nb[0], cache.type, load_f32(source + i * values.nb[0], values.type));
+        }
     }
 }

@@ -73,13 +73,21 @@ __device__ inline void round_unit(const Target &target, const u8 *source, const 
 }
 
 // What activations are rounded as.
-enum { AS_Q8_0, AS_Q8_1, AS_Q8_K };
+enum { ROUND_Q8_0, ROUND_Q8_1, ROUND_Q8_K };
 
-// A row of `k` floats to column number `row`; `warps` share it, this one is number `warp`.
+// Elements `first` to `end` of a row of floats, whole blocks, to the same of a column; `warps` share
+// them, this one is number `warp`. I: what holds the numbers of all.
+template <typename I>
+__device__ inline void round_part(
+    const Target &target, const u8 *source, const Slot &from, I first, I end, int as, I warp, I warps) {
+    if (as == ROUND_Q8_K)
+        for (I unit = first / 256 + warp; unit < end / 256; unit += warps) round_unit(target, source, from, unit);
+    else
+        for (I run = first / 32 + warp; run < end / 32; run += warps) round_run(target, source, from, run, as == ROUND_Q8_1);
+}
+
+// All `k` elements of a row.
 __device__ inline void round_row(
     const Target &target, const u8 *source, const Slot &from, i64 k, int as, i64 warp, i64 warps) {
-    if (as == AS_Q8_K)
-        for (i64 unit = warp; unit < k / 256; unit += warps) round_unit(target, source, from, unit);
-    else
-        for (i64 run = warp; run < k / 32; run += warps) round_run(target, source, from, run, as == AS_Q8_1);
+    round_part<i64>(target, source, from, 0, k, as, warp, warps);
 }
