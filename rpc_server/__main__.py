@@ -175,8 +175,12 @@ async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
                 f"worker {format_endpoint(host, port)} is this server itself; its own share is "
                 "called 'local'"
             )
-    mode = options.split_mode or "row"
-    split = _split_options(options, options.split, options.tensor_split, mode, identity)
+    shape = None
+    if options.split_mode == "auto":
+        shape = await asyncio.to_thread(_split_shape_if_any, options)
+    split = _split_options(
+        options, options.split, options.tensor_split, options.split_mode, identity, shape
+    )
     return [await SplitDevice.open(split, options.threads)]
 
 
@@ -186,6 +190,7 @@ def _split_options(
     shares: tuple[float, ...] | Literal["auto"] | None,
     mode: str,
     identity: int,
+    shape: ModelShape | None = None,
 ) -> SplitOptions:
     """Return what a split device is made with. Raises SecretError."""
     from rpc_server.devices.split.device import SplitOptions
@@ -196,11 +201,12 @@ def _split_options(
         tuple(part and part[:2] for part in parts),
         shares,
         WIRE_TYPES[options.split_wire],
-        mode == "tensor",
+        None if mode == "auto" else mode == "tensor",
         options.split_timeout,
         options.split_sums == "parts",
         _split_tls(options, parts),
         identity=identity,
+        shape=shape,
     )
 
 
@@ -226,9 +232,10 @@ async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) ->
             auto,
             targets,
             shape,
-            [mode for mode in modes if options.split_mode in (None, mode)],
+            [mode for mode in modes if options.split_mode in ("auto", mode)],
             options.threads,
             Credentials(tls, token),
+            linked=options.split_sums == "parts",
         )
     except (MissingPackageError, AllocationFailed, OSError, ValueError) as error:
         raise StartError(f"--split auto: {error}") from None
@@ -248,6 +255,19 @@ async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) ->
                 lost = choice.parts[number]
                 assert lost is not None
                 chooser.leave_out(lost.endpoint, reason)
+
+
+def _split_shape_if_any(options: Namespace) -> ModelShape | None:
+    """Return the model that a mode is chosen for.
+
+    None if none is named, or what --models has is none. Raises StartError.
+    """
+    try:
+        return _split_shape(options)
+    except (OSError, ValueError) as error:
+        if options.split_model is None:
+            return None
+        raise StartError(f"--split-model: {error}") from None
 
 
 def _split_shape(options: Namespace) -> ModelShape | None:

@@ -268,18 +268,18 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
         "announce themselves, measure them, and take the best arrangement; auto:HOST[,HOST]: of "
         "these, 'local' and 'announced' ones where they are among the names")  # fmt: skip
     add("--split-model", type=Path, metavar="FILE",
-        help="the model that --split auto chooses for, a GGUF file; only its header is read "
-        "(default: that of --models, if it is one file)")  # fmt: skip
+        help="the model that --split auto and --split-mode auto choose for, a GGUF file; only its "
+        "header is read (default: that of --models, if it is one file)")  # fmt: skip
     add(
         "--tensor-split",
         type=_proportions,
         metavar="N[,N]|auto",
         help="share of each of --split (default: by free memory); auto measures how fast each is",
     )
-    add("--split-mode", choices=("row", "tensor"),
-        help="row: cut every weight by rows; tensor: whole attention heads and feed-forward "
-        "columns on each server, two exchanges a layer (default: row; with --split auto the "
-        "better one)")  # fmt: skip
+    add("--split-mode", choices=("auto", "row", "tensor"), default="auto",
+        help="row: cut every weight by rows, with results of one server to the bit; tensor: whole "
+        "attention heads and feed-forward columns on each server; auto: the one in which a token "
+        "waits for less (default: %(default)s)")  # fmt: skip
     add("--split-sums", choices=("parts", "here"), default="parts",
         help="who adds up what parts give in tensor mode: the parts among themselves, where they "
         "can reach one another, or this server (default: %(default)s)")  # fmt: skip
@@ -403,8 +403,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     auto = isinstance(options.split, AutoSplit)
     if auto and options.tensor_split:
         parser.error("--split auto chooses the shares, too: leave out --tensor-split")
-    if options.split_model and not auto:
-        parser.error("--split-model is for --split auto")
+    if options.split_model and not (auto or (options.split and options.split_mode == "auto")):
+        parser.error("--split-model is for --split auto and --split-mode auto")
     shares = options.tensor_split
     if shares and (not options.split or (shares != "auto" and len(shares) != len(options.split))):
         parser.error("--tensor-split needs one share for each part of --split")

@@ -232,7 +232,7 @@ def record(name: str, path: Path) -> None:
         ]
         port = running.enter_context(_started(recorder, r"recording \S+:(\d+)", scratch))
         if recipe.behind is not None:
-            parts = ("--split", f"{HOST}:{port},local")
+            parts = ("--split", f"{HOST}:{port},local", "--split-mode", "row")
             coordinator = own_command(0, *SERVER_OPTIONS[:2], *parts, *recipe.behind)
             port = running.enter_context(_started(coordinator, _LISTENS, scratch))
         recipe.run(port, scratch)

@@ -85,8 +85,9 @@ class SoakServers:
         try:
             self.workers = [self._start_worker(i) for i in range(2)]
             self.coordinator = self._start(
-                "coordinator.log", self.port, *splitting, "--tensor-split", "1,1"
-            )
+                "coordinator.log", self.port, *splitting,
+                *("--tensor-split", "1,1", "--split-mode", "row"),
+            )  # fmt: skip
         except ProgramError:
             self.stop()
             raise

@@ -262,7 +262,7 @@ def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -
     home = boxes[arrangement.coordinator]
     used = [boxes[i] for i in arrangement.parts]
     # Linked parts all wait for one another.
-    near = _linked(arrangement.kind, used)
+    near = is_linked(arrangement.kind, used)
     away = [0.0 if b is home or near else _distance(home, b) + EXCHANGE_SECONDS for b in used]
     work = shape.token_bytes / (4 * shape.layers)
     limits = [usable(b.free) / shape.weight_bytes for b in used]
@@ -315,26 +315,30 @@ def swaps(shape: ModelShape) -> int:
     return 2 * shape.layers
 
 
-def _linked(kind: Kind, used: Sequence[Box]) -> bool:
+def is_linked(kind: Kind, used: Sequence[Box]) -> bool:
+    """Return whether parts add up sums among themselves."""
     return kind == "tensor" and len(used) > 1 and all(box.links for box in used)
 
 
 def _wire_bytes(
     shape: ModelShape, kind: Kind, shares: Sequence[float], share: float, *, linked: bool
 ) -> float:
-    """Bytes of activations there and back for one token and one worker.
-
-    Linked parts send their own sums to all others while they receive theirs.
-    """
+    """Bytes of activations there and back for one token, between the coordinator and one worker."""
     heads = shape.kv_heads * shape.head_width
-    block = (len(shares) - 1.0) * shape.width if linked else 2.0 * shape.width
+    # Linked parts have their sums from one another.
+    block = 0.0 if linked else 2.0 * shape.width
     attention = ffn = block
     if kind == "row" or not cuts_heads(shape, shares):
         # The coordinator's: it gets a share of queries, keys and values, and gives what comes out.
-        attention = share * (2 * shape.width + 2 * heads) + (block if linked else 2 * shape.width)
+        attention = share * (2 * shape.width + 2 * heads) + block
     if kind == "row":
         ffn = shape.width + shape.ffn_width + share * (2 * shape.ffn_width + shape.width)
     return 4 * (shape.layers * (attention + ffn) + shape.width + share * shape.vocabulary)
+
+
+def _swapped_bytes(shape: ModelShape, n_parts: int) -> float:
+    """Bytes that a part sends to all others for one token, while it receives as many of theirs."""
+    return 4.0 * swaps(shape) * (n_parts - 1) * shape.width
 
 
 def _split(
@@ -350,7 +354,7 @@ def _split(
     home, kind = boxes[arrangement.coordinator], arrangement.kind
     used = [boxes[i] for i in arrangement.parts]
     workers = [(s, b) for s, b in zip(shares, used, strict=True) if b is not home and s > 0]
-    linked = _linked(kind, used)
+    linked = is_linked(kind, used)
     n: float = exchanges(shape, kind, shares, linked=linked)
     alone = _rest(shape, home)
     weights = max(
@@ -363,9 +367,12 @@ def _split(
     wire = together(
         [_wire_bytes(shape, kind, shares, s, linked=linked) / b.link for s, b in workers]
     )
+    # Each part has a cable of its own, and none of the others' sums are on it.
+    swapped = _swapped_bytes(shape, len(used)) if linked else 0.0
+    swapping = max((swapped / b.link for _, b in workers), default=0.0)
     terms = {
         "bandwidth": weights, "the coordinator alone": alone + _least(home),
-        "round trips": trips, "network": wire + 4 * shape.vocabulary / home.link,
+        "round trips": trips, "network": wire + swapping + 4 * shape.vocabulary / home.link,
     }  # fmt: skip
     # The output is computed for the last token of a prompt only.
     read = shape.token_bytes - shape.output_bytes
@@ -387,7 +394,7 @@ def _split(
         tuple(shares),
         _missing(shape, home, used, shares, kind, context),
         sum(terms.values()),
-        prompt + _prompt_rest(shape, home) + batch_wire + trips / batch,
+        prompt + _prompt_rest(shape, home) + batch_wire + swapping + trips / batch,
         max(s * shape.weight_bytes / b.link for s, b in [(1.0, home), *workers]),
         terms,
     )

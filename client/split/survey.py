@@ -243,7 +243,7 @@ async def _round_trip(connection: Connection) -> float:
     return min(times)
 
 
-async def _handling(connection: Connection) -> float:
+async def measure_handling(connection: Connection) -> float:
     """Return the seconds that programs at both ends take of a request, in turn for several."""
 
     async def some() -> None:
@@ -390,7 +390,7 @@ async def _candidate(
     stack.callback(connection.abort)
     async with asyncio.timeout(MEASURE_SECONDS):
         backend = await Backend.open(connection, 0)
-        handling = await _handling(connection)
+        handling = await measure_handling(connection)
         link = await measure_upload(backend)
         sample = await ServerSample.make(backend, shape)
     # A server that splits over others itself is no part of another's.

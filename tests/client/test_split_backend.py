@@ -432,7 +432,8 @@ async def _check_newest_after_older(port: int) -> None:
 async def test_a_coordinator_as_one_of_the_servers(ports: dict[str, int]) -> None:
     weight, x = values(320, 64), values(3, 64, seed=2)
     parts = f"local,{HOST}:{ports['two']}"
-    with running("-t", "1", "--split", parts, "--tensor-split", "1,1") as coordinator:
+    options = ("--tensor-split", "1,1", "--split-mode", "row")
+    with running("-t", "1", "--split", parts, *options) as coordinator:
         endpoints = [(HOST, ports["one"]), (HOST, coordinator.port)]
         async with SplitBackend.connect(endpoints, tensor_split=(1, 1)) as s:
             w = await s.weight(F32, (64, 320), weight, name="blk.0.ffn_up.weight")

@@ -87,7 +87,7 @@ def test_one_worker_has_the_file_and_one_has_not(
     has_not = serve("--threads", "1")
     parts = [before(relays, has), before(relays, has_not)]
     addresses = ",".join(part.address for part in parts)
-    options = ("--threads", "1", "--tensor-split", "1,1")
+    options = ("--threads", "1", "--tensor-split", "1,1", "--split-mode", "row")
     split = serve("--split", addresses, *options)
     expected = say(model, serve().address)
     assert say(model, split.address) == expected

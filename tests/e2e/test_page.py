@@ -62,7 +62,7 @@ def test_the_page_is_what_the_metrics_are(tmp_path: Path, llama_server: StartLla
         stack.callback(lambda: worker.stop())
         coordinator: ServerProcess = stack.enter_context(
             running("-t", "1", "--split", f"local,{HOST}:{port}", "--tensor-split", "1,1",
-                    "--metrics-port", "0")
+                    "--split-mode", "row", "--metrics-port", "0")
         )  # fmt: skip
         scraper = Scraper(coordinator)
         first = llama_server(model, rpc=f"{HOST}:{coordinator.port}")

@@ -63,7 +63,8 @@ def split(log_folder: Path) -> Iterator[StartSplit]:
                     parts.append(f"{endpoint.host}:{endpoint.port}")
                 else:
                     parts.append(kind)
-            coordinator = llama.RpcServer(log_folder, "--split", ",".join(parts), *options)
+            mode = () if "--split-mode" in options else ("--split-mode", "row")
+            coordinator = llama.RpcServer(log_folder, "--split", ",".join(parts), *mode, *options)
             stack.callback(coordinator.stop)
             return coordinator
 
@@ -216,7 +217,7 @@ def test_several_slots_in_tensor_mode(
     ("memory", "options"),
     [
         ((165, 165), ("--split-mode", "tensor")),
-        ((300, 20), ("--tensor-split", "auto")),
+        ((300, 20), ("--tensor-split", "auto", "--split-mode", "row")),
     ],
     ids=str,
 )
@@ -253,7 +254,10 @@ def test_two_coordinators_over_the_same_workers(log_folder: Path, expected_text:
         workers = [start("--threads", "1") for _ in range(2)]
         names = [w.address for w in workers]
         coordinators = [
-            start("--split", ",".join(order), "--tensor-split", "1,1", "--split-timeout", "60")
+            start(
+                *("--split", ",".join(order), "--tensor-split", "1,1", "--split-mode", "row"),
+                *("--split-timeout", "60"),
+            )
             for order in (names, names[::-1])
         ]
 

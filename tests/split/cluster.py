@@ -52,11 +52,15 @@ WORKER_IDS = ["CPU", "GPU"]
 
 
 class Coordinator(WorkerProcess):
-    """A server that splits over ``parts``: workers, addresses, or 'local'."""
+    """A server that splits over ``parts``: workers, addresses, or 'local'.
+
+    By rows, unless the options have a mode.
+    """
 
     def __init__(self, parts: Sequence[WorkerProcess | str], *options: str) -> None:
         names = [p if isinstance(p, str) else p.address for p in parts]
-        super().__init__("--split", ",".join(names), *options)
+        mode = () if "--split-mode" in options else ("--split-mode", "row")
+        super().__init__("--split", ",".join(names), *mode, *options)
 
 
 @contextlib.asynccontextmanager

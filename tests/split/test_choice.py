@@ -29,7 +29,8 @@ from rpc_server.__main__ import _chosen_devices
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.split import choice as choice_module
 from rpc_server.devices.split.candidates import AutoSplit
-from rpc_server.devices.split.choice import TYPICAL, Chooser, Mode, candidates
+from rpc_server.devices.split.choice import Chooser, candidates
+from rpc_server.devices.split.mode import TYPICAL, Mode
 from rpc_server.options import parse_options
 from tests.server.process import REPOSITORY, ServerProcess
 from tests.split.cluster import Coordinator, WorkerProcess, backend, status
@@ -165,7 +166,8 @@ def test_spellings(text: str, auto: AutoSplit) -> None:
         ["--split", "auto:a:1,a:1"],
         ["--split", "auto:http://x"],
         ["--split", "auto", "--tensor-split", "1,1"],
-        ["--split", "a:1", "--split-model", "m.gguf"],
+        ["--split", "a:1", "--split-mode", "row", "--split-model", "m.gguf"],
+        ["--split-model", "m.gguf"],
     ],
 )
 def test_what_it_is_told_wrong(words: list[str]) -> None:

@@ -27,10 +27,11 @@ async def test_each_part_is_measured_and_gets_rows_by_its_speed() -> None:
     weight = np.random.default_rng(1).standard_normal((4096, 32)).astype(np.float32)
     with running("-t", "1") as worker:
         parts = f"local,{HOST}:{worker.port}"
+        options = ("--tensor-split", "auto", "--split-mode", "row")
         # Kernels are compiled here if they have to be; the coordinator finds them.
         async with Backend.connect(HOST, worker.port) as b:
             await measure(b)
-        with running("-t", "1", "--split", parts, "--tensor-split", "auto") as coordinator:
+        with running("-t", "1", "--split", parts, *options) as coordinator:
             shares = [share(coordinator, "local"), share(coordinator, f"{HOST}:{worker.port}")]
             assert sum(shares) == pytest.approx(100, abs=0.2)
             # One machine, a thread each: neither is left without work.

@@ -39,7 +39,8 @@ def worker() -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def coordinator(worker: ServerProcess) -> Iterator[ServerProcess]:
     with running(
-        "-t", "1", "--split", f"local,{HOST}:{worker.port}", "--tensor-split", "1,3"
+        *("-t", "1", "--split", f"local,{HOST}:{worker.port}", "--tensor-split", "1,3"),
+        *("--split-mode", "row"),
     ) as process:
         yield process
 

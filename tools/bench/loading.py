@@ -167,6 +167,7 @@ class LoadServers:
         parts = ",".join(endpoint for endpoint, _ in relays)
         options = ["--cache-dir", str(cache / "coordinator")] if cache else []
         options += ["--split", parts, "--tensor-split", ",".join("1" for _ in have)]
+        options += ["--split-mode", "row"]
         port, coordinator = self._own(*options, "--protocol", self.protocol, threads=1)
         servers.append(coordinator)
         return LoadSite(f"{HOST}:{port}", [relay for _, relay in relays], servers)

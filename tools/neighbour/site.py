@@ -109,7 +109,8 @@ class Attacked:
     def _coordinator(self) -> tuple[Process, Where]:
         workers = [self._start("--mem", _MEM_OF_WORKERS)[1] for _ in range(2)]
         split = ",".join(f"{HOST}:{port}" for port in workers)
-        process, port = self._start("--split", split, "--stall-timeout", str(self._patience))
+        mode = ("--split-mode", "row")
+        process, port = self._start("--split", split, *mode, "--stall-timeout", str(self._patience))
         return process, Where(port, 0, 0, "", str(process.log_path))
 
     def level(self) -> Footprint:

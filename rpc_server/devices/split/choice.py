@@ -11,10 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from client.discovery import find_servers
-from client.model_header import ModelShape, WeightProduct
+from client.model_header import ModelShape
 from client.split.address import ServerAddress
 from client.split.advice import Arrangement, Box, Prediction, advise
 from client.split.balance import usable
@@ -25,35 +24,18 @@ from client.split.survey import (
     survey_all,
     targets_of,
 )
-from protocol.ggml.types import GgmlType
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cpu.device import CpuDevice
 from rpc_server.devices.split.candidates import AutoSplit
 from rpc_server.devices.split.measure import HomeSample
+from rpc_server.devices.split.mode import CONTEXT, TYPICAL, Mode, told
 
 log = logging.getLogger(__name__)
 
 _FIND_SECONDS = 3.0
-_CONTEXT = 4096
 _OTHERS_TOLD = 2
 _LOCAL = "local"
 
-Mode = Literal["row", "tensor"]
-
-# What is decided by where nobody says which model it is for: 7 billion weights of 4 bits, in 32
-# layers, which is what formulas and defaults elsewhere go by.
-_PRODUCTS = (
-    WeightProduct(GgmlType.Q4_0, 4096, 4096, 4 * 32),
-    WeightProduct(GgmlType.Q4_0, 4096, 11008, 2 * 32),
-    WeightProduct(GgmlType.Q4_0, 11008, 4096, 32),
-    WeightProduct(GgmlType.Q4_0, 4096, 32000, 1),
-)
-_WEIGHTS = int(sum(p.nbytes * p.count for p in _PRODUCTS))
-TYPICAL = ModelShape(
-    name="a 7B model at 4 bits", layers=32, width=4096, ffn_width=11008, heads=32,
-    kv_heads=32, head_width=128, vocabulary=32000, weight_bytes=_WEIGHTS, token_bytes=_WEIGHTS,
-    cache_bytes=2 * 32 * 32 * 256, products=_PRODUCTS,
-)  # fmt: skip
 # Of the memory of all together, how much an unknown model may take.
 _FILLED = 0.75
 
@@ -112,8 +94,13 @@ class Chooser:
         modes: Iterable[Mode],
         threads: int | None,
         credentials: Credentials,
+        *,
+        linked: bool = True,
     ) -> Chooser:
-        """Ask and time all. Raises AllocationFailed where this machine has no room to measure."""
+        """Ask and time all; ``linked`` says whether parts are to add up sums among themselves.
+
+        Raises AllocationFailed where this machine has no room to measure.
+        """
         reports = [
             replace(r, error=r.error or ("splits over others itself" if r.parts else ""))
             for r in await survey_all(targets, measured=False, credentials=credentials)
@@ -142,7 +129,8 @@ class Chooser:
                 box.round_trip * 1e6,
                 box.free / (1 << 30),
             )
-        return cls(auto, shape, modes, measured.boxes, [r.target for r in reports])
+        boxes = [replace(box, links=box.links and linked) for box in measured.boxes]
+        return cls(auto, shape, modes, boxes, [r.target for r in reports])
 
     def leave_out(self, endpoint: str, reason: str) -> None:
         """Choose from now on without this server."""
@@ -152,7 +140,7 @@ class Chooser:
     def choose(self) -> SplitChoice:
         """Return the best arrangement, and log why. Raises DeviceError if there is none."""
         shape = self._shape or _typical_of(self._boxes)
-        found = [p for p in advise(shape, self._boxes, context=_CONTEXT, at=0) if self._may(p)]
+        found = [p for p in advise(shape, self._boxes, context=CONTEXT, at=0) if self._may(p)]
         if not found:
             raise DeviceError("--split auto: no server can be used, and this machine is to have no "
                               "share ('local' is not among the names)")  # fmt: skip
@@ -183,6 +171,8 @@ class Chooser:
             best.limit,
             extra={"event": "split_chosen"},
         )
+        if best.arrangement.kind in ("row", "tensor"):
+            log.info("--split auto: %s", told(shape, self._boxes, best.arrangement, best.shares))
         for other in found[1 : 1 + _OTHERS_TOLD]:
             reason = "" if other.fits else f", but {other.missing >> 20} MiB are missing"
             log.info(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from client.model_header import ModelShape
 from client.split.balance import Speed, shares_by_time
 from protocol.dialects import Dialect
 from protocol.ggml.ops import VIEWS
@@ -45,6 +46,7 @@ from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.identity import conflict, same_server
 from rpc_server.devices.split.links import Linked, Links
 from rpc_server.devices.split.measure import measure_parts
+from rpc_server.devices.split.mode import Mode, choose, home_box, measure_network
 from rpc_server.devices.split.room import HomeMemory, Room, usable
 from rpc_server.devices.split.sharded import ShardedWeight
 from rpc_server.devices.split.slices import Slices
@@ -103,19 +105,21 @@ class SplitOptions:
 
     ``proportions`` are by part, None for each one's free memory, 'auto' for how fast each is;
     ``timeout`` (seconds) is how long a worker may take for one exchange. ``by_columns`` is tensor
-    mode: whole blocks of a layer on the parts. Those in ``tls`` are spoken to inside of TLS.
+    mode: whole blocks of a layer on the parts; None for whichever is faster for a model of
+    ``shape`` (None: a typical one). Those in ``tls`` are spoken to inside of TLS.
     """
 
     parts: tuple[tuple[str, int] | None, ...]
     proportions: tuple[float, ...] | Literal["auto"] | None = None
     wire: GgmlType = GgmlType.F32
-    by_columns: bool = False
+    by_columns: bool | None = False
     timeout: float = 30.0
     # Whether parts add up sums among themselves where they can.
     linked: bool = True
     tls: Mapping[tuple[str, int], Tls] = field(default_factory=dict)
     # This server's own, which none of the parts may have.
     identity: int = 0
+    shape: ModelShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +286,7 @@ class SplitDevice:
         self._links = Links(options.timeout)
         # By worker, why it keeps no slices, as far as the log has said so.
         self._keeps_not: dict[str, str] = {}
+        self._by_columns = bool(options.by_columns)
         # One graph has the workers' sockets at a time.
         self._lending = asyncio.Lock()
         self._holding = Holding(lambda: self.workers, self._in_background)
@@ -315,9 +320,25 @@ class SplitDevice:
                     speed.round_trip * 1e6,
                     100 * share,
                 )
+        try:
+            device._by_columns = await device._chosen_mode() == "tensor"
+        except WorkerLost:
+            device.close()
+            raise
         device.description = f"rows over {', '.join(names)}"
         device._keeper = asyncio.create_task(device._keep())
         return device
+
+    async def _chosen_mode(self) -> Mode:
+        """Return the mode, the faster one where none is given. Raises WorkerLost."""
+        options = self._options
+        if options.by_columns is not None:
+            return "tensor" if options.by_columns else "row"
+        boxes = [
+            None if worker is None else await measure_network(worker, linked=options.linked)
+            for worker in self._workers
+        ]
+        return choose(options.shape, home_box(self._home()), boxes, self.proportions())
 
     # -- the workers
 
@@ -492,7 +513,7 @@ class SplitDevice:
             list(self._workers),
             proportions,
             self._in_background,
-            by_columns=self._options.by_columns,
+            by_columns=self._by_columns,
             spare=lambda: usable(self._cpu.memory()[0]),
             beyond_here=size > room.home - room.unknown,
         )
@@ -541,7 +562,7 @@ class SplitDevice:
         dialect: Dialect,
         storages: Sequence[SplitStorage],
     ) -> Exchanging:
-        if self._options.by_columns:
+        if self._by_columns:
             parts = next((s.workers for s in storages if s.weights), ())
             if self._options.linked and self._links.may_be(parts):
                 try:

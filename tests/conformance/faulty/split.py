@@ -18,7 +18,7 @@ from rpc_server.session.state import Session
 from tests.conformance.faulty.memory import keep_freed_memory
 from tests.conformance.faulty.registry import Handler, fault, instead_of
 
-_OVER_TWO = ("--split", "local,{worker}", "--tensor-split", "1,1")
+_OVER_TWO = ("--split", "local,{worker}", "--tensor-split", "1,1", "--split-mode", "row")
 
 
 @fault("SPLIT_RUN runs the program that was made last, whatever its number", "program-number")

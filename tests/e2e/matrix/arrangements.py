@@ -133,6 +133,8 @@ def running(name: str, folder: Path) -> Iterator[Running]:
             else:
                 parts = [part if isinstance(part, str) else start(part) for part in server.parts]
                 split = ("--split", ",".join(parts)) if parts else ()
+                if parts and "--split-mode" not in server.options:
+                    split = (*split, "--split-mode", "row")
                 process = own = llama.RpcServer(folder, *server.options, *split)
                 stack.callback(process.stop)
                 address = own.address

@@ -130,7 +130,7 @@ def _coordinator(a: Attacker, changed: Answers, pace: float = 0.0, *options: str
     with _FakeWorker(changed, pace) as worker:
         command = own_command(
             0, "--threads", "1", "--split", f"{HOST}:{worker.port},local",
-            "--split-timeout", "2", *options,
+            "--split-timeout", "2", "--split-mode", "row", *options,
         )  # fmt: skip
         with Process(command) as server:
 
