@@ -47,7 +47,9 @@ class Relay:
     """Passes connections on to ``port`` and counts the bytes on their way there.
 
     What goes there is ``delay`` seconds late. From the first message that ``holds`` names on,
-    nothing comes back on that connection, and if it ``hangs``, on none.
+    nothing comes back on that connection, and if it ``hangs``, on none; the first ``after`` bytes
+    from that message's on still go there. A relay that ``cuts`` hangs up instead. ``holding`` tells
+    that it has come to that.
     """
 
     def __init__(
@@ -57,10 +59,13 @@ class Relay:
         *,
         holds: Command | None = None,
         hangs: bool = False,
+        after: int = 0,
+        cuts: bool = False,
     ) -> None:
         self.sent = 0
         self.holding = threading.Event()
         self._holds, self._hangs = holds, hangs
+        self._after, self._cuts = after, cuts
         self._delay = delay
         self._target = port
         self._loop = asyncio.new_event_loop()
@@ -84,27 +89,39 @@ class Relay:
         there, back = await asyncio.open_connection(HOST, self._target)
 
         held, messages = False, _Messages()
+        left: int | None = None
 
         async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter, count: bool) -> None:
-            nonlocal held
+            nonlocal held, left
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(1 << 18):
                     if held or (self._hangs and self.holding.is_set()):
                         continue
                     if self._holds is not None and count:
-                        begun = messages.find(data, self._holds)
-                        if begun is not None:
+                        if left is None:
+                            begun = messages.find(data, self._holds)
+                            left = None if begun is None else begun + self._after
+                        if left is not None and left < len(data):
                             held = True
+                            data = data[:left]
                             self.holding.set()
-                            data = data[:begun]
+                        elif left is not None:
+                            left -= len(data)
                     self.sent += len(data) * count
                     if count and self._delay:
                         await asyncio.sleep(self._delay)
                     to.write(data)
                     await to.drain()
+                    if held and self._cuts:
+                        writer.close()
+                        break
             to.close()
 
         await asyncio.gather(copy(reader, back, True), copy(there, writer, False))
+
+    def let_go(self) -> None:
+        """Hold nothing any more of connections that are made from now on."""
+        self._holds, self._hangs = None, False
 
     def close(self) -> None:
         """Break all connections off."""
