@@ -158,7 +158,7 @@ def operands(type_: GgmlType, isa: Isa, k: int, rows: int, n_columns: int) -> di
     [
         *(("cortex-a72", Isa.NEON, type_) for type_ in TYPES),
         *(("cortex-a76", Isa.DOTPROD, type_) for type_ in TYPES),
-        ("max", Isa.FP16FML, GgmlType.F16),
+        *(("max", Isa.I8MM, type_) for type_ in TYPES),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )

@@ -109,16 +109,16 @@ TRANSFERS = frozenset((stream_send, stream_receive, stream_swap))
 # -- products --------------------------------------------------------------------------------------
 
 product_kernel = _family("matmul.product_kernel")
-# Sets that multiply floats besides, and what they are without.
+# Of sets that multiply floats besides, what does the same with all others and with these.
 _WITHOUT_FLOATS = {Isa.FP16FML: Isa.DOTPROD, Isa.AVX512_BF16: Isa.AVX512_VNNI}
+_WITH_FLOATS = {Isa.I8MM: Isa.FP16FML}
 
 
 def product_of(type_: GgmlType, isa: Isa) -> Kernel:
     """Return the product of a weight type on an instruction set."""
     # Of what sets differ in by one type alone, other types have one kernel.
-    if not (in_pairs(type_, isa) or in_halves(type_, isa)):
-        isa = _WITHOUT_FLOATS.get(isa, isa)
-    return product_kernel(type_, isa)
+    floats = in_pairs(type_, isa) or in_halves(type_, isa)
+    return product_kernel(type_, (_WITH_FLOATS if floats else _WITHOUT_FLOATS).get(isa, isa))
 
 
 route_columns = _one("matmul.route_columns")

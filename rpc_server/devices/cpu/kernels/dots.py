@@ -5,7 +5,8 @@ one column. Many columns: :func:`unpack_tile` turns 16 rows into a *tile*, in wh
 the same four codes (or one float) of all 16 rows, and :func:`tile_product` multiplies it with
 several columns at a time; sums then need no shuffling, and a format's decoding is paid once.
 
-A tile of a quantized format is a record for each run of 32 elements: 8 vectors of codes, then for
+A tile of a quantized format is a record for each run of 32 elements: 8 vectors of codes (where two
+rows are multiplied with two columns, 4 of twice the size, with eight codes of each row), then for
 each group of the run a vector of scales and one of minima (F32, a lane for each row). A tile of
 floats is a vector of F32 for each element (of F16 where they are multiplied as such), or one of
 pairs of BF16 for every other one.
@@ -491,8 +492,11 @@ def _unpack_quantized(
 
         def run_body(j: Any, _: list[Any]) -> list[Any]:
             at = e.b.add(stage, e.shift_left(j, 5))
-            loaded = [e.load(at, vector(I32, 8), UNIT * i) for i in range(LANES)]
             to = e.b.add(out, e.b.mul(j, e.i64(record)))
+            if e.isa is Isa.I8MM:
+                _turn_in_eights(e, at, to)
+                return []
+            loaded = [e.load(at, vector(I32, 8), UNIT * i) for i in range(LANES)]
             for i, value in enumerate(e.transpose(loaded)):
                 e.store(value, to, i * _VECTOR_BYTES)
             return []
@@ -511,6 +515,15 @@ def _unpack_quantized(
         return []
 
     e.loop(begin, end, UNIT, [], unit_body)
+
+
+def _turn_in_eights(e: Emit, rows: Any, to: Any) -> None:
+    """Turn a run of 16 rows, UNIT bytes apart: eight codes of each, then the next eight of each."""
+    for row in range(0, LANES, 2):
+        pair = [e.load(rows, vector(I64, 4), UNIT * (row + i)) for i in range(2)]
+        for eight in range(4):
+            value = e.shuffle(pair[0], [eight, 4 + eight], pair[1])
+            e.store(value, to, 8 * (LANES * eight + row))
 
 
 @intrinsic(prefer_literal=True)
@@ -641,6 +654,8 @@ def _sums_of_words(
             sums = add(e.i64(word), sums)
         return sums
 
+    if e.isa is Isa.I8MM:
+        return _sums_of_eights(e, tile, columns, first, count)
     zeros = [e.constant(I32, 0, LANES) for _ in columns]
     if _is_centred(e, largest) and not e.isa.is_arm:
         return over(first, first + count, zeros, add_signed)
@@ -654,6 +669,33 @@ def _sums_of_words(
         pairs = over(begin, end, short, add_short)
         sums = [e.add_pairs(s, p) for s, p in zip(sums, pairs, strict=True)]
     return sums
+
+
+def _sums_of_eights(e: Emit, tile: Any, columns: list[Any], first: int, count: int) -> list[Any]:
+    """Return the same as _sums_of_words, of two rows and two columns at once."""
+    bytes_, n_pairs = vector(I8, 16), LANES // 2
+
+    def add(eight: Any, sums: list[Any]) -> list[Any]:
+        at = e.b.add(tile, e.shift_left(eight, 7))
+        codes = [e.load(at, bytes_, 16 * p) for p in range(n_pairs)]
+        loaded = [e.load(e.b.add(c, e.shift_left(eight, 3)), vector(I64, 1)) for c in columns]
+        values = [
+            e.b.bitcast(e.concat(*loaded[i : i + 2]), bytes_) for i in range(0, len(loaded), 2)
+        ]
+        return [
+            e.smmla(total, codes[i % n_pairs], values[i // n_pairs]) for i, total in enumerate(sums)
+        ]
+
+    zeros = [e.constant(I32, 0, 4)] * (n_pairs * len(columns) // 2)
+    end = e.unknown(e.i64((first + count) // 2))
+    sums = e.loop(e.i64(first // 2), end, 1, zeros, add)
+    found = []
+    for column in range(len(columns)):
+        pairs = sums[n_pairs * (column // 2) :][:n_pairs]
+        lanes = [column % 2 + 2 * i for i in range(4)]
+        fours = [e.shuffle(a, lanes, b) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+        found.append(e.joined(fours))
+    return found
 
 
 def _is_centred(e: Emit, largest: int) -> bool:

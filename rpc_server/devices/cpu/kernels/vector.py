@@ -47,6 +47,7 @@ _NEEDS: dict[Isa, tuple[str, ...]] = {
     Isa.NEON: ("neon",),
     Isa.DOTPROD: ("neon", "dotprod"),
     Isa.FP16FML: ("neon", "dotprod", "fp16fml"),
+    Isa.I8MM: ("neon", "dotprod", "fp16fml", "i8mm"),
     Isa.AVX2: ("avx2", "fma"),
     Isa.AVX_VNNI: ("avx2", "fma", "avxvnni"),
     Isa.AVX512: ("avx2", "fma", "avx512f", "avx512bw", "avx512vl"),
@@ -215,7 +216,8 @@ class Emit:
 
     def fma_wide(self, a: Any, b: Any, c: Any) -> Any:
         """Return a * b + c of floats of any type and F32; of two vectors of F16 each is exact."""
-        if self.isa != Isa.FP16FML or {_element(v.type) for v in (a, b)} != {F16}:
+        halves = self.isa.is_arm and self.isa >= Isa.FP16FML
+        if not halves or {_element(v.type) for v in (a, b)} != {F16}:
             return self.fma(self.widen(a), self.widen(b), c)
         totals = self._parts(c, 4)
         for i, eights in enumerate(zip(self._parts(a, 8), self._parts(b, 8), strict=True)):
@@ -223,7 +225,7 @@ class Emit:
                 total = totals[2 * i + half]
                 name = f"llvm.aarch64.neon.{name}.v4f32.v8f16"
                 totals[2 * i + half] = self._call(name, total.type, [total, *eights])
-        return self._joined(totals)
+        return self.joined(totals)
 
     def call_vector(self, name: str, *args: Any) -> Any:
         """Return an LLVM intrinsic of one overloaded type."""
@@ -283,7 +285,7 @@ class Emit:
             entries = self.constant(I8, table, 16)
             kind, name = vector(I8, 16), "llvm.aarch64.neon.tbl1.v16i8"
             found = [self._call(name, kind, [entries, part]) for part in self._parts(index, 16)]
-            return self._joined(found)
+            return self.joined(found)
         if self.isa >= Isa.AVX2 and n == 32:
             entries = self.constant(I8, [*table, *table], 32)
             return self._call("llvm.x86.avx2.pshuf.b", index.type, [entries, index])
@@ -332,7 +334,7 @@ class Emit:
                 self._parts(values, 16),
                 strict=True,
             )
-            return self._joined([self._sdot(*parts) for parts in operands])
+            return self.joined([self._sdot(*parts) for parts in operands])
         if self.isa == Isa.NEON:
             return self.add_pairs(total, self.pairs(codes, values))
         if n == 16 and self.isa == Isa.AVX_VNNI:
@@ -373,7 +375,7 @@ class Emit:
         ``codes`` are at most 127 (or 128: 2 * 128 * 127 still fits), ``values`` above -128.
         """
         if self.isa == Isa.NEON:
-            return self._joined(
+            return self.joined(
                 [
                     self._call("llvm.aarch64.neon.addp.v8i16", vector(I16, 8), products)
                     for products in self._pairwise(self._smull(codes, values))
@@ -386,7 +388,7 @@ class Emit:
         """Add sums of two neighbours of ``pairs`` (I16) to ``total`` (I32)."""
         if self.isa == Isa.NEON:
             sums = [self._saddlp(part) for part in self._parts(pairs, 8)]
-            return self.b.add(total, self._joined(sums))
+            return self.b.add(total, self.joined(sums))
         return self.b.add(total, self._by_words(pairs, self.like(pairs, 1)))
 
     def sum_products(self, codes: Any, values: Any, largest: int) -> Any:
@@ -415,7 +417,7 @@ class Emit:
             return [value]
         return [self.shuffle(value, range(at, at + lanes)) for at in range(0, count, lanes)]
 
-    def _joined(self, parts: Sequence[Any]) -> Any:
+    def joined(self, parts: Sequence[Any]) -> Any:
         """Put vectors behind each other, of which there are 1, 2, 4, ..."""
         while len(parts) > 1:
             parts = [self.concat(a, b) for a, b in self._pairwise(parts)]
@@ -431,6 +433,14 @@ class Emit:
     def _sdot(self, total: Any, a: Any, b: Any) -> Any:
         """``total`` (I32[4]) plus products of signed bytes, summed in fours."""
         return self._call("llvm.aarch64.neon.sdot.v4i32.v16i8", total.type, [total, a, b])
+
+    def smmla(self, total: Any, a: Any, b: Any) -> Any:
+        """Add to ``total`` (I32[4]) products of two rows with two columns, eight signed bytes each.
+
+        ``a`` and ``b`` (I8[16]) hold these behind each other; the second lane is of the first row
+        and the second column. On I8MM.
+        """
+        return self._call("llvm.aarch64.neon.smmla.v4i32.v16i8", total.type, [total, a, b])
 
     def _smull(self, a: Any, b: Any) -> list[Any]:
         """Products of signed bytes, I16[8] each. On ARM."""

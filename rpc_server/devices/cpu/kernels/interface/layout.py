@@ -128,7 +128,7 @@ def in_pairs(type_: GgmlType, isa: Isa) -> bool:
 
 def in_halves(type_: GgmlType, isa: Isa) -> bool:
     """Return whether a product multiplies F16 with F16."""
-    return type_ is GgmlType.F16 and isa is Isa.FP16FML
+    return type_ is GgmlType.F16 and isa in (Isa.FP16FML, Isa.I8MM)
 
 
 def columns_at_once(isa: Isa) -> int:
