@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from client.errors import AllocationFailed, MissingPackageError
+from client.split.address import OwnCard, ServerAddress
 from client.tunnel import SecretError, client_context, read_token, server_context
 from protocol.announcement import Announcement
 from protocol.endpoint import format_endpoint
@@ -24,6 +25,7 @@ from protocol.split import WIRE_TYPES
 from rpc_server import SOFTWARE
 from rpc_server.cache.quota import DEFAULT_LIMIT
 from rpc_server.cache.store import CacheError, TensorCache, default_cache_dir
+from rpc_server.children import Leash, Told
 from rpc_server.devices.base import Device, DeviceError, Splitting
 from rpc_server.devices.cpu.catalog import end_compilers
 from rpc_server.devices.cpu.hashing import CompiledLanes, compiled_hash
@@ -45,9 +47,12 @@ from rpc_server.observability.console import report
 from rpc_server.observability.logs import set_up
 from rpc_server.observability.metrics import ServerStats
 from rpc_server.options import (
+    OWN_CARD_OPTION,
+    PROGRAM,
     SPLIT_TOKEN_VARIABLE,
     TOKEN_VARIABLE,
     Parts,
+    options_of_card,
     parse_options,
     server_limits,
     server_version,
@@ -132,16 +137,14 @@ def _banner(endpoint: str, tls: str | None, context: ServerContext, protocol: st
         _say(f"  {device.name}: {device.description} ({total >> 20} MiB, {free >> 20} MiB free)")
 
 
-def _split_tls(options: Namespace, parts: Parts) -> dict[tuple[str, int], Tls]:
+def _split_tls(options: Namespace, parts: Parts) -> Tls:
     """Return how workers named tls:// are spoken to. Raises SecretError."""
-    from rpc_server.devices.split.worker import Tls
+    from rpc_server.devices.split.worker import NO_TLS, Tls
 
-    named = [part[:2] for part in parts if part and part[2]]
-    if not named:
-        return {}
+    if not any(isinstance(part, ServerAddress) and part.tls for part in parts):
+        return NO_TLS
     context = client_context(options.split_ca, options.split_cert, options.split_key)
-    tls = Tls(context, read_token(options.split_token_file, SPLIT_TOKEN_VARIABLE))
-    return dict.fromkeys(named, tls)
+    return Tls(context, read_token(options.split_token_file, SPLIT_TOKEN_VARIABLE))
 
 
 async def _start_tls(options: Namespace, server: Server) -> tuple[str | None, list[socket.socket]]:
@@ -169,11 +172,13 @@ async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
         return await _chosen_devices(options, options.split, identity)
     from rpc_server.devices.split.device import SplitDevice
 
-    for host, port in (part[:2] for part in options.split if part is not None):
-        if await is_here(host, port, options.host, options.port):
+    for part in options.split:
+        if not isinstance(part, ServerAddress):
+            continue
+        if await is_here(part.host, part.port, options.host, options.port):
             raise StartError(
-                f"worker {format_endpoint(host, port)} is this server itself; its own share is "
-                "called 'local'"
+                f"worker {format_endpoint(part.host, part.port)} is this server itself; its own "
+                "share is called 'local'"
             )
     shape = None
     if options.split_mode == "auto":
@@ -195,10 +200,10 @@ def _split_options(
     """Return what a split device is made with. Raises SecretError."""
     from rpc_server.devices.split.device import SplitOptions
 
-    if None in parts:
+    if None in parts and not any(isinstance(part, OwnCard) for part in parts):
         warn_of_idle_cards()
     return SplitOptions(
-        tuple(part and part[:2] for part in parts),
+        parts,
         shares,
         WIRE_TYPES[options.split_wire],
         None if mode == "auto" else mode == "tensor",
@@ -207,6 +212,7 @@ def _split_options(
         _split_tls(options, parts),
         identity=identity,
         shape=shape,
+        card_command=(*options.program, *options.arguments, OWN_CARD_OPTION),
     )
 
 
@@ -244,10 +250,7 @@ async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) ->
         if not choice.parts:
             # What was measured is what is served with.
             return open_devices(["CPU"], DeviceOptions(options.threads))
-        parts = tuple(
-            None if part is None else (part.host, part.port, part.tls) for part in choice.parts
-        )
-        split = _split_options(options, parts, choice.shares, choice.mode, identity)
+        split = _split_options(options, choice.parts, choice.shares, choice.mode, identity)
         try:
             return [await SplitDevice.open(split, options.threads)]
         except PartsMissing as missing:
@@ -375,8 +378,11 @@ async def _listen(host: str, port: int, option: str) -> tuple[list[socket.socket
     return sockets, format_endpoint(host, bound[1])
 
 
-async def _serve(options: Namespace) -> Ending:
-    """Serve until SIGINT, SIGTERM or the loss of all devices. Raises StartError."""
+async def _serve(options: Namespace, leash: Leash | None) -> Ending:
+    """Serve until SIGINT, SIGTERM or the loss of all devices. Raises StartError.
+
+    On a ``leash`` it is told where this listens, and signals are for the one that holds it.
+    """
     context = await _context(options)
     server = Server(context, options.allow)
     sockets, endpoint = await _listen(options.host, options.port, "--port")
@@ -387,7 +393,9 @@ async def _serve(options: Namespace) -> Ending:
     if not is_loopback(sockets) and not options.allow:
         print(_EXPOSED.format(host=options.host), file=sys.stderr, flush=True)
     # Whoever has read where it listens may end it.
-    stopped = _signals()
+    stopped = _signals() if leash is None else asyncio.Semaphore(0)
+    if leash is not None:
+        leash.tell(Told(port=sockets[0].getsockname()[1]))
     progress = None
     if not options.quiet:
         _banner(endpoint, tls, context, options.protocol)
@@ -471,24 +479,35 @@ def _prepare() -> int:
         end_compilers()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(arguments: Sequence[str] | None = None, program: Sequence[str] = PROGRAM) -> int:
+    """Run the command line; return the exit status.
+
+    ``program`` is what starts this program once more, for a card that is a part of a split.
+    """
     options = parse_options(arguments)
-    set_up(options.log_level, options.log_format)
+    leash = None
+    if options.own_card is not None:
+        leash = Leash()
+        options = options_of_card(options)
+    options.program = tuple(program)
+    set_up(options.log_level, options.log_format, options.own_card.name if leash else "")
     if options.prepare:
         return _prepare()
     sys.setswitchinterval(_SWITCH_SECONDS)
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:
-            ending = runner.run(_serve(options))
+            ending = runner.run(_serve(options, leash))
             if not ending.threads_ended:
                 # A thread is in the middle of a node, and nobody wants its result.
                 log.warning("a device is still busy; ending without it")
                 logging.shutdown()
                 os._exit(ending.status)
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if leash is None:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            leash.tell(Told(error=str(error)))
         return 1
     except KeyboardInterrupt:
         # Before it served.

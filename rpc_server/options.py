@@ -7,13 +7,14 @@ import dataclasses
 import ipaddress
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from client.split.address import ServerAddress
+from client.split.address import OwnCard, ServerAddress
 from protocol.dialects import DIALECTS, find_dialects
-from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
+from protocol.endpoint import DEFAULT_PORT, format_endpoint
 from protocol.split import MAX_PARTS, WIRE_TYPES
 from rpc_server import SOFTWARE
 from rpc_server.devices.split.candidates import AutoSplit
@@ -24,10 +25,13 @@ DEFAULT_HOST = "127.0.0.1"
 TOKEN_VARIABLE = "GGML_RPC_TOKEN"
 SPLIT_TOKEN_VARIABLE = "GGML_RPC_SPLIT_TOKEN"
 NO_PREPARE_VARIABLE = "GGML_RPC_NO_PREPARE"
+OWN_CARD_OPTION = "--own-card"
+# What starts this program.
+PROGRAM = (sys.executable, "-m", "rpc_server")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-# Of each part host, port, and whether inside of TLS; None is this machine.
-Parts = tuple[tuple[str, int, bool] | None, ...]
+# None is this machine's processors.
+Parts = tuple[ServerAddress | OwnCard | None, ...]
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "MB": 1 << 20, "MIB": 1 << 20}
 _UNITS |= dict.fromkeys(("G", "GB", "GIB"), 1 << 30)
@@ -122,30 +126,58 @@ def _candidates(text: str) -> AutoSplit:
         raise argparse.ArgumentTypeError("'auto:' names nothing to choose from")
     words = {"announced", "local"}
     named = ",".join(name for name in names if name not in words)
-    parts = _parts(named) if named else ()
-    addresses = tuple(ServerAddress(*part) for part in parts if part is not None)
-    return AutoSplit(addresses, "announced" in names, "local" in names)
+    addresses = []
+    for part in _parts(named) if named else ():
+        if isinstance(part, OwnCard):
+            raise argparse.ArgumentTypeError(
+                "'auto:' chooses among servers and this machine's processors; name "
+                f"{part.name} as a part, without 'auto:'"
+            )
+        if part is not None:
+            addresses.append(part)
+    return AutoSplit(tuple(addresses), "announced" in names, "local" in names)
 
 
 def _parts(text: str) -> Parts:
-    parts: list[tuple[str, int, bool] | None] = []
-    for name in filter(None, re.split(r"[,;\s]+", text)):
-        if name == "local":
-            parts.append(None)
-            continue
-        address = name.removeprefix("tls://")
-        try:
-            host, number = parse_endpoint(address)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}; or 'local', or tls://host:port") from None
-        if any(part and part[:2] == (host, number) for part in parts):
-            raise argparse.ArgumentTypeError(f"names {format_endpoint(host, number)} twice")
-        parts.append((host, number, address != name))
+    parts = tuple(_part(name) for name in re.split(r"[,;\s]+", text) if name)
+    # Whether inside of TLS or not, one server is one part.
+    names = [
+        format_endpoint(p.host, p.port) if isinstance(p, ServerAddress) else p.name
+        for p in parts
+        if p is not None
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"names {name} twice")
     if parts.count(None) > 1 or len(parts) > MAX_PARTS or not any(parts):
         raise argparse.ArgumentTypeError(
             f"'{text}' must name 1 to {MAX_PARTS} parts, 'local' once at most and not alone"
         )
-    return tuple(parts)
+    return parts
+
+
+def _part(name: str) -> ServerAddress | OwnCard | None:
+    """Return what one name of --split names; None is this machine's processors."""
+    if name == "local":
+        return None
+    if name.lower() == "cuda":
+        raise argparse.ArgumentTypeError(
+            "name this machine's GPUs one by one (cuda0,cuda1); a host of that name is "
+            f"{name}:{DEFAULT_PORT}"
+        )
+    try:
+        return OwnCard.parse(name) or ServerAddress.parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{error}; or 'local', 'cuda0', or tls://host:port"
+        ) from None
+
+
+def _own_card(text: str) -> OwnCard:
+    card = OwnCard.parse(text)
+    if card is None:
+        raise argparse.ArgumentTypeError(f"'{text}' names no card such as cuda0")
+    return card
 
 
 def _proportions(text: str) -> tuple[float, ...] | Literal["auto"]:
@@ -251,6 +283,8 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
         f"{NO_PREPARE_VARIABLE})")  # fmt: skip
     add("--allow-host-ops", action="store_true",
         help="run ops that have no kernel for the GPU on the host, which is slow")  # fmt: skip
+    # What a coordinator starts its own processes with; nobody types it.
+    add(OWN_CARD_OPTION, type=_own_card, dest="own_card", help=argparse.SUPPRESS)
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
@@ -264,7 +298,8 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--split", type=_split, metavar="HOST:PORT[,...]|auto",
         help="be one large device whose weights are cut by rows over these servers (upstream's or "
-        "ours); 'local' among them is a share of this machine's own. auto: find servers that "
+        "ours); 'local' among them is a share of this machine's own processors, 'cuda0' its first "
+        "GPU. auto: find servers that "
         "announce themselves, measure them, and take the best arrangement; auto:HOST[,HOST]: of "
         "these, 'local' and 'announced' ones where they are among the names")  # fmt: skip
     add("--split-model", type=Path, metavar="FILE",
@@ -377,6 +412,29 @@ def server_limits(options: argparse.Namespace) -> ServerLimits:
     return dataclasses.replace(_DEFAULTS, **chosen, drain=options.drain_seconds)
 
 
+# Of a coordinator's options those that the process of one of its cards goes by: the rest is about
+# its clients, and the card has one client.
+_OF_CARDS = (
+    "allow_host_ops", "threads", "cache", "cache_dir", "cache_size", "cache_read_only",
+    "log_format", "limit_message", "limit_graph_nodes", "limit_graph_tensors",
+    "limit_graph_memory", "limit_stall", "limit_graph", "limit_peer",
+)  # fmt: skip
+
+
+def options_of_card(options: argparse.Namespace) -> argparse.Namespace:
+    """Return how to serve ``options.own_card``, of a coordinator's own options with that one."""
+    made = parse_options([])
+    for name in _OF_CARDS:
+        setattr(made, name, getattr(options, name))
+    made.own_card, made.device = options.own_card, [options.own_card.device]
+    made.port = 0
+    made.quiet = made.no_prepare = True
+    # The coordinator tells what its clients do, and ends when it has drained.
+    made.log_level = "debug" if options.log_level == "debug" else "warning"
+    made.drain_seconds = 0.0
+    return made
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all options, grouped as --help shows them."""
     parser = argparse.ArgumentParser(
@@ -396,6 +454,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with status 2 and a message if it is wrong."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    options.program = PROGRAM
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     options.log_level = options.log_level or ("warning" if options.quiet else "info")
     options.cache = bool(
         options.cache or options.cache_dir or options.cache_size or options.cache_read_only
@@ -412,7 +472,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--tls-port and --tls-cert need each other")
     if options.tls_port is None and (options.tls_ca or options.token_file or options.tls_key):
         parser.error("--tls-ca, --tls-key and --token-file are for --tls-port")
-    secure = auto or any(part and part[2] for part in options.split or ())
+    secure = auto or any(isinstance(p, ServerAddress) and p.tls for p in options.split or ())
     if not secure and (options.split_ca or options.split_cert or options.split_token_file):
         parser.error("--split-ca, --split-cert, --split-token-file are for tls:// in --split")
     if options.no_mmap and not options.models:
@@ -420,5 +480,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.cache_read_only and options.cache_size:
         parser.error("--cache-read-only keeps nothing, so it has no --cache-size")
     if options.split and options.device:
-        parser.error("--split is a device of its own: leave out --device")
+        parser.error(
+            "--split is a device of its own: leave out --device (GPUs of this machine are parts: "
+            "--split cuda0,...)"
+        )
     return options

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "rpc_server.__main__": "server/test_command_line.py",
     "rpc_server.options": "server/test_command_line.py",
     "rpc_server.cache": "server/test_cache.py",
+    "rpc_server.children": "split/test_cards.py",
     "rpc_server.net": "server/test_access.py",
     "rpc_server.net.announcer": "tools/test_workers.py",
     "rpc_server.net.timeouts": "server/test_limits.py",

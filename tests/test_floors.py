@@ -26,6 +26,7 @@ FLOORS = (
     ("client",),
     ("client.split",),
     (
+        "rpc_server.children",
         "rpc_server.folders",
         "rpc_server.limits",
         "rpc_server.sockets",

@@ -25,3 +25,16 @@ def keep(
         print(f"{document} is out of date: run python -m {program}")
         return 1
     return 0
+
+
+def with_tables(document: Path, program: str, tables: str) -> str:
+    """Return the text of a document with the tables anew that ``program`` writes there.
+
+    They stand between a line that names it and one that ends them; ValueError if these are missing.
+    """
+    begin, end = f"<!-- tables: written by {program} -->", "<!-- end of tables -->"
+    before, _, rest = document.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{document} lacks the marks that its tables stand between")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"

@@ -19,11 +19,10 @@ from protocol import messages, split
 from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, CommandSpec, Dialect, distinct_numberings
 from protocol.ggml.ops import GluOp, Numbering, Op, UnaryOp
-from tools.documents import keep
+from tools.documents import keep, with_tables
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "protocol.md"
-BEGIN = "<!-- tables: written by tools.protocol_tables -->"
-END = "<!-- end of tables -->"
+PROGRAM = "tools.protocol_tables"
 
 _BODY = {Body.NONE: "", Body.DATA: "data", Body.GRAPH: "graph"}
 # Structures that others hold, by the name they have in the document.
@@ -136,23 +135,14 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-def _split(text: str) -> tuple[str, str]:
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{DOCUMENT} lacks the marks that its tables stand between")
-    return before, after
-
-
 def document() -> str:
     """Return the whole text, its tables made anew."""
-    before, after = _split(DOCUMENT.read_text())
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return with_tables(DOCUMENT, PROGRAM, tables())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return keep(DOCUMENT, "tools.protocol_tables", document, arguments)
+    return keep(DOCUMENT, PROGRAM, document, arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""What a server is called where several are named: its place, and whether it is inside of TLS."""
+"""What parts of a split are called: the place of a server, or a card of the coordinator's own."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from protocol.endpoint import DEFAULT_PORT, format_endpoint, parse_endpoint
 
 _TLS = "tls://"
+_CARD = re.compile(r"cuda(\d{1,3})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +34,26 @@ class ServerAddress:
     def endpoint(self) -> str:
         """Return the address as it is written for --split."""
         return (_TLS if self.tls else "") + format_endpoint(self.host, self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCard:
+    """A GPU of the coordinator's own machine as a part; ``index`` is CUDA's number of it."""
+
+    index: int
+
+    @classmethod
+    def parse(cls, text: str) -> OwnCard | None:
+        """Return the card that ``cuda0`` names, in any case; None for what names no card."""
+        found = _CARD.fullmatch(text.strip())
+        return cls(int(found[1])) if found else None
+
+    @property
+    def name(self) -> str:
+        """Return what it is called as a part."""
+        return f"cuda{self.index}"
+
+    @property
+    def device(self) -> str:
+        """Return what it is called as a device of a server."""
+        return f"CUDA{self.index}"

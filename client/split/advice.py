@@ -28,6 +28,9 @@ ALONE_PART = 0.05
 EXCHANGE_SECONDS = 30e-6
 # Of a prompt's bytes in row mode, and of its products, how much overlaps with the other at most.
 _OVERLAPPED_WIRE, _OVERLAPPED_PRODUCTS = 1 / 3, 1 / 2
+# What one with a card costs besides: inputs are copied to it, kernels are launched and waited for,
+# results are copied back. Some 40 us are the host's; the rest is on paper, no card was measured.
+CARD_SECONDS = 60e-6
 # Requests of llama.cpp with a graph's inputs: embeddings, positions, places in the cache, a mask.
 _INPUTS = 7
 # Tokens of a prompt that llama.cpp computes at once.
@@ -52,6 +55,8 @@ class Box:
     one column while they compute: 1 is twice as long; ``beside_prompt`` the same for many columns,
     which share cores but hardly the memory's bandwidth. ``links``: whether it can add up sums with
     other parts, without the coordinator. ``cold``: seconds that products take longer after a pause.
+    ``card`` is what a coordinator there calls the GPU that was measured as a part of its own, '' if
+    processors were.
     """
 
     endpoint: str
@@ -69,6 +74,12 @@ class Box:
     beside_prompt: Mapping[str, float] = field(default_factory=dict)
     links: bool = False
     cold: float = 0.0
+    card: str = ""
+
+    @property
+    def own_part(self) -> str:
+        """Return what its own share is called in --split of a coordinator there."""
+        return self.card or "local"
 
     def slowed(self, others: Iterable[Box], *, prompt: bool = False) -> float:
         """Return how many times as long it takes while others compute."""
@@ -256,6 +267,15 @@ def _distance(a: Box, b: Box) -> float:
     return max(max(box.round_trip - 2 * box.handling, 0.0) for box in (a, b))
 
 
+def _trip(home: Box, box: Box) -> float:
+    """Seconds that an exchange of a coordinator and a part takes beside computing."""
+    on_card = CARD_SECONDS if box.card else 0.0
+    if box is home:
+        # Processors of its own take part without an exchange.
+        return EXCHANGE_SECONDS + on_card if box.card else 0.0
+    return _distance(home, box) + EXCHANGE_SECONDS + on_card
+
+
 def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -> list[list[float]]:
     """Shares worth looking at: by time, the same in whole heads, and all alike."""
     assert arrangement.coordinator is not None
@@ -263,7 +283,7 @@ def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -
     used = [boxes[i] for i in arrangement.parts]
     # Linked parts all wait for one another.
     near = is_linked(arrangement.kind, used)
-    away = [0.0 if b is home or near else _distance(home, b) + EXCHANGE_SECONDS for b in used]
+    away = [0.0 if near else _trip(home, b) for b in used]
     work = shape.token_bytes / (4 * shape.layers)
     limits = [usable(b.free) / shape.weight_bytes for b in used]
     speeds = alike([b.decode / b.slowed(used) for b in used])
@@ -362,7 +382,7 @@ def _split(
     )
     # A swap is one way of an exchange, between any two of the parts.
     n += swaps(shape) / 2 if linked else 0
-    trips = n * max((_distance(home, b) + EXCHANGE_SECONDS for _, b in workers), default=0.0)
+    trips = n * max(_trip(home, b) for s, b in zip(shares, used, strict=True) if s > 0)
     together = sum if one_cable else max
     wire = together(
         [_wire_bytes(shape, kind, shares, s, linked=linked) / b.link for s, b in workers]

@@ -25,7 +25,7 @@ from client.connection import Connection, connect_any
 from client.discovery import FoundServer
 from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
 from client.model_header import ModelShape
-from client.split.address import ServerAddress
+from client.split.address import OwnCard, ServerAddress
 from client.split.advice import Box
 from client.split.balance import Speed, least_seconds, measure
 from client.split.model_speed import (
@@ -336,6 +336,7 @@ class Candidate:
     beside: dict[str, float] = field(default_factory=dict)
     beside_prompt: dict[str, float] = field(default_factory=dict)
     links: bool = False
+    card: str = ""
 
     def box(self) -> Box:
         """Return what was measured."""
@@ -344,7 +345,7 @@ class Candidate:
         return Box(
             self.endpoint, self.free, speed.decode, speed.prompt, self.round_trip, self.link,
             self.splits, speed.rest, speed.rest_prompt, speed.graph,
-            self.handling, self.beside, self.beside_prompt, self.links, speed.cold,
+            self.handling, self.beside, self.beside_prompt, self.links, speed.cold, self.card,
         )  # fmt: skip
 
 
@@ -397,10 +398,13 @@ async def _candidate(
     splits = report.split > 0 and not report.parts
     host = report.target.host
     machine = "" if is_loopback(host) else host
-    free = report.devices[0].free
+    device = report.devices[0]
+    card = OwnCard.parse(device.name)
+    # Cards add up no sums among themselves.
+    links = splits and report.split >= SWAPS_SINCE and not report.target.tls and card is None
     return Candidate(
-        report.target.endpoint, machine, free, sample, link, splits, handling,
-        links=splits and report.split >= SWAPS_SINCE and not report.target.tls,
+        report.target.endpoint, machine, device.free, sample, link, splits, handling, links=links,
+        card="" if card is None else card.name,
     )  # fmt: skip
 
 

@@ -80,8 +80,8 @@ def warn_of_idle_cards() -> None:
     count, _ = _gpus()
     if count:
         log.warning(
-            "'local' is this machine's processors; its %s computes nothing here. To split over a "
-            "GPU, start a server for it (--device CUDA0 on a port of its own), and name that",
+            "'local' is this machine's processors; its %s computes nothing here. A GPU is a part "
+            "of its own: --split cuda0,...",
             "GPU" if count == 1 else f"{count} GPUs",
             extra={"event": "no_gpu"},
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rpc_server.children import environment
 from rpc_server.native.routine import (
     BACKGROUND,
     CompileError,
@@ -41,14 +41,12 @@ class _Process:
 
         self._timeout = timeout
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
-        # It has to find the modules that are found here.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
         )
 
     def compile(self, request: dict[str, Any]) -> None:

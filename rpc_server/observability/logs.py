@@ -97,15 +97,26 @@ class ClientLog:
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; a trace comes below it."""
+    """A line for people, which begins with ``part`` if there is one; a trace comes below it."""
+
+    def __init__(self, form: str | None = None, clock: str | None = None, part: str = "") -> None:
+        super().__init__(form, clock)
+        self._begin = f"{part}: " if part else ""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
+        record.message = self._begin + printable(record.message)
         return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):
-    """An object with time (UTC), level, logger, client if there is one, message, further fields."""
+    """An object with time (UTC), level, logger, message, further fields.
+
+    It names the client and the ``part`` of a split if there is one.
+    """
+
+    def __init__(self, part: str = "") -> None:
+        super().__init__()
+        self._part = part
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
@@ -115,6 +126,8 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
         }
+        if self._part:
+            line["part"] = self._part
         client = getattr(record, "client", None)
         if client:
             line["client"] = client
@@ -137,10 +150,10 @@ class _ToStderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
-def set_up(level: str, form: Literal["text", "json"]) -> None:
-    """Log to stderr from ``level`` on."""
+def set_up(level: str, form: Literal["text", "json"], part: str = "") -> None:
+    """Log to stderr from ``level`` on; of the server for a coordinator's ``part`` by its name."""
     handler = _ToStderr()
-    text = TextFormatter(TEXT, "%H:%M:%S")
-    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    text = TextFormatter(TEXT, "%H:%M:%S", part)
+    handler.setFormatter(JsonFormatter(part) if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)

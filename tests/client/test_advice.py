@@ -10,6 +10,7 @@ import pytest
 from client.backend import Backend
 from client.model_header import ModelShape, WeightProduct
 from client.split.advice import (
+    CARD_SECONDS,
     EXCHANGE_SECONDS,
     Arrangement,
     Box,
@@ -313,3 +314,23 @@ def test_linked_parts_wait_for_one_way_instead_of_two() -> None:
     assert found(linked)["network"] < found(TWO)["network"]
     assert found([linked[0], TWO[1]]) == found(TWO)
     assert found(linked, "row") == found(TWO, "row")
+
+
+def test_an_exchange_with_a_card_costs_more() -> None:
+    """Also with one of the coordinator's own; its processors take part without any."""
+    model = replace(MODEL, layers=18, kv_heads=8)
+    card = replace(BOX, endpoint="b", card="cuda0")
+
+    def trips(boxes: list[Box], parts: tuple[int, ...] = (0, 1)) -> float:
+        return predict(model, boxes, Arrangement("tensor", parts, 0), context=4096).terms[
+            "round trips"
+        ]
+
+    far = BOX.round_trip + EXCHANGE_SECONDS
+    assert trips([BOX, card]) == pytest.approx(37 * (far + CARD_SECONDS))
+    assert trips([replace(card, endpoint="a"), TWO[1]]) == pytest.approx(37 * far)
+    near = replace(card, endpoint="a", round_trip=0.0)
+    assert trips([near, replace(TWO[1], round_trip=0.0)]) == pytest.approx(
+        37 * (EXCHANGE_SECONDS + CARD_SECONDS)
+    )
+    assert [BOX.own_part, card.own_part] == ["local", "cuda0"]

@@ -20,4 +20,4 @@ if __name__ == "__main__":
     standin.install()
     from rpc_server.__main__ import main
 
-    sys.exit(main())
+    sys.exit(main(program=(sys.executable, "-m", "tests.cuda.serve")))

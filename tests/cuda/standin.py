@@ -760,7 +760,8 @@ def install() -> None:
 
     EMULATED_CARDS in the environment is the number of cards, one if it isn't given; with
     EMULATED_PEERS=0 they can't reach each other's memory; EMULATED_CAPABILITY is what they can do,
-    as 8.0; EMULATED_FAILURE=3 lets the first card fail for good at the third launch of a kernel.
+    as 8.0; EMULATED_FAILURE=3 lets the first card fail for good at the third launch of a kernel;
+    EMULATED_UNUSABLE=1 is the number of a card that somebody else has for himself alone.
     """
     global _fails_at
     _fails_at = int(os.environ.get("EMULATED_FAILURE", "0"))
@@ -769,6 +770,8 @@ def install() -> None:
     _plug_in(
         int(os.environ.get("EMULATED_CARDS", "1")), os.environ.get("EMULATED_PEERS", "1") != "0"
     )
+    for number in filter(None, os.environ.get("EMULATED_UNUSABLE", "").split(",")):
+        make_unusable(int(number), "cudaErrorDevicesUnavailable: busy")
     sys.modules.update(_modules())
 
 

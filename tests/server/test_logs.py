@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -11,6 +12,7 @@ from protocol.text import printable
 from rpc_server.observability.logs import (
     TEXT,
     ClientLog,
+    JsonFormatter,
     LineBudget,
     TextFormatter,
 )
@@ -40,6 +42,14 @@ def test_traces_keep_their_lines() -> None:
     first, *rest = TextFormatter(TEXT).format(record).splitlines()
     assert first.endswith(r"name x\ny")
     assert rest
+
+
+def test_lines_of_a_part_name_it() -> None:
+    record = logging.makeLogRecord({"msg": "at %d %%", "args": (5,), "levelname": "WARNING"})
+    assert TextFormatter(TEXT, part="cuda0").format(record).endswith(" WARNING cuda0: at 5 %")
+    fields = json.loads(JsonFormatter("cuda0").format(record))
+    assert (fields["part"], fields["message"]) == ("cuda0", "at 5 %")
+    assert "part" not in json.loads(JsonFormatter().format(record))
 
 
 def test_lines_of_an_address_are_bounded(caplog: pytest.LogCaptureFixture) -> None:

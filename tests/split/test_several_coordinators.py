@@ -22,6 +22,7 @@ import pytest
 from client.backend import Backend
 from client.connection import Connection, connect
 from client.errors import ConnectionLost
+from client.split.address import ServerAddress
 from client.split.steps import Step, encode_steps
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
@@ -449,6 +450,6 @@ def test_addresses_that_are_none(text: str, said: str, capsys: pytest.CaptureFix
 def test_addresses_of_parts() -> None:
     options = parse_options(["--split", "a,[::1]:5,local,tls://b:7,fe80::2,c"])
     assert options.split == (
-        ("a", 50052, False), ("::1", 5, False), None, ("b", 7, True), ("fe80::2", 50052, False),
-        ("c", 50052, False),
+        ServerAddress("a"), ServerAddress("::1", 5), None, ServerAddress("b", 7, tls=True),
+        ServerAddress("fe80::2"), ServerAddress("c"),
     )  # fmt: skip

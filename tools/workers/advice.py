@@ -42,8 +42,8 @@ def commands(
         endpoints = ",".join(boxes[i].endpoint for i in arrangement.parts)
         return [f"{llama} --rpc {endpoints}"]
     host, _ = parse_endpoint(boxes[home].endpoint.removeprefix("tls://"))
-    parts = ",".join("local" if i == home else boxes[i].endpoint for i in arrangement.parts)
-    shares = ",".join(f"{share:.3g}" for share in prediction.shares)
+    names = [boxes[i].own_part if i == home else boxes[i].endpoint for i in arrangement.parts]
+    parts, shares = ",".join(names), ",".join(f"{share:.3g}" for share in prediction.shares)
     mode = f"--split-mode {arrangement.kind}"
     flash = " -fa on" if arrangement.kind == "tensor" else ""
     return [

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from client.model_header import ModelShape
+from client.split.address import OwnCard, ServerAddress
 from client.split.balance import Speed, shares_by_time
 from protocol.dialects import Dialect
 from protocol.ggml.ops import VIEWS
@@ -41,6 +42,7 @@ from rpc_server.devices.cpu.turns import DeviceShare
 from rpc_server.devices.planning.nodes import watching
 from rpc_server.devices.planning.program import linked_steps
 from rpc_server.devices.split.assemble import Assembler, Programmed
+from rpc_server.devices.split.cards import HOST, START_SECONDS, CardServer
 from rpc_server.devices.split.disks import Disks
 from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.identity import conflict, same_server
@@ -59,6 +61,8 @@ from rpc_server.devices.split.subgraphs import (
 )
 from rpc_server.devices.split.weights import SplitStorage
 from rpc_server.devices.split.worker import (
+    CONNECT_TIMEOUT,
+    NO_TLS,
     PREPARE_TIMEOUT,
     NoRoom,
     PartsMissing,
@@ -67,7 +71,6 @@ from rpc_server.devices.split.worker import (
     Worker,
     WorkerLost,
     WorkerSilent,
-    open_workers,
 )
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import Resolve, parse_graph
@@ -101,25 +104,32 @@ _PREPARE_SECONDS = 2 * PREPARE_TIMEOUT
 
 @dataclass(frozen=True, slots=True)
 class SplitOptions:
-    """``parts``: addresses of workers, None where this server takes a share itself.
+    """``parts``: workers, cards of this machine, None where its processors take a share.
 
     ``proportions`` are by part, None for each one's free memory, 'auto' for how fast each is;
     ``timeout`` (seconds) is how long a worker may take for one exchange. ``by_columns`` is tensor
     mode: whole blocks of a layer on the parts; None for whichever is faster for a model of
-    ``shape`` (None: a typical one). Those in ``tls`` are spoken to inside of TLS.
+    ``shape`` (None: a typical one). ``tls`` is for those inside of TLS, ``card_command`` starts the
+    server of a card with its name behind it.
     """
 
-    parts: tuple[tuple[str, int] | None, ...]
+    parts: tuple[ServerAddress | OwnCard | None, ...]
     proportions: tuple[float, ...] | Literal["auto"] | None = None
     wire: GgmlType = GgmlType.F32
     by_columns: bool | None = False
     timeout: float = 30.0
     # Whether parts add up sums among themselves where they can.
     linked: bool = True
-    tls: Mapping[tuple[str, int], Tls] = field(default_factory=dict)
+    tls: Tls = NO_TLS
     # This server's own, which none of the parts may have.
     identity: int = 0
     shape: ModelShape | None = None
+    card_command: tuple[str, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Return whether cards and processors of this machine are parts, which differ in kind."""
+        return None in self.parts and any(isinstance(part, OwnCard) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +282,11 @@ class SplitDevice:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._workers: list[Worker | None] = [None] * len(options.parts)
+        self._cards = {
+            part: CardServer(part, options.card_command)
+            for part in options.parts
+            if isinstance(part, OwnCard)
+        }
         # By part, where shares go by speed.
         self._speeds: list[Speed] = []
         self._memory = HomeMemory()
@@ -298,13 +313,17 @@ class SplitDevice:
     async def open(cls, options: SplitOptions, n_threads: int | None) -> SplitDevice:
         """Connect to all workers. Raises PartsMissing if some can't be reached, WorkerLost."""
         device = cls(options, n_threads)
-        await device._connect(range(len(options.parts)))
+        try:
+            await device._connect(range(len(options.parts)), START_SECONDS)
+        except BaseException:
+            device.close()
+            raise
         if device._missing:
             device.close()
             raise PartsMissing(device._missing)
         device._by_memory = [float(n) for n in device._free_of_parts()]
         names = [LOCAL if worker is None else worker.name for worker in device._workers]
-        if options.proportions == "auto":
+        if options.proportions == "auto" or (options.proportions is None and options.mixed):
             log.info("measuring how fast the parts are")
             try:
                 device._speeds = await measure_parts(device._cpu, device._workers)
@@ -342,10 +361,32 @@ class SplitDevice:
 
     # -- the workers
 
-    async def _connect(self, parts: Sequence[int]) -> None:
+    async def _open(self, part: ServerAddress | OwnCard, patience: float) -> Worker | WorkerLost:
+        """Connect to a part, or tell why it can't be had; start the server of a card.
+
+        That may take ``patience`` seconds; it goes on behind that.
+        """
+        timeout = self._options.timeout
+        try:
+            if isinstance(part, ServerAddress):
+                tls = self._options.tls if part.tls else NO_TLS
+                return await Worker.open(part.host, part.port, timeout, tls)
+            server = self._cards[part]
+            port = await server.port(patience)
+            try:
+                return await Worker.open(HOST, port, timeout, name=part.name)
+            except WorkerSilent:
+                # There is nobody else who could have it: it hangs.
+                reason = f"it did not answer within {CONNECT_TIMEOUT:g} s"
+                await server.restart(reason)
+                return WorkerLost(f"{part.name}: {reason}")
+        except WorkerLost as error:
+            return error
+
+    async def _connect(self, parts: Sequence[int], patience: float = CONNECT_TIMEOUT) -> None:
         wanted = [(i, e) for i in parts if (e := self._options.parts[i]) is not None]
         options = self._options
-        opened = await open_workers([e for _, e in wanted], options.timeout, options.tls)
+        opened = await asyncio.gather(*(self._open(e, patience) for _, e in wanted))
         for (i, _), worker in zip(wanted, opened, strict=True):
             if isinstance(worker, Worker):
                 reason = conflict(worker, self._others(i), options.identity)
@@ -359,11 +400,12 @@ class SplitDevice:
                 if self._missing.get(i) != reason and self._keeper is not None:
                     log.error("%s", reason)
                 self._missing[i] = reason
-        for (i, endpoint), worker in zip(wanted, opened, strict=True):
+        for (i, part), worker in zip(wanted, opened, strict=True):
             if isinstance(worker, Worker):
                 continue
-            silent = isinstance(worker, WorkerSilent)
-            twin = await same_server(endpoint, self._others(i)) if silent else ""
+            twin = ""
+            if isinstance(worker, WorkerSilent) and isinstance(part, ServerAddress):
+                twin = await same_server((part.host, part.port), self._others(i))
             before, self._missing[i] = self._missing.get(i, ""), twin or str(worker)
             if self._workers[i] is not None and before != self._missing[i]:
                 # It is tried every second: only what is new is told.
@@ -857,6 +899,8 @@ class SplitDevice:
         self._loop.call_soon_threadsafe(self._links.close)
         for worker in self.workers:
             self._loop.call_soon_threadsafe(worker.close)
+        for card in self._cards.values():
+            card.close()
         self._cpu.close()
 
 

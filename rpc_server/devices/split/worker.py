@@ -16,7 +16,6 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -173,12 +172,15 @@ class Worker:
         self._reason = ""
 
     @classmethod
-    async def open(cls, host: str, port: int, timeout: float, tls: Tls = NO_TLS) -> Worker:
+    async def open(
+        cls, host: str, port: int, timeout: float, tls: Tls = NO_TLS, name: str = ""
+    ) -> Worker:
         """Connect by the newest protocol that the worker speaks.
 
-        ``timeout`` (seconds) is how long one exchange may take. Raises WorkerLost.
+        ``timeout`` (seconds) is how long one exchange may take, ``name`` what it is called if not
+        by its address. Raises WorkerLost.
         """
-        name = format_endpoint(host, port)
+        name = name or format_endpoint(host, port)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 connection = await connect_any(
@@ -731,19 +733,3 @@ class Worker:
             self._lent = False
             self._turn.release()
             self.backend.connection.take_back()
-
-
-async def open_workers(
-    endpoints: Sequence[tuple[str, int]],
-    timeout: float,
-    tls: Mapping[tuple[str, int], Tls] = MappingProxyType({}),
-) -> list[Worker | WorkerLost]:
-    """Open links to all, or tell why there is none; those in ``tls`` are spoken to that way."""
-
-    async def one(host: str, port: int) -> Worker | WorkerLost:
-        try:
-            return await Worker.open(host, port, timeout, tls.get((host, port), NO_TLS))
-        except WorkerLost as error:
-            return error
-
-    return list(await asyncio.gather(*(one(*e) for e in endpoints)))
