@@ -295,6 +295,13 @@ class Graph:
         self._card = capture.card
         self._jobs = list(capture.jobs)
         self._contents = capture.contents
+        self.uploaded = False
+
+    def upload(self, stream: Stream) -> None:
+        if _queue(stream.ptr).card != self._card:
+            raise CUDARuntimeError("cudaErrorInvalidValue: a graph of another card")
+        _unsafe("cudaGraphUpload")
+        self.uploaded = True
 
     def launch(self, stream: Stream) -> None:
         queue = _queue(stream.ptr)

@@ -217,6 +217,30 @@ async def refused(b: Backend, steps: Sequence[Step]) -> None:
     await b.connection.wait_closed()
 
 
+async def test_no_memory_within_an_exchange(
+    serving: Serving,
+    b: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of the host's, for what is larger than the mailbox, before the first piece is taken."""
+    monkeypatch.setattr(programs, "MAIL", 64)
+    await program(b, [await doubling(b, 4), await doubling(b)])
+    x = values(64)
+
+    def full(_: storage.PinnedPool) -> storage.PinnedPair:
+        raise MemoryError("8388608 bytes of pinned memory: none left")
+
+    monkeypatch.setattr(storage.PinnedPool, "take", full)
+    async with Stream.of(b) as stream:
+        await stream.send(run_message(b.connection, 0), x[:4].tobytes())
+        assert np.array_equal(await stream.receive(4), x[:4] * 2)
+        await stream.send(x.tobytes())
+        assert await stream.ended()
+    await eventually(lambda: not serving.server.context.stats.clients)
+    assert "pinned memory: none left; closing the connection" in caplog.text
+
+
 async def test_no_memory_for_the_first_program(
     serving: Serving,
     b: Backend,

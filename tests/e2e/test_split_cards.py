@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.skipif(emulation.compiler() is None, reason=emulation.NO_COMPILER),
 ]
 
-# One, two, and one beside a part that is a processor.
-PARTS = (("card",), ("card", "card"), ("card", "ours"))
+# One, two, and one beside a part that is a processor, of ours or upstream's.
+PARTS = (("card",), ("card", "card"), ("card", "ours"), ("upstream", "card"))
 # Of a text, so many tokens at once and so many one by one.
 TOKENS, SINGLE = 24, 3
 
@@ -55,7 +55,9 @@ def test_logits_are_those_of_one_card(
         assert nmse(got, expected) < 1e-6
     assert "ERROR" not in coordinator.log
     if mode == "tensor" and len(parts) > 1:
-        assert "a GPU exchanges nothing with other parts: sums" in coordinator.log
+        assert "sums of the parts go through this server" in coordinator.log
+        by_card = "a GPU exchanges nothing with other parts: sums" in coordinator.log
+        assert by_card == ("upstream" not in parts)
 
 
 @pytest.mark.parametrize("slots", [1, 4])

@@ -364,6 +364,11 @@ class Card:
                 _ANY_ALGORITHM,
             )
 
+    def take_graph(self, graph: Any, stream: Any) -> None:
+        """Have the card take a captured graph, which its first launch would do otherwise."""
+        with self.current():
+            graph.upload(stream)
+
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """Return what ``enqueue`` gives to ``stream``, as a graph that can be launched again and
         again.

@@ -69,6 +69,9 @@ class CapturedGraph:
         self._stream = resources.stream
         # CuPy has no cuBLAS in captures; products that need it take longer than their launches.
         self._capturable = not any(isinstance(x, Product) for x in work)
+        if not self._capturable:
+            # It takes milliseconds to make, and memory that may not be there.
+            self._library = resources.library
         self._work = [
             x
             if isinstance(x, Product)
@@ -81,15 +84,20 @@ class CapturedGraph:
     def __call__(self) -> None:
         if self._ran:
             # The first run is by itself: a graph that comes only once isn't worth capturing.
-            self.capture()
+            self._capture()
         if self._graph is not None:
             self._graph.launch(self._stream)
         else:
             self._enqueue()
         self._ran = True
 
-    def capture(self) -> None:
-        """Capture it now, if that can be done; nothing runs."""
+    def get_ready(self) -> None:
+        """Capture it now, if that can be done, and have the card take it; nothing runs."""
+        self._capture()
+        if self._graph is not None:
+            self._card.take_graph(self._graph, self._stream)
+
+    def _capture(self) -> None:
         if self._graph is None and self._capturable:
             self._graph = self._card.capture(self._stream, self._enqueue)
 
@@ -98,7 +106,7 @@ class CapturedGraph:
             copy()
         for work in self._work:
             if isinstance(work, Product):
-                self._card.product(work, self._resources.library, self._stream)
+                self._card.product(work, self._library, self._stream)
             else:
                 self._card.launch(*work, self._stream)
         for copy in self.after:

@@ -150,7 +150,7 @@ class _ExchangeMaker:
         if _size(step.inputs) <= MAIL and _size(step.outputs) <= MAIL:
             # Others are a prompt's, which may come only once.
             for graph in graphs:
-                graph.capture()
+                graph.get_ready()
         return _Exchange(self._mailbox, receives, actions, sends)
 
     def _inputs(self, tensors: Sequence[Tensor]) -> tuple[list[Action], list[Action], list[Launch]]:
