@@ -14,7 +14,7 @@ import rpc_server.devices.cpu.lower  # fills the table of lowerings
 import rpc_server.ops  # noqa: F401  (fills the op table)
 from protocol.dialects import Dialect
 from protocol.ggml.ops import Op
-from protocol.tensor import Tensor, label_of
+from protocol.tensor import Tensor
 from rpc_server.devices.base import NotReadyError
 from rpc_server.devices.cpu.assembly import (
     NoScratchError,
@@ -33,6 +33,7 @@ from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.cpu.turns import DeviceShare, Turns
 from rpc_server.devices.planning.kinds import (
     KindMemory,
+    NodeLabels,
     TooManyKindsError,
     signatures,
     slot_rows,
@@ -40,8 +41,7 @@ from rpc_server.devices.planning.kinds import (
 from rpc_server.devices.planning.records import STATUS_TEXT
 from rpc_server.graph.errors import GraphError, NodeError
 from rpc_server.graph.parse import LinkedGraph
-from rpc_server.graph.table import OPS as OPS_BY_NUMBER
-from rpc_server.graph.table import Ints, TensorTable, name_of, shape_of, table_of
+from rpc_server.graph.table import Ints, TensorTable, table_of
 from rpc_server.native.routine import NoMemoryNowError
 from rpc_server.ops.arrays import ArrayContext
 from rpc_server.ops.table import OPS, ContractError
@@ -223,22 +223,14 @@ class _Labels:
 
     def __init__(self, table: TensorTable, rows: Ints, nodes: Ints, others: Others) -> None:
         self._nodes = nodes
-        self._names = table.names[rows]
-        self._described = table.described[rows]
-        self._ops, self._shapes = table.ops, table.shapes
+        self._labels = NodeLabels(table, rows)
         self._others = {number: item.label for number, item in others}
 
     def __call__(self, position: int) -> str:
         other = self._others.get(position)
         if other is not None:
             return other
-        at = int(np.searchsorted(self._nodes, position))
-        description = int(self._described[at])
-        type_, ne, _ = shape_of(self._shapes[description].tolist())
-        name = self._names[at]
-        if isinstance(name, bytes):
-            name = name_of(name)
-        return label_of(OPS_BY_NUMBER[self._ops[description]], name, type_, ne)
+        return self._labels[int(np.searchsorted(self._nodes, position))]
 
 
 Others = Sequence[tuple[int, PlanItem]]

@@ -12,6 +12,7 @@ from protocol.ggml.types import GgmlType
 from protocol.split import split_status_fields
 from protocol.tensor import Tensor
 from rpc_server.devices.cuda.card import Card
+from rpc_server.devices.cuda.kinds import LaunchMemory
 from rpc_server.devices.cuda.lower.matmul import products_of
 from rpc_server.devices.cuda.queue import CudaQueue
 from rpc_server.devices.cuda.resources import StreamResources
@@ -49,6 +50,7 @@ class CudaDevice:
         self._transfers = transfers
         self.runs_programs = transfers is not None
         self.pinned = PinnedPool(self.card)
+        self._patterns = LaunchMemory(self.card.multiprocessors, self.card.capability)
         self.threads = concurrent.futures.ThreadPoolExecutor(
             _AT_A_TIME, thread_name_prefix=self.name
         )
@@ -86,7 +88,11 @@ class CudaDevice:
     def queue(self, address: str = "") -> CudaQueue:
         """Return a queue for graphs of one client, beside those of others."""
         resources = StreamResources(
-            self.name, self.card, self.pinned, allow_host_ops=self.allow_host_ops
+            self.name,
+            self.card,
+            self.pinned,
+            self._patterns,
+            allow_host_ops=self.allow_host_ops,
         )
         return CudaQueue(resources, self.threads, self._transfers)
 

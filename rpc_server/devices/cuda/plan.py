@@ -6,7 +6,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 import rpc_server.devices.cuda.lower
 import rpc_server.ops  # noqa: F401  (fills the op table)
@@ -16,6 +18,7 @@ from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.host import run_on_host
+from rpc_server.devices.cuda.kinds import NoPatternError
 from rpc_server.devices.cuda.planner import (
     CudaPlanner,
     Launch,
@@ -72,10 +75,12 @@ class CapturedGraph:
         if not self._capturable:
             # It takes milliseconds to make, and memory that may not be there.
             self._library = resources.library
+        kernels = {id(x.kernel): x.kernel for x in work if isinstance(x, Launch)}
+        functions = {number: card.function(kernel) for number, kernel in kernels.items()}
         self._work = [
             x
             if isinstance(x, Product)
-            else (card.function(x.kernel), x.words, x.grid, x.threads, x.shared)
+            else (functions[id(x.kernel)], x.words, x.grid, x.threads, x.shared)
             for x in work
         ]
         self._graph: Any = None
@@ -116,6 +121,16 @@ class CapturedGraph:
 # What a plan keeps of a node, about: its launches' arguments, and its name.
 _NODE_BYTES = 2048
 
+# Of a smaller graph a lowering for each node takes no longer than to look for what is alike.
+LEAST_NODES = 24
+
+
+class Labels(Protocol):
+    """Names of nodes by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> str: ...
+
 
 class CudaPlan:
     """Steps that run a graph from end to end on its client's stream."""
@@ -129,7 +144,7 @@ class CudaPlan:
         dialect: Dialect,
         storages: Sequence[CudaStorage],
         steps: list[Callable[[], None]],
-        nodes: list[str],
+        nodes: Labels,
         scratch: Scratch | None,
         interpreted: dict[str, int],
     ) -> None:
@@ -211,23 +226,62 @@ class CudaPlanBuilder:
         Raises GraphError, also once ``stop`` is set.
         """
         started = time.perf_counter()
+        try:
+            status = self._resources.status
+        except MemoryError as error:
+            raise GraphError(f"no memory for the graph's status: {error}") from None
+        try:
+            plan = self._by_kinds(graph, storages, status, stop)
+        except NoPatternError as error:
+            log.debug("node by node: %s", error)
+            plan = self._by_nodes(graph, storages, status, stop)
+        log.debug(
+            "planned %d nodes in %.1f ms, %d KiB of scratch; without kernels: %s",
+            len(graph.order),
+            (time.perf_counter() - started) * 1e3,
+            plan.scratch >> 10,
+            plan.interpreted or "none",
+        )
+        return plan
+
+    def _by_kinds(
+        self,
+        graph: LinkedGraph,
+        storages: Sequence[CudaStorage],
+        status: StatusWord,
+        stop: StopWord | None,
+    ) -> CudaPlan:
+        """Raise NoPatternError where nodes have to be looked at one by one, GraphError."""
+        if len(graph.order) < LEAST_NODES:
+            raise NoPatternError("few nodes")
+        resources, scratch = self._resources, list[Scratch | None]()
+
+        def place(size: int) -> int:
+            scratch.append(made := self.scratch_of(size))
+            return made.address if made is not None else 0
+
+        made = resources.patterns.plan(graph, place, stop)
+        made.words[:, _STATUS_WORD] = status.address
+        made.words[:, _NODE_WORD] = np.arange(len(made.words)) % _MOST_NODES
+        steps: list[Callable[[], None]] = []
+        if made.launches:
+            steps.append(CapturedGraph(resources, made.launches))
+        return CudaPlan(resources, graph.dialect, storages, steps, made.labels, scratch[0], {})
+
+    def _by_nodes(
+        self,
+        graph: LinkedGraph,
+        storages: Sequence[CudaStorage],
+        status: StatusWord,
+        stop: StopWord | None,
+    ) -> CudaPlan:
+        """Raise GraphError."""
         parts, size = self.lower(graph.nodes, stop)
         scratch = self.scratch_of(size)
         labels: list[str] = []
         resources = self._resources
-        try:
-            self.finish(parts, scratch, resources.status, labels)
-        except MemoryError as error:
-            raise GraphError(f"no memory for the graph's status: {error}") from None
+        self.finish(parts, scratch, status, labels)
         steps = parts.steps(self.reference_step, lambda run: CapturedGraph(resources, run))
-        log.debug(
-            "planned %d nodes as %d steps in %.1f ms, %d KiB of scratch; without kernels: %s",
-            len(graph.nodes),
-            len(steps),
-            (time.perf_counter() - started) * 1e3,
-            size >> 10,
-            parts.interpreted or "none",
-        )
         return CudaPlan(
             resources, graph.dialect, storages, steps, labels, scratch, parts.interpreted
         )

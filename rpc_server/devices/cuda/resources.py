@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpc_server.devices.cuda.card import Card, Pinned
+from rpc_server.devices.cuda.kinds import LaunchMemory
 from rpc_server.devices.cuda.planner import COUNTERS
 from rpc_server.devices.cuda.storage import PinnedPool
 
@@ -87,11 +88,20 @@ class StreamResources:
     """Taken from the card when they are first asked for; :meth:`close` gives all back.
 
     ``name`` is the device's, for messages; ``allow_host_ops`` lets ops run on the host that have no
-    kernel.
+    kernel. ``patterns`` is what is known of graphs of the card, of all clients.
     """
 
-    def __init__(self, name: str, card: Card, pinned: PinnedPool, *, allow_host_ops: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        card: Card,
+        pinned: PinnedPool,
+        patterns: LaunchMemory,
+        *,
+        allow_host_ops: bool,
+    ) -> None:
         self.name = name
+        self.patterns = patterns
         self.card = card
         self.pinned = pinned
         self.allow_host_ops = allow_host_ops

@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from protocol.messages import MAX_PARAM_WORDS, MAX_SOURCES
-from protocol.tensor import Tensor
+from protocol.tensor import Tensor, label_of
 from rpc_server.graph.table import (
     HERE,
     NO_TYPE,
@@ -28,6 +28,7 @@ from rpc_server.graph.table import (
     Ints,
     TensorTable,
     group_rows,
+    name_of,
     shape_of,
 )
 
@@ -139,6 +140,30 @@ def specimen(signature: bytes, addresses: Sequence[int]) -> Tensor:
     node.op_params = tuple(words[_PARAMS:_SHAPES])
     node.src = tuple(made[1:])
     return node
+
+
+class NodeLabels:
+    """The names of nodes in messages, by number: all that is kept of them, no tensor's data.
+
+    ``rows`` are where the nodes are in ``table``.
+    """
+
+    def __init__(self, table: TensorTable, rows: Ints) -> None:
+        self._names = table.names[rows]
+        self._described = table.described[rows]
+        self._ops, self._shapes = table.ops, table.shapes
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: int, /) -> str:
+        """Return what to call node ``number``."""
+        description = int(self._described[number])
+        type_, ne, _ = shape_of(self._shapes[description].tolist())
+        name = self._names[number]
+        if isinstance(name, bytes):
+            name = name_of(name)
+        return label_of(OPS[self._ops[description]], name, type_, ne)
 
 
 class Kind(Protocol):

@@ -156,7 +156,7 @@ def _rounded(q: Tensor, keys: GgmlType, planner: CudaPlanner) -> tuple[Tensor, G
     if activation_type(keys) is not GgmlType.Q8_K:
         return q, GgmlType.Q8_0
     to = dense(q, GgmlType.F32, planner.scratch(4 * q.nelements))
-    planner.launch(_ROUND, q, (min(q.nrows, MAX_GRID[0]),), 256, slots=(to, q))
+    planner.launch(_ROUND, to, (min(q.nrows, MAX_GRID[0]),), 256, slots=(to, q))
     return to, GgmlType.F32
 
 

@@ -139,7 +139,7 @@ def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tupl
         grid = (min(x.nrows, MAX_GRID[0]), min(-(-x.ne[0] // each), MAX_GRID[1]))
         extra = (address, stride, ROUNDED_AS.get(form, 0))
         with planner.filling():
-            planner.launch(chosen, x, grid, threads, slots=(None, x), extra=extra)
+            planner.launch(chosen, x, grid, threads, slots=(None, x), extra=extra, params=())
     return address, stride
 
 

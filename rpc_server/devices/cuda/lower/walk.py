@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from protocol.ggml.types import GgmlType
-from protocol.tensor import Dims, Tensor
+from protocol.tensor import NO_PARAMS, Dims, Tensor
 from rpc_server.devices.cuda.kernels import CudaKernel, kernel_of_weights
 from rpc_server.devices.cuda.planner import MAX_GRID, CudaPlanner
 from rpc_server.devices.planning.shapes import is_flat
@@ -49,12 +49,12 @@ def as_row(t: Tensor) -> Tensor:
 def dense(t: Tensor, type_: GgmlType, address: int, ne: Dims | None = None) -> Tensor:
     """Return a dense tensor of ``type_`` and of ``t``'s shape at ``address``.
 
-    It stands for ``t``.
+    It stands for ``t``, whatever that was computed by.
     """
     ne = t.ne if ne is None else ne
     size = 4 if type_ in (GgmlType.F32, GgmlType.I32) else 2
     nb = (size, size * ne[0], size * ne[0] * ne[1], size * ne[0] * ne[1] * ne[2])
-    return replace(t, type=type_, ne=ne, nb=nb, address=address)
+    return replace(t, type=type_, ne=ne, nb=nb, address=address, op_params=NO_PARAMS)
 
 
 def decode_grid(rows: int, n: int) -> tuple[int, int]:
