@@ -33,7 +33,7 @@ class Loop:
     before: int
     instructions: int
     loads: int
-    # Products of bytes, also by tensor cores, or of 16 bits where a card has no others.
+    # Products of bytes, or of 16 bits where a card has no others; by tensor cores also of floats.
     products: int
 
 
@@ -93,7 +93,7 @@ def loops(unit: Unit, kernel: str, arch: int) -> list[Loop] | None:
                     distance.get(start, start),
                     len(inside),
                     sum(bool(re.search(r"\bLDG?\.", x)) for x in inside),
-                    sum(bool(re.search(r"\b(IDP|XMAD|IMMA)\b", x)) for x in inside),
+                    sum(bool(re.search(r"\b(IDP|XMAD|IMMA|HMMA)\b", x)) for x in inside),
                 )
             )
     return result

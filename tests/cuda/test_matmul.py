@@ -18,7 +18,7 @@ from rpc_server.devices.cpu.kernels.interface.abi import PARAM_WORD, RECORD_WORD
 from rpc_server.devices.cuda.compile import SOURCES, joined
 from rpc_server.devices.cuda.kernels import Unit
 from rpc_server.devices.cuda.lower import matmul
-from rpc_server.devices.cuda.lower.matmul import TILES, at_once
+from rpc_server.devices.cuda.lower.matmul import TILES, TILES_OF_FLOATS, at_once, products_of
 from rpc_server.devices.cuda.planner import Launch
 from rpc_server.ops.table import ContractError
 from tests.cuda import emulation
@@ -34,6 +34,7 @@ pytestmark = cuda.needs_compiler
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 QUANTIZED = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized)
+from tests.parameters import mostly_slow
 WEIGHTS = [F32, F16, BF16, *QUANTIZED]
 
 # As test-backend-ops: the part of the squares that may be wrong.
@@ -329,8 +330,8 @@ def test_columns_that_a_block_of_threads_multiplies() -> None:
     """The fewest passes over the weights that leave neither a tile nor the card empty by half."""
     codes, floats = weights(GgmlType.Q4_0, 32, 640), weights(F16, 32, 640)
 
-    def chosen(a: Tensor, multiprocessors: int, *columns: int) -> list[int]:
-        return [at_once(n, a, 1, multiprocessors, 61) for n in columns]
+    def chosen(a: Tensor, multiprocessors: int, *columns: int, capability: int = 61) -> list[int]:
+        return [at_once(n, a, 1, multiprocessors, capability) for n in columns]
 
     assert chosen(codes, 1, 1, 2, 3, 5, 8, 9, 16) == [1, 2, 4, 8, 8, 16, 16]
     assert chosen(codes, 1, 17, 32, 33, 64, 96, 100, 4096) == [32, 32, 64, 64, 32, 64, 64]
@@ -363,11 +364,188 @@ def test_cards_that_do_not(capability: int) -> None:
     assert names == ["quantize_columns", "tiles_64"]
 
 
-@pytest.mark.parametrize("capability", [60, 61, 90])
-def test_many_columns_of_floats(capability: int) -> None:
-    for n, name in ((23, "multiply_8"), (24, "cuBLAS")):
-        t = product(weights(F16, 32, 1), noise((32, n)))
-        assert kernels(t, capability=capability)[-1] == name
+# Weights of floats, capability, and the columns from which cuBLAS multiplies.
+LIBRARY_FROM_OF_FLOATS = [
+    (F32, 61, 24), (F32, 90, 24), (F16, 60, 24), (F16, 61, 24), (F16, 72, 24), (F16, 80, 129),
+    (F16, 90, 129), (F16, 100, 65), (BF16, 75, 24), (BF16, 80, 129),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("type_", "capability", "many"), LIBRARY_FROM_OF_FLOATS)
+def test_many_columns_of_floats(type_: GgmlType, capability: int, many: int) -> None:
+    name = "multiply_8" if many == 24 else "tiles_"
+    for n, expected in ((8, "multiply_8"), (many - 1, name), (many, "cuBLAS")):
+        t = product(weights(type_, 32, 1), noise((32, n)))
+        assert kernels(t, capability=capability)[-1].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("type_", "capability"), [(F16, 75), (F16, 86), (F16, 121), (BF16, 89), (BF16, 120)]
+)
+def test_floats_that_are_never_left_to_cublas(type_: GgmlType, capability: int) -> None:
+    t = product(weights(type_, 32, 1), noise((32, 4096)))
+    assert kernels(t, capability=capability) == ["shorten_columns", "tiles_128"]
+
+
+# -- floats by tensor cores ------------------------------------------------------------------------
+
+# Of two cards whose instructions differ; the first knows no BF16.
+FLOATS_BY_TENSOR_CORES = [(F16, 75), (F16, 80), (BF16, 80)]
+
+
+def shortened(b: Tensor, type_: GgmlType) -> np.ndarray:
+    """Columns as tensor cores are given them, F64; a power of two has each fit half precision."""
+    values = tensor_values(b).astype(np.float64)
+    if type_ is BF16:
+        return np.asarray(tensor_values(tensor(BF16, b.ne, values)), np.float64)
+    scale = 2.0 ** (14 - np.floor(np.log2(np.abs(values).max(-1, keepdims=True))))
+    return np.asarray((values * scale).astype(np.float16).astype(np.float64) / scale)
+
+
+def check_floats(
+    a: Tensor, b: Tensor, capability: int, name: str, edit: tuple[str, str] = ("", "")
+) -> None:
+    """Hold a product against one of the same numbers, and within the bound of upstream's tests."""
+    t = product(a, b)
+    assert kernels(t, capability=capability)[-2:] == ["shorten_columns", name]
+    actual = run_for(t, capability, edit)
+    left = tensor_values(a).astype(np.float64)
+    left = left.repeat(b.ne[2] // a.ne[2], 1).repeat(b.ne[3] // a.ne[3], 0)
+    for columns, bound in ((shortened(b, a.type), 1e-11), (tensor_values(b), TOLERANCE)):
+        assert nmse(columns.astype(np.float64) @ left.swapaxes(-1, -2), actual) < bound
+
+
+@pytest.fixture(params=TILES_OF_FLOATS)
+def tile_of_floats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Columns of all tiles, whatever would be best."""
+    monkeypatch.setattr(matmul, "TILES_OF_FLOATS", (request.param,))
+    return int(request.param)
+
+
+@pytest.mark.parametrize(("type_", "capability"), FLOATS_BY_TENSOR_CORES)
+@pytest.mark.parametrize(("k", "m", "n"), [(200, 66, 18), (8, 7, 64), (64, 3, 70)])
+def test_floats_by_tensor_cores(
+    type_: GgmlType, capability: int, tile_of_floats: int, k: int, m: int, n: int
+) -> None:
+    """Tiles that are full and not; K that ends in the middle of a product and of what is loaded."""
+    check_floats(weights(type_, k, m), noise((k, n)), capability, f"tiles_{tile_of_floats}")
+
+
+def test_the_widest_tiles_of_floats() -> None:
+    check_floats(weights(F16, 72, 70), noise((72, 300)), 75, "tiles_128")
+
+
+@pytest.mark.parametrize(("type_", "capability"), FLOATS_BY_TENSOR_CORES)
+def test_floats_of_batches_and_permuted_sources(type_: GgmlType, capability: int) -> None:
+    """As attention without FLASH_ATTN_EXT has them: heads that share keys."""
+    a = permuted(weights(type_, 64, 2, 9, 1), (0, 2, 1, 3))
+    b = permuted(noise((64, 4, 17, 3)), (0, 2, 1, 3))
+    check_floats(a, b, capability, "tiles_32")
+
+
+@pytest.mark.parametrize(("type_", "capability"), FLOATS_BY_TENSOR_CORES[:1])
+@pytest.mark.parametrize("columns", [F16, BF16], ids=lambda t: t.name)
+def test_columns_of_other_types_by_tensor_cores(
+    type_: GgmlType, capability: int, columns: GgmlType
+) -> None:
+    check_floats(weights(type_, 96, 7), noise((96, 12), columns), capability, "tiles_16")
+
+
+@pytest.mark.parametrize(("type_", "capability"), FLOATS_BY_TENSOR_CORES)
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_experts_of_floats_by_tensor_cores(type_: GgmlType, capability: int, inputs: int) -> None:
+    t = routed(type_, inputs, ids_of_tokens(20))
+    names = ["shorten_columns", "route_columns", "tiles_16"]
+    assert kernels(t, capability=capability) == names
+    expected, _ = cuda.by_both(t)
+    assert nmse(expected, run_for(t, capability)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("type_", "capability"), FLOATS_BY_TENSOR_CORES)
+def test_columns_of_any_size_by_tensor_cores(type_: GgmlType, capability: int) -> None:
+    """Neither what half precision can't hold nor what it loses: each column to its own bound."""
+    largest = [1e-37, 1e-20, 1e-6, 1.0, 60000.0, 65505.0, 1e6, 1e20, 1e36, 1.0]
+    rng = np.random.default_rng(1)
+    left, right = rng.standard_normal((7, 256)), rng.standard_normal((len(largest), 256))
+    right *= np.array(largest)[:, None] / np.abs(right).max(-1, keepdims=True)
+    # What is far below the largest of a column counts for little, and what is all zero for nothing.
+    right[0, :3] = 0
+    right[-1] = 0
+    a, b = tensor(type_, (256, 7), left), tensor(F32, (256, len(largest)), right)
+    actual = run_for(product(a, b), capability)[0, 0].astype(np.float64)
+    expected = tensor_values(b)[0, 0].astype(np.float64) @ tensor_values(a)[0, 0].T.astype(
+        np.float64
+    )
+    assert not actual[-1].any()
+    errors = ((actual - expected)[:-1] ** 2).sum(-1)
+    assert (errors < TOLERANCE * (expected[:-1] ** 2).sum(-1)).all()
+
+
+@pytest.mark.parametrize(("type_", "capability"), FLOATS_BY_TENSOR_CORES)
+def test_infinities_and_nan_stay_in_their_columns(type_: GgmlType, capability: int) -> None:
+    values = noise_values(9, 64)
+    values[2, 5], values[4, 40] = np.inf, np.nan
+    a = tensor(type_, (64, 3), np.abs(noise_values(3, 64)) + 1)
+    actual = run_for(product(a, tensor(F32, (64, 9), values)), capability)[0, 0]
+    assert np.isposinf(actual[2]).all()
+    assert np.isnan(actual[4]).all()
+    assert np.isfinite(np.delete(actual, (2, 4), 0)).all()
+
+
+def test_what_sums_beyond_half_precision() -> None:
+    """Sums are F32: of 256 products of numbers near the largest, too, which are exact here."""
+    large = 3 * 2.0**14
+    a, b = (tensor(F16, (256, n), np.full((n, 256), large)) for n in (3, 9))
+    for capability in (75, 80):
+        assert (run_for(product(a, b), capability) == 256 * large**2).all()
+
+
+def test_floats_that_are_not_for_tensor_cores() -> None:
+    """Rows that can't be loaded by 16 bytes, and types that cards have no tensor cores for."""
+    b = noise((64, 12))
+    for a, capability in (
+        (weights(F32, 64, 3), 86),
+        (weights(BF16, 64, 3), 75),
+        (weights(F16, 64, 3), 72),
+        (with_gaps(weights(F16, 64, 3), 2), 86),
+    ):
+        assert kernels(product(a, b), capability=capability)[-1] == "multiply_8"
+    t = product(weights(F16, 60, 3), noise((60, 12)))
+    assert kernels(t, capability=86) == ["widen_columns", "multiply_8"]
+
+
+def test_what_is_compiled_while_weights_are_uploaded() -> None:
+    def units(type_: GgmlType, capability: int) -> list[str]:
+        return [x.unit.source for x in products_of(type_, capability)]
+
+    for type_, capability in (*FLOATS_BY_TENSOR_CORES, (GgmlType.Q4_0, 60)):
+        assert units(type_, capability) == ["matvec", "tiles"]
+    for type_, capability in ((F32, 90), (F16, 70), (BF16, 75)):
+        assert units(type_, capability) == ["matvec"]
+
+
+# What the tiles of floats may do wrong, in the place of what they do.
+WRONG = {
+    "words": (
+        "{upper[0], lower[0], upper[4], lower[4]}",
+        "{upper[0], upper[4], lower[0], lower[4]}",
+    ),
+    "rows": ("i / 2 * 16 + row_of_sum(i % 2 * 2)", "i / 2 * 16 + row_of_sum(i % 2)"),
+    "columns": ("c / 2 * 8 + column_of_sum(c % 2)", "c / 2 * 8 + column_of_sum(c % 2 * 2)"),
+    "halves": ("{both[0], both[4]}", "{both[4], both[0]}"),
+    "behind the end": ("number < units ?", "number < 2 * units ?"),
+    "factor": ("mine.at(i, c) * factor", "mine.at(i, c)"),
+    "barrier": ("rows, columns, number);\n        __syncthreads();", "rows, columns, number);"),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(list(WRONG), quick=2))
+def test_a_wrong_tile_of_floats_is_found(name: str) -> None:
+    a, b = weights(F16, 200, 66), noise((200, 18))
+    assert Unit("tiles").text.count(WRONG[name][0]) == 1
+    check_floats(a, b, 80, "tiles_16")
+    with pytest.raises((AssertionError, emulation.EmulationError)):
+        check_floats(a, b, 80, "tiles_16", WRONG[name])
 
 
 # -- activations that a client has rounded ---------------------------------------------------------
@@ -380,6 +558,10 @@ ROUNDED = [
 
 
 @pytest.mark.parametrize(("type_", "rounded"), ROUNDED, ids=lambda t: t.name)
+    assert chosen(floats, 1, 1, 8, 9, 17, 64, 65, 4096, capability=75) == [
+        *(1, 8, 16, 32, 64, 128, 128),
+    ]
+    assert chosen(floats, 20, 9, 17, 64, 65, 512, capability=75) == [16, 16, 32, 64, 128]
 @pytest.mark.parametrize("n", [1, 10])
 def test_rounded_activations(type_: GgmlType, rounded: GgmlType, n: int) -> None:
     """They are multiplied as they are: nothing is rounded again."""

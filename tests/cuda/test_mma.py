@@ -19,7 +19,7 @@ _Array = np.ndarray[Any, Any]
 
 TEXT = joined(SOURCES / "mma.cuh")
 
-# Cards that multiply 8 by 8, and 16 by 8, at once.
+# Cards that multiply 8 by 8, and 16 by 8, at once; the former know no BF16.
 CAPABILITIES = (75, 80)
 
 _KERNELS = """
@@ -47,6 +47,15 @@ KERNEL(products_of_halves, 32) {
     float *to = reinterpret_cast<float *>(r.slot[DST].data);
     for (int i = 0; i < 4; i++) to[8 * row_of_sum(i) + column_of_sum(i)] = sums.of[i];
 }
+
+#if ARCHITECTURE >= 800
+KERNEL(products_of_bfloats, 32) {
+    FloatSums sums = {{5, 5, 5, 5}};
+    add_whole<BF16>(sums, rows_of_lane(A, 2), columns_of_lane(B, 2));
+    float *to = reinterpret_cast<float *>(r.slot[DST].data);
+    for (int i = 0; i < 4; i++) to[8 * row_of_sum(i) + column_of_sum(i)] = sums.of[i];
+}
+#endif
 
 KERNEL(by_some_lanes, 32) {
     Sums sums = {};
@@ -95,18 +104,33 @@ def of_bytes(
     return np.stack([5 + wide[:, k] @ tall[:, k].T for k in parts]), result
 
 
-def of_halves(capability: int, text: str = TEXT) -> tuple[_Array, _Array]:
+def of_floats(kernel: str, capability: int, text: str) -> tuple[_Array, _Array]:
     """Return (what numpy gives, what the kernel gives), float32 (16, 8) each, both exact."""
-    both = np.random.default_rng(1).integers(-64, 64, (24, 16)).astype(np.float16)
-    a, b = both[:16].copy(), both[16:].copy()
+    both = np.random.default_rng(1).integers(-64, 64, (24, 16)).astype(np.float32)
+    halves = kernel == "products_of_halves"
+    # BF16 is the upper half of a float.
+    words = both.astype(np.float16) if halves else (both.view(np.uint32) >> 16).astype(np.uint16)
     result = np.zeros((16, 8), np.float32)
-    launch("products_of_halves", a, b, result, capability, text)
-    return 5 + a.astype(np.float32) @ b.astype(np.float32).T, result
+    launch(kernel, words[:16].copy(), words[16:].copy(), result, capability, text)
+    return 5 + both[:16] @ both[16:].T, result
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("of", [of_bytes, of_halves])
-def test_products(capability: int, of: Callable[[int], tuple[_Array, _Array]]) -> None:
+def of_halves(capability: int, text: str = TEXT) -> tuple[_Array, _Array]:
+    return of_floats("products_of_halves", capability, text)
+
+
+def of_bfloats(capability: int, text: str = TEXT) -> tuple[_Array, _Array]:
+    return of_floats("products_of_bfloats", capability, text)
+
+
+PRODUCTS = [
+    *((of, capability) for of in (of_bytes, of_halves) for capability in CAPABILITIES),
+    (of_bfloats, CAPABILITIES[-1]),
+]
+
+
+@pytest.mark.parametrize(("of", "capability"), PRODUCTS)
+def test_products(of: Callable[[int], tuple[_Array, _Array]], capability: int) -> None:
     expected, actual = of(capability)
     np.testing.assert_array_equal(actual, expected)
 
@@ -134,11 +158,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("of", [of_bytes, of_halves])
+@pytest.mark.parametrize(("of", "capability"), PRODUCTS)
 @pytest.mark.parametrize(("right", "wrong"), WRONG.values(), ids=WRONG)
 def test_a_wrong_layout_is_found(
-    capability: int, of: Callable[[int, str], tuple[_Array, _Array]], right: str, wrong: str
+    of: Callable[[int, str], tuple[_Array, _Array]], capability: int, right: str, wrong: str
 ) -> None:
     assert TEXT.count(right) == 1
     expected, actual = of(capability, TEXT.replace(right, wrong))

@@ -100,6 +100,38 @@ def test_a_tile_by_tensor_cores(type_: GgmlType, arch: int, instructions: float)
         pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
     # The innermost that multiplies: a run of 32 by 32 rows and columns of a warp.
     run = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
+
+
+# Of floats 16 rows by 8 columns by 16 of K: two products on cards of 7.5. Type, architecture, tile,
+# and at most so many instructions for it.
+TILES_OF_FLOATS = [
+    (GgmlType.F16, 75, "tiles_64", 5.0),
+    (GgmlType.F16, 75, "tiles_128", 4.0),
+    (GgmlType.F16, 86, "tiles_64", 4.0),
+    (GgmlType.F16, 86, "tiles_128", 3.0),
+    (GgmlType.BF16, 86, "tiles_128", 3.0),
+    (GgmlType.BF16, 90, "tiles_128", 3.2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("type_", "arch", "tile", "instructions"),
+    TILES_OF_FLOATS,
+    ids=[f"{t[0].name}-{t[1]}-{t[2]}" for t in TILES_OF_FLOATS],
+)
+def test_a_tile_of_floats(type_: GgmlType, arch: int, tile: str, instructions: float) -> None:
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    unit = kernel_of_weights("tiles", "", type_).unit
+    found = sass.loops(unit, tile, arch)
+    if found is None:
+        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    # 16 of K by 32 rows and half of the columns: a warp's part.
+    run = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
+    elements = 2 * int(tile.removeprefix("tiles_")) // 16
+    assert run.products == elements * (2 if arch == 75 else 1)
+    assert run.instructions / elements <= instructions, found
     halves = type_ in (GgmlType.Q6_K, GgmlType.Q2_K)
     assert run.products == 8 * (4 if arch == 75 else 2 if halves else 1)
     assert run.instructions / 8 <= instructions, found

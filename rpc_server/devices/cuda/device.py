@@ -102,7 +102,7 @@ class CudaDevice:
 
     def _get_ready(self, type: GgmlType) -> None:
         try:
-            for kernel in products_of(type):
+            for kernel in products_of(type, self.card.capability):
                 self.card.function(kernel)
         except Exception as error:
             # The first graph that needs it tells its client.

@@ -60,9 +60,10 @@ int barrier_reduce(const char *site, int predicate, int kind);
 std::uint64_t collective(
     const char *site, Collective kind, unsigned mask, std::uint64_t value, int argument, int width);
 // mma.sync: M by 8 with K in between, as one lane has it. A and B are signed bytes, and sums whole
-// numbers, or half precision, and sums floats; the products are added to the sums.
+// numbers, or half precision or BF16, and sums floats; the products are added to the sums.
+enum Elements { BYTES, HALVES, BFLOATS };
 struct Matrices {
-    bool halves;
+    Elements of;
     int m, k;
     const int *a, *b;
     void *sums;

@@ -411,9 +411,14 @@ struct Halves {
         return emulated_half_to_float((unsigned short)(words[i / 2] >> (16 * (i % 2))));
     }
 };
+struct Bfloats : Halves {
+    static float of(const int *words, int i) {
+        return __uint_as_float((unsigned)words[i / 2] >> (16 * (i % 2)) << 16);
+    }
+};
 
 // Which lane has what is said in the PTX ISA, "Matrix Fragments for mma.m8n8k16" and the like: of a
-// lane, element `i` of a matrix is at (row, column). Bytes and halves differ in how many a word has.
+// lane, element `i` of a matrix is at (row, column). Bytes and floats differ in how many a word has.
 template <typename E> void multiply_fragments(Fiber *warp) {
     const int m = warp->matrices.m, k = warp->matrices.k, in_word = E::IN_WORD;
     typename E::Number a[16][32], b[32][8];
@@ -441,8 +446,11 @@ template <typename E> void multiply_fragments(Fiber *warp) {
 
 void complete(Fiber *warp, unsigned mask) {
     if (warp->kind == MATRICES) {
-        if (warp->matrices.halves) multiply_fragments<Halves>(warp);
-        else multiply_fragments<Bytes>(warp);
+        switch (warp->matrices.of) {
+        case BYTES: multiply_fragments<Bytes>(warp); break;
+        case HALVES: multiply_fragments<Halves>(warp); break;
+        case BFLOATS: multiply_fragments<Bfloats>(warp); break;
+        }
     }
     for (int lane = 0; lane < WARP; lane++) {
         if (!(mask >> lane & 1)) continue;

@@ -1,8 +1,8 @@
 """Lowerings of matrix products.
 
 A few columns: each weight is read once (matvec.cu). More: tiles of the result, in whole numbers
-too, by tensor cores where there are any (tiles.cu). Where a card multiplies floats faster than
-that, and weights of floats: cuBLAS.
+where weights are blocks, by tensor cores where there are any (tiles.cu). Where a card multiplies
+floats faster than that, and weights of floats that it has no tensor cores for: cuBLAS.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rpc_server.ops.table import source
 _QUANTIZE = kernel("columns", "quantize_columns", 128)
 _TAKE = kernel("columns", "take_columns", 128)
 _WIDEN = kernel("columns", "widen_columns", 256)
+_SHORTEN = kernel("columns", "shorten_columns", 256)
 _ROUTE = kernel("columns", "route_columns", 256)
 _THREADS = 128
 
@@ -44,51 +45,82 @@ _LIBRARY_FROM = {
     60: 24,
     61: None,
     70: 160,
+TILES_OF_FLOATS = (*TILES, 128)
     75: None,
     80: 320,
     86: None,
     90: 128,
     100: 64,
+# The same for reading floats from memory.
+_COLUMNS_OF_READING = 64
+# From which capability on tensor cores multiply weights of floats.
+_TENSOR_CORES_FROM = {GgmlType.F16: 75, GgmlType.BF16: 80}
     120: None,
 }
-# The same for weights of floats, which have no codes.
+# The same for weights of floats: where tensor cores multiply them here, and elsewhere.
+_LIBRARY_FROM_OF_TILED_FLOATS = {75: None, 80: 129, 86: None, 90: 129, 100: 65, 120: None}
 _LIBRARY_FROM_OF_FLOATS = 24
 
 # What activations are rounded to, here or by clients themselves, and the numbers of rounding.cuh.
 ROUNDED_AS = {GgmlType.Q8_0: 0, GgmlType.Q8_1: 1, GgmlType.Q8_K: 2}
 
 
-def products_of(weights: GgmlType) -> list[CudaKernel]:
-    """Return a kernel of each unit that products with such weights need."""
+def products_of(weights: GgmlType, capability: int) -> list[CudaKernel]:
+    """Return a kernel of each unit that products with such weights need on a card."""
     units = [("matvec", "multiply_1")]
-    if TYPE_INFO[weights].quantized:
+    if TYPE_INFO[weights].quantized or _multiplied_by_tensor_cores(weights, capability):
         units.append(("tiles", f"tiles_{TILES[-1]}"))
     return [kernel_of_weights(unit, name, weights, _THREADS) for unit, name in units]
 
 
 def library_from(weights: Tensor, capability: int) -> int | None:
     """Return from how many columns on a product is best left to cuBLAS; None: never."""
-    if not weights.quantized:
-        return _LIBRARY_FROM_OF_FLOATS
-    return of_capability(_LIBRARY_FROM, capability)
+    if weights.quantized:
+        return of_capability(_LIBRARY_FROM, capability)
+    if has_tiles(weights, capability):
+        return of_capability(_LIBRARY_FROM_OF_TILED_FLOATS, capability)
+    return _LIBRARY_FROM_OF_FLOATS
 
 
 def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int, capability: int) -> int:
-    """Return how many of ``n`` columns a block of threads should multiply (_GROUPS or TILES).
+    """Return how many of ``n`` columns a block of threads should multiply (_GROUPS or tiles).
 
-    ``matrices`` is how many have so many columns. Wide tiles decode weights less often, narrow ones
-    leave less of the card without work.
+    ``matrices`` is how many have so many columns. Wide tiles decode and read weights less often,
+    narrow ones leave less of the card without work.
+def _multiplied_by_tensor_cores(floats: GgmlType, capability: int) -> bool:
+    return capability >= _TENSOR_CORES_FROM.get(floats, capability + 1)
+
+
+def has_tiles(weights: Tensor, capability: int) -> bool:
+    """Return whether a card multiplies weights with many columns in tiles (tiles.cu).
+
+    Floats have to be such as tensor cores take, in rows that can be loaded by 16 bytes.
     """
-    if n <= _GROUPS[-1] or not weights.quantized:
+    if weights.quantized:
+        return True
+    whole = weights.ne[0] % 8 == 0 and _alignment(weights) == 16
+    return whole and _multiplied_by_tensor_cores(weights.type, capability)
+
+
+    """
+    if n <= _GROUPS[-1] or not has_tiles(weights, capability):
         return next((group for group in _GROUPS if n <= group), _GROUPS[-1])
 
-    decoding = of_capability(_COLUMNS_OF_DECODING, capability)
+    tiles: tuple[int, ...] = TILES_OF_FLOATS
+    once = _COLUMNS_OF_READING
+    if weights.quantized:
+        tiles, once = TILES, of_capability(_COLUMNS_OF_DECODING, capability)
 
     def time(tile: int) -> int:
         blocks = -(-n // tile) * -(-weights.ne[1] // _TILE_ROWS) * matrices
-        return -(-blocks // multiprocessors) * (tile + decoding)
+        return -(-blocks // multiprocessors) * (tile + once)
 
-    return min(TILES, key=lambda tile: (time(tile), -tile))
+    return min(tiles, key=lambda tile: (time(tile), -tile))
+
+
+def _is_tile(columns: int) -> bool:
+    """Return whether what :func:`at_once` returned is a tile's."""
+    return columns > _GROUPS[-1]
 
 
 def codes_stride(k: int) -> int:
@@ -96,38 +128,46 @@ def codes_stride(k: int) -> int:
     return k + k // 32 * 16
 
 
-def floats_stride(k: int) -> int:
-    """Return the bytes of a column of ``k`` floats."""
-    return -(-4 * k // 16) * 16
+def floats_stride(k: int, form: GgmlType) -> int:
+    """Return the bytes of a column of ``k`` floats, in tiles with a factor; see columns.cuh."""
+    return -(-4 * k // 16) * 16 if form is GgmlType.F32 else 2 * k + 16
 
 
-def column_form(weights: Tensor, x: Tensor) -> GgmlType:
-    """Return what products with ``weights`` read columns as: F32, or codes of this type."""
+def column_form(weights: Tensor, x: Tensor, *, in_tiles: bool = False) -> GgmlType:
+    """Return what products with ``weights`` read columns as: floats, or codes of this type."""
     if not weights.quantized:
-        return GgmlType.F32
+        return weights.type if in_tiles else GgmlType.F32
     return x.type if x.quantized else activation_type(weights.type)
 
 
-def place_columns(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int, bool]:
+def place_columns(
+    weights: Tensor, x: Tensor, planner: CudaPlanner, *, in_tiles: bool = False
+) -> tuple[int, int, bool]:
     """Return (address, stride, fresh) of the columns as products with ``weights`` read them.
 
     They are kept for all products of the graph that share them; ``fresh``: nobody has made them.
     """
-    form = column_form(weights, x)
-    stride = codes_stride(x.ne[0]) if weights.quantized else floats_stride(x.ne[0])
+    form = column_form(weights, x, in_tiles=in_tiles)
+    k = x.ne[0]
+    stride = codes_stride(k) if weights.quantized else floats_stride(k, form)
     key = ("columns", form, x.type, x.ne, x.nb)
     address, fresh = planner.shared_scratch(key, (x,), stride * x.nrows)
     return address, stride, fresh
 
 
-def columns_in_scratch(weights: Tensor, x: Tensor, planner: CudaPlanner) -> tuple[int, int]:
+def columns_in_scratch(
+    weights: Tensor, x: Tensor, planner: CudaPlanner, *, in_tiles: bool = False
+) -> tuple[int, int]:
     """Return (address, stride) of the columns as products with ``weights`` read them.
 
     They are made if need be.
     """
-    address, stride, fresh = place_columns(weights, x, planner)
-    if fresh:
-        form = column_form(weights, x)
+    address, stride, fresh = place_columns(weights, x, planner, in_tiles=in_tiles)
+    form = column_form(weights, x, in_tiles=in_tiles)
+    if fresh and form in _TENSOR_CORES_FROM:
+        as_floats = (address, stride, int(form))
+        planner.each_row(_SHORTEN, x, x.nrows, x.ne[0], slots=(None, x), extra=as_floats)
+    elif fresh:
         # How many elements a block of threads does, and of how many threads.
         if form is GgmlType.F32:
             each, threads, chosen = 256, 256, _WIDEN
@@ -208,7 +248,7 @@ def _launch(
 ) -> None:
     """``columns_in_scratch`` comes before any other scratch of the node."""
     weights, x = source(t, 0), source(t, 1)
-    address, stride = columns_in_scratch(weights, x, planner)
+    address, stride = columns_in_scratch(weights, x, planner, in_tiles=unit == "tiles")
     planner.launch(
         kernel_of_weights(unit, name, weights.type, _THREADS),
         t,
@@ -227,7 +267,7 @@ def _launch(
 
 def _row_blocks(weights: Tensor, columns: int) -> int:
     """Blocks of threads for all rows of a matrix, ``columns`` columns at once."""
-    rows = _TILE_ROWS if columns in TILES else _THREADS >> _power_of_lanes(weights)
+    rows = _TILE_ROWS if _is_tile(columns) else _THREADS >> _power_of_lanes(weights)
     return -(-weights.ne[1] // rows)
 
 
@@ -242,7 +282,7 @@ def _by_kernel(t: Tensor, planner: CudaPlanner) -> bool:
     grid = (_row_blocks(weights, columns), -(-t.ne[1] // columns), matrices)
     if not _fits(grid):
         return False
-    unit, name = ("tiles", "tiles") if columns in TILES else ("matvec", "multiply")
+    unit, name = ("tiles", "tiles") if _is_tile(columns) else ("matvec", "multiply")
     _launch(t, planner, unit, f"{name}_{columns}", grid)
     return True
 
@@ -378,12 +418,12 @@ def lower_mul_mat_id(t: Tensor, planner: CudaPlanner) -> bool:
     grid = (_row_blocks(weights, columns), groups, 1)
     if not _fits(grid):
         return False
-    columns_in_scratch(weights, x, planner)
+    tiles = _is_tile(columns)
+    columns_in_scratch(weights, x, planner, in_tiles=tiles)
     routing = planner.scratch(4 * (1 + 3 * groups))
     sorted_pairs = planner.scratch(4 * pairs)
     extra = (routing, sorted_pairs, columns, planner.scratch(4 * pairs))
     planner.launch(_ROUTE, t, (1,), 256, extra=extra, shared=max(4 * experts, 4))
-    tiles = columns in TILES
     unit, name = ("tiles", f"tiles_{columns}") if tiles else ("matvec", "multiply_grouped")
     _launch(t, planner, unit, name, grid, routing, sorted_pairs)
     return True

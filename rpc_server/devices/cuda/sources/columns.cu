@@ -50,23 +50,52 @@ KERNEL(widen_columns, 256) {
     }
 }
 
+// The largest magnitude of a row of floats, to all threads of the block; `room` is shared memory.
+__device__ inline float largest_of_row(const u8 *source, const Slot &from, float *room) {
+    float top = 0;
+    for (i64 i = threadIdx.x; i < from.ne[0]; i += blockDim.x)
+        top = fmaxf(top, fabsf(load_f32(source + i * from.nb[0], from.type)));
+    return over_block(top, Largest(), room);
+}
+
 // slot 1: rows of any float type; extra: where the largest magnitude of each goes. A block does a row.
 KERNEL(largest_of_rows, 256) {
     SHARED_ARRAY(float, room, 32);
     const Slot &from = r.slot[SRC0];
     float *to = reinterpret_cast<float *>(r.extra[0]);
     FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
-        const u8 *source = Row(from, row).in(from);
-        float top = 0;
-        for (i64 i = threadIdx.x; i < from.ne[0]; i += blockDim.x)
-            top = fmaxf(top, fabsf(load_f32(source + i * from.nb[0], from.type)));
-        top = over_block(top, Largest(), room);
+        const float top = largest_of_row(Row(from, row).in(from), from, room);
         if (threadIdx.x == 0) to[row] = top;
     }
 }
 
 // What half precision holds at most.
 #define LARGEST_HALF 65504.0f
+
+// slot 1: rows of any float type; extra: where they go, their stride, and as what: F16 or BF16, see
+// columns.cuh. Half precision holds neither what is large nor what is small: elements of a row are
+// multiplied with the power of two that takes the largest to between 2^14 and 2^15. A block does a row.
+KERNEL(shorten_columns, 256) {
+    SHARED_ARRAY(float, room, 32);
+    const Slot &from = r.slot[SRC0];
+    const bool half = r.extra[2] == F16;
+    FOR_ROWS(row, from.ne[1] * from.ne[2] * from.ne[3]) {
+        const u8 *source = Row(from, row).in(from);
+        u8 *column = reinterpret_cast<u8 *>(r.extra[0]) + row * r.extra[1];
+        // The largest's exponent as floats have it: 127 + 14 changes nothing. So it is with an infinity,
+        // and no power of two is beyond what a float holds.
+        int exponent = 141;
+        if (half) exponent = (int)(__float_as_uint(largest_of_row(source, from, room)) >> 23);
+        exponent = exponent == 255 ? 141 : max(exponent, 15);
+        const float up = __uint_as_float((u32)(268 - exponent) << 23);
+        u16 *target = reinterpret_cast<u16 *>(column);
+        for (i64 i = threadIdx.x; i < from.ne[0]; i += blockDim.x) {
+            const float x = load_f32(source + i * from.nb[0], from.type);
+            target[i] = half ? float_to_half(__fmul_rn(x, up)) : float_to_bfloat(x);
+        }
+        if (threadIdx.x == 0) factor_of_floats(column, from.ne[0]) = __uint_as_float((u32)(exponent - 14) << 23);
+    }
+}
 
 // slot 0: where slot 1, rows of any float type, go as F16; extra: what largest_of_rows left, and two
 // words, for what their products are to be multiplied with and for 0. Where all fits it is 1 and each

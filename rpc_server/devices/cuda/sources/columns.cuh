@@ -10,6 +10,13 @@ __device__ inline const float4 *factors_of(const u8 *column, i64 k) {
     return reinterpret_cast<const float4 *>(column + k);
 }
 
+// For weights of half precision or BF16 it is K elements of that type, then what products with the column
+// are to be multiplied with.
+__device__ inline float &factor_of_floats(u8 *column, i64 k) { return *reinterpret_cast<float *>(column + 2 * k); }
+__device__ inline float factor_of_floats(const u8 *column, i64 k) {
+    return *reinterpret_cast<const float *>(column + 2 * k);
+}
+
 // Products of four bytes and their sum. GP100 has no instruction for it, but one that multiplies either
 // half of a register: bytes 0 and 2, and 1 and 3, are made numbers of 16 bits.
 #if defined(CUDA_EMULATION)

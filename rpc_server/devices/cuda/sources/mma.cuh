@@ -1,8 +1,8 @@
 // Products of small matrices by the tensor cores of a warp (mma.sync): of signed bytes, with whole sums,
-// and of half precision, with sums of floats.
+// and of half precision or BF16, with sums of floats.
 //
 // All 32 lanes come here together. Which lane has what is said in the PTX ISA ("Matrix Fragments for
-// mma.m16n8k32 ..."). A word is neighbours along K, four bytes or two halves; lane 4 * g + t has
+// mma.m16n8k32 ..."). A word is neighbours along K, four bytes or two floats; lane 4 * g + t has
 //   of 16 rows of 8 words: word t of row g, the same of row g + 8, then word t + 4 of both;
 //   of 8 columns of 8 words: words t and t + 4 of column g;
 //   of the sums: columns 2 * t and 2 * t + 1 of row g, then of row g + 8.
@@ -55,13 +55,16 @@ __device__ inline int column_of_sum(int i) { return threadIdx.x % 4 * 2 + i % 2;
 
 // The instructions, by M, N and K; they add to the sums.
 #if defined(CUDA_EMULATION)
-#define MULTIPLY(halves, m, k, a, b, sums) \
-    emulation::multiply_matrices(EMULATED_SITE, {halves, m, k, a, b, sums})
-__device__ inline void mma_8_8_16(int *sums, int a, int b) { MULTIPLY(false, 8, 16, &a, &b, sums); }
-__device__ inline void mma_16_8_16(int *sums, const int *a, int b) { MULTIPLY(false, 16, 16, a, &b, sums); }
-__device__ inline void mma_16_8_32(int *sums, const int *a, const int *b) { MULTIPLY(false, 16, 32, a, b, sums); }
-__device__ inline void mma_16_8_8(float *sums, const int *a, int b) { MULTIPLY(true, 16, 8, a, &b, sums); }
-__device__ inline void mma_16_8_16(float *sums, const int *a, const int *b) { MULTIPLY(true, 16, 16, a, b, sums); }
+#define MULTIPLY(of, m, k, a, b, sums) \
+    emulation::multiply_matrices(EMULATED_SITE, {emulation::of, m, k, a, b, sums})
+__device__ inline void mma_8_8_16(int *sums, int a, int b) { MULTIPLY(BYTES, 8, 16, &a, &b, sums); }
+__device__ inline void mma_16_8_16(int *sums, const int *a, int b) { MULTIPLY(BYTES, 16, 16, a, &b, sums); }
+__device__ inline void mma_16_8_32(int *sums, const int *a, const int *b) { MULTIPLY(BYTES, 16, 32, a, b, sums); }
+__device__ inline void mma_16_8_8(float *sums, const int *a, int b) { MULTIPLY(HALVES, 16, 8, a, &b, sums); }
+__device__ inline void mma_16_8_16(float *sums, const int *a, const int *b) { MULTIPLY(HALVES, 16, 16, a, b, sums); }
+__device__ inline void mma_16_8_16_bfloats(float *sums, const int *a, const int *b) {
+    MULTIPLY(BFLOATS, 16, 16, a, b, sums);
+}
 #else
 __device__ inline void mma_8_8_16(int *sums, int a, int b) {
     asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
@@ -97,6 +100,13 @@ __device__ inline void mma_16_8_16(float *sums, const int *a, const int *b) {
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+__device__ inline void mma_16_8_16_bfloats(float *sums, const int *a, const int *b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #endif
 #endif
 
@@ -118,11 +128,13 @@ __device__ inline void add_whole(Sums &sums, const RowWords &a, const ColumnWord
 #endif
 }
 
-// The same of half precision, all 16 of K.
-__device__ inline void add_whole(FloatSums &sums, const RowWords &a, const ColumnWords &b) {
+// The same of half precision, or of BF16, all 16 of K.
+template <int TYPE = F16> __device__ inline void add_whole(FloatSums &sums, const RowWords &a, const ColumnWords &b) {
 #if ARCHITECTURE >= 800
-    mma_16_8_16(sums.of, a.word, b.word);
+    if (TYPE == F16) mma_16_8_16(sums.of, a.word, b.word);
+    else mma_16_8_16_bfloats(sums.of, a.word, b.word);
 #else
+    static_assert(TYPE == F16, "BF16 is multiplied from 8.0 on");
     mma_16_8_8(sums.of, a.word, b.word[0]);
     mma_16_8_8(sums.of, a.word + 2, b.word[1]);
 #endif
