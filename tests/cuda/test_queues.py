@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from rpc_server.devices.cpu.streaming.direct import DirectTransfers
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.device import CudaDevice
 from rpc_server.devices.cuda.queue import CudaQueue
-from rpc_server.devices.cuda.storage import PinnedPool
+from rpc_server.devices.cuda.storage import CudaStorage, PinnedPool
 from rpc_server.net.listener import Server
 from rpc_server.net.listening import listen
 from rpc_server.session.buffers import Budget
@@ -134,6 +135,28 @@ async def test_a_captured_graph_fetches_its_status_itself(
         await plan.run()
         with pytest.raises(ConnectionLost):
             await client.connection.device_count()
+
+
+async def test_small_results_are_read_where_they_are_asked_for(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of a token wait for no thread; what is large, or still on its way there, has one."""
+    here: list[bool] = []
+    loop, download = threading.get_ident(), CudaStorage._download
+
+    def noted(storage: CudaStorage, start: int, size: int) -> memoryview:
+        here.append(threading.get_ident() == loop)
+        return download(storage, start, size)
+
+    monkeypatch.setattr(CudaStorage, "_download", noted)
+    async with serving.client() as client:
+        await (await Work.of(client)).run(2.0)
+        x = await client.tensor(F32, (1024,), np.ones(1024, np.float32))
+        await client.download(x)
+        large = await client.tensor(F32, (1024, 257), np.ones((257, 1024), np.float32))
+        doubled = client.graph.add(large, large)
+        await client.compute(doubled)
+    assert here == [True, False, False]
 
 
 async def test_a_graph_waits_for_no_other_clients(serving: Serving) -> None:
