@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpc_server.devices.cuda.compile import OPTIONS
+from rpc_server.devices.cuda.compile import options_for
 from rpc_server.devices.cuda.kernels import Unit
 from tests.cuda import nvrtc
 
@@ -56,7 +56,7 @@ def programs() -> tuple[str, ...]:
 @functools.cache
 def _listing(unit: Unit, arch: int) -> str:
     """Return a unit's instructions as text; empty where no disassembler here knows the card."""
-    code = nvrtc.code_for(unit.text, unit.label, arch, OPTIONS)
+    code = nvrtc.code_for(unit.text, unit.label, arch, options_for(arch))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()

@@ -10,8 +10,21 @@ import pytest
 
 from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
 from rpc_server.devices.cuda.card import by_value
+from rpc_server.devices.cuda.compile import options_for, source_text
 
 cupy = pytest.importorskip("cupy", reason="no CuPy: pip install '.[cuda12]'")
+
+
+@pytest.mark.parametrize("capability", [61, 75])
+def test_options_are_passed_to_the_compiler(capability: int) -> None:
+    """As a kernel is compiled that isn't on disk yet; CuPy first asks for an empty one."""
+    from cupy.cuda import compiler
+
+    options = options_for(capability)
+    compiler._preprocess("", options, str(capability), "nvrtc")
+    program = compiler._NVRTCProgram(source_text("fill"), "fill.cu", method="cubin")
+    code, _ = program.compile((*options, f"-arch=sm_{capability}"))
+    assert code.startswith(b"\x7fELF")
 
 
 def launch(argument: Any) -> None:

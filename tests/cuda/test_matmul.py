@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -18,7 +19,13 @@ from rpc_server.devices.cpu.kernels.interface.abi import PARAM_WORD, RECORD_WORD
 from rpc_server.devices.cuda.compile import SOURCES, joined
 from rpc_server.devices.cuda.kernels import Unit
 from rpc_server.devices.cuda.lower import matmul
-from rpc_server.devices.cuda.lower.matmul import TILES, TILES_OF_FLOATS, at_once, products_of
+from rpc_server.devices.cuda.lower.matmul import (
+    RUNS_OF_SPAN,
+    TILES,
+    TILES_OF_FLOATS,
+    at_once,
+    products_of,
+)
 from rpc_server.devices.cuda.planner import Launch
 from rpc_server.ops.table import ContractError
 from tests.cuda import emulation
@@ -27,6 +34,7 @@ from tests.ops.harness import nmse
 from tests.ops.tensors import CONTEXT, node, noise, permuted, raw, tensor
 from tests.ops.tensors import values as tensor_values
 from tests.ops.type_cases import random_content
+from tests.parameters import mostly_slow
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, listens
 
@@ -34,7 +42,6 @@ pytestmark = cuda.needs_compiler
 
 F32, F16, BF16, I32 = GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.I32
 QUANTIZED = sorted(t for t in DECODABLE if TYPE_INFO[t].quantized)
-from tests.parameters import mostly_slow
 WEIGHTS = [F32, F16, BF16, *QUANTIZED]
 
 # As test-backend-ops: the part of the squares that may be wrong.
@@ -112,8 +119,18 @@ def with_gaps(a: Tensor, gap: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("type_", "gap"),
-    [(GgmlType.Q4_K, 4), (GgmlType.Q4_0, 2), (GgmlType.Q8_0, 2), (GgmlType.Q6_K, 2)],
-    ids=["Q4_K", "Q4_0", "Q8_0", "Q6_K"],
+    [
+        (GgmlType.Q4_K, 4),
+        (GgmlType.Q4_0, 2),
+        (GgmlType.Q8_0, 2),
+        (GgmlType.Q8_0, 4),
+        (GgmlType.Q6_K, 2),
+        (GgmlType.IQ4_NL, 2),
+        (GgmlType.IQ4_XS, 4),
+        (GgmlType.MXFP4, 1),
+        (GgmlType.MXFP4, 2),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
 )
 @pytest.mark.parametrize("n", [1, 3])
 def test_rows_that_wide_loads_do_not_fit(type_: GgmlType, gap: int, n: int) -> None:
@@ -121,11 +138,23 @@ def test_rows_that_wide_loads_do_not_fit(type_: GgmlType, gap: int, n: int) -> N
     check_product(with_gaps(weights(type_, 768, 6), gap), noise((768, n)))
 
 
-@pytest.mark.parametrize("k", [32, 96, 2016])
+@pytest.mark.parametrize("k", [32, 96, 192, 2016])
 def test_rows_of_an_odd_number_of_blocks(k: int) -> None:
-    """Two blocks are read at once, and here one would be left: also behind the last row."""
-    for type_ in (GgmlType.Q4_0, GgmlType.Q8_0):
+    """Two or four blocks are read at once, and here some are left: also behind the last row."""
+    for type_ in (GgmlType.Q4_0, GgmlType.Q8_0, GgmlType.IQ4_NL, GgmlType.MXFP4):
         check_product(weights(type_, k, 4), noise((k, 1)))
+
+
+@pytest.mark.parametrize(
+    "type_", [GgmlType.Q6_K, GgmlType.Q8_0, GgmlType.MXFP4], ids=lambda t: t.name
+)
+@pytest.mark.parametrize("at", [2, 4, 6, 8])
+def test_rows_that_begin_between_words(type_: GgmlType, at: int) -> None:
+    """Blocks are read by 8 bytes from what lies around them: nothing before or behind a tensor."""
+    whole = weights(type_, 512, 4)
+    memory = tensor(GgmlType.I8, (whole.nbytes + at,))
+    CONTEXT.memory(memory.address + at, whole.nbytes)[...] = raw(whole)
+    check_product(replace(whole, id=memory.id, address=memory.address + at), noise((512, 1)))
 
 
 # Ways to multiply bytes that only some cards take.
@@ -162,6 +191,20 @@ def test_products_of_bytes_by_halves_of_words() -> None:
     for column, a in enumerate((words[0].view(np.int8), words[0])):
         expected = 7 + (a.astype(np.int32) * b).sum(-1)
         np.testing.assert_array_equal(result[:, column], expected)
+
+
+def test_runs_that_a_lane_multiplies_at_once() -> None:
+    """Lanes of a row are as many as spans are, so the planner knows what spans are."""
+    stores = " ".join(f"to[{t}] = Span<{t.name}>::RUNS;" for t in QUANTIZED)
+    kernel = "i32 *to = reinterpret_cast<i32 *>(r.slot[DST].data); if (threadIdx.x == 0) "
+    text = joined(SOURCES / "spans.cuh") + f"KERNEL(runs, 32) {{ {kernel} {{ {stores} }} }}"
+    result = np.zeros(max(QUANTIZED) + 1, np.int32)
+    memory = emulation.Memory()
+    memory.add(result.ctypes.data, result.nbytes)
+    record = np.zeros(RECORD_WORDS, np.int64)
+    record[0] = result.ctypes.data
+    emulation.build("runs", text).launch("runs", record, (1,), (32,), memory)
+    assert {t: result[t] for t in QUANTIZED} == {t: RUNS_OF_SPAN.get(t, 1) for t in QUANTIZED}
 
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16, GgmlType.Q4_0], ids=lambda t: t.name)
@@ -338,6 +381,10 @@ def test_columns_that_a_block_of_threads_multiplies() -> None:
     # Ten tiles of rows for so many multiprocessors.
     assert chosen(codes, 20, 17, 32, 33, 64, 96, 4096) == [16, 16, 32, 32, 64, 64]
     assert chosen(floats, 1, 1, 8, 9, 4096) == [1, 8, 8, 8]
+    assert chosen(floats, 1, 1, 8, 9, 17, 64, 65, 4096, capability=75) == [
+        *(1, 8, 16, 32, 64, 128, 128),
+    ]
+    assert chosen(floats, 20, 9, 17, 64, 65, 512, capability=75) == [16, 16, 32, 64, 128]
 
 
 # Capability, and the columns from which cuBLAS multiplies.
@@ -558,10 +605,6 @@ ROUNDED = [
 
 
 @pytest.mark.parametrize(("type_", "rounded"), ROUNDED, ids=lambda t: t.name)
-    assert chosen(floats, 1, 1, 8, 9, 17, 64, 65, 4096, capability=75) == [
-        *(1, 8, 16, 32, 64, 128, 128),
-    ]
-    assert chosen(floats, 20, 9, 17, 64, 65, 512, capability=75) == [16, 16, 32, 64, 128]
 @pytest.mark.parametrize("n", [1, 10])
 def test_rounded_activations(type_: GgmlType, rounded: GgmlType, n: int) -> None:
     """They are multiplied as they are: nothing is rounded again."""

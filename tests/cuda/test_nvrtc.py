@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.ggml.types import CACHE_TYPES, DECODABLE, TYPE_INFO, GgmlType
-from rpc_server.devices.cuda.compile import ARCHITECTURES, OPTIONS, SOURCES
+from rpc_server.devices.cuda.compile import ARCHITECTURES, OPTIONS, SOURCES, options_for
 from rpc_server.devices.cuda.kernels import (
     ATTENTION_SIZES,
     Unit,
@@ -38,11 +38,21 @@ def plain_sources() -> list[str]:
 def compiled(unit: Unit, arch: int) -> dict[str, nvrtc.Usage]:
     if arch not in nvrtc.architectures():
         pytest.skip(f"this NVRTC does not know sm_{arch}")
-    found = nvrtc.compile_for(unit.text, unit.label, arch, OPTIONS)
+    found = nvrtc.compile_for(unit.text, unit.label, arch, options_for(arch))
     assert found, "no kernels in the source"
     for name, usage in found.items():
         assert usage.shared <= 48 << 10, f"{name}: more shared memory than every card has"
     return found
+
+
+def test_cards_that_are_told_to_cache() -> None:
+    """GTX 10 and P40: the compiler knows the option, and makes other code."""
+    if 61 not in nvrtc.architectures():
+        pytest.skip("this NVRTC does not know sm_61")
+    text = Unit("columns").text
+    codes = {nvrtc.code_for(text, "columns", 61, options) for options in (OPTIONS, options_for(61))}
+    assert len(codes) == 2
+    assert options_for(60) == options_for(75) == OPTIONS
 
 
 # What every model runs is compiled for all cards, the rest for one of each generation.
@@ -72,6 +82,10 @@ def test_products_of_the_commonest_types(arch: int) -> None:
         assert usage.registers * 128 * 4 <= 65536
 
 
+# Tiles, and how many blocks of them are to fit a multiprocessor.
+TILE_BLOCKS = {"tiles_16": 5, "tiles_32": 4, "tiles_64": 3, "tiles_128": 3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tiles_of_the_commonest_types(arch: int) -> None:
@@ -82,10 +96,6 @@ def test_tiles_of_the_commonest_types(arch: int) -> None:
             assert not usage.spills, name
             assert usage.registers * 128 * blocks <= 65536, name
             assert usage.shared * blocks <= 96 << 10, name
-# Tiles, and how many blocks of them are to fit a multiprocessor.
-TILE_BLOCKS = {"tiles_16": 5, "tiles_32": 4, "tiles_64": 3, "tiles_128": 3}
-
-
 
 
 # What has tensor cores that multiply bytes, and floats but for BF16 on the first. Every type is
@@ -100,6 +110,7 @@ TILES_FOR = [
     )
     for type_ in (*QUANTIZED, GgmlType.F16, GgmlType.BF16)
     for arch in TENSOR_CORES
+    if type_ is not GgmlType.BF16 or arch >= 80
 ]
 
 
@@ -109,7 +120,6 @@ def test_tiles_by_tensor_cores(type_: GgmlType, arch: int) -> None:
     for name, usage in compiled(kernel_of_weights("tiles", "", type_).unit, arch).items():
         assert not usage.spills, name
         assert usage.registers * 128 * TILE_BLOCKS[name] <= 65536, name
-    if type_ is not GgmlType.BF16 or arch >= 80
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """How many instructions products take: what a kernel costs is seen before a card has run it.
 
 In decoding a warp and 1024 weights are a loop of one run of 32 a lane; the loops of spans
-(spans.cuh) do two.
+(spans.cuh) do more.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 
 from protocol.ggml.types import GgmlType
-from rpc_server.devices.cuda.compile import OPTIONS
+from rpc_server.devices.cuda.compile import options_for
 from rpc_server.devices.cuda.kernels import kernel_of_weights
+from rpc_server.devices.cuda.lower.matmul import RUNS_OF_SPAN
 from tests.cuda import nvrtc, sass
 from tests.parameters import mostly_slow
 
@@ -23,11 +24,7 @@ pytestmark = [
     ),
 ]
 
-# Runs of 32 weights that a lane multiplies in a turn of the loop.
-_RUNS = 2
-
-# Type, architecture, and of 1024 weights at most so many instructions and loads. Blocks of Q6_K and
-# Q8_0 begin at even addresses or multiples of four, so they are read by words.
+# Type, architecture, and of 1024 weights at most so many instructions and loads.
 BUDGETS = [
     (GgmlType.Q4_0, 60, 110, 8.0),
     (GgmlType.Q4_0, 75, 45, 8.0),
@@ -38,15 +35,17 @@ BUDGETS = [
     (GgmlType.Q4_K, 86, 60, 5.0),
     (GgmlType.Q4_K, 90, 60, 5.0),
     (GgmlType.Q5_K, 86, 85, 6.0),
-    (GgmlType.Q6_K, 60, 180, 14.0),
-    (GgmlType.Q6_K, 75, 110, 14.0),
-    (GgmlType.Q6_K, 86, 110, 14.0),
-    (GgmlType.Q6_K, 90, 110, 14.0),
-    (GgmlType.Q8_0, 86, 45, 12.0),
+    (GgmlType.Q6_K, 60, 145, 8.0),
+    (GgmlType.Q6_K, 75, 85, 8.0),
+    (GgmlType.Q6_K, 86, 85, 8.0),
+    (GgmlType.Q6_K, 90, 85, 8.0),
+    (GgmlType.Q8_0, 86, 35, 8.0),
+    (GgmlType.IQ4_NL, 86, 115, 8.0),
+    (GgmlType.IQ4_XS, 86, 110, 6.0),
+    (GgmlType.MXFP4, 86, 115, 8.0),
 ]
-# What each row costs before its first weight. Cards of 6.x multiply 32 bits by many instructions,
-# and those from 9.0 on load a record's words one by one.
-_BEFORE = {60: 170, 75: 60, 86: 60, 90: 75}
+# What each row costs before its first weight. Cards of 6.x multiply 32 bits by many instructions.
+_BEFORE = {60: 85, 75: 60, 86: 60, 90: 60}
 
 
 @pytest.mark.parametrize(
@@ -66,10 +65,10 @@ def test_a_row_of_weights_by_one_column(
     # The loop of spans has most products; of rows that don't fit one run is done at a time.
     span = max(found, key=lambda loop: loop.products)
     assert span.products
-    assert span.instructions / _RUNS <= instructions, found
-    assert span.loads / _RUNS <= loads, found
+    assert span.instructions / RUNS_OF_SPAN[type_] <= instructions, found
+    assert span.loads / RUNS_OF_SPAN[type_] <= loads, found
     assert span.before <= _BEFORE[arch], found
-    usages = nvrtc.compile_for(unit.text, unit.label, arch, OPTIONS)
+    usages = nvrtc.compile_for(unit.text, unit.label, arch, options_for(arch))
     assert not {name for name, usage in usages.items() if usage.spills}
 
 
@@ -100,6 +99,9 @@ def test_a_tile_by_tensor_cores(type_: GgmlType, arch: int, instructions: float)
         pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
     # The innermost that multiplies: a run of 32 by 32 rows and columns of a warp.
     run = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
+    halves = type_ in (GgmlType.Q6_K, GgmlType.Q2_K)
+    assert run.products == 8 * (4 if arch == 75 else 2 if halves else 1)
+    assert run.instructions / 8 <= instructions, found
 
 
 # Of floats 16 rows by 8 columns by 16 of K: two products on cards of 7.5. Type, architecture, tile,
@@ -132,6 +134,3 @@ def test_a_tile_of_floats(type_: GgmlType, arch: int, tile: str, instructions: f
     elements = 2 * int(tile.removeprefix("tiles_")) // 16
     assert run.products == elements * (2 if arch == 75 else 1)
     assert run.instructions / elements <= instructions, found
-    halves = type_ in (GgmlType.Q6_K, GgmlType.Q2_K)
-    assert run.products == 8 * (4 if arch == 75 else 2 if halves else 1)
-    assert run.instructions / 8 <= instructions, found

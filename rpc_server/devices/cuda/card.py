@@ -22,7 +22,7 @@ import numpy as np
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cuda import toolkit
-from rpc_server.devices.cuda.compile import OPTIONS
+from rpc_server.devices.cuda.compile import options_for
 from rpc_server.devices.cuda.kernels import CudaKernel, Unit, kernel
 from rpc_server.devices.cuda.planner import Product
 from rpc_server.devices.cuda.toolkit import CardError
@@ -297,7 +297,8 @@ class Card:
             module = self._modules.get(kernel.unit)
             if module is None:
                 code = self._macros + kernel.unit.text
-                module = self.cupy.RawModule(code=code, options=OPTIONS, backend="nvrtc")
+                options = options_for(self.capability)
+                module = self.cupy.RawModule(code=code, options=options, backend="nvrtc")
             # The compiler is called by the first of these; a unit that failed is tried again.
             found = module.get_function(kernel.name)
             log.debug("kernel %s is ready", kernel.label)

@@ -16,11 +16,20 @@ from rpc_server.devices.cuda.tables import tables_header
 SOURCES = Path(__file__).parent / "sources"
 
 OPTIONS = ("--std=c++17",)
+# GTX 10 and P40 keep nothing of global memory in the cache of a multiprocessor unless they are told
+# to; the columns of products, and what neighbouring lanes read of a row, are read again and again.
+_CACHED = "--ptxas-options=-dlcm=ca"
+_TOLD_TO_CACHE = (61, 62)
 
 # The compute capabilities that users have, P100 to RTX 50: what kernels must compile for.
 ARCHITECTURES = (60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
 
 _INCLUDE = re.compile(r'#include "([^"]+)"')
+
+
+def options_for(capability: int) -> tuple[str, ...]:
+    """Return what sources are compiled with for a card of this capability (61 for 6.1)."""
+    return (*OPTIONS, _CACHED) if capability in _TOLD_TO_CACHE else OPTIONS
 
 
 def source_names() -> list[str]:

@@ -50,6 +50,9 @@ def tables_header() -> str:
     tables: dict[str, Any] = {
         "IQ4_VALUES": IQ4_VALUES.astype(np.int8),
         "FP4_VALUES": FP4_VALUES.astype(np.int8),
+        # The same, four to a word.
+        "IQ4_WORDS": IQ4_VALUES.astype(np.int8).view(np.uint32),
+        "FP4_WORDS": FP4_VALUES.astype(np.int8).view(np.uint32),
         "E8M0_VALUES": E8M0_VALUES,
         "UE4M3_VALUES": UE4M3_VALUES,
     }

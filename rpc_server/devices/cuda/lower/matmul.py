@@ -30,14 +30,31 @@ _ROUNDED_AT_ONCE = 256
 # What route_columns has shared memory for.
 _MOST_EXPERTS = 4096
 
+# Runs of 32 that a lane multiplies at once, where it is more than one (spans.cuh).
+RUNS_OF_SPAN = {
+    GgmlType.Q4_0: 2,
+    GgmlType.Q8_0: 4,
+    GgmlType.Q4_K: 2,
+    GgmlType.Q5_K: 2,
+    GgmlType.Q6_K: 4,
+    GgmlType.IQ4_NL: 2,
+    GgmlType.IQ4_XS: 4,
+    GgmlType.MXFP4: 4,
+}
+
 # Columns that a kernel multiplies a weight with while it has it; their number is in its name.
 _GROUPS = (1, 2, 4, 8)
 TILES = (16, 32, 64)
+TILES_OF_FLOATS = (*TILES, 128)
 # Rows of a tile.
 _TILE_ROWS = 64
 # Decoding the weights of a tile takes about as long as this many columns of it, by capability:
 # tensor cores, which are there from 7.5 on, are done with a column in a quarter of the time.
 _COLUMNS_OF_DECODING = {60: 8, 75: 32}
+# The same for reading floats from memory.
+_COLUMNS_OF_READING = 64
+# From which capability on tensor cores multiply weights of floats.
+_TENSOR_CORES_FROM = {GgmlType.F16: 75, GgmlType.BF16: 80}
 
 # From so many columns on cuBLAS is faster, by capability, each for what comes up to the next. These
 # are figures on paper, see docs/gpu.md, "On paper: reading a prompt".
@@ -45,16 +62,11 @@ _LIBRARY_FROM = {
     60: 24,
     61: None,
     70: 160,
-TILES_OF_FLOATS = (*TILES, 128)
     75: None,
     80: 320,
     86: None,
     90: 128,
     100: 64,
-# The same for reading floats from memory.
-_COLUMNS_OF_READING = 64
-# From which capability on tensor cores multiply weights of floats.
-_TENSOR_CORES_FROM = {GgmlType.F16: 75, GgmlType.BF16: 80}
     120: None,
 }
 # The same for weights of floats: where tensor cores multiply them here, and elsewhere.
@@ -73,20 +85,6 @@ def products_of(weights: GgmlType, capability: int) -> list[CudaKernel]:
     return [kernel_of_weights(unit, name, weights, _THREADS) for unit, name in units]
 
 
-def library_from(weights: Tensor, capability: int) -> int | None:
-    """Return from how many columns on a product is best left to cuBLAS; None: never."""
-    if weights.quantized:
-        return of_capability(_LIBRARY_FROM, capability)
-    if has_tiles(weights, capability):
-        return of_capability(_LIBRARY_FROM_OF_TILED_FLOATS, capability)
-    return _LIBRARY_FROM_OF_FLOATS
-
-
-def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int, capability: int) -> int:
-    """Return how many of ``n`` columns a block of threads should multiply (_GROUPS or tiles).
-
-    ``matrices`` is how many have so many columns. Wide tiles decode and read weights less often,
-    narrow ones leave less of the card without work.
 def _multiplied_by_tensor_cores(floats: GgmlType, capability: int) -> bool:
     return capability >= _TENSOR_CORES_FROM.get(floats, capability + 1)
 
@@ -102,6 +100,20 @@ def has_tiles(weights: Tensor, capability: int) -> bool:
     return whole and _multiplied_by_tensor_cores(weights.type, capability)
 
 
+def library_from(weights: Tensor, capability: int) -> int | None:
+    """Return from how many columns on a product is best left to cuBLAS; None: never."""
+    if weights.quantized:
+        return of_capability(_LIBRARY_FROM, capability)
+    if has_tiles(weights, capability):
+        return of_capability(_LIBRARY_FROM_OF_TILED_FLOATS, capability)
+    return _LIBRARY_FROM_OF_FLOATS
+
+
+def at_once(n: int, weights: Tensor, matrices: int, multiprocessors: int, capability: int) -> int:
+    """Return how many of ``n`` columns a block of threads should multiply (_GROUPS or tiles).
+
+    ``matrices`` is how many have so many columns. Wide tiles decode and read weights less often,
+    narrow ones leave less of the card without work.
     """
     if n <= _GROUPS[-1] or not has_tiles(weights, capability):
         return next((group for group in _GROUPS if n <= group), _GROUPS[-1])
@@ -210,12 +222,19 @@ def columns_for_next(
 
 def _power_of_lanes(weights: Tensor) -> int:
     """Return how many lanes share a row, as a power of two: fewer where it is short."""
-    steps = weights.ne[0] // 32 if weights.quantized else weights.ne[0] * weights.type_size // 16
+    steps = weights.ne[0] * weights.type_size // 16
+    if weights.quantized:
+        steps = weights.ne[0] // (32 * RUNS_OF_SPAN.get(weights.type, 1))
     return 3 if steps <= 8 else 4 if steps <= 16 else 5
 
 
 def _alignment(weights: Tensor) -> int:
-    """Return the largest power of two, up to 16, that divides the addresses of all rows."""
+    """Return the largest power of two, up to 16, that divides the addresses of all rows.
+
+    1 unless 8 divides the first: kernels may read what lies around a row by words of 8 bytes.
+    """
+    if weights.address % 8:
+        return 1
     addresses = weights.address | weights.nb[1] | weights.nb[2] | weights.nb[3] | 16
     return addresses & -addresses
 

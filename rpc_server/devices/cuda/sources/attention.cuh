@@ -186,7 +186,11 @@ template <int TYPE> struct Unit {
             const float scale = half_to_float((u16)words[0]);
             const float minimum = MINIMA ? half_to_float((u16)(words[0] >> 16)) : TYPE == AS_Q4_0 ? -8 * scale : TYPE == AS_Q5_0 ? -16 * scale : 0;
             u32 codes[2] = {words[1], words[2]};
-            if (TYPE != AS_Q8_0) {
+            if (TYPE == AS_IQ4_NL) {
+                const uint2 two = look_up(IQ4_WORDS, words[1]);
+                codes[0] = two.x;
+                codes[1] = two.y;
+            } else if (TYPE != AS_Q8_0) {
                 codes[0] = words[1] & 0x0f0f0f0fu;
                 codes[1] = words[1] >> 4 & 0x0f0f0f0fu;
             }
@@ -196,8 +200,7 @@ template <int TYPE> struct Unit {
             }
 #pragma unroll
             for (int e = 0; e < 8; e++) {
-                u32 code = codes[e / 4] >> (8 * (e % 4)) & 255;
-                if (TYPE == AS_IQ4_NL) code = (u8)IQ4_VALUES[code];
+                const u32 code = codes[e / 4] >> (8 * (e % 4)) & 255;
                 x[e] = scale * (i8)code + minimum;
             }
         }

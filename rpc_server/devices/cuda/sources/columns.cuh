@@ -1,7 +1,7 @@
 // Columns of products as columns.cu makes them, and which of them a block of threads multiplies.
 #pragma once
 
-#include "kernel.cuh"
+#include "bytes.cuh"
 
 // A column of K elements is K signed bytes, then a float4 for each run of 32: its scale, and the sums
 // of its codes times the scale: of all, of the first half, of the second.
@@ -19,16 +19,6 @@ __device__ inline float factor_of_floats(const u8 *column, i64 k) {
 
 // Products of four bytes and their sum. GP100 has no instruction for it, but one that multiplies either
 // half of a register: bytes 0 and 2, and 1 and 3, are made numbers of 16 bits.
-#if defined(CUDA_EMULATION)
-__device__ inline u32 permuted(u32 bytes, u32 selector) { return __byte_perm(bytes, 0, selector); }
-#else
-// Not __byte_perm, which knows no copies of a sign.
-__device__ inline u32 permuted(u32 bytes, u32 selector) {
-    u32 result;
-    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(bytes), "r"(selector));
-    return result;
-}
-#endif
 union Halves {
     u32 word;
     struct {
@@ -40,13 +30,13 @@ __device__ inline int dot2(u32 a, u32 b, int c) {
     return x.low * y.low + x.high * y.high + c;
 }
 __device__ inline int dot4_by_halves(u32 a, u32 b, int c) {
-    c = dot2(permuted(a, 0xa280), permuted(b, 0xa280), c);
-    return dot2(permuted(a, 0xb391), permuted(b, 0xb391), c);
+    c = dot2(permuted(a, 0, 0xa280), permuted(b, 0, 0xa280), c);
+    return dot2(permuted(a, 0, 0xb391), permuted(b, 0, 0xb391), c);
 }
 // The same for bytes of `a` without a sign.
 __device__ inline int unsigned_dot4_by_halves(u32 a, u32 b, int c) {
-    c = dot2(a & 0x00ff00ff, permuted(b, 0xa280), c);
-    return dot2(a >> 8 & 0x00ff00ff, permuted(b, 0xb391), c);
+    c = dot2(a & 0x00ff00ff, permuted(b, 0, 0xa280), c);
+    return dot2(a >> 8 & 0x00ff00ff, permuted(b, 0, 0xb391), c);
 }
 #if defined(CUDA_EMULATION)
 __device__ inline int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
@@ -111,12 +101,18 @@ __device__ inline u32 divided(u32 n, i64 reciprocal) { return (u32)((u64)n * (u6
 
 __device__ inline Job plain_job(const Record &r, int columns) {
     const Slot &to = r.slot[DST], &w = r.slot[SRC0], &x = r.slot[SRC1];
-    const u32 i3 = divided(blockIdx.z, r.extra[6]), i2 = blockIdx.z - i3 * (u32)to.ne[2];
     const u32 first = blockIdx.y * columns;
     Job job(w);
-    job.weights = w.data + divided(i2, r.extra[7]) * w.nb[2] + divided(i3, r.extra[8]) * w.nb[3];
-    job.column = first + (u32)x.ne[1] * (i2 + (u32)x.ne[2] * i3);
-    job.result = to.data + first * to.nb[1] + i2 * to.nb[2] + i3 * to.nb[3];
+    job.weights = w.data;
+    job.column = first;
+    job.result = to.data + first * to.nb[1];
+    // Most products are of one matrix, and to find another takes some cards a hundred instructions.
+    if (gridDim.z > 1) {
+        const u32 i3 = divided(blockIdx.z, r.extra[6]), i2 = blockIdx.z - i3 * (u32)to.ne[2];
+        job.weights += divided(i2, r.extra[7]) * w.nb[2] + divided(i3, r.extra[8]) * w.nb[3];
+        job.column += (u32)x.ne[1] * (i2 + (u32)x.ne[2] * i3);
+        job.result += i2 * to.nb[2] + i3 * to.nb[3];
+    }
     // A grid has no more groups than there are columns.
     job.columns = columns == 1 ? 1 : min(columns, (int)to.ne[1] - (int)first);
     job.valid = true;

@@ -15,7 +15,8 @@ __device__ inline float over_lanes(float value, int power) {
 
 // A row of weights times some columns, as one of the lanes that share the row has it.
 // extra: where the columns are, their stride, how many lanes share a row of weights: 2 to the power of
-// extra[2]; of what power of two, up to 16, all addresses of rows are multiples.
+// extra[2]; of what power of two, up to 16, all addresses of rows are multiples: 1, unless the first of
+// them is a multiple of 8.
 template <int COLUMNS> struct Dots {
     int power, lane;
     i64 row;
@@ -43,13 +44,13 @@ template <int COLUMNS> struct Dots {
     }
 };
 
-// Columns are rows of codes.
+// Columns are rows of codes. From span `begin` of the row to the last that is whole; the run behind it.
 template <typename S, int COLUMNS>
-__device__ inline void add_spans(Dots<COLUMNS> &dots, const Record &r, const Job &job) {
+__device__ inline u32 add_spans(Dots<COLUMNS> &dots, const Record &r, const Job &job, u32 begin) {
     const u32 k = (u32)r.slot[SRC0].ne[0], spans = k / (32 * S::RUNS), step = 1u << dots.power;
     const u8 *first = job.source(r, 0);
 #pragma unroll 1
-    for (u32 number = dots.lane; number < spans; number += step) {
+    for (u32 number = begin + dots.lane; number < spans; number += step) {
         S span;
         span.load(dots.weights, number);
         dots.total[0] += span.dot(codes_of(first), factors_of(first, k), number);
@@ -62,17 +63,22 @@ __device__ inline void add_spans(Dots<COLUMNS> &dots, const Record &r, const Job
             }
         }
     }
+    return spans * S::RUNS;
 }
 
 template <typename T, int COLUMNS>
 __device__ inline void add_codes(Dots<COLUMNS> &dots, const Record &r, const Job &job) {
     typedef Span<T> Wide;
-    enum { SPAN = 32 * Wide::RUNS };
-    // All blocks begin on even addresses where their type has a number of two bytes.
-    const bool aligned = Wide::ALIGNMENT <= 2 || (int)r.extra[3] >= Wide::ALIGNMENT;
-    const bool whole = SPAN <= T::BLOCK || (u32)r.slot[SRC0].ne[0] % SPAN == 0;
-    if (__builtin_expect(aligned && whole, 1)) add_spans<Wide>(dots, r, job);
-    else add_spans<RunSpan<T>>(dots, r, job);
+    typedef NarrowSpan<T> Narrow;
+    const int alignment = (int)r.extra[3];
+    u32 runs = 0;
+    if (__builtin_expect(alignment >= Wide::ALIGNMENT, 1)) {
+        runs = add_spans<Wide>(dots, r, job, 0);
+    } else if constexpr (Narrow::ALIGNMENT < Wide::ALIGNMENT) {
+        if (alignment >= Narrow::ALIGNMENT) runs = add_spans<Narrow>(dots, r, job, 0);
+    }
+    // What is left behind the last span.
+    if constexpr (Wide::RUNS > 1) add_spans<RunSpan<T>>(dots, r, job, runs);
 }
 
 // -- weights of floats ----------------------------------------------------------------------------
@@ -197,11 +203,12 @@ __device__ inline void multiply_both(const Record &r, const Job &first, const Jo
     if (r.extra[6]) round_gated(r);
 }
 
-// Slots as of joint_job. To make room for so many blocks is what keeps the compiler from spilling for more.
+// Slots as of joint_job. To make room for so many blocks is what keeps the compiler from spilling for more,
+// here and below.
 KERNEL(multiply_gated, 128, 8) { multiply_both(r, joint_job(r, 0), joint_job(r, 1)); }
 
 // The same of experts: slots 0 to 3 as of routed_job, 4 and 5 the second result and its weights.
-KERNEL(multiply_routed_gated, 128) {
+KERNEL(multiply_routed_gated, 128, 6) {
     const i64 expert = routed_expert(r);
     multiply_both(r, routed_job(r, r.slot[DST], r.slot[SRC0], expert), routed_job(r, r.slot[SRC3], r.slot[SRC4], expert));
 }

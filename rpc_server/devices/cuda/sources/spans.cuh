@@ -24,6 +24,8 @@ template <typename T> struct RunSpan {
 };
 
 template <typename T> struct Span : RunSpan<T> {};
+// What is used where rows don't begin at such multiples as a span needs, of types that have two.
+template <typename T> struct NarrowSpan : Span<T> {};
 
 __device__ inline int4 masked(uint4 words, u32 mask) {
     return make_int4(words.x & mask, words.y & mask, words.z & mask, words.w & mask);
@@ -31,15 +33,14 @@ __device__ inline int4 masked(uint4 words, u32 mask) {
 __device__ inline int4 low_halves(uint4 words) { return masked(words, 0x0f0f0f0fu); }
 __device__ inline int4 high_halves(uint4 words) { return masked(words, 0xf0f0f0f0u); }
 
-// -- two blocks, of a number of half precision and whole words each: words together -------------------
+// -- blocks of a number of half precision and whole words each: words together, by two ----------------
 
 // Of the first block words are put together of halves of two.
 template <int WORDS> struct TwoBlocks {
     u32 first[WORDS], second[WORDS];
     float d, e;
 
-    __device__ TwoBlocks(const u8 *blocks) {
-        const u32 *words = reinterpret_cast<const u32 *>(blocks);
+    __device__ TwoBlocks(const u32 *words) {
         u32 last = words[0];
         d = half_to_float((u16)last);
 #pragma unroll
@@ -61,7 +62,7 @@ template <> struct Span<Q4_0> {
     uint4 first, second;
     float d, e;
     __device__ void load(const u8 *row, u32 number) {
-        const TwoBlocks<4> blocks(row + (u64)number * (2 * Q4_0::SIZE));
+        const TwoBlocks<4> blocks(reinterpret_cast<const u32 *>(row + (u64)number * (2 * Q4_0::SIZE)));
         first = four(blocks.first);
         second = four(blocks.second);
         d = blocks.d;
@@ -78,27 +79,146 @@ template <> struct Span<Q4_0> {
     }
 };
 
-template <> struct Span<Q8_0> {
+// Two blocks of Q8_0, of which WORDS are asked for at once: four are 17 times 8 bytes.
+template <int PAIRS> struct SpanOfBytes {
+    enum { RUNS = 2 * PAIRS, ALIGNMENT = 4 * PAIRS, WORDS = 2 * Q8_0::SIZE / 4 };
+    uint4 words[4 * PAIRS];
+    float scale[RUNS];
+    __device__ void load(const u8 *row, u32 number) {
+        const u8 *from = row + (u64)number * (RUNS * Q8_0::SIZE);
+        u32 loaded[PAIRS * WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            if (PAIRS == 1) {
+                loaded[i] = reinterpret_cast<const u32 *>(from)[i];
+            } else {
+                const uint2 two = reinterpret_cast<const uint2 *>(from)[i];
+                loaded[2 * i] = two.x;
+                loaded[2 * i + 1] = two.y;
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            const TwoBlocks<8> blocks(loaded + p * WORDS);
+            words[4 * p] = four(blocks.first);
+            words[4 * p + 1] = four(blocks.first + 4);
+            words[4 * p + 2] = four(blocks.second);
+            words[4 * p + 3] = four(blocks.second + 4);
+            scale[2 * p] = blocks.d;
+            scale[2 * p + 1] = blocks.e;
+        }
+    }
+    __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
+        codes += 2 * RUNS * number;
+        factors += RUNS * number;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) {
+            const int4 front = masked(words[2 * i], ALL_LANES), back = masked(words[2 * i + 1], ALL_LANES);
+            sum += scale[i] * factors[i].x * dot16(front, codes[2 * i], dot16(back, codes[2 * i + 1], 0));
+        }
+        return sum;
+    }
+};
+template <> struct Span<Q8_0> : SpanOfBytes<2> {};
+template <> struct NarrowSpan<Q8_0> : SpanOfBytes<1> {};
+
+// -- codes that are places in a table -----------------------------------------------------------------
+
+// The product of 32 of them with a column's codes.
+__device__ inline int dot_of_places(const u32 *table, uint4 q, const int4 *codes) {
+    const uint2 x = look_up(table, q.x), y = look_up(table, q.y), z = look_up(table, q.z), w = look_up(table, q.w);
+    const int4 low = make_int4(x.x, y.x, z.x, w.x), high = make_int4(x.y, y.y, z.y, w.y);
+    return dot16(low, codes[0], dot16(high, codes[1], 0));
+}
+
+template <> struct Span<IQ4_NL> {
     enum { RUNS = 2, ALIGNMENT = 4 };
-    uint4 words[4];
+    uint4 first, second;
     float d, e;
     __device__ void load(const u8 *row, u32 number) {
-        const TwoBlocks<8> blocks(row + (u64)number * (2 * Q8_0::SIZE));
-        words[0] = four(blocks.first);
-        words[1] = four(blocks.first + 4);
-        words[2] = four(blocks.second);
-        words[3] = four(blocks.second + 4);
+        const TwoBlocks<4> blocks(reinterpret_cast<const u32 *>(row + (u64)number * (2 * IQ4_NL::SIZE)));
+        first = four(blocks.first);
+        second = four(blocks.second);
         d = blocks.d;
         e = blocks.e;
-    }
-    __device__ int one(int which, const int4 *codes) const {
-        const int4 front = masked(words[2 * which], ALL_LANES), back = masked(words[2 * which + 1], ALL_LANES);
-        return dot16(front, codes[2 * which], dot16(back, codes[2 * which + 1], 0));
     }
     __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
         codes += 4 * number;
         factors += 2 * number;
-        return d * factors[0].x * one(0, codes) + e * factors[1].x * one(1, codes);
+        return d * factors[0].x * dot_of_places(IQ4_WORDS, first, codes) +
+               e * factors[1].x * dot_of_places(IQ4_WORDS, second, codes + 2);
+    }
+};
+
+// Half a block, by 8 bytes.
+template <> struct Span<IQ4_XS> {
+    enum { RUNS = 4, ALIGNMENT = 8 };
+    uint4 q[RUNS];
+    int scale[RUNS];
+    float d;
+    __device__ void load(const u8 *row, u32 number) {
+        const uint2 *block = reinterpret_cast<const uint2 *>(row + (u64)(number / 2) * IQ4_XS::SIZE);
+        const u32 first = 4 * (number % 2);
+        const uint2 head = block[0];
+        d = half_to_float((u16)head.x);
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) {
+            const uint2 front = block[1 + 2 * (first + i)], back = block[2 + 2 * (first + i)];
+            q[i] = make_uint4(front.x, front.y, back.x, back.y);
+            const u32 low = head.y >> (4 * (first + i)) & 15, high = head.x >> (16 + 2 * (first + i)) & 3;
+            scale[i] = (int)(low | high << 4) - 32;
+        }
+    }
+    __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
+        codes += 2 * RUNS * number;
+        factors += RUNS * number;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < RUNS; i++)
+            sum += factors[i].x * (scale[i] * dot_of_places(IQ4_WORDS, q[i], codes + 2 * i));
+        return d * sum;
+    }
+};
+
+// Four blocks of a byte and four words each, at an even address.
+template <> struct Span<MXFP4> {
+    enum { RUNS = 4, ALIGNMENT = 2, WORDS = RUNS * MXFP4::SIZE / 4 };
+    uint4 q[RUNS];
+    float scale[RUNS];
+    __device__ void load(const u8 *row, u32 number) {
+        const u8 *blocks = row + (u64)number * (RUNS * MXFP4::SIZE);
+        const u32 odd = (u32)(u64)blocks & 2;
+        const u32 *around = reinterpret_cast<const u32 *>(blocks - odd);
+        u32 words[WORDS];
+        u32 last = around[0];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            // Of the last one only what is there.
+            const u32 next = i < WORDS - 1 ? around[i + 1] : odd ? load_u16(blocks + 4 * WORDS - 2) : 0;
+            words[i] = __funnelshift_r(last, next, 8 * odd);
+            last = next;
+        }
+#pragma unroll
+        for (int b = 0; b < RUNS; b++) {
+            // A block begins at byte b of word 4 * b.
+            scale[b] = half_of_power(words[4 * b] >> (8 * b) & 255);
+            u32 codes[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const u32 first = words[4 * b + i], second = words[4 * b + 1 + i];
+                codes[i] = b == 3 ? second : __funnelshift_r(first, second, 8 * (b + 1));
+            }
+            q[b] = four(codes);
+        }
+    }
+    __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
+        codes += 2 * RUNS * number;
+        factors += RUNS * number;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) sum += scale[i] * factors[i].x * dot_of_places(FP4_WORDS, q[i], codes + 2 * i);
+        return sum;
     }
 };
 
@@ -184,56 +304,71 @@ template <> struct Span<Q5_K> : Pair {
 
 // -- Q6_K: blocks of 210 bytes, at even addresses ------------------------------------------------------
 
-// 16 bytes from an even address on; two behind them may be read as well.
-__device__ inline uint4 sixteen_at_2(const u8 *p) {
-    const u32 odd = (u32)(u64)p & 2;
-    const u32 *words = reinterpret_cast<const u32 *>(p + odd);
-    // By 16 bits the word before is needed, and by 32 none is.
-    const u32 before = load_u16(p) << 16, shift = 32 - 8 * odd;
-    const u32 a = words[0], b = words[1], c = words[2], d = words[3];
-    return make_uint4(__funnelshift_rc(before, a, shift), __funnelshift_rc(a, b, shift),
-                      __funnelshift_rc(b, c, shift), __funnelshift_rc(c, d, shift));
-}
+// What is read by 8 bytes of a block that begins at an even address: what lies around it, too, by less
+// than 8 bytes.
+struct Around {
+    const uint2 *units;
+    u32 address;
+    __device__ Around(const u8 *block)
+        : units(reinterpret_cast<const uint2 *>(block - ((u64)block & 7))), address((u32)(u64)block) {}
+    // WORDS words from `unit` times 8 bytes behind its begin on.
+    template <int WORDS> __device__ void read(u32 (&to)[WORDS], u32 unit) const {
+        u32 all[WORDS + 2];
+#pragma unroll
+        for (int i = 0; i < WORDS / 2 + 1; i++) {
+            const uint2 two = units[unit + i];
+            all[2 * i] = two.x;
+            all[2 * i + 1] = two.y;
+        }
+        const bool later = address & 4;
+        const u32 shift = 8 * (address & 2);
+        u32 last = later ? all[1] : all[0];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            const u32 next = later ? all[i + 2] : all[i + 1];
+            to[i] = __funnelshift_r(last, next, shift);
+            last = next;
+        }
+    }
+};
 
-// 16 of each of the four runs of a half block: those whose codes share bytes.
+// Half a block: four runs, whose codes share bytes.
 template <> struct Span<Q6_K> {
-    enum { RUNS = 2, ALIGNMENT = 2 };
-    uint4 a, b, high;
-    int scale[4];
+    enum { RUNS = 4, ALIGNMENT = 2 };
+    u32 low[16], high[8];
+    u32 scales[4];  // two bytes each
     float d;
 
     __device__ void load(const u8 *row, u32 number) {
-        const u8 *block = row + (u64)(number / 4) * Q6_K::SIZE;
-        const u32 half = number / 2 % 2, part = number % 2;
-        const u8 *ql = block + 64 * half + 16 * part;
-        a = sixteen_at_2(ql);
-        b = sixteen_at_2(ql + 32);
-        high = sixteen_at_2(block + 128 + 32 * half + 16 * part);
+        const u8 *block = row + (u64)(number / 2) * Q6_K::SIZE;
+        const u32 half = number % 2;
+        const Around around(block);
+        around.read(low, 8 * half);
+        around.read(high, 16 + 4 * half);
 #pragma unroll
-        for (int g = 0; g < 4; g++)
-            scale[g] = (i8)(load_u16(block + 192 + 8 * half + 2 * g) >> (8 * part));
+        for (int g = 0; g < 4; g++) scales[g] = load_u16(block + 192 + 8 * half + 2 * g);
         d = half_at(block + 208);
     }
-    // Codes of group g, 0 to 63.
-    __device__ static u32 word(u32 low, u32 high, int g) {
-        const u32 top = g == 0 ? high << 4 : g == 1 ? high << 2 : g == 2 ? high : high >> 2;
-        return ((g < 2 ? low : low >> 4) & 0x0f0f0f0fu) | (top & 0x30303030u);
+    // Codes of run g, 0 to 63: four of those at `i`, of eight times four.
+    __device__ int word(int g, int i) const {
+        const u32 nibbles = low[8 * (g % 2) + i], bits = high[i];
+        const u32 top = g == 0 ? bits << 4 : g == 1 ? bits << 2 : g == 2 ? bits : bits >> 2;
+        return ((g < 2 ? nibbles : nibbles >> 4) & 0x0f0f0f0fu) | (top & 0x30303030u);
     }
-    __device__ int4 words(int g) const {
-        const uint4 low = g % 2 ? b : a;
-        return make_int4(word(low.x, high.x, g), word(low.y, high.y, g), word(low.z, high.z, g),
-                         word(low.w, high.w, g));
+    __device__ int4 words(int g, int part) const {
+        const int i = 4 * part;
+        return make_int4(word(g, i), word(g, i + 1), word(g, i + 2), word(g, i + 3));
     }
     __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
-        const u32 part = number % 2, first = 4 * (number / 2);
-        codes += 2 * first + part;
-        factors += first;
+        codes += 8 * number;
+        factors += 4 * number;
         float sum = 0;
 #pragma unroll
         for (int g = 0; g < 4; g++) {
             const float4 f = factors[g];
-            const float of_codes = part ? f.w : f.z;
-            sum += scale[g] * (f.x * dot16(words(g), codes[2 * g], 0) - 32 * of_codes);
+            const int first = (i8)scales[g], second = (i8)(scales[g] >> 8);
+            const int front = dot16(words(g, 0), codes[2 * g], 0), back = dot16(words(g, 1), codes[2 * g + 1], 0);
+            sum += f.x * (first * front + second * back) - 32 * (first * f.z + second * f.w);
         }
         return d * sum;
     }

@@ -6,7 +6,7 @@
 // be loaded. The grids of the IQ types are in tables.cuh, made from Python's tables.
 #pragma once
 
-#include "kernel.cuh"
+#include "bytes.cuh"
 #include "tables.cuh"
 
 struct Run {
@@ -51,11 +51,17 @@ __device__ inline u32 spread_bits(u32 bits, int shift) {
     return ((bits & 1) | (bits & 2) << 7 | (bits & 4) << 14 | (bits & 8) << 21) << shift;
 }
 
-// Four bytes of a table, by the low (or high) four bits of four bytes.
-__device__ inline u32 look_up(const i8 *table, u32 nibbles) {
-    u32 result = 0;
-    for (int i = 0; i < 4; i++) result |= (u32)(u8)table[nibbles >> (8 * i) & 15] << (8 * i);
-    return result;
+// What a table of 16 bytes has for the low four bits of four bytes, and for the high ones. One instruction
+// chooses four of eight bytes by three bits of each, so that half of the table is chosen by the fourth.
+__device__ inline uint2 look_up(const u32 *table, u32 nibbles) {
+    const u32 places = nibbles & 0x77777777u, halves = (nibbles >> 1 & 0x44444444u) | 0x32103210u;
+    u32 found[2];
+    for (int i = 0; i < 2; i++) {
+        const u32 place = places >> (16 * i);
+        const u32 first = permuted(table[0], table[1], place), second = permuted(table[2], table[3], place);
+        found[i] = permuted(first, second, halves >> (16 * i));
+    }
+    return make_uint2(permuted(found[0], found[1], 0x6420), permuted(found[0], found[1], 0x7531));
 }
 
 // Negates the bytes whose bit among the low four is set.
@@ -234,15 +240,18 @@ struct Q6_K : HalvesScaled {
     }
 };
 
-__device__ inline void looked_up(Run &run, const u8 *qs, u32 (*load)(const u8 *), const i8 *table) {
-    nibbles(run, qs, load);
-    for (int i = 0; i < 8; i++) run.codes[i] = look_up(table, run.codes[i]);
+__device__ inline void looked_up(Run &run, const u8 *qs, u32 (*load)(const u8 *), const u32 *table) {
+    for (int i = 0; i < 4; i++) {
+        const uint2 codes = look_up(table, load(qs + 4 * i));
+        run.codes[i] = codes.x;
+        run.codes[4 + i] = codes.y;
+    }
 }
 
 struct IQ4_NL : Scaled {
     enum { BLOCK = 32, SIZE = 18 };
     __device__ static void decode(Run &run, const u8 *block, int) {
-        looked_up(run, block + 2, word_at_2, IQ4_VALUES);
+        looked_up(run, block + 2, word_at_2, IQ4_WORDS);
         run.scaled(half_at(block));
     }
 };
@@ -250,18 +259,23 @@ struct IQ4_NL : Scaled {
 struct IQ4_XS : Scaled {
     enum { BLOCK = 256, SIZE = 136 };
     __device__ static void decode(Run &run, const u8 *block, int r) {
-        looked_up(run, block + 8 + 16 * r, word_at_4, IQ4_VALUES);
+        looked_up(run, block + 8 + 16 * r, word_at_4, IQ4_WORDS);
         int low = block[4 + r / 2] >> (4 * (r % 2)) & 15;
         int high = load_u16(block + 2) >> (2 * r) & 3;
         run.scaled(half_at(block) * ((low | high << 4) - 32));
     }
 };
 
+// Half of what a byte of MXFP4's scales stands for: 2^(byte - 128), of which the first two are subnormal.
+__device__ inline float half_of_power(u32 byte) {
+    return __uint_as_float(byte < 2 ? 0x00200000u << byte : (byte - 1) << 23);
+}
+
 struct MXFP4 : Scaled {
     enum { BLOCK = 32, SIZE = 17 };
     __device__ static void decode(Run &run, const u8 *block, int) {
-        looked_up(run, block + 1, word_at_1, FP4_VALUES);
-        run.scaled(E8M0_VALUES[block[0]]);
+        looked_up(run, block + 1, word_at_1, FP4_WORDS);
+        run.scaled(half_of_power(block[0]));
     }
 };
 
@@ -271,9 +285,9 @@ struct NVFP4 : HalvesScaled {
         for (int g = 0; g < 2; g++) {
             const int sub = 2 * r + g;
             for (int i = 0; i < 2; i++) {
-                u32 word = word_at_4(block + 4 + 8 * sub + 4 * i);
-                run.codes[4 * g + i] = look_up(FP4_VALUES, word & 0x0f0f0f0fu);
-                run.codes[4 * g + 2 + i] = look_up(FP4_VALUES, word >> 4 & 0x0f0f0f0fu);
+                const uint2 codes = look_up(FP4_WORDS, word_at_4(block + 4 + 8 * sub + 4 * i));
+                run.codes[4 * g + i] = codes.x;
+                run.codes[4 * g + 2 + i] = codes.y;
             }
             run.scale[g] = UE4M3_VALUES[block[sub]];
             run.minimum[g] = 0;
