@@ -10,7 +10,12 @@ import pytest
 
 from protocol.ggml.types import GgmlType
 from rpc_server.devices.cuda.compile import options_for
-from rpc_server.devices.cuda.kernels import kernel_of_weights
+from rpc_server.devices.cuda.kernels import (
+    Unit,
+    attention_by_matrices,
+    attention_of_few_rows,
+    kernel_of_weights,
+)
 from rpc_server.devices.cuda.lower.matmul import RUNS_OF_SPAN
 from tests.cuda import nvrtc, sass
 from tests.parameters import mostly_slow
@@ -23,6 +28,17 @@ pytestmark = [
         not sass.programs(), reason="nvdisasm is not installed (pip install '.[nvrtc]')"
     ),
 ]
+
+
+def counted(unit: Unit, kernel: str, arch: int) -> list[sass.Loop]:
+    """Return a kernel's loops; skip the test where nothing here compiles for, or prints, a card."""
+    if arch not in nvrtc.architectures():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    found = sass.loops(unit, kernel, arch)
+    if found is None:
+        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    return found
+
 
 # Type, architecture, and of 1024 weights at most so many instructions and loads.
 BUDGETS = [
@@ -56,12 +72,8 @@ _BEFORE = {60: 85, 75: 60, 86: 60, 90: 60}
 def test_a_row_of_weights_by_one_column(
     type_: GgmlType, arch: int, instructions: float, loads: float
 ) -> None:
-    if arch not in nvrtc.architectures():
-        pytest.skip(f"this NVRTC does not know sm_{arch}")
     unit = kernel_of_weights("matvec", "", type_).unit
-    found = sass.loops(unit, "multiply_1", arch)
-    if found is None:
-        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    found = counted(unit, "multiply_1", arch)
     # The loop of spans has most products; of rows that don't fit one run is done at a time.
     span = max(found, key=lambda loop: loop.products)
     assert span.products
@@ -92,11 +104,7 @@ TILES = [
     ("type_", "arch", "instructions"), TILES, ids=[f"{t[0].name}-{t[1]}" for t in TILES]
 )
 def test_a_tile_by_tensor_cores(type_: GgmlType, arch: int, instructions: float) -> None:
-    if arch not in nvrtc.architectures():
-        pytest.skip(f"this NVRTC does not know sm_{arch}")
-    found = sass.loops(kernel_of_weights("tiles", "", type_).unit, "tiles_64", arch)
-    if found is None:
-        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    found = counted(kernel_of_weights("tiles", "", type_).unit, "tiles_64", arch)
     # The innermost that multiplies: a run of 32 by 32 rows and columns of a warp.
     run = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
     halves = type_ in (GgmlType.Q6_K, GgmlType.Q2_K)
@@ -123,14 +131,52 @@ TILES_OF_FLOATS = [
     ids=[f"{t[0].name}-{t[1]}-{t[2]}" for t in TILES_OF_FLOATS],
 )
 def test_a_tile_of_floats(type_: GgmlType, arch: int, tile: str, instructions: float) -> None:
-    if arch not in nvrtc.architectures():
-        pytest.skip(f"this NVRTC does not know sm_{arch}")
-    unit = kernel_of_weights("tiles", "", type_).unit
-    found = sass.loops(unit, tile, arch)
-    if found is None:
-        pytest.skip(f"no nvdisasm here knows sm_{arch} (of CUDA 13: 75 and newer)")
+    found = counted(kernel_of_weights("tiles", "", type_).unit, tile, arch)
     # 16 of K by 32 rows and half of the columns: a warp's part.
     run = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
     elements = 2 * int(tile.removeprefix("tiles_")) // 16
     assert run.products == elements * (2 if arch == 75 else 1)
     assert run.instructions / elements <= instructions, found
+
+
+# Rows of values of so many times 32 elements, architecture, and at most so many instructions: of a
+# warp for scores of 16 queries and 32 positions by 64 elements of keys, what loads these elements
+# of queries included; and all that there are in the loop over tiles of 32 positions.
+ATTENTION = [
+    (2, 86, 310, 3100),
+    (4, 75, 340, 3650),
+    (4, 86, 310, 3500),
+    (4, 90, 335, 3600),
+    (8, 86, 310, 4200),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "arch", "scores", "whole"), ATTENTION)
+def test_attention_by_tensor_cores(size: int, arch: int, scores: int, whole: int) -> None:
+    found = counted(attention_by_matrices(size).unit, "attention_matrices", arch)
+    once = 2 if arch == 75 else 1
+    chunk = min((loop for loop in found if loop.products), key=lambda loop: loop.instructions)
+    assert chunk.products == 16 * once
+    assert chunk.instructions <= scores, found
+    tile = max(found, key=lambda loop: (loop.products, loop.instructions))
+    # Scores of a chunk, and weights by values.
+    assert tile.products == (16 + 8 * size) * once
+    assert tile.instructions <= whole, found
+
+
+# Queries that share keys and values, architecture, and at most so many instructions of a warp for
+# 512 bytes of keys, and of values, in F16.
+FEW_ROWS = [(1, 86, 50, 37), (4, 86, 100, 64), (4, 90, 105, 68)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "arch", "keys", "values"), FEW_ROWS)
+def test_attention_of_few_rows(rows: int, arch: int, keys: int, values: int) -> None:
+    unit = attention_of_few_rows(GgmlType.F16, GgmlType.F16, 1, rows).unit
+    found = counted(unit, "attention_few", arch)
+    # Each loads 16 bytes a lane of four positions, or of four pairs of them, at a time.
+    per_load = sorted(loop.instructions / 4 for loop in found if loop.loads == 4)
+    assert len(per_load) == 2
+    assert per_load[0] <= values, found
+    assert per_load[1] <= keys, found
