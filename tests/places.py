@@ -158,6 +158,7 @@ ELSEWHERE = {
     "tools.bench.link_picture": "tools/test_bench_network.py",
     "tools.bench.relay": "tools/test_bench_network.py",
     "tools.bench.rest": "tools/test_bench_network.py",
+    "tools.bench.sleeping": "tools/test_bench_network.py",
     "tools.bench.split": "tools/test_bench_network.py",
     "tools.models": "e2e/test_architectures.py",
     "tools.neighbour.catalogue": "tools/test_neighbour.py",

@@ -12,6 +12,8 @@ from types import TracebackType
 from typing import Self
 
 _STAT = Path("/proc/stat")
+# Of a process, what the scheduler gave it.
+_SCHEDULED = 2
 
 
 @contextlib.contextmanager
@@ -68,7 +70,9 @@ def busy_seconds(stat: str) -> float:
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the processor time that a process has used, that of the system for it too."""
-    # The name in brackets may hold anything; numbers are counted from behind it.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the processor time that a process has used, that of the system for it too.
+
+    Raises OSError where there is no such process.
+    """
+    # The number of that clock, as clock_getcpuclockid(3) of Linux makes it: to the nanosecond.
+    return time.clock_gettime(~pid << 3 | _SCHEDULED)

@@ -12,6 +12,8 @@ times; figures are medians over the rounds, and of ratios taken within each roun
 
 What parts that share a core would do on cores of their own is told by processor time: a token takes
 as long as the process that spends most on it, and what a coordinator without a share does besides.
+That is counted in another run, of servers that sleep where they wait (tools.bench.sleeping), where
+there are more parts than cores, and with --processor-time for all splits.
 
 With --card none it is measured instead what an exchange takes on a server with a card that does
 nothing (tools/bench/exchange.py); no model is needed.
@@ -36,6 +38,7 @@ from typing import Any, NamedTuple
 
 from client.connection import connect
 from protocol.commands import Command
+from rpc_server.devices.cpu.machine import available_cores
 from rpc_server.observability.progress import Task, begin, shown
 from tools import upstream
 from tools.arguments import command_line, positive
@@ -46,6 +49,7 @@ from tools.bench.link_picture import Bar, svg
 from tools.bench.machine import describe_machine, describe_versions
 from tools.bench.report import number, ratio
 from tools.bench.rest import from_file, waiting
+from tools.bench.results import Sample
 from tools.bench.servers import ALONE, answers
 from tools.serving.ports import free_port
 from tools.serving.processes import Process, ProgramError, own_command, upstream_command
@@ -53,10 +57,12 @@ from tools.serving.processes import Process, ProgramError, own_command, upstream
 _START_SECONDS = 60.0
 _HOST = "127.0.0.1"
 _LOCAL = "local"
+_SERVER, _SLEEPING = "rpc_server", "tools.bench.sleeping"
 _COUNTED = """\
 by processor time: tokens/s as if each part had a core of its own and nobody waited for another. Not
-measured but derived, from what the servers' processes spend on a token: the most that any part
-does, and what a coordinator without a share does besides. To be held against its own kind only.\
+measured but derived, in a run of its own, from what the servers' processes spend on a token: the
+most that any part does, and what a coordinator without a share does besides. To be held against its
+own kind only.\
 """
 
 
@@ -82,10 +88,12 @@ class Setup:
         """The mode, for a table."""
         return self.mode if self.sums == "parts" else f"{self.mode}, sums here"
 
-    @property
-    def counted(self) -> bool:
-        """True if processor time tells how fast it is: its parts compute at the same time."""
-        return bool(self.split) or self.workers == 1
+    def is_counted(self, cores: int, *, always: bool) -> bool:
+        """Return whether processor time is to tell how fast it is; of one worker as the measure.
+
+        Parts that compute one after the other have nothing to do with it.
+        """
+        return self is ONE or (bool(self.split) and (always or len(self.split) > cores))
 
     def token_seconds(self, workers: Sequence[float], coordinator: float) -> float:
         """Return seconds of a token if nobody waited, by what the processes spend on one."""
@@ -121,13 +129,15 @@ SETUPS = (
 class Measured:
     """Values of one setup over the rounds, tokens/s and bytes.
 
-    ``counted`` is generation by processor time, empty where that tells nothing.
+    ``counted`` is generation by processor time, empty where that tells nothing, and ``spent`` the
+    seconds of a token that it is made of: of each worker, and of the coordinator.
     """
 
     generate: list[float] = field(default_factory=list)
     prompt: list[float] = field(default_factory=list)
     coordinator_bytes: list[int] = field(default_factory=list)
     counted: list[float] = field(default_factory=list)
+    spent: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,34 +151,35 @@ class RunningSetup:
 
 
 class TokenCount:
-    """The cost to servers of a token that llama-bench generates behind a prompt; see llama.Heard.
+    """The cost to servers of a token that llama-bench generates; see llama.Heard.
 
-    ``workers`` and ``coordinator`` are seconds of processor time, none before there was a token.
+    What a test takes besides, such as the first plan of a graph, is the same for another length:
+    the difference of the last two tests counts.
     """
 
     def __init__(self, servers: RunningSetup) -> None:
         own = [] if servers.coordinator is None else [servers.coordinator]
         self._processes = [*servers.workers, *own]
         self._n_workers = len(servers.workers)
-        self._before: list[float] | None = None
-        self._spent: list[float] = []
+        # Tokens and processor time of each process, for each test.
+        self._tests: list[tuple[int, list[float]]] = []
+        self._before = self._spent()
+
+    def _spent(self) -> list[float]:
+        return [processor_seconds(process.child.pid) for process in self._processes]
 
     def __call__(self, test: llama.BenchTest) -> None:
         """Take note of a test that is over; the next one begins."""
-        now = [processor_seconds(process.child.pid) for process in self._processes]
-        if test["n_gen"] and not test["n_prompt"] and self._before is not None:
-            # There is one more, to warm up.
-            tokens = test["n_gen"] * len(test["samples_ts"]) + 1
-            self._spent = [(b - a) / tokens for a, b in zip(self._before, now, strict=True)]
+        now = self._spent()
+        spent = [b - a for a, b in zip(self._before, now, strict=True)]
+        self._tests.append((test["n_gen"] * len(test["samples_ts"]), spent))
         self._before = now
 
-    @property
-    def workers(self) -> list[float]:
-        return self._spent[: self._n_workers]
-
-    @property
-    def coordinator(self) -> float:
-        return sum(self._spent[self._n_workers :])
+    def seconds(self) -> tuple[list[float], float]:
+        """Return processor time of a token, of each worker and of the coordinator."""
+        (fewer, first), (more, second) = self._tests[-2:]
+        each = [(b - a) / (more - fewer) for a, b in zip(first, second, strict=True)]
+        return each[: self._n_workers], sum(each[self._n_workers :])
 
 
 class NetworkLink(NamedTuple):
@@ -210,8 +221,18 @@ def _start(stack: contextlib.ExitStack, core: int, command: list[str] | None, po
 
 
 @contextlib.contextmanager
-def running(setup: Setup, model: Path, link: NetworkLink | None = None) -> Iterator[RunningSetup]:
-    """Run the setup for a model; its workers are behind ``link``, one relay for each."""
+def running(
+    setup: Setup, model: Path, link: NetworkLink | None = None, *, sleeping: bool = False
+) -> Iterator[RunningSetup]:
+    """Run the setup for a model; its workers are behind ``link``, one relay for each.
+
+    Servers that are ``sleeping`` do so where they wait for others.
+    """
+
+    def own(port: int, *options: str) -> list[str]:
+        words = own_command(port, "-t", "1", *options, *from_file(model))
+        return [_SLEEPING if sleeping and word == _SERVER else word for word in words]
+
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
         workers: list[Process] = []
@@ -220,11 +241,7 @@ def running(setup: Setup, model: Path, link: NetworkLink | None = None) -> Itera
             if setup.split and str(number) not in setup.split:
                 continue
             port = free_port()
-            command = (
-                upstream_command(port, "-t", "1")
-                if setup.upstream
-                else own_command(port, "-t", "1", *from_file(model))
-            )
+            command = upstream_command(port, "-t", "1") if setup.upstream else own(port)
             workers.append(_start(stack, number, command, port))
             if link is not None:
                 relay = free_port()
@@ -238,26 +255,39 @@ def running(setup: Setup, model: Path, link: NetworkLink | None = None) -> Itera
         port = free_port()
         shares = ",".join("1" for _ in setup.split)
         mode = ("--split-mode", setup.mode, "--split-sums", setup.sums)
-        options = ("-t", "1", "--split", parts, *mode, "--tensor-split", shares)
-        command = own_command(port, *options, *from_file(model))
+        command = own(port, "--split", parts, *mode, "--tensor-split", shares)
         yield RunningSetup([port], workers, _start(stack, 0, command, port), relay)
 
 
 def tokens_per_second(
+    ports: Sequence[int], options: argparse.Namespace, setup: Setup
+) -> dict[str, float]:
+    """Return llama-bench's figures on servers: of the prompt, ``pp``, and of generation, ``tg``."""
+    return {s.name[:2]: s.value for s in _bench(ports, options, setup)}
+
+
+def _bench(
     ports: Sequence[int],
     options: argparse.Namespace,
     setup: Setup,
+    arguments: Sequence[str] = (),
     heard: llama.Heard = llama.nobody,
-) -> dict[str, float]:
-    """Return llama-bench's figures on servers: of the prompt, ``pp``, and of generation, ``tg``.
-
-    ``heard`` is as for llama.bench_at.
-    """
+) -> list[Sample]:
+    """Run llama-bench on servers at rest, with more arguments; ``heard`` as for llama.bench_at."""
     bench = llama.BenchOptions(options.prompt, options.generate, (0,), options.repetitions, 1, True)
     endpoints = ",".join(f"{_HOST}:{p}" for p in ports)
-    arguments = (*setup.arguments, "-ub", str(options.ubatch), *waiting(options.model))
-    samples = llama.bench_at(endpoints, options.model, bench, arguments, heard)
-    return {s.name[:2]: s.value for s in samples}
+    words = (*setup.arguments, "-ub", str(options.ubatch), *waiting(options.model), *arguments)
+    return llama.bench_at(endpoints, options.model, bench, words, heard)
+
+
+def counted(setup: Setup, options: argparse.Namespace) -> tuple[list[float], float]:
+    """Return processor time of a token, of each worker and of the coordinator."""
+    with running(setup, options.model, sleeping=True) as servers:
+        count = TokenCount(servers)
+        # Twice, as the first one's graph is new.
+        short = str(max(1, options.generate // 4))
+        _bench(servers.ports, options, setup, ("-n", f"{short},{short}"), count)
+        return count.seconds()
 
 
 def chosen(names: Sequence[str]) -> list[Setup]:
@@ -273,17 +303,17 @@ def measure(options: argparse.Namespace) -> dict[str, Measured]:
     with begin("measuring", len(steps)) as task:
         for number, setup in steps:
             task.step(f"round {number + 1} of {options.rounds}: {setup.name}")
+            values = measured[setup.name]
             with running(setup, options.model) as servers:
-                spent = TokenCount(servers)
-                rates = tokens_per_second(servers.ports, options, setup, spent)
-                values = measured[setup.name]
+                rates = tokens_per_second(servers.ports, options, setup)
                 values.generate.append(rates["tg"])
                 values.prompt.append(rates["pp"])
-                if setup.counted:
-                    seconds = setup.token_seconds(spent.workers, spent.coordinator)
-                    values.counted.append(1 / seconds)
                 if servers.coordinator is not None:
                     values.coordinator_bytes.append(servers.coordinator.peak_rss())
+            if setup.is_counted(available_cores(), always=options.processor_time):
+                workers, own = counted(setup, options)
+                values.counted.append(1 / setup.token_seconds(workers, own))
+                values.spent.append([*workers, own])
     return measured
 
 
@@ -450,6 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [setup.name for setup in SETUPS]
     add("--setup", action="append", default=[], choices=names, metavar="NAME",
         help=f"measure this one, and one worker (all): {'; '.join(names)}")  # fmt: skip
+    add("--processor-time", action="store_true", help="count it for all splits")
     add("-p", "--prompt", type=positive, default=64, help="tokens of the prompt (%(default)s)")
     add("-ub", "--ubatch", type=int, default=512, help="tokens of a graph (%(default)s)")
     add("-n", "--generate", type=positive, default=32, help="tokens to generate (%(default)s)")
