@@ -16,7 +16,8 @@ def emulated_card(log_folder: Path) -> Iterator[str]:
     """Run a server with a card whose accesses are not checked; its address."""
     port = free_port()
     log = log_folder / f"card-{port}.log"
-    with Process(emulation_command(port), log, env={"EMULATION": "fast"}) as server:
+    command = emulation_command(port, "--log-level", "debug")
+    with Process(command, log, env={"EMULATION": "fast"}) as server:
         server.wait_until(lambda: listens(port), llama.START_SECONDS, "its port")
         yield f"{HOST}:{port}"
         assert server.alive, server.log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +40,12 @@ def card(log_folder: Path) -> Iterator[str]:
 @pytest.mark.parametrize("mode", ["row", "tensor"])
 @pytest.mark.parametrize("parts", PARTS, ids="-".join)
 def test_logits_are_those_of_one_card(
-    parts: Sequence[str], mode: str, split: StartSplit, card: str, model_folder: Path
+    parts: Sequence[str],
+    mode: str,
+    split: StartSplit,
+    card: str,
+    model_folder: Path,
+    log_folder: Path,
 ) -> None:
     """With a cache in half precision, and one in blocks."""
     model = llama.random_model(model_folder, "qwen2", "F32")
@@ -54,6 +60,14 @@ def test_logits_are_those_of_one_card(
         assert expected.std() > 1
         assert nmse(got, expected) < 1e-6
     assert "ERROR" not in coordinator.log
+    ports = re.findall(r":(\d+)", " ".join(coordinator.command))
+    logs = [path for path in (log_folder / f"card-{port}.log" for port in ports) if path.exists()]
+    assert len(logs) == parts.count("card")
+    for log in logs:
+        # One program for the prompt and one for all single tokens, with each cache; nothing else is
+        # planned.
+        assert len(re.findall(r"made \d+ exchanges", log.read_text())) == 4
+        assert "planned" not in log.read_text()
     if mode == "tensor" and len(parts) > 1:
         assert "sums of the parts go through this server" in coordinator.log
         by_card = "a GPU exchanges nothing with other parts: sums" in coordinator.log
