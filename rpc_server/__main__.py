@@ -165,9 +165,13 @@ async def _start_tls(options: Namespace, server: Server) -> tuple[str | None, li
     return f"{endpoint} ({' and '.join(asked) or 'no token'})", sockets
 
 
+def _device_options(options: Namespace) -> DeviceOptions:
+    return DeviceOptions(options.threads, options.allow_host_ops, baseline=not options.no_prepare)
+
+
 async def _devices(options: Namespace, identity: int) -> Sequence[Device]:
     if not options.split:
-        return open_devices(options.device, DeviceOptions(options.threads, options.allow_host_ops))
+        return open_devices(options.device, _device_options(options))
     if isinstance(options.split, AutoSplit):
         return await _chosen_devices(options, options.split, identity)
     from rpc_server.devices.split.device import SplitDevice
@@ -249,7 +253,7 @@ async def _chosen_devices(options: Namespace, auto: AutoSplit, identity: int) ->
         choice = chooser.choose()
         if not choice.parts:
             # What was measured is what is served with.
-            return open_devices(["CPU"], DeviceOptions(options.threads))
+            return open_devices(["CPU"], _device_options(options))
         split = _split_options(options, choice.parts, choice.shares, choice.mode, identity)
         try:
             return [await SplitDevice.open(split, options.threads)]

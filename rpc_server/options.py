@@ -279,8 +279,8 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
     add("--prepare", action="store_true",
         help="compile what common models need, once for this machine, and end")  # fmt: skip
     add("--no-prepare", action="store_true", default=bool(os.environ.get(NO_PREPARE_VARIABLE)),
-        help="don't do so in the background while no client wants anything (or set the variable "
-        f"{NO_PREPARE_VARIABLE})")  # fmt: skip
+        help="compile nothing ahead, and let graphs wait for all of their kernels (or set the "
+        f"variable {NO_PREPARE_VARIABLE})")  # fmt: skip
     add("--allow-host-ops", action="store_true",
         help="run ops that have no kernel for the GPU on the host, which is slow")  # fmt: skip
     # What a coordinator starts its own processes with; nobody types it.

@@ -25,11 +25,12 @@ class DeviceOptions:
     """The options that devices are made with.
 
     ``threads`` None means all cores the process may use; ``allow_host_ops`` lets ops without a
-    kernel for the GPU run on the host.
+    kernel for the GPU run on the host; ``baseline`` is the CPU's.
     """
 
     threads: int | None = None
     allow_host_ops: bool = False
+    baseline: bool = False
 
 
 Factory = Callable[[DeviceOptions], Device]
@@ -38,7 +39,7 @@ Factory = Callable[[DeviceOptions], Device]
 def _cpu(options: DeviceOptions) -> Device:
     from rpc_server.devices.cpu.device import CpuDevice
 
-    return CpuDevice(options.threads)
+    return CpuDevice(options.threads, baseline=options.baseline)
 
 
 def _cuda(index: int, options: DeviceOptions) -> Device:

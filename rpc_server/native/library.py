@@ -86,10 +86,29 @@ class Library:
         found = {routine: self._find(routine) for routine in routines}
         return {routine: _outcome(future) for routine, future in found.items()}
 
-    def ready(self, routines: Iterable[Routine]) -> bool:
-        """Return whether nobody would have to wait for these; request them otherwise."""
-        found = [self._find(routine) for routine in routines]
-        return all(future.done() for future in found)
+    def pending(self, routines: Iterable[R], *, urgent: bool) -> list[R]:
+        """Return those that one would have to wait for; they are requested.
+
+        What is ``urgent`` comes before what is only requested.
+        """
+        found = {routine: self._find(routine, urgent=urgent) for routine in routines}
+        return [routine for routine, future in found.items() if not future.done()]
+
+    def has(self, routine: Routine) -> bool:
+        """Return whether this was asked for, and is there."""
+        return self._result(routine) is None
+
+    def failed(self, routine: Routine) -> bool:
+        """Return whether this was asked for, and can't be had."""
+        return isinstance(self._result(routine), CompileError)
+
+    def _result(self, routine: Routine) -> object:
+        """None for what is there, or why it can't be had; a future, or False, for all else."""
+        with self._lock:
+            known = self._routines.get(routine)
+        if known is None:
+            return False
+        return known.exception() if known.done() else known
 
     @property
     def folder(self) -> Folder:

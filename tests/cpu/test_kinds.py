@@ -28,6 +28,7 @@ from rpc_server.devices.cpu.planner import LOWERINGS, Emitted, Planner
 from rpc_server.devices.cpu.scratch import ScratchArena
 from rpc_server.devices.planning import kinds
 from rpc_server.devices.planning.kinds import KindMemory
+from rpc_server.devices.planning.shapes import touched_elements
 from rpc_server.graph import parse, table
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
@@ -52,7 +53,7 @@ class _Builder(CpuPlanBuilder):
         super().__init__(_Threads(3), arena)
         self.runs: list[RecordTable] = []
 
-    def _addresses(self, users: Iterable[Kernel], wait: bool) -> dict[Kernel, int]:
+    def _addresses(self, users: Iterable[Kernel]) -> dict[Kernel, int]:
         return dict.fromkeys(users, 0)
 
     def _program_step(self, records: RecordTable, common: StepContext) -> Callable[[], None]:
@@ -78,8 +79,7 @@ def _one_by_one(graph: LinkedGraph, arena: ScratchArena) -> tuple[list[list[Emit
             continue
         if node.op not in LOWERINGS or is_long(node) or not LOWERINGS[node.op](node, planner):
             runs.append(planner.take())
-            tensors = [node, *(s for s in node.src if s is not None)]
-            copies = max(copies, 4 * sum(t.nelements for t in tensors))
+            copies = max(copies, 4 * touched_elements(node))
         for written in spec.written(node):
             planner.finish(written)
     peak = max(planner.scratch_peak + planner.thread_bytes, copies)

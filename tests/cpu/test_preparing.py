@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library
     made.close()
 
 
-def want(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> None:
-    monkeypatch.setattr(preparing, "instruction_sets", kernels[0])
+def want(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel, first: Sequence[Kernel] = ()) -> None:
+    monkeypatch.setattr(preparing, "ALWAYS", first[:1])
     monkeypatch.setattr(preparing, "chosen_isa", lambda: min(Isa))
+    monkeypatch.setattr(preparing, "first_kernels", lambda isa: list(first))
     monkeypatch.setattr(preparing, "common_kernels", lambda isa: list(kernels))
 
 
@@ -85,6 +86,30 @@ async def test_an_idle_server_prepares(library: Library, monkeypatch: pytest.Mon
     stats.connected(ClientStats(number=1, activity=lambda: "idle"))
     await asyncio.wait_for(prepare_when_idle(stats), 240)
     assert library.missing([ADD, TABLE, ABSENT]) == [ABSENT]
+
+
+async def test_what_comes_first_is_compiled_whatever_clients_do(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want(monkeypatch, ADD, ABSENT, TABLE, first=(ADD, ABSENT))
+    monkeypatch.setattr(preparing, "_AT_ONCE", 1)
+    stats = ServerStats()
+    stats.connected(ClientStats(number=1, activity=lambda: "graph"))
+    looked, look = asyncio.Event(), preparing._Clients.look
+
+    async def noted(clients: preparing._Clients) -> bool:
+        looked.set()
+        return await look(clients)
+
+    monkeypatch.setattr(preparing._Clients, "look", noted)
+    task = asyncio.create_task(prepare_when_idle(stats))
+    # Then it is the turn of what waits until clients do nothing.
+    await asyncio.wait_for(looked.wait(), 240)
+    assert library.missing([ADD, ABSENT, TABLE]) == [ABSENT, TABLE]
+    assert library.failed(ABSENT)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @pytest.mark.slow

@@ -8,7 +8,12 @@ import numpy as np
 
 from protocol.ggml.ops import Op
 from protocol.ggml.types import GgmlType
-from rpc_server.devices.planning.shapes import gated_and_gate, is_flat, rows_and_width
+from rpc_server.devices.planning.shapes import (
+    gated_and_gate,
+    is_flat,
+    rows_and_width,
+    touched_elements,
+)
 from tests.ops.tensors import CONTEXT, node, params, permuted, tensor
 
 F32 = GgmlType.F32
@@ -41,3 +46,11 @@ def test_a_glu_has_two_sources_or_the_halves_of_one() -> None:
         halves = [np.array(CONTEXT.f32(half)) for half in gated_and_gate(t)]
         expected = [values[..., :3], values[..., 3:]]
         assert all(map(np.array_equal, halves, expected[::-1] if swapped else expected))
+
+
+def test_of_a_table_only_the_rows_that_are_named_are_touched() -> None:
+    table, ids, rows = tensor(F32, (8, 1000)), tensor(GgmlType.I32, (3,)), tensor(F32, (8, 3))
+    assert touched_elements(node(Op.GET_ROWS, F32, (8, 3), [table, ids])) == 24 + 24 + 3
+    stored = node(Op.SET_ROWS, F32, (8, 1000), [rows, ids, table])
+    assert touched_elements(stored) == 24 + 24 + 3
+    assert touched_elements(node(Op.ADD, F32, (8, 3), [rows, rows])) == 3 * 24

@@ -143,7 +143,7 @@ def _check_promises(nodes: Sequence[Tensor], buffers: Iterable[BufferLike]) -> N
 class _Planner(CpuPlanBuilder):
     """Lowers whole graphs without asking for any kernel's code."""
 
-    def _addresses(self, users: Iterable[Kernel], wait: bool) -> dict[Kernel, int]:
+    def _addresses(self, users: Iterable[Kernel]) -> dict[Kernel, int]:
         return dict.fromkeys(users, 0)
 
 

@@ -48,8 +48,8 @@ def _set_rows(rec, ith, nth):  # type: ignore[no-untyped-def]
     return 0
 
 
-def _planted(self: CpuPlanBuilder, users: Any, wait: bool) -> dict[Kernel, int]:
-    found = _ADDRESSES(self, users, wait)
+def _planted(self: CpuPlanBuilder, users: Any) -> dict[Kernel, int]:
+    found = _ADDRESSES(self, users)
     return {k: _set_rows.address if k.name == "set_rows_kernel" else a for k, a in found.items()}
 
 

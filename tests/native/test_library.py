@@ -209,7 +209,21 @@ def test_what_is_waited_for_comes_first(open_library: Open) -> None:
     # One compiler, which had at most begun with the first few.
     assert sum(library.file(one).exists() for one in ahead) < len(ahead)
     library.addresses(ahead)
-    assert library.ready(ahead)
+    assert not library.pending(ahead, urgent=True)
+
+
+def test_what_is_pending_is_told_without_waiting(filled: Path, open_library: Open) -> None:
+    library = open_library()
+    wanted = [routine("add"), routine("scaled_table", 1), routine("absent")]
+    assert library.pending(wanted, urgent=False) == wanted[1:]
+    assert not library.failed(wanted[2])
+    library.addresses(wanted)
+    assert library.pending(wanted, urgent=True) == []
+    assert [library.failed(one) for one in wanted] == [False, False, True]
+    assert [library.has(one) for one in wanted] == [True, True, False]
+    never = routine("nothing")
+    assert not library.has(never)
+    assert not library.failed(never)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from protocol.codec import codec
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType, row_size
+from rpc_server.devices.cpu.catalog import binary_kernel
+from rpc_server.devices.cpu.kernels.interface.codes import Binary
+from rpc_server.options import NO_PREPARE_VARIABLE
 from tests.server.process import Wire, running, sources, tensor
 
 MIB = 1 << 20
@@ -85,6 +89,25 @@ def test_others_are_served_while_kernels_are_compiled(cold: dict[str, str]) -> N
         assert not answered, "compiled before others had their turn: this test shows nothing"
         slow.answer(Command.GRAPH_COMPUTE)
         assert slow.answer(Command.GET_TENSOR) == bytes(64)
+
+
+@pytest.mark.slow
+def test_the_first_graph_does_not_wait_for_all_of_its_kernels(cold: dict[str, str]) -> None:
+    with (
+        running("--log-level", "debug", env={**cold, NO_PREPARE_VARIABLE: ""}) as server,
+        Wire(server.port) as wire,
+    ):
+        doubling = Doubling(wire)
+        assert doubling.run(1.5)
+        # One node of it ran by its reference.
+        server.wait_for(r"planned 1 nodes .* without kernels: \{")
+        added = f"kernels-*/{binary_kernel(Binary.ADD, True).label}.bin"
+        folder, deadline = Path(cold["XDG_CACHE_HOME"]), time.monotonic() + 120
+        while not list(folder.glob(f"ggml-rpc-server/{added}")):
+            assert doubling.run(2.5)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert doubling.run(3.5)
 
 
 @pytest.mark.slow

@@ -139,21 +139,56 @@ class RecordAssembly:
         )
         self.scratch = 0
 
+    @property
+    def most_records(self) -> int:
+        """The number of records at most."""
+        return int(self._records)
+
+    @property
+    def most_scratch(self) -> int:
+        """The bytes that scratch takes where nodes share it, about and at most."""
+        return (MOST_KEPT + 1) * max((kind.scratch_alone()[1] for kind in self._kinds), default=0)
+
     def _give(self, arrays: Mapping[PlanArgument, Ints]) -> None:
         for word, array in arrays.items():
             given = self._given[word] = np.ascontiguousarray(array)
             self._args[word] = given.ctypes.data
 
-    def place(self, arena: Arena, threads: int) -> None:
+    def place(self, arena: Arena, threads: int, *, apart: bool = False) -> None:
         """Place scratch in the arena; that of threads begins at ``threads``.
 
-        Raises NoScratchError, PlanStoppedError, MemoryError.
+        With ``apart`` by arrays, until the loop is compiled: nodes share nothing. Raises
+        NoScratchError, PlanStoppedError, MemoryError.
         """
         self._bases[:, THREADS] = threads
         if not any(kind.has_scratch for kind in self._kinds):
             return
+        limit = arena.size // 2
+        if apart:
+            self.scratch = self._place_apart(limit)
+        else:
+            self.scratch = self._place_shared(limit)
+        self._bases[:, PIECES:NOTHING] += arena.address(0, self.scratch)
+
+    def _place_apart(self, limit: int) -> int:
+        """Set bases of scratch pieces, of each node as if it were alone; the most it takes."""
+        peak = 0
+        for number, kind in enumerate(self._kinds):
+            pieces, needed = kind.scratch_alone()
+            if not needed:
+                continue
+            (nodes,) = np.nonzero(self._given[PlanArgument.WHICH] == number)
+            if needed > limit:
+                raise NoScratchError(int(nodes[0]), needed)
+            for piece, offset in pieces:
+                self._bases[nodes, PIECES + piece] = offset
+            peak = max(peak, needed)
+        return peak
+
+    def _place_shared(self, limit: int) -> int:
+        """Set bases of scratch pieces; the most that is used at once."""
         bits = (2 * MOST_SOURCES * self._requests + 1).bit_length()
-        self._args[PlanArgument.LIMIT] = arena.size // 2
+        self._args[PlanArgument.LIMIT] = limit
         self._args[PlanArgument.USE_BITS] = bits
         self._give(
             {
@@ -166,8 +201,7 @@ class RecordAssembly:
             raise PlanStoppedError
         if peak < 0:
             raise NoScratchError(-1 - peak, int(self._args[PlanArgument.NEEDED]))
-        self.scratch = peak
-        self._bases[:, PIECES:NOTHING] += arena.address(0, peak)
+        return peak
 
     def records(self) -> RecordTable:
         """Return all records, with the addresses that they have by now."""
@@ -205,12 +239,23 @@ class RecordAssembly:
 
 
 def schedule(
-    alone: Ints, first: Ints, spans: Ints, stop: Ints, most_spans: int = MOST_SPANS
+    alone: Ints,
+    first: Ints,
+    spans: Ints,
+    stop: Ints,
+    most_spans: int = MOST_SPANS,
+    *,
+    apart: bool = False,
 ) -> Ints:
-    """Return the Step flags of records, as of ``kernels/planning.py``. Raises PlanStoppedError."""
+    """Return the Step flags of records, as of ``kernels/planning.py``. Raises PlanStoppedError.
+
+    With ``apart`` without the loop, until that is compiled: threads meet behind each record.
+    """
     n = len(alone)
     if alone.all():
         return np.full(n, int(StepFlag.SERIAL), np.int64)
+    if apart:
+        return alone * int(StepFlag.SERIAL) | int(StepFlag.BARRIER_AFTER)
     steps = np.zeros(n, np.int64)
     arrays = [np.ascontiguousarray(a, np.int64) for a in (alone, first, spans)]
     status = _SCHEDULE(schedule_records.address)(

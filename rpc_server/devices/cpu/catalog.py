@@ -109,6 +109,8 @@ TRANSFERS = frozenset((stream_send, stream_receive, stream_swap))
 # -- products --------------------------------------------------------------------------------------
 
 product_kernel = _family("matmul.product_kernel")
+few_columns_kernel = _family("matmul.few_columns_kernel")
+_PRODUCT = "rpc_server.devices.cpu.kernels.matmul", "product_kernel"
 # Of sets that multiply floats besides, what does the same with all others and with these.
 _WITHOUT_FLOATS = {Isa.FP16FML: Isa.DOTPROD, Isa.AVX512_BF16: Isa.AVX512_VNNI}
 _WITH_FLOATS = {Isa.I8MM: Isa.FP16FML}
@@ -119,6 +121,16 @@ def product_of(type_: GgmlType, isa: Isa) -> Kernel:
     # Of what sets differ in by one type alone, other types have one kernel.
     floats = in_pairs(type_, isa) or in_halves(type_, isa)
     return product_kernel(type_, (_WITH_FLOATS if floats else _WITHOUT_FLOATS).get(isa, isa))
+
+
+def baseline_of(kernel: Kernel) -> Kernel | None:
+    """Return what does a kernel's work until that is compiled, and is compiled far sooner.
+
+    None where there is no such kernel. It takes the same records.
+    """
+    if (kernel.module, kernel.name) == _PRODUCT:
+        return few_columns_kernel(*kernel.constants)
+    return None
 
 
 route_columns = _one("matmul.route_columns")
@@ -175,14 +187,15 @@ merge_attention = _one("attention.merge_attention")
 
 # -- ahead of a graph ------------------------------------------------------------------------------
 
+# What no graph can do without, what takes longest to compile first.
+ALWAYS = (run_records, instruction_sets, fill_records)
 # What language models are made of besides their weights; what takes longest to compile first.
 _USUAL = (
-    run_records,
-    place_scratch,
-    fill_records,
-    schedule_records,
+    *ALWAYS,
     # Keys and values are F16.
     attention_kernel(GgmlType.F16, GgmlType.F16),
+    place_scratch,
+    schedule_records,
     norm_kernel(Norm.RMS_NORM),
     glu_kernel(GluOp.SWIGLU, True),
     rope_kernel(False),
@@ -198,13 +211,10 @@ _USUAL = (
 _ATTENTION = (soft_max, copy_strided, copy_same_type, convert_kernel(GgmlType.F32, GgmlType.F16))
 
 
-# Types of weights, the most common first. Rows that aren't of whole blocks of 256 have Q5_0, Q5_1
-# or Q8_0 instead of a K type; what chooses experts is F32.
+# Types of weights, the most common first: those of Q4_K_M. Rows that aren't of whole blocks of 256
+# have Q5_0, Q5_1 or Q8_0 instead of a K type; what chooses experts is F32.
+_FIRST_WEIGHTS = (GgmlType.Q4_K, GgmlType.Q6_K, GgmlType.Q8_0, GgmlType.Q5_0)
 _COMMON_WEIGHTS = (
-    GgmlType.Q4_K,
-    GgmlType.Q6_K,
-    GgmlType.Q8_0,
-    GgmlType.Q5_0,
     GgmlType.F16,
     GgmlType.Q4_0,
     GgmlType.Q5_K,
@@ -236,10 +246,19 @@ _FAMILIES = (
 )
 
 
+def first_kernels(isa: Isa) -> list[Kernel]:
+    """Return what the model that is likely to come first can do without least."""
+    wanted = [*ALWAYS]
+    for type_ in _FIRST_WEIGHTS:
+        wanted += _product_kernels(type_, isa)
+    wanted.append(attention_kernel(GgmlType.F16, GgmlType.F16))
+    return list(dict.fromkeys(wanted))
+
+
 def common_kernels(isa: Isa) -> list[Kernel]:
     """Return what most language models need, the most wanted first."""
-    wanted = [*_kernels_of(_COMMON_WEIGHTS[0], isa), *_USUAL]
-    for type_ in _COMMON_WEIGHTS[1:]:
+    wanted = [*first_kernels(isa), *_USUAL]
+    for type_ in (*_FIRST_WEIGHTS, *_COMMON_WEIGHTS):
         wanted += _kernels_of(type_, isa)
     wanted += [*_ATTENTION, *_FAMILIES]
     for type_ in _CACHES:
@@ -247,11 +266,21 @@ def common_kernels(isa: Isa) -> list[Kernel]:
     return list(dict.fromkeys(wanted))
 
 
+def _product_kernels(type_: GgmlType, isa: Isa) -> list[Kernel]:
+    """Return what multiplies weights of one type."""
+    if type_ not in PRODUCT_TYPES:
+        return []
+    return [product_of(type_, isa), CONVERTERS[product_form(type_, isa)]]
+
+
+def baseline_of_weights(type_: GgmlType, isa: Isa) -> list[Kernel]:
+    """Return what multiplies weights of one type until the kernel for that is compiled."""
+    return [baseline_of(kernel) or kernel for kernel in _product_kernels(type_, isa)]
+
+
 def _kernels_of(type_: GgmlType, isa: Isa) -> list[Kernel]:
     """Return what reads weights of one type."""
-    own: list[Kernel] = []
-    if type_ in PRODUCT_TYPES:
-        own += [product_of(type_, isa), CONVERTERS[product_form(type_, isa)]]
+    own = _product_kernels(type_, isa)
     if type_ in DECODABLE:
         own.append(get_rows_kernel(type_))
     return own

@@ -45,7 +45,8 @@ _IDLE_SCRATCH = 64 << 20
 class CpuDevice:
     """ggml's CPU backend, served by compiled kernels and array references.
 
-    ``use_kernels=False`` runs every op by its array reference: slow, for comparison.
+    ``use_kernels=False`` runs every op by its array reference: slow, for comparison. With
+    ``baseline`` clients' graphs don't wait until all their kernels are compiled.
     """
 
     name = "CPU"
@@ -58,8 +59,11 @@ class CpuDevice:
     # Processors don't get lost.
     lost = ""
 
-    def __init__(self, n_threads: int | None = None, *, use_kernels: bool = True) -> None:
+    def __init__(
+        self, n_threads: int | None = None, *, use_kernels: bool = True, baseline: bool = False
+    ) -> None:
         self.n_threads = n_threads or available_cores()
+        self._baseline = baseline
         self.description = processor_name()
         self._use_kernels = use_kernels
         self._threads: Executor | None = None
@@ -114,14 +118,21 @@ class CpuDevice:
 
         executor = self._executor()
         return CpuPlanBuilder(
-            executor, scratch, share=share, without=self._without, kinds=self._kinds
+            executor,
+            scratch,
+            share=share,
+            without=self._without,
+            kinds=self._kinds,
+            baseline=self._baseline,
         )
 
     def prefetch_kernels(self, type: GgmlType) -> None:
         """Have the kernels of this weight type loaded or compiled, and what most graphs need."""
         if self._use_kernels:
             # Neither the caller nor graphs of other clients are to wait for a compiler.
-            threading.Thread(target=_request_kernels, args=(type,), daemon=True).start()
+            threading.Thread(
+                target=_request_kernels, args=(type, self._baseline), daemon=True
+            ).start()
 
     def close(self) -> None:
         for queue in list(self._queues):
@@ -266,11 +277,16 @@ class CpuQueue:
         return self._builder
 
 
-def _request_kernels(type_: GgmlType) -> None:
-    from rpc_server.devices.cpu.catalog import kernels_of_weights, library
+def _request_kernels(type_: GgmlType, baseline: bool) -> None:
+    from rpc_server.devices.cpu.catalog import baseline_of_weights, kernels_of_weights, library
 
     try:
-        library().request(kernels_of_weights(type_, chosen_isa()))
+        compiled, isa = library(), chosen_isa()
+        kernels = kernels_of_weights(type_, isa)
+        if baseline and compiled.missing(kernels[:1]):
+            # By these the first graph can run: sooner than all that is asked for below.
+            compiled.pending(baseline_of_weights(type_, isa), urgent=True)
+        compiled.request(kernels)
     except (CompileError, ValueError) as error:
         # The first graph that needs them tells its client.
         log.debug("no kernels ahead of the first graph: %s", error)

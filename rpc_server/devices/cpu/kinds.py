@@ -9,8 +9,8 @@ what they will be.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from protocol.ggml.ops import Op
@@ -40,6 +40,7 @@ from rpc_server.devices.cpu.kernels.interface.schedule import Span
 from rpc_server.devices.cpu.planner import Emitted, PlanItem, Planner
 from rpc_server.devices.planning.kinds import specimen
 from rpc_server.devices.planning.scratch import Arena
+from rpc_server.devices.planning.shapes import touched_elements
 from rpc_server.ops.table import check, require
 
 _NOT_IMPLEMENTED = "this combination is not implemented"
@@ -182,6 +183,28 @@ class CpuKind:
         """About how much memory it takes."""
         return 8 * len(self.table) + 2048
 
+    def scratch_alone(self) -> tuple[list[tuple[int, int]], int]:
+        """Return where pieces of scratch lie if a node has all of it, and how many bytes it takes.
+
+        Pieces are numbers, and bytes from the beginning on; requests lie behind the node's own.
+        """
+        table, end = self.table, self.table[KindWord.LOCAL]
+        pieces: list[tuple[int, int]] = []
+        for row in self._rows(KindWord.PIECES, KindWord.PIECES_AT, PIECE_WORDS):
+            pieces.append((table[row], table[row + 1]))
+        for row in self._rows(KindWord.REQUESTS, KindWord.REQUESTS_AT, REQUEST_WORDS):
+            pieces.append((table[row + 1], end))
+            end += table[row]
+        return pieces, end
+
+    def _rows(self, count: KindWord, begin: KindWord, words: int) -> range:
+        """Return where rows of the table begin."""
+        return range(self.table[begin], self.table[begin] + self.table[count] * words, words)
+
+    def by(self, stand_ins: Mapping[Kernel, Kernel]) -> CpuKind:
+        """Return the same nodes, some of their kernels with others in their place."""
+        return replace(self, kernels=[stand_ins.get(k, k) for k in self.kernels], code=[])
+
     def without_kernel(self) -> CpuKind:
         """Return the same nodes, run by the reference of their op."""
         begin, end = self.table[KindWord.WRITTEN_AT], self.table[KindWord.REQUESTS_AT]
@@ -316,7 +339,7 @@ class KindMaker:
 
 def _copies(node: Tensor) -> int:
     """Bytes that a reference takes for its arrays of F32."""
-    return 4 * sum(t.nelements for t in (node, *node.src) if t is not None)
+    return 4 * touched_elements(node)
 
 
 def _counted_from(address: int) -> tuple[int, int]:

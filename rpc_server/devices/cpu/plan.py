@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,14 @@ from rpc_server.devices.cpu.assembly import (
     RecordTable,
     schedule,
 )
-from rpc_server.devices.cpu.catalog import TRANSFERS, Kernel, library
+from rpc_server.devices.cpu.baseline import as_it_runs, costs_without, stand_ins_for
+from rpc_server.devices.cpu.catalog import (
+    TRANSFERS,
+    Kernel,
+    library,
+    place_scratch,
+    schedule_records,
+)
 from rpc_server.devices.cpu.executor import PAUSED, Executor, Position, RecordProgram
 from rpc_server.devices.cpu.kernels.interface.abi import RECORD_WORDS
 from rpc_server.devices.cpu.kernels.interface.schedule import SERIAL_BELOW, StepFlag
@@ -179,11 +187,13 @@ class CpuPlan:
             and max(needs.work, needs.touches) <= _BRIEF_BYTES
         )
         self._arena = arena
+        self._better: Callable[[], CpuPlan | None] | None = None
         # What records hold addresses of beside the client's buffers; its maker puts it here.
         self.keep: object = None
 
     def run(self) -> None:
         """Run every step. Raises GraphError naming the node that failed."""
+        self._improve()
         arena = self._arena
         arena.touched = max(arena.touched, self._touches)
         try:
@@ -193,6 +203,27 @@ class CpuPlan:
         finally:
             if self._touches > _KEEP_SCRATCH:
                 arena.trim(_KEEP_SCRATCH)
+
+    def for_now(self, needs: PlanNeeds, nodes: int, better: Callable[[], CpuPlan | None]) -> None:
+        """Note that some of its kernels are still being compiled: others stand in for them.
+
+        ``better`` makes the plan that this one is to become, None as long as it can't. ``needs``
+        are the records and the scratch of that, ``nodes`` the size of the graph.
+        """
+        self.scratch = max(self.scratch, needs.scratch)
+        self.nbytes = max(self.nbytes, needs.records * _RECORD_BYTES) + nodes * _ROW_BYTES
+        # To make the other one takes a moment.
+        self.brief = False
+        self._better = better
+
+    def _improve(self) -> None:
+        """Become the better plan, of the same graph, slices and scratch, if it can be made."""
+        better = self._better() if self._better is not None else None
+        if better is not None:
+            self.steps = better.steps
+            self.interpreted = better.interpreted
+            self._touches = better._touches
+            self._better = None
 
     def stop(self) -> None:
         """Let a run end within a slice, with a GraphError; from any thread, for good."""
@@ -210,6 +241,12 @@ class _DeclinedError(Exception):
         self.ops = ops
         self.now = now
 
+
+# Loops of planning that it can do without: then nodes share no scratch, and threads meet often.
+_LOOPS = (place_scratch, schedule_records)
+
+# What is kept of each node of a plan that is to be made once more.
+_ROW_BYTES = 512
 
 # A graph has a few dozen kinds of nodes; to decide about one takes longer than many of a kind do.
 _MOST_KINDS = 1 << 11
@@ -308,7 +345,8 @@ class CpuPlanBuilder:
     Without an executor, or with ``use_kernels=False``, every node runs by its array reference. The
     client has the device by turns with those that have other shares of it. ``without`` are ops
     whose kernels could not be compiled; what turns out to be one is added. ``kinds`` is what
-    builders of one device remember together.
+    builders of one device remember together. With ``baseline`` a graph that isn't to wait for its
+    kernels runs by what ``baseline.py`` says as long as they are compiled.
     """
 
     def __init__(
@@ -320,8 +358,10 @@ class CpuPlanBuilder:
         share: DeviceShare | None = None,
         without: set[Op] | None = None,
         kinds: KindMemory[CpuKind] | None = None,
+        baseline: bool = False,
     ) -> None:
         self._executor = executor
+        self._baseline = baseline
         self._scratch = scratch
         self._share = share or Turns().share()
         self._without = set() if without is None else without
@@ -337,8 +377,9 @@ class CpuPlanBuilder:
     def build(self, graph: LinkedGraph, *, wait: bool = True, stop: Ints | None = None) -> CpuPlan:
         """Hold each node against its contract and lower it. Raises GraphError.
 
-        Waits for kernels that are being compiled, of this graph alone; with ``wait=False`` raises
-        NotReadyError instead. Ends with a GraphError as soon as the word ``stop`` is not 0.
+        Waits for kernels that are being compiled, of this graph alone; with ``wait=False`` does
+        without, or raises NotReadyError. Ends with a GraphError as soon as the word ``stop`` is
+        not 0.
         """
         return self._build(_Positions.of_graph(graph), graph.dialect, wait, stop)
 
@@ -361,17 +402,22 @@ class CpuPlanBuilder:
         started = time.perf_counter()
         stop = np.zeros(1, np.int64) if stop is None else stop
         kinds, which = self._kinds_of(positions, stop)
-        without = set(self._without)
-        while True:
-            chosen = [k.without_kernel() if k.op in without else k for k in kinds]
-            try:
-                self._load(chosen, wait)
-                break
-            except _DeclinedError as declined:
-                self._without |= declined.ops - declined.now
-                without |= declined.ops
+        used = kinds if wait else self._used_now(positions, kinds, which)
+        chosen = self._with_code(used)
+        slices = TimeSlices(self._share)
         try:
-            plan = self._assemble(positions, chosen, which, dialect, stop)
+            plan = self._assemble(positions, chosen, which, dialect, stop, slices)
+            if used is not kinds:
+                # What it is to become is counted from now on.
+                placed = self._placed(positions, kinds, which, stop)
+                scratch = placed.most_scratch if self._lacks(place_scratch) else placed.scratch
+                scratch += max(kind.threads for kind in kinds)
+                needs = PlanNeeds(placed.most_records, scratch=scratch)
+                plan.for_now(
+                    needs,
+                    len(positions),
+                    functools.partial(self._replaced, positions, kinds, which, dialect, slices),
+                )
         except PlanStoppedError:
             raise GraphError("was stopped") from None
         log.debug(
@@ -410,23 +456,53 @@ class CpuPlanBuilder:
             kinds.append(self._maker.item(item))
         return kinds, numbers
 
-    def _load(self, kinds: Iterable[CpuKind], wait: bool) -> None:
+    def _used_now(self, positions: _Positions, kinds: list[CpuKind], which: Ints) -> list[CpuKind]:
+        """Return the kinds as they can run now: ``kinds`` themselves if all kernels are there.
+
+        Raises NotReadyError if they can't.
+        """
+        wanted = [k for k in _without_code(kinds) if k.op not in self._without]
+        asked: list[Kernel] = [*_users(wanted), *(_LOOPS if self._baseline else ())]
+        absent = library().pending(asked, urgent=not self._baseline)
+        if not absent:
+            return kinds
+        if not self._baseline:
+            raise NotReadyError(lambda: library().addresses(absent))
+        stand_ins, awaited = stand_ins_for(absent, costs_without(kinds, which, positions.node))
+        if library().pending(awaited, urgent=True):
+            raise NotReadyError(lambda: library().addresses(awaited))
+        # Before what nobody has asked for yet.
+        library().pending(absent, urgent=True)
+        return [as_it_runs(kind, absent, stand_ins) for kind in kinds]
+
+    def _lacks(self, loop: Kernel) -> bool:
+        """Return whether a loop of planning is done without, as it isn't compiled yet."""
+        if not self._baseline:
+            return False
+        return bool(library().pending([loop], urgent=True)) or library().failed(loop)
+
+    def _with_code(self, kinds: Sequence[CpuKind]) -> list[CpuKind]:
+        """Return the kinds with the addresses of their kernels, some of them without kernels."""
+        without = set(self._without)
+        while True:
+            chosen = [k.without_kernel() if k.op in without else k for k in kinds]
+            try:
+                self._load(chosen)
+                return chosen
+            except _DeclinedError as declined:
+                self._without |= declined.ops - declined.now
+                without |= declined.ops
+
+    def _load(self, kinds: Iterable[CpuKind]) -> None:
         """Note in kinds where the code of their kernels is. Raises what :meth:`_addresses` does."""
-        missing = [kind for kind in kinds if len(kind.code) < len(kind.kernels)]
+        missing = _without_code(kinds)
         if missing:
-            addresses = self._addresses(_users(missing), wait)
+            addresses = self._addresses(_users(missing))
             for kind in missing:
                 kind.code = [addresses[kernel] for kernel in kind.kernels]
 
-    def _addresses(
-        self, users: Mapping[Kernel, Iterable[Op | PlanItem]], wait: bool
-    ) -> dict[Kernel, int]:
-        """Return where the code of all kernels is.
-
-        Raises GraphError, NotReadyError, _DeclinedError.
-        """
-        if not wait and not library().ready(users):
-            raise NotReadyError(lambda: library().addresses(users))
+    def _addresses(self, users: Mapping[Kernel, Iterable[Op | PlanItem]]) -> dict[Kernel, int]:
+        """Return where the code of all kernels is. Raises GraphError, _DeclinedError."""
         with self._share.away():
             waited = library().addresses(users)
         found: dict[Kernel, int] = {}
@@ -446,21 +522,38 @@ class CpuPlanBuilder:
             raise _DeclinedError(failed, now)
         return found
 
-    def _assemble(
+    def _replaced(
         self,
         positions: _Positions,
         kinds: Sequence[CpuKind],
         which: Ints,
         dialect: Dialect,
-        stop: Ints,
-    ) -> CpuPlan:
-        """Raises GraphError, PlanStoppedError."""
+        slices: TimeSlices,
+    ) -> CpuPlan | None:
+        """Return the plan of ``kinds``; None as long as not all of their kernels are there.
+
+        Raises GraphError.
+        """
+        if library().pending([*_LOOPS, *_users(_without_code(kinds))], urgent=True):
+            return None
+        with self._share.aside():
+            chosen = self._with_code(kinds)
+            never = np.zeros(1, np.int64)
+            return self._assemble(positions, chosen, which, dialect, never, slices)
+
+    def _placed(
+        self, positions: _Positions, kinds: Sequence[CpuKind], which: Ints, stop: Ints
+    ) -> RecordAssembly:
+        """Return what there is of records by now: where scratch lies.
+
+        Raises GraphError, PlanStoppedError.
+        """
         assembly = RecordAssembly(kinds, which, positions.slots, stop)
         if self._executor is not None:
             half = self._scratch.size // 2
             threads = self._scratch.address(half, self._scratch.size - half)
             try:
-                assembly.place(self._scratch, threads)
+                assembly.place(self._scratch, threads, apart=self._lacks(place_scratch))
             except NoScratchError as error:
                 raise GraphError(
                     f"{positions.label(error.position)}: graph needs {error.needed} bytes of "
@@ -468,11 +561,23 @@ class CpuPlanBuilder:
                 ) from None
             except MemoryError as error:
                 raise GraphError(str(error)) from None
+        return assembly
+
+    def _assemble(
+        self,
+        positions: _Positions,
+        kinds: Sequence[CpuKind],
+        which: Ints,
+        dialect: Dialect,
+        stop: Ints,
+        slices: TimeSlices,
+    ) -> CpuPlan:
+        """Raises GraphError, PlanStoppedError."""
+        assembly = self._placed(positions, kinds, which, stop)
         records = assembly.records()
         by_reference = np.array([kind.by_reference for kind in kinds], bool)
         (references,) = np.nonzero(by_reference[which])
         cuts = np.searchsorted(records.positions, references).tolist()
-        slices = TimeSlices(self._share)
         code = np.array([address for kind in kinds for address in kind.code], np.int64)
         common = StepContext(code, slices, positions.label, stop)
         context = ArrayContext(slices.look)
@@ -505,7 +610,8 @@ class CpuPlanBuilder:
     def _program_step(self, records: RecordTable, common: StepContext) -> Callable[[], None]:
         executor = self._executor
         assert executor is not None
-        steps = schedule(_alone(records), records.first, records.spans, common.stop)
+        lacks = self._lacks(schedule_records)
+        steps = schedule(_alone(records), records.first, records.spans, common.stop, apart=lacks)
         # Any thread may have done a part: they have to meet.
         steps[records.parts > 0] |= int(StepFlag.BARRIER_AFTER)
         waits = not TRANSFERS.isdisjoint(records.kernels)
@@ -566,6 +672,10 @@ def _by_kernels(node: Tensor, planner: Planner) -> bool:
     if len(planner.records) != before:
         raise RuntimeError(f"lowering of {node.op} declined a node after emitting records")
     return False
+
+
+def _without_code(kinds: Iterable[CpuKind]) -> list[CpuKind]:
+    return [kind for kind in kinds if len(kind.code) < len(kind.kernels)]
 
 
 def _users(kinds: Iterable[CpuKind]) -> dict[Kernel, list[Op | PlanItem]]:

@@ -1,7 +1,8 @@
 """Has kernels compiled before anybody waits for them: what most language models need.
 
 ``python -m rpc_server --prepare`` does that and nothing else (:func:`prepare_now`). A server does
-it in the background while it has nothing else to do (:func:`prepare_when_idle`).
+it as well (:func:`prepare_when_idle`): at once, as if somebody waited, for what the first model is
+likely to need, and in the background for the rest, while it has nothing else to do.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ import concurrent.futures
 import logging
 import sys
 
-from rpc_server.devices.cpu.catalog import Kernel, common_kernels, instruction_sets, library
+from rpc_server.devices.cpu.catalog import (
+    ALWAYS,
+    Kernel,
+    common_kernels,
+    first_kernels,
+    library,
+)
 from rpc_server.devices.cpu.instruction_sets import chosen_isa
+from rpc_server.native.library import Library
 from rpc_server.native.routine import CompileError, InterruptedCompileError
 from rpc_server.observability import progress
 from rpc_server.observability.metrics import ServerStats
@@ -21,6 +29,10 @@ log = logging.getLogger(__name__)
 
 # How often it is looked whether a client does something, seconds.
 _LOOK = 0.25
+# How often it is looked whether some of what comes first is done, and how much of it is asked for
+# at once: enough for few compilers, and not much for a client to wait for.
+_SOON = 0.05
+_AT_ONCE = 2
 _AT_REST = ("idle", "handshake", "link")
 
 
@@ -54,17 +66,34 @@ def _refuse(reason: str) -> int:
 
 
 async def prepare_when_idle(stats: ServerStats) -> None:
-    """Compile what is not on disk, while no client of ``stats`` does anything."""
-    clients = _Clients(stats)
+    """Compile what is not on disk; most of it while no client of ``stats`` does anything."""
     try:
+        compiled = await asyncio.to_thread(library)
         # Which kernels are the ones for this processor is known by a routine, too.
-        await _prepare([instruction_sets], clients)
+        missing = compiled.missing(ALWAYS)
+        await asyncio.to_thread(compiled.pending, missing, urgent=True)
         isa = await asyncio.to_thread(chosen_isa)
     except (CompileError, ValueError) as error:
         # The first graph tells its client.
         log.debug("no kernels ahead of the first graph: %s", error)
         return
-    await _prepare(common_kernels(isa), clients)
+    await _prepare_first(compiled, first_kernels(isa))
+    await _prepare(compiled, common_kernels(isa), _Clients(stats))
+
+
+async def _prepare_first(compiled: Library, kernels: list[Kernel]) -> None:
+    """Have compiled what is not on disk, whatever clients do.
+
+    Never much of it at once: what a client needs comes next.
+    """
+    asked: list[Kernel] = []
+    for kernel in compiled.missing(kernels):
+        while len(compiled.pending(asked, urgent=False)) >= _AT_ONCE:
+            await asyncio.sleep(_SOON)
+        await asyncio.to_thread(compiled.request, [kernel])
+        asked.append(kernel)
+    while compiled.pending(asked, urgent=False):
+        await asyncio.sleep(_SOON)
 
 
 class _Clients:
@@ -88,8 +117,7 @@ def _retrieve(future: asyncio.Future[None]) -> None:
         future.exception()
 
 
-async def _prepare(kernels: list[Kernel], clients: _Clients) -> None:
-    compiled = await asyncio.to_thread(library)
+async def _prepare(compiled: Library, kernels: list[Kernel], clients: _Clients) -> None:
     failed: set[Kernel] = set()
     while missing := [kernel for kernel in compiled.missing(kernels) if kernel not in failed]:
         while await clients.look():

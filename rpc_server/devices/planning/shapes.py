@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from protocol.ggml.ops import Op
 from protocol.tensor import Tensor
+
+
+def touched_elements(node: Tensor) -> int:
+    """Return about how many elements a node reads and writes.
+
+    A table whose rows are named by indices counts with those rows.
+    """
+    if node.op is Op.GET_ROWS:
+        one_by_one: tuple[Tensor | None, ...] = (node, node, node.src[1])
+    elif node.op is Op.SET_ROWS:
+        one_by_one = (node.src[0], node.src[0], node.src[1])
+    else:
+        one_by_one = (node, *node.src)
+    return sum(t.nelements for t in one_by_one if t is not None)
 
 
 def is_flat(t: Tensor) -> bool:

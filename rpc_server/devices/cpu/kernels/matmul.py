@@ -136,8 +136,22 @@ def _list_columns(rec, matrix, columns):  # type: ignore[no-untyped-def]
 @functools.cache
 def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
     """Return the kernel of products with weights of one type, for MUL_MAT and MUL_MAT_ID."""
-    # Plain numbers, which numba takes for constants.
-    TYPE, ISA = int(type_), int(isa)
+    return _product(type_, isa, tiles=True)
+
+
+@functools.cache
+def few_columns_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
+    """Return the same, but what is for many columns: those are multiplied one by one.
+
+    It is compiled in a fraction of the time. The result is the same to the bit where the whole
+    kernel makes no tiles, elsewhere as far as the order of sums lets it.
+    """
+    return _product(type_, isa, tiles=False)
+
+
+def _product(type_: GgmlType, isa: Isa, *, tiles: bool) -> KernelFunction:
+    # Plain numbers, which numba takes for constants: what isn't for TILES is left out.
+    TYPE, ISA, TILES = int(type_), int(isa), tiles
     ROWS, COLUMNS = rows_at_once(type_), columns_at_once(isa)
     TILES_FROM, CHUNK, TILE_BYTES = tile_columns_from(type_), k_chunk(type_), tile_bytes(type_)
 
@@ -176,7 +190,7 @@ def product_kernel(type_: GgmlType, isa: Isa) -> KernelFunction:
             else:
                 columns = own_columns
                 n = _list_columns(rec, matrix, own_columns)
-            if n < TILES_FROM:
+            if not TILES or n < TILES_FROM:
                 for row in range(first_row, end_row, ROWS):
                     for c in range(n):
                         row_dots(
