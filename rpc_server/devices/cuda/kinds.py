@@ -62,6 +62,9 @@ _MOST_PLACES = 24
 # kinds that differ in how memory is related.
 _MOST_REMEMBERED, _MOST_ALIKE = 1 << 12, 8
 
+# Positions of nodes that are not there; of those that are one more may wait.
+_NO_NODES = (0,) * (_MOST_NODES + 1)
+
 # Lowerings ask whether addresses are multiples of up to 16.
 _LOW_BITS = 15
 # Added to addresses while a pattern is made: no other number is as large.
@@ -152,11 +155,12 @@ class ProductTemplate:
 
 
 # Of scratch, in the order in which a lowering did it: a piece that later nodes may find (its key,
-# sources as coordinate, offset and bytes, and its bytes), one of the node's own, memory written.
+# what it is made of as coordinates, offsets and bytes, and its bytes), one of the node's own, and
+# memory written.
 @dataclass(frozen=True, slots=True)
 class _Shared:
     key: Hashable
-    sources: tuple[tuple[int, int, int], ...]
+    sources: tuple[tuple[int, int, int, int], ...]
     size: int
 
 
@@ -167,7 +171,8 @@ class _Local:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    origin: int
+    node: int
+    slot: int
     offset: int
     size: int
 
@@ -400,11 +405,12 @@ class _Tracer(CudaPlanner):
         self.events.append(_Shared(key, tuple(self._extent(s) for s in sources), size))
         return self._piece(), True
 
-    @staticmethod
-    def _extent(t: Tensor) -> tuple[int, int, int]:
-        if not isinstance(t.address, Placed):
-            raise NoPatternError("scratch made of what is not here")
-        return t.address.origin, t.address.offset, t.nbytes
+    def _extent(self, t: Tensor) -> tuple[int, int, int, int]:
+        """The coordinates of a tensor's memory, bytes from there on, and its size."""
+        if not isinstance(t.address, Placed) or t.address.origin >= _MOST_ROWS:
+            raise NoPatternError("scratch made of what is not here, or of scratch")
+        node, slot = self._window.coordinates[t.address.origin]
+        return node, slot, t.address.offset, t.nbytes
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
@@ -553,6 +559,7 @@ class LaunchMemory:
             walk.go(verify=False)
             if not walk.fits():
                 walk.go(verify=True)
+                walk.fits()
             return walk.launches(scratch)
 
 
@@ -614,6 +621,8 @@ class _Walk:
         sizes = [nbytes(*shape_of(words)) for words in table.shapes[:-1].tolist()]  # type: ignore[arg-type]
         self._ends = table.address + np.array([*sizes, 0], np.int64)[table.described]
         self._groups: list[_Group] = []
+        # What all of them look at, as of _rows_of.
+        self._seen = (self.rows[:0], self.rows[:0], self.rows[:0])
         self._peak = 0
 
     # -- which pattern is where ----------------------------------------------------------------
@@ -650,7 +659,11 @@ class _Walk:
 
     def _ahead(self, hand: int, most: int) -> list[int]:
         """The node at hand, and those behind it that are not done: ``most`` at most."""
-        nodes, done, count = [hand], self._done, len(self._kinds)
+        done, count = self._done, len(self._kinds)
+        end = min(hand + most, count)
+        if done.find(1, hand + 1, end) < 0:
+            return list(range(hand, end))
+        nodes = [hand]
         at = hand + 1
         while len(nodes) < most and at < count:
             if not done[at]:
@@ -665,8 +678,8 @@ class _Walk:
         if waits is not None:
             waiting, partner = waits
             # How far away its partner is, so that what is looked at tells which it is.
-            ahead = self._ahead(hand, _MOST_NODES)
-            state = kinds[waiting], ahead.index(partner) if partner in ahead else _END
+            away = self._done.count(0, hand, partner)
+            state = kinds[waiting], away if away < _MOST_NODES else _END
             before = [waiting]
         lengths = memory.lengths.get((state, kinds[hand]))
         if lengths is not None:
@@ -680,7 +693,7 @@ class _Walk:
                 for pattern in reversed(known):
                     nodes = before + ahead
                     group = _Group(pattern, hand, nodes[: pattern.nodes])
-                    if not verify or self._fit([group]):
+                    if not verify or self._fit([group], *self._rows_of([group])):
                         return group
         ahead = self._ahead(hand, _MOST_NODES)
         nodes = before + ahead
@@ -736,65 +749,77 @@ class _Walk:
     def _place(self, group: _Group, scratch: _Scratch, number: int) -> None:
         """Place a group's scratch; what it launches depends on what is there already."""
         pattern, nodes, addresses = group.pattern, group.nodes, self._addresses
+        if not pattern.events:
+            group.launches = pattern.launches
+            return
         scratch.at(number)
-        fresh: list[bool] = []
-
-        def address(origin: int) -> int:
-            j, slot = pattern.coordinates[origin]
-            found: int = addresses[nodes[j]][slot]
-            return found
-
+        pieces, fresh = group.pieces, list[bool]()
         for event in pattern.events:
             if isinstance(event, _Written):
-                scratch.write(address(event.origin) + event.offset, event.size)
+                scratch.write(addresses[nodes[event.node]][event.slot] + event.offset, event.size)
             elif isinstance(event, _Local):
-                group.pieces.append(scratch.scratch(event.size))
+                pieces.append(scratch.scratch(event.size))
                 fresh.append(True)
             else:
-                sources = [_Extent(address(o) + offset, size) for o, offset, size in event.sources]
+                sources = [
+                    _Extent(addresses[nodes[j]][slot] + offset, size)
+                    for j, slot, offset, size in event.sources
+                ]
                 place, new = scratch.shared_scratch(event.key, sources, event.size)  # type: ignore[arg-type]
-                group.pieces.append(place)
+                pieces.append(place)
                 fresh.append(new)
-        group.launches = [t for t in pattern.launches if t.request < 0 or fresh[t.request]]
+        group.launches = pattern.launches
+        if not all(fresh):
+            group.launches = [t for t in group.launches if t.request < 0 or fresh[t.request]]
 
     # -- whether patterns fit ------------------------------------------------------------------
 
-    def _rows_of(self, groups: Sequence[_Group]) -> tuple[Ints, Ints]:
-        """The table's rows of groups by their numbers, and the positions of their nodes."""
-        # One more may wait.
-        width = _MOST_NODES + 1
-        nodes = np.array([g.nodes + [0] * (width - len(g.nodes)) for g in groups], np.int64)
-        row_node = np.array([g.pattern.row_node for g in groups])
-        row_slot = np.array([g.pattern.row_slot for g in groups])
+    def _rows_of(self, groups: Sequence[_Group]) -> tuple[Ints, Ints, Ints]:
+        """Return by group the table's rows by their numbers, nodes' positions, and low bits."""
+        nodes = np.array([(*g.nodes, *_NO_NODES[len(g.nodes) :]) for g in groups], np.int64)
+        numbers: dict[int, int] = {}
+        patterns: list[Pattern] = []
+        which = list[int]()
+        for group in groups:
+            number = numbers.get(id(group.pattern))
+            if number is None:
+                number = numbers[id(group.pattern)] = len(patterns)
+                patterns.append(group.pattern)
+            which.append(number)
+        row_node, row_slot, low = (
+            np.array([getattr(p, name) for p in patterns])[which]
+            for name in ("row_node", "row_slot", "low")
+        )
         at = nodes[np.arange(len(groups))[:, None], row_node]
-        return self.rows[at, row_slot], nodes
+        return self.rows[at, row_slot], nodes, low
 
     def fits(self) -> bool:
         """Return whether all patterns fit where they are."""
-        return not self._groups or self._fit(self._groups)
+        if not self._groups:
+            return True
+        self._seen = self._rows_of(self._groups)
+        return self._fit(self._groups, *self._seen)
 
-    def _fit(self, groups: Sequence[_Group]) -> bool:
+    def _fit(self, groups: Sequence[_Group], rows: Ints, nodes: Ints, low: Ints) -> bool:
+        """Return whether patterns fit; what is given is as of _rows_of."""
         patterns = [g.pattern for g in groups]
-        rows, nodes = self._rows_of(groups)
         address, ends = self.table.address[rows], self._ends[rows]
-        low = np.array([p.low for p in patterns])
         if ((address & _LOW_BITS != low) & (low >= 0)).any():
             return False
         numbers = np.arange(len(groups))
         of = np.repeat(numbers, [len(p.same_node) for p in patterns])
-        node, slot, row = (
-            np.concatenate([getattr(p, name) for p in patterns])
-            for name in ("same_node", "same_slot", "same_row")
-        )
+        node = np.concatenate([p.same_node for p in patterns])
+        slot = np.concatenate([p.same_slot for p in patterns])
+        row = np.concatenate([p.same_row for p in patterns])
         if (self.rows[nodes[of, node], slot] != rows[of, row]).any():
             return False
-        of = np.repeat(numbers, [len(p.one) for p in patterns])
-        one, other, relation = (
-            np.concatenate([getattr(p, name) for p in patterns])
-            for name in ("one", "other", "relation")
-        )
-        found = _relation(address[of, one], ends[of, one], address[of, other], ends[of, other])
-        return bool((found == relation).all())
+        # Places in the flattened arrays.
+        of = np.repeat(numbers * _MOST_ROWS, [len(p.one) for p in patterns])
+        one = np.concatenate([p.one for p in patterns]) + of
+        other = np.concatenate([p.other for p in patterns]) + of
+        address, ends = address.ravel(), ends.ravel()
+        found = _relation(address[one], ends[one], address[other], ends[other])
+        return bool((found == np.concatenate([p.relation for p in patterns])).all())
 
     # -- what comes of it ----------------------------------------------------------------------
 
@@ -804,7 +829,7 @@ class _Walk:
         base = scratch(self._peak)
         bases = np.zeros((len(groups), _MOST_ROWS + _MOST_PIECES), np.int64)
         if groups:
-            bases[:, :_MOST_ROWS] = self.table.address[self._rows_of(groups)[0]]
+            bases[:, :_MOST_ROWS] = self.table.address[self._seen[0]]
         made: list[LaunchTemplate | Product] = []
         # Of records: their numbers in the memory, and their groups.
         numbers, of = list[int](), list[int]()
