@@ -25,6 +25,7 @@ from tools.serving.ports import free_port
 from tools.serving.processes import (
     Process,
     ProgramError,
+    emulation_command,
     listens,
     tail,
 )
@@ -211,13 +212,17 @@ def estimate(output: str, log: str) -> re.Match[str] | None:
 
 
 class RpcServer(Process):
-    """The RPC server under test, listening."""
+    """The RPC server under test, listening; with so many emulated ``cards`` this project's."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, cards: int = 0) -> None:
         port = free_port()
         words = [word.format(port=port) for word in shlex.split(SERVER_COMMAND)]
+        env: dict[str, str] = {}
+        if cards:
+            words = emulation_command(port)
+            env = {"EMULATION": "fast", "EMULATED_CARDS": str(cards)}
         self.port = port
-        super().__init__([*words, *options], folder / f"rpc-{port}.log")
+        super().__init__([*words, *options], folder / f"rpc-{port}.log", env)
         try:
             self.wait_until(lambda: listens(self.port), START_SECONDS, "listening socket")
         except ProgramError:

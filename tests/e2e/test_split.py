@@ -43,7 +43,7 @@ def split(log_folder: Path) -> Iterator[StartSplit]:
     """Starts workers and a coordinator: ``split(["ours", "upstream", "local"], *options)``.
 
     A protocol version among them is upstream's server that speaks it, ``card`` one of ours with an
-    emulated card.
+    emulated card; ``cuda0`` and ``cuda1`` are emulated cards of the coordinator's own.
     """
     with contextlib.ExitStack() as stack:
 
@@ -64,7 +64,9 @@ def split(log_folder: Path) -> Iterator[StartSplit]:
                 else:
                     parts.append(kind)
             mode = () if "--split-mode" in options else ("--split-mode", "row")
-            coordinator = llama.RpcServer(log_folder, "--split", ",".join(parts), *mode, *options)
+            cards = 2 if any(kind.startswith("cuda") for kind in kinds) else 0
+            words = ("--split", ",".join(parts), *mode, *options)
+            coordinator = llama.RpcServer(log_folder, *words, cards=cards)
             stack.callback(coordinator.stop)
             return coordinator
 

@@ -1,4 +1,4 @@
-"""llama.cpp through a coordinator whose parts have emulated GPUs: logits are as from one."""
+"""llama.cpp through a coordinator whose parts are emulated GPUs: logits are as from one."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ pytestmark = [
 
 # One, two, and one beside a part that is a processor, of ours or upstream's.
 PARTS = (("card",), ("card", "card"), ("card", "ours"), ("upstream", "card"))
+# The coordinator's own: both, one beside another machine, and one beside its processors.
+OWN = (("cuda0", "cuda1"), ("ours", "cuda0"), ("local", "cuda0"))
 # Of a text, so many tokens at once and so many one by one.
 TOKENS, SINGLE = 24, 3
 
@@ -37,8 +39,13 @@ def card(log_folder: Path) -> Iterator[str]:
         yield address
 
 
+def alike(parts: Sequence[str]) -> tuple[str, str]:
+    """Have all parts get as much: shares by speed, as of a card and processors, cut no heads."""
+    return "--tensor-split", ",".join("1" for _ in parts)
+
+
 @pytest.mark.parametrize("mode", ["row", "tensor"])
-@pytest.mark.parametrize("parts", PARTS, ids="-".join)
+@pytest.mark.parametrize("parts", [*PARTS, *OWN], ids="-".join)
 def test_logits_are_those_of_one_card(
     parts: Sequence[str],
     mode: str,
@@ -49,7 +56,7 @@ def test_logits_are_those_of_one_card(
 ) -> None:
     """With a cache in half precision, and one in blocks."""
     model = llama.random_model(model_folder, "qwen2", "F32")
-    coordinator = split(parts, "--split-mode", mode)
+    coordinator = split(parts, "--split-mode", mode, *alike(parts))
     requests = [
         Request(str(model), TEXT, TOKENS, SINGLE, address, "on", cache, cache)
         for cache in ("f16", "q8_0")
@@ -74,9 +81,12 @@ def test_logits_are_those_of_one_card(
         assert by_card == ("upstream" not in parts)
 
 
-@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize(("slots", "mode"), [(1, "tensor"), (4, "tensor"), (4, "row")])
+@pytest.mark.parametrize("parts", [("card", "ours"), *OWN], ids="-".join)
 def test_slots(
+    parts: Sequence[str],
     slots: int,
+    mode: str,
     split: StartSplit,
     card: str,
     llama_server: StartLlamaServer,
@@ -85,7 +95,7 @@ def test_slots(
     """Sequences with a cache of their own each, in blocks."""
     model = llama.random_model(model_folder, "qwen2", "F16")
     options = ("-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0")
-    coordinator = split(("card", "ours"), "--split-mode", "tensor")
+    coordinator = split(parts, "--split-mode", mode, *alike(parts))
 
     def texts(address: str) -> list[list[llama.Token]]:
         server = llama_server(model, *options, rpc=address, slots=slots)

@@ -311,6 +311,8 @@ async def test_a_weight_over_two_cards(two: EmulatedServer) -> None:
     # The memory of each is the card's.
     for name in ("cuda0", "cuda1"):
         two.wait_for(rf"worker {name}: protocol 7\S+, .*, 3584 of 4096 MiB free")
+    # They add up no sums among themselves.
+    two.wait_for(r"--split-mode auto: tensor .*: a token takes 65 exchanges, ")
     async with product(two) as (b, w, x):
         await check(b, w, x)
         parts = (await status(b)).parts

@@ -15,6 +15,7 @@ from typing import Literal
 
 from client.errors import AllocationFailed, ConnectionLost
 from client.model_header import ModelShape, WeightProduct
+from client.split.address import OwnCard
 from client.split.advice import Arrangement, Box, exchanges, is_linked, predict, swaps
 from client.split.survey import measure_handling, measure_upload
 from client.tensors import ShapeError
@@ -153,9 +154,11 @@ async def measure_network(worker: Worker, *, linked: bool) -> Box:
         raise WorkerLost(f"worker {worker.name}: not measured in time") from None
     except (ConnectionLost, ProtocolError) as error:
         raise WorkerLost(f"worker {worker.name}: {error}") from None
+    card = OwnCard.parse(worker.name)
     return Box(
         worker.name, worker.free, _ANY_RATE, _ANY_RATE, worker.round_trip, link,
-        handling=handling, links=linked and not worker.no_links,
+        handling=handling, links=linked and not worker.no_links and card is None,
+        card="" if card is None else card.name,
     )  # fmt: skip
 
 
