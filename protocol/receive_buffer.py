@@ -6,6 +6,7 @@ Both readers, the server's of requests and the client's of answers, receive thro
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Any
 
 from protocol.codec import Codec
@@ -78,6 +79,12 @@ class ReceiveBuffer:
         record = codec.parse(self._buffer, self._start)
         self._start += codec.size
         return record
+
+    def unpack(self, form: Struct) -> tuple[Any, ...]:
+        """Take the values of ``form`` off the front; ``form.size`` bytes must be there."""
+        values = form.unpack_from(self._buffer, self._start)
+        self._start += form.size
+        return values
 
     def take(self, n: int) -> bytes:
         """Take ``n`` bytes off the front, which must be there."""

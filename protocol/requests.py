@@ -204,7 +204,7 @@ class RequestReader:
     def _read_frame(self) -> bool:
         if len(self._received) < FRAME.size:
             return False
-        number, size = FRAME.unpack(self._received.take(FRAME.size))
+        number, size = self._received.unpack(FRAME)
         if self.dialect is None:
             self._frame = (*first_frame(number, size), size)
         else:
@@ -271,6 +271,7 @@ class RequestReader:
         return request
 
 
+_COMMANDS = {int(command): command for command in Command}
 _HELLO_SPECS = {d.hello_size: d.commands[Command.HELLO] for d in DIALECTS}
 
 
@@ -299,10 +300,9 @@ def check_frame(
 
     Raises ProtocolError if no client sends such a one.
     """
-    try:
-        command = Command(number)
-    except ValueError:
-        raise ProtocolError(f"unknown command {number} with {size} bytes") from None
+    command = _COMMANDS.get(number)
+    if command is None:
+        raise ProtocolError(f"unknown command {number} with {size} bytes")
     spec = dialect.commands.get(command)
     if spec is None or command is Command.HELLO:
         raise ProtocolError(

@@ -154,7 +154,7 @@ class ResponseReader:
             raise ProtocolError(f"{len(self._received)} bytes that answer no request")
         if len(self._received) < SIZE.size:
             return False
-        (size,) = SIZE.unpack(self._received.take(SIZE.size))
+        (size,) = self._received.unpack(SIZE)
         first = self._expected[0]
         if size != first.size:
             raise ProtocolError(

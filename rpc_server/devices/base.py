@@ -247,10 +247,10 @@ class Queue(Protocol):
         """Run ``job`` on a thread of the device's."""
         ...
 
-    def at_once(self, job: Callable[[], None]) -> bool:
-        """Run ``job``, that of a brief plan, on the calling thread if it is its turn right now.
+    def at_once(self, plan: Plan) -> bool:
+        """Run a brief plan on the calling thread if nobody has the device.
 
-        Returns whether it did. Raises what the job raises.
+        Returns whether it did. Raises GraphError.
         """
         ...
 

@@ -38,7 +38,7 @@ class UploadMeter:
         """Tell at another request what was uploaded before it, once it is a load of weights."""
         if self._bytes >= _WORTH_TELLING:
             self.finish()
-        else:
+        elif self._tensors:
             self._clear()
 
     def finish(self) -> None:

@@ -498,7 +498,7 @@ class Session:
             if isinstance(error, GraphError) and self._is_silent(str(error)):
                 error = LimitReached("--peer-timeout", str(error))
         if error is None and running.error is None:
-            self.completed(command, running, seconds)
+            self.completed(command, running.nodes, seconds)
         elif command is Command.SPLIT_PROGRAM and isinstance(error, NodeError):
             # A coordinator has clients beside the one whose graph that was.
             self.context.stats.errors["graph"] += 1
@@ -512,12 +512,12 @@ class Session:
             error = None
         self._finished(running.error or error)
 
-    def completed(self, command: Command, job: Job, seconds: float) -> None:
-        """Count a job that went well, and answer."""
+    def completed(self, command: Command, nodes: int, seconds: float) -> None:
+        """Count a job of so many nodes that went well, and answer."""
         if command is Command.SPLIT_RUN:
             self.stats.programs_run += 1
         if command is not Command.SPLIT_PROGRAM:
-            self.stats.graph(job.nodes, seconds)
+            self.stats.graph(nodes, seconds)
         # GGML_STATUS_SUCCESS; a graph that fails has no answer, its connection is closed.
         self.answer(command, {"result": 0})
 

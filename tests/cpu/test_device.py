@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -270,11 +271,12 @@ def test_what_is_brief_runs_on_the_calling_thread(
     values(added)[:] = 0
     threads: list[threading.Thread] = []
 
-    def job() -> None:
+    def run() -> None:
         threads.append(threading.current_thread())
         plan.run()
 
-    assert queue.at_once(job)
+    noted: Any = SimpleNamespace(run=run, scratch=0)
+    assert queue.at_once(noted)
     assert (values(added) == 2).all()
     assert threads == [threading.current_thread()]
     # Not while another client has the device.
@@ -286,11 +288,31 @@ def test_what_is_brief_runs_on_the_calling_thread(
 
     running = long.submit(planned(long, planted(monkeypatch, work)).run)
     assert begun.wait(_PATIENCE)
-    assert not queue.at_once(job)
+    assert not queue.at_once(noted)
     done.set()
     running.result(_PATIENCE)
     assert len(threads) == 1
-    assert queue.at_once(job)
+    assert queue.at_once(noted)
+
+
+def test_scratch_of_what_runs_at_once_is_not_idle(device: CpuDevice) -> None:
+    queue = device.queue()
+    x = tensor(GgmlType.F32, (8, 2), np.ones((2, 8)))
+    plan = planned(queue, node(Op.ARGSORT, GgmlType.I32, x.ne, [x]))
+    assert plan.brief
+    assert plan.scratch
+    queue.submit(plan.run).result(_PATIENCE)
+    assert device.idle_scratch.nbytes
+    idle: list[int] = []
+
+    def run() -> None:
+        idle.append(device.idle_scratch.nbytes)
+        plan.run()
+
+    noted: Any = SimpleNamespace(run=run, scratch=plan.scratch)
+    assert queue.at_once(noted)
+    assert idle == [0]
+    assert device.idle_scratch.nbytes
 
 
 def test_what_takes_long_is_not_brief(device: CpuDevice, monkeypatch: pytest.MonkeyPatch) -> None:

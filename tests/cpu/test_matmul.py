@@ -15,6 +15,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.cpu.catalog import product_of
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.kernels import matmul
+from rpc_server.devices.cpu.kernels.dots import tile_columns_from
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
 from rpc_server.devices.cpu.kernels.interface.layout import PRODUCT_TYPES, SCALE_GROUPS
 from rpc_server.devices.cpu.planner import LOWERINGS, Planner
@@ -118,6 +119,27 @@ def test_every_instruction_set(type_: GgmlType, isa: Isa, monkeypatch: pytest.Mo
     assert nmse(product(a, b), results[2]) < NMSE_LIMIT
     assert nmse(results[0], results[2]) < 1e-11
     assert nmse(results[1], results[3]) < 1e-11
+
+
+@pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)
+@pytest.mark.parametrize("type_", [*ISA_TYPES, *FLOATS], ids=lambda t: t.name)
+def test_a_column_is_the_same_beside_any_others(
+    type_: GgmlType, isa: Isa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few columns are multiplied one, two or three at a time, many by groups and half of one."""
+    monkeypatch.setenv("GGML_RPC_ISA", isa.name)
+    # Rows and runs of a row that are no whole ones, and for floats more than a tile's length.
+    k = 1024 if TYPE_INFO[type_].block_size == 256 else 3 * 256 + 64
+    a, b = weights(type_, (k, 37)), activations((k, 21))
+    from_ = tile_columns_from(type_)
+    for least, most in ((1, from_), (from_, 22)):
+        results = []
+        for n in range(least, most):
+            t = node(Op.MUL_MAT, GgmlType.F32, (37, n), [a, view(b, (b.ne[0], n), b.nb)])
+            run(t, kernels=True)
+            results.append(values(t)[0, 0])
+        for some in results:
+            np.testing.assert_array_equal(some, results[-1][: len(some)])
 
 
 @pytest.mark.parametrize("isa", host_isas(), ids=lambda i: i.name)

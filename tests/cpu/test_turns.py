@@ -227,13 +227,17 @@ def test_who_does_not_want_to_wait_has_it_only_if_nobody_else_does(
     turns: Turns, clock: Clock
 ) -> None:
     share, other = turns.share(), turns.share()
-    with share.turn():
-        assert other.turn_now() is None
-    turn = other.turn_now()
-    assert turn is not None
-    with turn:
+    done: list[str] = []
+
+    def work() -> None:
         clock.now += SLICE / 4
-        assert share.turn_now() is None
+        assert not share.at_once(lambda: done.append("beside it"))
+        done.append("work")
+
+    with share.turn():
+        assert not other.at_once(work)
+    assert other.at_once(work)
+    assert done == ["work"]
     assert other.used == pytest.approx(SLICE / 4)
     with share.turn():
         pass
@@ -242,16 +246,18 @@ def test_who_does_not_want_to_wait_has_it_only_if_nobody_else_does(
 def test_who_took_it_at_once_does_not_wait_within_its_turn(turns: Turns, clock: Clock) -> None:
     log: list[str] = []
     share = turns.share()
-    turn = share.turn_now()
-    assert turn is not None
-    with turn:
+    waiting: list[threading.Thread] = []
+
+    def work() -> None:
         clock.now += 2 * SLICE
-        waiting = Client(turns, log, "other").queue()
+        waiting.append(Client(turns, log, "other").queue())
         turns.word.set()
         # Would be the other's turn, for as long as that takes.
         share.give_way()
         assert turns.held_by(share)
-    waiting.join(_PATIENCE)
+
+    assert share.at_once(work)
+    waiting[0].join(_PATIENCE)
     assert log == ["other"]
     # Only that one turn was such a one.
     with share.turn():

@@ -43,9 +43,9 @@ class Queue:
         self._free = free
         self.submitted = 0
 
-    def at_once(self, job: Callable[[], None]) -> bool:
+    def at_once(self, plan: Plan) -> bool:
         if self._free:
-            job()
+            plan.run()
         return self._free
 
     def submit(self, job: Callable[[], None]) -> concurrent.futures.Future[None]:
@@ -72,7 +72,7 @@ class Recompute:
             queue=lambda index: queue,
             running=None,
             busy=False,
-            completed=lambda command, job, seconds: self.completed.append(command),
+            completed=lambda command, nodes, seconds: self.completed.append(command),
             ran=lambda command, seconds, error: self.ran.set_result(error),
         )
 

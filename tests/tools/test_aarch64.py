@@ -166,7 +166,7 @@ def test_products_on_arm(tmp_path: Path, processor: str, isa: Isa, type_: GgmlTy
     """Sums of bytes are exact: they differ from GENERIC's by the rounding of float sums alone."""
     k, rows = (1029 if type_ is GgmlType.F16 else 512), 19
     image, entry = cross_compiled(tmp_path, processor, type_, isa)
-    for n_columns in (1, 9):
+    for n_columns in (1, 3, 9):
         data = operands(type_, Isa.GENERIC, k, rows, n_columns)
         here = {name: values.ctypes.data for name, values in data.items()}
         words = product_words(type_, Isa.GENERIC, here, k, rows, n_columns)

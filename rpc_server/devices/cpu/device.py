@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import logging
 import threading
 import weakref
@@ -16,7 +15,7 @@ from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_status_fields
 from protocol.tensor import Tensor
-from rpc_server.devices.base import StopWord
+from rpc_server.devices.base import Plan, StopWord
 from rpc_server.devices.cpu.instruction_sets import chosen_isa, host_isas
 from rpc_server.devices.cpu.machine import available_cores, processor_name, system_memory
 from rpc_server.devices.cpu.mapped import MappedStorage
@@ -231,27 +230,26 @@ class CpuQueue:
             self._thread = None
             raise MemoryError(f"no thread for a client's graphs: {error}") from None
 
-    def at_once(self, job: Callable[[], None]) -> bool:
-        """Run the job of a brief plan as of Queue."""
-        turn = self._share.turn_now()
-        if turn is None:
-            return False
-        self._run_in(turn, job)
-        return True
+    def at_once(self, plan: Plan) -> bool:
+        """Do what Queue says."""
+        if plan.scratch:
+            return self._share.at_once(lambda: self._with_scratch(plan.run))
+        return self._share.at_once(plan.run)
 
     def _run(self, job: Callable[[], T]) -> T:
-        return self._run_in(self._share.turn(), job)
+        with self._share.turn():
+            return self._with_scratch(job)
 
-    def _run_in(self, turn: contextlib.AbstractContextManager[None], job: Callable[[], T]) -> T:
+    def _with_scratch(self, job: Callable[[], T]) -> T:
+        """Do a job that may use scratch, which nobody gives back to the system meanwhile."""
         idle = self._device.idle_scratch
-        with turn:
+        if self._scratch is not None:
+            idle.leave(self._scratch)
+        try:
+            return job()
+        finally:
             if self._scratch is not None:
-                idle.leave(self._scratch)
-            try:
-                return job()
-            finally:
-                if self._scratch is not None:
-                    idle.enter(self._scratch)
+                idle.enter(self._scratch)
 
     def waited(self, now: float) -> float:
         """Return how long its jobs have waited for their turns until ``now``, in seconds."""

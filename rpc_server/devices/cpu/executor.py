@@ -133,6 +133,8 @@ class Executor:
         address = int(self._sync.ctypes.data)
         self._sync_address = -(-address // 64) * 64
         self._state = self._sync[(self._sync_address - address) // 8 :]
+        # The same, for one word at a time: numpy takes twice as long.
+        self._words = self._state.data
         # Of each thread, how long it has waited, nanoseconds.
         self._lost = self._state[OWN + LOST :: OWN_WORDS][:n_threads]
         # Address of the program, and how many threads run it.
@@ -177,7 +179,7 @@ class Executor:
 
     def _advance(self, program: RecordProgram, position: Position, crowd: int) -> int:
         """Do what :meth:`advance` says, on so many threads."""
-        state = self._state
+        state = self._words
         program.divide(self.n_threads)
         state[STATUS] = state[ENDS] = 0
         state[WAITING_AT] = -1
@@ -191,8 +193,8 @@ class Executor:
         )
         for done in self._done[: crowd - 1]:
             done.acquire()
-        if status := int(state[STATUS]):
-            position.failed_at = int(state[FAILED_AT])
+        if status := state[STATUS]:
+            position.failed_at = state[FAILED_AT]
             return status
         if not paused and state[WAITING_AT] >= 0:
             # No barrier was left at which the others could have waited.
@@ -200,8 +202,8 @@ class Executor:
             paused = 1
         if not paused:
             return 0
-        position.first, position.rest = int(state[FIRST]), int(state[REST])
-        position.met, position.part = int(state[MET]), int(state[NEXT])
+        position.first, position.rest = state[FIRST], state[REST]
+        position.met, position.part = state[MET], state[NEXT]
         return PAUSED
 
     def _work(self, thread: int) -> None:

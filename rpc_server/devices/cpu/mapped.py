@@ -96,6 +96,8 @@ class MappedStorage(HostStorage):
 
         ``overwritten``: of those that lie within them, nothing needs to be copied.
         """
+        if not self._overlays:
+            return
         with self._lock:
             for o in [o for o in self._overlays if o.touches(offset, size)]:
                 covered = offset <= o.start and o.start + o.size <= offset + size
@@ -106,6 +108,8 @@ class MappedStorage(HostStorage):
                 o.moved()
 
     def _inside(self, offset: int, size: int) -> Overlay | None:
+        if not self._overlays:
+            return None
         with self._lock:
             return next((o for o in self._overlays if o.has(offset, size)), None)
 

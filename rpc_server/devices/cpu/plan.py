@@ -195,7 +195,8 @@ class CpuPlan:
         """Run every step. Raises GraphError naming the node that failed."""
         self._improve()
         arena = self._arena
-        arena.touched = max(arena.touched, self._touches)
+        if self._touches > arena.touched:
+            arena.touched = self._touches
         try:
             for step in self.steps:
                 self._slices.look()

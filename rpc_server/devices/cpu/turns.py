@@ -235,26 +235,25 @@ class DeviceShare:
     def turn(self) -> Iterator[None]:
         """Have the device, but for where the work in it gives way or is :meth:`away`."""
         self._turns.take(self)
-        with self._until_given_back():
+        try:
             yield
+        finally:
+            self._turns.give_back(self)
 
-    def turn_now(self) -> contextlib.AbstractContextManager[None] | None:
-        """Return the device as of :meth:`turn`, or None if that would have to be waited for.
+    def at_once(self, work: Callable[[], None]) -> bool:
+        """Have the device for ``work``, and return True; False if it would have to be waited for.
 
         It is for work that is over in less than a slice: it doesn't give way, which is to wait.
         """
         if not self._turns.take_now(self):
-            return None
+            return False
         self._keeps = True
-        return self._until_given_back()
-
-    @contextlib.contextmanager
-    def _until_given_back(self) -> Iterator[None]:
         try:
-            yield
+            work()
         finally:
             self._keeps = False
             self._turns.give_back(self)
+        return True
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from protocol.dialects import Dialect
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload
-from rpc_server.devices.base import StopWord
+from rpc_server.devices.base import Plan, StopWord
 from rpc_server.devices.cuda.plan import CudaPlan, CudaPlanBuilder
 from rpc_server.devices.cuda.resources import StreamResources
 from rpc_server.devices.cuda.storage import CudaStorage
@@ -83,7 +83,7 @@ class CudaQueue:
         """Run ``job`` on a thread of the device's."""
         return self._threads.submit(job)
 
-    def at_once(self, job: Callable[[], None]) -> bool:
+    def at_once(self, plan: Plan) -> bool:
         """Do nothing: a card is waited for."""
         return False
 

@@ -27,7 +27,7 @@ from protocol.ggml.types import GgmlType
 from protocol.graph_payload import GraphPayload
 from protocol.split import ProgramPayload, split_part_fields, split_status_fields
 from protocol.tensor import Tensor
-from rpc_server.devices.base import StopWord
+from rpc_server.devices.base import Plan, StopWord
 from rpc_server.devices.cpu.device import CpuDevice, CpuQueue
 from rpc_server.devices.cpu.kernels.interface.stream import (
     BYTES_RECEIVED,
@@ -250,7 +250,7 @@ class SplitQueue:
         """Run ``job`` on the client's thread, once it is the client's turn."""
         return self._cpu.submit(job)
 
-    def at_once(self, job: Callable[[], None]) -> bool:
+    def at_once(self, plan: Plan) -> bool:
         """Do nothing: what is done over sockets is not done at once."""
         return False
 

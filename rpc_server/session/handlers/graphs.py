@@ -97,16 +97,12 @@ def _run_known(s: Session, command: Command, index: int, plan: Plan, nodes: int)
     """
     s.stats.plan_hits += 1
     queue = s.queue(index)
-    task = Job(queue, nodes)
     if plan.brief:
-        s.running = task
-        try:
-            done = queue.at_once(lambda: task.go(plan))
-        finally:
-            s.running = None
-        if done:
-            s.completed(command, task, task.seconds(time.monotonic()))
+        began = time.monotonic()
+        if queue.at_once(plan):
+            s.completed(command, nodes, time.monotonic() - began)
             return
+    task = Job(queue, nodes)
     run(s, command, queue, task, lambda: task.go(plan))
 
 

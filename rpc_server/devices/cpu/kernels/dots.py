@@ -1,9 +1,12 @@
 """The inner loops of matrix products, emitted for one weight format and one instruction set.
 
 Few columns: :func:`row_dots` reads each weight once, straight from memory, and multiplies it with
-one column. Many columns: :func:`unpack_tile` turns 16 rows into a *tile*, in which a vector holds
-the same four codes (or one float) of all 16 rows, and :func:`tile_product` multiplies it with
-several columns at a time; sums then need no shuffling, and a format's decoding is paid once.
+up to three of them. Many columns: :func:`unpack_tile` turns 16 rows into a *tile*, in which a
+vector holds the same four codes (or one float) of all 16 rows, and :func:`tile_product` multiplies
+it with several columns at a time; sums then need no shuffling, and decoding is paid once.
+
+Each column has sums of its own, which are added up in one order: how many others are multiplied
+with it doesn't change what comes out.
 
 A tile of a quantized format is a record for each run of 32 elements: 8 vectors of codes (where two
 rows are multiplied with two columns, 4 of twice the size, with eight codes of each row), then for
@@ -14,6 +17,8 @@ pairs of BF16 for every other one.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +39,6 @@ from rpc_server.devices.cpu.kernels.interface.layout import (
     SUMS_AT,
     UNIT,
     UNIT_BYTES,
-    columns_at_once,
     in_halves,
     in_pairs,
     run_bytes,
@@ -57,14 +61,14 @@ _VECTOR_BYTES = 64
 _I8_MOST = 127
 
 
-def rows_at_once(type_: GgmlType) -> int:
-    """Return how many rows :func:`row_dots` does.
+def rows_at_once(type_: GgmlType, columns: int = 1) -> int:
+    """Return how many rows :func:`row_dots` does with so many columns.
 
     Each has sums and an unpacked block in registers.
 
     Several share what is loaded of the column, but one is a single stretch of memory.
     """
-    if FETCHES_AHEAD:
+    if FETCHES_AHEAD or columns > 1:
         return 1
     return 2 if isinstance(FORMATS[type_], Quantized) else 4
 
@@ -96,37 +100,40 @@ def row_dots(
     typingctx: Any,
     type_: Any,
     isa: Any,
+    count: Any,
     weights: Any,
     stride: Any,
     row: Any,
     last: Any,
     k: Any,
     ahead: Any,
-    activations: Any,
-    target: Any,
+    columns: Any,
 ) -> Any:
-    """Multiply rows ``row``, ... (rows_at_once of them, none beyond ``last``) by one column.
+    """Multiply rows ``row``, ... (rows_at_once of them, none beyond ``last``) by ``count`` columns.
 
-    ``weights`` is row 0, ``stride`` bytes on is row 1; element ``row`` of the F32 at ``target`` is
-    set, and those after it. ``ahead`` bytes further on lie the weights to be asked for now, on
-    processors that want to be told.
+    ``weights`` is row 0, ``stride`` bytes on is row 1. ``columns`` are pairs of int64: a column's
+    activations and its F32 results, of which element ``row`` is set, and those after it. ``ahead``
+    bytes further on lie the weights to be asked for now, on processors that want to be told.
     """
-    if not _literals(type_, isa):
+    if not _literals(type_, isa, count):
         return None
-    signature = types.void(type_, isa, *[types.int64] * 8)
+    signature = types.void(type_, isa, count, *[types.int64] * 7)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         e, format_, kind = _emitter(builder, sig)
-        weights, stride, row, last, k, ahead, activations, target = args[2:]
-        numbers = [e.call_vector("smin", e.at(row, i), last) for i in range(rows_at_once(kind))]
-        rows = [e.b.add(weights, e.b.mul(n, stride)) for n in numbers]
+        n = sig.args[2].literal_value
+        weights, stride, row, last, k, ahead, columns = args[3:]
+        sources, targets = _column_pairs(e, columns, n)
+        numbers = [e.call_vector("smin", e.at(row, i), last) for i in range(rows_at_once(kind, n))]
+        rows = [e.b.add(weights, e.b.mul(i, stride)) for i in numbers]
         if in_pairs(kind, e.isa):
-            sums = _paired_dots(e, rows, k, activations)
+            sums = _paired_dots(e, rows, k, sources)
         elif isinstance(format_, Plain):
-            sums = _plain_dots(e, format_, _column_element(e, kind), rows, k, ahead, activations)
+            sums = _plain_dots(e, format_, _column_element(e, kind), rows, k, ahead, sources)
         else:
-            sums = _quantized_dots(e, format_, rows, k, ahead, activations)
-        for number, value in zip(numbers, sums, strict=True):
+            sums = _quantized_dots(e, format_, rows, k, ahead, sources)
+        places = itertools.product(numbers, targets)
+        for (number, target), value in zip(places, sums, strict=True):
             e.store(value, e.b.add(target, e.shift_left(number, 2)))
         return context.get_dummy_value()
 
@@ -143,6 +150,21 @@ def _place(e: Emit, at: Any, i: Any, element: ir.Type) -> Any:
     return e.b.add(at, e.shift_left(i, 1 if element == F16 else 2))
 
 
+def _column_pairs(e: Emit, columns: Any, n: int) -> tuple[list[Any], list[Any]]:
+    """Return where the activations of ``n`` columns lie, and where their results go."""
+    sources, targets = ([e.load(columns, I64, 16 * i + at) for i in range(n)] for at in (0, 8))
+    return sources, targets
+
+
+# Sums are those of each row with each column, a row's one after the other.
+def _add_products(
+    sums: list[Any], rows: list[Any], columns: list[Any], add: Callable[[Any, Any, Any], Any]
+) -> list[Any]:
+    """``add(sum, row, column)`` of all of them."""
+    pairs = itertools.product(rows, columns)
+    return [add(s, row, column) for s, (row, column) in zip(sums, pairs, strict=True)]
+
+
 def _plain_dots(
     e: Emit,
     format_: Plain,
@@ -150,53 +172,51 @@ def _plain_dots(
     rows: list[Any],
     k: Any,
     ahead: Any,
-    activations: Any,
+    sources: list[Any],
 ) -> list[Any]:
     kind, column = vector(format_.element, LANES), vector(element, LANES)
-    zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
+    zeros = [e.constant(F32, 0.0, LANES) for _ in rows for _ in sources]
     # Registers of 16 bytes are done with LANES as fast as a loop comes round.
     step = 2 * LANES if e.isa.is_arm else LANES
     whole = e.b.and_(k, e.i64(-step))
 
+    def add(total: Any, weights: Any, x: Any) -> Any:
+        return e.fma_wide(weights, x, total)
+
     def body(first: Any, sums: list[Any]) -> list[Any]:
         for at in range(0, step, LANES):
             i = e.at(first, at)
-            x = e.load(_place(e, activations, i, element), column)
+            x = [e.load(_place(e, source, i, element), column) for source in sources]
             offset = e.b.mul(i, e.i64(format_.size))
             for r in rows:
                 if IS_TOLD:
                     e.prefetch(e.b.add(e.b.add(r, offset), ahead), LANES * format_.size)
-            sums = [
-                e.fma_wide(e.load(e.b.add(r, offset), kind), x, s)
-                for r, s in zip(rows, sums, strict=True)
-            ]
+            weights = [e.load(e.b.add(r, offset), kind) for r in rows]
+            sums = _add_products(sums, weights, x, add)
         return sums
 
     def rest(i: Any, sums: list[Any]) -> list[Any]:
         n = e.call_vector("smin", e.b.sub(k, i), e.i64(LANES))
-        x = e.load_part(_place(e, activations, i, element), column, n)
+        x = [e.load_part(_place(e, source, i, element), column, n) for source in sources]
         offset = e.b.mul(i, e.i64(format_.size))
-        return [
-            e.fma_wide(e.load_part(e.b.add(r, offset), kind, n), x, s)
-            for r, s in zip(rows, sums, strict=True)
-        ]
+        weights = [e.load_part(e.b.add(r, offset), kind, n) for r in rows]
+        return _add_products(sums, weights, x, add)
 
     sums = e.loop(e.i64(0), whole, step, zeros, body)
     return [e.sum(s) for s in e.loop(whole, k, LANES, sums, rest)]
 
 
-def _paired_dots(e: Emit, rows: list[Any], k: Any, activations: Any) -> list[Any]:
-    """Rows of BF16 times a column of BF16, a pair in each lane."""
+def _paired_dots(e: Emit, rows: list[Any], k: Any, sources: list[Any]) -> list[Any]:
+    """Rows of BF16 times columns of BF16, a pair in each lane."""
     pairs, halves = vector(I32, LANES), vector(I16, 2 * LANES)
     whole = e.b.and_(k, e.i64(-2 * LANES))
 
     def body(i: Any, sums: list[Any]) -> list[Any]:
         offset = e.shift_left(i, 1)
-        x = e.load(e.b.add(activations, offset), pairs)
-        return [
-            e.dot_bf16(s, e.load(e.b.add(r, offset), pairs), x)
-            for r, s in zip(rows, sums, strict=True)
-        ]
+        values, x = (
+            [e.load(e.b.add(at, offset), pairs) for at in places] for places in (rows, sources)
+        )
+        return _add_products(sums, values, x, e.dot_bf16)
 
     def rest(i: Any, sums: list[Any]) -> list[Any]:
         n, offset = e.b.sub(k, i), e.shift_left(i, 1)
@@ -204,15 +224,16 @@ def _paired_dots(e: Emit, rows: list[Any], k: Any, activations: Any) -> list[Any
         def part(at: Any) -> Any:
             return e.b.bitcast(e.load_part(e.b.add(at, offset), halves, n), pairs)
 
-        x = part(activations)
-        return [e.dot_bf16(s, part(r), x) for r, s in zip(rows, sums, strict=True)]
+        values, x = ([part(at) for at in places] for places in (rows, sources))
+        return _add_products(sums, values, x, e.dot_bf16)
 
-    zeros = [e.constant(F32, 0.0, LANES) for _ in rows]
+    zeros = [e.constant(F32, 0.0, LANES) for _ in rows for _ in sources]
     sums = e.loop(e.i64(0), whole, 2 * LANES, zeros, body)
     return [e.sum(s) for s in e.loop(whole, k, 2 * LANES, sums, rest)]
 
 
-# Of a row: products in two vectors, so that additions needn't wait for each other, and minima.
+# Of a row and a column: products in two vectors, so that additions needn't wait for each other, and
+# minima.
 _TOTALS = 3
 
 
@@ -225,7 +246,7 @@ def _dot_blocks(
     sums: Any,
     totals: list[Any],
 ) -> list[Any]:
-    """``totals`` of one row with the products of some runs added.
+    """``totals`` of a row and a column with the products of some runs added.
 
     ``codes`` are the column's, ``d`` its scales and ``sums`` its sums, as many as the weights'.
     """
@@ -279,44 +300,51 @@ def _padded(e: Emit, value: Any, lanes: int) -> Any:
 
 
 def _quantized_dots(
-    e: Emit, format_: Quantized, rows: list[Any], k: Any, ahead: Any, activations: Any
+    e: Emit, format_: Quantized, rows: list[Any], k: Any, ahead: Any, sources: list[Any]
 ) -> list[Any]:
     groups = _groups(format_)
     zeros = [e.constant(F32, 0.0, 4 if e.isa.is_arm else 8)] * 2
-    start = [*zeros, e.constant(F32, 0.0, 8 * groups)] * len(rows)
+    start = [*zeros, e.constant(F32, 0.0, 8 * groups)] * (len(rows) * len(sources))
 
-    def runs(
-        block: Any, n_blocks: int, unit: Any, first: Any | None, totals: list[Any]
-    ) -> list[Any]:
-        """``n_blocks`` from number ``block`` on, and the column's ``unit`` from run ``first``."""
+    def column(unit: Any, first: Any | None, n: int) -> tuple[list[Any], Any, Any]:
+        """``n`` runs of a column from run ``first`` of a unit on: codes, scales and sums."""
 
         def moved(bits: int) -> Any:
             """The unit's address moved on by ``first`` of 2**bits bytes."""
             return unit if first is None else e.b.add(unit, e.shift_left(first, bits))
 
         codes_at, factors_at = moved(5), moved(2)
-        n = n_blocks * format_.block // SUBBLOCK
         codes = [e.load(codes_at, vector(I8, SUBBLOCK), SUBBLOCK * i) for i in range(n)]
         d = e.load(factors_at, vector(F32, n) if n > 1 else F32, SCALES_AT)
         if groups == 1:
-            sums = e.load(factors_at, d.type, SUMS_AT)
-        else:
-            d = e.shuffle(d, [i // 2 for i in range(2 * n)])
-            # Of these there are two for each run.
-            sums = e.load(moved(3), d.type, HALF_SUMS_AT)
+            return codes, d, e.load(factors_at, d.type, SUMS_AT)
+        d = e.shuffle(d, [i // 2 for i in range(2 * n)])
+        # Of these there are two for each run.
+        return codes, d, e.load(moved(3), d.type, HALF_SUMS_AT)
+
+    def runs(
+        block: Any, n_blocks: int, unit: Any, first: Any | None, totals: list[Any]
+    ) -> list[Any]:
+        """``n_blocks`` from number ``block`` on, and columns from run ``first`` of a unit on.
+
+        ``unit`` is that of all columns, bytes from the first.
+        """
+        n = n_blocks * format_.block // SUBBLOCK
+        columns = [column(e.b.add(source, unit), first, n) for source in sources]
         offset = e.b.mul(block, e.i64(format_.size))
         new: list[Any] = []
-        for i, row in enumerate(rows):
+        for row in rows:
             at = e.b.add(row, offset)
             if n == UNIT // SUBBLOCK and IS_TOLD:
                 e.prefetch(e.b.add(at, ahead), n_blocks * format_.size)
             unpacked = format_.unpack(e, at, n_blocks)
-            old = totals[_TOTALS * i : _TOTALS * (i + 1)]
-            new += _dot_blocks(e, format_, unpacked, codes, d, sums, old)
+            for codes, d, sums in columns:
+                old = totals[len(new) : len(new) + _TOTALS]
+                new += _dot_blocks(e, format_, unpacked, codes, d, sums, old)
         return new
 
     def unit_body(i: Any, totals: list[Any]) -> list[Any]:
-        unit = e.b.add(activations, e.b.mul(i, e.i64(UNIT_BYTES)))
+        unit = e.b.mul(i, e.i64(UNIT_BYTES))
         return runs(e.b.mul(i, e.i64(per_unit)), per_unit, unit, None, totals)
 
     def rest_body(i: Any, totals: list[Any]) -> list[Any]:
@@ -328,12 +356,12 @@ def _quantized_dots(
     totals = e.loop(e.i64(0), whole, 1, start, unit_body)
     if per_unit > 1:
         whole_blocks = e.b.mul(whole, e.i64(per_unit))
-        rest = e.b.add(activations, e.b.mul(whole, e.i64(UNIT_BYTES)))
+        rest = e.b.mul(whole, e.i64(UNIT_BYTES))
         n_blocks = e.b.sdiv(k, e.i64(format_.block))
         totals = e.loop(whole_blocks, n_blocks, 1, totals, rest_body)
     sums = []
-    for i in range(len(rows)):
-        first, second, minima = totals[_TOTALS * i : _TOTALS * (i + 1)]
+    for i in range(0, len(totals), _TOTALS):
+        first, second, minima = totals[i : i + _TOTALS]
         sums.append(e.b.fadd(e.sum(e.b.fadd(first, second)), e.sum(minima)))
     return sums
 
@@ -444,6 +472,11 @@ def _unpack_pairs(e: Emit, row_start: Any, begin: Any, end: Any, tile: Any) -> N
     e.loop(whole, end, 16, [], rest)
 
 
+def _multiplied(e: Emit, format_: Quantized, code: Any) -> Any:
+    """Codes as they are in a tile."""
+    return e.centred(code) if e.centres(format_.largest) else code
+
+
 def _unpack_quantized(
     e: Emit,
     format_: Quantized,
@@ -454,8 +487,11 @@ def _unpack_quantized(
     stage: Any,
     tile: Any,
 ) -> None:
-    runs, groups = format_.block // SUBBLOCK, _groups(format_)
+    runs, groups, per_unit = format_.block // SUBBLOCK, _groups(format_), UNIT // format_.block
     record = run_bytes(format_.group)
+    # A tile in eights has another order.
+    lanes = None if e.isa is Isa.I8MM else format_.lanes
+    starts = [row_start(e.i64(i)) for i in range(LANES)] if lanes else []
 
     def unit_body(start: Any, _: list[Any]) -> list[Any]:
         count = e.call_vector("smin", e.b.sub(end, start), e.i64(UNIT))
@@ -464,26 +500,33 @@ def _unpack_quantized(
 
         def row_body(i: Any, _: list[Any]) -> list[Any]:
             at = e.b.add(row_start(i), e.b.mul(first_block, e.i64(format_.size)))
-            e.prefetch(e.b.add(at, ahead), UNIT // format_.block * format_.size)
+            e.prefetch(e.b.add(at, ahead), per_unit * format_.size)
             codes = e.b.add(stage, e.shift_left(i, 8))
             factors = e.b.add(stage, e.shift_left(i, 6))
 
-            def block_body(j: Any, _: list[Any]) -> list[Any]:
-                unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), 1)
-                to = e.b.add(codes, e.b.mul(j, e.i64(format_.block)))
-                for run, code in enumerate(unpacked.codes):
-                    if e.centres(format_.largest):
-                        code = e.centred(code)
-                    e.store(code, to, SUBBLOCK * run)
+            def stage_blocks(j: Any, n: int) -> None:
+                unpacked = format_.unpack(e, e.b.add(at, e.b.mul(j, e.i64(format_.size))), n)
+                if lanes is None:
+                    to = e.b.add(codes, e.b.mul(j, e.i64(format_.block)))
+                    for run, code in enumerate(unpacked.codes):
+                        e.store(_multiplied(e, format_, code), to, SUBBLOCK * run)
                 to = e.b.add(factors, e.b.mul(j, e.i64(4 * runs * groups)))
                 e.store(unpacked.scales, to, STAGE_SCALES)
                 e.store(unpacked.minima, to, STAGE_MINIMA)
+
+            def block_body(j: Any, _: list[Any]) -> list[Any]:
+                stage_blocks(j, 1)
                 return []
 
-            if format_.block == UNIT:
-                block_body(e.i64(0), [])
-            else:
-                e.loop(e.i64(0), count, 1, [], block_body)
+            if per_unit == 1:
+                stage_blocks(e.i64(0), 1)
+                return []
+            whole = e.b.icmp_signed("==", count, e.i64(per_unit))
+            with e.b.if_else(whole, likely=True) as (then, otherwise):
+                with then:
+                    stage_blocks(e.i64(0), per_unit)
+                with otherwise:
+                    e.loop(e.i64(0), count, 1, [], block_body)
             return []
 
         e.loop(e.i64(0), e.i64(LANES), 1, [], row_body)
@@ -501,7 +544,16 @@ def _unpack_quantized(
                 e.store(value, to, i * _VECTOR_BYTES)
             return []
 
-        e.loop(e.i64(0), e.b.mul(count, e.i64(runs)), 1, [], run_body)
+        def lanes_body(j: Any, _: list[Any]) -> list[Any]:
+            block = e.b.mul(e.b.add(first_block, j), e.i64(format_.size))
+            to = e.b.add(out, e.b.mul(j, e.i64(runs * record)))
+            _unpack_lanes(e, format_, [e.b.add(s, block) for s in starts], to)
+            return []
+
+        if lanes is None:
+            e.loop(e.i64(0), e.b.mul(count, e.i64(runs)), 1, [], run_body)
+        else:
+            e.loop(e.i64(0), count, 1, [], lanes_body)
         # Factors of runs that a short last unit lacks are written too: the tile has the room.
         for which, stage_at in enumerate((STAGE_SCALES, STAGE_MINIMA)):
             for half in range(groups):
@@ -526,11 +578,50 @@ def _turn_in_eights(e: Emit, rows: Any, to: Any) -> None:
             e.store(value, to, 8 * (LANES * eight + row))
 
 
+# Bytes of a row that are turned at once, and the words that they are.
+_TURNED_BYTES, _TURNED_WORDS = 16, 4
+
+
+def _unpack_lanes(e: Emit, format_: Quantized, blocks: list[Any], tile: Any) -> None:
+    """Write the codes of a block of each of 16 rows to a tile, from its run at ``tile`` on.
+
+    Packed bytes are turned first and decoded then, those of 16 rows at once.
+    """
+    lanes, record = format_.lanes, run_bytes(format_.group)
+    assert lanes is not None
+
+    def chunk_body(chunk: Any, _: list[Any]) -> list[Any]:
+        turned: dict[int, list[Any]] = {}
+        places = [e.b.add(block, e.shift_left(chunk, 4)) for block in blocks]
+
+        def word(number: int, at: int) -> Any:
+            """Word ``number`` of the chunk's bytes, ``at`` behind the begin of a block."""
+            if at not in turned:
+                loaded = [e.load(place, vector(I32, _TURNED_WORDS), at) for place in places]
+                turned[at] = e.transpose_short(loaded)
+            return e.b.bitcast(turned[at][number], vector(I8, 4 * LANES))
+
+        to = e.b.add(tile, e.b.mul(chunk, e.i64(_TURNED_WORDS * _VECTOR_BYTES)))
+        for number in range(_TURNED_WORDS):
+            for i, code in enumerate(lanes.codes(e, functools.partial(word, number))):
+                run, half = (i, 0) if lanes.width == SUBBLOCK else divmod(i, 2)
+                at = run * record + (half * _TURNED_WORDS + number) * _VECTOR_BYTES
+                e.store(_multiplied(e, format_, code), to, at)
+        return []
+
+    chunks = lanes.width // _TURNED_BYTES
+    if chunks == 1:
+        chunk_body(e.i64(0), [])
+    else:
+        e.loop(e.i64(0), e.i64(chunks), 1, [], chunk_body)
+
+
 @intrinsic(prefer_literal=True)
 def tile_product(
     typingctx: Any,
     type_: Any,
     isa: Any,
+    count: Any,
     tile: Any,
     row: Any,
     rows: Any,
@@ -538,21 +629,19 @@ def tile_product(
     end: Any,
     columns: Any,
 ) -> Any:
-    """Multiply elements ``begin`` to ``end`` of a tile by columns_at_once columns.
+    """Multiply elements ``begin`` to ``end`` of a tile by ``count`` columns.
 
     ``columns`` are pairs of int64: a column's activations and its F32 results, of which ``rows``
     (at most 16) from ``row`` on are set, or added to where ``begin`` isn't 0.
     """
-    if not _literals(type_, isa):
+    if not _literals(type_, isa, count):
         return None
-    signature = types.void(type_, isa, *[types.int64] * 6)
+    signature = types.void(type_, isa, count, *[types.int64] * 6)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         e, format_, kind = _emitter(builder, sig)
-        tile, row, rows, begin, end, columns = args[2:]
-        n = columns_at_once(e.isa)
-        sources = [e.load(columns, I64, 16 * i) for i in range(n)]
-        targets = [e.load(columns, I64, 16 * i + 8) for i in range(n)]
+        tile, row, rows, begin, end, columns = args[3:]
+        sources, targets = _column_pairs(e, columns, sig.args[2].literal_value)
         first = e.at(tile, STAGE_BYTES)
         if in_pairs(kind, e.isa):
             sums = _paired_product(e, first, begin, end, sources)

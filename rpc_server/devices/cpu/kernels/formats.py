@@ -33,6 +33,23 @@ class Unpacked:
     minima: Any
 
 
+# Of an offset in a block: the bytes from there on, a vector of I8.
+Bytes = Callable[[int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CodeLanes:
+    """The decoding of a format whose bytes each hold codes of their own alone.
+
+    ``codes`` gives those of the block's runs by the ``width`` (16 or 32) bytes from an offset on.
+    What it is given may as well be any of these bytes, of as many rows as there is room for: it
+    gives what becomes of them. With 16 bytes each run has two vectors, of its halves.
+    """
+
+    codes: Callable[[Emit, Bytes], list[Any]]
+    width: int = 32
+
+
 @dataclass(frozen=True, slots=True)
 class Quantized:
     """Blocks of ``block`` elements in ``size`` bytes, a scale for each ``group`` of 16 or 32.
@@ -40,7 +57,8 @@ class Quantized:
     A block is a divisor of 256, and at least 32.
 
     ``largest`` is the largest code; ``unpack`` emits the decoding of the block at an address, or of
-    so many blocks from there on where they are small.
+    so many blocks from there on where they are small. ``lanes`` says how many rows are decoded at
+    once, for the formats that can be.
     """
 
     unpack: Callable[[Emit, Any, int], Unpacked]
@@ -48,6 +66,7 @@ class Quantized:
     block: int
     size: int
     group: int
+    lanes: CodeLanes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +180,25 @@ def _nibbles_at(at: int) -> Callable[[Emit, Any, int], Any]:
     return lambda e, address, offset: _nibbles(e, address, offset + at)
 
 
+def _nibble_lanes(at: int) -> CodeLanes:
+    """Of what :func:`_nibbles_at` decodes."""
+    return CodeLanes(lambda e, bytes_: _both_nibbles(e, bytes_(at)), 16)
+
+
+def _look_up_lanes(table: Sequence[int], at: int, runs: int = 1) -> CodeLanes:
+    """Of what :func:`_looked_up` decodes: so many runs one after the other."""
+
+    def codes(e: Emit, bytes_: Bytes) -> list[Any]:
+        packed = [bytes_(at + 16 * run) for run in range(runs)]
+        return [e.look_up(table, half) for run in packed for half in _both_nibbles(e, run)]
+
+    return CodeLanes(codes, 16)
+
+
+def _both_nibbles(e: Emit, packed: Any) -> list[Any]:
+    return [e.and_(packed, 15), e.shift_right(packed, 4)]
+
+
 def _five_bits_at(at: int) -> Callable[[Emit, Any, int], Any]:
     """A bit field of 32 fifth bits, then nibbles."""
 
@@ -175,8 +213,12 @@ def _looked_up(table: Sequence[int], at: int) -> Callable[[Emit, Any, int], Any]
     return lambda e, address, offset: e.look_up(table, _nibbles(e, address, offset + at))
 
 
+def _unsigned(e: Emit, bytes_: Any) -> Any:
+    return e.b.xor(bytes_, e.like(bytes_, -128))
+
+
 def _signed_bytes(e: Emit, address: Any, offset: int) -> Any:
-    return e.b.xor(e.load(address, vector(I8, 32), offset + 2), e.constant(I8, -128, 32))
+    return _unsigned(e, e.load(address, vector(I8, 32), offset + 2))
 
 
 _IQ4_CODES = [int(v) + 128 for v in IQ4_VALUES]
@@ -285,59 +327,83 @@ def _scales_and_minima(e: Emit, block: Any, d_at: int, pairs: tuple[Any, Any]) -
     return _scaled(e, d, pairs[0]), _scaled(e, e.b.fneg(dmin), pairs[1])
 
 
+def _bytes_of(e: Emit, block: Any) -> Bytes:
+    """The bytes of one block, 32 at a time."""
+    return lambda at: e.load(block, vector(I8, 32), at)
+
+
+def _q4_k_codes(e: Emit, bytes_: Bytes) -> list[Any]:
+    return [code for pair in range(4) for code in _both_nibbles(e, bytes_(16 + 32 * pair))]
+
+
 def _q4_k(e: Emit, block: Any, _: int) -> Unpacked:
+    codes = _q4_k_codes(e, _bytes_of(e, block))
+    return Unpacked(codes, *_scales_and_minima(e, block, 0, _six_bit_pairs(e, block, 4)))
+
+
+def _q5_k_codes(e: Emit, bytes_: Bytes) -> list[Any]:
+    high = bytes_(16)
     codes = []
     for pair in range(4):
-        packed = e.load(block, vector(I8, 32), 16 + 32 * pair)
-        codes += [e.and_(packed, 15), e.shift_right(packed, 4)]
-    return Unpacked(codes, *_scales_and_minima(e, block, 0, _six_bit_pairs(e, block, 4)))
+        for i, low in enumerate(_both_nibbles(e, bytes_(48 + 32 * pair))):
+            codes.append(e.b.or_(low, e.shift_left(_shifted(e, high, 2 * pair + i, 1), 4)))
+    return codes
 
 
 def _q5_k(e: Emit, block: Any, _: int) -> Unpacked:
-    high = e.load(block, vector(I8, 32), 16)
-    codes = []
-    for pair in range(4):
-        packed = e.load(block, vector(I8, 32), 48 + 32 * pair)
-        for i, low in enumerate((e.and_(packed, 15), e.shift_right(packed, 4))):
-            codes.append(e.b.or_(low, e.shift_left(_shifted(e, high, 2 * pair + i, 1), 4)))
+    codes = _q5_k_codes(e, _bytes_of(e, block))
     return Unpacked(codes, *_scales_and_minima(e, block, 0, _six_bit_pairs(e, block, 4)))
 
 
-def _q6_k(e: Emit, block: Any, _: int) -> Unpacked:
+def _q6_k_codes(e: Emit, bytes_: Bytes) -> list[Any]:
     codes = []
     for half in range(2):
-        low = [e.load(block, vector(I8, 32), 64 * half + 32 * i) for i in range(2)]
-        high = e.load(block, vector(I8, 32), 128 + 32 * half)
+        low = [bytes_(64 * half + 32 * i) for i in range(2)]
+        high = bytes_(128 + 32 * half)
         for run in range(4):
             nibbles = _shifted(e, low[run % 2], 4 * (run // 2), 15)
             codes.append(e.b.or_(nibbles, e.shift_left(_shifted(e, high, 2 * run, 3), 4)))
+    return codes
+
+
+def _q6_k(e: Emit, block: Any, _: int) -> Unpacked:
+    codes = _q6_k_codes(e, _bytes_of(e, block))
     packed = [e.load(block, I64, 192 + 8 * i) for i in range(2)]
     scales = _scaled(e, _half(e, block, 208), _bytes_as_f32(e, *packed, signed=True))
     return Unpacked(codes, scales, _centred(e, scales, 32))
 
 
-def _two_bits(e: Emit, block: Any, offset: int) -> list[Any]:
+def _two_bits(e: Emit, bytes_: Bytes, offset: int) -> list[Any]:
     """256 codes of 2 bits: a run of 32 bytes holds four runs of codes."""
     codes = []
     for half in range(2):
-        packed = e.load(block, vector(I8, 32), offset + 32 * half)
+        packed = bytes_(offset + 32 * half)
         codes += [_shifted(e, packed, 2 * run, 3) for run in range(4)]
     return codes
+
+
+def _q2_k_codes(e: Emit, bytes_: Bytes) -> list[Any]:
+    return _two_bits(e, bytes_, 16)
 
 
 def _q2_k(e: Emit, block: Any, _: int) -> Unpacked:
     packed = [e.load(block, I64, 8 * i) for i in range(2)]
     scales = _bytes_as_f32(e, *(e.and_(w, 0x0F0F0F0F0F0F0F0F) for w in packed))
     minima = _bytes_as_f32(e, *(_shifted(e, w, 4, 0x0F0F0F0F0F0F0F0F) for w in packed))
-    return Unpacked(_two_bits(e, block, 16), *_scales_and_minima(e, block, 80, (scales, minima)))
+    codes = _q2_k_codes(e, _bytes_of(e, block))
+    return Unpacked(codes, *_scales_and_minima(e, block, 80, (scales, minima)))
+
+
+def _q3_k_codes(e: Emit, bytes_: Bytes) -> list[Any]:
+    third = bytes_(0)
+    return [
+        e.b.or_(low, e.shift_left(_shifted(e, third, run, 1), 2))
+        for run, low in enumerate(_two_bits(e, bytes_, 32))
+    ]
 
 
 def _q3_k(e: Emit, block: Any, _: int) -> Unpacked:
-    third = e.load(block, vector(I8, 32))
-    codes = [
-        e.b.or_(low, e.shift_left(_shifted(e, third, run, 1), 2))
-        for run, low in enumerate(_two_bits(e, block, 32))
-    ]
+    codes = _q3_k_codes(e, _bytes_of(e, block))
     # 16 scales of 6 bits: the low four in 8 bytes of nibbles, the upper two in 4 bytes.
     low, upper = e.load(block, I64, 96), e.load(block, I32, 104)
     upper_parts = [_shifted(e, upper, 2 * i, 0x03030303) for i in range(4)]
@@ -364,9 +430,13 @@ def _iq4_xs(e: Emit, block: Any, _: int) -> Unpacked:
     return Unpacked(codes, scales, _centred(e, scales, 128))
 
 
+def _tq2_0_codes(e: Emit, bytes_: Bytes) -> list[Any]:
+    return _two_bits(e, bytes_, 0)
+
+
 def _tq2_0(e: Emit, block: Any, _: int) -> Unpacked:
     scales = e.splat(_half(e, block, 64), 8)
-    return Unpacked(_two_bits(e, block, 0), scales, _centred(e, scales, 1))
+    return Unpacked(_tq2_0_codes(e, _bytes_of(e, block)), scales, _centred(e, scales, 1))
 
 
 def _tq1_0(e: Emit, block: Any, _: int) -> Unpacked:
@@ -407,18 +477,26 @@ def _on_a_grid(
 
 
 def _quantized(
-    type_: GgmlType, unpack: Callable[[Emit, Any, int], Unpacked], largest: int
+    type_: GgmlType,
+    unpack: Callable[[Emit, Any, int], Unpacked],
+    largest: int,
+    lanes: CodeLanes | None = None,
 ) -> tuple[GgmlType, Quantized]:
-    info = TYPE_INFO[type_]
-    return type_, Quantized(unpack, largest, info.block_size, info.type_size, SCALE_GROUPS[type_])
+    block, size = TYPE_INFO[type_].block_size, TYPE_INFO[type_].type_size
+    return type_, Quantized(unpack, largest, block, size, SCALE_GROUPS[type_], lanes)
 
 
 def _quantized_small(
-    type_: GgmlType, code: Callable[[Emit, Any, int], Any], largest: int, **how: Any
+    type_: GgmlType,
+    code: Callable[[Emit, Any, int], Any],
+    largest: int,
+    lanes: CodeLanes | None = None,
+    **how: Any,
 ) -> tuple[GgmlType, Quantized]:
-    return _quantized(type_, _small(type_, code, **how), largest)
+    return _quantized(type_, _small(type_, code, **how), largest, lanes)
 
 
+_SIGNED_LANES = CodeLanes(lambda e, bytes_: [_unsigned(e, bytes_(2))])
 _GRID = grid_formats.CENTRE, grid_formats.LARGEST
 _GRID_IQ3_S = grid_formats.CENTRE_IQ3_S, grid_formats.LARGEST_IQ3_S
 _GRID_IQ1 = grid_formats.CENTRE_IQ1, grid_formats.LARGEST_IQ1
@@ -426,24 +504,33 @@ _IQ4, _FP4 = _looked_up(_IQ4_CODES, 2), _looked_up(_FP4_CODES, 1)
 
 QUANTIZED: dict[GgmlType, Quantized] = dict(
     (
-        _quantized_small(GgmlType.Q4_0, _nibbles_at(2), 15, centre=8),
-        _quantized_small(GgmlType.Q4_1, _nibbles_at(4), 15),
+        _quantized_small(GgmlType.Q4_0, _nibbles_at(2), 15, _nibble_lanes(2), centre=8),
+        _quantized_small(GgmlType.Q4_1, _nibbles_at(4), 15, _nibble_lanes(4)),
         _quantized_small(GgmlType.Q5_0, _five_bits_at(2), 31, centre=16),
         _quantized_small(GgmlType.Q5_1, _five_bits_at(4), 31),
-        _quantized_small(GgmlType.Q8_0, _signed_bytes, 255, centre=128),
-        _quantized_small(GgmlType.IQ4_NL, _IQ4, max(_IQ4_CODES), centre=128),
-        _quantized_small(GgmlType.MXFP4, _FP4, max(_FP4_CODES), centre=12, scales=_exponents),
+        _quantized_small(GgmlType.Q8_0, _signed_bytes, 255, _SIGNED_LANES, centre=128),
+        _quantized_small(
+            GgmlType.IQ4_NL, _IQ4, max(_IQ4_CODES), _look_up_lanes(_IQ4_CODES, 2), centre=128
+        ),
+        _quantized_small(
+            GgmlType.MXFP4,
+            _FP4,
+            max(_FP4_CODES),
+            _look_up_lanes(_FP4_CODES, 1),
+            centre=12,
+            scales=_exponents,
+        ),
         _quantized(GgmlType.Q1_0, _q1_0, 2),
         _quantized(GgmlType.Q2_0, _q2_0, 3),
         _quantized(GgmlType.NVFP4, _nvfp4, max(_FP4_CODES)),
         _quantized(GgmlType.TQ1_0, _tq1_0, 2),
-        _quantized(GgmlType.TQ2_0, _tq2_0, 3),
-        _quantized(GgmlType.Q2_K, _q2_k, 3),
-        _quantized(GgmlType.Q3_K, _q3_k, 7),
-        _quantized(GgmlType.Q4_K, _q4_k, 15),
-        _quantized(GgmlType.Q5_K, _q5_k, 31),
-        _quantized(GgmlType.Q6_K, _q6_k, 63),
-        _quantized(GgmlType.IQ4_XS, _iq4_xs, max(_IQ4_CODES)),
+        _quantized(GgmlType.TQ2_0, _tq2_0, 3, CodeLanes(_tq2_0_codes)),
+        _quantized(GgmlType.Q2_K, _q2_k, 3, CodeLanes(_q2_k_codes)),
+        _quantized(GgmlType.Q3_K, _q3_k, 7, CodeLanes(_q3_k_codes)),
+        _quantized(GgmlType.Q4_K, _q4_k, 15, CodeLanes(_q4_k_codes)),
+        _quantized(GgmlType.Q5_K, _q5_k, 31, CodeLanes(_q5_k_codes)),
+        _quantized(GgmlType.Q6_K, _q6_k, 63, CodeLanes(_q6_k_codes)),
+        _quantized(GgmlType.IQ4_XS, _iq4_xs, max(_IQ4_CODES), _look_up_lanes(_IQ4_CODES, 8, 8)),
         _on_a_grid(GgmlType.IQ2_XXS, grid_formats.iq2_xxs, *_GRID),
         _on_a_grid(GgmlType.IQ2_XS, grid_formats.iq2_xs, *_GRID),
         _on_a_grid(GgmlType.IQ2_S, grid_formats.iq2_s, *_GRID),

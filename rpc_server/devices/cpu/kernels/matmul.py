@@ -153,6 +153,8 @@ def _product(type_: GgmlType, isa: Isa, *, tiles: bool) -> KernelFunction:
     # Plain numbers, which numba takes for constants: what isn't for TILES is left out.
     TYPE, ISA, TILES = int(type_), int(isa), tiles
     ROWS, COLUMNS = rows_at_once(type_), columns_at_once(isa)
+    # Of the last columns there may be few enough for half of that.
+    HALF = COLUMNS // 2
     TILES_FROM, CHUNK, TILE_BYTES = tile_columns_from(type_), k_chunk(type_), tile_bytes(type_)
 
     @kernel
@@ -190,21 +192,27 @@ def _product(type_: GgmlType, isa: Isa, *, tiles: bool) -> KernelFunction:
             else:
                 columns = own_columns
                 n = _list_columns(rec, matrix, own_columns)
-            if not TILES or n < TILES_FROM:
+            if n == 0:
+                continue
+            last = end_row - 1
+            if not TILES or n == 1:
                 for row in range(first_row, end_row, ROWS):
                     for c in range(n):
-                        row_dots(
-                            TYPE,
-                            ISA,
-                            weights,
-                            stride,
-                            row,
-                            end_row - 1,
-                            k,
-                            ahead,
-                            load_i64(columns + 16 * c),
-                            load_i64(columns + 16 * c + 8),
-                        )
+                        at = columns + 16 * c
+                        row_dots(TYPE, ISA, 1, weights, stride, row, last, k, ahead, at)
+                continue
+            if n < TILES_FROM:
+                for row in range(first_row, end_row):
+                    c = 0
+                    while c < n:
+                        at = columns + 16 * c
+                        # Two or three at a time, so that none is left.
+                        if n - c == 3:
+                            row_dots(TYPE, ISA, 3, weights, stride, row, last, k, ahead, at)
+                            c += 3
+                        else:
+                            row_dots(TYPE, ISA, 2, weights, stride, row, last, k, ahead, at)
+                            c += 2
                 continue
             if columns != own_columns:
                 for c in range(2 * n):
@@ -220,13 +228,13 @@ def _product(type_: GgmlType, isa: Isa, *, tiles: bool) -> KernelFunction:
                     rows = min(end_row - row, LANES)
                     for k_begin in range(0, k, CHUNK):
                         k_end = min(k, k_begin + CHUNK)
-                        unpack_tile(
-                            TYPE, ISA, tile, k_begin, k_end, weights, stride, row, end_row - 1
-                        )
+                        unpack_tile(TYPE, ISA, tile, k_begin, k_end, weights, stride, row, last)
                         for c in range(first_column, end_column, COLUMNS):
-                            tile_product(
-                                TYPE, ISA, tile, row, rows, k_begin, k_end, own_columns + 16 * c
-                            )
+                            at = own_columns + 16 * c
+                            if end_column - c <= HALF:
+                                tile_product(TYPE, ISA, HALF, tile, row, rows, k_begin, k_end, at)
+                                continue
+                            tile_product(TYPE, ISA, COLUMNS, tile, row, rows, k_begin, k_end, at)
         return 0
 
     return without(product, left_out(isa))

@@ -8,6 +8,7 @@ instruction of its own on most processors and no spelling in IR, so it is chosen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -286,9 +287,11 @@ class Emit:
             kind, name = vector(I8, 16), "llvm.aarch64.neon.tbl1.v16i8"
             found = [self._call(name, kind, [entries, part]) for part in self._parts(index, 16)]
             return self.joined(found)
-        if self.isa >= Isa.AVX2 and n == 32:
-            entries = self.constant(I8, [*table, *table], 32)
-            return self._call("llvm.x86.avx2.pshuf.b", index.type, [entries, index])
+        if self.isa >= Isa.AVX2 and n in (32, 64):
+            # Each 16 bytes have a table of their own.
+            entries = self.constant(I8, [*table] * (n // 16), n)
+            narrow, wide = "llvm.x86.avx2.pshuf.b", "llvm.x86.avx512.pshuf.b.512"
+            return self._by_halves(narrow, wide, I8, entries, index)
         # A tree of choices by the index's bits.
         values = [self.constant(I8, entry, n) for entry in table]
         for bit in range(4):
@@ -517,6 +520,25 @@ class Emit:
                 swapped[i + size] = self.shuffle(a, high, b)
             pairs = swapped
         return pairs
+
+    def transpose_short(self, rows: Sequence[Any]) -> list[Any]:
+        """Transpose 16 vectors of 4 lanes to 4 vectors of 16 lanes."""
+        # Each quarter is a 4 x 4 matrix of every fourth row.
+        wide = [
+            self.concat(self.concat(rows[i], rows[i + 4]), self.concat(rows[i + 8], rows[i + 12]))
+            for i in range(4)
+        ]
+
+        def woven(a: Any, b: Any, size: int) -> list[Any]:
+            """Of each quarter ``size`` lanes of a, then of b, and so on."""
+            halves: list[list[int]] = [[], []]
+            for quarter, half, at in itertools.product(range(4), range(2), range(0, 2, size)):
+                first = 4 * quarter + 2 * half + at
+                halves[half] += [*range(first, first + size), *range(16 + first, 16 + first + size)]
+            return [self.shuffle(a, order, b) for order in halves]
+
+        low, high = woven(wide[0], wide[1], 1), woven(wide[2], wide[3], 1)
+        return [v for a, b in zip(low, high, strict=True) for v in woven(a, b, 2)]
 
     # -- control
 

@@ -132,7 +132,7 @@ def in_halves(type_: GgmlType, isa: Isa) -> bool:
 
 
 def columns_at_once(isa: Isa) -> int:
-    """Return the number of columns that a tile is multiplied with.
+    """Return the most columns that a tile is multiplied with at once.
 
     They take one register each, and one more for bytes.
     """
