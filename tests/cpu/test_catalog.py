@@ -83,5 +83,5 @@ def test_all_that_kernels_are_compiled_from_is_in_their_fingerprint() -> None:
             due += _imported(path)
     outside = {p for p in seen if not any(p.is_relative_to(f) for f in catalog.COMPILED)}
     # What opens the folder of compiled code decides where it is kept, not what it is; nor does what
-    # shows how far compilers are.
-    assert {p.name for p in outside} == {"folders.py", "progress.py", "text.py"}
+    # shows how far compilers are, or by what their processes find the modules.
+    assert {p.name for p in outside} == {"children.py", "folders.py", "progress.py", "text.py"}
