@@ -8,7 +8,7 @@ from typing import Any
 from client.split import links
 from protocol.commands import Command
 from protocol.requests import Request
-from rpc_server.devices.cpu.streaming import program
+from rpc_server.devices.planning import program
 from rpc_server.devices.planning.group import LinkGroup
 from rpc_server.session import state
 from rpc_server.session.handlers import links as handlers
