@@ -338,8 +338,8 @@ async def test_a_server_that_goes_away_before_it_is_used(
     measure = Chooser.measure
     with WorkerProcess() as mortal:
 
-        async def kills(*arguments: Any) -> Chooser:
-            made = await measure(*arguments)
+        async def kills(*arguments: Any, **how: Any) -> Chooser:
+            made = await measure(*arguments, **how)
             mortal.kill()
             return made
 
