@@ -56,7 +56,7 @@ def programs() -> tuple[str, ...]:
 @functools.cache
 def _listing(unit: Unit, arch: int) -> str:
     """Return a unit's instructions as text; empty where no disassembler here knows the card."""
-    code = nvrtc.code_for(unit.text, unit.label, arch, options_for(arch))
+    code = nvrtc.code_for(unit.text, unit.label, arch, options_for(arch, unit.source))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()

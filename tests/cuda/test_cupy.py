@@ -20,7 +20,7 @@ def test_options_are_passed_to_the_compiler(capability: int) -> None:
     """As a kernel is compiled that isn't on disk yet; CuPy first asks for an empty one."""
     from cupy.cuda import compiler
 
-    options = options_for(capability)
+    options = options_for(capability, "fill")
     compiler._preprocess("", options, str(capability), "nvrtc")
     program = compiler._NVRTCProgram(source_text("fill"), "fill.cu", method="cubin")
     code, _ = program.compile((*options, f"-arch=sm_{capability}"))

@@ -38,7 +38,7 @@ def plain_sources() -> list[str]:
 def compiled(unit: Unit, arch: int) -> dict[str, nvrtc.Usage]:
     if arch not in nvrtc.architectures():
         pytest.skip(f"this NVRTC does not know sm_{arch}")
-    found = nvrtc.compile_for(unit.text, unit.label, arch, options_for(arch))
+    found = nvrtc.compile_for(unit.text, unit.label, arch, options_for(arch, unit.source))
     assert found, "no kernels in the source"
     for name, usage in found.items():
         assert usage.shared <= 48 << 10, f"{name}: more shared memory than every card has"
@@ -50,9 +50,11 @@ def test_cards_that_are_told_to_cache() -> None:
     if 61 not in nvrtc.architectures():
         pytest.skip("this NVRTC does not know sm_61")
     text = Unit("columns").text
-    codes = {nvrtc.code_for(text, "columns", 61, options) for options in (OPTIONS, options_for(61))}
-    assert len(codes) == 2
-    assert options_for(60) == options_for(75) == OPTIONS
+    told = options_for(61, "columns")
+    assert len({nvrtc.code_for(text, "columns", 61, options) for options in (OPTIONS, told)}) == 2
+    assert options_for(60, "columns") == options_for(75, "columns") == OPTIONS
+    # What is read once has no use for it.
+    assert options_for(61, "attention_few") == OPTIONS
 
 
 # What every model runs is compiled for all cards, the rest for one of each generation.

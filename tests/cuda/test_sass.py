@@ -80,7 +80,7 @@ def test_a_row_of_weights_by_one_column(
     assert span.instructions / RUNS_OF_SPAN[type_] <= instructions, found
     assert span.loads / RUNS_OF_SPAN[type_] <= loads, found
     assert span.before <= _BEFORE[arch], found
-    usages = nvrtc.compile_for(unit.text, unit.label, arch, options_for(arch))
+    usages = nvrtc.compile_for(unit.text, unit.label, arch, options_for(arch, unit.source))
     assert not {name for name, usage in usages.items() if usage.spills}
 
 
@@ -175,8 +175,9 @@ FEW_ROWS = [(1, 86, 50, 37), (4, 86, 100, 64), (4, 90, 105, 68)]
 def test_attention_of_few_rows(rows: int, arch: int, keys: int, values: int) -> None:
     unit = attention_of_few_rows(GgmlType.F16, GgmlType.F16, 1, rows).unit
     found = counted(unit, "attention_few", arch)
-    # Each loads 16 bytes a lane of four positions, or of four pairs of them, at a time.
-    per_load = sorted(loop.instructions / 4 for loop in found if loop.loads == 4)
-    assert len(per_load) == 2
-    assert per_load[0] <= values, found
-    assert per_load[1] <= keys, found
+    # Each loads 16 bytes a lane of four positions, or of four pairs of them, at a time. What puts
+    # parts together loads as often, at the end, with few instructions.
+    *joining, least, most = sorted(loop.instructions / 4 for loop in found if loop.loads == 4)
+    assert all(n < least / 2 for n in joining)
+    assert least <= values, found
+    assert most <= keys, found

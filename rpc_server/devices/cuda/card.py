@@ -297,7 +297,7 @@ class Card:
             module = self._modules.get(kernel.unit)
             if module is None:
                 code = self._macros + kernel.unit.text
-                options = options_for(self.capability)
+                options = options_for(self.capability, kernel.unit.source)
                 module = self.cupy.RawModule(code=code, options=options, backend="nvrtc")
             # The compiler is called by the first of these; a unit that failed is tried again.
             found = module.get_function(kernel.name)

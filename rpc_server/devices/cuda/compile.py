@@ -20,6 +20,9 @@ OPTIONS = ("--std=c++17",)
 # to; the columns of products, and what neighbouring lanes read of a row, are read again and again.
 _CACHED = "--ptxas-options=-dlcm=ca"
 _TOLD_TO_CACHE = (61, 62)
+# Attention reads keys and values once, and with that option ptxas gives some of its kernels fewer
+# registers than they need.
+_READ_ONCE = "attention"
 
 # The compute capabilities that users have, P100 to RTX 50: what kernels must compile for.
 ARCHITECTURES = (60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
@@ -27,9 +30,10 @@ ARCHITECTURES = (60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
 _INCLUDE = re.compile(r'#include "([^"]+)"')
 
 
-def options_for(capability: int) -> tuple[str, ...]:
-    """Return what sources are compiled with for a card of this capability (61 for 6.1)."""
-    return (*OPTIONS, _CACHED) if capability in _TOLD_TO_CACHE else OPTIONS
+def options_for(capability: int, source: str) -> tuple[str, ...]:
+    """Return what a source is compiled with for a card of this capability (61 for 6.1)."""
+    cached = capability in _TOLD_TO_CACHE and not source.startswith(_READ_ONCE)
+    return (*OPTIONS, _CACHED) if cached else OPTIONS
 
 
 def source_names() -> list[str]:
