@@ -15,7 +15,7 @@ import pytest
 
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import Op
-from protocol.graph_payload import GraphPayload, decode_graph
+from protocol.graph_payload import GraphPayload
 from protocol.tensor import Tensor
 from rpc_server.devices.cpu.assembly import RecordTable
 from rpc_server.devices.cpu.catalog import Kernel
@@ -35,7 +35,6 @@ from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
 from rpc_server.graph.table import NB, SHAPE_WORDS, Ints, group_rows
 from rpc_server.ops.table import ContractError, check
 from tests.fuzz import seeds
-from tests.fuzz.graphs import GraphInput, nowhere
 from tests.fuzz.sketches import F32, Sketch, resolve
 
 
@@ -157,13 +156,8 @@ def test_many_nearly_alike_nodes_are_planned_as_each_by_itself(seed: int) -> Non
 def test_graphs_of_all_ops_are_planned_as_node_by_node(seed: int) -> None:
     arena = ScratchArena()
     remembered, planned = _Builder(arena), 0
-    for data in seeds.graph_inputs(150, seed):
-        given = GraphInput.decode(data)
-        assert given is not None
-        if given.dialect is not DIALECTS[0]:
-            continue
-        payload = decode_graph(given.payload, given.dialect)
-        planned += _hold(payload, nowhere(given).get, remembered, arena)
+    for payload, at in seeds.newest_graphs(150, seed):
+        planned += _hold(payload, at, remembered, arena)
     assert planned > 60
 
 

@@ -16,7 +16,7 @@ import rpc_server.ops  # noqa: F401  (both fill their tables)
 from protocol.dialects import DIALECTS
 from protocol.ggml.ops import GluOp, Op
 from protocol.ggml.types import GgmlType
-from protocol.graph_payload import GraphPayload, decode_graph
+from protocol.graph_payload import GraphPayload
 from protocol.tensor import Tensor, contiguous_strides, place_views
 from rpc_server.devices.cuda import kinds
 from rpc_server.devices.cuda.kinds import LaunchMemory, NoPatternError, Placed
@@ -32,7 +32,6 @@ from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
 from rpc_server.ops.table import OpSpec
 from tests.fuzz import seeds
-from tests.fuzz.graphs import GraphInput, nowhere
 from tests.fuzz.sketches import F16, F32, I32, Q4_0, Q8_0, Sketch, resolve
 from tools.bench.launches import model_graph
 from tools.gpu_check.llama import LLAMA_8B, SMALL, LlamaShape
@@ -211,13 +210,8 @@ def test_many_nearly_alike_nodes_are_planned_as_each_by_itself(seed: int) -> Non
 @pytest.mark.slow
 def test_graphs_of_all_ops_are_planned_as_node_by_node(seed: int) -> None:
     remembered, planned = LaunchMemory(_MULTIPROCESSORS, 61), 0
-    for data in seeds.graph_inputs(100, seed):
-        given = GraphInput.decode(data)
-        assert given is not None
-        if given.dialect is not DIALECTS[0]:
-            continue
-        payload = decode_graph(given.payload, given.dialect)
-        planned += _hold(payload, nowhere(given).get, remembered)
+    for payload, at in seeds.newest_graphs(100, seed):
+        planned += _hold(payload, at, remembered)
     assert planned > 30
 
 

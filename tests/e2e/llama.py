@@ -14,6 +14,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -312,6 +313,11 @@ class LlamaServer(ChattyServer):
         """``count`` greedy tokens."""
         answer = self.post("/completion", {**greedy(prompt, count), "n_probs": 2})
         return [_token(entry) for entry in answer["completion_probabilities"]]
+
+    def generate_at_once(self, prompts: Sequence[str], count: int) -> list[list[Token]]:
+        """``count`` greedy tokens behind each prompt, all asked for at the same time."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, count), prompts))
 
     def stream(self, prompt: str, count: int) -> Iterator[str]:
         """The text of ``count`` greedy tokens, piece by piece as they come."""

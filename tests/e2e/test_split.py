@@ -195,8 +195,7 @@ def test_several_slots_in_tensor_mode(
 
     def texts(address: str) -> list[list[llama.Token]]:
         server = llama_server(model, "-fa", "on", *options, rpc=address, slots=3)
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(lambda prompt: server.generate(prompt, 16), prompts))
+        answers = server.generate_at_once(prompts, 16)
         server.stop()
         return answers
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,9 +98,7 @@ def test_slots(
 
     def texts(address: str) -> list[list[llama.Token]]:
         server = llama_server(model, *options, rpc=address, slots=slots)
-        with ThreadPoolExecutor(slots) as pool:
-            prompts = (PLAIN_PROMPTS * 2)[:slots]
-            answers = list(pool.map(lambda prompt: server.generate(prompt, 6), prompts))
+        answers = server.generate_at_once((PLAIN_PROMPTS * 2)[:slots], 6)
         server.stop()
         return answers
 

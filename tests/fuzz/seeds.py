@@ -14,12 +14,20 @@ from protocol.commands import Command
 from protocol.dialects import DIALECTS, Answer, Body, Dialect
 from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import GgmlType
-from protocol.graph_payload import encode_graph
+from protocol.graph_payload import GraphPayload, decode_graph, encode_graph
 from protocol.requests import encode_frame
 from protocol.responses import encode_size
 from protocol.split import ProgramStep, encode_program
 from protocol.tensor import Tensor
-from tests.fuzz.graphs import CONTENTS, MAX_BUFFERS, GraphInput, handle, wire_base
+from rpc_server.graph.parse import Resolve
+from tests.fuzz.graphs import (
+    CONTENTS,
+    MAX_BUFFERS,
+    GraphInput,
+    handle,
+    nowhere,
+    wire_base,
+)
 from tests.fuzz.streams import SPOKEN
 from tests.guard.cases import any_case, chains, draw_cases
 from tests.guard.mapping import PAGE
@@ -62,6 +70,15 @@ def _placed_cases(count: int, seed: int) -> Iterator[tuple[GraphCase, Buffers]]:
     for case in cases(count, seed):
         if (buffers := _placed(case)) is not None:
             yield case, buffers
+
+
+def newest_graphs(count: int, seed: int) -> Iterator[tuple[GraphPayload, Resolve]]:
+    """Those of :func:`graph_inputs` in the newest dialect, and where their buffers lie."""
+    for data in graph_inputs(count, seed):
+        given = GraphInput.decode(data)
+        assert given is not None
+        if given.dialect is DIALECTS[0]:
+            yield decode_graph(given.payload, given.dialect), nowhere(given).get
 
 
 def graph_inputs(count: int, seed: int) -> list[bytes]:
