@@ -162,6 +162,30 @@ async def test_coordinators_of_coordinators(pair: list[WorkerProcess]) -> None:
         check(*servers, a, b)
 
 
+async def test_whoever_asks_for_a_coordinator_that_waits_is_told_in_time(
+    pair: list[WorkerProcess],
+) -> None:
+    """Its own graph waits for a worker that the one who asks has."""
+    a, _ = pair
+    with Coordinator([a], *TIMEOUT) as over_a:
+        async with backend(a) as holder, backend(over_a) as asking:
+            assert await acquire(holder.connection) == (True, "")
+            graph = asyncio.ensure_future(computing(over_a, 1, 1))
+            async with asyncio.timeout(PATIENCE):
+                # Until that graph waits.
+                while "waiting for it" not in over_a.log:
+                    await asyncio.sleep(0.01)
+                for patience in (0.0, 0.2):
+                    granted, who = await asyncio.wait_for(acquire(asking.connection, patience), 5.0)
+                    assert not granted
+                    assert who == "a graph of its own that waits"
+                assert not graph.done()
+                await release(holder.connection)
+                await graph
+                assert await acquire(asking.connection, 10.0) == (True, "")
+        check(over_a, a)
+
+
 @pytest.mark.slow
 async def test_a_coordinator_that_dies_gives_its_workers_back(pair: list[WorkerProcess]) -> None:
     with Coordinator(pair, *TIMEOUT) as doomed, Coordinator(pair[::-1], *TIMEOUT) as other:

@@ -10,7 +10,8 @@ Others that do the same, in whatever order, can't get in each other's way for go
 - Leases are kept between graphs, for an instant, since asking costs a round trip. After each graph
   all are offered: a worker at which somebody waits gives the lease to who came first, and then the
   others are given up as well.
-- A coordinator that is a worker itself is leased together with all that it runs on.
+- A coordinator that is a worker itself is leased together with all that it runs on. While a graph
+  of its own waits for them, whoever asks for it waits no longer than it said that it would.
 - A worker without leases (the first version of the extension, or none) is taken as it is.
 """
 
@@ -65,20 +66,30 @@ class Holding:
 
         Returns who has one otherwise, and where; '' once all are had. Raises WorkerLost.
         """
-        async with self._turn:
+        end = time.monotonic() + seconds
+        # Who has the turn may wait for a lease without limit, and who asks here may have that very
+        # lease: a moment is enough for the steps between graphs, which have the turn as well.
+        try:
+            async with asyncio.timeout(None if seconds == float("inf") else seconds + _MOMENT[0]):
+                await self._turn.acquire()
+        except TimeoutError:
+            return "a graph of its own that waits"
+        try:
             self._stop_idling()
             return await self._acquire(
-                sorted((n for n in workers if n.has_leases), key=lambda n: n.identity),
-                time.monotonic() + seconds,
+                sorted((n for n in workers if n.has_leases), key=lambda n: n.identity), end
             )
+        finally:
+            self._turn.release()
 
     async def _acquire(self, workers: Sequence[Worker], end: float) -> str:
         # What a graph runs on, or is leased out as one, is not given back to wait for more.
-        in_use = self._held() if self._running or self._leased_out else []
+        in_use = self._running or self._leased_out
+        keep = self._held() if in_use else []
         blocked = await self._at_once(workers)
         while blocked is not None:
             worker, holder = blocked
-            await self._drop(n for n in self._held() if n not in in_use)
+            await self._drop(n for n in self._held() if n not in keep)
             if in_use or time.monotonic() >= end:
                 return f"{holder} at {worker.name}"
             if (holder := await self._wait_for(worker, end)) != "":
