@@ -267,13 +267,17 @@ def _distance(a: Box, b: Box) -> float:
     return max(max(box.round_trip - 2 * box.handling, 0.0) for box in (a, b))
 
 
-def _trip(home: Box, box: Box) -> float:
-    """Seconds that an exchange of a coordinator and a part takes beside computing."""
+def _trip(home: Box, box: Box, used: Sequence[Box] = ()) -> float:
+    """Seconds that an exchange of a coordinator and a part takes beside computing.
+
+    Of what both ends spend on it, those that share a core wait for one another.
+    """
+    at_ends = EXCHANGE_SECONDS * box.slowed(used, prompt=True)
     on_card = CARD_SECONDS if box.card else 0.0
     if box is home:
         # Processors of its own take part without an exchange.
-        return EXCHANGE_SECONDS + on_card if box.card else 0.0
-    return _distance(home, box) + EXCHANGE_SECONDS + on_card
+        return at_ends + on_card if box.card else 0.0
+    return _distance(home, box) + at_ends + on_card
 
 
 def _shares(shape: ModelShape, boxes: Sequence[Box], arrangement: Arrangement) -> list[list[float]]:
@@ -376,13 +380,15 @@ def _split(
     workers = [(s, b) for s, b in zip(shares, used, strict=True) if b is not home and s > 0]
     linked = is_linked(kind, used)
     n: float = exchanges(shape, kind, shares, linked=linked)
-    alone = _rest(shape, home)
+    # Linked parts all compute what lies between the sums.
+    among = used if linked else [home]
+    alone = max(_rest(shape, b) * b.slowed(among, prompt=True) for b in among)
     weights = max(
         s * shape.token_bytes / b.decode * b.slowed(used) for s, b in zip(shares, used, strict=True)
     )
     # A swap is one way of an exchange, between any two of the parts.
     n += swaps(shape) / 2 if linked else 0
-    trips = n * max(_trip(home, b) for s, b in zip(shares, used, strict=True) if s > 0)
+    trips = n * max(_trip(home, b, used) for s, b in zip(shares, used, strict=True) if s > 0)
     together = sum if one_cable else max
     wire = together(
         [_wire_bytes(shape, kind, shares, s, linked=linked) / b.link for s, b in workers]

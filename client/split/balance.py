@@ -12,6 +12,7 @@ alone takes longer than the others need without it gets nothing::
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -188,16 +189,27 @@ async def measure(backend: Backend) -> Speed:
 
 async def least_seconds(job: Callable[[], Awaitable[Any]]) -> float:
     """Return the least of some runs, since anything may delay one; the first one warms up."""
+    return min(await _run_often(job))
+
+
+async def median_seconds(job: Callable[[], Awaitable[Any]]) -> float:
+    """Return the median of some runs: what many of them in a row take, each; the first warms up."""
+    return statistics.median(await _run_often(job))
+
+
+async def _run_often(job: Callable[[], Awaitable[Any]]) -> list[float]:
+    """Return the seconds of each of some runs, but for a first one."""
     await job()
-    least, started = float("inf"), time.perf_counter()
-    before = started
-    for tried in range(1, _MOST_TRIES + 1):
+    seen: list[float] = []
+    before = started = time.perf_counter()
+    while len(seen) < _MOST_TRIES:
         await job()
         now = time.perf_counter()
-        least, before, taken = min(least, now - before), now, now - started
-        if taken > _MOST_SECONDS or (taken > _SECONDS and tried >= _TRIES):
+        seen.append(now - before)
+        before, taken = now, now - started
+        if taken > _MOST_SECONDS or (taken > _SECONDS and len(seen) >= _TRIES):
             break
-    return least
+    return seen
 
 
 async def measure_all(backends: Sequence[Backend]) -> list[Speed]:

@@ -21,7 +21,7 @@ from client.backend import Backend, BackendBuffer, PreparedGraph
 from client.builder.graph import GraphBuilder
 from client.errors import AllocationFailed
 from client.model_header import ModelShape
-from client.split.balance import least_seconds
+from client.split.balance import least_seconds, median_seconds
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 
@@ -256,8 +256,11 @@ class ServerSample:
             await self._backend.connection.buffer_clear(buffer.handle, value)
 
     async def round_trip(self) -> float:
-        """Return the seconds of a small request. Raises ConnectionLost."""
-        return await least_seconds(self._backend.connection.get_alignment)
+        """Return the seconds of a small request. Raises ConnectionLost.
+
+        Of many in a row, since a token has as many exchanges, and some of them are late.
+        """
+        return await median_seconds(self._backend.connection.get_alignment)
 
     async def close(self) -> None:
         """Give back all memory, if the server is still there."""

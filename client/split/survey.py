@@ -27,7 +27,7 @@ from client.errors import AllocationFailed, ConnectionLost, VersionMismatch
 from client.model_header import ModelShape
 from client.split.address import OwnCard, ServerAddress
 from client.split.advice import Box
-from client.split.balance import Speed, least_seconds, measure
+from client.split.balance import Speed, measure, median_seconds
 from client.split.model_speed import (
     ModelSample,
     ModelSpeed,
@@ -249,8 +249,8 @@ async def measure_handling(connection: Connection) -> float:
     async def some() -> None:
         await asyncio.gather(*(connection.get_alignment() for _ in range(_REQUESTS)))
 
-    alone = await least_seconds(connection.get_alignment)
-    return max(await least_seconds(some) - alone, 0.0) / (_REQUESTS - 1)
+    alone = await median_seconds(connection.get_alignment)
+    return max(await median_seconds(some) - alone, 0.0) / (_REQUESTS - 1)
 
 
 async def measure_upload(backend: Backend) -> float:

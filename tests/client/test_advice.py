@@ -10,6 +10,7 @@ import pytest
 from client.backend import Backend
 from client.model_header import ModelShape, WeightProduct
 from client.split.advice import (
+    BATCH,
     CARD_SECONDS,
     EXCHANGE_SECONDS,
     Arrangement,
@@ -180,7 +181,9 @@ def test_what_slows_one_column_need_not_slow_many() -> None:
     assert decode.terms["bandwidth"] == pytest.approx(2 * alike.terms["bandwidth"])
     assert decode.seconds_per_prompt_token == alike.seconds_per_prompt_token
     more = prompts.seconds_per_prompt_token - alike.seconds_per_prompt_token
-    assert more == pytest.approx(0.5 * (MODEL.token_bytes - MODEL.output_bytes) / BOX.prompt)
+    products = 0.5 * (MODEL.token_bytes - MODEL.output_bytes) / BOX.prompt
+    ends = exchanges(MODEL, "tensor", [0.5, 0.5]) * EXCHANGE_SECONDS / BATCH
+    assert more == pytest.approx(products + ends)
 
 
 def test_a_third_beside_one_of_two_gets_no_share_worth_it() -> None:
@@ -314,6 +317,27 @@ def test_linked_parts_wait_for_one_way_instead_of_two() -> None:
     assert found(linked)["network"] < found(TWO)["network"]
     assert found([linked[0], TWO[1]]) == found(TWO)
     assert found(linked, "row") == found(TWO, "row")
+
+
+def test_parts_that_share_a_core_wait_for_one_another_between_products() -> None:
+    """Linked parts all compute what lies between sums, and send and receive them."""
+    parts = [
+        replace(box, links=True, rest=1e-3, beside_prompt={other.endpoint: 1.0})
+        for box, other in zip(TWO, reversed(TWO), strict=True)
+    ]
+    own = [replace(b, beside_prompt={}) for b in parts]
+
+    def terms(boxes: list[Box], kind: Kind) -> dict[str, float]:
+        return predict(MODEL, boxes, Arrangement(kind, (0, 1), 0), context=4096).terms
+
+    def longer(kind: Kind, term: str) -> float:
+        return terms(parts, kind)[term] - terms(own, kind)[term]
+
+    assert longer("tensor", "the coordinator alone") == pytest.approx(1e-3)
+    # The coordinator does it by itself.
+    assert longer("row", "the coordinator alone") == 0
+    n = exchanges(MODEL, "row", [0.5, 0.5])
+    assert longer("row", "round trips") == pytest.approx(n * EXCHANGE_SECONDS)
 
 
 def test_an_exchange_with_a_card_costs_more() -> None:

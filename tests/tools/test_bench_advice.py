@@ -91,7 +91,7 @@ def test_another_one_was_better(case: AdviceCase) -> None:
 
 
 def test_servers_are_alike_and_networks_are_not() -> None:
-    """Round trips are the least over this network, speeds the median over all, slowness less."""
+    """Round trips are of this network, speeds the median over all, slowness less than that."""
     near = [replace(BOXES[0], decode=n * GB, round_trip=n * 1e-4) for n in (1, 2, 3)]
     near = [replace(b, rest=n, beside={"1": n + 1.0}) for n, b in enumerate(near)]
     far = replace(near[0], decode=9 * GB, round_trip=1e-6, rest=5.0, beside={"1": 3.0, "2": 1.0})

@@ -9,10 +9,10 @@ network (--link DELAY:RATE, milliseconds one way and Gbit/s): llama.cpp's way to
 coordinator's to its workers. The servers are measured as `python -m tools.workers --model` does it;
 then llama-bench runs with each arrangement of the first one, two and three servers.
 
-What else the machine does makes all of this slower. Of llama-bench's repetitions the best counts,
-and of round trips the least, over --rounds rounds that do everything once; of what the servers
-compute in a second, as they are alike and it does not depend on the network, the median of all
-measurements. --json keeps what was measured, and goes on where it was ended.
+What else the machine does makes all of this slower. Of llama-bench's repetitions the best counts
+over --rounds rounds that do everything once, and the lower quartile of round trips; of what the
+servers compute in a second, as they are alike and it does not depend on the network, the median of
+all measurements. --json keeps what was measured, and goes on where it was ended.
 """
 
 from __future__ import annotations
@@ -235,9 +235,9 @@ Look = Sequence[Mapping[str, Any]]
 def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list[Box]:
     """Return the servers by what was measured in ``looks``, as they are all alike.
 
-    Of round trips and rates the best counts. How fast the servers compute was also seen
-    ``elsewhere``, over other networks; that is the median, since what else the machine does is
-    there all the while, as it is when llama-bench runs. Of how much they slow one another the lower
+    Of rates the best counts. How fast the servers compute was also seen ``elsewhere``, over other
+    networks; that is the median, since what else the machine does is there all the while, as it is
+    when llama-bench runs. Of round trips and of how much the servers slow one another the lower
     quartile, as the best of llama-bench's repetitions is the one with the least of it.
     """
     near = [server for look in looks for server in look]
@@ -264,8 +264,8 @@ def typical_boxes(looks: Sequence[Look], elsewhere: Sequence[Look] = ()) -> list
                 prompt=typical("prompt"),
                 rest=typical("rest"),
                 rest_prompt=typical("rest_prompt"),
-                round_trip=min(s["round_trip"] for s in near),
-                graph=min(s["graph"] for s in near),
+                round_trip=_lower_quartile([s["round_trip"] for s in near]),
+                graph=_lower_quartile([s["graph"] for s in near]),
                 cold=typical("cold"),
                 link=max(s["link"] for s in near),
                 handling=typical("handling", near),
