@@ -30,6 +30,7 @@ from rpc_server.devices.cuda.planner import (
 from rpc_server.devices.planning.nodes import lower_node
 from rpc_server.graph.errors import GraphError
 from rpc_server.graph.parse import LinkedGraph, Resolve, parse_graph
+from rpc_server.graph.table import Ints
 from rpc_server.ops.table import OpSpec
 from tests.fuzz import seeds
 from tests.fuzz.sketches import F16, F32, I32, Q4_0, Q8_0, Sketch, resolve
@@ -215,6 +216,72 @@ def test_graphs_of_all_ops_are_planned_as_node_by_node(seed: int) -> None:
     assert planned > 30
 
 
+def _move(sketch: Sketch, how: str) -> None:
+    """Put tensors elsewhere: 'all' as far, some 'swapped' or 'nudged', or a 'few' anywhere."""
+    choose, rows = sketch.choose, sketch.rows
+    places = sorted({row["data"] for row in rows})
+    if how == "all":
+        to = {place: place + 4096 for place in places}
+    elif how == "swapped":
+        a, b = choose.sample(places, 2)
+        to = {a: b, b: a}
+    elif how == "nudged":
+        to = {place: place + choose.choice((0, 8)) for place in places}
+    else:
+        to = {choose.choice(places): choose.choice(places) + choose.choice((0, 64))}
+    for row in rows:
+        row["data"] = to.get(row["data"], row["data"])
+
+
+def _hold_moved(first: int, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Plan sketches whose memory moves; how many were planned, and for how many it was known."""
+    planned = found_out = 0
+
+    def plan(walk: kinds._Walk) -> kinds.PlannedGraph:
+        nonlocal found_out
+        found_out += walk._memory is remembered
+        return made(walk)
+
+    made = kinds._Walk.plan
+    monkeypatch.setattr(kinds._Walk, "plan", plan)
+    for seed in range(first, first + count):
+        print("seed", seed)
+        remembered = LaunchMemory(_MULTIPROCESSORS, 61)
+        sketch = _Chains(seed)
+        payload = sketch.payload(12)
+        for how in ("all", "swapped", "nudged", "few", "nudged"):
+            if not _hold(payload, resolve, remembered):
+                break
+            planned += 1
+            _move(sketch, how)
+            payload = sketch.payload(0)
+    return planned, planned - found_out
+
+
+def test_graphs_whose_memory_moves_are_planned_as_node_by_node(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, known = _hold_moved(seed, 12, monkeypatch)
+    assert planned > 20
+    assert 0 < known < planned
+
+
+@pytest.mark.parametrize("what", ["low", "order"])
+def test_a_graph_that_does_not_look_where_memory_is_is_found(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the order of memory; at what addresses are multiples of."""
+    look = kinds._Walk.memory_order
+
+    def blind(walk: kinds._Walk, extents: Ints) -> tuple[Ints, Ints]:
+        low, order = look(walk, extents)
+        return (0 * low, order) if what == "low" else (low, 0 * order)
+
+    monkeypatch.setattr(kinds._Walk, "memory_order", blind)
+    with pytest.raises(AssertionError):
+        _hold_moved(1, 60, monkeypatch)
+
+
 def _model(shape: LlamaShape, tokens: int, before: int, begin: int = 0) -> LinkedGraph:
     graph = model_graph(shape, tokens, before, begin)
     place_views(graph.tensors)
@@ -231,6 +298,8 @@ def test_a_model_is_planned_as_node_by_node(tokens: int, capability: int) -> Non
         _require_same(graph, memory, _one_by_one(graph, capability))
         made = made or memory._made
         assert memory._made == made < 60
+        # Its memory lies in the same order.
+        assert len(memory._graphs) == 1
 
 
 @pytest.mark.parametrize("what", ["_relation", "_LOW_BITS"])
@@ -288,8 +357,10 @@ def test_more_kinds_than_any_model_has_are_refused(monkeypatch: pytest.MonkeyPat
 def test_the_memory_of_patterns_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts anew when it is full; of patterns of the same kinds the newest stay."""
     monkeypatch.setattr(kinds, "_MOST_REMEMBERED", 50)
+    monkeypatch.setattr(kinds, "_MOST_GRAPHS", 4)
     memory = LaunchMemory(_MULTIPROCESSORS, 61)
     for seed in range(10):
         _hold(_Chains(seed).payload(25), resolve, memory)
         assert all(len(alike) <= kinds._MOST_ALIKE for alike in memory.patterns.values())
+        assert len(memory._graphs) <= 4
     assert memory._made < 50 + 200

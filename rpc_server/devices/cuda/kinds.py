@@ -10,11 +10,17 @@ A pattern is made by running the lowering on nodes whose addresses are :class:`P
 that know what they count from. It may be used for other nodes of these kinds if each row of the
 table stands where it stood, if what is written overlaps the same as it did, and nothing else, and
 if addresses are multiples of the same: these are all that a lowering can learn of addresses.
+
+Of a whole graph it is remembered which patterns are where, and where their scratch lies. That is
+good for other graphs of the same kinds in the same order, linked in the same way, whose memory lies
+in the same order with the same overlaps: the order of all beginnings and ends decides of any two
+pieces of memory how they are related.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -61,6 +67,9 @@ _MOST_PLACES = 24
 # Records and patterns that are remembered at most, of all graphs of a card; patterns of the same
 # kinds that differ in how memory is related.
 _MOST_REMEMBERED, _MOST_ALIKE = 1 << 12, 8
+
+# Whole graphs that are remembered at most, and nodes that these may have.
+_MOST_GRAPHS, _MOST_GRAPH_NODES = 24, 1 << 13
 
 # Positions of nodes that are not there; of those that are one more may wait.
 _NO_NODES = (0,) * (_MOST_NODES + 1)
@@ -208,6 +217,30 @@ class Pattern:
     # Of the nodes: which are done, and with which of them that at hand is to be done (-1: none).
     absorbed: tuple[int, ...]
     waits: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGraph:
+    """The launches of a graph without their addresses, which graphs that are alike have, too.
+
+    By group, ``rows`` (groups, _MOST_ROWS) are the table's rows that its records' addresses count
+    from, ``pieces`` (groups, _MOST_PIECES) offsets of its scratch, ``hands`` its node. ``launches``
+    are in order; ``owners`` the groups of those that aren't products, ``records`` their numbers.
+    ``extents`` (n, 3) is the memory that scratch depends on, as rows, offsets and bytes. ``low``
+    and ``order`` are as of :meth:`_Walk.memory_order`.
+    """
+
+    rows: Ints
+    pieces: Ints
+    peak: int
+    hands: Ints
+    launches: list[LaunchTemplate | ProductTemplate]
+    owners: Ints
+    product_owners: list[int]
+    records: Ints
+    extents: Ints
+    low: Ints
+    order: Ints
 
 
 @dataclass(slots=True)
@@ -479,6 +512,8 @@ class LaunchMemory:
         self.patterns: dict[Hashable, list[Pattern]] = {}
         # By state and the first kind: how many kinds the keys above have, most first.
         self.lengths: dict[Hashable, list[int]] = {}
+        # Whole graphs by all of them but addresses, those used last at the end.
+        self._graphs: dict[bytes, PlannedGraph] = {}
         self._count = self._made = 0
         # A word more than a record has: places that there are none of.
         self._words = np.zeros((64, RECORD_WORDS + 1), np.int64)
@@ -556,11 +591,14 @@ class LaunchMemory:
             if max(self._count, self._made) > _MOST_REMEMBERED:
                 self._clear()
             walk = _Walk(self, graph, stop)
-            walk.go(verify=False)
-            if not walk.fits():
-                walk.go(verify=True)
-                walk.fits()
-            return walk.launches(scratch)
+            known = self._graphs.pop(walk.key, None)
+            if known is None or not walk.is_like(known):
+                known = walk.plan()
+            if len(walk.rows) <= _MOST_GRAPH_NODES:
+                self._graphs[walk.key] = known
+                if len(self._graphs) > _MOST_GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
+            return walk.launches(known, scratch)
 
 
 # Where the slots of a kind's specimen lie.
@@ -609,25 +647,54 @@ class _Walk:
         kinds = memory.kinds_of(keys)
         runs = np.array([kind.runs for kind in kinds], bool)[which]
         (active,) = np.nonzero(runs)
+        self._slots = slots
         self._active = active.tolist()
         self._order = graph.order[active]
-        self._kinds = np.array([kind.number for kind in kinds], np.int64)[which[active]].tolist()
+        numbers = np.array([kind.number for kind in kinds], np.int64)[which]
+        self._kinds = numbers[active].tolist()
         self.rows = slots[active]
-        self._addresses = table.address[self.rows].tolist()
-        # Where each source is read last, by its address.
-        read = table.address[slots[:, 1:]]
-        at = np.broadcast_to(np.arange(len(slots))[:, None], read.shape)
-        self._last_use = dict(zip(read.ravel().tolist(), at.ravel().tolist(), strict=True))
+        made_of = (numbers.tobytes(), slots.tobytes(), table.none.to_bytes(8, "little"))
+        # All of the graph but where its memory is.
+        self.key = hashlib.blake2b(b"".join(made_of), digest_size=32).digest()
         sizes = [nbytes(*shape_of(words)) for words in table.shapes[:-1].tolist()]  # type: ignore[arg-type]
         self._ends = table.address + np.array([*sizes, 0], np.int64)[table.described]
         self._groups: list[_Group] = []
         # What all of them look at, as of _rows_of.
-        self._seen = (self.rows[:0], self.rows[:0], self.rows[:0])
+        none = np.zeros((0, _MOST_ROWS), np.int64)
+        self._seen = none, none, none
         self._peak = 0
+
+    def is_like(self, known: PlannedGraph) -> bool:
+        """Return whether a graph with the same key also has its memory in the same order."""
+        low, order = self.memory_order(known.extents)
+        return np.array_equal(low, known.low) and np.array_equal(order, known.order)
+
+    def memory_order(self, extents: Ints) -> tuple[Ints, Ints]:
+        """Return the low bits of the rows' addresses, and ranks of where memory begins and ends.
+
+        Of all rows, and of ``extents`` (n, 3): rows, offsets and bytes. 0 has a rank as well.
+        """
+        address = self.table.address
+        begins = address[extents[:, 0]] + extents[:, 1]
+        places = (np.zeros(1, np.int64), address, self._ends, begins, begins + extents[:, 2])
+        return address & _LOW_BITS, np.unique(np.concatenate(places), return_inverse=True)[1]
+
+    def plan(self) -> PlannedGraph:
+        """Find out what is launched. Raises NoPatternError, GraphError."""
+        self._addresses = self.table.address[self.rows].tolist()
+        # Where each source is read last, by its address.
+        read = self.table.address[self._slots[:, 1:]]
+        at = np.broadcast_to(np.arange(len(read))[:, None], read.shape)
+        self._last_use = dict(zip(read.ravel().tolist(), at.ravel().tolist(), strict=True))
+        self._go(verify=False)
+        if not self._fits():
+            self._go(verify=True)
+            self._fits()
+        return self._planned()
 
     # -- which pattern is where ----------------------------------------------------------------
 
-    def go(self, *, verify: bool) -> None:
+    def _go(self, *, verify: bool) -> None:
         """Find or make the pattern of each node; ``verify``: look at each whether it fits."""
         self._groups = []
         count = len(self._kinds)
@@ -793,7 +860,7 @@ class _Walk:
         at = nodes[np.arange(len(groups))[:, None], row_node]
         return self.rows[at, row_slot], nodes, low
 
-    def fits(self) -> bool:
+    def _fits(self) -> bool:
         """Return whether all patterns fit where they are."""
         if not self._groups:
             return True
@@ -823,37 +890,56 @@ class _Walk:
 
     # -- what comes of it ----------------------------------------------------------------------
 
-    def launches(self, scratch: Callable[[int], int]) -> PlannedLaunches:
-        """Return what is launched, all addresses filled in."""
+    def _planned(self) -> PlannedGraph:
+        """Return what was found, for this graph and those like it."""
         groups = self._groups
-        base = scratch(self._peak)
-        bases = np.zeros((len(groups), _MOST_ROWS + _MOST_PIECES), np.int64)
-        if groups:
-            bases[:, :_MOST_ROWS] = self.table.address[self._seen[0]]
-        made: list[LaunchTemplate | Product] = []
-        # Of records: their numbers in the memory, and their groups.
-        numbers, of = list[int](), list[int]()
+        pieces = np.zeros((len(groups), _MOST_PIECES), np.int64)
+        launches: list[LaunchTemplate | ProductTemplate] = []
+        owners, product_owners, records = list[int](), list[int](), list[int]()
+        extents: list[tuple[int, int, int]] = []
         for i, group in enumerate(groups):
-            for n, place in enumerate(group.pieces):
-                bases[i, _MOST_ROWS + n] = base + place
+            pieces[i, : len(group.pieces)] = group.pieces
+            launches += group.launches
             for template in group.launches:
                 if isinstance(template, ProductTemplate):
-                    made.append(template.placed(bases[i]))
-                    continue
-                numbers.append(template.record)
-                of.append(i)
-                made.append(template)
-        owners = np.array(of, np.int64)
-        hands = np.array([group.hand for group in groups], np.int64)
-        words = self._memory.filled(np.array(numbers, np.int64), owners, bases)
-        labels = NodeLabels(self.table, self._order[hands[owners]])
-        records = enumerate(words)
+                    product_owners.append(i)
+                else:
+                    owners.append(i)
+                    records.append(template.record)
+            extents += self._extents(group)
+        memory = np.array(extents, np.int64).reshape(-1, 3)
+        return PlannedGraph(
+            self._seen[0], pieces, self._peak, np.array([g.hand for g in groups], np.int64),
+            launches, np.array(owners, np.int64), product_owners, np.array(records, np.int64),
+            memory, *self.memory_order(memory),
+        )  # fmt: skip
+
+    def _extents(self, group: _Group) -> Iterator[tuple[int, int, int]]:
+        """Memory that a group's scratch depends on: rows, offsets and bytes."""
+        for event in group.pattern.events:
+            if isinstance(event, _Written):
+                written = self.rows[group.nodes[event.node], event.slot]
+                yield int(written), event.offset, event.size
+            elif isinstance(event, _Shared):
+                for node, slot, offset, size in event.sources:
+                    yield int(self.rows[group.nodes[node], slot]), offset, size
+
+    def launches(self, planned: PlannedGraph, scratch: Callable[[int], int]) -> PlannedLaunches:
+        """Return what is launched, all addresses filled in."""
+        base = scratch(planned.peak)
+        bases = np.empty((len(planned.rows), _MOST_ROWS + _MOST_PIECES), np.int64)
+        bases[:, :_MOST_ROWS] = self.table.address[planned.rows]
+        bases[:, _MOST_ROWS:] = planned.pieces + base
+        words = self._memory.filled(planned.records, planned.owners, bases)
+        labels = NodeLabels(self.table, self._order[planned.hands[planned.owners]])
+        records = enumerate(words[:, :RECORD_WORDS])
+        products = iter(planned.product_owners)
         launches: list[Launch | Product] = []
-        for x in made:
-            if isinstance(x, Product):
-                launches.append(x)
+        for x in planned.launches:
+            if isinstance(x, ProductTemplate):
+                launches.append(x.placed(bases[next(products)]))
                 continue
-            number, row = next(records)
-            node, record = _NodeOf(labels, number), row[:RECORD_WORDS]
+            number, record = next(records)
+            node = _NodeOf(labels, number)
             launches.append(Launch(x.kernel, record, x.grid, x.threads, x.shared, node))
         return PlannedLaunches(launches, words, labels)
