@@ -16,13 +16,16 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 from unittest import mock
 
 import numpy as np
 
+from rpc_server.devices.cuda import graphs, toolkit
 from tests.cuda import emulation
 
 # As a small card.
@@ -256,6 +259,8 @@ class _Queue:
 
 
 _queues: dict[int, _Queue] = {}
+# By the numbers of their handles: of graphs, their instances and nodes.
+_graphs: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()
 _numbers = itertools.count(0x1000)
 
 
@@ -293,9 +298,19 @@ class Event:
 class Graph:
     def __init__(self, capture: _Capture) -> None:
         self._card = capture.card
-        self._jobs = list(capture.jobs)
+        # The nodes of the graph, and what they do in the instance of it.
+        self.jobs = list(capture.jobs)
+        self.instance = list(capture.jobs)
         self._contents = capture.contents
         self.uploaded = False
+        self.graph, self.graphExec = next(_numbers), next(_numbers)
+        self.nodes = [next(_numbers) for _ in self.jobs]
+        _graphs[self.graph] = _graphs[self.graphExec] = self
+        _graphs.update(dict.fromkeys(self.nodes, self))
+
+    @property
+    def card(self) -> int:
+        return self._card
 
     def upload(self, stream: Stream) -> None:
         if _queue(stream.ptr).card != self._card:
@@ -308,7 +323,8 @@ class Graph:
         if queue.card != self._card:
             raise CUDARuntimeError("cudaErrorInvalidValue: a graph of another card")
         given_in_graphs.update(self._contents)
-        queue.give("graph", lambda: [job() for job in self._jobs])
+        jobs = list(self.instance)
+        queue.give("graph", lambda: [job() for job in jobs])
 
 
 class Stream:
@@ -388,6 +404,26 @@ def _count_launch() -> None:
             fail()
 
 
+@dataclass(frozen=True)
+class _KernelJob:
+    """A launch of a kernel; ``module`` is None where nothing is computed."""
+
+    module: emulation.Module | None
+    name: str
+    known: emulation.Memory
+    record: np.ndarray[Any, Any]
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+
+    def __call__(self) -> None:
+        if self.module is not None:
+            self.module.launch(
+                self.name, self.record, self.grid, self.block, self.known,
+                shared=self.shared, races=RACES,
+            )  # fmt: skip
+
+
 class RawKernel:
     """As cupy's: on each card it is loaded when it is first asked for there."""
 
@@ -426,16 +462,9 @@ class RawKernel:
             raise TypeError("Only numpy.ndarrays of size one can be passed by value.")
         if shared_mem > _MOST_SHARED:
             raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory")
-        # A card copies the arguments at the launch.
-        record = argument.copy()
         known = _cards[stream.device_id].known
-
-        def job() -> None:
-            if module is not None:
-                module.launch(
-                    self._name, record, grid, block, known, shared=shared_mem, races=RACES
-                )
-
+        # A card copies the arguments at the launch.
+        job = _KernelJob(module, self._name, known, argument.copy(), grid, block, shared_mem)
         stream.queue.give("kernel", job)
 
 
@@ -580,6 +609,107 @@ def _free(address: int) -> None:
 
 def _memory_info() -> tuple[int, int]:
     return TOTAL_BYTES - _cards[_mine.card].used, TOTAL_BYTES
+
+
+# -- the driver --------------------------------------------------------------------------------
+
+# CUresult.
+_DONE, _INVALID_VALUE, _INVALID_HANDLE, _STRAYED = 0, 1, 400, 700
+
+# What the driver tells of kernels, by their nodes: copies of their arguments, and where these are.
+_told: dict[int, tuple[Any, Any]] = {}
+
+
+def _function(job: _KernelJob) -> int:
+    """The handle of a job's kernel."""
+    return (id(job.module) ^ hash(job.name)) & (1 << 63) - 1 | 1
+
+
+def _give_nodes(found: list[int], nodes: Any, count: Any) -> int:
+    """As calls do that list nodes: how many there are, and as many as there is room for."""
+    for i, node in enumerate(found[: count[0]] if nodes else ()):
+        nodes[i] = node
+    count[0] = len(found)
+    return _DONE
+
+
+def _get_roots(graph: int, nodes: Any, count: Any) -> int:
+    known = _graphs.get(graph)
+    if known is None or known.graph != graph:
+        return _INVALID_HANDLE
+    return _give_nodes(known.nodes[:1], nodes, count)
+
+
+def _get_dependents(node: int, nodes: Any, count: Any) -> int:
+    known = _graphs.get(node)
+    if known is None or node not in known.nodes:
+        return _INVALID_HANDLE
+    at = known.nodes.index(node)
+    return _give_nodes(known.nodes[at + 1 : at + 2], nodes, count)
+
+
+def _job(node: int) -> Any:
+    known = _graphs.get(node)
+    if known is None or node not in known.nodes:
+        return None
+    return known.jobs[known.nodes.index(node)]
+
+
+def _get_type(node: int, kind: Any) -> int:
+    job = _job(node)
+    kind[0] = 0 if isinstance(job, _KernelJob) else 1
+    return _DONE if job is not None else _INVALID_HANDLE
+
+
+def _get_parameters(node: int, parameters: Any) -> int:
+    job = _job(node)
+    if not isinstance(job, _KernelJob):
+        return _INVALID_HANDLE
+    record = job.record.copy()
+    values = (ctypes.c_void_p * 1)(record.ctypes.data)
+    _told[node] = record, values
+    there = parameters[0]
+    there.func, there.kern, there.context, there.extra = _function(job), None, None, None
+    there.grid[:] = (*job.grid, 1, 1)[:3]
+    there.block[:] = (*job.block, 1, 1)[:3]
+    there.shared = job.shared
+    there.values = values
+    return _DONE
+
+
+def _set_parameters(instance: int, node: int, parameters: Any) -> int:
+    known, job, there = _graphs.get(instance), _job(node), parameters[0]
+    if known is None or known.graphExec != instance or node not in known.nodes:
+        return _INVALID_HANDLE
+    if _cards[known.card].failed:
+        return _STRAYED
+    if known.card != _mine.card or not isinstance(job, _KernelJob) or there.extra:
+        return _INVALID_VALUE
+    if there.func != _function(job) or there.shared > _MOST_SHARED or not all(there.grid):
+        return _INVALID_VALUE
+    record = np.frombuffer(ctypes.string_at(there.values[0], job.record.nbytes), job.record.dtype)
+    known.instance[known.nodes.index(node)] = replace(
+        job, record=record.copy(), grid=tuple(there.grid), block=tuple(there.block),
+        shared=there.shared,
+    )  # fmt: skip
+    given["changed kernel"] += 1
+    return _DONE
+
+
+def driver() -> Any:
+    """As of toolkit: what libcuda has of captured graphs, called as C functions are."""
+    calls = {
+        "cuGraphGetRootNodes": _get_roots,
+        "cuGraphNodeGetDependentNodes": _get_dependents,
+        "cuGraphNodeGetType": _get_type,
+        "cuGraphKernelNodeGetParams_v2": _get_parameters,
+        "cuGraphExecKernelNodeSetParams_v2": _set_parameters,
+    }
+    made = types.SimpleNamespace()
+    for name, call in calls.items():
+        as_in_c: Any = ctypes.CFUNCTYPE(ctypes.c_int, *graphs.CALLS[name])
+        setattr(made, name, as_in_c(call))
+    return made
 
 
 # -- cuBLAS ------------------------------------------------------------------------------------
@@ -757,6 +887,7 @@ def _plug_in(cards: int, peering: bool) -> None:
     _queues.clear()
     _handles.clear()
     _captures.clear()
+    _told.clear()
     _mine.begin()
     contexts.clear()
     _peering = peering
@@ -780,11 +911,12 @@ def install() -> None:
     for number in filter(None, os.environ.get("EMULATED_UNUSABLE", "").split(",")):
         make_unusable(int(number), "cudaErrorDevicesUnavailable: busy")
     sys.modules.update(_modules())
+    mock.patch.object(toolkit, "driver", driver).start()
 
 
 @contextlib.contextmanager
 def installed(cards: int = 1, *, peering: bool = True) -> Iterator[None]:
     """Be ``cupy`` meanwhile."""
     _plug_in(cards, peering)
-    with mock.patch.dict(sys.modules, _modules()):
+    with mock.patch.dict(sys.modules, _modules()), mock.patch.object(toolkit, "driver", driver):
         yield

@@ -49,7 +49,8 @@ def test_the_names_are_there() -> None:
     assert {
         n for n in ("Device", "Event", "Stream", "alloc_pinned_memory") if not hasattr(cuda, n)
     } == set()
-    assert {n for n in ("launch", "upload") if not hasattr(cuda.Graph, n)} == set()
+    of_graphs = ("launch", "upload", "graph", "graphExec")
+    assert {n for n in of_graphs if not hasattr(cuda.Graph, n)} == set()
     names = (
         "CUDARuntimeError",
         "deviceCanAccessPeer",

@@ -15,14 +15,20 @@ from tools.bench.launches import model_graph
 from tools.gpu_check.llama import LLAMA_8B
 
 
-def launches(tokens: int, before: int, capability: int) -> Counter[str]:
-    """What is launched for so many tokens of the 8B, by the kernels' names."""
-    graph = model_graph(LLAMA_8B, tokens, before)
+def planned(tokens: int, before: int, capability: int, positions: int = 0) -> CudaPlanner:
+    """The 8B's launches for so many tokens, with room for so many positions in the cache."""
+    graph = model_graph(LLAMA_8B, tokens, before, positions=positions)
     place_views(graph.tensors)
     planner = CudaPlanner(graph.nodes, multiprocessors=82, capability=capability)
     for node in graph.nodes:
         lower_node(node, planner, lambda t: lower_to_launches(t, planner), lambda node, spec: None)
-    return Counter(x.kernel.name if isinstance(x, Launch) else "cuBLAS" for x in planner.launches)
+    return planner
+
+
+def launches(tokens: int, before: int, capability: int) -> Counter[str]:
+    """What is launched for so many tokens of the 8B, by the kernels' names."""
+    found = planned(tokens, before, capability).launches
+    return Counter(x.kernel.name if isinstance(x, Launch) else "cuBLAS" for x in found)
 
 
 # Capability, and launches: of a token, of a prompt of 512, where tiles or cuBLAS multiply.
@@ -48,3 +54,20 @@ def test_what_a_layer_of_a_token_is() -> None:
     # What attention and GLU leave, and norms, is rounded with them.
     assert found["quantize_columns"] == 0
     assert found["normalize"] == 2 * layers + 1
+
+
+@pytest.mark.parametrize("before", [256, 512, 4096, 16384])
+def test_a_cache_that_grows_changes_attention_and_nothing_else(before: int) -> None:
+    """So a captured graph goes on for the next 256 positions with as many kernels changed."""
+    two = [planned(1, at, 86, positions=1 << 15) for at in (before, before + 256)]
+    pairs = list(zip(two[0].launches, two[1].launches, strict=True))
+    changed = []
+    for a, b in pairs:
+        assert isinstance(a, Launch)
+        assert isinstance(b, Launch)
+        assert a.kernel == b.kernel
+        if (a.grid, a.shared, a.words.tobytes()) != (b.grid, b.shared, b.words.tobytes()):
+            changed.append(a.kernel.name)
+    assert changed == ["attention_few"] * LLAMA_8B.layers
+    # Scratch is whole pieces of a mebibyte: most often the same.
+    assert two[1].scratch_peak - two[0].scratch_peak < 64 << 10

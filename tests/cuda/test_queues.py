@@ -42,6 +42,12 @@ class Serving:
         self.server = Server(context)
         self.port = 0
 
+    async def start(self) -> None:
+        """Listen on a port of its own."""
+        sockets = await listen("127.0.0.1", 0)
+        self.port = sockets[0].getsockname()[1]
+        await self.server.start(sockets)
+
     def client(self) -> Any:
         return Backend.connect("127.0.0.1", self.port)
 
@@ -57,9 +63,7 @@ class Serving:
 async def serving() -> AsyncIterator[Serving]:
     with standin.installed():
         made = Serving()
-        sockets = await listen("127.0.0.1", 0)
-        made.port = sockets[0].getsockname()[1]
-        await made.server.start(sockets)
+        await made.start()
         yield made
         await made.server.stop()
 

@@ -61,12 +61,17 @@ class _Nowhere:
         return graph
 
 
-def model_graph(shape: LlamaShape, tokens: int, before: int, begin: int = 0) -> Graph:
-    """Return the graph of so many tokens behind others; tensors lie nowhere, ``begin`` on."""
+def model_graph(
+    shape: LlamaShape, tokens: int, before: int, begin: int = 0, positions: int = 0
+) -> Graph:
+    """Return the graph of so many tokens behind others; tensors lie nowhere, ``begin`` on.
+
+    ``positions`` is what the cache has room for, if that is more than is used.
+    """
 
     async def made() -> Graph:
         backend: Any = _Nowhere(begin)
-        model = SyntheticLlama(backend, shape, before + tokens)
+        model = SyntheticLlama(backend, shape, max(before + tokens, positions))
         await backend.allocate(t for layer in model._matrices for t in layer.values())
         await backend.allocate([model._output, *model._norms.values()])
         await backend.allocate(t for pair in model._caches for t in pair)

@@ -1,7 +1,8 @@
 """One GPU, through CuPy: memory, copies, streams, kernels, captured graphs.
 
-This is all that the device uses of CuPy, and the only file that knows how to call it. CuPy is asked
-for when a card is opened, not when this is imported: a machine may have none.
+This is all that the device uses of CuPy, and the only file that knows how to call it; graphs.py has
+what CuPy hasn't got. CuPy is asked for when a card is opened, not when this is imported: a machine
+may have none.
 
 What belongs to a card (memory, streams, events, handles) is made and used while that card is the
 current one of the calling thread; any thread may do so.
@@ -14,7 +15,7 @@ import ctypes
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from protocol.ggml.types import GgmlType
 from rpc_server.devices.base import DeviceError
 from rpc_server.devices.cuda import toolkit
 from rpc_server.devices.cuda.compile import options_for
+from rpc_server.devices.cuda.graphs import GraphCalls, KernelLaunch, UpdateError
 from rpc_server.devices.cuda.kernels import CudaKernel, Unit, kernel
 from rpc_server.devices.cuda.planner import Product
 from rpc_server.devices.cuda.toolkit import CardError
@@ -134,6 +136,12 @@ class Card:
         )
         # Why nothing more can be done with the card in this process; empty while it can.
         self.lost = ""
+        # What changes captured graphs; None: they are captured anew.
+        self._graph_calls: GraphCalls | None = None
+        try:
+            self._graph_calls = GraphCalls(toolkit.driver())
+        except UpdateError as error:
+            log.debug("captured graphs stay as they are: %s", error)
         self._device = self.cupy.cuda.Device(index)
         self._current = _Current(self)
         self._modules: dict[Unit, Any] = {}
@@ -306,18 +314,10 @@ class Card:
             self._functions[kernel] = found
         return found
 
-    def launch(
-        self,
-        function: Any,
-        words: np.ndarray[Any, np.dtype[np.int64]],
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        stream: Any,
-    ) -> None:
+    def launch(self, x: KernelLaunch, stream: Any) -> None:
         """Enqueue a kernel with its record."""
         with self.current(), stream:
-            function(grid, (threads, 1, 1), (by_value(words),), shared_mem=shared)
+            x.function(x.grid, (x.threads, 1, 1), (by_value(x.words),), shared_mem=x.shared)
 
     def library(self) -> int:
         """Return a handle of cuBLAS, for one stream at a time; see :meth:`close_library`."""
@@ -369,6 +369,30 @@ class Card:
         """Have the card take a captured graph, which its first launch would do otherwise."""
         with self.current():
             graph.upload(stream)
+
+    @property
+    def changes_graphs(self) -> bool:
+        """Return whether captured graphs can be changed, as far as is known."""
+        return self._graph_calls is not None
+
+    def change_graph(
+        self, graph: Any, captured: Sequence[KernelLaunch], changed: Mapping[int, KernelLaunch]
+    ) -> bool:
+        """Let kernels of a captured graph be launched with something else from now on.
+
+        As of GraphCalls.change. False where that can't be done: then the graph is of no use.
+        """
+        if self._graph_calls is None:
+            return False
+        try:
+            with self.current():
+                self._graph_calls.change(graph, captured, changed)
+        except UpdateError as error:
+            # Nor will it work the next time.
+            self._graph_calls = None
+            log.warning("captured graphs can't be changed, so new ones are made: %s", error)
+            return False
+        return True
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """Return what ``enqueue`` gives to ``stream``, as a graph that can be launched again and

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ from protocol.tensor import Tensor
 from rpc_server.devices.base import StopWord
 from rpc_server.devices.cpu.kernels.interface.abi import EXTRA_WORD
 from rpc_server.devices.cuda.card import Card
+from rpc_server.devices.cuda.graphs import KernelLaunch
 from rpc_server.devices.cuda.host import run_on_host
 from rpc_server.devices.cuda.kinds import NoPatternError
 from rpc_server.devices.cuda.planner import (
@@ -62,9 +65,20 @@ class CapturedGraph:
     """Launches without anything between them: a captured graph from their second run on.
 
     Copies that are to be enqueued ``before`` and ``after`` them are captured with them.
+
+    Where a client's cache has grown, its next token has the same kernels as that before, and few of
+    them another record or other blocks. Its plan takes the captured graph over, from the first run
+    on, and has those changed; if the other plan comes again it captures another graph. ``kin`` are
+    by their kernels those of a client that were captured or taken over last; without, none is.
     """
 
-    def __init__(self, resources: StreamResources, work: Sequence[Launch | Product]) -> None:
+    def __init__(
+        self,
+        resources: StreamResources,
+        work: Sequence[Launch | Product],
+        kin: MutableMapping[Hashable, CapturedGraph] | None = None,
+    ) -> None:
+        self._kin = kin
         self.before: list[Callable[[], None]] = []
         self.after: list[Callable[[], None]] = []
         self._resources = resources
@@ -80,16 +94,20 @@ class CapturedGraph:
         self._work = [
             x
             if isinstance(x, Product)
-            else (functions[id(x.kernel)], x.words, x.grid, x.threads, x.shared)
+            else KernelLaunch(functions[id(x.kernel)], x.words, x.grid, x.threads, x.shared)
             for x in work
         ]
         self._graph: Any = None
+        # What the graph was captured with, by this or by one before.
+        self._captured: Sequence[KernelLaunch] = ()
         self._ran = False
 
     def __call__(self) -> None:
         if self._ran:
             # The first run is by itself: a graph that comes only once isn't worth capturing.
             self._capture()
+        else:
+            self._take_over()
         if self._graph is not None:
             self._graph.launch(self._stream)
         else:
@@ -105,6 +123,41 @@ class CapturedGraph:
     def _capture(self) -> None:
         if self._graph is None and self._capturable:
             self._graph = self._card.capture(self._stream, self._enqueue)
+            self._captured = self._kernels
+            if self._kin is not None:
+                self._kin[self._key] = self
+
+    @property
+    def _kernels(self) -> list[KernelLaunch]:
+        return [x for x in self._work if not isinstance(x, Product)]
+
+    @functools.cached_property
+    def _key(self) -> Hashable:
+        """The things that graphs have in common of which one can take the other's place."""
+        functions = tuple(id(x.function) for x in self._kernels)
+        return functions, tuple(self.before), tuple(self.after)
+
+    def _take_over(self) -> None:
+        """Have the captured graph of a kin if most of it is the same.
+
+        One of which more is different, as the end of a prompt between two answers, may leave the
+        other one's place again soon.
+        """
+        if self._kin is None or not (self._capturable and self._card.changes_graphs):
+            return
+        other = self._kin.get(self._key)
+        if other is None or other._graph is None:
+            return
+        kernels = self._kernels
+        pairs = zip(kernels, other._kernels, strict=True)
+        changed = {n: mine for n, (mine, its) in enumerate(pairs) if not mine.does(its)}
+        if len(changed) > len(kernels) // 2:
+            return
+        graph, other._graph = other._graph, None
+        if self._card.change_graph(graph, other._captured, changed):
+            self._graph, self._captured = graph, other._captured
+            self._kin[self._key] = self
+            log.debug("took a captured graph over, with %d kernels changed", len(changed))
 
     def _enqueue(self) -> None:
         for copy in self.before:
@@ -113,10 +166,13 @@ class CapturedGraph:
             if isinstance(work, Product):
                 self._card.product(work, self._library, self._stream)
             else:
-                self._card.launch(*work, self._stream)
+                self._card.launch(work, self._stream)
         for copy in self.after:
             copy()
 
+
+# Scratch is whole pieces of so many bytes: a cache that grows a little needs no other.
+_STEP = 1 << 20
 
 # What a plan keeps of a node, about: its launches' arguments, and its name.
 _NODE_BYTES = 2048
@@ -212,6 +268,8 @@ class CudaPlanBuilder:
     def __init__(self, resources: StreamResources) -> None:
         self._resources = resources
         self._scratch: Scratch | None = None
+        # As of CapturedGraph; plans keep them.
+        self._kin: MutableMapping[Hashable, CapturedGraph] = weakref.WeakValueDictionary()
         self._warned: set[str] = set()
 
     def close(self) -> None:
@@ -265,7 +323,7 @@ class CudaPlanBuilder:
         made.words[:, _NODE_WORD] = np.arange(len(made.words)) % _MOST_NODES
         steps: list[Callable[[], None]] = []
         if made.launches:
-            steps.append(CapturedGraph(resources, made.launches))
+            steps.append(CapturedGraph(resources, made.launches, self._kin))
         return CudaPlan(resources, graph.dialect, storages, steps, made.labels, scratch[0], {})
 
     def _by_nodes(
@@ -279,9 +337,9 @@ class CudaPlanBuilder:
         parts, size = self.lower(graph.nodes, stop)
         scratch = self.scratch_of(size)
         labels: list[str] = []
-        resources = self._resources
+        resources, kin = self._resources, self._kin
         self.finish(parts, scratch, status, labels)
-        steps = parts.steps(self.reference_step, lambda run: CapturedGraph(resources, run))
+        steps = parts.steps(self.reference_step, lambda run: CapturedGraph(resources, run, kin))
         return CudaPlan(
             resources, graph.dialect, storages, steps, labels, scratch, parts.interpreted
         )
@@ -317,7 +375,7 @@ class CudaPlanBuilder:
             # Plans that were captured with the smaller one keep it for as long as they live.
             self._scratch = None
             try:
-                self._scratch = Scratch(self._resources.card, size)
+                self._scratch = Scratch(self._resources.card, -(-size // _STEP) * _STEP)
             except MemoryError as error:
                 raise GraphError(f"no scratch for the graph: {error}") from None
         return self._scratch

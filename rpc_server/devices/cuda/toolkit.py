@@ -5,8 +5,10 @@ Nothing is imported before somebody asks: a machine may have neither a GPU nor C
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +78,14 @@ def libraries() -> Libraries:
     except Exception as error:
         raise CardError(f"CuPy finds no cuBLAS or NVRTC ({error}): {INSTALL}") from None
     return Libraries(cublas, nvrtc)
+
+
+def driver() -> Any:
+    """Return the driver's own library, None where it can't be loaded."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
 
 
 def card_count() -> int:
