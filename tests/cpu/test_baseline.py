@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 from rpc_server.devices.base import NotReadyError
 from rpc_server.devices.cpu import baseline, catalog, plan
-from rpc_server.devices.cpu.baseline import seconds_without
+from rpc_server.devices.cpu.baseline import LaterKernels, seconds_without
 from rpc_server.devices.cpu.catalog import Kernel, baseline_of, few_columns_kernel, product_of
 from rpc_server.devices.cpu.executor import Executor
 from rpc_server.devices.cpu.instruction_sets import chosen_isa
@@ -31,7 +33,7 @@ R = TypeVar("R", bound=Kernel)
 
 # With these weights array code takes more than a millisecond, for the sums less.
 K, ROWS = 512, 256
-ADD = catalog.binary_kernel(Binary.ADD, True)
+ADD, SUB, MUL = (catalog.binary_kernel(b, True) for b in (Binary.ADD, Binary.SUB, Binary.MUL))
 
 
 class Compiling:
@@ -40,12 +42,19 @@ class Compiling:
     def __init__(self) -> None:
         self.absent: set[Kernel] = set()
         self.bad: set[Kernel] = set()
+        # Those that were asked for already have code, or are about to.
+        self.without_code: set[Kernel] = set()
+        self.asked: list[tuple[Kernel, bool]] = []
         self.waited_for: list[Kernel] = []
 
     def pending(self, kernels: Iterable[R], *, urgent: bool) -> list[R]:
         kernels = list(kernels)
+        self.asked += [(kernel, urgent) for kernel in kernels]
         catalog.library().addresses(kernels)
         return [kernel for kernel in kernels if kernel in self.absent]
+
+    def missing(self, kernels: Iterable[R]) -> list[R]:
+        return [kernel for kernel in kernels if kernel in self.without_code]
 
     def has(self, kernel: Kernel) -> bool:
         return kernel not in self.absent | self.bad
@@ -261,3 +270,88 @@ def test_what_array_code_takes() -> None:
 
     assert seconds_without(attention(1)) < 5e-3
     assert seconds_without(attention(512)) > 0.05
+
+
+class Clock:
+    """Timers that are over when a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = 0.0
+        self._timers: list[tuple[float, Callable[[], None]]] = []
+        monkeypatch.setattr(baseline, "time", self)
+        monkeypatch.setattr(baseline, "threading", self)
+        self.Lock = threading.Lock
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def Timer(
+        self, seconds: float, function: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> threading.Timer:
+        self._timers.append((self._now + seconds, functools.partial(function, *arguments)))
+        # The one that is started does nothing.
+        return threading.Timer(0, lambda: None)
+
+    def pass_by(self, seconds: float) -> None:
+        self._now += seconds
+        due = [call for at, call in self._timers if at <= self._now]
+        self._timers = [(at, call) for at, call in self._timers if at > self._now]
+        for call in due:
+            call()
+
+
+def test_compilers_begin_a_moment_later_with_what_nobody_waits_for(
+    compiling: Compiling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, later = Clock(monkeypatch), LaterKernels()
+    compiling.absent |= {ADD, MUL}
+    compiling.without_code |= {ADD, MUL}
+    # What is there or on disk is loaded at once.
+    assert later.absent([ADD, SUB, ADD]) == [ADD]
+    assert compiling.asked == [(SUB, True)]
+    clock.pass_by(baseline._LATER / 2)
+    assert later.absent([ADD, MUL], urgent=False) == [ADD, MUL]
+    assert compiling.asked == [(SUB, True)]
+    # The first request says when.
+    clock.pass_by(baseline._LATER / 2)
+    assert compiling.asked == [(SUB, True), (ADD, True)]
+    clock.pass_by(baseline._LATER / 2)
+    assert compiling.asked == [(SUB, True), (ADD, True), (MUL, False)]
+    # Who asks again may be in more of a hurry, or the first one to notice that it has to be anew.
+    assert later.absent([MUL]) == [MUL]
+    assert compiling.asked[3:] == [(MUL, True)]
+    compiling.absent.clear()
+    assert later.absent([ADD, MUL]) == []
+
+
+def test_what_can_not_be_compiled_is_not_absent(
+    compiling: Compiling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, later = Clock(monkeypatch), LaterKernels()
+    compiling.bad.add(ADD)
+    compiling.without_code.add(ADD)
+    assert later.absent([ADD]) == []
+    clock.pass_by(2 * baseline._LATER)
+    assert compiling.asked == [(ADD, True)]
+
+
+def test_a_graph_asks_compilers_for_nothing_at_once_but_what_it_waits_for(
+    compiling: Compiling,
+    builder: CpuPlanBuilder,
+    weights: Tensor,
+    product_kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "later_kernels", LaterKernels())
+    clock = Clock(monkeypatch)
+    nodes = graph(weights, 9)
+    built(builder, nodes)
+    lacking = {ADD, product_kernel}
+    compiling.absent |= lacking
+    compiling.without_code |= lacking
+    compiling.asked.clear()
+    made = built(CpuPlanBuilder(builder._executor, ScratchArena(), baseline=True), nodes)
+    made.run()
+    assert lacking.isdisjoint(kernel for kernel, _ in compiling.asked)
+    clock.pass_by(baseline._LATER)
+    assert lacking <= {kernel for kernel, urgent in compiling.asked if urgent}

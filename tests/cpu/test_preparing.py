@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rpc_server.children import environment
 from rpc_server.devices.cpu import preparing
 from rpc_server.devices.cpu.catalog import Kernel, common_kernels
 from rpc_server.devices.cpu.kernels.interface.isa import Isa
@@ -187,3 +190,17 @@ async def test_a_server_that_stops_meanwhile_says_nothing_of_it(
         await asyncio.sleep(0)
         gc.collect()
     assert not told
+
+
+_IMPORTED = """
+import sys
+from rpc_server.devices.cpu import preparing
+later = {f"rpc_server.devices.cpu.{name}" for name in ("plan", "executor", "planner", "baseline")}
+assert later.isdisjoint(sys.modules), "a server listens without these"
+preparing._import()
+assert later <= set(sys.modules)
+"""
+
+
+def test_a_server_at_rest_has_imported_what_a_first_graph_needs() -> None:
+    subprocess.run([sys.executable, "-c", _IMPORTED], check=True, env=environment())

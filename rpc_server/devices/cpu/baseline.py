@@ -3,11 +3,14 @@
 The first graph on a machine finds none of its kernels. Most of its nodes are small, and array code
 does them in less time than a compiler takes for their kernel. Products with large weights wait, but
 only for a kernel that is compiled soon (``baseline_of`` of the catalog). What a plan runs by so is
-replaced, within the plan, once all of its kernels are there.
+replaced, within the plan, once all of its kernels are there. Those that nobody waits for are begun
+a moment later: who has just come needs the processors.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -24,12 +27,57 @@ from rpc_server.ops.table import OPS
 # of what a small one takes to be compiled.
 _WORTH_WAITING = 0.25
 
+# When compilers begin with what nobody waits for, seconds. A small model has been loaded and has
+# given its first token by then, and of a large one hardly anything has arrived.
+_LATER = 1.0
+
 # What array code takes for some ten calls, and does on one core: less than most.
 _CALLS_SECONDS = 1.5e-4
 _ELEMENTS_A_SECOND = 1e8
 _PRODUCTS_A_SECOND = 2e9
 # Of quantized tensors elements are decoded first.
 _DECODED_A_SECOND = 1e7
+
+
+class LaterKernels:
+    """Has kernels compiled from a moment on. May be used by any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # When each may be asked for, by the monotonic clock.
+        self._due: dict[Kernel, float] = {}
+
+    def absent(self, kernels: Iterable[Kernel], *, urgent: bool = True) -> list[Kernel]:
+        """Return those that are not there yet; what is on disk is loaded.
+
+        All others will be asked for, and what is ``urgent`` comes before what is not.
+        """
+        compiled, wanted = library(), list(dict.fromkeys(kernels))
+        without_code = compiled.missing(wanted)
+        unknown = [k for k in without_code if not compiled.has(k) and not compiled.failed(k)]
+        put_off = self._put_off(unknown, urgent)
+        asked = compiled.pending([k for k in wanted if k not in put_off], urgent=urgent)
+        return [k for k in wanted if k in put_off or k in asked]
+
+    def _put_off(self, kernels: Sequence[Kernel], urgent: bool) -> set[Kernel]:
+        """Return those whose moment isn't over; that of new ones begins now."""
+        now = time.monotonic()
+        with self._lock:
+            new = [k for k in kernels if k not in self._due]
+            self._due.update(dict.fromkeys(new, now + _LATER))
+            put_off = {k for k in kernels if self._due[k] > now}
+        if new:
+            timer = threading.Timer(_LATER, _request, (new, urgent))
+            timer.daemon = True
+            timer.start()
+        return put_off
+
+
+def _request(kernels: Sequence[Kernel], urgent: bool) -> None:
+    library().pending(kernels, urgent=urgent)
+
+
+later_kernels = LaterKernels()
 
 
 def seconds_without(node: Tensor) -> float:

@@ -206,6 +206,8 @@ _USUAL = (
     binary_kernel(Binary.ADD, True),
     binary_kernel(Binary.MUL, True),
     merge_attention,
+    # A prompt's last tokens are all that becomes logits.
+    get_rows_kernel(GgmlType.F32),
 )
 # Attention without its own op.
 _ATTENTION = (soft_max, copy_strided, copy_same_type, convert_kernel(GgmlType.F32, GgmlType.F16))
@@ -238,7 +240,6 @@ _FAMILIES = (
     unary_kernel(UnaryOp.SIGMOID, True),
     unary_kernel(UnaryOp.TANH, True),
     unary_kernel(Function.CLAMP, True),
-    get_rows_kernel(GgmlType.F32),
     route_columns,
     argsort,
     sum_rows,

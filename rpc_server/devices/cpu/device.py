@@ -276,15 +276,21 @@ class CpuQueue:
 
 
 def _request_kernels(type_: GgmlType, baseline: bool) -> None:
+    from rpc_server.devices.cpu.baseline import later_kernels
     from rpc_server.devices.cpu.catalog import baseline_of_weights, kernels_of_weights, library
 
     try:
         compiled, isa = library(), chosen_isa()
         kernels = kernels_of_weights(type_, isa)
-        if baseline and compiled.missing(kernels[:1]):
+        if not baseline:
+            compiled.request(kernels)
+            return
+        # What is compiled in the background gives its processors back at once.
+        compiled.interrupt()
+        if compiled.missing(kernels[:1]):
             # By these the first graph can run: sooner than all that is asked for below.
             compiled.pending(baseline_of_weights(type_, isa), urgent=True)
-        compiled.request(kernels)
+        later_kernels.absent(kernels, urgent=False)
     except (CompileError, ValueError) as error:
         # The first graph that needs them tells its client.
         log.debug("no kernels ahead of the first graph: %s", error)

@@ -24,7 +24,12 @@ from rpc_server.devices.cpu.assembly import (
     RecordTable,
     schedule,
 )
-from rpc_server.devices.cpu.baseline import as_it_runs, costs_without, stand_ins_for
+from rpc_server.devices.cpu.baseline import (
+    as_it_runs,
+    costs_without,
+    later_kernels,
+    stand_ins_for,
+)
 from rpc_server.devices.cpu.catalog import (
     TRANSFERS,
     Kernel,
@@ -463,24 +468,24 @@ class CpuPlanBuilder:
         Raises NotReadyError if they can't.
         """
         wanted = [k for k in _without_code(kinds) if k.op not in self._without]
-        asked: list[Kernel] = [*_users(wanted), *(_LOOPS if self._baseline else ())]
-        absent = library().pending(asked, urgent=not self._baseline)
+        if not self._baseline:
+            waited = library().pending(_users(wanted), urgent=True)
+            if waited:
+                raise NotReadyError(lambda: library().addresses(waited))
+            return kinds
+        absent = later_kernels.absent([*_users(wanted), *_LOOPS])
         if not absent:
             return kinds
-        if not self._baseline:
-            raise NotReadyError(lambda: library().addresses(absent))
         stand_ins, awaited = stand_ins_for(absent, costs_without(kinds, which, positions.node))
         if library().pending(awaited, urgent=True):
             raise NotReadyError(lambda: library().addresses(awaited))
-        # Before what nobody has asked for yet.
-        library().pending(absent, urgent=True)
         return [as_it_runs(kind, absent, stand_ins) for kind in kinds]
 
     def _lacks(self, loop: Kernel) -> bool:
         """Return whether a loop of planning is done without, as it isn't compiled yet."""
         if not self._baseline:
             return False
-        return bool(library().pending([loop], urgent=True)) or library().failed(loop)
+        return bool(later_kernels.absent([loop])) or library().failed(loop)
 
     def _with_code(self, kinds: Sequence[CpuKind]) -> list[CpuKind]:
         """Return the kinds with the addresses of their kernels, some of them without kernels."""
@@ -535,7 +540,7 @@ class CpuPlanBuilder:
 
         Raises GraphError.
         """
-        if library().pending([*_LOOPS, *_users(_without_code(kinds))], urgent=True):
+        if later_kernels.absent([*_LOOPS, *_users(_without_code(kinds))]):
             return None
         with self._share.aside():
             chosen = self._with_code(kinds)
