@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="families at once, each its own process (%(default)s)")
     add("--save", type=Path, metavar="FOLDER", help="write findings here, for --replay")
     add("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    add(
+        "--flush",
+        action="store_true",
+        help="the server under test takes numbers below the normal ones for 0, as cards do",
+    )
     add("--replay", type=Path, metavar="FILE", help="run this one case")
     add("--list", action="store_true", help="print families and their variants")
     return parser
@@ -56,7 +61,7 @@ def _replay(path: Path, servers: Servers) -> int:
     case = GraphCase.from_json(json.loads(path.read_text()))
     print(case.describe())
     tested, reference = servers.tested(), servers.reference()
-    judge = Judge(tested, reference)
+    judge = Judge(tested, reference, flushes=servers.flushes)
     try:
         refusal = judge.judge(case)
         print(f"the reference refuses it: {refusal}" if refusal else "no difference")
@@ -80,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.reference,
         options.reference_command or "",
         options.protocol,
+        flushes=options.flush,
     )
     try:
         chosen = select(options.only, options.variant)

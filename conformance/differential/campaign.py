@@ -36,6 +36,8 @@ class Servers:
     version: str = "7"
     # Where servers under test that are started here write.
     tested_log: Path | None = None
+    # Whether numbers below the normal ones are 0 for the server under test.
+    flushes: bool = False
 
     def tested(self) -> Endpoint:
         """Return a new endpoint of the server under test."""
@@ -109,7 +111,7 @@ class CampaignWorker:
     def __init__(self, campaign: DifferentialCampaign) -> None:
         self._campaign = campaign
         self._endpoints = (campaign.servers.tested(), campaign.servers.reference())
-        self._judge = Judge(*self._endpoints)
+        self._judge = Judge(*self._endpoints, flushes=campaign.servers.flushes)
 
     def __enter__(self) -> CampaignWorker:
         return self

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from client.tensors import Array, from_bytes
+from conformance.differential.values import flushed
 from protocol.ggml.types import GgmlType
 from protocol.tensor import Tensor
 
@@ -117,10 +118,14 @@ def _first_difference(want: Array, got: Array) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CaseMemory:
-    """All bytes of a case after it ran on one server; ``offsets`` of roots in it."""
+    """All bytes of a case after it ran on one server; ``offsets`` of roots in it.
+
+    ``flushes``: values below the normal numbers count as 0.
+    """
 
     image: npt.NDArray[np.uint8]
     offsets: dict[Tensor, int]
+    flushes: bool = False
 
     def raw(self, t: Tensor) -> npt.NDArray[np.uint8]:
         """Return the bytes of the tensor's extent."""
@@ -133,4 +138,4 @@ class CaseMemory:
         if not t.nbytes:
             return np.empty(tuple(reversed(t.ne)), np.uint8)
         array: npt.NDArray[Any] = from_bytes(t, self.raw(t))
-        return array
+        return flushed(t.type, array) if self.flushes else array

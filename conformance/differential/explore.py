@@ -60,11 +60,20 @@ class FamilyTally:
 class Judge:
     """Holds the server under test against the reference, case by case.
 
-    With ``stepwise`` graphs of several nodes run a second time on the server under test, node by
+    ``flushes``: one of them takes what is below the normal numbers for 0, as cards do. With
+    ``stepwise`` graphs of several nodes run a second time on the server under test, node by
     node: what its planner makes of neighbours must not show.
     """
 
-    def __init__(self, tested: Endpoint, reference: Endpoint, *, timeout: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        tested: Endpoint,
+        reference: Endpoint,
+        *,
+        flushes: bool = False,
+        timeout: float = PATIENCE,
+    ) -> None:
+        self._flushes = flushes
         self._loop = asyncio.new_event_loop()
         self._tested = CaseRunner(tested, timeout=timeout)
         self._reference = CaseRunner(reference, timeout=timeout)
@@ -80,7 +89,7 @@ class Judge:
 
     def judge(self, case: GraphCase) -> str:
         """Raise Mismatch if the servers differ; return why the reference refused, or nothing."""
-        image = Image.of(case)
+        image = Image.of(case, flushes=self._flushes)
         try:
             expected = self._wait(self._reference.run(case, image))
         except (ServerRefused, TimeoutError) as error:

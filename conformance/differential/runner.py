@@ -18,7 +18,7 @@ from client.tensors import dims
 from conformance.differential.case import GraphCase
 from conformance.differential.compare import CaseMemory
 from conformance.differential.endpoint import Endpoint
-from conformance.differential.values import leaf_bytes
+from conformance.differential.values import flushed, leaf_bytes
 from protocol.errors import ProtocolError
 from protocol.ggml.ops import VIEWS
 from protocol.ggml.types import TYPE_INFO, GgmlType
@@ -40,13 +40,17 @@ class ServerRefused(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The bytes that a case starts with, and where each root lies."""
+    """The bytes that a case starts with, and where each root lies.
+
+    ``flushes``: no leaf holds numbers below the normal ones, and results below them count as 0.
+    """
 
     data: npt.NDArray[np.uint8]
     offsets: dict[Tensor, int]
+    flushes: bool = False
 
     @classmethod
-    def of(cls, case: GraphCase) -> Image:
+    def of(cls, case: GraphCase, *, flushes: bool = False) -> Image:
         offsets, at = {}, _GUARD
         for root in case.graph.roots:
             offsets[root] = at
@@ -56,7 +60,9 @@ class Image:
             part = data[start : start + root.nbytes]
             fill = case.fills.get(root)
             part[...] = POISON_BYTE if fill is None else leaf_bytes(root, fill)
-        return cls(data, offsets)
+            if flushes and fill is not None:
+                part[...] = flushed(root.type, part)
+        return cls(data, offsets, flushes)
 
     def untouched(self, case: GraphCase) -> npt.NDArray[np.bool_]:
         """Return which bytes no node may write: all but the elements of what nodes write."""
@@ -120,7 +126,7 @@ class CaseRunner:
             steps.append(connection.graph_compute(encode_graph(payload, connection.dialect)))
         *_, result = await asyncio.gather(*steps, connection.get_tensor(whole))
         assert result is not None  # of gather's types, that of the last
-        return CaseMemory(result, image.offsets)
+        return CaseMemory(result, image.offsets, image.flushes)
 
     async def _ready(self, size: int) -> Connection:
         if self._connection is None or self._connection.closed:

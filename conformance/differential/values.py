@@ -124,6 +124,22 @@ def leaf_bytes(t: Tensor, fill: Fill) -> Bytes:
     return _encode(values, t.type, dtype).view(np.uint8)
 
 
+def flushed(type: GgmlType, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return F32 or BF16 values with 0 of the same sign for those below the normal numbers.
+
+    A processor that flushes takes these for 0. Other types are returned as they are: of F16 all
+    values are normal numbers of F32, in which is computed.
+    """
+    if type is not GgmlType.F32 and type is not GgmlType.BF16:
+        return values
+    word = np.dtype(np.uint32 if type is GgmlType.F32 else np.uint16)
+    words: npt.NDArray[Any] = values.view(word)
+    cut = 32 - 8 * word.itemsize
+    exponent, sign = (word.type(bits >> cut) for bits in (0x7F80_0000, 0x8000_0000))
+    small = np.bitwise_and(words, exponent) == 0
+    return np.where(small, np.bitwise_and(words, sign), words).view(values.dtype)
+
+
 def _encode(values: Values, type: GgmlType, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     if type is GgmlType.BF16:
         # Cut, not rounded: any bit pattern is as good as any other here, and NaN stays NaN.

@@ -31,7 +31,7 @@ from conformance.differential.explore import Judge, Mismatch
 from conformance.differential.runner import Image
 from conformance.differential.sketch import FAMILIES, Sketch
 from conformance.differential.type_sets import DECODABLE, ENCODABLE, QUANTIZED
-from conformance.differential.values import Fill, ValueKind, leaf_bytes
+from conformance.differential.values import Fill, ValueKind, flushed, leaf_bytes
 from protocol.ggml.types import TYPE_INFO, GgmlType, row_size
 from protocol.tensor import Tensor
 from rpc_server.types import ENCODABLE as SERVER_ENCODABLE
@@ -119,6 +119,28 @@ def test_values_are_the_same_each_time_and_follow_the_seed(kind: ValueKind) -> N
     np.testing.assert_array_equal(first, leaf_bytes(t, Fill(kind, 3, 1.0, 4.0)))
     changed = not np.array_equal(first, leaf_bytes(t, Fill(kind, 4, 1.0, 4.0)))
     assert changed == (kind in RANDOM)
+
+
+@pytest.mark.parametrize("type", [F32, BF16])
+def test_what_is_below_the_normal_numbers_is_flushed(type: GgmlType) -> None:
+    dtype, cut = (np.uint32, 0) if type is F32 else (np.uint16, 16)
+    given, expected = (
+        (np.array(words, np.uint32) >> cut).astype(dtype)
+        for words in (
+            # Below, of both signs; the least that is normal; 1, an infinity and NaN.
+            [0x0001_0000, 0x807F_0000, 0x0080_0000, 0x3F80_0000, 0xFF80_0000, 0x7FC1_0000],
+            [0x0000_0000, 0x8000_0000, 0x0080_0000, 0x3F80_0000, 0xFF80_0000, 0x7FC1_0000],
+        )
+    )
+    values = given.view(np.float32) if type is F32 else given
+    np.testing.assert_array_equal(flushed(type, values).view(dtype), expected)
+    # As bytes, too.
+    np.testing.assert_array_equal(flushed(type, given.view(np.uint8)), expected.view(np.uint8))
+
+
+def test_other_types_have_nothing_to_flush() -> None:
+    words = np.arange(1, 5, dtype=np.float16)
+    assert flushed(F16, words) is words
 
 
 @pytest.mark.parametrize("type", [F32, F16, BF16, I32])
