@@ -115,6 +115,28 @@ async def test_what_comes_first_is_compiled_whatever_clients_do(
         await task
 
 
+async def test_the_rest_is_begun_beside_the_last_of_what_comes_first(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want(monkeypatch, ENDLESS, ADD, first=(ENDLESS,))
+    begun: asyncio.Queue[list[Kernel]] = asyncio.Queue()
+
+    def prepared(kernels: Iterable[Kernel], *, background: bool) -> list[Future[None]]:
+        assert background
+        asked = list(kernels)
+        begun.put_nowait(asked)
+        return [Future() for _ in asked]
+
+    monkeypatch.setattr(library, "prepare", prepared)
+    task = asyncio.create_task(prepare_when_idle(ServerStats()))
+    # A second compiler would wait for the first one's file.
+    assert await asyncio.wait_for(begun.get(), 60) == [ADD]
+    assert library.pending([ENDLESS], urgent=False) == [ENDLESS]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 @pytest.mark.slow
 async def test_nothing_is_compiled_while_a_client_computes(
     library: Library, monkeypatch: pytest.MonkeyPatch

@@ -69,18 +69,22 @@ def _refuse(reason: str) -> int:
 async def prepare_when_idle(stats: ServerStats) -> None:
     """Compile what is not on disk; most of it while no client of ``stats`` does anything."""
     try:
-        await asyncio.to_thread(_import)
         compiled = await asyncio.to_thread(library)
         # Which kernels are the ones for this processor is known by a routine, too.
         missing = compiled.missing(ALWAYS)
         await asyncio.to_thread(compiled.pending, missing, urgent=True)
+        # Meanwhile compilers start.
+        await asyncio.to_thread(_import)
         isa = await asyncio.to_thread(chosen_isa)
     except (CompileError, ValueError) as error:
         # The first graph tells its client.
         log.debug("no kernels ahead of the first graph: %s", error)
         return
-    await _prepare_first(compiled, first_kernels(isa))
-    await _prepare(compiled, common_kernels(isa), _Clients(stats))
+    first = first_kernels(isa)
+    await _prepare_first(compiled, first)
+    # The last of them may be under way yet: nobody is to wait for the same file.
+    others = [kernel for kernel in common_kernels(isa) if kernel not in first]
+    await _prepare(compiled, others, _Clients(stats))
 
 
 def _import() -> None:
@@ -92,16 +96,15 @@ def _import() -> None:
 async def _prepare_first(compiled: Library, kernels: list[Kernel]) -> None:
     """Have compiled what is not on disk, whatever clients do.
 
-    Never much of it at once: what a client needs comes next.
+    Never much of it at once: what a client needs comes next. Returns as soon as there is room for
+    something else, so that no core is idle beside the last one.
     """
     asked: list[Kernel] = []
     for kernel in compiled.missing(kernels):
-        while len(compiled.pending(asked, urgent=False)) >= _AT_ONCE:
-            await asyncio.sleep(_SOON)
         await asyncio.to_thread(compiled.request, [kernel])
         asked.append(kernel)
-    while compiled.pending(asked, urgent=False):
-        await asyncio.sleep(_SOON)
+        while len(compiled.pending(asked, urgent=False)) >= _AT_ONCE:
+            await asyncio.sleep(_SOON)
 
 
 class _Clients:
