@@ -27,6 +27,7 @@ from client.split.steps import Step, encode_steps
 from protocol.commands import Command
 from protocol.ggml.types import GgmlType
 from protocol.split import caps_version, split_caps
+from rpc_server.devices.split.holding import Holding
 from rpc_server.devices.split.worker import Worker
 from rpc_server.options import parse_options
 from tests.split.cluster import HOST, Coordinator, WorkerProcess, backend
@@ -236,6 +237,76 @@ async def is_held(worker: WorkerProcess) -> bool:
     async with await connect(HOST, worker.port, split=True) as c:
         answer = await c.request(Command.SPLIT_ACQUIRE, device=0, patience_ms=0)
     return not answer.granted
+
+
+# -- how often leases are offered
+
+
+class Leased(Worker):
+    """A worker without a connection, which notes what it is asked; ``wanted`` by somebody else."""
+
+    has_leases = True
+    identity = 1
+
+    def __init__(self) -> None:
+        self.name = "worker"
+        self.leased = self.wanted = False
+        self.asked: list[str] = []
+
+    async def acquire_lease(self, seconds: float) -> str:
+        self.asked.append("acquire")
+        self.leased = True
+        return ""
+
+    async def release_lease(self, *, keep: bool = False) -> bool:
+        self.asked.append("offer" if keep else "release")
+        self.leased = keep and not self.wanted
+        return self.leased
+
+
+async def graphs_of(holding: Holding, tasks: list[asyncio.Task[None]], worker: Worker) -> None:
+    """Run a few graphs that follow one another."""
+    for _ in range(5):
+        await holding.begin([worker])
+        holding.end()
+        await asyncio.gather(*tasks)
+
+
+async def test_leases_are_offered_every_few_graphs_unless_others_want_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_OFFER_SECONDS", "_SHARED_SECONDS", "_IDLE_SECONDS"):
+        monkeypatch.setattr(f"rpc_server.devices.split.holding.{name}", 1000.0)
+    worker, tasks = Leased(), list[asyncio.Task[None]]()
+    holding = Holding(lambda: [worker], lambda work: tasks.append(asyncio.ensure_future(work)))
+    await graphs_of(holding, tasks, worker)
+    assert worker.asked == ["acquire", "offer"]
+    # The time has come for the next offer, and somebody waits by then.
+    monkeypatch.setattr("rpc_server.devices.split.holding._OFFER_SECONDS", 0.0)
+    worker.asked, worker.wanted = [], True
+    await holding.begin([worker])
+    holding.end()
+    await asyncio.gather(*tasks)
+    assert worker.asked == ["offer"]
+    assert not worker.leased
+    # Others take turns with this one now.
+    monkeypatch.setattr("rpc_server.devices.split.holding._OFFER_SECONDS", 1000.0)
+    worker.asked, worker.wanted = [], False
+    await graphs_of(holding, tasks, worker)
+    assert worker.asked == ["acquire", *["offer"] * 5]
+    # Nobody has come for long.
+    monkeypatch.setattr("rpc_server.devices.split.holding._SHARED_SECONDS", 0.0)
+    worker.asked = []
+    await graphs_of(holding, tasks, worker)
+    assert worker.asked == []
+    # And none of it is kept when no graph follows, although it was not offered.
+    monkeypatch.setattr("rpc_server.devices.split.holding._IDLE_SECONDS", 0.0)
+    await graphs_of(holding, tasks, worker)
+    async with asyncio.timeout(PATIENCE):
+        while worker.leased:
+            await asyncio.sleep(0)
+    assert worker.asked[-1] == "release"
+    assert "offer" not in worker.asked
 
 
 # -- the worker's side

@@ -7,9 +7,10 @@ Others that do the same, in whatever order, can't get in each other's way for go
 - Who waits for a lease has no other. Where all are free they are had at once; where one isn't,
   those that were had are given back, that one is waited for, and only then the others are asked
   for, which may take a moment and no more.
-- Leases are kept between graphs, for an instant, since asking costs a round trip. After each graph
-  all are offered: a worker at which somebody waits gives the lease to who came first, and then the
-  others are given up as well.
+- Leases are kept between graphs, for an instant, since asking costs a round trip. Every few graphs
+  all are offered, which costs one too: a worker at which somebody waits gives the lease to who came
+  first, and then the others are given up as well. From then on, as long as others come for the
+  workers, they are offered after each graph.
 - A coordinator that is a worker itself is leased together with all that it runs on. While a graph
   of its own waits for them, whoever asks for it waits no longer than it said that it would.
 - A worker without leases (the first version of the extension, or none) is taken as it is.
@@ -33,6 +34,10 @@ T = TypeVar("T")
 # How long leases are kept when no graph follows: longer than a sampler takes, shorter than a person
 # notices.
 _IDLE_SECONDS = 0.02
+# How long graphs follow one another without an offer of the leases: a few tokens.
+_OFFER_SECONDS = 0.05
+# How long after others came for a worker leases are offered after each graph.
+_SHARED_SECONDS = 1.0
 # Longest to wait for one lease while having others, and it is drawn anew each time.
 _MOMENT = (0.05, 0.15)
 # How long one request waits in a worker's queue.
@@ -60,6 +65,8 @@ class Holding:
         self._running = False
         self._leased_out = False
         self._idle: asyncio.TimerHandle | None = None
+        # When leases were last offered, and when others last had or wanted one.
+        self._offered = self._shared = float("-inf")
 
     async def acquire(self, workers: Iterable[Worker], seconds: float = float("inf")) -> str:
         """Have the leases of all ``workers``, waiting up to ``seconds`` for others.
@@ -88,12 +95,14 @@ class Holding:
         keep = self._held() if in_use else []
         blocked = await self._at_once(workers)
         while blocked is not None:
+            self._shared = time.monotonic()
             worker, holder = blocked
             await self._drop(n for n in self._held() if n not in keep)
             if in_use or time.monotonic() >= end:
                 return f"{holder} at {worker.name}"
             if (holder := await self._wait_for(worker, end)) != "":
                 return f"{holder} at {worker.name}"
+            self._shared = time.monotonic()
             blocked = await self._others(workers, end)
         return ""
 
@@ -104,10 +113,15 @@ class Holding:
         self._running = True
 
     def end(self) -> None:
-        """Note that the graph has run, or will not: others may have the leases now."""
+        """Note that the graph has run, or will not: others may have the leases now, or soon."""
         self._running = False
-        if not self._leased_out:
+        if self._leased_out:
+            return
+        now = time.monotonic()
+        if now - self._shared < _SHARED_SECONDS or now - self._offered >= _OFFER_SECONDS:
             self._background(self._offer())
+        else:
+            self._start_idling()
 
     async def lease_out(self, seconds: float) -> str:
         """Have all leases for somebody who uses this coordinator as a worker; as acquire."""
@@ -162,9 +176,11 @@ class Holding:
                 said = True
 
     async def _renew(self) -> bool:
+        self._offered = time.monotonic()
         kept = await _all([worker.release_lease(keep=True) for worker in self._held()])
         if all(kept):
             return True
+        self._shared = time.monotonic()
         await self._drop(self._held())
         return False
 
@@ -182,16 +198,19 @@ class Holding:
             if self._running or self._leased_out:
                 return
             if await self._renew():
-                loop = asyncio.get_running_loop()
-                self._idle = loop.call_later(
-                    _IDLE_SECONDS, lambda: self._background(self._give_up())
-                )
+                self._start_idling()
 
     async def _give_up(self) -> None:
         async with self._turn:
             if not self._running and not self._leased_out:
                 self._stop_idling()
                 await self._drop(self._held())
+
+    def _start_idling(self) -> None:
+        """Give the leases up unless a graph follows."""
+        self._stop_idling()
+        loop = asyncio.get_running_loop()
+        self._idle = loop.call_later(_IDLE_SECONDS, lambda: self._background(self._give_up()))
 
     def _stop_idling(self) -> None:
         if self._idle is not None:
