@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from client.backend import Backend
-from protocol.tensor import Tensor
 from rpc_server.devices.cuda import toolkit
 from rpc_server.devices.cuda.card import Card
 from rpc_server.devices.cuda.graphs import (
@@ -156,47 +155,12 @@ def test_a_driver_without_a_call(missing: str) -> None:
 # -- plans -----------------------------------------------------------------------------------------
 
 
-class Allocator:
-    """A backend that gives the tensors of each graph the places that the first one's have.
-
-    So does llama.cpp, which reserves them for the largest graph.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.graph = backend.graph
-        self.connection = backend.connection
-        self.upload = backend.upload
-        self._places: list[tuple[int, int]] = []
-        self._next: Iterator[tuple[int, int]] | None = None
-
-    def begin(self) -> None:
-        """Begin another graph."""
-        self._next = iter(self._places) if self._places else None
-
-    async def allocate(self, tensors: Iterable[Tensor]) -> None:
-        listed = [t for t in tensors if not t.placed]
-        if self._next is not None:
-            for t in listed:
-                t.place(*next(self._next))
-            return
-        await self._backend.allocate(listed)
-        self._places += [(t.buffer, t.address) for t in listed]
-
-    async def prepare(self, outputs: Iterable[Tensor]) -> Any:
-        listed = list(outputs)
-        await self.allocate(self.graph.build(listed).roots)
-        return await self._backend.prepare(listed)
-
-
 class Decoding:
     """A small model whose graphs are run one after the other, and how many were captured."""
 
     def __init__(self, client: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
         self._client = client
-        self._allocator = Allocator(client)
-        backend: Any = client
-        self._model = SyntheticLlama(backend, SMALL, 1024)
+        self._model = SyntheticLlama(client, SMALL, 1024)
         self.captures = 0
         capture = Card.capture
 
@@ -209,22 +173,19 @@ class Decoding:
     async def load(self) -> None:
         """Fill weights and cache, and reserve places for the largest graph."""
         await self._model.load(1)
-        self._model._backend = self._allocator  # type: ignore[assignment]
-        await self.graph(2, 1000)
+        self._anywhere = self._model._places
+        await self._model.reserve(2)
+        self._reserved = self._model._places
 
     async def graph(self, tokens: int, before: int) -> ModelStep:
         """That of so many tokens behind others."""
-        self._allocator.begin()
+        self._model._places = self._reserved
         return await self._model.prepare(tokens, before)
 
     async def elsewhere(self, tokens: int, before: int) -> ModelStep:
         """The same, with tensors in memory of their own."""
-        backend: Any = self._client
-        self._model._backend, kept = backend, self._model._backend
-        try:
-            return await self._model.prepare(tokens, before)
-        finally:
-            self._model._backend = kept
+        self._model._places = self._anywhere
+        return await self._model.prepare(tokens, before)
 
     async def logits(self, step: ModelStep, times: int = 1) -> np.ndarray[Any, Any]:
         """What it says, the same each time."""

@@ -51,7 +51,9 @@ def test_all_parts_of_a_card_that_is_right(
     assert not result["errors"]
     assert result["card"]["description"] == "emulated GPU (compute capability 6.1)"
     assert result["ops"]["cases"] > 0
-    assert [row["tokens"] for row in result["layers"]] == [1, 5]
+    rows = [(row["tokens"], row["before"]) for row in result["layers"]]
+    assert rows == [(1, 0), (5, 0), *((1, n) for n in kernels.GROWING)]
+    assert result["graphs"] == {"growing": 2, "changed": 2}
     assert all(row["error"] < kernels.LARGEST_ERROR for row in result["layers"])
     assert {"fill.diag", "norm.normalize"}.isdisjoint(result["coverage"]["not_run"])
     ours = result["speed"]["ours"]
@@ -59,6 +61,7 @@ def test_all_parts_of_a_card_that_is_right(
     assert ours["prompt_tokens_per_second"] > 0
     told = capsys.readouterr().out
     assert "EMULATED" in told
+    assert "graphs    2 of 2 went on" in told
     assert "all is well" in told
     assert (tmp_path / "summary.txt").read_text() in told
     assert program.main(["--show", str(tmp_path / "result.json")]) == 0
@@ -94,7 +97,7 @@ def test_a_kernel_that_is_wrong_is_found(
     assert status == 1
     assert not result["right"]
     assert not any(row["right"] for row in result["layers"])
-    assert "2 WRONG" in capsys.readouterr().out
+    assert "5 WRONG" in capsys.readouterr().out
 
 
 @needs_compiler
@@ -200,6 +203,7 @@ def test_what_is_told_of_differences() -> None:
             "failed": {"ADD": ["f32: wrote outside its tensors"]},
         },
         "layers": [{"weights": "Q4_K", "tokens": 512, "error": 0.25, "right": False}],
+        "graphs": {"growing": 2, "changed": 0},
         "coverage": {"kernels": 3, "kernels_run": 2, "compiled": 5, "not_run": ["fill.fill"]},
         "speed": {
             "model": {"name": "8B", "layers": 8, "layers_of_model": 32, "bytes": 1 << 30},
@@ -210,6 +214,7 @@ def test_what_is_told_of_differences() -> None:
     told = summary.text(result)
     for words in (
         "1 DIFFER", "ADD f32: wrote outside", "1 WRONG", "Q4_K, 512 tokens: 2.50e-01",
+        "THE DRIVER DOES NOT CHANGE THEM",
         "not: fill.fill", "8 layers of 32", "ERROR     upstream: hung up", "SOMETHING IS WRONG",
         "driver    Tesla P100, 580.1",
     ):  # fmt: skip

@@ -134,10 +134,13 @@ class GpuCheck:
 
     def _layers(self) -> None:
         extent = self._extent
-        rows, ran = kernels.compare_layers(
+        rows, ran, changed = kernels.compare_layers(
             self._servers, extent.shape, extent.types, extent.tokens, self._options.seed
         )
         self.result["layers"] = rows
+        # Of so many; where it is none the driver hasn't let them be changed.
+        growing = len(extent.types) * (len(kernels.GROWING) - 1)
+        self.result["graphs"] = {"growing": growing, "changed": changed}
         self._ran |= ran
 
     def _speed(self) -> None:

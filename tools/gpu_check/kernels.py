@@ -32,8 +32,12 @@ LARGEST_ERROR = 5e-4
 # as many as a prompt has (cuBLAS on some cards).
 LAYER_TYPES = ("Q4_K", "Q6_K", "Q5_K", "Q4_0", "Q8_0", "IQ4_XS")
 LAYER_TOKENS = (1, 5, 48, 512)
+# Then a token behind so many others: a captured graph goes on while the cache grows. How often each
+# runs, so that the first one is captured.
+GROWING, _RUNS = (100, 300, 600), 3
 
 _READY = re.compile(r"kernel (\S+) is ready")
+_TAKEN_OVER = "took a captured graph over"
 _KERNEL = re.compile(r"^KERNEL\((\w+),", re.MULTILINE)
 
 
@@ -112,9 +116,9 @@ async def _version(servers: ServersToCheck) -> str:
 
 
 async def _layer(port: int, shape: LlamaShape, tokens: Sequence[int], seed: int) -> list[Any]:
-    """Return what one layer computes of so many tokens each, in turn."""
+    """Return what one layer computes of so many tokens each, in turn, and while the cache grows."""
     async with Backend.connect("127.0.0.1", port, version=None, timeout=120) as backend:
-        model = SyntheticLlama(backend, shape, max(tokens))
+        model = SyntheticLlama(backend, shape, max(*tokens, *GROWING))
         await model.load(seed)
         results = []
         for n in tokens:
@@ -122,6 +126,12 @@ async def _layer(port: int, shape: LlamaShape, tokens: Sequence[int], seed: int)
             await step.graph.run()
             results.append(await backend.download(step.logits))
             await step.graph.free()
+        await model.reserve(1)
+        for before in GROWING:
+            step = await model.prepare(1, before)
+            for _ in range(_RUNS):
+                await step.graph.run()
+            results.append(await backend.download(step.logits))
         return results
 
 
@@ -131,11 +141,11 @@ def compare_layers(
     types: Sequence[str],
     tokens: Sequence[int],
     seed: int,
-) -> tuple[list[dict[str, Any]], set[str]]:
+) -> tuple[list[dict[str, Any]], set[str], int]:
     """Run a layer of each type on the card and the reference.
 
-    Returns a row for each type and number of tokens, and the kernels that ran. Raises ProgramError
-    and what a connection raises.
+    Returns a row for each type and number of tokens, the kernels that ran, and how many captured
+    graphs went on behind a grown cache. Raises ProgramError and what a connection raises.
     """
     rows: list[dict[str, Any]] = []
     threads = os.cpu_count() or 1
@@ -145,8 +155,9 @@ def compare_layers(
             actual = asyncio.run(_layer(port, layer, tokens, seed))
             with started(servers.reference(threads)) as (_, reference):
                 expected = asyncio.run(_layer(reference, layer, tokens, seed))
-            for n, want, got in zip(tokens, expected, actual, strict=True):
+            steps = [*((n, 0) for n in tokens), *((1, before) for before in GROWING)]
+            for (n, before), want, got in zip(steps, expected, actual, strict=True):
                 error = nmse(want, got)
-                row = {"weights": name, "tokens": n, "error": error}
+                row = {"weights": name, "tokens": n, "before": before, "error": error}
                 rows.append({**row, "right": bool(error <= LARGEST_ERROR)})
-        return rows, ran(card.log)
+        return rows, ran(card.log), card.log.count(_TAKEN_OVER)

@@ -7,6 +7,7 @@ neither half of a layer drowns the other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -104,11 +105,57 @@ class ModelStep:
     logits: Tensor
 
 
+class _Anywhere:
+    """Places for the tensors of graphs, in memory of their own."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def begin(self) -> None:
+        """Begin another graph."""
+
+    async def place(self, tensors: Iterable[Tensor]) -> None:
+        """Give inputs their places, in the order in which a graph comes to them."""
+        await self._backend.allocate(t for t in tensors if not t.placed)
+
+    async def place_results(self, outputs: Sequence[Tensor]) -> None:
+        """Leave those to the backend, which frees them with the graph."""
+
+
+class _SamePlaces(_Anywhere):
+    """The places that the first graph's tensors have, for those of all graphs.
+
+    So does llama.cpp, which reserves them for the largest graph.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self._places: list[tuple[int, int]] = []
+        self._left: Iterator[tuple[int, int]] | None = None
+
+    def begin(self) -> None:
+        if self._places:
+            self._left = iter(self._places)
+
+    async def place(self, tensors: Iterable[Tensor]) -> None:
+        listed = [t for t in tensors if not t.placed]
+        if self._left is None:
+            await super().place(listed)
+            self._places += [(t.buffer, t.address) for t in listed]
+            return
+        for t in listed:
+            t.place(*next(self._left))
+
+    async def place_results(self, outputs: Sequence[Tensor]) -> None:
+        await self.place(self._backend.graph.build(outputs).roots)
+
+
 class SyntheticLlama:
     """A model whose weights and cache lie on the server; see :meth:`load`."""
 
     def __init__(self, backend: Backend, shape: LlamaShape, positions: int) -> None:
         self._backend = backend
+        self._places = _Anywhere(backend)
         self.shape = shape
         self.positions = padded(positions)
         new = backend.graph.new_tensor
@@ -170,13 +217,20 @@ class SyntheticLlama:
         if not await connection.copy_tensor(here, there):
             await connection.set_tensor(there, (await connection.get_tensor(here)).data)
 
+    async def reserve(self, tokens: int) -> None:
+        """Have graphs lie in one place from here on: of up to ``tokens`` behind a full cache."""
+        self._places = _SamePlaces(self._backend)
+        await self.prepare(tokens, self.positions - tokens)
+
     async def prepare(
         self, tokens: int, before: int, *, every: bool = False, seed: int = 1
     ) -> ModelStep:
         """Make the graph of ``tokens`` behind ``before`` others.
 
-        Logits are made of the last one, as for a prompt, or of ``every`` one.
+        Logits are made of the last one, as for a prompt, or of ``every`` one. What another graph
+        has computed is lost if :meth:`reserve` gave both one place.
         """
+        self._places.begin()
         shape, g = self.shape, self._backend.graph
         n_kv = padded(before + tokens)
         random = np.random.default_rng(seed)
@@ -191,7 +245,7 @@ class SyntheticLlama:
             last: np.array([tokens - 1], np.int32),
             mask: np.where(np.arange(n_kv) <= at[:, None], 0, -np.inf).astype(np.float16),
         }
-        await self._backend.allocate(inputs)
+        await self._places.place(inputs)
         for t, values in inputs.items():
             await self._backend.upload(t, values)
         outputs: list[Tensor] = []
@@ -202,7 +256,9 @@ class SyntheticLlama:
                 attended, hidden = g.get_rows(attended, last), g.get_rows(hidden, last)
             hidden = self._feed_forward(g.add(attended, hidden), number)
         logits = g.mul_mat(self._output, self._normalized(hidden))
-        graph = await self._backend.prepare([*outputs, logits])
+        outputs.append(logits)
+        await self._places.place_results(outputs)
+        graph = await self._backend.prepare(outputs)
         return ModelStep(tokens, graph, logits)
 
     def _normalized(self, x: Tensor, gain: float = 1.0) -> Tensor:

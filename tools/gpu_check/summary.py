@@ -40,7 +40,16 @@ def _kernels(result: Mapping[str, Any]) -> Iterator[str]:
             + (f"; {len(wrong)} WRONG" if wrong else "")
         )
         for row in wrong:
-            yield f"            {row['weights']}, {row['tokens']} tokens: {row['error']:.2e}"
+            what = f"{row['weights']}, {row['tokens']} tokens"
+            if row.get("before"):
+                what += f" behind {row['before']}"
+            yield f"            {what}: {row['error']:.2e}"
+    graphs = result.get("graphs")
+    if graphs:
+        yield (
+            f"graphs    {graphs['changed']} of {graphs['growing']} went on when the cache had grown"
+            + ("" if graphs["changed"] else ": THE DRIVER DOES NOT CHANGE THEM, see the log")
+        )
     coverage = result.get("coverage")
     if coverage:
         yield (
