@@ -5,8 +5,10 @@
 KERNEL(silu_back, 256) {
     const Slot &to = r.slot[DST], &gradient = r.slot[SRC0], &from = r.slot[SRC1];
     FOR_PLACES(p, to, r.extra[0]) {
-        const float x = load_f32(at(from, p), from.type), s = 1 / (1 + expf(-x));
-        store_f32(at(to, p), to.type, load_f32(at(gradient, p), gradient.type) * s * (1 + x * (1 - s)));
+        const float x = load_f32(at(from, p), from.type), over = 1 + expf(-x);
+        // Divided, not times 1 / over: where that is below the normal numbers a card takes it for 0.
+        const float part = load_f32(at(gradient, p), gradient.type) / over;
+        store_f32(at(to, p), to.type, part * (1 + x * (1 - 1 / over)));
     }
 }
 
