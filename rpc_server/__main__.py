@@ -70,7 +70,7 @@ log = logging.getLogger("rpc_server")
 
 # How long a thread that plans a graph, or does other work in Python, keeps the event loop waiting
 # for its turn, seconds. Python's own 5 ms are longer than the whole of most requests.
-_SWITCH_SECONDS = 0.001
+SWITCH_SECONDS = 0.001
 
 # How often it is looked whether the clients of the other devices are gone once one is lost.
 _LOOK_SECONDS = 0.5
@@ -497,7 +497,7 @@ def main(arguments: Sequence[str] | None = None, program: Sequence[str] = PROGRA
     set_up(options.log_level, options.log_format, options.own_card.name if leash else "")
     if options.prepare:
         return _prepare()
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     loop = _event_loop()
     try:
         with asyncio.Runner(loop_factory=loop.new_event_loop if loop else None) as runner:

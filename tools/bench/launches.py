@@ -91,19 +91,20 @@ class _Everywhere:
     address: int = 0
 
 
-def _resolve(handle: int) -> _Everywhere:
+def resolve(handle: int) -> _Everywhere:
+    """Return the buffer of any handle: the one in which everything lies."""
     return _Everywhere()
 
 
 def _by_nodes(payload: GraphPayload, capability: int) -> None:
-    graph = parse_graph(payload, DIALECTS[0], _resolve)
+    graph = parse_graph(payload, DIALECTS[0], resolve)
     planner = CudaPlanner(graph.nodes, _MULTIPROCESSORS, capability)
     for node in graph.nodes:
         lower_node(node, planner, lambda t: lower_to_launches(t, planner), lambda node, spec: None)
 
 
 def _by_kinds(payload: GraphPayload, memory: LaunchMemory) -> None:
-    graph = parse_graph(payload, DIALECTS[0], _resolve)
+    graph = parse_graph(payload, DIALECTS[0], resolve)
     memory.plan(graph, lambda size: 0)
 
 
