@@ -138,6 +138,18 @@ def test_what_is_below_the_normal_numbers_is_flushed(type: GgmlType) -> None:
     np.testing.assert_array_equal(flushed(type, given.view(np.uint8)), expected.view(np.uint8))
 
 
+@pytest.mark.parametrize(("got", "good"), [(np.nan, True), (-np.inf, False), (1.0, False)])
+def test_an_infinity_times_what_was_flushed_is_no_number(got: float, good: bool) -> None:
+    t = leaf(F32, (2, 1))
+
+    def memory(value: float, flushes: bool) -> CaseMemory:
+        return CaseMemory(np.array([value, 1], np.float32).view(np.uint8), {t: 0}, flushes)
+
+    for flushes in (False, True):
+        wrong = difference(Check(), t, memory(np.inf, flushes), memory(got, flushes))
+        assert bool(wrong) == (not good or not flushes)
+
+
 def test_other_types_have_nothing_to_flush() -> None:
     words = np.arange(1, 5, dtype=np.float16)
     assert flushed(F16, words) is words
