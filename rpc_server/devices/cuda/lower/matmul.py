@@ -33,6 +33,9 @@ _MOST_EXPERTS = 4096
 # Runs of 32 that a lane multiplies at once, where it is more than one (spans.cuh).
 RUNS_OF_SPAN = {
     GgmlType.Q4_0: 2,
+    GgmlType.Q4_1: 2,
+    GgmlType.Q5_0: 4,
+    GgmlType.Q5_1: 2,
     GgmlType.Q8_0: 4,
     GgmlType.Q4_K: 2,
     GgmlType.Q5_K: 2,

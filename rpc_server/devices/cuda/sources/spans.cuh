@@ -57,6 +57,12 @@ template <int WORDS> struct TwoBlocks {
 
 __device__ inline uint4 four(const u32 *words) { return make_uint4(words[0], words[1], words[2], words[3]); }
 
+// Sixteen times the product of 32 codes of four bits, those without a sign, with a column's.
+__device__ inline int sixteenfold(uint4 q, const int4 *codes) {
+    const int low = dot16(low_halves(q), codes[0], 0);
+    return unsigned_dot16(high_halves(q), codes[1], 16 * low);
+}
+
 template <> struct Span<Q4_0> {
     enum { RUNS = 2, ALIGNMENT = 4 };
     uint4 first, second;
@@ -69,8 +75,7 @@ template <> struct Span<Q4_0> {
         e = blocks.e;
     }
     __device__ static float one(uint4 q, const int4 *codes, float4 f) {
-        const int low = dot16(low_halves(q), codes[0], 0);
-        return f.x * 0.0625f * unsigned_dot16(high_halves(q), codes[1], 16 * low) - 8 * f.y;
+        return f.x * 0.0625f * sixteenfold(q, codes) - 8 * f.y;
     }
     __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
         codes += 4 * number;
@@ -79,24 +84,28 @@ template <> struct Span<Q4_0> {
     }
 };
 
-// Two blocks of Q8_0, of which WORDS are asked for at once: four are 17 times 8 bytes.
+// Words of as many pairs of blocks: of one by 4 bytes, of two by 8.
+template <int PAIRS, int WORDS> __device__ inline void load_pairs(u32 (&to)[PAIRS * WORDS], const u8 *from) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+        if (PAIRS == 1) {
+            to[i] = reinterpret_cast<const u32 *>(from)[i];
+        } else {
+            const uint2 two = reinterpret_cast<const uint2 *>(from)[i];
+            to[2 * i] = two.x;
+            to[2 * i + 1] = two.y;
+        }
+    }
+}
+
+// Two blocks of Q8_0, or four, which are 17 times 8 bytes.
 template <int PAIRS> struct SpanOfBytes {
     enum { RUNS = 2 * PAIRS, ALIGNMENT = 4 * PAIRS, WORDS = 2 * Q8_0::SIZE / 4 };
     uint4 words[4 * PAIRS];
     float scale[RUNS];
     __device__ void load(const u8 *row, u32 number) {
-        const u8 *from = row + (u64)number * (RUNS * Q8_0::SIZE);
         u32 loaded[PAIRS * WORDS];
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-            if (PAIRS == 1) {
-                loaded[i] = reinterpret_cast<const u32 *>(from)[i];
-            } else {
-                const uint2 two = reinterpret_cast<const uint2 *>(from)[i];
-                loaded[2 * i] = two.x;
-                loaded[2 * i + 1] = two.y;
-            }
-        }
+        load_pairs<PAIRS, WORDS>(loaded, row + (u64)number * (RUNS * Q8_0::SIZE));
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) {
             const TwoBlocks<8> blocks(loaded + p * WORDS);
@@ -122,6 +131,99 @@ template <int PAIRS> struct SpanOfBytes {
 };
 template <> struct Span<Q8_0> : SpanOfBytes<2> {};
 template <> struct NarrowSpan<Q8_0> : SpanOfBytes<1> {};
+
+// The fifth bits of 32 codes, the first in the lowest bit, put above four bits of each: words of four.
+__device__ inline int4 with_fifths(int4 low, u32 high) {
+    return make_int4(low.x | spread_bits(high, 4), low.y | spread_bits(high >> 4, 4),
+                     low.z | spread_bits(high >> 8, 4), low.w | spread_bits(high >> 12, 4));
+}
+__device__ inline int dot_of_five_bits(uint4 q, u32 high, const int4 *codes) {
+    const uint4 shifted = make_uint4(q.x >> 4, q.y >> 4, q.z >> 4, q.w >> 4);
+    const int first = dot16(with_fifths(low_halves(q), high), codes[0], 0);
+    return dot16(with_fifths(low_halves(shifted), high >> 16), codes[1], first);
+}
+
+// Two blocks of Q5_0, or four, which are 11 times 8 bytes.
+template <int PAIRS> struct SpanOfFiveBits {
+    enum { RUNS = 2 * PAIRS, ALIGNMENT = 4 * PAIRS, WORDS = 2 * Q5_0::SIZE / 4 };
+    uint4 q[RUNS];
+    u32 high[RUNS];
+    float scale[RUNS];
+    __device__ void load(const u8 *row, u32 number) {
+        u32 loaded[PAIRS * WORDS];
+        load_pairs<PAIRS, WORDS>(loaded, row + (u64)number * (RUNS * Q5_0::SIZE));
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            const TwoBlocks<5> blocks(loaded + p * WORDS);
+            high[2 * p] = blocks.first[0];
+            q[2 * p] = four(blocks.first + 1);
+            scale[2 * p] = blocks.d;
+            high[2 * p + 1] = blocks.second[0];
+            q[2 * p + 1] = four(blocks.second + 1);
+            scale[2 * p + 1] = blocks.e;
+        }
+    }
+    __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
+        codes += 2 * RUNS * number;
+        factors += RUNS * number;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) {
+            const float4 f = factors[i];
+            sum += scale[i] * (f.x * dot_of_five_bits(q[i], high[i], codes + 2 * i) - 16 * f.y);
+        }
+        return sum;
+    }
+};
+template <> struct Span<Q5_0> : SpanOfFiveBits<2> {};
+template <> struct NarrowSpan<Q5_0> : SpanOfFiveBits<1> {};
+
+// -- blocks of whole words, by two: a scale and a minimum, and codes ----------------------------------
+
+// Two blocks of Q4_1, by 8 bytes.
+template <> struct Span<Q4_1> {
+    enum { RUNS = 2, ALIGNMENT = 8, WORDS = Q4_1::SIZE / 4 };
+    u32 words[RUNS * WORDS];
+    __device__ void load(const u8 *row, u32 number) {
+        load_pairs<2, WORDS>(words, row + (u64)number * (RUNS * Q4_1::SIZE));
+    }
+    __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
+        codes += 2 * RUNS * number;
+        factors += RUNS * number;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) {
+            const u32 *block = words + i * WORDS;
+            const float4 f = factors[i];
+            const float product = f.x * 0.0625f * sixteenfold(four(block + 1), codes + 2 * i);
+            sum += half_to_float((u16)block[0]) * product + half_to_float((u16)(block[0] >> 16)) * f.y;
+        }
+        return sum;
+    }
+};
+
+// Two blocks of Q5_1, by 16 bytes.
+template <> struct Span<Q5_1> {
+    enum { RUNS = 2, ALIGNMENT = 16 };
+    uint4 front, middle, back;
+    __device__ void load(const u8 *row, u32 number) {
+        const uint4 *from = reinterpret_cast<const uint4 *>(row + (u64)number * (RUNS * Q5_1::SIZE));
+        front = from[0];
+        middle = from[1];
+        back = from[2];
+    }
+    __device__ static float one(u32 head, u32 high, uint4 q, const int4 *codes, float4 f) {
+        const float product = f.x * dot_of_five_bits(q, high, codes);
+        return half_to_float((u16)head) * product + half_to_float((u16)(head >> 16)) * f.y;
+    }
+    __device__ float dot(const int4 *codes, const float4 *factors, u32 number) const {
+        codes += 2 * RUNS * number;
+        factors += RUNS * number;
+        const uint4 first = make_uint4(front.z, front.w, middle.x, middle.y);
+        return one(front.x, front.y, first, codes, factors[0]) +
+               one(middle.z, middle.w, back, codes + 2, factors[1]);
+    }
+};
 
 // -- codes that are places in a table -----------------------------------------------------------------
 
