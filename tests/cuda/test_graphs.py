@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -197,6 +197,13 @@ class Decoding:
             np.testing.assert_array_equal(other, found[0])
         return found[0]
 
+    async def require_same(
+        self, steps: Sequence[ModelStep], said: Sequence[np.ndarray[Any, Any]]
+    ) -> None:
+        """Run each once more: it says what it did."""
+        for step, expected in zip(steps, said, strict=True):
+            np.testing.assert_array_equal(await self.logits(step), expected)
+
 
 async def test_a_cache_that_grows_needs_no_new_capture(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
@@ -239,8 +246,7 @@ async def test_a_graph_that_is_otherwise_different_is_captured(
         said = [await decoding.logits(step, 2) for step in steps]
         assert decoding.captures == 3
         np.testing.assert_array_equal(said[0], said[1])
-        for step, expected in zip(steps, said, strict=True):
-            np.testing.assert_array_equal(await decoding.logits(step), expected)
+        await decoding.require_same(steps, said)
         assert decoding.captures == 3
 
 
@@ -255,8 +261,7 @@ async def test_two_plans_that_take_turns_have_a_graph_each(
         said = [await decoding.logits(step, 2) for step in steps]
         assert decoding.captures == 1
         for _ in range(3):
-            for step, expected in zip(steps, said, strict=True):
-                np.testing.assert_array_equal(await decoding.logits(step), expected)
+            await decoding.require_same(steps, said)
         assert decoding.captures == 2
 
 

@@ -362,5 +362,9 @@ def test_the_memory_of_patterns_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     for seed in range(10):
         _hold(_Chains(seed).payload(25), resolve, memory)
         assert all(len(alike) <= kinds._MOST_ALIKE for alike in memory.patterns.values())
-        assert len(memory._graphs) <= 4
+        assert 0 < len(memory._graphs) <= 4
+    # By what they take, too: none is kept that is too large by itself.
+    monkeypatch.setattr(kinds, "_MOST_GROUPS", 3)
+    _hold(_Chains(0).payload(25), resolve, memory)
+    assert not memory._graphs
     assert memory._made < 50 + 200

@@ -68,8 +68,8 @@ _MOST_PLACES = 24
 # kinds that differ in how memory is related.
 _MOST_REMEMBERED, _MOST_ALIKE = 1 << 12, 8
 
-# Whole graphs that are remembered at most, and nodes that these may have.
-_MOST_GRAPHS, _MOST_GRAPH_NODES = 24, 1 << 13
+# Whole graphs that are remembered at most, and groups of nodes in all of them, some 600 bytes each.
+_MOST_GRAPHS, _MOST_GROUPS = 24, 1 << 14
 
 # Positions of nodes that are not there; of those that are one more may wait.
 _NO_NODES = (0,) * (_MOST_NODES + 1)
@@ -594,11 +594,15 @@ class LaunchMemory:
             known = self._graphs.pop(walk.key, None)
             if known is None or not walk.is_like(known):
                 known = walk.plan()
-            if len(walk.rows) <= _MOST_GRAPH_NODES:
-                self._graphs[walk.key] = known
-                if len(self._graphs) > _MOST_GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]
+            self._graphs[walk.key] = known
+            self._forget_graphs()
             return walk.launches(known, scratch)
+
+    def _forget_graphs(self) -> None:
+        """Let go of those used longest ago, if there are too many."""
+        groups = sum(len(known.rows) for known in self._graphs.values())
+        while len(self._graphs) > _MOST_GRAPHS or groups > _MOST_GROUPS:
+            groups -= len(self._graphs.pop(next(iter(self._graphs))).rows)
 
 
 # Where the slots of a kind's specimen lie.
